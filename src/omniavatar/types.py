@@ -1,0 +1,165 @@
+"""The frozen values that flow through the house.
+
+Shape letters: B batch, N video frames, T latent frames, H W pixels, h w latent pixels, D audio width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import PIL.Image
+    import torch
+
+    ImageInput = str | Path | np.ndarray | PIL.Image.Image
+    AudioInput = str | Path | "Waveform"
+
+Sampler = Literal["euler", "renoise"]
+StepCache = Literal["none", "teacache", "magcache"]
+
+
+@dataclass(frozen=True, eq=False)
+class Waveform:
+    """Audio already in memory: `samples` (samples,) or (samples, channels) float in [-1, 1], rate in Hz."""
+
+    samples: np.ndarray
+    sample_rate: int
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What one request may change about sampling; `None` takes the pipeline's configured value."""
+
+    seed: int | None = None
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    audio_scale: float | None = None
+    shift: float | None = None
+    timesteps: tuple[float, ...] | None = None
+    sampler: Sampler | None = None
+    negative_prompt: str | None = None
+    step_cache: StepCache | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class AvatarRequest:
+    """One portrait, one voice, one prompt. Without `audio` the video is silent, `seq_len` frames long.
+
+    image: path, PIL image, or array (H, W, 3 or 4) uint8. audio: path or `Waveform`.
+    """
+
+    prompt: str
+    image: ImageInput
+    audio: AudioInput | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+
+@dataclass(frozen=True)
+class Window:
+    """One denoising window of a long video, in video frames; the portrait is frame 0 of the video.
+
+    start: video frame of the window's first frame. length: frames of the window (1+4n).
+    given_frames: leading frames already known (1 in window 0, the overlap later).
+    new_frames: frames this window adds to the video after the cut at its end.
+    """
+
+    index: int
+    start: int
+    length: int
+    given_frames: int
+    new_frames: int
+
+    @property
+    def latent_frames(self) -> int:
+        return (self.length + 3) // 4
+
+    @property
+    def given_latents(self) -> int:
+        return (3 + self.given_frames) // 4
+
+    @property
+    def first_new_frame(self) -> int:
+        """Video frame of the first frame this window adds (window 0 adds the portrait frame too)."""
+        return self.start if self.index == 0 else self.start + self.given_frames
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """For each step: run the blocks (True) or reuse the last residual (False). Known before step 0."""
+
+    compute: tuple[bool, ...]
+    policy: str = "none"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def computed(self) -> int:
+        return sum(self.compute)
+
+    @property
+    def pattern(self) -> str:
+        """One letter a step: C computed, s skipped."""
+        return "".join("C" if c else "s" for c in self.compute)
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """Everything a request is conditioned on, made once before the first window.
+
+    text_positive, text_negative: (1, 512, text_dim). reference_latent: (1, 16, 1, h, w) normalised.
+    audio: (frames, D) float32 array-like (usually memory-mapped) or None for a silent video.
+    """
+
+    text_positive: torch.Tensor
+    text_negative: torch.Tensor
+    reference_latent: torch.Tensor
+    audio: np.ndarray | None
+
+
+@dataclass(frozen=True, eq=False)
+class VideoChunk:
+    """Finished frames: `frames` (N, H, W, 3) uint8 RGB, the first of them video frame `start`."""
+
+    frames: np.ndarray
+    start: int
+    fps: float
+    window: int
+    windows: int
+
+    @property
+    def times(self) -> np.ndarray:
+        """Presentation time of each frame in seconds, (N,)."""
+        import numpy as np
+
+        return (self.start + np.arange(len(self.frames))) / self.fps
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What one `generate` did. `sidecar` is the JSON written beside the video."""
+
+    output: Path
+    sidecar: Path
+    frames: int
+    windows: int
+    resumed_windows: int
+    seconds: float
+
+
+class Recorder(Protocol):
+    """Where the run reports to: timings of named stages, and events for progress and logs."""
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """Time a named stage (stages nest; times of a repeated name add up)."""
+        ...
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Report `name` with JSON-able fields."""
+        ...
+
+
+FrameStream = Iterator["np.ndarray"]
