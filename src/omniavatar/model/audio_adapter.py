@@ -1,0 +1,35 @@
+"""How audio enters the DiT: four frames' vectors packed into one small vector a latent frame.
+
+The causal VAE codes the first frame alone and then four frames a latent, so the first audio vector is
+repeated three times in front: latent k then hears the vectors 4k..4k+3 of the padded sequence. One linear
+layer a block (blocks 2..layers//2) turns the pack into what is added to every token of that frame.
+Source: OmniAvatar (arXiv 2506.18866). Shapes: B batch, N video frames = 4T-3, T latent frames, D audio width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+FRAMES_PER_LATENT = 4
+
+
+class AudioPack(nn.Module):
+    """(B, 4T-3, D) -> (B, T, hidden): a linear layer over four concatenated vectors, then layer norm."""
+
+    def __init__(self, audio_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(FRAMES_PER_LATENT * audio_dim, hidden)
+        self.norm_out = nn.LayerNorm(hidden)
+
+    def forward(self, audio_BND: Tensor) -> Tensor:
+        padded = torch.cat([audio_BND[:, :1].expand(-1, FRAMES_PER_LATENT - 1, -1), audio_BND], dim=1)
+        packed = padded.unflatten(1, (-1, FRAMES_PER_LATENT)).flatten(-2)
+        weight = self.proj.weight
+        out: Tensor = self.norm_out(self.proj(packed.to(weight.dtype)).to(self.norm_out.weight.dtype))
+        return out
+
+
+def audio_block_indices(num_layers: int) -> range:
+    """Blocks that receive audio: 2..num_layers//2, both included."""
+    return range(2, num_layers // 2 + 1)

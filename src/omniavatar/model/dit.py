@@ -1,0 +1,164 @@
+"""OmniAvatar's diffusion transformer: Wan 2.1 T2V with 33 input channels and audio added between blocks.
+
+Plain maths on one device. What does not change from step to step is made once and passed in as data:
+`prepare_text` (cross-attention keys and values, once a prompt) and `prepare_audio` (once a window).
+`forward(..., run_blocks=)` is the seam for step caches, sharding and offloading: anything with the
+signature of `WanDiT.run_blocks` may stand in for it. State-dict keys are those of the released files.
+Sources: Wan 2.1 (arXiv 2503.20314), OmniAvatar (arXiv 2506.18866).
+
+Shapes: B batch, T latent frames, h w latent pixels, L = T*h/2*w/2 tokens, C width, S text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from omniavatar.model.audio_adapter import AudioPack, audio_block_indices
+from omniavatar.model.layers import Block, BlockInputs, modulate
+from omniavatar.model.rope import rope_table
+from omniavatar.ops.attention import AttentionFn
+
+RunBlocks = Callable[[Tensor, BlockInputs], Tensor]
+TextState = tuple[tuple[Tensor, Tensor], ...]
+AudioState = tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of the transformer. `audio_dim` is one video frame's audio vector (0: no audio layers)."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_dim: int = 33
+    out_dim: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    audio_dim: int = 10752
+    audio_hidden: int = 32
+    eps: float = 1e-6
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def audio_blocks(self) -> range:
+        """Indices of the blocks that receive audio."""
+        return audio_block_indices(self.num_layers) if self.audio_dim else range(0)
+
+
+class Head(nn.Module):
+    """Modulated norm and the linear layer back to latent patches."""
+
+    def __init__(self, dim: int, out_features: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.head = nn.Linear(dim, out_features)
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+    def forward(self, x_BLC: Tensor, time_BC: Tensor) -> Tensor:
+        shift, scale = (self.modulation.float() + time_BC.float()[:, None]).chunk(2, dim=1)
+        out: Tensor = self.head(modulate(x_BLC, shift, scale, self.eps).to(self.head.weight.dtype))
+        return out
+
+
+class WanDiT(nn.Module):
+    """Predicts the flow-matching velocity of a window. `attention` is any `ops.attention.AttentionFn`."""
+
+    def __init__(self, config: DiTConfig, attention: AttentionFn) -> None:
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(
+            Block(dim, config.ffn_dim, config.num_heads, config.eps) for _ in range(config.num_layers)
+        )
+        patch_volume = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+        self.head = Head(dim, config.out_dim * patch_volume, config.eps)
+        if config.audio_dim:
+            self.audio_proj = AudioPack(config.audio_dim, config.audio_hidden)
+            self.audio_cond_projs = nn.ModuleList(
+                nn.Linear(config.audio_hidden, dim) for _ in config.audio_blocks
+            )
+
+    def prepare_text(self, embedding_BSE: Tensor) -> TextState:
+        """Keys and values of every block for text embeddings (B, S, text_dim)."""
+        weight = self.text_embedding[0].weight
+        text_BSC = self.text_embedding(embedding_BSE.to(device=weight.device, dtype=weight.dtype))
+        text_BSC = text_BSC.to(self.blocks[0].cross_attn.k.weight.dtype)
+        return tuple(block.cross_attn.keys_values(text_BSC) for block in self.blocks)
+
+    def prepare_audio(self, audio_BND: Tensor | None) -> AudioState:
+        """What each block adds, (B, T, C) or None, for audio vectors (B, 4T-3, audio_dim).
+
+        Silence is zeros *before* this call (the biases still act), not None; None means a model or a use
+        without audio.
+        """
+        per_block: list[Tensor | None] = [None] * self.config.num_layers
+        if audio_BND is not None:
+            packed = self.audio_proj(audio_BND.to(self.audio_proj.proj.weight.device))
+            for index, proj in zip(self.config.audio_blocks, self.audio_cond_projs, strict=True):
+                per_block[index] = proj(packed.to(proj.weight.dtype))
+        return tuple(per_block)
+
+    def embed_time(self, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Time embedding (B, C) and its projection (B, 6, C) for timesteps in 0..1000; float32 inside."""
+        half = self.config.freq_dim // 2
+        exponents = torch.arange(half, dtype=torch.float64, device=timestep_B.device) / half
+        angles = torch.outer(timestep_B.to(torch.float64), 10000.0**-exponents)
+        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        embedded = self.time_embedding(sinusoid.to(self.time_embedding[0].weight.dtype))
+        projected = self.time_projection(embedded.to(self.time_projection[1].weight.dtype))
+        return embedded, projected.unflatten(-1, (6, -1))
+
+    def run_blocks(self, tokens_BLC: Tensor, inputs: BlockInputs) -> Tensor:
+        """All blocks in order; the seam that caches, shards and offloaders wrap."""
+        for block, text, audio in zip(self.blocks, inputs.text, inputs.audio, strict=True):
+            tokens_BLC = block(
+                tokens_BLC, inputs.modulation, inputs.rope, text, audio, self.attention
+            )
+        return tokens_BLC
+
+    def forward(
+        self,
+        sample: Tensor,
+        y: Tensor | None,
+        timestep_B: Tensor,
+        text: TextState,
+        audio: AudioState,
+        run_blocks: RunBlocks | None = None,
+    ) -> Tensor:
+        """Velocity (B, 16, T, h, w) float32 of a noisy `sample` of the same shape.
+
+        y: (B, 17, T, h, w) reference latent and mask (0 given, 1 to generate), or None for plain T2V.
+        timestep_B: (B,) in 0..1000. text, audio: from `prepare_text` and `prepare_audio`.
+        """
+        x = sample if y is None else torch.cat([sample, y.to(sample.dtype)], dim=1)
+        patches = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))
+        grid = (patches.shape[2], patches.shape[3], patches.shape[4])
+        tokens = patches.flatten(2).transpose(1, 2).to(self.blocks[0].self_attn.q.weight.dtype)
+        embedded, modulation = self.embed_time(timestep_B)
+        rope = rope_table(grid, self.config.head_dim, tokens.device)
+        inputs = BlockInputs(modulation, rope, text, audio)
+        tokens = (run_blocks or self.run_blocks)(tokens.contiguous(), inputs)
+        return self._unpatchify(self.head(tokens, embedded), grid).float()
+
+    def _unpatchify(self, x_BLP: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        pt, ph, pw = self.config.patch_size
+        t, h, w = grid
+        x = x_BLP.view(-1, t, h, w, pt, ph, pw, self.config.out_dim)
+        x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return x.reshape(x.shape[0], self.config.out_dim, t * pt, h * ph, w * pw)

@@ -1,0 +1,73 @@
+"""Attention backends by name, behind one signature.
+
+Shapes: B batch, L query tokens, S key tokens, H heads, D head dim. Every backend is an `AttentionFn`:
+q (B, L, H, D), k and v (B, S, H, D) -> (B, L, H, D), softmax scale 1/sqrt(D), no mask, dtype of q.
+A name that is unknown, or that cannot run on the device, is an error that lists what can. `auto` is a
+choice made once from the device and logged by the caller, never a fallback while running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from omniavatar.errors import ResourceError
+
+AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _torch_attention(backend: SDPBackend | None) -> AttentionFn:
+    def pinned() -> AbstractContextManager[None]:
+        return nullcontext() if backend is None else sdpa_kernel(backend)
+
+    def attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
+        with pinned():
+            out = scaled_dot_product_attention(
+                q_BLHD.transpose(1, 2), k_BSHD.transpose(1, 2), v_BSHD.transpose(1, 2)
+            )
+        return out.transpose(1, 2)
+
+    return attention
+
+
+_TORCH_BACKENDS: dict[str, SDPBackend | None] = {
+    "sdpa": None,
+    "math": SDPBackend.MATH,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+_CUDA_ONLY = frozenset({"efficient", "cudnn"})
+
+
+def available_backends(device: torch.device) -> list[str]:
+    """Names `create_attention` accepts on this device, besides `auto`."""
+    return [name for name in _TORCH_BACKENDS if device.type == "cuda" or name not in _CUDA_ONLY]
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """What `auto` means: cuDNN on Hopper and later in half precision (fastest measured), else PyTorch's pick."""
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        major, _ = torch.cuda.get_device_capability(device)
+        if major >= 9:
+            return "cudnn"
+    return "sdpa"
+
+
+def create_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, AttentionFn]:
+    """The backend called `name` (or what `auto` chooses), as (name, function).
+
+    Raises ResourceError for a name that does not exist or cannot run on `device`.
+    """
+    chosen = choose_backend(device, dtype) if name == "auto" else name
+    there = available_backends(device)
+    if chosen not in there:
+        raise ResourceError(
+            f"runtime.attention: {chosen!r} cannot run on {device.type}; choose one of: auto, {', '.join(there)}"
+        )
+    return chosen, _torch_attention(_TORCH_BACKENDS[chosen])
