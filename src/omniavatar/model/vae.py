@@ -1,0 +1,165 @@
+"""The causal video VAE of Wan 2.1: 8x8 spatial and 4x temporal compression, 16 latent channels.
+
+A clip of 4T-3 frames becomes T latents; the first frame is coded alone. `decode_stream` yields pixels while
+it goes, holding only the causal history (two frames a convolution), so length costs no memory.
+Latents here are always *normalised* by the published mean and standard deviation; pixels are in [-1, 1]
+(not clamped). State-dict keys are those of `Wan2.1_VAE.pth`. Source: Wan 2.1 (arXiv 2503.20314).
+
+Shapes: B batch, N = 4T-3 video frames, T latent frames, H W pixels, h w = H/8 W/8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from omniavatar.model.vae_layers import (
+    CausalConv3d,
+    CausalState,
+    ChannelRMSNorm,
+    Downsample,
+    FrameAttention,
+    ResidualBlock,
+    Upsample,
+)
+
+LATENT_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+LATENT_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of the VAE; the released one has `dim` 96."""
+
+    dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+
+
+class Encoder(nn.Module):
+    """Pixels (B, 3, N, H, W) to mean and log variance (B, 2*z_dim, T, h, w)."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = [config.dim * m for m in (1, *config.dim_mult)]
+        self.conv1 = CausalConv3d(3, widths[0], (3, 3, 3))
+        stages: list[nn.Module] = []
+        for level, (width_in, width_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+            for block in range(config.num_res_blocks):
+                stages.append(ResidualBlock(width_in if block == 0 else width_out, width_out))
+            if level < len(config.temporal_downsample):
+                stages.append(Downsample(width_out, config.temporal_downsample[level]))
+        self.downsamples = nn.ModuleList(stages)
+        self.middle = _middle(widths[-1])
+        self.head = _head(widths[-1], 2 * config.z_dim)
+
+    def forward(self, x: Tensor, state: CausalState) -> Tensor:
+        x = self.conv1(x, state)
+        for layer in (*self.downsamples, *self.middle):
+            x = layer(x, state)
+        return _apply_head(self.head, x, state)
+
+
+class Decoder(nn.Module):
+    """Latents (B, z_dim, T, h, w) to pixels (B, 3, N, H, W)."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = [config.dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
+        temporal_upsample = tuple(reversed(config.temporal_downsample))
+        self.conv1 = CausalConv3d(config.z_dim, widths[0], (3, 3, 3))
+        self.middle = _middle(widths[0])
+        stages: list[nn.Module] = []
+        for level, (previous, width) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+            halved = previous if level == 0 else previous // 2
+            for block in range(config.num_res_blocks + 1):
+                stages.append(ResidualBlock(halved if block == 0 else width, width))
+            if level < len(temporal_upsample):
+                stages.append(Upsample(width, temporal_upsample[level]))
+        self.upsamples = nn.ModuleList(stages)
+        self.head = _head(widths[-1], 3)
+
+    def forward(self, x: Tensor, state: CausalState) -> Tensor:
+        x = self.conv1(x, state)
+        for layer in (*self.middle, *self.upsamples):
+            x = layer(x, state)
+        return _apply_head(self.head, x, state)
+
+
+class WanVAE(nn.Module):
+    """Encoder, decoder and the two 1x1x1 layers between them."""
+
+
+    def __init__(self, config: VAEConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or VAEConfig()
+        self.encoder = Encoder(config)
+        self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
+        self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
+        self.decoder = Decoder(config)
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels a latent pixel covers along one axis: 8."""
+        return int(2 ** len(self.config.temporal_downsample))
+
+    def encode(self, video: Tensor, frames_at_once: int = 4) -> Tensor:
+        """Normalised posterior mean (B, 16, T, h, w) float32 of pixels (B, 3, 4T-3, H, W) in [-1, 1].
+
+        frames_at_once: frames a pass after the first one, a multiple of 4.
+        """
+        if video.shape[2] % 4 != 1 or frames_at_once % 4:
+            raise ValueError(f"a clip of 1+4n frames in passes of 4n, not {video.shape[2]} by {frames_at_once}")
+        video = video.to(self.conv1.weight.dtype)
+        state: CausalState = {}
+        pieces = [self.encoder(video[:, :, :1], state)]
+        for piece in video[:, :, 1:].split(frames_at_once, dim=2):
+            if piece.shape[2]:
+                pieces.append(self.encoder(piece, state))
+        mean = self.conv1(torch.cat(pieces, dim=2)).float().chunk(2, dim=1)[0]
+        offset, scale = self._statistics(mean)
+        return (mean - offset) / scale
+
+    def decode_stream(self, latent: Tensor, latents_at_once: int = 1) -> Iterator[Tensor]:
+        """Yield pixels (B, 3, n, H, W) float32, about [-1, 1], in order; n = 1 first, then 4 a latent."""
+        offset, scale = self._statistics(latent)
+        z = self.conv2((latent.float() * scale + offset).to(self.conv2.weight.dtype))
+        state: CausalState = {}
+        for piece in z.split(latents_at_once, dim=2):
+            yield self.decoder(piece, state).float()
+
+    def decode(self, latent: Tensor, latents_at_once: int = 1) -> Tensor:
+        """Pixels (B, 3, 4T-3, H, W) float32 of normalised latents (B, 16, T, h, w), not clamped."""
+        return torch.cat(list(self.decode_stream(latent, latents_at_once)), dim=2)
+
+    @staticmethod
+    def _statistics(like: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (1, -1, 1, 1, 1)
+        mean = torch.tensor(LATENT_MEAN, device=like.device).view(shape)
+        std = torch.tensor(LATENT_STD, device=like.device).view(shape)
+        return mean, std
+
+
+def _middle(width: int) -> nn.ModuleList:
+    return nn.ModuleList([ResidualBlock(width, width), FrameAttention(width), ResidualBlock(width, width)])
+
+
+def _head(width: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(ChannelRMSNorm(width, 3), nn.SiLU(), CausalConv3d(width, out_channels, (3, 3, 3)))
+
+
+def _apply_head(head: nn.Sequential, x: Tensor, state: CausalState) -> Tensor:
+    norm, activation, conv = head
+    out: Tensor = conv(activation(norm(x)), state)
+    return out
