@@ -1,0 +1,200 @@
+"""The long-video loop: windows denoised one after the other, each handed the end of the one before.
+
+The hand-over goes through pixels: the last `overlap` frames of a window, clipped to [0, 1] and kept as
+floats, are encoded again and become the next window's given latents (a latent from the middle of a clip
+cannot serve, because the causal VAE codes a clip's first frame alone).
+Source: OmniAvatar (arXiv 2506.18866).
+
+Shapes: T latent frames, h w latent pixels, N video frames, H W pixels, D audio width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omniavatar.accel.step_cache import ResidualCache
+from omniavatar.model.dit import AudioState, WanDiT
+from omniavatar.model.vae import WanVAE
+from omniavatar.sampling.denoise import denoise
+from omniavatar.sampling.guidance import Branch
+from omniavatar.sampling.noise import WindowNoise
+from omniavatar.sampling.schedule import Schedule
+from omniavatar.types import Conditioning, Recorder, Sampler, StepPlan, Window
+
+DrawNoise = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class WindowSampling:
+    """How every window of one request is sampled."""
+
+    seed: int
+    schedule: Schedule
+    step_plan: StepPlan
+    branches: tuple[Branch, ...]
+    sampler: Sampler = "euler"
+
+
+@dataclass(frozen=True, eq=False)
+class WindowResult:
+    """One finished window: `frames` are the new ones only, in the form `convert` gave them.
+
+    latent: (1, 16, T, h, w) float32. next_given: given latents of the next window, None after the last.
+    """
+
+    window: Window
+    latent: Tensor
+    frames: list[np.ndarray] = field(repr=False)
+    next_given: Tensor | None = None
+
+
+def to_uint8(pixels: Tensor) -> np.ndarray:
+    """Pixels (1, 3, N, H, W) in [0, 1] to (N, H, W, 3) uint8, rounded (not truncated), on the CPU."""
+    scaled = (pixels[0] * 255.0).round_().to(torch.uint8)
+    return scaled.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+
+
+def audio_slice(audio: np.ndarray, window: Window) -> Tensor:
+    """Audio vectors (1, length, D) of a window: frame f hears row f-1, the portrait frame hears zeros."""
+    rows = torch.zeros(1, window.length, audio.shape[1])
+    first = 1 if window.start == 0 else 0
+    start = window.start + first - 1
+    piece = np.array(audio[start : start + window.length - first], dtype=np.float32)
+    if len(piece) != window.length - first:
+        raise ValueError(f"window {window.index} needs audio rows up to {start + window.length - first}")
+    rows[0, first:] = torch.from_numpy(piece)
+    return rows
+
+
+def image_condition(reference_latent: Tensor, window: Window) -> Tensor:
+    """y (1, 17, T, h, w): the portrait latent on every frame, and the mask (0 given, 1 to generate)."""
+    frames = window.latent_frames
+    repeated = reference_latent.expand(-1, -1, frames, -1, -1)
+    mask = torch.ones_like(repeated[:, :1])
+    mask[:, :, : window.given_latents] = 0
+    return torch.cat([repeated, mask], dim=1)
+
+
+class WindowGenerator:
+    """Generates the windows of one request with models that are already on their device."""
+
+    def __init__(
+        self,
+        dit: WanDiT,
+        vae: WanVAE,
+        conditioning: Conditioning,
+        sampling: WindowSampling,
+        recorder: Recorder,
+        convert: Callable[[Tensor], np.ndarray] = to_uint8,
+        draw_noise: Callable[[Window, tuple[int, ...]], DrawNoise] | None = None,
+    ) -> None:
+        self._dit, self._vae = dit, vae
+        self._sampling, self._recorder, self._convert = sampling, recorder, convert
+        self._device = conditioning.reference_latent.device
+        self._draw_noise = draw_noise or self._seeded_noise
+        self._reference = conditioning.reference_latent
+        self._audio = conditioning.audio
+        with torch.inference_mode():
+            embeddings = {"positive": conditioning.text_positive, "negative": conditioning.text_negative}
+            needed = {branch.text for branch in sampling.branches}
+            self._text = {name: dit.prepare_text(embeddings[name]) for name in sorted(needed)}
+
+    def run(
+        self, windows: Sequence[Window], first: int = 0, given: Tensor | None = None
+    ) -> Iterator[WindowResult]:
+        """Yield the results of `windows[first:]`; `given` are window `first`'s given latents if first > 0."""
+        known = self._reference if given is None else given.to(self._device)
+        for window in windows[first:]:
+            with self._recorder.stage("denoise"):
+                latent = self._denoise(window, known)
+            last = window.index == len(windows) - 1
+            overlap = 0 if last else windows[window.index + 1].given_frames
+            with self._recorder.stage("vae_decode"):
+                frames, tail = self._decode(latent, window, overlap)
+            next_given = None
+            if tail is not None:
+                with self._recorder.stage("vae_encode"):
+                    known = next_given = self._encode(tail)
+            yield WindowResult(window, latent, frames, next_given)
+
+    def _seeded_noise(self, window: Window, shape: tuple[int, ...]) -> DrawNoise:
+        return WindowNoise(self._sampling.seed, window.index, shape, self._device).draw
+
+    def _audio_states(self, window: Window) -> dict[str, AudioState]:
+        needed = {branch.audio for branch in self._sampling.branches}
+        states: dict[str, AudioState] = {}
+        width = self._dit.config.audio_dim
+        if not width:
+            return dict.fromkeys(sorted(needed), self._dit.prepare_audio(None))
+        if "silence" in needed:
+            silence = torch.zeros(1, window.length, width)
+            states["silence"] = self._dit.prepare_audio(silence)
+        if "speech" in needed and self._audio is not None:
+            states["speech"] = self._dit.prepare_audio(audio_slice(self._audio, window))
+        return states
+
+    @torch.inference_mode()
+    def _denoise(self, window: Window, given: Tensor) -> Tensor:
+        sampling, dit = self._sampling, self._dit
+        y = image_condition(self._reference, window)
+        audio = self._audio_states(window)
+        cache = ResidualCache(dit.run_blocks, sampling.step_plan)
+        timesteps = torch.tensor(sampling.schedule.timesteps, dtype=torch.float32, device=self._device)
+
+        def velocity(sample: Tensor, step: int) -> Tensor:
+            total = torch.zeros_like(sample)
+            for branch in sampling.branches:
+                predicted = dit(
+                    sample,
+                    y,
+                    timesteps[step : step + 1],
+                    self._text[branch.text],
+                    audio[branch.audio],
+                    run_blocks=cache.runner(branch.name, step),
+                )
+                total = total.add_(predicted, alpha=branch.weight)
+            return total
+
+        def on_step(step: int) -> None:
+            action = "compute" if sampling.step_plan.compute[step] else "reuse"
+            self._recorder.event(
+                "step", window=window.index, step=step, steps=len(sampling.schedule), action=action
+            )
+
+        shape = (1, self._reference.shape[1], window.latent_frames, *self._reference.shape[3:])
+        latent = denoise(
+            velocity, sampling.schedule, given, self._draw_noise(window, shape), sampling.sampler, on_step
+        )
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return latent
+
+    @torch.inference_mode()
+    def _decode(self, latent: Tensor, window: Window, overlap: int) -> tuple[list[np.ndarray], Tensor | None]:
+        """New frames of the window, converted piece by piece, and its last `overlap` frames as floats."""
+        skip = 0 if window.index == 0 else window.given_frames
+        stop = skip + window.new_frames
+        frames: list[np.ndarray] = []
+        tail: list[Tensor] = []
+        done = 0
+        for piece in self._vae.decode_stream(latent):
+            pixels = piece.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
+            count = pixels.shape[2]
+            low, high = max(skip - done, 0), min(stop - done, count)
+            if low < high:
+                frames.append(self._convert(pixels[:, :, low:high]))
+            if done + count > window.length - overlap:
+                tail.append(pixels[:, :, max(window.length - overlap - done, 0) :].clone())
+            done += count
+            if not overlap and done >= stop:
+                break
+        return frames, torch.cat(tail, dim=2) if tail else None
+
+    @torch.inference_mode()
+    def _encode(self, tail: Tensor) -> Tensor:
+        return self._vae.encode(tail * 2.0 - 1.0)

@@ -1,0 +1,56 @@
+"""A long video as a row of overlapping windows, by integer arithmetic.
+
+Video frame 0 is the portrait; video frame f >= 1 hears audio row f-1. Window k starts at frame
+k*(L - overlap), so its first `overlap` frames are the last ones of window k-1; window 0 is given the
+portrait frame only. Every window is denoised at full length L; the last one's surplus is cut.
+Source: OmniAvatar's inference loop (described in its paper, arXiv 2506.18866, section on long videos).
+"""
+
+from __future__ import annotations
+
+from omniavatar.errors import ConfigError
+from omniavatar.types import Window
+
+TOKEN_PIXELS = 1024
+
+
+def window_length(max_tokens: int, height: int, width: int) -> int:
+    """Frames of a window, 1+4n, that `max_tokens` allow at this size (a token stands for 1024 pixel-frames)."""
+    length = max_tokens * TOKEN_PIXELS // (height * width)
+    length = length // 4 * 4 + 1 if length % 4 else length - 3
+    if length < 5:
+        raise ConfigError(
+            f"max_tokens={max_tokens} leaves {max(length, 0)} frames a window at {height}x{width}; "
+            f"raise it to at least {-(-6 * height * width // TOKEN_PIXELS)} or choose a smaller size"
+        )
+    return length
+
+
+def count_windows(audio_frames: int, length: int, overlap: int) -> int:
+    """Windows that `audio_frames` (frames after the portrait) need."""
+    return 1 + -(-max(0, audio_frames - (length - 1)) // (length - overlap))
+
+
+def padded_audio_frames(windows: int, length: int, overlap: int) -> int:
+    """Audio rows that fill the windows completely."""
+    return length - 1 + (windows - 1) * (length - overlap)
+
+
+def plan_windows(audio_frames: int, length: int, overlap: int) -> tuple[Window, ...]:
+    """Windows that cover the portrait frame and `audio_frames` more.
+
+    Raises ConfigError unless length and overlap are 1+4n and overlap < length.
+    """
+    if length % 4 != 1 or overlap % 4 != 1 or not 0 < overlap < length:
+        raise ConfigError(
+            f"overlap_frame={overlap} and a window of {length} frames: both must be 1+4n, the overlap shorter"
+        )
+    total = audio_frames + 1
+    windows = []
+    for index in range(count_windows(audio_frames, length, overlap)):
+        start = index * (length - overlap)
+        given = 1 if index == 0 else overlap
+        first_new = start if index == 0 else start + overlap
+        new = min(start + length, total) - first_new
+        windows.append(Window(index, start, length, given, new))
+    return tuple(windows)
