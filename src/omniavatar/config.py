@@ -1,0 +1,466 @@
+"""The configuration: one frozen, validated tree.
+
+Leaf names are unique over the whole tree, so the original's flat key (`num_steps`) and the dotted one
+(`sampling.num_steps`) name the same field. `config_load.load_config` fills the tree from a YAML file,
+the checkpoint's `config.json` and `--hp` overrides; only the command line and the pipeline import it.
+Keys of the original that an inference engine has no use for are in `IGNORED_KEYS` and are reported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from omniavatar.errors import ConfigError
+from omniavatar.types import Sampler, StepCache
+
+NEGATIVE_PROMPT = (
+    "Vivid color tones, background/camera moving quickly, screen switching, subtitles and special effects, "
+    "mutation, overexposed, static, blurred details, subtitles, style, work, painting, image, still, "
+    "overall grayish, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra "
+    "fingers, poorly drawn hands, poorly drawn face, deformed, disfigured, malformed limbs, fingers "
+    "merging, motionless image, chaotic background, three legs, crowded background with many people, "
+    "walking backward"
+)
+
+IGNORED_KEYS: Mapping[str, str] = MappingProxyType(
+    {
+        "reload_cfg": "the checkpoint's config.json is always read",
+        "image_encoder_path": "the text-to-video base has no image encoder",
+        "num_persistent_param_in_dit": "offloading is not in this version: all weights stay on the device",
+        "random_prefix_frames": "a training setting",
+        "init_lora_weights": "a training setting",
+        "use_checkpoint": "a training setting (gradient checkpointing)",
+        "train_log": "a training setting",
+        "debug": "has no effect on inference",
+        "infer": "has no effect on inference",
+    }
+)
+"""Keys of the original that are accepted and have no effect, each with the reason."""
+
+NEUTRAL_FIELDS = frozenset(
+    {
+        "output.output_dir",
+        "output.naming",
+        "output.resume",
+        "output.keep_job",
+        "runtime.device",
+        "runtime.text_cache_dir",
+        "runtime.threads",
+    }
+)
+"""Fields that do not change the video; they may differ between an interrupted run and its resumption."""
+
+
+class FieldError(ValueError):
+    """A combination of values that cannot be used; `fields` are the leaves it is about, the nearest first."""
+
+    def __init__(self, message: str, *fields: str) -> None:
+        super().__init__(message)
+        self.fields = fields
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError("must be a whole number")
+    return value
+
+
+def _real(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("must be a number")
+    return value
+
+
+def _flag(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def _words(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _path(value: Any) -> Any:
+    if not isinstance(value, str | Path) or not str(value).strip():
+        raise ValueError("must be a path")
+    return Path(value).expanduser()
+
+
+def _paths(value: Any) -> Any:
+    """A path, a comma-separated text, a list of these; a pattern becomes the sorted files it matches."""
+    parts = _words(str(value)) if isinstance(value, str | Path) else value
+    if not isinstance(parts, list | tuple):
+        raise ValueError("must be a path, a list of paths, or a pattern such as folder/*.safetensors")
+    files: list[Path] = []
+    for part in parts:
+        path = _path(part)
+        matches = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor)))) if _is_pattern(path) else []
+        files.extend(matches or [path])
+    return tuple(files)
+
+
+def _is_pattern(path: Path) -> bool:
+    return any(letter in str(path) for letter in "*?[")
+
+
+def _lora(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str | Path) else value
+
+
+_DTYPES = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "half": "fp16",
+    "float32": "fp32",
+    "float": "fp32",
+}
+
+
+def _dtype(value: Any) -> Any:
+    name = str(value).removeprefix("torch.")
+    return _DTYPES.get(name, name)
+
+
+def _scale(value: Any) -> Any:
+    return value.upper() if isinstance(value, str) and value.upper() in ("1.3B", "14B") else value
+
+
+def _coefficients(value: Any) -> Any:
+    named = _scale(value)
+    if named in ("auto", "1.3B", "14B"):
+        return named
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError("must be auto, 1.3B, 14B or a list of numbers, highest power first")
+    return tuple(_real(number) for number in value)
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise ValueError("must be auto, cpu, cuda or cuda:N")
+    return value
+
+
+def _size(value: tuple[int, int]) -> tuple[int, int]:
+    if any(side < 16 or side % 16 for side in value):
+        raise ValueError("sizes are [height, width], both multiples of 16")
+    return value
+
+
+def _timesteps(value: tuple[float, ...]) -> tuple[float, ...]:
+    if not value:
+        raise ValueError("must not be empty (leave it out to use num_steps and shift)")
+    if not (0 < value[-1] and value[0] <= 1000) or any(a <= b for a, b in zip(value, value[1:], strict=False)):
+        raise ValueError("must descend strictly within (0, 1000], such as [1000, 750, 500, 250]")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Real = Annotated[float, BeforeValidator(_real), Field(allow_inf_nan=False)]
+Flag = Annotated[bool, BeforeValidator(_flag)]
+FilePath = Annotated[Path, BeforeValidator(_path)]
+FilePaths = Annotated[tuple[Path, ...], BeforeValidator(_paths)]
+Size = Annotated[tuple[Whole, Whole], AfterValidator(_size)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class DitOverrides(_Section):
+    """The DiT's architecture as the checkpoint's `config.json` states it; the rest is read off the weights."""
+
+    in_dim: Whole = Field(33, ge=16)
+    """Input channels of the patch embedding: 16 noise + 16 portrait + 1 mask."""
+    num_heads: Whole | None = Field(None, ge=1)
+    """Attention heads; unset: width / 128."""
+    audio_hidden_size: Whole = Field(32, ge=1)
+    """Width between the audio packing and the projections of the blocks."""
+
+
+class LoraFile(_Section):
+    """A further LoRA merged into the DiT."""
+
+    path: FilePath
+    """The LoRA file (.safetensors, .pt)."""
+    strength: Real = 1.0
+    """Factor on its weight differences."""
+
+
+class ModelConfig(_Section):
+    """Which weights, and in which precision."""
+
+    dit_path: FilePaths = ()
+    """Base DiT: one file or all shards; a list, a comma-separated text or a pattern."""
+    vae_path: FilePath | None = None
+    """Wan 2.1 VAE (`Wan2.1_VAE.pth`)."""
+    text_encoder_path: FilePath | None = None
+    """UMT5-XXL encoder (`models_t5_umt5-xxl-enc-bf16.pth`)."""
+    tokenizer_path: FilePath | None = None
+    """Tokenizer folder; unset: `google/umt5-xxl` beside the text encoder."""
+    wav2vec_path: FilePath | None = None
+    """wav2vec 2.0 folder (`wav2vec2-base-960h`)."""
+    exp_path: FilePath | None = None
+    """OmniAvatar folder with `pytorch_model.pt` and `config.json`; unset: the DiT file is already merged."""
+    loras: tuple[Annotated[LoraFile, BeforeValidator(_lora)], ...] = ()
+    """Further LoRAs, merged in float32: a list of {path, strength}."""
+    weights: Literal["files", "random"] = "files"
+    """files: load them; random: make a random model of `scale` on the device (speed tests)."""
+    scale: Annotated[Literal["auto", "nano", "1.3B", "14B"], BeforeValidator(_scale)] = "auto"
+    """Model size; needed for random weights, else read off the files."""
+    dtype: Annotated[Literal["bf16", "fp16", "fp32"], BeforeValidator(_dtype)] = "bf16"
+    """Precision of the weights; sample, timestep and time embedding stay float32."""
+    dit_config: DitOverrides = DitOverrides()
+    """Architecture of the DiT (key `model_config` of the checkpoint's config.json)."""
+    train_architecture: Literal["lora", "full"] = "lora"
+    """How the OmniAvatar file was trained: LoRA pairs, or whole weights."""
+    lora_rank: Whole | None = Field(None, ge=1)
+    """Rank of the OmniAvatar LoRA; unset: read off the file."""
+    lora_alpha: Real | None = Field(None, gt=0)
+    """Alpha of the OmniAvatar LoRA; its factor is alpha / rank; unset: 1."""
+    lora_target_modules: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
+    """Layers the OmniAvatar LoRA touches, as its config.json lists them."""
+    use_audio: Flag = True
+    """The checkpoint has audio layers."""
+    i2v: Flag = True
+    """The checkpoint takes the portrait as first frame."""
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """Folder of the tokenizer, or None when neither it nor the text encoder is named."""
+        if self.tokenizer_path is not None or self.text_encoder_path is None:
+            return self.tokenizer_path
+        return self.text_encoder_path.parent / "google" / "umt5-xxl"
+
+    def check_files_named(self) -> None:
+        """Raise `ConfigError` naming the paths that `weights: files` needs and the config leaves out."""
+        if self.weights == "random":
+            return
+        needed = ("dit_path", "vae_path", "text_encoder_path", "wav2vec_path")
+        missing = [name for name in needed if not getattr(self, name)]
+        if missing:
+            raise ConfigError(
+                f"model: {', '.join(missing)} not set; name the files in the config, "
+                "or use weights: random with a scale to try the engine without files"
+            )
+
+    @model_validator(mode="after")
+    def _random_needs_scale(self) -> ModelConfig:
+        if self.weights == "random" and self.scale == "auto":
+            raise FieldError("random weights need a scale; set scale to nano, 1.3B or 14B", "weights", "scale")
+        return self
+
+
+class SamplingConfig(_Section):
+    """How a window is denoised; a request may override most of it (`SamplingParams`)."""
+
+    seed: Whole = Field(42, ge=0, lt=2**63)
+    """Noise of window w comes from (seed, w)."""
+    num_steps: Whole = Field(50, ge=1, le=1000)
+    """Denoising steps; not used when `timesteps` is given."""
+    guidance_scale: Real = Field(4.5, ge=0)
+    """Text guidance; 1 runs no negative branch."""
+    audio_scale: Real | None = Field(None, ge=0)
+    """Audio guidance; unset: as guidance_scale. Another value costs a third branch."""
+    shift: Real = Field(5.0, gt=0)
+    """Shift of the flow-matching schedule."""
+    timesteps: Annotated[tuple[Real, ...], AfterValidator(_timesteps)] | None = None
+    """Explicit timesteps in (0, 1000], descending, as step-distilled LoRAs ask for."""
+    sampler: Sampler = "euler"
+    """euler; renoise: predict x0 and add fresh noise (step-distilled LoRAs)."""
+    negative_prompt: str = NEGATIVE_PROMPT
+    """What the picture should not be."""
+    step_cache: StepCache | None = None
+    """Skip similar steps; unset: teacache when tea_cache_l1_thresh > 0, else none."""
+    tea_cache_l1_thresh: Real = Field(0.0, ge=0)
+    """TeaCache threshold; larger skips more."""
+    teacache_coefficients: Annotated[
+        Literal["auto", "1.3B", "14B"] | tuple[Real, ...], BeforeValidator(_coefficients)
+    ] = "auto"
+    """TeaCache polynomial, highest power first, or the model whose published one to use."""
+    cache_protect_first: Whole = Field(1, ge=1)
+    """First steps that are always computed."""
+    cache_protect_last: Whole = Field(1, ge=0)
+    """Last steps that are always computed."""
+    magcache_thresh: Real = Field(0.12, gt=0)
+    """MagCache: accumulated error allowed before a step is computed."""
+    magcache_max_skip: Whole = Field(2, ge=1)
+    """MagCache: most steps skipped in a row."""
+    magcache_retention: Real = Field(0.2, ge=0, le=1)
+    """MagCache: first part of the steps that is always computed."""
+
+    @property
+    def steps(self) -> int:
+        """Number of denoising steps: of `timesteps` when given, else `num_steps`."""
+        return self.num_steps if self.timesteps is None else len(self.timesteps)
+
+    @property
+    def effective_audio_scale(self) -> float:
+        return self.guidance_scale if self.audio_scale is None else self.audio_scale
+
+    @property
+    def cache_policy(self) -> StepCache:
+        if self.step_cache is not None:
+            return self.step_cache
+        return "teacache" if self.tea_cache_l1_thresh > 0 else "none"
+
+    @model_validator(mode="after")
+    def _teacache_needs_threshold(self) -> SamplingConfig:
+        if self.step_cache == "teacache" and self.tea_cache_l1_thresh == 0:
+            raise FieldError(
+                "teacache skips nothing at threshold 0; set tea_cache_l1_thresh, such as 0.14",
+                "step_cache",
+                "tea_cache_l1_thresh",
+            )
+        return self
+
+
+class VideoConfig(_Section):
+    """Sizes, windows and timing."""
+
+    max_hw: Literal[720, 1280] = 720
+    """720: sizes of image_sizes_720 (480p); 1280: sizes of image_sizes_1280 (720p)."""
+    image_sizes_720: tuple[Size, ...] = Field(((400, 720), (720, 720), (720, 400)), min_length=1)
+    """[height, width] a portrait may become with max_hw 720; the nearest aspect is taken."""
+    image_sizes_1280: tuple[Size, ...] = Field(
+        ((720, 720), (528, 960), (960, 528), (720, 1280), (1280, 720)), min_length=1
+    )
+    """The same with max_hw 1280."""
+    max_tokens: Whole = Field(30000, ge=1)
+    """Decides a window's length: about this many tokens of 4 frames x 16 x 16 pixels."""
+    overlap_frame: Whole = Field(13, ge=1)
+    """Frames a window takes over from the one before; 1 + 4n."""
+    seq_len: Whole = Field(200, ge=1)
+    """Frames of a video without audio; with audio its length decides."""
+    fps: Whole = Field(25, ge=1, le=240)
+    """Frames a second."""
+    sample_rate: Literal[16000] = 16000
+    """Rate the audio encoder works at, Hz; no other is possible."""
+    silence_duration_s: Real = Field(0.3, ge=0, le=60)
+    """Silence put in front of the audio, seconds."""
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) choices of the effective `max_hw`."""
+        return self.image_sizes_720 if self.max_hw == 720 else self.image_sizes_1280
+
+    @model_validator(mode="after")
+    def _windows_fit(self) -> VideoConfig:
+        if self.overlap_frame % 4 != 1:
+            near = max(1, round((self.overlap_frame - 1) / 4) * 4 + 1)
+            raise FieldError(f"must be 1 + 4n (1, 5, 9, 13, ...); the nearest is {near}", "overlap_frame")
+        height, width = max(self.sizes, key=lambda size: size[0] * size[1])
+        frames = self.max_tokens * 1024 // (height * width)
+        length = frames // 4 * 4 + 1 if frames % 4 else frames - 3
+        if length < 5:
+            raise FieldError(
+                f"leaves no room for a window of 5 frames at {height}x{width}; raise max_tokens", "max_tokens"
+            )
+        if self.overlap_frame >= length:
+            raise FieldError(
+                f"must be smaller than the window, {length} frames at {height}x{width} with max_tokens "
+                f"{self.max_tokens}; lower overlap_frame or raise max_tokens",
+                "overlap_frame",
+                "max_tokens",
+            )
+        return self
+
+
+class OutputConfig(_Section):
+    """The finished video."""
+
+    output_dir: FilePath = Path("outputs")
+    """Folder of the videos when no output name is given."""
+    naming: Literal["slug", "reference"] = "slug"
+    """slug: <output_dir>/<index>_<slug>.mp4; reference: the original's folder naming."""
+    crf: Whole = Field(18, ge=0, le=51)
+    """Quality of H.264; smaller is better and larger."""
+    preset: Literal[
+        "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"
+    ] = "medium"
+    """Speed of H.264."""
+    resume: Flag = True
+    """Go on at the last finished window of an interrupted run."""
+    keep_job: Flag = False
+    """Keep the job folder (windows, audio features) after the video is finished."""
+
+
+class RuntimeConfig(_Section):
+    """Where and how the model runs."""
+
+    device: Annotated[str, AfterValidator(_device)] = "auto"
+    """auto (cuda when there is one), cpu, cuda or cuda:N."""
+    attention: str = "auto"
+    """Attention backend by name, or auto."""
+    reference_numerics: Flag = False
+    """Reproduce the original's numeric quirks (for comparison with its recordings)."""
+    text_cache_dir: FilePath | None = None
+    """Folder of cached text embeddings; unset: `omniavatar` in the user's cache folder."""
+    sp_size: Whole = 1
+    """GPUs of one video; only 1 in this version."""
+    use_fsdp: Flag = False
+    """Shard the weights over GPUs; not in this version."""
+    threads: Whole | None = Field(None, ge=1)
+    """CPU threads of torch; unset: its own choice."""
+
+    @property
+    def text_cache(self) -> Path:
+        """Folder of cached text embeddings, the platform's user cache when none is configured."""
+        if self.text_cache_dir is not None:
+            return self.text_cache_dir
+        places = {"darwin": "Library/Caches", "win32": "AppData/Local"}
+        return Path.home() / places.get(sys.platform, ".cache") / "omniavatar"
+
+    @model_validator(mode="after")
+    def _one_process(self) -> RuntimeConfig:
+        if self.sp_size != 1:
+            raise FieldError("sequence parallelism is not in this version; use sp_size: 1", "sp_size")
+        if self.use_fsdp:
+            raise FieldError("sharding is not in this version; use use_fsdp: false", "use_fsdp")
+        return self
+
+
+class PipelineConfig(_Section):
+    """Everything a run is configured by. Every leaf name occurs once in the tree."""
+
+    model: ModelConfig = ModelConfig()
+    """Weights and precision."""
+    sampling: SamplingConfig = SamplingConfig()
+    """Denoising."""
+    video: VideoConfig = VideoConfig()
+    """Sizes, windows, timing."""
+    output: OutputConfig = OutputConfig()
+    """The finished video."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """Device and numerics."""
+
+
+def flat_values(config: PipelineConfig) -> dict[str, Any]:
+    """JSON-able values of every leaf by its dotted name (`sampling.num_steps`)."""
+    return {
+        f"{section}.{name}": value
+        for section, values in config.model_dump(mode="json").items()
+        for name, value in values.items()
+    }
+
+
+def result_values(config: PipelineConfig) -> dict[str, Any]:
+    """`flat_values` without the fields that do not change the video (`NEUTRAL_FIELDS`)."""
+    return {name: value for name, value in flat_values(config).items() if name not in NEUTRAL_FIELDS}
+
+
+def config_hash(config: PipelineConfig) -> str:
+    """SHA-256 (hex) of `result_values`: equal for configs that make the same video from the same files."""
+    text = json.dumps(result_values(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,214 @@
+"""From files and overrides to one `PipelineConfig`, remembering where each value came from.
+
+Later layers win: defaults, the checkpoint's `config.json` (found in `exp_path`), the YAML file, `--hp`.
+An empty value in a file (`audio_scale:`) leaves the layer below in force, as in the original. A key
+nobody knows is an error that names the nearest valid one; a misspelt option never means "off". Only
+`config.json`, which is the checkpoint's and not the user's, may hold further (training) keys: they are
+listed in `LoadedConfig.warnings`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from omniavatar.config import IGNORED_KEYS, DitOverrides, FieldError, PipelineConfig, flat_values
+from omniavatar.config_syntax import Entry, parse_overrides, read_yaml
+from omniavatar.errors import ConfigError
+
+Overrides = Sequence[str] | Mapping[str, Any]
+
+_SECTIONS = {
+    name: set(field.annotation.model_fields)
+    for name, field in PipelineConfig.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+}
+_SECTION_OF = {leaf: section for section, leaves in _SECTIONS.items() for leaf in leaves}
+_DIT_KEYS = ("model_config", "dit_config")
+_NESTED = frozenset((*_SECTIONS, *_DIT_KEYS))
+
+
+_WORDING = {
+    "Input should be": "must be",
+    "Tuple should have": "must be a list with",
+    " after validation": "",
+    "valid tuple": "list",
+    "valid string": "text",
+    "Extra inputs are not permitted": "has a key that is not known",
+    "Field required": "lacks a key",
+    "valid dictionary or instance of DitOverrides": "mapping",
+    "valid dictionary or instance of LoraFile": "mapping {path, strength}",
+}
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A config, the origin of each dotted leaf, ignored keys (key -> reason) and one-line warnings."""
+
+    config: PipelineConfig
+    origins: Mapping[str, str]
+    ignored: Mapping[str, str]
+    warnings: tuple[str, ...]
+
+
+def load_config(path: str | Path | None, overrides: Overrides = ()) -> LoadedConfig:
+    """Read `path` (None: defaults only) and the checkpoint's config.json, then apply `overrides`.
+
+    overrides: `--hp` texts, or a mapping of flat or dotted keys to values. Paths inside the config stay
+    relative to the current directory, as in the original. Raises ConfigError with one line.
+    """
+    layers = [] if path is None else read_yaml(_text(Path(path)), str(path), _NESTED)
+    changes = _override_entries(overrides)
+    ignored: dict[str, str] = {}
+    own = [*_resolve(layers, ignored, keep_null=False), *_resolve(changes, ignored, keep_null=True)]
+    exp_path = next((entry.value for entry in reversed(own) if entry.key == "model.exp_path"), None)
+    below, training_keys = _checkpoint_entries(exp_path, ignored)
+    warnings = [f"{key} has no effect: {reason}" for key, reason in ignored.items()]
+    if training_keys:
+        warnings.append(f"{exp_path}/config.json: not used: {', '.join(sorted(training_keys))}")
+    entries = [*below, *own]
+    given = {entry.key: entry.origin for entry in entries}
+    config = _build(entries, str(path) if path is not None else "config")
+    origins = {leaf: given.get(leaf, "default") for leaf in flat_values(config)}
+    within = [origin for key, origin in given.items() if key.startswith("model.dit_config.")]
+    if within:
+        origins["model.dit_config"] = ", ".join(dict.fromkeys(within))
+    return LoadedConfig(config, origins, ignored, tuple(warnings))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file; see the folder configs/") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder; name a YAML file in it") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text; a config is a YAML file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _override_entries(overrides: Overrides) -> list[Entry]:
+    if isinstance(overrides, Mapping):
+        return list(_flatten(overrides, "overrides", ""))
+    if isinstance(overrides, str):
+        return parse_overrides(overrides)
+    return [entry for text in overrides for entry in parse_overrides(text)]
+
+
+def _flatten(values: Mapping[str, Any], origin: str, prefix: str) -> Iterable[Entry]:
+    for key, value in values.items():
+        if key in _NESTED and isinstance(value, Mapping):
+            yield from _flatten(value, origin, f"{prefix}{key}.")
+        else:
+            yield Entry(prefix + str(key), value, origin)
+
+
+def _resolve(entries: Iterable[Entry], ignored: dict[str, str], *, keep_null: bool) -> list[Entry]:
+    """Entries with their keys in full (`model.dit_config.in_dim`); ignored keys are moved to `ignored`."""
+    resolved: list[Entry] = []
+    for entry in entries:
+        if entry.key in IGNORED_KEYS:
+            if entry.value is not None:
+                ignored[entry.key] = IGNORED_KEYS[entry.key]
+            continue
+        key = _full_key(entry)
+        if entry.value is not None or keep_null:
+            resolved.append(Entry(key, entry.value, entry.origin))
+    return resolved
+
+
+def _full_key(entry: Entry) -> str:
+    parts = entry.key.split(".")
+    section = parts.pop(0) if parts[0] in _SECTIONS and len(parts) > 1 else None
+    leaf, inner = parts[0], parts[1:]
+    leaf = "dit_config" if leaf in _DIT_KEYS else leaf
+    known = leaf in _SECTION_OF and section in (None, _SECTION_OF[leaf])
+    if known and leaf == "dit_config" and len(inner) == 1:
+        known = inner[0] in DitOverrides.model_fields
+    elif inner:
+        known = False
+    if known:
+        return ".".join((_SECTION_OF[leaf], leaf, *inner))
+    raise ConfigError(f"{entry.origin}: unknown key {entry.key}{_nearest(entry.key)}")
+
+
+def _nearest(key: str) -> str:
+    if key in _SECTIONS:
+        return f"; {key} is a section: write its fields below it, or {key}.<field>"
+    if key.rpartition(".")[2] in _SECTION_OF:
+        leaf = key.rpartition(".")[2]
+        return f"; did you mean {_SECTION_OF[leaf]}.{leaf}?"
+    names = [*_SECTION_OF, *IGNORED_KEYS, "model_config"]
+    names += [f"model_config.{name}" for name in DitOverrides.model_fields]
+    names += [f"{section}.{leaf}" for leaf, section in _SECTION_OF.items()]
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    last = difflib.get_close_matches(key.rpartition(".")[2], names, n=1, cutoff=0.5)
+    found = close or last
+    return f"; did you mean {found[0]}?" if found else "; `omniavatar config show` lists all keys"
+
+
+def _checkpoint_entries(exp_path: Any, ignored: dict[str, str]) -> tuple[list[Entry], list[str]]:
+    """Entries of `<exp_path>/config.json` and the keys in it that are not ours; nothing when it is absent."""
+    if not isinstance(exp_path, str | Path):
+        return [], []
+    path = Path(exp_path).expanduser() / "config.json"
+    if not path.is_file():
+        return [], []
+    try:
+        values = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}; fetch the file again") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must be a JSON object; fetch the file again")
+    known = {key: value for key, value in values.items() if key in _SECTION_OF or key in _DIT_KEYS}
+    silent: dict[str, str] = {}
+    training = [key for key in values if key not in known and key not in IGNORED_KEYS]
+    entries = _resolve(_flatten(known, str(path), ""), silent, keep_null=False)
+    return entries, training
+
+
+def _build(entries: Iterable[Entry], where: str) -> PipelineConfig:
+    tree: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for entry in entries:
+        *folders, leaf = entry.key.split(".")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[leaf] = entry.value
+        origins[entry.key] = entry.origin
+    try:
+        return PipelineConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, origins, where)) from error
+
+
+def _one_line(error: ValidationError, origins: Mapping[str, str], where: str) -> str:
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    cause = first.get("ctx", {}).get("error")
+    parts = [str(part) for part in first["loc"]]
+    value = first["input"]
+    if isinstance(cause, FieldError):
+        keys = [f"{parts[0]}.{field}" for field in cause.fields]
+        given = value if isinstance(value, dict) else {}
+        shown = ", ".join(f"{field} {given[field]!r}" for field in cause.fields if field in given)
+        origin = next((origins[key] for key in keys if key in origins), where)
+        name, message = cause.fields[0], str(cause)
+    else:
+        depth = 3 if parts[:2] == ["model", "dit_config"] and len(parts) > 2 else 2
+        origin = origins.get(".".join(parts[:depth]), where)
+        name, message, shown = parts[depth - 1], str(cause or first["msg"]), repr(value)
+    for pydantic_says, we_say in _WORDING.items():
+        message = message.replace(pydantic_says, we_say)
+    shown = f"; got {shown if len(shown) < 80 else shown[:77] + '...'}" if shown else ""
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{origin}: {name}: {message}{shown}{more}"

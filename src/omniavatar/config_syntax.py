@@ -1,0 +1,180 @@
+"""The two notations a configuration is written in: YAML files and `--hp=key=value,...` texts.
+
+YAML is read by PyYAML's safe loader with three differences: `14e-2` and `1e8` are numbers (YAML 1.1 as
+PyYAML reads it takes them for text), a plain `None` is null as the original's files mean it, and a
+repeated key is an error. Every value keeps the line it stands on.
+
+`--hp` texts: commas separate assignments except within quotes, `[...]` and `{...}`, which are read as
+YAML flow values; `true/false`, `null/None`, whole numbers and decimals with or without exponent are
+recognised, anything else is text up to the next comma.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from omniavatar.errors import ConfigError
+
+_INT = re.compile(r"[-+]?\d+")
+_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_WORDS = {"true": True, "false": False, "null": None, "none": None, "": None}
+_CLOSING = {"[": "]", "{": "}"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One assignment: dotted key as written, value, and where it stands (`file:12`, `--hp`)."""
+
+    key: str
+    value: Any
+    origin: str
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key_node.value} occurs twice", problem_mark=key_node.start_mark)
+            seen.add(str(key_node.value))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^None$"), ["N"])
+
+
+def read_yaml(text: str, name: str, nested: frozenset[str]) -> list[Entry]:
+    """Entries of a YAML mapping in file order.
+
+    name: how errors and origins call the file. nested: keys whose mapping is entered, so that
+    `sampling: {num_steps: 5}` gives the entry `sampling.num_steps`.
+    Raises ConfigError with the line for bad syntax, a repeated key, or a top level that is no mapping.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return []
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{name}: must be `key: value` lines")
+        return list(_entries(loader, node, name, nested, ""))
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{name}{line}: not valid YAML: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
+    finally:
+        loader.dispose()
+
+
+def _entries(
+    loader: _Loader, node: yaml.MappingNode, name: str, nested: frozenset[str], prefix: str
+) -> Iterator[Entry]:
+    loader.construct_mapping(node)
+    for key_node, value_node in node.value:
+        key = prefix + str(key_node.value)
+        if key_node.value in nested and isinstance(value_node, yaml.MappingNode):
+            yield from _entries(loader, value_node, name, nested, f"{key}.")
+        else:
+            value = loader.construct_object(value_node, deep=True)
+            yield Entry(key, value, f"{name}:{key_node.start_mark.line + 1}")
+
+
+def parse_value(text: str, key: str = "value") -> Any:
+    """The value of one `--hp` assignment; lists, mappings and quoted texts are YAML flow values."""
+    text = text.strip()
+    if text[:1] in ("[", "{", '"', "'"):
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        except yaml.YAMLError as error:
+            problem = getattr(error, "problem", None) or " ".join(str(error).split())
+            raise ConfigError(f"--hp: {key}: cannot read {text!r}: {problem}") from error
+        finally:
+            loader.dispose()
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    if _INT.fullmatch(text):
+        return int(text)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    return text
+
+
+def parse_overrides(text: str) -> list[Entry]:
+    """Assignments of one `--hp` text such as `num_steps=25,image_sizes_720=[[400,720],[720,720]]`."""
+    entries: list[Entry] = []
+    position = 0
+    while position < len(text):
+        stop = _assignment_end(text, position)
+        part = text[position:stop].strip()
+        position = stop + 1
+        if not part:
+            continue
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(
+                f"--hp: {part!r} is not key=value; write --hp=num_steps=25,seed=1 and quote a text with commas"
+            )
+        entries.append(Entry(key.strip(), parse_value(value, key.strip()), "--hp"))
+    return entries
+
+
+def _assignment_end(text: str, start: int) -> int:
+    """Index of the comma after the assignment at `start`, or the text's length."""
+    comma = text.find(",", start)
+    equals = text.find("=", start)
+    if equals < 0 or 0 <= comma < equals:
+        return len(text) if comma < 0 else comma
+    position = equals + 1
+    while position < len(text) and text[position] == " ":
+        position += 1
+    if position < len(text) and text[position] in "[{\"'":
+        position = _group_end(text, position)
+    comma = text.find(",", position)
+    return len(text) if comma < 0 else comma
+
+
+def _group_end(text: str, start: int) -> int:
+    """Index after the quoted text or bracket group that opens at `start`."""
+    closers: list[str] = []
+    position = start
+    while position < len(text):
+        letter = text[position]
+        if letter in "\"'" and (position == start or text[position - 1] in " ,[{:"):
+            position = _quote_end(text, position)
+            if not closers:
+                return position
+            continue
+        if letter in _CLOSING:
+            closers.append(_CLOSING[letter])
+        elif letter in "]}":
+            if letter != closers.pop():
+                break
+            if not closers:
+                return position + 1
+        position += 1
+    raise ConfigError(f"--hp: brackets do not match in {text[start:]!r}")
+
+
+def _quote_end(text: str, start: int) -> int:
+    quote = text[start]
+    position = start + 1
+    while position < len(text):
+        if quote == '"' and text[position] == "\\":
+            position += 2
+        elif text[position] != quote:
+            position += 1
+        elif quote == "'" and text[position + 1 : position + 2] == "'":
+            position += 2
+        else:
+            return position + 1
+    raise ConfigError(f"--hp: quote not closed in {text[start:]!r}")
