@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -20,6 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from omniavatar.errors import ConfigError
+from omniavatar.sampling.windows import window_length
 from omniavatar.types import Sampler, StepCache
 
 NEGATIVE_PROMPT = (
@@ -89,7 +91,9 @@ def _flag(value: Any) -> Any:
 
 
 def _words(value: Any) -> Any:
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    return (
+        tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    )
 
 
 def _path(value: Any) -> Any:
@@ -106,13 +110,14 @@ def _paths(value: Any) -> Any:
     files: list[Path] = []
     for part in parts:
         path = _path(part)
-        matches = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor)))) if _is_pattern(path) else []
-        files.extend(matches or [path])
+        files.extend(_matches(path) or [path])
     return tuple(files)
 
 
-def _is_pattern(path: Path) -> bool:
-    return any(letter in str(path) for letter in "*?[")
+def _matches(path: Path) -> list[Path]:
+    if not any(letter in str(path) for letter in "*?["):
+        return []
+    return sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
 
 
 def _lora(value: Any) -> Any:
@@ -161,7 +166,8 @@ def _size(value: tuple[int, int]) -> tuple[int, int]:
 def _timesteps(value: tuple[float, ...]) -> tuple[float, ...]:
     if not value:
         raise ValueError("must not be empty (leave it out to use num_steps and shift)")
-    if not (0 < value[-1] and value[0] <= 1000) or any(a <= b for a, b in zip(value, value[1:], strict=False)):
+    descending = all(a > b for a, b in pairwise(value))
+    if not descending or value[-1] <= 0 or value[0] > 1000:
         raise ValueError("must descend strictly within (0, 1000], such as [1000, 750, 500, 250]")
     return value
 
@@ -175,11 +181,13 @@ Size = Annotated[tuple[Whole, Whole], AfterValidator(_size)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class DitOverrides(_Section):
-    """The DiT's architecture as the checkpoint's `config.json` states it; the rest is read off the weights."""
+    """Architecture of the DiT as the checkpoint's `config.json` states it; the rest is read off the weights."""
 
     in_dim: Whole = Field(33, ge=16)
     """Input channels of the patch embedding: 16 noise + 16 portrait + 1 mask."""
@@ -258,7 +266,9 @@ class ModelConfig(_Section):
     @model_validator(mode="after")
     def _random_needs_scale(self) -> ModelConfig:
         if self.weights == "random" and self.scale == "auto":
-            raise FieldError("random weights need a scale; set scale to nano, 1.3B or 14B", "weights", "scale")
+            raise FieldError(
+                "random weights need a scale; set scale to nano, 1.3B or 14B", "weights", "scale"
+            )
         return self
 
 
@@ -361,12 +371,10 @@ class VideoConfig(_Section):
             near = max(1, round((self.overlap_frame - 1) / 4) * 4 + 1)
             raise FieldError(f"must be 1 + 4n (1, 5, 9, 13, ...); the nearest is {near}", "overlap_frame")
         height, width = max(self.sizes, key=lambda size: size[0] * size[1])
-        frames = self.max_tokens * 1024 // (height * width)
-        length = frames // 4 * 4 + 1 if frames % 4 else frames - 3
-        if length < 5:
-            raise FieldError(
-                f"leaves no room for a window of 5 frames at {height}x{width}; raise max_tokens", "max_tokens"
-            )
+        try:
+            length = window_length(self.max_tokens, height, width)
+        except ConfigError as error:
+            raise FieldError(str(error), "max_tokens") from error
         if self.overlap_frame >= length:
             raise FieldError(
                 f"must be smaller than the window, {length} frames at {height}x{width} with max_tokens "

@@ -165,7 +165,9 @@ def _checkpoint_entries(exp_path: Any, ignored: dict[str, str]) -> tuple[list[En
     try:
         values = json.loads(_text(path))
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}; fetch the file again") from error
+        raise ConfigError(
+            f"{path}:{error.lineno}: not valid JSON: {error.msg}; fetch the file again"
+        ) from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must be a JSON object; fetch the file again")
     known = {key: value for key, value in values.items() if key in _SECTION_OF or key in _DIT_KEYS}

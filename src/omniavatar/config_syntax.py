@@ -40,7 +40,9 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key_node, _ in node.value:
             if key_node.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key_node.value} occurs twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key_node.value} occurs twice", problem_mark=key_node.start_mark
+                )
             seen.add(str(key_node.value))
         return super().construct_mapping(node, deep)
 
@@ -122,7 +124,7 @@ def parse_overrides(text: str) -> list[Entry]:
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
             raise ConfigError(
-                f"--hp: {part!r} is not key=value; write --hp=num_steps=25,seed=1 and quote a text with commas"
+                f"--hp: {part!r} is not key=value; write --hp=num_steps=25,seed=1 and quote texts with commas"
             )
         entries.append(Entry(key.strip(), parse_value(value, key.strip()), "--hp"))
     return entries

@@ -1,0 +1,37 @@
+"""Fixtures for every test: skipping of GPU tests without a GPU, and one nano checkpoint for the whole run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not any(item.get_closest_marker("gpu") for item in items):
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def nano_checkpoint(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Folder laid out as `pretrained_models/nano`, made once and shared by all xdist workers; read only."""
+    from omniavatar.checkpoint.synthetic import make_checkpoint
+
+    base = tmp_path_factory.getbasetemp()
+    root = base if worker_id == "master" else base.parent
+    folder = root / "nano_checkpoint"
+    done = root / "nano_checkpoint.done"
+    with FileLock(root / "nano_checkpoint.lock"):
+        if not done.is_file():
+            make_checkpoint("nano", folder)
+            done.touch()
+    return folder
