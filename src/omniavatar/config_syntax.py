@@ -37,14 +37,17 @@ class Entry:
 
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"key {key_node.value} occurs twice", problem_mark=key_node.start_mark
-                )
-            seen.add(str(key_node.value))
+        _refuse_repeats(node)
         return super().construct_mapping(node, deep)
+
+
+def _refuse_repeats(node: yaml.MappingNode) -> None:
+    seen: set[str] = set()
+    for key_node, _ in node.value:
+        key = str(key_node.value)
+        if key in seen:
+            raise yaml.MarkedYAMLError(problem=f"key {key} occurs twice", problem_mark=key_node.start_mark)
+        seen.add(key)
 
 
 _Loader.add_implicit_resolver(
@@ -80,7 +83,7 @@ def read_yaml(text: str, name: str, nested: frozenset[str]) -> list[Entry]:
 def _entries(
     loader: _Loader, node: yaml.MappingNode, name: str, nested: frozenset[str], prefix: str
 ) -> Iterator[Entry]:
-    loader.construct_mapping(node)
+    _refuse_repeats(node)
     for key_node, value_node in node.value:
         key = prefix + str(key_node.value)
         if key_node.value in nested and isinstance(value_node, yaml.MappingNode):
