@@ -187,7 +187,7 @@ class _Section(BaseModel):
 
 
 class DitOverrides(_Section):
-    """Architecture of the DiT as the checkpoint's `config.json` states it; the rest is read off the weights."""
+    """Architecture of the DiT as the `config.json` states it; the rest is read off the weights."""
 
     in_dim: Whole = Field(33, ge=16)
     """Input channels of the patch embedding: 16 noise + 16 portrait + 1 mask."""

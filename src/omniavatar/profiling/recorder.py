@@ -43,7 +43,7 @@ class RunRecorder:
     def __init__(self, listeners: Sequence[Listener] = ()) -> None:
         self._listeners = tuple(listeners)
         self._times: dict[str, StageTime] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._local = threading.local()
 
     @contextmanager
@@ -82,3 +82,9 @@ class RunRecorder:
         if stack is None:
             stack = self._local.nested = []
         return stack
+
+
+def stage_seconds(before: Mapping[str, StageTime], after: Mapping[str, StageTime]) -> dict[str, float]:
+    """Seconds each stage took between two `timings()`, for the stages that ran."""
+    spent = {name: time.seconds - before.get(name, StageTime()).seconds for name, time in after.items()}
+    return {name: seconds for name, seconds in spent.items() if seconds > 0}
