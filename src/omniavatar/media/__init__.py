@@ -1,0 +1,1 @@
+"""Reading images and sound, writing the growing video. No torch here."""

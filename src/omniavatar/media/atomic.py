@@ -1,0 +1,110 @@
+"""Files that are either whole or absent, and operating system errors as one clear line.
+
+A file is written under a temporary name in its own folder, flushed to the disk, then renamed over
+the final name, so neither a crash nor a full disk ever leaves half a file under that name.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from omniavatar.errors import OutputError
+
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full; free some space and run the same command again",
+    errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
+    errno.EFBIG: "the file grew beyond the allowed size; raise the limit (ulimit -f) or choose another disk",
+    errno.EACCES: "permission denied; choose a folder you may write to",
+    errno.EPERM: "operation not permitted; choose a folder you may write to",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.ENOENT: "the folder does not exist; create it first",
+    errno.ENOTDIR: "part of the path is a file, not a folder; choose another path",
+    errno.EISDIR: "a folder of that name exists; choose another file name",
+    errno.ENAMETOOLONG: "the file name is too long; choose a shorter one",
+    errno.EIO: "the disk reported an input/output error; check it or choose another disk",
+}
+
+
+@contextmanager
+def translate_os_error(path: str | Path) -> Iterator[None]:
+    """Turn the errors of writing `path` (disk full, not permitted, ...) into an `OutputError`.
+
+    Works for PyAV's errors too (they derive from `OSError`); other errors pass unchanged.
+    """
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0)
+        if remedy is None:
+            raise
+        raise OutputError(f"cannot write {path}: {remedy}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut, where the system allows it (POSIX)."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; once the block ends well, sync it and rename it to `path`.
+
+    If the block fails, the temporary file is removed and `path` is left as it was. Raises OutputError
+    for the errors of `translate_os_error`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name[:80]}.{secrets.token_hex(4)}.tmp")
+    with translate_os_error(path):
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        sync_folder(path.parent)
+
+
+def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all. Raises OutputError."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented UTF-8 JSON to `path`, whole or not at all. Raises OutputError.
+
+    NaN and infinity are refused with ValueError: they are not JSON.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    atomic_write_bytes(path, (text + "\n").encode())
+
+
+def check_writable(folder: str | Path) -> None:
+    """Create `folder` if absent and prove by a small file that it can be written. Raises OutputError."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"cannot write into {folder}: it is a file, not a folder; choose another folder")
+    with translate_os_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test.{secrets.token_hex(4)}.tmp"
+        try:
+            probe.write_bytes(b"\0" * 4096)
+        finally:
+            with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+                probe.unlink()

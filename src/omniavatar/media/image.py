@@ -1,0 +1,147 @@
+"""Any picture a user has, as RGB bytes.
+
+What happens to it: the EXIF rotation is applied; transparency is laid on white; of an animation the
+first frame is taken (logged); CMYK, grey, palette and 16-bit pictures become 8-bit RGB. Embedded colour
+profiles are not applied, as in the original.
+
+Limits: at least 16 pixels a side, at most 178,956,970 pixels (Pillow's own limit against decompression
+bombs). Above 40 megapixels the picture is reduced by a whole factor while or right after decoding, to
+no less than 2880 pixels on its shorter side, so that 100 megapixels fit in a small memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from PIL import ImageOps
+
+from omniavatar.errors import InputError
+
+MIN_SIDE = 16
+REDUCE_ABOVE_PIXELS = 40_000_000
+REDUCE_TO_SIDE = 2880
+
+_log = logging.getLogger(__name__)
+
+# What Pillow's format plugins raise on damaged files, besides UnidentifiedImageError (an OSError).
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
+
+
+def load_image(source: str | Path | PIL.Image.Image | np.ndarray) -> np.ndarray:
+    """Read an image as (h, w, 3) uint8 RGB.
+
+    source: a file, a PIL image, or an array (h, w), (h, w, 1), (h, w, 3), (h, w, 4), uint8 or
+    float in [0, 1]. Raises InputError, one line, for anything that cannot be used.
+    """
+    if isinstance(source, np.ndarray):
+        pixels = _from_array(source)
+        name = "the image array"
+    elif isinstance(source, PIL.Image.Image):
+        name = "the PIL image"
+        pixels = _decode(source, name)
+    else:
+        name = f"image {source}"
+        pixels = _from_file(Path(source), name)
+    height, width = pixels.shape[:2]
+    if min(height, width) < MIN_SIDE:
+        raise InputError(
+            f"{name} is only {width}x{height} pixels; give a portrait of at least {MIN_SIDE} pixels a side"
+        )
+    return pixels
+
+
+def _from_file(path: Path, name: str) -> np.ndarray:
+    if not path.exists():
+        raise InputError(f"{name} does not exist; check the path")
+    if path.is_dir():
+        raise InputError(f"{name} is a folder; give an image file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+        try:
+            if path.stat().st_size == 0:
+                raise InputError(f"{name} is empty; give another file")
+            with PIL.Image.open(path) as image:
+                return _decode(image, name)
+        except PIL.Image.DecompressionBombError as error:
+            raise InputError(f"{name} has more than 178 megapixels; make it smaller first") from error
+        except PIL.UnidentifiedImageError as error:
+            raise InputError(f"{name} is not an image Pillow can read; convert it to PNG or JPEG") from error
+        except PermissionError as error:
+            raise InputError(f"{name} may not be read; check its permissions") from error
+
+
+def _decode(image: PIL.Image.Image, name: str) -> np.ndarray:
+    """(h, w, 3) uint8 of an opened image, whatever its mode."""
+    try:
+        if getattr(image, "n_frames", 1) > 1:
+            _log.info("%s is animated: its first frame is used", name)
+            image.seek(0)
+        too_large = image.width * image.height > REDUCE_ABOVE_PIXELS
+        if too_large:
+            scale = max(1, min(image.size) // REDUCE_TO_SIDE)
+            image.draft(None, (image.width // scale, image.height // scale))
+        image.load()
+        if too_large:
+            image = _reduced(image)
+        return np.asarray(_to_rgb(ImageOps.exif_transpose(image), name), dtype=np.uint8)
+    except InputError:
+        raise
+    except _DAMAGED as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{name} is damaged or truncated ({reason}); export or download it again") from error
+
+
+def _reduced(image: PIL.Image.Image) -> PIL.Image.Image:
+    factor = min(image.size) // REDUCE_TO_SIDE
+    if factor < 2:
+        return image
+    if image.mode in ("1", "P", "PA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    return image.reduce(factor)
+
+
+def _to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _grey_from_deep(image, name)
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = PIL.Image.new("RGB", layer.size, (255, 255, 255))
+        white.paste(layer, mask=layer.getchannel("A"))
+        return white
+    return image.convert("RGB")
+
+
+def _grey_from_deep(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
+    """16- and 32-bit grey to 8 bits: integers cover 0..65535, floats 0..1."""
+    values = np.asarray(image)
+    top = 1.0 if image.mode == "F" else 65535.0
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > top:
+        raise InputError(f"{name} holds grey values outside 0..{top:g}; convert it to 8 bits first")
+    grey = np.rint(values * (255.0 / top)).astype(np.uint8)
+    return PIL.Image.fromarray(grey).convert("RGB")
+
+
+def _from_array(array: np.ndarray) -> np.ndarray:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or not array.size:
+        raise InputError(
+            f"the image array has shape {array.shape}; give (h, w), (h, w, 1), (h, w, 3) or (h, w, 4)"
+        )
+    if np.issubdtype(array.dtype, np.floating):
+        if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
+            raise InputError("the image array holds floats outside [0, 1]; scale it or give uint8")
+        array = np.rint(array * 255.0).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise InputError(f"the image array is {array.dtype}; give uint8 or floats in [0, 1]")
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.shape[2] == 4:
+        return np.asarray(_to_rgb(PIL.Image.fromarray(np.ascontiguousarray(array)), "the image array"))
+    return np.array(np.broadcast_to(array, (*array.shape[:2], 3)))

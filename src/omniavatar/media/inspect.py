@@ -1,0 +1,85 @@
+"""Look into a video file: its figures and its frames. For tests, tools and the report of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import av.error
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
+
+from omniavatar.errors import InputError
+
+
+@dataclass(frozen=True)
+class VideoAudioInfo:
+    """The first audio stream of a video: codec name, Hz, channels, seconds."""
+
+    codec: str
+    sample_rate: int
+    channels: int
+    duration_s: float
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """The first video stream of a file, frames counted packet by packet."""
+
+    frames: int
+    fps: Fraction
+    width: int
+    height: int
+    duration_s: float
+    audio: VideoAudioInfo | None
+
+
+def probe_video(path: str | Path) -> VideoInfo:
+    """Count the frames of `path` and read its figures without decoding. Raises InputError."""
+    with _opened(Path(path)) as container:
+        video = container.streams.video[0]
+        rate = video.average_rate or Fraction(0)
+        frames = 0
+        ends = {stream.index: Fraction(0) for stream in container.streams}
+        for packet in container.demux():
+            if packet.size and packet.pts is not None:
+                frames += packet.stream.index == video.index
+                end = (packet.pts + (packet.duration or 0)) * packet.time_base
+                ends[packet.stream.index] = max(ends[packet.stream.index], end)
+        sound = container.streams.audio[0] if container.streams.audio else None
+        info = None
+        if sound is not None:
+            context = sound.codec_context
+            info = VideoAudioInfo(
+                context.name, context.sample_rate, context.channels, float(ends[sound.index])
+            )
+        return VideoInfo(frames, rate, video.width, video.height, float(ends[video.index]), info)
+
+
+def read_frames(path: str | Path) -> Iterator[np.ndarray]:
+    """Decode `path` frame by frame as (H, W, 3) uint8 RGB (BT.709 limited range). Raises InputError."""
+    with _opened(Path(path)) as container:
+        for frame in container.decode(container.streams.video[0]):
+            rgb = frame.reformat(
+                format="rgb24",
+                src_colorspace=Colorspace.ITU709,
+                src_color_range=ColorRange.MPEG,
+                dst_color_range=ColorRange.JPEG,
+            )
+            yield rgb.to_ndarray()
+
+
+def _opened(path: Path) -> av.container.InputContainer:
+    if not path.is_file():
+        raise InputError(f"video {path} does not exist or is not a file; check the path")
+    try:
+        container = av.open(str(path))
+    except av.error.FFmpegError as error:
+        raise InputError(f"video {path} cannot be read ({error.strerror}); make it again") from error
+    if not container.streams.video:
+        container.close()
+        raise InputError(f"video {path} has no picture; give a video file")
+    return container

@@ -1,0 +1,293 @@
+"""The video as it grows: closed segments, and one playable file made of them.
+
+A finished denoising window becomes one closed H.264 segment file (`encode_segment`). `GrowingVideo`
+copies segments, unchanged, into one fragmented MP4 that is complete on disk after every `append`: even
+after `kill -9` it plays up to there, in browsers too. `finish` copies that file into an ordinary MP4
+(index in front, so it starts at once over a network) and renames it to its final name. A resumed run
+appends the same segments again and ends with the same bytes.
+
+How a fragment is made: FFmpeg's muxer writes each append into memory with `frag_discont`, timestamps
+going on where the last one ended, and only its `moof` and `mdat` boxes are added to the file; the first
+append also gives the index, whose edit lists say where picture and sound begin. H.264 packets get decode
+times of (number in decode order - 2) frames, which suits every x264 reorder depth (at most 2), so they
+rise evenly over segments of any length.
+
+Colour: yuv420p, BT.709 matrix, primaries and transfer, limited range, and tagged so.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+
+import av
+import av.error
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
+
+from omniavatar.errors import ConfigError, ResumeError
+from omniavatar.media.atomic import atomic_path, atomic_write_bytes, translate_os_error
+
+PRESETS = (
+    "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow",
+)  # fmt: skip
+
+_REORDER = 2
+_SCALER = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
+_BT709 = 1
+
+
+def encode_segment(
+    frames: Iterable[np.ndarray],
+    path: str | Path,
+    fps: Fraction,
+    size: tuple[int, int],
+    crf: float = 18,
+    preset: str = "medium",
+    threads: int = 1,
+) -> int:
+    """Encode blocks of frames (n, H, W, 3) uint8 RGB as one closed H.264 file; return their number.
+
+    size: (H, W), both even. The file appears at `path` whole or not at all. The same frames, settings
+    and threads give the same bytes. Safe to call from any thread. The encoded segment is held in memory
+    until it is written (some MB a window). Raises OutputError, and ConfigError for a bad crf or preset.
+    """
+    height, width = size
+    if height % 2 or width % 2:
+        raise ValueError(f"H.264 in yuv420p needs even sizes, not {width}x{height}")
+    if preset not in PRESETS:
+        raise ConfigError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
+    if not 0 <= crf <= 51:
+        raise ConfigError(f"crf: {crf} is not between 0 (lossless) and 51 (worst)")
+    buffer = io.BytesIO()
+    count = 0
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        context = stream.codec_context
+        context.time_base = 1 / fps
+        context.thread_count = threads
+        context.color_primaries = context.color_trc = context.colorspace = _BT709
+        context.color_range = ColorRange.MPEG
+        context.options = {"crf": str(crf), "preset": preset}
+        for block in frames:
+            if block.dtype != np.uint8 or block.shape[1:] != (height, width, 3):
+                raise ValueError(
+                    f"frames are {block.dtype} {block.shape}, not uint8 (n, {height}, {width}, 3)"
+                )
+            for rgb in block:
+                picture = _yuv(rgb)
+                picture.pts, picture.time_base = count, 1 / fps
+                container.mux(stream.encode(picture))
+                count += 1
+        if not count:
+            raise ValueError("a segment needs at least one frame")
+        container.mux(stream.encode(None))
+    atomic_write_bytes(path, buffer.getvalue())
+    return count
+
+
+def _yuv(rgb: np.ndarray) -> av.VideoFrame:
+    picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24").reformat(
+        format="yuv420p",
+        dst_colorspace=Colorspace.ITU709,
+        src_color_range=ColorRange.JPEG,
+        dst_color_range=ColorRange.MPEG,
+        interpolation=_SCALER,
+        threads=1,
+    )
+    picture.colorspace = Colorspace.ITU709
+    picture.color_range = ColorRange.MPEG
+    return picture
+
+
+class GrowingVideo:
+    """One video file that grows by segments and stays playable. Use as a context manager.
+
+    partial: the growing file (replaced if there). final: the name `finish` gives the ordinary MP4.
+    audio_track: the track of `omniavatar.media.audio.encode_aac_track`, or None for a silent video; each
+    append brings the sound up to its last frame. Leaving the block without `finish` keeps the partial.
+    """
+
+    def __init__(
+        self, partial: str | Path, final: str | Path, fps: Fraction, audio_track: str | Path | None = None
+    ) -> None:
+        self.partial, self.final, self.fps = Path(partial), Path(final), Fraction(fps)
+        self.frames = 0
+        self._appends = 0
+        self._parameters: tuple[int, int, bytes] | None = None
+        self._open = ExitStack()
+        with translate_os_error(self.partial):
+            self._file = self._open.enter_context(self.partial.open("wb"))
+        self._sound = _SoundTrack(Path(audio_track), self._open) if audio_track is not None else None
+
+    def __enter__(self) -> GrowingVideo:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files; the partial stays as it is."""
+        with suppress(OSError):  # what is unwritten here was already reported by append
+            self._open.close()
+
+    def append(self, segment: str | Path) -> int:
+        """Add a segment and the sound up to its end; once back, the file on disk plays up to there.
+
+        Returns the frames so far. Raises OutputError (the partial is cut back to what it held before)
+        and ResumeError where the segment is damaged or was encoded with other settings.
+        """
+        segment = Path(segment)
+        buffer = io.BytesIO()
+        try:
+            with av.open(str(segment)) as source:
+                added = self._write_fragment(buffer, source, segment)
+        except av.error.FFmpegError as error:
+            raise ResumeError(
+                f"{segment} is damaged ({error.strerror}); delete it, or run again without resuming"
+            ) from error
+        data = buffer.getvalue()
+        kept = ("moof", "mdat") if self._appends else ("ftyp", "moov", "moof", "mdat")
+        before = self._file.tell()
+        with translate_os_error(self.partial):
+            try:
+                self._file.write(b"".join(box for kind, box in _boxes(data) if kind in kept))
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            except OSError:
+                with suppress(OSError):
+                    os.truncate(self.partial, before)
+                raise
+        self._appends += 1
+        self.frames += added
+        return self.frames
+
+    def finish(self) -> Path:
+        """Copy the grown file into an ordinary MP4 under its final name, and remove the partial.
+
+        Raises OutputError; the partial and the segments then stay, and the final name is untouched.
+        """
+        if not self.frames:
+            raise ValueError("a video needs at least one segment")
+        if self._sound is not None and not self._sound.exhausted:
+            raise ValueError(f"the sound goes on after the last of {self.frames} frames")
+        self.close()
+        with (
+            atomic_path(self.final) as temporary,
+            av.open(str(self.partial)) as source,
+            av.open(
+                str(temporary), "w", format="mp4", container_options={"movflags": "+faststart"}
+            ) as target,
+        ):
+            streams = [target.add_stream_from_template(stream) for stream in source.streams]
+            for packet in source.demux():
+                if packet.size:
+                    packet.stream = streams[packet.stream.index]
+                    target.mux(packet)
+        self.partial.unlink()
+        return self.final
+
+    def _write_fragment(self, buffer: io.BytesIO, source: av.container.InputContainer, segment: Path) -> int:
+        first = not self._appends
+        video_in = source.streams.video[0]
+        self._check_same_encoding(video_in, segment)
+        options = {
+            "movflags": "+frag_custom+default_base_moof+delay_moov+skip_trailer"
+            + ("" if first else "+frag_discont"),
+            "fragment_index": str(self._appends + 1),
+        }
+        if not first:
+            options |= {"use_editlist": "0", "avoid_negative_ts": "disabled"}
+        with av.open(buffer, "w", format="mp4", container_options=options) as target:
+            video_out = target.add_stream_from_template(video_in)
+            sound_out = None if self._sound is None else target.add_stream_from_template(self._sound.stream)
+            # The first fragment begins before zero and its edit list says so; later ones count from there.
+            added = self._copy_picture(source, video_in, target, video_out, 0 if first else _REORDER)
+            if self._sound is not None and sound_out is not None:
+                end = (self.frames + added) / self.fps
+                self._sound.copy_until(end, target, sound_out, 0 if first else self._sound.priming)
+        return added
+
+    def _copy_picture(
+        self,
+        source: av.container.InputContainer,
+        video_in: av.VideoStream,
+        target: av.container.OutputContainer,
+        video_out: av.VideoStream,
+        lead: int,
+    ) -> int:
+        """Copy all packets, frame-numbered on from `self.frames`, `lead` frames later; their number."""
+        count = 0
+        for packet in source.demux(video_in):
+            if packet.pts is None:
+                continue
+            shown = round(packet.pts * packet.time_base * self.fps)
+            packet.stream, packet.time_base, packet.duration = video_out, 1 / self.fps, 1
+            packet.pts = self.frames + shown + lead
+            packet.dts = self.frames + count - _REORDER + lead
+            target.mux(packet)
+            count += 1
+        return count
+
+    def _check_same_encoding(self, stream: av.VideoStream, segment: Path) -> None:
+        if stream.average_rate != self.fps:
+            raise ResumeError(
+                f"{segment} has {stream.average_rate} frames a second, not {self.fps}; "
+                "delete it, or run again without resuming"
+            )
+        parameters = (stream.width, stream.height, bytes(stream.codec_context.extradata or b""))
+        if self._parameters is None:
+            self._parameters = parameters
+        if parameters != self._parameters:
+            raise ResumeError(
+                f"{segment} was encoded with another size or settings than the segments before it; "
+                "delete it, or run again without resuming"
+            )
+
+
+class _SoundTrack:
+    """Packets of an encoded track, handed out in step with the picture."""
+
+    def __init__(self, path: Path, closing: ExitStack) -> None:
+        container = closing.enter_context(av.open(str(path)))
+        self.stream = container.streams.audio[0]
+        self._packets = (
+            (packet.pts, packet) for packet in container.demux(self.stream) if packet.pts is not None
+        )
+        self._next = next(self._packets, None)
+        self.priming = 0 if self._next is None else -self._next[0]
+
+    @property
+    def exhausted(self) -> bool:
+        return self._next is None
+
+    def copy_until(
+        self, end: Fraction, target: av.container.OutputContainer, out: av.AudioStream, shift: int
+    ) -> None:
+        """Copy the packets not yet copied that begin before `end` (seconds), `shift` samples later."""
+        while self._next is not None and self._next[0] * self._next[1].time_base < end:
+            begin, packet = self._next
+            packet.stream = out
+            packet.pts = packet.dts = begin + shift
+            target.mux(packet)
+            self._next = next(self._packets, None)
+
+
+def _boxes(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """The top-level boxes of an MP4 (ISO/IEC 14496-12): kind and whole content, header included."""
+    position = 0
+    while position < len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        if length == 1:
+            (length,) = struct.unpack_from(">Q", data, position + 8)
+        yield kind.decode("latin-1"), data[position : position + length]
+        position += length
