@@ -1,0 +1,162 @@
+"""Weights of one model as one table of tensors, whether they lie in one file, several shards or a folder.
+
+Headers are read when opened, data only by `load`, so shapes of a 57 GB checkpoint are known at once.
+A shard that a numbered name (`-00002-of-00006`) or an index file promises must be there; a name stored twice
+is an error. Formats and memory: `tensor_file`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from omniavatar.checkpoint.tensor_file import TensorFile, TensorInfo, open_tensor_file
+from omniavatar.errors import CheckpointError
+
+PathLike = str | os.PathLike[str]
+
+FOLDER_CANDIDATES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.pt",
+)
+_NUMBERED = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<suffix>\.\w+)$")
+
+
+class TensorFiles:
+    """The tensors of a file, a list of shards, an index file, or a Hugging Face folder.
+
+    Use as a context manager or call `close`. Raises CheckpointError for whatever is missing or damaged.
+    """
+
+    def __init__(self, paths: PathLike | Sequence[PathLike]) -> None:
+        given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+        if not given:
+            raise CheckpointError("no weight file is named")
+        self.paths = tuple(file for path in given for file in _expand(Path(path)))
+        _check_numbering(self.paths)
+        self._owner: dict[str, TensorFile] = {}
+        self._files: list[TensorFile] = []
+        try:
+            for path in self.paths:
+                self._add(path)
+        except BaseException:
+            self.close()
+            raise
+
+    def _add(self, path: Path) -> None:
+        file = open_tensor_file(path)
+        self._files.append(file)
+        for key in file.index:
+            if key in self._owner:
+                raise CheckpointError(f"{key} is stored twice: in {self._owner[key].path} and in {path}")
+            self._owner[key] = file
+
+    @property
+    def origin(self) -> str:
+        """How messages name these files."""
+        more = f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else ""
+        return f"{self.paths[0]}{more}"
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Free text that safetensors headers carry, of all files together."""
+        return {key: value for file in self._files for key, value in file.metadata.items()}
+
+    def keys(self) -> list[str]:
+        """All names, in the order of the data, so that loading in this order reads forward."""
+        return list(self._owner)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._owner
+
+    def __len__(self) -> int:
+        return len(self._owner)
+
+    def info(self, key: str) -> TensorInfo:
+        """dtype and shape of `key`, from the header."""
+        return self._owner[key].index[key]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self.info(key).shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.info(key).dtype
+
+    def load(self, key: str) -> Tensor:
+        """A CPU tensor in the stored dtype, in memory of its own."""
+        return self._owner[key].load(key)
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _expand(path: Path) -> list[Path]:
+    if path.is_dir():
+        for name in FOLDER_CANDIDATES:
+            if (path / name).is_file():
+                return _expand(path / name)
+        raise CheckpointError(
+            f"{path}: no weight file in this folder (looked for {', '.join(FOLDER_CANDIDATES)})"
+        )
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: no such weight file; get it with `{_remedy(path)}`, or correct the path"
+        )
+    return _expand_index(path) if path.name.endswith(".index.json") else [path]
+
+
+def _expand_index(path: Path) -> list[Path]:
+    try:
+        names = dict.fromkeys(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        shards = [path.parent / name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path}: not an index of shards (no weight_map); download it again") from None
+    for shard in shards:
+        if not shard.is_file():
+            raise CheckpointError(
+                f"{shard}: a shard of {path.name} is missing; get it with `{_remedy(path)}`"
+            )
+    return shards
+
+
+def _check_numbering(paths: Sequence[Path]) -> None:
+    given = {path.resolve() for path in paths}
+    for path in paths:
+        match = _NUMBERED.match(path.name)
+        if not match:
+            continue
+        for number in range(1, int(match["total"]) + 1):
+            sibling = path.with_name(f"{match['stem']}-{number:05d}-of-{match['total']}{match['suffix']}")
+            if sibling.resolve() not in given:
+                here = "list it too" if sibling.is_file() else f"get it with `{_remedy(path)}`"
+                raise CheckpointError(
+                    f"{sibling}: shard {number} of {int(match['total'])} is missing; {here}"
+                )
+
+
+def _remedy(path: Path) -> str:
+    scale = next((scale for scale in ("1.3B", "14B") if scale in str(path)), "14B|1.3B")
+    return f"omniavatar download {scale}"
