@@ -1,0 +1,49 @@
+"""OmniAvatar, fast: one portrait and one voice become a talking-avatar video of any length.
+
+    from omniavatar import AvatarPipeline, AvatarRequest, SamplingParams
+
+    pipe = AvatarPipeline.from_config("configs/inference_1.3B_optimized.yaml")
+    request = AvatarRequest(prompt="...", image="face.jpg", audio="speech.mp3", sampling=SamplingParams(seed=1))
+    pipe.generate(request, "out.mp4")
+
+Names are imported when first used, so `import omniavatar` is quick and does not load torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omniavatar.config import PipelineConfig
+    from omniavatar.errors import OmniAvatarError
+    from omniavatar.pipeline import AvatarPipeline, generate
+    from omniavatar.types import AvatarRequest, RunResult, SamplingParams, VideoChunk, Waveform
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AvatarPipeline",
+    "AvatarRequest",
+    "OmniAvatarError",
+    "PipelineConfig",
+    "RunResult",
+    "SamplingParams",
+    "VideoChunk",
+    "Waveform",
+    "__version__",
+    "generate",
+]
+
+_HOMES = {
+    "AvatarPipeline": "pipeline",
+    "generate": "pipeline",
+    "PipelineConfig": "config",
+    "OmniAvatarError": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'omniavatar' has no attribute {name!r}")
+    return getattr(import_module(f"omniavatar.{_HOMES.get(name, 'types')}"), name)

@@ -14,7 +14,10 @@ def test_every_case(golden):
         case = under(tensors, prefix)
         with torch.inference_mode():
             text = dit.prepare_text(case["context"])
-            for name, audio in (("output", case["audio"]), ("output_silent", torch.zeros_like(case["audio"]))):
+            for name, audio in (
+                ("output", case["audio"]),
+                ("output_silent", torch.zeros_like(case["audio"])),
+            ):
                 output = dit(case["x"], case["y"], case["timestep"], text, dit.prepare_audio(audio))
                 assert relative_error(output, case[name]) <= 1e-5, (prefix, name)
 

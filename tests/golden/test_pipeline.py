@@ -10,7 +10,6 @@ import pytest
 import torch
 from compare import build_dit, build_vae, relative_error, under
 
-from omniavatar.encoders.audio import frames_for
 from omniavatar.encoders.image import choose_bucket, prepare_image
 from omniavatar.generation import WindowGenerator, WindowSampling
 from omniavatar.profiling.recorder import NullRecorder
@@ -18,7 +17,7 @@ from omniavatar.sampling.cache_constants import TEACACHE_POLYNOMIALS
 from omniavatar.sampling.guidance import guidance_branches
 from omniavatar.sampling.schedule import make_schedule
 from omniavatar.sampling.step_cache import compute_all, relative_changes, teacache_plan
-from omniavatar.sampling.windows import padded_audio_frames, plan_windows, window_length
+from omniavatar.sampling.windows import frames_for, padded_audio_frames, plan_windows, window_length
 from omniavatar.types import Conditioning
 
 
@@ -31,7 +30,10 @@ def recording(golden):
 
 def audio_rows(metadata, count):
     """Rows 0..count-1 of the recorded recipe: numpy's stream, so fewer rows are its beginning."""
-    shape = [int(n) for n in re.search(r"standard_normal\(\(([\d, ]+)\)\)", metadata["audio_embedding"])[1].split(",")]
+    shape = [
+        int(n)
+        for n in re.search(r"standard_normal\(\(([\d, ]+)\)\)", metadata["audio_embedding"])[1].split(",")
+    ]
     scale = float(re.search(r"\*([\d.]+);", metadata["audio_embedding"])[1])
     assert count <= shape[0]
     generator = np.random.default_rng(int(metadata["audio_embedding_seed"]))

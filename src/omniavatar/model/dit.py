@@ -127,9 +127,7 @@ class WanDiT(nn.Module):
     def run_blocks(self, tokens_BLC: Tensor, inputs: BlockInputs) -> Tensor:
         """All blocks in order; the seam that caches, shards and offloaders wrap."""
         for block, text, audio in zip(self.blocks, inputs.text, inputs.audio, strict=True):
-            tokens_BLC = block(
-                tokens_BLC, inputs.modulation, inputs.rope, text, audio, self.attention
-            )
+            tokens_BLC = block(tokens_BLC, inputs.modulation, inputs.rope, text, audio, self.attention)
         return tokens_BLC
 
     def forward(

@@ -100,7 +100,6 @@ class Decoder(nn.Module):
 class WanVAE(nn.Module):
     """Encoder, decoder and the two 1x1x1 layers between them."""
 
-
     def __init__(self, config: VAEConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or VAEConfig()
@@ -120,7 +119,9 @@ class WanVAE(nn.Module):
         frames_at_once: frames a pass after the first one, a multiple of 4.
         """
         if video.shape[2] % 4 != 1 or frames_at_once % 4:
-            raise ValueError(f"a clip of 1+4n frames in passes of 4n, not {video.shape[2]} by {frames_at_once}")
+            raise ValueError(
+                f"a clip of 1+4n frames in passes of 4n, not {video.shape[2]} by {frames_at_once}"
+            )
         video = video.to(self.conv1.weight.dtype)
         state: CausalState = {}
         pieces = [self.encoder(video[:, :, :1], state)]

@@ -68,7 +68,9 @@ class ResidualBlock(nn.Module):
             CausalConv3d(out_channels, out_channels, (3, 3, 3)),
         )
         self.shortcut: nn.Module = (
-            CausalConv3d(in_channels, out_channels, (1, 1, 1)) if in_channels != out_channels else nn.Identity()
+            CausalConv3d(in_channels, out_channels, (1, 1, 1))
+            if in_channels != out_channels
+            else nn.Identity()
         )
 
     def forward(self, x: Tensor, state: CausalState) -> Tensor:
@@ -110,9 +112,7 @@ class Downsample(nn.Module):
         self.resample = nn.Sequential(
             nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=(2, 2))
         )
-        self.time_conv = (
-            nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
-        )
+        self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, state: CausalState) -> Tensor:
         x = _per_frame(self.resample, x)

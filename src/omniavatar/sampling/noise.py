@@ -21,4 +21,6 @@ class WindowNoise:
 
     def draw(self) -> Tensor:
         """The next noise tensor of the window."""
-        return torch.from_numpy(self._generator.standard_normal(self._shape, dtype=np.float32)).to(self._device)
+        return torch.from_numpy(self._generator.standard_normal(self._shape, dtype=np.float32)).to(
+            self._device
+        )

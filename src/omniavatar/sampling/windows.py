@@ -8,10 +8,21 @@ Source: OmniAvatar's inference loop (described in its paper, arXiv 2506.18866, s
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from omniavatar.errors import ConfigError
 from omniavatar.types import Window
 
 TOKEN_PIXELS = 1024
+
+
+def frames_for(samples: int, fps: float | Fraction, sample_rate: int = 16000) -> int:
+    """Video frames that `samples` last, rounded up, in exact arithmetic.
+
+    The original divides floats and so gives one frame too many for some lengths.
+    """
+    exact = Fraction(samples) * Fraction(fps) / sample_rate
+    return -(-exact.numerator // exact.denominator)
 
 
 def window_length(max_tokens: int, height: int, width: int) -> int:

@@ -1,0 +1,171 @@
+"""The models of a pipeline, each loaded when it is first needed, from the files the configuration names.
+
+The text encoder is loaded only for prompts whose embedding is not cached, and released at once: it is the
+largest thing beside the DiT and is needed for seconds. Everything else stays on the device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from omniavatar.checkpoint.dit import inspect_dit, load_dit, random_dit
+from omniavatar.checkpoint.layout import dit_config, scale_spec, vae_config
+from omniavatar.checkpoint.vae import load_vae, random_vae
+from omniavatar.encoders.audio import AudioEncoder
+from omniavatar.encoders.text import TextEncoder, random_text_encoder
+from omniavatar.encoders.text_cache import TextCache, encode_cached, encoder_identity
+from omniavatar.errors import CheckpointError, ResourceError
+from omniavatar.ops.attention import create_attention
+
+if TYPE_CHECKING:
+    from omniavatar.config import PipelineConfig
+    from omniavatar.model.dit import DiTConfig, WanDiT
+    from omniavatar.model.vae import WanVAE
+    from omniavatar.types import Recorder
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is CUDA when there is one. Raises ResourceError if it is missing."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ResourceError("device: no CUDA device here; use device=cpu or device=auto")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ResourceError(
+                f"device: {name} does not exist, there are {torch.cuda.device_count()} CUDA devices; "
+                "choose a lower number"
+            )
+    return device
+
+
+class Components:
+    """The models one configuration names, on one device."""
+
+    def __init__(self, config: PipelineConfig, recorder: Recorder) -> None:
+        self.config = config
+        self.device = choose_device(config.runtime.device)
+        self.dtype = DTYPES[config.model.dtype]
+        self._recorder = recorder
+        self.attention_name, self._attention = create_attention(
+            config.runtime.attention, self.device, self.dtype
+        )
+        if config.model.weights == "files":
+            config.model.check_files_named()
+        self.dit_config = self._inspect()
+        self._embeddings: dict[str, Tensor] = {}
+
+    def _inspect(self) -> DiTConfig:
+        """The DiT's sizes from file headers, checked against what the configuration promises."""
+        model = self.config.model
+        if model.weights == "random":
+            return dit_config(scale_spec(model.scale))
+        found = inspect_dit(model.dit_path, adapter_dir=model.exp_path, num_heads=model.dit_config.num_heads)
+        if found.in_dim != model.dit_config.in_dim:
+            remedy = (
+                "set exp_path to the OmniAvatar folder" if found.in_dim == 16 else "set model_config.in_dim"
+            )
+            raise CheckpointError(
+                f"{model.dit_path[0]}: patch embedding with {found.in_dim} input channels, "
+                f"{model.dit_config.in_dim} expected; {remedy}"
+            )
+        if bool(found.audio_dim) != model.use_audio:
+            there = "has" if found.audio_dim else "has no"
+            raise CheckpointError(
+                f"{model.exp_path or model.dit_path[0]}: the checkpoint {there} audio layers, "
+                f"but use_audio is {model.use_audio}; correct use_audio or exp_path"
+            )
+        return found
+
+    @functools.cached_property
+    def dit(self) -> WanDiT:
+        """The merged diffusion transformer."""
+        model = self.config.model
+        with self._recorder.stage("load_dit"):
+            if model.weights == "random":
+                return random_dit(
+                    self.dit_config, self._attention, dtype=self.dtype, device=self.device, seed=0
+                )
+            return load_dit(
+                model.dit_path,
+                self._attention,
+                adapter_dir=model.exp_path,
+                loras=[(lora.path, lora.strength) for lora in model.loras],
+                lora_rank=model.lora_rank,
+                lora_alpha=model.lora_alpha,
+                num_heads=model.dit_config.num_heads,
+                dtype=self.dtype,
+                device=self.device,
+            )
+
+    @functools.cached_property
+    def vae(self) -> WanVAE:
+        """The video VAE."""
+        model = self.config.model
+        with self._recorder.stage("load_vae"):
+            if model.weights == "random":
+                spec = vae_config(scale_spec(model.scale))
+                return random_vae(spec, dtype=self.dtype, device=self.device, seed=0)
+            assert model.vae_path is not None
+            return load_vae(model.vae_path, dtype=self.dtype, device=self.device)
+
+    @functools.cached_property
+    def audio_encoder(self) -> AudioEncoder:
+        """wav2vec 2.0, always in float32: its features are normalised, small and cheap to compute."""
+        model = self.config.model
+        with self._recorder.stage("load_audio_encoder"):
+            if model.weights == "random":
+                spec = scale_spec(model.scale).wav2vec
+                encoder = AudioEncoder.random(
+                    hidden=spec.hidden,
+                    layers=spec.layers,
+                    heads=spec.heads,
+                    intermediate=spec.intermediate,
+                    conv_dim=spec.conv_dim,
+                    device=self.device,
+                    seed=0,
+                )
+            else:
+                assert model.wav2vec_path is not None
+                encoder = AudioEncoder.load(model.wav2vec_path, self.device)
+        if encoder.width != self.dit_config.audio_dim:
+            raise CheckpointError(
+                f"{model.wav2vec_path}: gives {encoder.width} numbers a frame, the DiT's audio_proj takes "
+                f"{self.dit_config.audio_dim}; use the wav2vec folder the checkpoint was trained with"
+            )
+        return encoder
+
+    def embed_prompts(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Embeddings (1, 512, text_dim) on the device, kept for the life of the pipeline."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
+        if missing:
+            for prompt, embedding in zip(missing, self._embed(missing), strict=True):
+                self._embeddings[prompt] = embedding[None].to(self.device)
+        return [self._embeddings[prompt] for prompt in prompts]
+
+    def _embed(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings (n, 512, text_dim), from the cache on disk or a text encoder loaded for them."""
+        model = self.config.model
+        if model.weights == "random":
+            with self._recorder.stage("load_text_encoder"):
+                sizes = scale_spec(model.scale).text.sizes
+                encoder = random_text_encoder(self.device, self.dtype, seed=0, sizes=sizes)
+            return encoder.encode(prompts)
+        encoder_path, tokenizer_path = model.text_encoder_path, model.tokenizer_folder
+        assert encoder_path is not None and tokenizer_path is not None
+
+        def load() -> TextEncoder:
+            self._recorder.event("message", text="loading the text encoder (new prompt)", level="info")
+            with self._recorder.stage("load_text_encoder"):
+                return TextEncoder.load(encoder_path, tokenizer_path, self.device, self.dtype)
+
+        identity = encoder_identity(encoder_path, tokenizer_path, self.dtype)
+        return encode_cached(prompts, TextCache(self.config.runtime.text_cache, identity), load)

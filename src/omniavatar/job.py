@@ -1,0 +1,139 @@
+"""What one request leaves on disk while it runs, so that it can go on after a crash.
+
+`<output>.job/` beside the output holds `job.json` (what was asked, how many windows are done), a video
+segment and the next window's given latents for every finished window, and the audio features. A window
+counts as done only when its segment and its hand-over are on disk; then `job.json` is replaced atomically.
+The same command continues after the last done window; anything that changes the frames makes it refuse and
+name the change. The folder is removed once the video has its final name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omniavatar.errors import ResumeError
+from omniavatar.media.atomic import atomic_write_bytes, atomic_write_json, translate_os_error
+
+FORMAT = 1
+
+
+def fingerprint(values: Mapping[str, Any]) -> dict[str, str]:
+    """Values that decide the frames, as printable text by dotted name; what a job must share to be resumed."""
+    return {name: _printable(value) for name, value in sorted(values.items())}
+
+
+def _printable(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
+    return (
+        text
+        if len(text) <= 200
+        else f"{text[:60]}... sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    )
+
+
+def describe_change(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """`name: old -> new` for every value that differs."""
+    names = sorted({*old, *new})
+    return [
+        f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
+        for name in names
+        if old.get(name) != new.get(name)
+    ]
+
+
+class Job:
+    """The job folder of one output file."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.folder = output.with_name(output.name + ".job")
+        self.partial = output.with_name(f"{output.stem}.partial{output.suffix}")
+        self.sidecar = output.with_suffix(".json")
+        self.done = 0
+        self._state = self.folder / "job.json"
+        self._fingerprint: dict[str, str] = {}
+
+    def open(self, values: dict[str, str], resume: bool) -> int:
+        """Begin or continue; returns how many windows are done.
+
+        Raises ResumeError when the folder belongs to another request or configuration.
+        """
+        self._fingerprint = values
+        if self._state.exists() and resume:
+            state = self._read_state()
+            changes = describe_change(state["fingerprint"], values)
+            if changes:
+                raise ResumeError(
+                    f"{self.folder} holds {state['done']} finished windows of another run; changed: "
+                    f"{'; '.join(changes)}. Use --no-resume to start over, or another output name"
+                )
+            self.done = int(state["done"])
+        else:
+            self.discard()
+            with translate_os_error(self.folder):
+                self.folder.mkdir(parents=True)
+            self._write_state()
+        return self.done
+
+    def finish_window(self, given: bytes | None) -> None:
+        """Record that the next window's segment lies on disk; `given` is what the one after it starts from."""
+        if given is not None:
+            atomic_write_bytes(self.given_path(self.done + 1), given)
+        self.done += 1
+        self._write_state()
+        self.given_path(self.done - 1).unlink(missing_ok=True)
+
+    def segment_path(self, window: int) -> Path:
+        return self.folder / f"segment_{window:05d}.mp4"
+
+    def given_path(self, window: int) -> Path:
+        """Given latents of `window`, left by the one before."""
+        return self.folder / f"given_{window:05d}.safetensors"
+
+    @property
+    def waveform_path(self) -> Path:
+        return self.folder / "audio_16k.f32"
+
+    @property
+    def features_path(self) -> Path:
+        return self.folder / "audio_features.npy"
+
+    def discard(self) -> None:
+        """Remove the folder and the growing file."""
+        with translate_os_error(self.folder):
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+            self.partial.unlink(missing_ok=True)
+
+    def finished_before(self, values: dict[str, str]) -> dict[str, Any] | None:
+        """The sidecar of a finished video made from the very same values, if output and sidecar fit."""
+        if self.folder.exists() or not self.output.is_file() or not self.sidecar.is_file():
+            return None
+        try:
+            sidecar: dict[str, Any] = json.loads(self.sidecar.read_text(encoding="utf-8"))
+        except (ValueError, UnicodeDecodeError):
+            return None
+        same = sidecar.get("fingerprint") == values
+        return sidecar if same and sidecar.get("bytes") == self.output.stat().st_size else None
+
+    def _read_state(self) -> dict[str, Any]:
+        try:
+            state: dict[str, Any] = json.loads(self._state.read_text(encoding="utf-8"))
+        except (ValueError, UnicodeDecodeError) as error:
+            raise ResumeError(
+                f"{self._state} is unreadable ({error}); use --no-resume to start over"
+            ) from None
+        if state.get("format") != FORMAT:
+            raise ResumeError(
+                f"{self._state} was written by another version of omniavatar; use --no-resume to start over"
+            )
+        return state
+
+    def _write_state(self) -> None:
+        state = {"format": FORMAT, "done": self.done, "fingerprint": self._fingerprint}
+        atomic_write_json(self._state, state)

@@ -1,0 +1,191 @@
+"""Writing one video while it is made: segments, the growing file, the sidecar, output names.
+
+`VideoWriter` encodes and muxes in a thread of its own, one window behind the model, and records a window as
+done only after its segment and its hand-over are on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from concurrent.futures import Future, ThreadPoolExecutor
+from fractions import Fraction
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from omniavatar import __version__
+from omniavatar.config import result_values
+from omniavatar.errors import InputError, ResumeError
+from omniavatar.job import Job, fingerprint
+from omniavatar.media.atomic import atomic_write_json
+from omniavatar.media.audio import encode_aac_track
+from omniavatar.media.slug import slugify
+from omniavatar.media.video import GrowingVideo, encode_segment
+from omniavatar.types import AudioInput, AvatarRequest, Recorder, Waveform
+
+if TYPE_CHECKING:
+    from omniavatar.config import OutputConfig, PipelineConfig, SamplingConfig
+    from omniavatar.generation import WindowResult
+    from omniavatar.plan import RunPlan
+
+ENCODER_THREADS = 4
+"""Fixed, since x264's output depends on it and a resumed run must give the same video."""
+_READ_BYTES = 2**20
+
+
+def output_path(output: OutputConfig, sampling: SamplingConfig, index: int, prompt: str) -> Path:
+    """Where the video of request `index` of a run goes when no output name is given.
+
+    slug: `<output_dir>/<index>_<slug>.mp4`. reference: the original's way, the sampling settings in a folder
+    name and a numbered file in it.
+    """
+    if output.naming == "slug":
+        return output.output_dir / f"{index:03d}_{slugify(prompt)}.mp4"
+    settings = f"seed{sampling.seed}_step{sampling.steps}_cfg{sampling.guidance_scale:g}"
+    if sampling.audio_scale is not None:
+        settings += f"_audio{sampling.audio_scale:g}"
+    return output.output_dir / settings / f"result_{index:03d}.mp4"
+
+
+def request_fingerprint(
+    config: PipelineConfig, sampling: SamplingConfig, request: AvatarRequest, image: np.ndarray
+) -> dict[str, str]:
+    """What decides the frames of a request: configuration, weight files, inputs, package version."""
+    values = result_values(config.model_copy(update={"sampling": sampling}))
+    values["request.prompt"] = request.prompt
+    values["request.image"] = hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()
+    values["request.audio"] = _audio_digest(request.audio)
+    values["omniavatar"] = __version__
+    model = config.model
+    named = (model.vae_path, model.text_encoder_path, model.wav2vec_path, model.exp_path)
+    for path in (*model.dit_path, *named, *(lora.path for lora in model.loras)):
+        if path is not None and path.exists():
+            values[f"file.{path.name}"] = _file_identity(path)
+    return fingerprint(values)
+
+
+def _file_identity(path: Path) -> str:
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return "; ".join(f"{p.stat().st_size} bytes, modified {p.stat().st_mtime_ns}" for p in files)
+
+
+def _audio_digest(audio: AudioInput | None) -> str:
+    if audio is None:
+        return "none"
+    digest = hashlib.sha256()
+    if isinstance(audio, Waveform):
+        digest.update(str(audio.sample_rate).encode())
+        digest.update(np.ascontiguousarray(audio.samples).tobytes())
+        return digest.hexdigest()
+    try:
+        with Path(audio).open("rb") as file:
+            while block := file.read(_READ_BYTES):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"audio {audio}: cannot be read ({error.strerror}); check the path") from None
+    return digest.hexdigest()
+
+
+class VideoWriter:
+    """Encodes finished windows and appends them to the growing video, in order, behind the model's back.
+
+    A context manager: leaving it waits for the window being written, and leaves everything on disk.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        plan: RunPlan,
+        output: OutputConfig,
+        audio: AudioInput | None,
+        audio_delay_s: Fraction,
+        recorder: Recorder,
+    ) -> None:
+        self._job, self._plan, self._output, self._recorder = job, plan, output, recorder
+        self._fps = Fraction(plan.fps)
+        track: Path | None = None
+        if audio is not None:
+            track = job.folder / "sound.mp4"
+            with recorder.stage("audio_encode"):
+                encode_aac_track(audio, track, audio_delay_s, plan.frames / self._fps)
+        self._growing = GrowingVideo(job.partial, job.output, self._fps, track)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="video-writer")
+        self._pending: Future[None] | None = None
+        for index in range(job.done):
+            segment = job.segment_path(index)
+            if not segment.is_file():
+                raise ResumeError(f"{segment} is missing; use --no-resume to start over")
+            self._growing.append(segment)
+
+    def submit(self, result: WindowResult, seconds: float) -> None:
+        """Hand over a finished window; waits for the one before, and raises what went wrong with it."""
+        self._wait()
+        given = None if result.next_given is None else result.next_given.to("cpu", copy=True)
+        self._pending = self._pool.submit(self._write, result, given, seconds)
+
+    def finish(self) -> None:
+        """Wait for the last window and give the video its final name."""
+        self._wait()
+        with self._recorder.stage("video_finish"):
+            self._growing.finish()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True)
+        self._growing.close()
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _write(self, result: WindowResult, given: Tensor | None, seconds: float) -> None:
+        window = result.window
+        with self._recorder.stage("video_write"):
+            encode_segment(
+                iter(result.frames),
+                self._job.segment_path(window.index),
+                fps=self._fps,
+                size=self._plan.size,
+                crf=self._output.crf,
+                preset=self._output.preset,
+                threads=ENCODER_THREADS,
+            )
+            self._job.finish_window(None if given is None else safetensors.torch.save({"given": given}))
+            self._growing.append(self._job.segment_path(window.index))
+        self._recorder.event(
+            "window_finished",
+            window=window.index,
+            windows=len(self._plan.windows),
+            frames_done=window.first_new_frame + window.new_frames,
+            seconds=seconds,
+        )
+
+
+def load_given(path: Path) -> Tensor:
+    """Given latents left by the window before. Raises ResumeError when they are gone."""
+    if not path.is_file():
+        raise ResumeError(f"{path} is missing; use --no-resume to start over")
+    return safetensors.torch.load_file(path)["given"]
+
+
+def write_sidecar(job: Job, values: dict[str, Any]) -> None:
+    """The JSON beside the video: everything needed to know how it was made, and to make it again."""
+    versions = {
+        "omniavatar": __version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+    }
+    atomic_write_json(job.sidecar, {**values, "versions": versions, "platform": platform.platform()})

@@ -1,0 +1,287 @@
+"""The main path: request -> conditioning -> windows -> denoise -> decode -> write.
+
+`AvatarPipeline` serves many requests with models loaded once. `stream` hands out frames as windows finish;
+`generate` writes a video that grows on disk, survives a crash and gets its final name when it is whole.
+A request's result depends on its inputs, its seed and the configuration alone, not on what ran before.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omniavatar.components import Components
+from omniavatar.config import PipelineConfig, SamplingConfig, flat_values
+from omniavatar.config_load import Overrides, load_config
+from omniavatar.encoders.audio import open_features
+from omniavatar.encoders.image import choose_bucket, prepare_image
+from omniavatar.errors import InputError, OutputError, ResourceError
+from omniavatar.generation import WindowGenerator, WindowSampling
+from omniavatar.job import Job
+from omniavatar.media.atomic import check_writable
+from omniavatar.media.audio import decode_mono
+from omniavatar.media.image import load_image
+from omniavatar.output import VideoWriter, load_given, request_fingerprint, write_sidecar
+from omniavatar.plan import (
+    RunPlan,
+    effective_sampling,
+    make_plan,
+    make_step_plan,
+    model_scale,
+    sampling_schedule,
+)
+from omniavatar.profiling.recorder import RunRecorder, stage_seconds
+from omniavatar.types import AvatarRequest, Conditioning, RunResult, StepPlan, VideoChunk
+
+
+@dataclass(frozen=True, eq=False)
+class _Inputs:
+    """A request whose inputs are read; nothing heavy has happened yet."""
+
+    request: AvatarRequest
+    sampling: SamplingConfig
+    image: np.ndarray
+    size: tuple[int, int]
+
+
+class AvatarPipeline:
+    """One portrait, one voice, one prompt -> a talking-avatar video, as often as asked."""
+
+    def __init__(self, config: PipelineConfig, recorder: RunRecorder | None = None) -> None:
+        self.config = config
+        self._recorder = recorder or RunRecorder()
+        if config.runtime.threads:
+            torch.set_num_threads(config.runtime.threads)
+        self.components = Components(config, self._recorder)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: str | Path | PipelineConfig,
+        overrides: Overrides = (),
+        recorder: RunRecorder | None = None,
+    ) -> AvatarPipeline:
+        """A pipeline from a YAML file (with `--hp` style overrides) or a ready configuration.
+
+        Weight files are checked by their headers now and loaded at the first request.
+        Raises ConfigError, CheckpointError, ResourceError.
+        """
+        if not isinstance(config, PipelineConfig):
+            config = load_config(config, overrides).config
+        return cls(config, recorder)
+
+    def stream(self, request: AvatarRequest) -> Iterator[VideoChunk]:
+        """Yield the frames of each window as it finishes; nothing stays on disk."""
+        inputs = self._read(request)
+        with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
+            waveform, plan = self._plan(inputs, Path(folder) / "audio.f32")
+            conditioning = self._condition(inputs, plan, waveform, Path(folder) / "audio_features.npy")
+            generator, _ = self._generator(inputs, conditioning)
+            for result in generator.run(plan.windows):
+                yield VideoChunk(
+                    np.concatenate(result.frames),
+                    result.window.first_new_frame,
+                    plan.fps,
+                    result.window.index,
+                    len(plan.windows),
+                )
+
+    def generate(
+        self, request: AvatarRequest, output: str | Path, resume: bool | None = None, index: int = 0
+    ) -> RunResult:
+        """Write the request's video to `output` (.mp4) and a JSON sidecar beside it.
+
+        An interrupted run of the same request continues after its last finished window, and a finished one
+        is left as it is, unless `resume` is False (default: the configuration's). `index` numbers the request
+        in events. Raises InputError, OutputError, ResumeError, CheckpointError, ResourceError.
+        """
+        job = Job(_checked_output(Path(output)))
+        resume = self.config.output.resume if resume is None else resume
+        inputs = self._read(request)
+        identity = request_fingerprint(self.config, inputs.sampling, request, inputs.image)
+        before = job.finished_before(identity) if resume else None
+        if before is not None:
+            self._message(f"{job.output} is finished already; use --no-resume to make it again")
+            return RunResult(
+                job.output, job.sidecar, before["frames"], before["windows"], before["windows"], 0.0
+            )
+        done = job.open(identity, resume)
+        try:
+            return self._generate(inputs, job, done, identity, index)
+        except torch.cuda.OutOfMemoryError as error:
+            raise ResourceError(
+                f"max_tokens: {self.config.video.max_tokens} needs more GPU memory than is free "
+                f"({str(error).split('.')[0]}); lower max_tokens or use the 1.3B model"
+            ) from None
+        finally:
+            if not job.done:
+                job.discard()
+
+    def _generate(
+        self, inputs: _Inputs, job: Job, done: int, identity: dict[str, str], index: int
+    ) -> RunResult:
+        started = time.perf_counter()
+        timings_before = self._recorder.timings()
+        config = self.config
+        waveform, plan = self._plan(inputs, job.waveform_path)
+        self._recorder.event(
+            "request_started",
+            index=index,
+            name=job.output.name,
+            frames=plan.frames,
+            windows=len(plan.windows),
+            steps=plan.steps,
+            resumed_windows=done,
+        )
+        if done:
+            self._message(f"resuming {job.output.name} at window {done + 1} of {len(plan.windows)}")
+        delay = Fraction(config.video.silence_duration_s) + Fraction(1) / Fraction(plan.fps)
+        step_plan: StepPlan | None = None
+        with VideoWriter(job, plan, config.output, inputs.request.audio, delay, self._recorder) as writer:
+            if done < len(plan.windows):
+                conditioning = self._condition(inputs, plan, waveform, job.features_path)
+                generator, step_plan = self._generator(inputs, conditioning)
+                plan = make_plan(
+                    config,
+                    None if waveform is None else len(waveform),
+                    inputs.size,
+                    inputs.sampling,
+                    step_plan,
+                )
+                given = load_given(job.given_path(done)) if done else None
+                begun = time.perf_counter()
+                for result in generator.run(plan.windows, done, given):
+                    writer.submit(result, time.perf_counter() - begun)
+                    begun = time.perf_counter()
+            writer.finish()
+        seconds = time.perf_counter() - started
+        write_sidecar(
+            job,
+            {
+                "output": job.output.name,
+                "bytes": job.output.stat().st_size,
+                "prompt": inputs.request.prompt,
+                "seed": inputs.sampling.seed,
+                "frames": plan.frames,
+                "windows": len(plan.windows),
+                "resumed_windows": done,
+                "seconds": seconds,
+                "stages": stage_seconds(timings_before, self._recorder.timings()),
+                "plan": plan.as_dict(),
+                "device": self._device_name(),
+                "attention": self.components.attention_name,
+                "config": flat_values(config.model_copy(update={"sampling": inputs.sampling})),
+                "fingerprint": identity,
+            },
+        )
+        if not config.output.keep_job:
+            job.discard()
+        self._recorder.event("request_finished", output=str(job.output), seconds=seconds, frames=plan.frames)
+        return RunResult(job.output, job.sidecar, plan.frames, len(plan.windows), done, seconds)
+
+    def _read(self, request: AvatarRequest) -> _Inputs:
+        if not request.prompt.strip():
+            raise InputError("prompt: is empty; describe the person and the scene in a sentence")
+        sampling = effective_sampling(self.config.sampling, request.sampling)
+        if request.audio is not None and not self.components.dit_config.audio_dim:
+            raise InputError(
+                "audio: this checkpoint has no audio layers; leave the audio out or set exp_path"
+            )
+        image = load_image(request.image)
+        return _Inputs(request, sampling, image, choose_bucket(*image.shape[:2], self.config.video.sizes))
+
+    def _plan(self, inputs: _Inputs, waveform_path: Path) -> tuple[np.ndarray | None, RunPlan]:
+        """The 16 kHz waveform with its leading silence (memory-mapped), and the plan of windows."""
+        video = self.config.video
+        waveform: np.ndarray | None = None
+        if inputs.request.audio is not None:
+            with self._recorder.stage("audio_decode"):
+                decode_mono(inputs.request.audio, waveform_path, video.sample_rate, video.silence_duration_s)
+            waveform = np.memmap(waveform_path, dtype=np.float32, mode="r")
+        samples = None if waveform is None else len(waveform)
+        return waveform, make_plan(self.config, samples, inputs.size, inputs.sampling)
+
+    def _condition(
+        self, inputs: _Inputs, plan: RunPlan, waveform: np.ndarray | None, features_path: Path
+    ) -> Conditioning:
+        recorder, components = self._recorder, self.components
+        with recorder.stage("text"):
+            prompts = [inputs.request.prompt, inputs.sampling.negative_prompt]
+            positive, negative = components.embed_prompts(prompts)
+        features: np.ndarray | None = None
+        if waveform is not None:
+            with recorder.stage("audio"):
+                features = self._audio_features(waveform, plan, features_path)
+        with recorder.stage("image"):
+            reference = self._encode_portrait(inputs)
+        return Conditioning(positive, negative, reference, features)
+
+    def _audio_features(self, waveform: np.ndarray, plan: RunPlan, path: Path) -> np.ndarray:
+        if path.is_file():
+            features = open_features(path)
+            if len(features) == plan.padded_audio_frames:
+                return features
+        return self.components.audio_encoder.encode(
+            waveform, plan.padded_audio_frames, self.config.video.fps, path
+        )
+
+    @torch.inference_mode()
+    def _encode_portrait(self, inputs: _Inputs) -> Tensor:
+        pixels = prepare_image(inputs.image, inputs.size).to(self.components.device)
+        return self.components.vae.encode(pixels[:, :, None])
+
+    def _generator(self, inputs: _Inputs, conditioning: Conditioning) -> tuple[WindowGenerator, StepPlan]:
+        sampling, dit = inputs.sampling, self.components.dit
+        schedule = sampling_schedule(sampling)
+
+        @torch.inference_mode()
+        def modulations() -> np.ndarray:
+            timesteps = torch.tensor(schedule.timesteps, dtype=torch.float32, device=self.components.device)
+            return dit.embed_time(timesteps)[1].float().cpu().numpy()
+
+        scale = model_scale(self.config.model.scale, dit.config.dim)
+        step_plan = make_step_plan(sampling, scale, modulations, not self.config.runtime.reference_numerics)
+        for note in step_plan.notes:
+            self._message(note, "warning")
+        plan = make_plan(
+            self.config, 0 if conditioning.audio is not None else None, inputs.size, sampling, step_plan
+        )
+        windows = WindowSampling(sampling.seed, schedule, step_plan, plan.branches, sampling.sampler)
+        return (
+            WindowGenerator(dit, self.components.vae, conditioning, windows, self._recorder),
+            step_plan,
+        )
+
+    def _device_name(self) -> str:
+        device = self.components.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+    def _message(self, text: str, level: str = "info") -> None:
+        self._recorder.event("message", text=text, level=level)
+
+
+def generate(
+    config: str | Path | PipelineConfig,
+    request: AvatarRequest,
+    output: str | Path,
+    overrides: Overrides = (),
+) -> RunResult:
+    """One video from one call; for several, keep an `AvatarPipeline` so that models load once."""
+    return AvatarPipeline.from_config(config, overrides).generate(request, output)
+
+
+def _checked_output(output: Path) -> Path:
+    if output.suffix.lower() != ".mp4":
+        raise OutputError(f"{output}: the video is written as .mp4; give the output that ending")
+    check_writable(output.parent)
+    if output.is_dir():
+        raise OutputError(f"{output}: is a folder; choose another output name")
+    return output

@@ -1,0 +1,187 @@
+"""What a run will do, worked out before anything heavy: windows, tokens, steps, passes.
+
+`make_plan` is pure arithmetic over the configuration. Only TeaCache's decisions need weights (those of the
+time embedding); until they are known the plan says so instead of guessing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from omniavatar.config import PipelineConfig, SamplingConfig
+from omniavatar.errors import ConfigError
+from omniavatar.sampling.cache_constants import MAGCACHE_RATIOS, TEACACHE_POLYNOMIALS
+from omniavatar.sampling.guidance import Branch, guidance_branches
+from omniavatar.sampling.schedule import Schedule, make_schedule
+from omniavatar.sampling.step_cache import compute_all, magcache_plan, relative_changes, teacache_plan
+from omniavatar.sampling.windows import frames_for, padded_audio_frames, plan_windows, window_length
+from omniavatar.types import SamplingParams, StepPlan, Window
+
+if TYPE_CHECKING:
+    import numpy as np
+
+VAE_STRIDE = 8
+PATCH = 2
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The whole run of one request.
+
+    size: (height, width) in pixels. frames: of the finished video. tokens: video tokens of one forward.
+    step_plan: None while TeaCache's decisions are unknown. forwards: block-stack passes of all windows,
+    skipped ones not counted (an upper bound while step_plan is None). audio_feature_bytes: size of the
+    memory-mapped audio features.
+    """
+
+    size: tuple[int, int]
+    fps: float
+    frames: int
+    windows: tuple[Window, ...]
+    window_length: int
+    overlap: int
+    latent_frames: int
+    tokens: int
+    steps: int
+    step_plan: StepPlan | None
+    branches: tuple[Branch, ...]
+    forwards: int
+    forwards_skipped: int
+    padded_audio_frames: int
+    notes: tuple[str, ...]
+
+    @property
+    def duration_s(self) -> float:
+        return self.frames / self.fps
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able form; windows are given by their count."""
+        values = asdict(self)
+        values["windows"] = len(self.windows)
+        values["duration_s"] = self.duration_s
+        values["pattern"] = self.step_plan.pattern if self.step_plan else None
+        return values
+
+
+def effective_sampling(configured: SamplingConfig, params: SamplingParams) -> SamplingConfig:
+    """The configuration with what the request changes, validated again. Raises ConfigError."""
+    changes = {name: value for name, value in vars(params).items() if value is not None}
+    if not changes:
+        return configured
+    values = {**configured.model_dump(), **changes}
+    try:
+        return SamplingConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"]) or "sampling"
+        raise ConfigError(f"request: {name}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def sampling_schedule(sampling: SamplingConfig) -> Schedule:
+    """Noise levels of the configured steps."""
+    return make_schedule(sampling.num_steps, sampling.shift, sampling.timesteps)
+
+
+def model_scale(configured: str, dim: int) -> str | None:
+    """Which model's published cache constants apply: the configured scale, else by width, else None."""
+    if configured in ("1.3B", "14B"):
+        return configured
+    return {1536: "1.3B", 5120: "14B"}.get(dim)
+
+
+def make_step_plan(
+    sampling: SamplingConfig,
+    scale: str | None,
+    modulations: Callable[[], np.ndarray],
+    guard: bool = True,
+) -> StepPlan:
+    """The configured step cache's plan.
+
+    modulations: gives the time projections (steps, 6, dim) float32 of the schedule; called for TeaCache only.
+    Raises ConfigError when constants for this model are neither published nor configured.
+    """
+    policy, steps = sampling.cache_policy, sampling.steps
+    if policy == "none":
+        return compute_all(steps)
+    first, last = sampling.cache_protect_first, sampling.cache_protect_last
+    if policy == "magcache":
+        if scale is None:
+            raise ConfigError("step_cache: MagCache ratios are published for 1.3B and 14B only; use none")
+        return magcache_plan(
+            steps,
+            MAGCACHE_RATIOS[scale],
+            sampling.magcache_thresh,
+            sampling.magcache_max_skip,
+            sampling.magcache_retention,
+            first,
+            last,
+        )
+    polynomial = _polynomial(sampling.teacache_coefficients, scale)
+    distances = relative_changes(modulations())
+    return teacache_plan(distances, polynomial, sampling.tea_cache_l1_thresh, first, last, guard)
+
+
+def _polynomial(configured: str | Sequence[float], scale: str | None) -> Sequence[float]:
+    if not isinstance(configured, str):
+        return configured
+    name = scale if configured == "auto" else configured
+    if name is None:
+        raise ConfigError(
+            "teacache_coefficients: none are published for this model's size; "
+            "give a polynomial, or set tea_cache_l1_thresh=0"
+        )
+    return TEACACHE_POLYNOMIALS[name]
+
+
+def make_plan(
+    config: PipelineConfig,
+    audio_samples: int | None,
+    size: tuple[int, int],
+    sampling: SamplingConfig | None = None,
+    step_plan: StepPlan | None = None,
+) -> RunPlan:
+    """Plan of one request.
+
+    audio_samples: samples at `sample_rate` with the leading silence, None for a silent video of `seq_len`
+    frames. size: (height, width) of the video. sampling: the request's (default: the configured one).
+    step_plan: where it is known.
+    """
+    video, sampling = config.video, sampling or config.sampling
+    height, width = size
+    length = window_length(video.max_tokens, height, width)
+    if audio_samples is None:
+        after_portrait = video.seq_len - 1
+    else:
+        after_portrait = frames_for(audio_samples, video.fps, video.sample_rate)
+    windows = plan_windows(after_portrait, length, video.overlap_frame)
+    branches = guidance_branches(
+        sampling.guidance_scale, sampling.effective_audio_scale, has_audio=audio_samples is not None
+    )
+    notes = list(step_plan.notes if step_plan else ())
+    if step_plan is None and sampling.cache_policy == "teacache":
+        notes.append("TeaCache's decisions need the checkpoint's time embedding; forwards is an upper bound")
+    computed = step_plan.computed if step_plan else sampling.steps
+    per_step = len(branches) * len(windows)
+    latent_frames = (length + 3) // 4
+    stride = VAE_STRIDE * PATCH
+    return RunPlan(
+        size=size,
+        fps=video.fps,
+        frames=after_portrait + 1,
+        windows=windows,
+        window_length=length,
+        overlap=video.overlap_frame,
+        latent_frames=latent_frames,
+        tokens=latent_frames * (height // stride) * (width // stride),
+        steps=sampling.steps,
+        step_plan=step_plan,
+        branches=branches,
+        forwards=computed * per_step,
+        forwards_skipped=(sampling.steps - computed) * per_step,
+        padded_audio_frames=padded_audio_frames(len(windows), length, video.overlap_frame),
+        notes=tuple(notes),
+    )
