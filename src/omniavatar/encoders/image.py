@@ -45,7 +45,8 @@ def prepare_image(image: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
     from torch.nn.functional import interpolate
 
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise InputError(f"image: want (h, w, 3) uint8 RGB, got {image.shape} {image.dtype}; convert it first")
+        found = f"{image.shape} {image.dtype}"
+        raise InputError(f"image: want (h, w, 3) uint8 RGB, got {found}; convert it first")
     height, width = image.shape[:2]
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise InputError(

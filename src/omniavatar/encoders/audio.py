@@ -1,0 +1,225 @@
+"""Speech to one feature vector a video frame: wav2vec 2.0 as OmniAvatar reads it.
+
+The waveform (16 kHz mono) is normalised over its whole length, zero-padded to the frames the windows need and
+encoded once; a frame's vector is the last hidden state followed by every hidden state, the first of which is
+taken after the positional convolution and its norm (base model: 14 x 768 = 10752 numbers). The walk over long
+audio is `wav2vec_spans`; weights and modules are transformers' `Wav2Vec2Model`.
+
+Limits: the base form only (group norm in front, norms after each layer), no adapter. The result is float32
+whatever the weights are. Convolutions run without TF32, so that a GPU gives the features a CPU gives.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from omniavatar.checkpoint.reader import TensorFiles
+from omniavatar.checkpoint.strict import file_sources, load_strict
+from omniavatar.encoders.row_files import ColumnWriter
+from omniavatar.encoders.wav2vec_spans import FrontEnd, NormalisedWaveform, SpanEncoder, SpanPlan
+from omniavatar.errors import CheckpointError, InputError, OutputError
+from omniavatar.sampling.windows import frames_for
+
+if TYPE_CHECKING:
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+SAMPLE_RATE = 16000
+SPAN_SECONDS = 30
+CPU_KV_BYTES = 32 * 2**20
+CUDA_KV_BYTES = 512 * 2**20
+CONFIG_FIELDS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+    "layer_norm_eps", "conv_dim", "conv_kernel", "conv_stride", "conv_bias", "num_feat_extract_layers",
+    "feat_extract_activation", "num_conv_pos_embeddings", "num_conv_pos_embedding_groups",
+)  # fmt: skip
+BASE_FORM = {"feat_extract_norm": "group", "do_stable_layer_norm": False, "add_adapter": False}
+POSITION_WEIGHT = "encoder.pos_conv_embed.conv."
+RENAMED = {
+    POSITION_WEIGHT + "weight_g": POSITION_WEIGHT + "parametrizations.weight.original0",
+    POSITION_WEIGHT + "weight_v": POSITION_WEIGHT + "parametrizations.weight.original1",
+}
+TRAINING_ONLY = ("lm_head.weight", "lm_head.bias", "masked_spec_embed")
+
+
+def library_key(key: str) -> str | None:
+    """transformers' name in `Wav2Vec2Model` for a key of the released folder; None: used in training only."""
+    name = key.removeprefix("wav2vec2.")
+    return None if name in TRAINING_ONLY else RENAMED.get(name, name)
+
+
+class AudioEncoder:
+    """wav2vec 2.0 on its device. `width` is the length D of a frame's vector."""
+
+    def __init__(self, model: Wav2Vec2Model) -> None:
+        self.model = model
+        self.width: int = (model.config.num_hidden_layers + 2) * model.config.hidden_size
+
+    @classmethod
+    def load(
+        cls, folder: Path, device: torch.device | str, dtype: torch.dtype = torch.float32
+    ) -> AudioEncoder:
+        """The encoder of a Hugging Face folder (`config.json` and weights), strictly: every key used once.
+
+        Raises `CheckpointError` for a missing or unfit file.
+        """
+        config = _read_config(Path(folder))
+        with torch.device("meta"):
+            model = _model(config)
+        with TensorFiles(folder) as files:
+            sources = file_sources(files, library_key)
+            load_strict(model, sources, dtype=dtype, device=device, origin=files.origin)
+        return cls(_frozen(model))
+
+    @classmethod
+    def random(
+        cls,
+        *,
+        hidden: int = 768,
+        layers: int = 12,
+        heads: int = 12,
+        intermediate: int = 3072,
+        conv_dim: int = 512,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+        seed: int,
+    ) -> AudioEncoder:
+        """An encoder of random weights, the same on every device for a `seed`; defaults are the base size."""
+        fields = {
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "intermediate_size": intermediate,
+            "conv_dim": [conv_dim] * 7,
+        }
+        with torch.device("meta"):
+            model = _model(fields)
+        model = model.to_empty(device="cpu")
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                torch.nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+            else:
+                fan_in = parameter[0].numel()
+                torch.nn.init.normal_(parameter, std=fan_in**-0.5, generator=generator)
+        return cls(_frozen(model.to(device, dtype)))
+
+    def encode(
+        self,
+        waveform: np.ndarray,
+        num_frames: int,
+        fps: float | Fraction,
+        out: Path,
+        *,
+        scratch: Path | None = None,
+        span_seconds: float = SPAN_SECONDS,
+        kv_bytes: int | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> np.memmap:
+        """Features of a waveform, written to `out` (a `.npy`, under its name only when finished).
+
+        waveform: (samples,) float32 at 16 kHz, an array or a memory map. num_frames: at least
+        `frames_for(samples, fps)`; frames beyond the audio see silence. scratch: folder for working files
+        (default: that of `out`), gone at the end; both need about a float32 copy of the result at most.
+        span_seconds and kv_bytes bound the memory. on_progress gets (steps done, steps in all).
+        Returns the read-only memory map (num_frames, D). Raises `InputError` for unusable audio,
+        `OutputError` when a file cannot be written.
+        """
+        rate = Fraction(fps)
+        if waveform.ndim != 1 or not len(waveform):
+            raise InputError(f"audio: want samples in one dimension, got shape {waveform.shape}")
+        if num_frames < frames_for(len(waveform), rate):
+            raise ValueError(f"{num_frames} frames cannot hold {len(waveform)} samples at {fps} fps")
+        padded = math.ceil(num_frames * SAMPLE_RATE / rate)
+        config = self.model.config
+        front = FrontEnd.of(tuple(config.conv_kernel), tuple(config.conv_stride))
+        if padded < front.field:
+            raise InputError(f"audio: {padded} samples are too short, the encoder needs {front.field}")
+        device = next(self.model.parameters()).device
+        plan = SpanPlan(
+            features=max(1, round(span_seconds * SAMPLE_RATE / front.stride)),
+            frames=max(1, round(span_seconds * rate)),
+            kv_bytes=kv_bytes or (CUDA_KV_BYTES if device.type == "cuda" else CPU_KV_BYTES),
+        )
+        partial = out.with_name(out.name + ".partial")
+        work = (scratch or out.parent) / (out.name + ".scratch")
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            try:
+                with torch.inference_mode(), _exact_convolutions():
+                    normalised = NormalisedWaveform(waveform, padded, plan.features * front.stride)
+                    spans = SpanEncoder(self.model, normalised, num_frames, plan)
+                    blocks = config.num_hidden_layers + 2
+                    result = ColumnWriter(partial, num_frames, config.hidden_size, blocks)
+                    spans.run(result, work, _counter(spans.steps(), on_progress))
+                partial.replace(out)
+            finally:
+                partial.unlink(missing_ok=True)
+                work.rmdir()
+        except OSError as error:
+            raise OutputError(
+                f"{error.filename or out}: audio features cannot be written ({error.strerror or error});"
+                " free some disk or choose another folder"
+            ) from error
+        return open_features(out)
+
+
+def open_features(path: Path) -> np.memmap:
+    """A finished feature file as a read-only memory map (num_frames, D) float32."""
+    features = np.load(path, mmap_mode="r")
+    assert isinstance(features, np.memmap)
+    return features
+
+
+def _counter(total: int, on_progress: Callable[[int, int], None] | None) -> Callable[[], None]:
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if on_progress is not None:
+            on_progress(done, total)
+
+    return step
+
+
+def _exact_convolutions() -> Any:
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing; give the wav2vec 2.0 folder as downloaded") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); download the folder again") from error
+    for field, wanted in BASE_FORM.items():
+        if config.get(field, wanted) != wanted:
+            raise CheckpointError(
+                f"{path}: {field} is {config[field]!r}, want {wanted!r}; use wav2vec2-base-960h"
+            )
+    return config
+
+
+def _model(config: dict[str, Any]) -> Wav2Vec2Model:
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    known: dict[str, Any] = {field: config[field] for field in CONFIG_FIELDS if field in config}
+    settings: Wav2Vec2Config = Wav2Vec2Config(**known, mask_time_prob=0.0, mask_feature_prob=0.0)
+    return Wav2Vec2Model(settings)
+
+
+def _frozen(model: Wav2Vec2Model) -> Wav2Vec2Model:
+    from torch.nn.utils.parametrize import remove_parametrizations
+
+    remove_parametrizations(model.encoder.pos_conv_embed.conv, "weight")
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,180 @@
+"""Prompts to embeddings: the UMT5 encoder of Wan 2.1 through transformers.
+
+Wan's file names its tensors its own way; `library_key` maps them. The file says its sizes itself. Wan keeps a
+table of relative positions for each layer, 32 buckets up to distance 128, and does not scale the scores, as
+UMT5 does (Chung et al. 2023). Only tokens are computed, not padding: no token sees the padding, whose
+embeddings are zero by definition.
+
+Limits: attention is computed plainly (64 heads x 512 x 512 scores), which is small beside the weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from omniavatar.checkpoint.reader import TensorFiles
+from omniavatar.checkpoint.strict import file_sources, load_strict
+from omniavatar.encoders.tokens import (
+    TEXT_TOKENS,
+    ByteTokenizer,
+    FolderTokenizer,
+    Tokenizer,
+    clean_prompt,
+    warn_of_cuts,
+)
+from omniavatar.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers.models.umt5.modeling_umt5 import UMT5Stack
+
+MAX_DISTANCE = 128
+WHOLE_MODEL_KEYS = {"token_embedding.weight": "embed_tokens.weight", "norm.weight": "final_layer_norm.weight"}
+BLOCK_KEYS = {
+    "norm1.weight": "layer.0.layer_norm.weight",
+    "attn.q.weight": "layer.0.SelfAttention.q.weight",
+    "attn.k.weight": "layer.0.SelfAttention.k.weight",
+    "attn.v.weight": "layer.0.SelfAttention.v.weight",
+    "attn.o.weight": "layer.0.SelfAttention.o.weight",
+    "pos_embedding.embedding.weight": "layer.0.SelfAttention.relative_attention_bias.weight",
+    "norm2.weight": "layer.1.layer_norm.weight",
+    "ffn.gate.0.weight": "layer.1.DenseReluDense.wi_0.weight",
+    "ffn.fc1.weight": "layer.1.DenseReluDense.wi_1.weight",
+    "ffn.fc2.weight": "layer.1.DenseReluDense.wo.weight",
+}
+UMT5_XXL: Mapping[str, int] = {
+    "vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+    "relative_attention_num_buckets": 32,
+}  # fmt: skip
+
+
+def library_key(key: str) -> str:
+    """Name in transformers' UMT5 encoder stack for a key of the released file; others come back unchanged."""
+    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
+    if block and block[2] in BLOCK_KEYS:
+        return f"block.{block[1]}.{BLOCK_KEYS[block[2]]}"
+    return WHOLE_MODEL_KEYS.get(key, key)
+
+
+def sizes_of(shapes: Mapping[str, tuple[int, ...]], source: str) -> dict[str, int]:
+    """The encoder's sizes (fields of `UMT5Config`) read off the shapes of the released file's tensors.
+
+    Raises `CheckpointError` naming the tensor that is missing from `source`.
+    """
+    try:
+        vocabulary, width = shapes["token_embedding.weight"]
+        attention_width = shapes["blocks.0.attn.q.weight"][0]
+        buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
+        hidden = shapes["blocks.0.ffn.fc1.weight"][0]
+    except KeyError as error:
+        raise CheckpointError(
+            f"{source}: no tensor {error}; give Wan's models_t5_umt5-xxl-enc-bf16.pth or a file of its form"
+        ) from error
+    blocks = {int(match[1]) for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key))}
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": attention_width // heads,
+        "d_ff": hidden,
+        "num_layers": max(blocks) + 1,
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+    }
+
+
+class TextEncoder:
+    """UMT5 on its device. Embeddings come in the dtype of the weights."""
+
+    def __init__(self, stack: UMT5Stack, tokenizer: Tokenizer) -> None:
+        self.stack, self.tokenizer = stack, tokenizer
+        self.width: int = stack.config.d_model
+
+    @classmethod
+    def load(
+        cls,
+        encoder_path: Path,
+        tokenizer_path: Path,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> TextEncoder:
+        """The released encoder file and tokenizer folder, strictly: every key used once.
+
+        Raises `CheckpointError` for a missing or unfit file.
+        """
+        tokenizer = FolderTokenizer(Path(tokenizer_path))
+        with TensorFiles(encoder_path) as files:
+            shapes = {key: files.shape(key) for key in files.keys()}  # noqa: SIM118  (not a dict)
+            stack = _stack(sizes_of(shapes, files.origin))
+            sources = file_sources(files, library_key)
+            load_strict(stack, sources, dtype=dtype, device=device, origin=files.origin)
+        return cls(_frozen(stack), tokenizer)
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Embeddings (n, 512, width) of n prompts in the weights' dtype on their device; zero past the text.
+
+        Each prompt runs alone, so its embedding does not depend on the others. A prompt longer than 512
+        tokens is cut, with a warning in the log.
+        """
+        texts = [clean_prompt(prompt) for prompt in prompts]
+        tokens = self.tokenizer(texts, TEXT_TOKENS)
+        warn_of_cuts(texts, tokens)
+        rows = zip(tokens.ids.split(1), tokens.mask.split(1), strict=True)
+        return torch.cat([self.encode_tokens(ids, mask) for ids, mask in rows])
+
+    @torch.inference_mode()
+    def encode_tokens(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Embeddings (n, length, width) of token numbers `ids` (n, length); zero where `mask` is 0.
+
+        `mask` (n, length) is 1 on a row's tokens, which come first, and 0 on its padding.
+        """
+        weight = self.stack.embed_tokens.weight
+        ids, mask = ids.to(weight.device), mask.to(weight.device)
+        longest = int(mask.sum(1).max())
+        hidden = self.stack(input_ids=ids[:, :longest], attention_mask=mask[:, :longest]).last_hidden_state
+        embeddings = hidden.new_zeros(*ids.shape, self.width)
+        embeddings[:, :longest] = hidden * mask[:, :longest, None].to(hidden.dtype)
+        return embeddings
+
+
+def random_text_encoder(
+    device: torch.device | str,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    sizes: Mapping[str, int] = UMT5_XXL,
+) -> TextEncoder:
+    """An encoder of random weights made on the device, without disk; `sizes` as from `sizes_of`.
+
+    The numbers depend on `seed` and on the kind of device. Prompts are tokenized by `ByteTokenizer`.
+    """
+    stack = _stack(sizes).to(dtype).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for parameter in stack.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.ones_(parameter)
+        else:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
+    return TextEncoder(_frozen(stack), ByteTokenizer())
+
+
+def _stack(sizes: Mapping[str, int]) -> UMT5Stack:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    settings: Any = dict(sizes)
+    config = UMT5Config(
+        **settings,
+        relative_attention_max_distance=MAX_DISTANCE,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        attn_implementation="eager",
+    )
+    with torch.device("meta"):
+        return UMT5EncoderModel(config).encoder
+
+
+def _frozen(stack: UMT5Stack) -> UMT5Stack:
+    return stack.eval().requires_grad_(False)
