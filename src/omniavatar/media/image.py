@@ -1,8 +1,8 @@
 """Any picture a user has, as RGB bytes.
 
 What happens to it: the EXIF rotation is applied; transparency is laid on white; of an animation the
-first frame is taken (logged); CMYK, grey, palette and 16-bit pictures become 8-bit RGB. Embedded colour
-profiles are not applied, as in the original.
+first frame is taken (logged; of a PIL image, the frame it stands on); CMYK, grey, palette and 16-bit
+pictures become 8-bit RGB. Embedded colour profiles are not applied, as in the original.
 
 Limits: at least 16 pixels a side, at most 178,956,970 pixels (Pillow's own limit against decompression
 bombs). Above 40 megapixels the picture is reduced by a whole factor while or right after decoding, to
@@ -15,6 +15,8 @@ import logging
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +46,8 @@ def load_image(source: str | Path | PIL.Image.Image | np.ndarray) -> np.ndarray:
         name = "the image array"
     elif isinstance(source, PIL.Image.Image):
         name = "the PIL image"
-        pixels = _decode(source, name)
+        with _damage_as_one_line(name):
+            pixels = _decode(source, name)
     else:
         name = f"image {source}"
         pixels = _from_file(Path(source), name)
@@ -61,40 +64,43 @@ def _from_file(path: Path, name: str) -> np.ndarray:
         raise InputError(f"{name} does not exist; check the path")
     if path.is_dir():
         raise InputError(f"{name} is a folder; give an image file")
-    with warnings.catch_warnings():
+    if path.stat().st_size == 0:
+        raise InputError(f"{name} is empty; give another file")
+    with warnings.catch_warnings(), _damage_as_one_line(name):
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-        try:
-            if path.stat().st_size == 0:
-                raise InputError(f"{name} is empty; give another file")
-            with PIL.Image.open(path) as image:
-                return _decode(image, name)
-        except PIL.Image.DecompressionBombError as error:
-            raise InputError(f"{name} has more than 178 megapixels; make it smaller first") from error
-        except PIL.UnidentifiedImageError as error:
-            raise InputError(f"{name} is not an image Pillow can read; convert it to PNG or JPEG") from error
-        except PermissionError as error:
-            raise InputError(f"{name} may not be read; check its permissions") from error
+        with PIL.Image.open(path) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                _log.info("%s is animated: its first frame is used", name)
+                image.seek(0)
+            if image.width * image.height > REDUCE_ABOVE_PIXELS:
+                scale = max(1, min(image.size) // REDUCE_TO_SIDE)
+                image.draft(None, (image.width // scale, image.height // scale))
+            return _decode(image, name)
+
+
+@contextmanager
+def _damage_as_one_line(name: str) -> Iterator[None]:
+    try:
+        yield
+    except PIL.Image.DecompressionBombError as error:
+        raise InputError(f"{name} has more than 178 megapixels; make it smaller first") from error
+    except PIL.UnidentifiedImageError as error:
+        raise InputError(f"{name} is not an image Pillow can read; convert it to PNG or JPEG") from error
+    except PermissionError as error:
+        raise InputError(f"{name} may not be read; check its permissions") from error
+    except _DAMAGED as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{name} is damaged or truncated ({reason}); export or download it again") from error
 
 
 def _decode(image: PIL.Image.Image, name: str) -> np.ndarray:
     """(h, w, 3) uint8 of an opened image, whatever its mode."""
-    try:
-        if getattr(image, "n_frames", 1) > 1:
-            _log.info("%s is animated: its first frame is used", name)
-            image.seek(0)
-        too_large = image.width * image.height > REDUCE_ABOVE_PIXELS
-        if too_large:
-            scale = max(1, min(image.size) // REDUCE_TO_SIDE)
-            image.draft(None, (image.width // scale, image.height // scale))
-        image.load()
-        if too_large:
-            image = _reduced(image)
-        return np.asarray(_to_rgb(ImageOps.exif_transpose(image), name), dtype=np.uint8)
-    except InputError:
-        raise
-    except _DAMAGED as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{name} is damaged or truncated ({reason}); export or download it again") from error
+    image.load()
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _grey_from_deep(ImageOps.exif_transpose(image), name)
+    if image.width * image.height > REDUCE_ABOVE_PIXELS:
+        image = _reduced(image)
+    return np.asarray(_to_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
 
 
 def _reduced(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -106,11 +112,9 @@ def _reduced(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.reduce(factor)
 
 
-def _to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
+def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _grey_from_deep(image, name)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         white = PIL.Image.new("RGB", layer.size, (255, 255, 255))
@@ -122,11 +126,14 @@ def _to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
 def _grey_from_deep(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
     """16- and 32-bit grey to 8 bits: integers cover 0..65535, floats 0..1."""
     values = np.asarray(image)
-    top = 1.0 if image.mode == "F" else 65535.0
+    top = 1 if image.mode == "F" else 65535
     if not np.isfinite(values).all() or values.min() < 0 or values.max() > top:
-        raise InputError(f"{name} holds grey values outside 0..{top:g}; convert it to 8 bits first")
-    grey = np.rint(values * (255.0 / top)).astype(np.uint8)
-    return PIL.Image.fromarray(grey).convert("RGB")
+        raise InputError(f"{name} holds grey values outside 0..{top}; convert it to 8 bits first")
+    if image.mode == "F":
+        grey = np.rint(values * np.float32(255)).astype(np.uint8)
+    else:
+        grey = np.rint(np.arange(65536) / 257).astype(np.uint8)[values]
+    return PIL.Image.fromarray(grey)
 
 
 def _from_array(array: np.ndarray) -> np.ndarray:
@@ -143,5 +150,5 @@ def _from_array(array: np.ndarray) -> np.ndarray:
     if array.ndim == 2:
         array = array[:, :, None]
     if array.shape[2] == 4:
-        return np.asarray(_to_rgb(PIL.Image.fromarray(np.ascontiguousarray(array)), "the image array"))
+        return np.asarray(_to_rgb(PIL.Image.fromarray(np.ascontiguousarray(array))))
     return np.array(np.broadcast_to(array, (*array.shape[:2], 3)))
