@@ -1,9 +1,9 @@
 """OmniAvatar, fast: one portrait and one voice become a talking-avatar video of any length.
 
-    from omniavatar import AvatarPipeline, AvatarRequest, SamplingParams
+    from omniavatar import AvatarPipeline, AvatarRequest
 
     pipe = AvatarPipeline.from_config("configs/inference_1.3B_optimized.yaml")
-    request = AvatarRequest(prompt="...", image="face.jpg", audio="speech.mp3", sampling=SamplingParams(seed=1))
+    request = AvatarRequest(prompt="...", image="face.jpg", audio="speech.mp3")
     pipe.generate(request, "out.mp4")
 
 Names are imported when first used, so `import omniavatar` is quick and does not load torch.

@@ -23,7 +23,7 @@ FORMAT = 1
 
 
 def fingerprint(values: Mapping[str, Any]) -> dict[str, str]:
-    """Values that decide the frames, as printable text by dotted name; what a job must share to be resumed."""
+    """Values that decide the frames, as printable text by dotted name."""
     return {name: _printable(value) for name, value in sorted(values.items())}
 
 
@@ -81,7 +81,7 @@ class Job:
         return self.done
 
     def finish_window(self, given: bytes | None) -> None:
-        """Record that the next window's segment lies on disk; `given` is what the one after it starts from."""
+        """Record that the next window's segment lies on disk; `given`: what the one after starts from."""
         if given is not None:
             atomic_write_bytes(self.given_path(self.done + 1), given)
         self.done += 1

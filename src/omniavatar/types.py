@@ -5,20 +5,18 @@ Shape letters: B batch, N video frames, T latent frames, H W pixels, h w latent 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
     import PIL.Image
     import torch
 
-    ImageInput = str | Path | np.ndarray | PIL.Image.Image
-    AudioInput = str | Path | "Waveform"
-
+ImageInput: TypeAlias = "str | Path | np.ndarray | PIL.Image.Image"
+AudioInput: TypeAlias = "str | Path | Waveform"
 Sampler = Literal["euler", "renoise"]
 StepCache = Literal["none", "teacache", "magcache"]
 
@@ -160,6 +158,3 @@ class Recorder(Protocol):
     def event(self, name: str, **fields: Any) -> None:
         """Report `name` with JSON-able fields."""
         ...
-
-
-FrameStream = Iterator["np.ndarray"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -96,10 +97,12 @@ class WanDiT(nn.Module):
 
     def prepare_text(self, embedding_BSE: Tensor) -> TextState:
         """Keys and values of every block for text embeddings (B, S, text_dim)."""
-        weight = self.text_embedding[0].weight
+        weight = _weight(self.text_embedding[0])
         text_BSC = self.text_embedding(embedding_BSE.to(device=weight.device, dtype=weight.dtype))
-        text_BSC = text_BSC.to(self.blocks[0].cross_attn.k.weight.dtype)
-        return tuple(block.cross_attn.keys_values(text_BSC) for block in self.blocks)
+        return tuple(
+            block.cross_attn.keys_values(text_BSC.to(_weight(block.cross_attn.k).dtype))
+            for block in self._typed_blocks()
+        )
 
     def prepare_audio(self, audio_BND: Tensor | None) -> AudioState:
         """What each block adds, (B, T, C) or None, for audio vectors (B, 4T-3, audio_dim).
@@ -120,8 +123,8 @@ class WanDiT(nn.Module):
         exponents = torch.arange(half, dtype=torch.float64, device=timestep_B.device) / half
         angles = torch.outer(timestep_B.to(torch.float64), 10000.0**-exponents)
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        embedded = self.time_embedding(sinusoid.to(self.time_embedding[0].weight.dtype))
-        projected = self.time_projection(embedded.to(self.time_projection[1].weight.dtype))
+        embedded = self.time_embedding(sinusoid.to(_weight(self.time_embedding[0]).dtype))
+        projected = self.time_projection(embedded.to(_weight(self.time_projection[1]).dtype))
         return embedded, projected.unflatten(-1, (6, -1))
 
     def run_blocks(self, tokens_BLC: Tensor, inputs: BlockInputs) -> Tensor:
@@ -147,12 +150,20 @@ class WanDiT(nn.Module):
         x = sample if y is None else torch.cat([sample, y.to(sample.dtype)], dim=1)
         patches = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
-        tokens = patches.flatten(2).transpose(1, 2).to(self.blocks[0].self_attn.q.weight.dtype)
+        tokens = patches.flatten(2).transpose(1, 2).to(self._token_dtype)
         embedded, modulation = self.embed_time(timestep_B)
         rope = rope_table(grid, self.config.head_dim, tokens.device)
         inputs = BlockInputs(modulation, rope, text, audio)
         tokens = (run_blocks or self.run_blocks)(tokens.contiguous(), inputs)
         return self._unpatchify(self.head(tokens, embedded), grid).float()
+
+    @property
+    def _token_dtype(self) -> torch.dtype:
+        """Tokens travel in the dtype of the biases of the block's linear layers."""
+        return self._typed_blocks()[0].self_attn.o.bias.dtype
+
+    def _typed_blocks(self) -> list[Block]:
+        return [cast(Block, block) for block in self.blocks]
 
     def _unpatchify(self, x_BLP: Tensor, grid: tuple[int, int, int]) -> Tensor:
         pt, ph, pw = self.config.patch_size
@@ -160,3 +171,7 @@ class WanDiT(nn.Module):
         x = x_BLP.view(-1, t, h, w, pt, ph, pw, self.config.out_dim)
         x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)
         return x.reshape(x.shape[0], self.config.out_dim, t * pt, h * ph, w * pw)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    return cast(Tensor, module.weight)

@@ -10,6 +10,7 @@ Shapes: B batch, N = 4T-3 video frames, T latent frames, H W pixels, h w = H/8 W
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -55,7 +56,7 @@ class Encoder(nn.Module):
         widths = [config.dim * m for m in (1, *config.dim_mult)]
         self.conv1 = CausalConv3d(3, widths[0], (3, 3, 3))
         stages: list[nn.Module] = []
-        for level, (width_in, width_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for level, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
             for block in range(config.num_res_blocks):
                 stages.append(ResidualBlock(width_in if block == 0 else width_out, width_out))
             if level < len(config.temporal_downsample):
@@ -81,7 +82,7 @@ class Decoder(nn.Module):
         self.conv1 = CausalConv3d(config.z_dim, widths[0], (3, 3, 3))
         self.middle = _middle(widths[0])
         stages: list[nn.Module] = []
-        for level, (previous, width) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for level, (previous, width) in enumerate(itertools.pairwise(widths)):
             halved = previous if level == 0 else previous // 2
             for block in range(config.num_res_blocks + 1):
                 stages.append(ResidualBlock(halved if block == 0 else width, width))

@@ -17,7 +17,7 @@ CausalState = dict[nn.Module, Tensor]
 
 
 class CausalConv3d(nn.Conv3d):
-    """3-D convolution padded in time only with the past: earlier frames from the state, zeros at the start."""
+    """3-D convolution that sees only the past: earlier frames from the state, zeros at the start."""
 
     def __init__(
         self,

@@ -51,7 +51,7 @@ def available_backends(device: torch.device) -> list[str]:
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """What `auto` means: cuDNN on Hopper and later in half precision (fastest measured), else PyTorch's pick."""
+    """What `auto` means: cuDNN on Hopper and later in half precision (fastest measured), else PyTorch's."""
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         major, _ = torch.cuda.get_device_capability(device)
         if major >= 9:
@@ -68,6 +68,6 @@ def create_attention(name: str, device: torch.device, dtype: torch.dtype) -> tup
     there = available_backends(device)
     if chosen not in there:
         raise ResourceError(
-            f"runtime.attention: {chosen!r} cannot run on {device.type}; choose one of: auto, {', '.join(there)}"
+            f"attention: {chosen!r} cannot run on {device.type}; choose one of: auto, {', '.join(there)}"
         )
     return chosen, _torch_attention(_TORCH_BACKENDS[chosen])

@@ -8,6 +8,7 @@ Sources: Wan 2.1 (arXiv 2503.20314), flow matching (arXiv 2210.02747), LCM (arXi
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ def make_schedule(num_steps: int, shift: float, timesteps: tuple[float, ...] | N
     Explicit timesteps are final: `shift` and `num_steps` do not act on them.
     """
     if timesteps is not None:
-        falling = all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
+        falling = all(a > b for a, b in itertools.pairwise(timesteps))
         if not timesteps or not falling or timesteps[0] > 1000 or timesteps[-1] <= 0:
             raise ConfigError(f"timesteps: need values in (0, 1000], each below the last, not {timesteps}")
         return Schedule(tuple(t / 1000.0 for t in timesteps))

@@ -84,8 +84,8 @@ def teacache_plan(
     notes = []
     if beyond:
         notes.append(
-            f"TeaCache: at {beyond} of {num_steps} steps the time projection changes more than the polynomial "
-            f"was fitted for (> {high:.3f}); they run"
+            f"TeaCache: at {beyond} of {num_steps} steps the time projection changes more than the "
+            f"polynomial was fitted for (> {high:.3f}); they run"
         )
     if below:
         notes.append(

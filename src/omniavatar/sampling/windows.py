@@ -26,7 +26,7 @@ def frames_for(samples: int, fps: float | Fraction, sample_rate: int = 16000) ->
 
 
 def window_length(max_tokens: int, height: int, width: int) -> int:
-    """Frames of a window, 1+4n, that `max_tokens` allow at this size (a token stands for 1024 pixel-frames)."""
+    """Frames of a window, 1+4n, that `max_tokens` allow (a token stands for 1024 pixel-frames)."""
     length = max_tokens * TOKEN_PIXELS // (height * width)
     length = length // 4 * 4 + 1 if length % 4 else length - 3
     if length < 5:
