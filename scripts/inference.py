@@ -1,0 +1,12 @@
+"""The original's command, on this engine: the same as `omniavatar generate`.
+
+torchrun --standalone --nproc_per_node=1 scripts/inference.py --config configs/inference.yaml \
+    --input_file examples/infer_samples.txt [--hp=num_steps=25,seed=1]
+"""
+
+import sys
+
+from omniavatar.cli import main
+
+if __name__ == "__main__":
+    main(["generate", *sys.argv[1:]])

@@ -1,0 +1,57 @@
+"""The command line: `omniavatar generate | plan | config show | download | make-checkpoint | demo`.
+
+This file only lists the commands; each lives in a `cli_*` file that imports what it runs inside the
+command, so that `--help` answers without loading torch. Exit codes: docs/exit_codes.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from omniavatar import cli_checkpoint, cli_config, cli_generate, cli_plan
+
+app = typer.Typer(
+    name="omniavatar",
+    help="One portrait, one voice, one prompt: a talking video of any length (OmniAvatar on Wan 2.1).",
+    epilog="Start with `omniavatar demo`, which needs neither a GPU nor a download.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"omniavatar {version('omniavatar')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    return None
+
+
+app.command()(cli_generate.generate)
+app.command()(cli_plan.plan)
+config_app.command("show")(cli_config.show)
+app.add_typer(config_app, name="config")
+app.command()(cli_checkpoint.download)
+app.command("make-checkpoint")(cli_checkpoint.make_checkpoint)
+app.command()(cli_generate.demo)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line with `arguments` (default: the process's own) and exit with its code."""
+    app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="omniavatar")

@@ -1,0 +1,66 @@
+"""`omniavatar config show`: the effective values and where each came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from omniavatar.cli_common import HpOption, JsonOption, user_errors
+
+
+def show(
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", metavar="YAML", help="Configuration file; without it the defaults."),
+    ] = None,
+    hp: HpOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show every config value and where it came from: default, file and line, checkpoint, or --hp."""
+    import json
+
+    with user_errors():
+        from omniavatar.config import PipelineConfig, config_hash, flat_values
+        from omniavatar.config_load import load_config
+
+        loaded = load_config(config, hp or ())
+        values = flat_values(loaded.config)
+        if as_json:
+            report = {
+                "values": values,
+                "origins": dict(loaded.origins),
+                "ignored": dict(loaded.ignored),
+                "warnings": list(loaded.warnings),
+                "hash": config_hash(loaded.config),
+            }
+            typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+            return
+
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table("key", "value", "from", "meaning", pad_edge=False, show_lines=False)
+        for section, field in PipelineConfig.model_fields.items():
+            table.add_section()
+            table.add_row(f"[bold]{section}[/]", "", "", field.description or "")
+            for leaf, description in _leaves(section):
+                key = f"{section}.{leaf}"
+                value = json.dumps(values[key], ensure_ascii=False)
+                shown = value if len(value) <= 90 else f"{value[:87]}..."
+                table.add_row(f"  {leaf}", escape(shown), escape(loaded.origins[key]), escape(description))
+        console = Console(highlight=False)
+        console.print(table)
+        for warning in loaded.warnings:
+            console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+        console.print(f"hash of what decides the video: {config_hash(loaded.config)[:16]}")
+
+
+def _leaves(section: str) -> list[tuple[str, str]]:
+    from omniavatar.config import PipelineConfig
+
+    annotation = PipelineConfig.model_fields[section].annotation
+    fields = getattr(annotation, "model_fields", {})
+    return [(name, field.description or "") for name, field in fields.items()]

@@ -1,0 +1,247 @@
+"""`omniavatar generate` and `omniavatar demo`: requests from the command line or an input file.
+
+Lines of an input file run one after the other on one pipeline. A line whose inputs cannot be used is
+reported and the next one runs; an error that would hit every line (weights, device, disk) ends the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from omniavatar.cli_common import (
+    SOME_FAILED,
+    ConfigOption,
+    HpOption,
+    print_error,
+    require_one_process,
+    user_errors,
+)
+
+if TYPE_CHECKING:
+    from omniavatar.config_load import LoadedConfig
+    from omniavatar.profiling.recorder import RunRecorder
+    from omniavatar.requests_file import BadLine, RequestLine
+
+INTERRUPT_NOTE = "interrupted; finished windows are kept, and the same command continues after them"
+
+
+class LogFormat(StrEnum):
+    """How progress is reported on stderr."""
+
+    rich = "rich"
+    json = "json"
+
+
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; print the output path only.")]
+LogOption = Annotated[
+    LogFormat, typer.Option("--log-format", help="rich: progress bars; json: one JSON object an event.")
+]
+
+
+def generate(
+    config: ConfigOption,
+    prompt: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Portrait (any image file).")] = None,
+    audio: Annotated[
+        Path | None, typer.Option(help="Voice (any audio file); without it a silent video of seq_len frames.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Video to write; default: <output_dir>/000_<prompt>.mp4."),
+    ] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option("--input_file", "--input-file", help="Many requests: one prompt@@image@@audio a line."),
+    ] = None,
+    hp: HpOption = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise; default: the config's.")] = None,
+    quiet: QuietOption = False,
+    log_format: LogOption = LogFormat.rich,
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="Start over instead of continuing an interrupted run.")
+    ] = False,
+) -> None:
+    """Make one video (--prompt, --image, --audio) or one for each line of --input_file.
+
+    An interrupted run continues after its last finished window when the same command is given again.
+    """
+    if (input_file is None) == (prompt is None):
+        raise typer.BadParameter("give either --input_file, or --prompt with --image")
+    if input_file is not None and any(value is not None for value in (image, audio, output)):
+        raise typer.BadParameter("--image, --audio and --output belong to --prompt, not to --input_file")
+    if prompt is not None and image is None:
+        raise typer.BadParameter("--image is missing: the model needs a portrait")
+    overrides = [*(hp or ()), *([] if seed is None else [f"seed={seed}"])]
+    with _reporting(log_format, quiet) as (recorder, report), user_errors(report, INTERRUPT_NOTE):
+        require_one_process()
+        from omniavatar.config_load import load_config
+        from omniavatar.requests_file import RequestLine, read_requests
+
+        loaded = load_config(config, overrides)
+        lines: Sequence[RequestLine | BadLine]
+        if input_file is not None:
+            lines = read_requests(input_file)
+        else:
+            assert prompt is not None and image is not None
+            lines = [RequestLine(0, 0, prompt, image, audio)]
+        resume = False if no_resume else None
+        failed = _run(loaded, lines, output, resume, recorder, report, quiet, many=input_file is not None)
+        if failed:
+            report(f"{failed} of {len(lines)} lines of {input_file} failed")
+            raise typer.Exit(SOME_FAILED)
+
+
+def demo(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            "-c",
+            metavar="YAML",
+            help="Config to run instead of the nano one, such as configs/inference_1.3B.yaml.",
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Video to write.")] = Path(
+        "demo_out/demo.mp4"
+    ),
+    hp: HpOption = None,
+    quiet: QuietOption = False,
+    log_format: LogOption = LogFormat.rich,
+) -> None:
+    """Run the whole engine on the packaged portrait and voice, on any machine, without a download.
+
+    The model is tiny and its weights are random, so the picture is noise; the sound, the length and every
+    step on the way are real.
+    """
+    with _reporting(log_format, quiet) as (recorder, report), user_errors(report, INTERRUPT_NOTE):
+        require_one_process()
+        from importlib.resources import as_file, files
+
+        from omniavatar.config_load import load_config
+        from omniavatar.requests_file import RequestLine
+
+        with as_file(files("omniavatar.assets")) as assets:
+            loaded = load_config(config or assets / "nano.yaml", hp or ())
+            if config is None:
+                _ensure_nano(loaded, recorder)
+            request = RequestLine(
+                0,
+                0,
+                "A woman in a blue sweater speaks into the camera, soft daylight",
+                assets / "portrait.png",
+                assets / "speech.flac",
+            )
+            _run(loaded, [request], output, None, recorder, report, quiet, many=False)
+        if config is None:
+            text = "the weights of this demo are random, so the picture is noise; sound and timing are real"
+            recorder.event("message", text=text, level="info")
+            text = f"the video is {output.resolve()}; for real ones: omniavatar download 1.3B"
+            recorder.event("message", text=text, level="info")
+
+
+def _ensure_nano(loaded: LoadedConfig, recorder: RunRecorder) -> None:
+    model = loaded.config.model
+    named = (*model.dit_path, model.vae_path, model.text_encoder_path, model.wav2vec_path, model.exp_path)
+    if all(path is None or path.exists() for path in (*named, model.tokenizer_folder)):
+        return
+    from omniavatar.checkpoint.synthetic import make_checkpoint
+
+    assert model.exp_path is not None
+    folder = model.exp_path.parent
+    recorder.event("message", text=f"making a tiny checkpoint with random weights in {folder}", level="info")
+    make_checkpoint("nano", folder)
+
+
+def _run(
+    loaded: LoadedConfig,
+    lines: Sequence[RequestLine | BadLine],
+    output: Path | None,
+    resume: bool | None,
+    recorder: RunRecorder,
+    report: Callable[[str], None],
+    quiet: bool,
+    *,
+    many: bool,
+) -> int:
+    """Generate every line; returns how many failed. With `many`, a line's own errors do not end the run."""
+    from omniavatar.errors import InputError, ResumeError
+    from omniavatar.output import output_path
+    from omniavatar.pipeline import AvatarPipeline
+    from omniavatar.requests_file import RequestLine
+    from omniavatar.types import AvatarRequest
+
+    for warning in loaded.warnings:
+        recorder.event("message", text=warning, level="warning")
+    config = loaded.config
+    pipeline: AvatarPipeline | None = None
+    failed = 0
+    for line in lines:
+        if not isinstance(line, RequestLine):
+            report(str(line.error))
+            failed += 1
+            continue
+        pipeline = pipeline or AvatarPipeline.from_config(config, recorder=recorder)
+        target = output or output_path(config.output, config.sampling, line.index, line.prompt)
+        request = AvatarRequest(line.prompt, line.image, line.audio)
+        try:
+            result = pipeline.generate(request, target, resume=resume, index=line.index)
+        except (InputError, ResumeError) as error:
+            if not many:
+                raise
+            report(f"line {line.line}: {error}")
+            failed += 1
+            continue
+        if quiet:
+            typer.echo(str(result.output))
+    return failed
+
+
+@contextmanager
+def _reporting(log_format: LogFormat, quiet: bool) -> Iterator[tuple[RunRecorder, Callable[[str], None]]]:
+    """A recorder with the chosen display, and where errors go: a line on stderr, or a JSON event `error`.
+
+    Log records of the package are shown as messages too.
+    """
+    from omniavatar.console import make_display
+    from omniavatar.profiling.recorder import RunRecorder
+
+    display = make_display(log_format.value, quiet, sys.stderr)
+    recorder = RunRecorder([display])
+
+    def report(text: str) -> None:
+        if log_format is LogFormat.json:
+            recorder.event("error", text=text)
+        else:
+            print_error(text)
+
+    handler = _Forward(recorder)
+    logger = logging.getLogger("omniavatar")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with display:
+            yield recorder, report
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+class _Forward(logging.Handler):
+    """Shows the package's log records as messages of the run."""
+
+    def __init__(self, recorder: RunRecorder) -> None:
+        super().__init__(logging.INFO)
+        self._recorder = recorder
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "warning" if record.levelno >= logging.WARNING else "info"
+        self._recorder.event("message", text=record.getMessage(), level=level)

@@ -1,0 +1,149 @@
+"""`omniavatar plan`: what a run will do and need, before anything heavy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from omniavatar.cli_common import ConfigOption, HpOption, JsonOption, print_warning, user_errors
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from omniavatar.config import PipelineConfig
+    from omniavatar.memory import MemoryEstimate
+    from omniavatar.plan import RunPlan
+    from omniavatar.types import StepPlan
+
+
+def plan(
+    config: ConfigOption,
+    audio: Annotated[Path | None, typer.Option(help="Audio file that decides the length.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.001, help="Length of the audio in minutes, instead of a file.")
+    ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="Portrait that decides the size; without it the first configured size."),
+    ] = None,
+    hp: HpOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print windows, tokens, steps computed and skipped, passes and memory of a run, and run nothing.
+
+    Without --audio and --minutes it is the plan of a silent video of seq_len frames.
+    """
+    if audio is not None and minutes is not None:
+        raise typer.BadParameter("give --audio or --minutes, not both")
+    with user_errors():
+        from omniavatar.config_load import load_config
+        from omniavatar.memory import estimate_memory
+        from omniavatar.plan import make_plan
+
+        loaded = load_config(config, hp or ())
+        for warning in loaded.warnings:
+            print_warning(warning)
+        settings = loaded.config
+        samples = _samples(settings, audio, minutes)
+        size = _size(settings, image)
+        run_plan = make_plan(settings, samples, size, step_plan=_step_plan(settings))
+        memory = estimate_memory(settings, run_plan)
+        if as_json:
+            import json
+
+            typer.echo(json.dumps(_report(run_plan, memory), indent=2))
+        else:
+            _print(run_plan, memory)
+
+
+def _samples(config: PipelineConfig, audio: Path | None, minutes: float | None) -> int | None:
+    """Samples of the audio with the leading silence, None for a silent video."""
+    video = config.video
+    if minutes is not None:
+        return round(minutes * 60 * video.sample_rate) + round(video.silence_duration_s * video.sample_rate)
+    if audio is None:
+        return None
+    from omniavatar.media.audio import measure_audio
+
+    return measure_audio(audio, video.sample_rate, video.silence_duration_s).samples
+
+
+def _size(config: PipelineConfig, image: Path | None) -> tuple[int, int]:
+    if image is None:
+        return config.video.sizes[0]
+    from omniavatar.encoders.image import choose_bucket
+    from omniavatar.media.image import load_image
+
+    height, width = load_image(image).shape[:2]
+    return choose_bucket(height, width, config.video.sizes)
+
+
+def _step_plan(config: PipelineConfig) -> StepPlan | None:
+    """The step cache's plan, or None where TeaCache needs weights that are not on this disk."""
+    from omniavatar.plan import make_step_plan, model_scale, sampling_schedule
+    from omniavatar.weights_preview import files_there, find_dit_config, time_modulations
+
+    model, sampling = config.model, config.sampling
+    if sampling.cache_policy == "teacache" and not files_there(model):
+        return None
+    dit, _ = find_dit_config(model)
+
+    def modulations() -> np.ndarray:
+        return time_modulations(model, dit, sampling_schedule(sampling).timesteps)
+
+    guard = not config.runtime.reference_numerics
+    return make_step_plan(sampling, model_scale(model.scale, dit.dim), modulations, guard)
+
+
+def _report(plan: RunPlan, memory: MemoryEstimate) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {**plan.as_dict(), "memory": {**asdict(memory), "device_peak": memory.device_peak}}
+
+
+def _print(plan: RunPlan, memory: MemoryEstimate) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    height, width = plan.size
+    computed = plan.step_plan.computed if plan.step_plan else None
+    pattern = plan.step_plan.pattern if plan.step_plan else "not known before the weights are there"
+    policy = plan.step_plan.policy if plan.step_plan else "teacache"
+    rows = [
+        (
+            "video",
+            f"{plan.frames} frames, {plan.duration_s:.2f} s at {plan.fps:g} fps, {height} x {width}",
+        ),
+        ("windows", f"{len(plan.windows)} of {plan.window_length} frames, {plan.overlap} of them overlap"),
+        ("a window", f"{plan.latent_frames} latent frames, {plan.tokens} tokens"),
+        ("steps", f"{plan.steps}: {computed if computed is not None else '?'} computed (cache: {policy})"),
+        ("pattern", pattern),
+        ("passes a step", f"{len(plan.branches)}: {', '.join(branch.name for branch in plan.branches)}"),
+        ("forwards", f"{plan.forwards} in all ({plan.forwards_skipped} skipped)"),
+        ("DiT weights", _size_text(memory.dit)),
+        ("VAE weights", _size_text(memory.vae)),
+        ("audio encoder", _size_text(memory.audio_encoder)),
+        ("text encoder", f"{_size_text(memory.text_encoder)}, only while new prompts are embedded"),
+        ("activations", f"about {_size_text(memory.activations)}"),
+        ("device memory", f"about {_size_text(memory.device_peak)} at its peak"),
+        ("audio features", f"{_size_text(memory.audio_features_file)} on disk"),
+    ]
+    table = Table(show_header=False, pad_edge=False, box=None)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, text in rows:
+        table.add_row(name, text)
+    console = Console(highlight=False)
+    console.print(table)
+    for note in plan.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    if memory.assumed_scale is not None:
+        console.print(
+            f"note: the weights are not on this disk; memory is that of the {memory.assumed_scale} model"
+        )
+
+
+def _size_text(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"

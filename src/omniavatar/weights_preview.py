@@ -1,0 +1,68 @@
+"""What can be told of the weights without loading them: sizes from file headers, TeaCache's time projections.
+
+A plan is asked for before a run, often on a machine without the weights; then the sizes are those of the
+configured scale, or of the one the file names mention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from omniavatar.checkpoint.dit import inspect_dit
+from omniavatar.checkpoint.layout import dit_config, scale_spec
+from omniavatar.config import ModelConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from omniavatar.model.dit import DiTConfig
+
+
+def files_there(model: ModelConfig) -> bool:
+    """Whether the DiT is read from files and all of them exist."""
+    return model.weights == "files" and bool(model.dit_path) and all(path.exists() for path in model.dit_path)
+
+
+def find_dit_config(model: ModelConfig) -> tuple[DiTConfig, str | None]:
+    """The DiT's sizes, from the files when they are there, else from the scale; and the scale if assumed.
+
+    Raises ConfigError when neither tells, CheckpointError when the files are broken.
+    """
+    if files_there(model):
+        exp = model.exp_path if model.exp_path is not None and model.exp_path.exists() else None
+        return inspect_dit(model.dit_path, adapter_dir=exp, num_heads=model.dit_config.num_heads), None
+    scale = assumed_scale(model)
+    return dit_config(scale_spec(scale)), scale
+
+
+def assumed_scale(model: ModelConfig) -> str:
+    """The configured scale, else the one the DiT's file names mention, else 14B (the largest)."""
+    if model.scale != "auto":
+        return model.scale
+    names = " ".join(str(path) for path in model.dit_path)
+    return next((scale for scale in ("nano", "1.3B", "14B") if scale in names), "14B")
+
+
+def time_modulations(model: ModelConfig, config: DiTConfig, timesteps: Sequence[float]) -> np.ndarray:
+    """Time projections (steps, 6, dim) float32 of the base DiT, which decide TeaCache's plan.
+
+    Reads six small tensors. Further LoRAs that change the time embedding are not taken into account.
+    Raises CheckpointError when the files lack them.
+    """
+    import torch
+
+    from omniavatar.checkpoint.reader import TensorFiles
+    from omniavatar.model.dit import WanDiT
+
+    with torch.device("meta"):
+        dit = WanDiT(
+            replace(config, num_layers=0, audio_dim=0), torch.nn.functional.scaled_dot_product_attention
+        )
+    names = [name for name in dit.state_dict() if name.startswith(("time_embedding.", "time_projection."))]
+    with TensorFiles(model.dit_path) as files:
+        tensors = {name: files.load(name).float() for name in names}
+    dit.load_state_dict(tensors, strict=False, assign=True)
+    with torch.inference_mode():
+        return dit.embed_time(torch.tensor(timesteps, dtype=torch.float32))[1].numpy()
