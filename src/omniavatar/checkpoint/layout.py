@@ -1,0 +1,237 @@
+"""What the official files hold: every tensor's name, shape and dtype, for each scale, as pure functions.
+
+This is the list that synthetic checkpoints are written from and that tests compare the models with; it is
+written down independently of `model/`, so a renamed layer there is noticed.
+Sources: the released files of Wan-AI/Wan2.1-T2V-{14B,1.3B} (DiT and VAE float32, UMT5-XXL bfloat16) and
+facebook/wav2vec2-base-960h (float32, weight norm as weight_g/weight_v, no masked_spec_embed). OmniAvatar's
+adapter is written as float32; the stored dtype of the release is not documented and the loader takes any.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from omniavatar.errors import ConfigError
+from omniavatar.model.dit import DiTConfig
+from omniavatar.model.vae import VAEConfig
+
+SHARD_BYTES = 10_000_000_000
+LORA_LAYERS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
+CONV_KERNELS = (10, 3, 3, 3, 3, 2, 2)
+CONV_STRIDES = (5, 2, 2, 2, 2, 2, 2)
+LATENT_CHANNELS = 16
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """Sizes of the UMT5 encoder."""
+
+    vocab: int
+    dim: int
+    dim_ffn: int
+    num_heads: int
+    num_layers: int
+    dim_attn: int
+    num_buckets: int = 32
+
+
+@dataclass(frozen=True)
+class Wav2VecSpec:
+    """Sizes of wav2vec 2.0; kernels and strides of its front end are always the official ones."""
+
+    hidden: int
+    ffn: int
+    num_heads: int
+    num_layers: int
+    conv_dim: int
+    pos_kernel: int
+    pos_groups: int
+    vocab: int = 32
+
+    @property
+    def audio_dim(self) -> int:
+        """Width of one video frame's vector: last hidden state and all layers + 1 hidden states."""
+        return (self.num_layers + 2) * self.hidden
+
+
+@dataclass(frozen=True)
+class ScaleSpec:
+    """All sizes of one checkpoint. `dit` is the combined model; the base file has 16 input channels."""
+
+    name: str
+    dit: DiTConfig
+    text: TextSpec
+    vae: VAEConfig
+    wav2vec: Wav2VecSpec
+    lora_rank: int
+    lora_alpha: int
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One stored tensor."""
+
+    key: str
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """One weight file: its path below the checkpoint's root and its tensors."""
+
+    path: str
+    format: Literal["safetensors", "torch"]
+    tensors: tuple[TensorEntry, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.tensors)
+
+
+UMT5_XXL = TextSpec(256384, 4096, 10240, 64, 24, 4096)
+WAV2VEC_BASE = Wav2VecSpec(768, 3072, 12, 12, 512, 128, 16)
+NANO_WAV2VEC = Wav2VecSpec(64, 128, 4, 2, 32, 16, 4)
+SCALES: tuple[ScaleSpec, ...] = (
+    ScaleSpec(
+        "nano",
+        DiTConfig(256, 512, 2, 6, text_dim=64, audio_dim=NANO_WAV2VEC.audio_dim),
+        TextSpec(384, 64, 128, 4, 2, 64),
+        VAEConfig(dim=8),
+        NANO_WAV2VEC,
+        8,
+        4,
+    ),
+    ScaleSpec("1.3B", DiTConfig(1536, 8960, 12, 30), UMT5_XXL, VAEConfig(), WAV2VEC_BASE, 128, 64),
+    ScaleSpec("14B", DiTConfig(5120, 13824, 40, 40), UMT5_XXL, VAEConfig(), WAV2VEC_BASE, 128, 64),
+)
+
+
+def scale_spec(name: str) -> ScaleSpec:
+    """The sizes called `name`. Raises ConfigError for an unknown one."""
+    for spec in SCALES:
+        if spec.name == name:
+            return spec
+    raise ConfigError(f"scale: {name!r} is unknown; choose one of {', '.join(spec.name for spec in SCALES)}")
+
+
+def _linear(name: str, outputs: int, inputs: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (outputs, inputs)
+    yield f"{name}.bias", (outputs,)
+
+
+def _conv(name: str, outputs: int, inputs: int, *kernel: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (outputs, inputs, *kernel)
+    yield f"{name}.bias", (outputs,)
+
+
+def dit_tensors(config: DiTConfig) -> Iterator[tuple[str, Shape]]:
+    """Names and shapes of a DiT with plain Wan names, audio layers included where `audio_dim` is not 0."""
+    dim, patch = config.dim, config.patch_size
+    yield from _conv("patch_embedding", dim, config.in_dim, *patch)
+    yield from _linear("text_embedding.0", dim, config.text_dim)
+    yield from _linear("text_embedding.2", dim, dim)
+    yield from _linear("time_embedding.0", dim, config.freq_dim)
+    yield from _linear("time_embedding.2", dim, dim)
+    yield from _linear("time_projection.1", 6 * dim, dim)
+    for block in range(config.num_layers):
+        prefix = f"blocks.{block}"
+        yield f"{prefix}.modulation", (1, 6, dim)
+        for attention in ("self_attn", "cross_attn"):
+            for layer in "qkvo":
+                yield from _linear(f"{prefix}.{attention}.{layer}", dim, dim)
+            for norm in ("norm_q", "norm_k"):
+                yield f"{prefix}.{attention}.{norm}.weight", (dim,)
+        yield f"{prefix}.norm3.weight", (dim,)
+        yield f"{prefix}.norm3.bias", (dim,)
+        yield from _linear(f"{prefix}.ffn.0", config.ffn_dim, dim)
+        yield from _linear(f"{prefix}.ffn.2", dim, config.ffn_dim)
+    yield "head.modulation", (1, 2, dim)
+    yield from _linear("head.head", config.out_dim * math.prod(patch), dim)
+    yield from _audio_tensors(config)
+
+
+def _audio_tensors(config: DiTConfig) -> Iterator[tuple[str, Shape]]:
+    if config.audio_dim:
+        yield from _linear("audio_proj.proj", config.audio_hidden, 4 * config.audio_dim)
+        yield "audio_proj.norm_out.weight", (config.audio_hidden,)
+        yield "audio_proj.norm_out.bias", (config.audio_hidden,)
+        for number in range(config.num_layers // 2 - 1):
+            yield from _linear(f"audio_cond_projs.{number}", config.dim, config.audio_hidden)
+
+
+def adapter_tensors(config: DiTConfig, rank: int) -> Iterator[tuple[str, Shape]]:
+    """Names and shapes of OmniAvatar's `pytorch_model.pt`: LoRA pairs, patch embedding, audio layers."""
+    dim = config.dim
+    for block in range(config.num_layers):
+        for layer in ("self_attn", "cross_attn"):
+            for name in "qkvo":
+                yield from _pair(f"blocks.{block}.{layer}.{name}", dim, dim, rank)
+        yield from _pair(f"blocks.{block}.ffn.0", config.ffn_dim, dim, rank)
+        yield from _pair(f"blocks.{block}.ffn.2", dim, config.ffn_dim, rank)
+    yield from _conv("patch_embedding", dim, config.in_dim, *config.patch_size)
+    yield from _audio_tensors(config)
+
+
+def _pair(layer: str, outputs: int, inputs: int, rank: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{layer}.lora_A.default.weight", (rank, inputs)
+    yield f"{layer}.lora_B.default.weight", (outputs, rank)
+
+
+def text_tensors(spec: TextSpec) -> Iterator[tuple[str, Shape]]:
+    """Names and shapes of `models_t5_umt5-xxl-enc-bf16.pth`."""
+    yield "token_embedding.weight", (spec.vocab, spec.dim)
+    for block in range(spec.num_layers):
+        prefix = f"blocks.{block}"
+        yield f"{prefix}.norm1.weight", (spec.dim,)
+        for name in "qkv":
+            yield f"{prefix}.attn.{name}.weight", (spec.dim_attn, spec.dim)
+        yield f"{prefix}.attn.o.weight", (spec.dim, spec.dim_attn)
+        yield f"{prefix}.norm2.weight", (spec.dim,)
+        yield f"{prefix}.ffn.gate.0.weight", (spec.dim_ffn, spec.dim)
+        yield f"{prefix}.ffn.fc1.weight", (spec.dim_ffn, spec.dim)
+        yield f"{prefix}.ffn.fc2.weight", (spec.dim, spec.dim_ffn)
+        yield f"{prefix}.pos_embedding.embedding.weight", (spec.num_buckets, spec.num_heads)
+    yield "norm.weight", (spec.dim,)
+
+
+def wav2vec_tensors(spec: Wav2VecSpec) -> Iterator[tuple[str, Shape]]:
+    """Names and shapes of wav2vec2-base-960h, a CTC model: prefix `wav2vec2.`, and `lm_head`."""
+    front, body = "wav2vec2.feature_extractor.conv_layers", "wav2vec2.encoder"
+    for number, kernel in enumerate(CONV_KERNELS):
+        yield f"{front}.{number}.conv.weight", (spec.conv_dim, spec.conv_dim if number else 1, kernel)
+    yield from _norm(f"{front}.0.layer_norm", spec.conv_dim)
+    yield from _norm("wav2vec2.feature_projection.layer_norm", spec.conv_dim)
+    yield from _linear("wav2vec2.feature_projection.projection", spec.hidden, spec.conv_dim)
+    yield f"{body}.pos_conv_embed.conv.bias", (spec.hidden,)
+    yield f"{body}.pos_conv_embed.conv.weight_g", (1, 1, spec.pos_kernel)
+    yield (
+        f"{body}.pos_conv_embed.conv.weight_v",
+        (spec.hidden, spec.hidden // spec.pos_groups, spec.pos_kernel),
+    )
+    yield from _norm(f"{body}.layer_norm", spec.hidden)
+    for number in range(spec.num_layers):
+        prefix = f"{body}.layers.{number}"
+        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
+            yield from _linear(f"{prefix}.attention.{name}", spec.hidden, spec.hidden)
+        yield from _norm(f"{prefix}.layer_norm", spec.hidden)
+        yield from _linear(f"{prefix}.feed_forward.intermediate_dense", spec.ffn, spec.hidden)
+        yield from _linear(f"{prefix}.feed_forward.output_dense", spec.hidden, spec.ffn)
+        yield from _norm(f"{prefix}.final_layer_norm", spec.hidden)
+    yield from _linear("lm_head", spec.vocab, spec.hidden)
+
+
+def _norm(name: str, width: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (width,)
+    yield f"{name}.bias", (width,)

@@ -1,0 +1,91 @@
+"""Writing weight files of random numbers, deterministic to the byte, without holding a safetensors shard.
+
+Each tensor's numbers depend on (seed, file, name) alone, so any file can be written first, again or alone.
+A file appears under its name only when it is complete. PyTorch files are held in memory while written (the
+largest, UMT5-XXL, is 11.4 GB), since torch.save knows no other way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omniavatar.checkpoint.initial import initial_spread
+from omniavatar.checkpoint.layout import FileLayout, TensorEntry
+
+CHUNK_ELEMENTS = 1 << 22
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+def write_random(root: Path, layout: FileLayout, seed: int, on_bytes: Callable[[int], None]) -> None:
+    """Write one file of `layout` below `root`; `on_bytes` hears of every piece. May raise OSError."""
+    path = root / layout.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        if layout.format == "safetensors":
+            _write_safetensors(partial, layout, seed, on_bytes)
+        else:
+            _write_torch(partial, layout, seed, on_bytes)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_safetensors(path: Path, layout: FileLayout, seed: int, on_bytes: Callable[[int], None]) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in layout.tensors:
+        start, end = end, end + entry.num_bytes
+        header[entry.key] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for entry in layout.tensors:
+            for piece in _pieces(entry, layout.path, seed):
+                file.write(piece.view(torch.uint8).numpy().data)
+                on_bytes(piece.numel() * piece.element_size())
+
+
+def _write_torch(path: Path, layout: FileLayout, seed: int, on_bytes: Callable[[int], None]) -> None:
+    tensors: dict[str, Tensor] = {}
+    for entry in layout.tensors:
+        flat = torch.empty(math.prod(entry.shape), dtype=entry.dtype)
+        start = 0
+        for piece in _pieces(entry, layout.path, seed):
+            flat[start : start + piece.numel()] = piece
+            start += piece.numel()
+            on_bytes(piece.numel() * piece.element_size())
+        tensors[entry.key] = flat.view(entry.shape)
+    with path.open("wb") as file:
+        torch.save(tensors, file)
+
+
+def _pieces(entry: TensorEntry, file: str, seed: int) -> Iterator[Tensor]:
+    """The tensor's numbers in order, at most CHUNK_ELEMENTS at a time, in its dtype."""
+    digest = hashlib.sha256(f"{seed}|{file}|{entry.key}".encode()).digest()
+    numbers = np.random.Generator(np.random.SFC64(list(np.frombuffer(digest, dtype=np.uint32))))
+    mean, std = initial_spread(entry.key, entry.shape)
+    width = np.float32(2.0 * std * math.sqrt(3.0))
+    low = np.float32(mean - std * math.sqrt(3.0))
+    left = math.prod(entry.shape)
+    while left:
+        count = min(left, CHUNK_ELEMENTS)
+        values = numbers.random(count, dtype=np.float32)
+        values *= width
+        values += low
+        yield torch.from_numpy(values).to(entry.dtype)
+        left -= count
