@@ -31,7 +31,8 @@ def write_audio(
         assert formats
         size = 1024
         convert = av.AudioResampler(format=formats[0], layout=layout, rate=rate, frame_size=size)
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format="fltp", layout=layout)
+        interleaved = np.ascontiguousarray(samples.T).reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(interleaved, format="flt", layout=layout)
         frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
         for piece in [*convert.resample(frame), *convert.resample(None)]:
             container.mux(stream.encode(piece))

@@ -117,7 +117,8 @@ def encode_aac_track(
             context.bit_rate = channels * min(BITS_PER_CHANNEL, 6144 * rate // AAC_FRAME)
             position = 0
             for block in _fitted(sound, channels, delay, total):
-                frame = _frame(block, layout, rate)
+                frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), "fltp", layout)
+                frame.sample_rate = rate
                 frame.pts, frame.time_base = position, Fraction(1, rate)
                 position += block.shape[1]
                 container.mux(stream.encode(frame))
@@ -144,7 +145,9 @@ def _resampled_length(samples: int, rate: int, new_rate: int) -> int:
 
 
 def _frame(block: np.ndarray, layout: str, rate: int) -> av.AudioFrame:
-    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), format="fltp", layout=layout)
+    """An interleaved float frame of (channels, samples): PyAV 18.1 cannot make a planar one of 8 channels."""
+    interleaved = np.ascontiguousarray(block.T).reshape(1, -1)
+    frame = av.AudioFrame.from_ndarray(interleaved, format="flt", layout=layout)
     frame.sample_rate = rate
     return frame
 

@@ -151,6 +151,7 @@ def _file_blocks(
     end = None if declared is None else round(declared * rate)
     decoded = 0
     failed_at: int | None = None
+    interleave = av.AudioResampler(format="flt")
     for frame in _decoded_frames(container, stream):
         if frame is None:
             if decoded and failed_at is not None:
@@ -161,7 +162,9 @@ def _file_blocks(
             raise _breaks_off(name, failed_at / rate, declared)
         if frame.sample_rate != rate or len(frame.layout.channels) != channels:
             raise InputError(f"{name} changes its rate or channels midway; convert it to WAV first")
-        block = _to_float(frame)
+        # PyAV 18.1 reads past the planes of a planar frame of 8 channels: it gets an interleaved one.
+        packed = interleave.resample(frame) if frame.format.is_planar and channels >= 8 else [frame]
+        block = np.concatenate([_to_float(part) for part in packed], axis=1)
         if end is not None and 0 < decoded + block.shape[1] - end <= 2 * frame.samples:
             block = block[:, : max(0, end - decoded)]  # padding of the last coded frame
         decoded += block.shape[1]
