@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from omniavatar.checkpoint.initial import fill_random
 from omniavatar.checkpoint.reader import TensorFiles
 from omniavatar.checkpoint.strict import file_sources, load_strict
 from omniavatar.encoders.row_files import ColumnWriter
@@ -87,6 +88,8 @@ class AudioEncoder:
         heads: int = 12,
         intermediate: int = 3072,
         conv_dim: int = 512,
+        pos_kernel: int = 128,
+        pos_groups: int = 16,
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
         seed: int,
@@ -98,17 +101,12 @@ class AudioEncoder:
             "num_attention_heads": heads,
             "intermediate_size": intermediate,
             "conv_dim": [conv_dim] * 7,
+            "num_conv_pos_embeddings": pos_kernel,
+            "num_conv_pos_embedding_groups": pos_groups,
         }
         with torch.device("meta"):
             model = _model(fields)
-        model = model.to_empty(device="cpu")
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                torch.nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
-            else:
-                fan_in = parameter[0].numel()
-                torch.nn.init.normal_(parameter, std=fan_in**-0.5, generator=generator)
+        fill_random(model, dtype=torch.float32, device="cpu", seed=seed)
         return cls(_frozen(model.to(device, dtype)))
 
     def encode(

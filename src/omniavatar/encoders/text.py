@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from omniavatar.checkpoint.initial import fill_random
 from omniavatar.checkpoint.reader import TensorFiles
 from omniavatar.checkpoint.strict import file_sources, load_strict
 from omniavatar.encoders.tokens import (
@@ -149,15 +150,13 @@ def random_text_encoder(
 ) -> TextEncoder:
     """An encoder of random weights made on the device, without disk; `sizes` as from `sizes_of`.
 
-    The numbers depend on `seed` and on the kind of device. Prompts are tokenized by `ByteTokenizer`.
+    Numbers depend on seed, device and dtype; queries are small, since UMT5 does not scale its scores.
+    Prompts are tokenized by `ByteTokenizer`. Needs a vocabulary of at least 259.
     """
-    stack = _stack(sizes).to(dtype).to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    for parameter in stack.parameters():
-        if parameter.ndim == 1:
-            torch.nn.init.ones_(parameter)
-        else:
-            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
+    stack = _stack(sizes)
+    fill_random(stack, dtype=dtype, device=device, seed=seed)
+    for block in stack.block:
+        block.layer[0].SelfAttention.q.weight.mul_(sizes["d_kv"] ** -0.5)
     return TextEncoder(_frozen(stack), ByteTokenizer())
 
 

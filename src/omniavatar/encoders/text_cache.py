@@ -70,18 +70,14 @@ def encoder_identity(encoder_path: Path, tokenizer_path: Path, dtype: torch.dtyp
 
 
 class TextCache:
-    """Embeddings of one encoder in `folder`, which may hold those of others too.
+    """Embeddings of the encoder `identity` (`encoder_identity`) in `folder`, which may hold others' too."""
 
-    Raises `CheckpointError` when a file of the encoder or tokenizer is missing.
-    """
-
-    def __init__(self, folder: Path, *, encoder_path: Path, tokenizer_path: Path, dtype: torch.dtype) -> None:
-        self.folder = Path(folder)
-        self._identity = encoder_identity(encoder_path, tokenizer_path, dtype)
+    def __init__(self, folder: Path, identity: str) -> None:
+        self.folder, self.identity = folder, identity
 
     def path(self, prompt: str) -> Path:
         """Where the embedding of `prompt` lies or would lie."""
-        name = json.dumps([FORMAT, TEXT_TOKENS, self._identity, clean_prompt(prompt)])
+        name = json.dumps([FORMAT, TEXT_TOKENS, self.identity, clean_prompt(prompt)])
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()}.embedding"
 
     def get(self, prompt: str) -> torch.Tensor | None:

@@ -1,0 +1,238 @@
+"""Text encoder: cleaning, tokens, the released file's keys and sizes, the cache that spares loading it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omniavatar.checkpoint.layout import UMT5_XXL as XXL_SPEC
+from omniavatar.checkpoint.layout import TextSpec, text_tensors
+from omniavatar.encoders import text as text_module
+from omniavatar.encoders.text import UMT5_XXL, TextEncoder, library_key, random_text_encoder, sizes_of
+from omniavatar.encoders.text_cache import TextCache, encode_cached, encoder_identity, file_fingerprint
+from omniavatar.encoders.tokens import ByteTokenizer, FolderTokenizer, clean_prompt
+from omniavatar.errors import CheckpointError
+from tiny_tokenizer import write_tokenizer
+
+SPEC = TextSpec(vocab=260, dim=32, dim_ffn=48, num_heads=4, num_layers=2, dim_attn=16)
+SIZES = sizes_of(dict(text_tensors(SPEC)), "test")
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TextEncoder:
+    return random_text_encoder("cpu", torch.float32, seed=1, sizes=SIZES)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def encoder_file(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    path = tmp_path / "models_t5_umt5-xxl-enc-bf16.pth"
+    torch.save(
+        {key: torch.randn(shape, generator=generator) * 0.2 for key, shape in text_tensors(SPEC)}, path
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("  a\t woman \n speaks ", "a woman speaks"),
+        ("R&amp;amp;D", "R&D"),
+        ("fran\u00c3\u00a7ais", "fran\u00e7ais"),
+        ("it\u2019s", "it's"),
+        ("", ""),
+    ],
+)
+def test_cleaning(raw: str, clean: str) -> None:
+    assert clean_prompt(raw) == clean
+
+
+def test_folder_tokenizer_ends_pads_and_cuts(tokenizer_folder: Path) -> None:
+    tokens = FolderTokenizer(tokenizer_folder)(["a b", "c" * 700], 512)
+    assert tokens.ids.shape == (2, 512)
+    length = int(tokens.mask[0].sum())
+    assert length == tokens.lengths[0] > 2
+    assert tokens.ids[0, length - 1] == 1
+    assert not tokens.ids[0, length:].any()
+    assert tokens.mask[1].sum() == 512 < tokens.lengths[1]
+    assert tokens.ids[1, -1] == 1
+
+
+def test_missing_or_broken_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no tokenizer folder"):
+        FolderTokenizer(tmp_path / "none")
+    with pytest.raises(CheckpointError, match="no usable tokenizer") as caught:
+        FolderTokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@given(st.text(max_size=30), st.integers(2, 20))
+@settings(max_examples=50, deadline=None)
+def test_byte_tokenizer(text: str, length: int) -> None:
+    tokens = ByteTokenizer()([text], length)
+    kept = int(tokens.mask.sum())
+    data = text.encode()
+    assert tokens.lengths == (len(data) + 1,)
+    assert bytes((tokens.ids[0, : kept - 1] - 3).tolist()) == data[: length - 1]
+    assert tokens.ids[0, kept - 1] == 1 and not tokens.ids[0, kept:].any()
+
+
+def test_sizes_of_the_released_file() -> None:
+    assert sizes_of(dict(text_tensors(XXL_SPEC)), "test") == dict(UMT5_XXL)
+    with pytest.raises(CheckpointError, match=r"some\.pth: no tensor 'token_embedding\.weight'"):
+        sizes_of({}, "some.pth")
+
+
+def test_every_released_key_has_a_place() -> None:
+    stack = text_module._stack(SIZES)
+    wanted = {name: tuple(value.shape) for name, value in stack.state_dict().items()}
+    assert {library_key(key): shape for key, shape in text_tensors(SPEC)} == wanted
+
+
+def test_padding_does_not_matter_and_prompts_do_not_mix(encoder: TextEncoder) -> None:
+    """Computing tokens only equals computing all 512 positions under a mask; batching changes nothing."""
+    prompts = ["a man speaks", "a much longer prompt about a woman in a red coat"]
+    embeddings = encoder.encode(prompts)
+    assert embeddings.shape == (2, 512, SPEC.dim) and embeddings.dtype == torch.float32
+    tokens = ByteTokenizer()(prompts, 512)
+    with torch.inference_mode():
+        whole = encoder.stack(input_ids=tokens.ids, attention_mask=tokens.mask).last_hidden_state
+    whole = whole * tokens.mask[:, :, None]
+    assert (embeddings - whole).abs().max() < 1e-5 * whole.abs().max()
+    assert not embeddings[tokens.mask == 0].any()
+    assert torch.equal(encoder.encode(prompts[:1])[0], embeddings[0])
+
+
+def test_long_prompt_is_cut_with_a_warning(encoder: TextEncoder, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        embedding = encoder.encode(["x" * 600])
+    assert embedding[0, -1].any()
+    assert "601 tokens" in caplog.text
+
+
+def test_random_encoder_depends_on_the_seed(encoder: TextEncoder) -> None:
+    embedding = encoder.encode(["a"])
+    assert torch.isfinite(embedding).all() and 0.1 < embedding[0, :2].std() < 10
+    again, other = (random_text_encoder("cpu", torch.float32, seed=s, sizes=SIZES) for s in (1, 2))
+    assert torch.equal(again.encode(["a"]), embedding)
+    assert not torch.equal(other.encode(["a"]), embedding)
+
+
+def test_load_is_strict(encoder_file: Path, tokenizer_folder: Path) -> None:
+    loaded = TextEncoder.load(encoder_file, tokenizer_folder, "cpu", torch.bfloat16)
+    assert loaded.encode(["a"]).dtype == torch.bfloat16
+    assert loaded.width == SPEC.dim
+    weights = torch.load(encoder_file)
+    key = "blocks.1.attn.q.weight"
+    torch.save(weights | {"blocks.1.attn.extra": weights[key]}, encoder_file)
+    with pytest.raises(CheckpointError, match=r"1 unexpected: blocks\.1\.attn\.extra"):
+        TextEncoder.load(encoder_file, tokenizer_folder, "cpu")
+    del weights[key]
+    torch.save(weights, encoder_file)
+    with pytest.raises(CheckpointError, match="1 missing"):
+        TextEncoder.load(encoder_file, tokenizer_folder, "cpu")
+
+
+class Loader:
+    """Stands for the expensive load; counts its calls."""
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self.encoder, self.calls = encoder, 0
+
+    def __call__(self) -> TextEncoder:
+        self.calls += 1
+        return self.encoder
+
+
+def test_a_repeated_prompt_never_loads_the_encoder(encoder: TextEncoder, tmp_path: Path) -> None:
+    load = Loader(encoder)
+    prompts = ["a man", "bad quality", "a  man "]
+    first = encode_cached(prompts, TextCache(tmp_path / "cache", "one"), load)
+    assert load.calls == 1
+    assert torch.equal(first, encoder.encode(prompts))
+    again = encode_cached(prompts, TextCache(tmp_path / "cache", "one"), load)
+    assert load.calls == 1
+    assert torch.equal(again, first) and again.dtype == first.dtype
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    encode_cached(["a man", "a cat"], TextCache(tmp_path / "cache", "one"), load)
+    assert load.calls == 2
+    encode_cached(["a man"], TextCache(tmp_path / "cache", "another"), load)
+    assert load.calls == 3
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "folder"])
+def test_a_damaged_entry_is_reported_and_made_anew(
+    encoder: TextEncoder, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    cache, load = TextCache(tmp_path, "one"), Loader(encoder)
+    whole = encode_cached(["a man"], cache, load)
+    path = cache.path("a man")
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        path.write_bytes(content[:-7])
+    elif damage == "flip":
+        content[-3] ^= 1
+        path.write_bytes(content)
+    elif damage == "empty":
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+        path.mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(encode_cached(["a man"], cache, load), whole)
+    assert load.calls == 2
+    assert "made anew" in caplog.text
+    if damage != "folder":
+        assert cache.get("a man") is not None
+
+
+def test_a_cache_that_cannot_be_written_does_not_stop_the_run(
+    encoder: TextEncoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    embeddings = encode_cached(["a"], TextCache(tmp_path / "file", "one"), Loader(encoder))
+    assert torch.equal(embeddings, encoder.encode(["a"]))
+    assert "cannot be kept" in caplog.text
+
+
+def test_identity_follows_content_not_place(
+    encoder_file: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    identity = encoder_identity(encoder_file, tokenizer_folder, torch.bfloat16)
+    copy = shutil.copy(encoder_file, tmp_path / "elsewhere.pth")
+    tokenizer = Path(shutil.copytree(tokenizer_folder, tmp_path / "tokenizer"))
+    os.utime(copy, (1, 1))
+    assert encoder_identity(Path(copy), tokenizer, torch.bfloat16) == identity
+    assert encoder_identity(Path(copy), tokenizer, torch.float32) != identity
+    settings_file = tokenizer / "tokenizer_config.json"
+    settings_file.write_text(settings_file.read_text() + " ")
+    assert encoder_identity(Path(copy), tokenizer, torch.bfloat16) != identity
+    with pytest.raises(CheckpointError, match="no tokenizer folder"):
+        encoder_identity(encoder_file, tmp_path / "none", torch.bfloat16)
+
+
+def test_fingerprint_of_a_large_file(tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    with path.open("wb") as file:
+        file.truncate(50_000_000)
+    seen = {file_fingerprint(path)}
+    for place in (10, 50_000_000 * 30 // 65 + 100, 49_999_000):
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(b"x")
+        seen.add(file_fingerprint(path))
+    assert len(seen) == 4
+    with pytest.raises(CheckpointError, match="none"):
+        file_fingerprint(tmp_path / "none")
