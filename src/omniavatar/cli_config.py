@@ -16,6 +16,7 @@ def show(
         typer.Option("--config", "-c", metavar="YAML", help="Configuration file; without it the defaults."),
     ] = None,
     hp: HpOption = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say what each key means.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show every config value and where it came from: default, file and line, checkpoint, or --hp."""
@@ -42,15 +43,16 @@ def show(
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table("key", "value", "from", "meaning", pad_edge=False, show_lines=False)
-        for section, field in PipelineConfig.model_fields.items():
-            table.add_section()
-            table.add_row(f"[bold]{section}[/]", "", "", field.description or "")
+        table = Table(box=None, pad_edge=False)
+        for name in ("key", "value", "from", *(["meaning"] if explain else [])):
+            table.add_column(name, overflow="fold", header_style="bold", no_wrap=name == "key")
+        for section in PipelineConfig.model_fields:
             for leaf, description in _leaves(section):
                 key = f"{section}.{leaf}"
                 value = json.dumps(values[key], ensure_ascii=False)
-                shown = value if len(value) <= 90 else f"{value[:87]}..."
-                table.add_row(f"  {leaf}", escape(shown), escape(loaded.origins[key]), escape(description))
+                shown = value if explain or len(value) <= 90 else f"{value[:87]}..."
+                cells = [key, shown, loaded.origins[key], *([description] if explain else [])]
+                table.add_row(*(escape(cell) for cell in cells))
         console = Console(highlight=False)
         console.print(table)
         for warning in loaded.warnings:

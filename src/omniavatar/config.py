@@ -232,17 +232,17 @@ class ModelConfig(_Section):
     dit_config: DitOverrides = DitOverrides()
     """Architecture of the DiT (key `model_config` of the checkpoint's config.json)."""
     train_architecture: Literal["lora", "full"] = "lora"
-    """How the OmniAvatar file was trained: LoRA pairs, or whole weights."""
+    """How the OmniAvatar file was trained, as its config.json says; the file itself decides."""
     lora_rank: Whole | None = Field(None, ge=1)
     """Rank of the OmniAvatar LoRA; unset: read off the file."""
     lora_alpha: Real | None = Field(None, gt=0)
     """Alpha of the OmniAvatar LoRA; its factor is alpha / rank; unset: 1."""
     lora_target_modules: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
-    """Layers the OmniAvatar LoRA touches, as its config.json lists them."""
+    """Layers the OmniAvatar LoRA touches, as its config.json says; the file itself decides."""
     use_audio: Flag = True
     """The checkpoint has audio layers."""
     i2v: Flag = True
-    """The checkpoint takes the portrait as first frame."""
+    """The checkpoint takes a portrait, as its config.json says; the patch embedding decides."""
 
     @property
     def tokenizer_folder(self) -> Path | None:

@@ -22,7 +22,8 @@ from omniavatar.errors import ConfigError
 
 _INT = re.compile(r"[-+]?\d+")
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-_WORDS = {"true": True, "false": False, "null": None, "none": None, "": None}
+_WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None, "": None}
+"""Words that are values; `none` is not among them: it is the text that `step_cache` takes."""
 _CLOSING = {"[": "]", "{": "}"}
 
 
@@ -105,8 +106,8 @@ def parse_value(text: str, key: str = "value") -> Any:
             raise ConfigError(f"--hp: {key}: cannot read {text!r}: {problem}") from error
         finally:
             loader.dispose()
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
+    if text in _WORDS:
+        return _WORDS[text]
     if _INT.fullmatch(text):
         return int(text)
     if _FLOAT.fullmatch(text):

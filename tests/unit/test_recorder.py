@@ -1,0 +1,130 @@
+"""Recorders add up nested stages and forward events; displays show what they are told."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from omniavatar.console import Bars, JsonLines, Quiet, make_display
+from omniavatar.profiling.recorder import NullRecorder, RunRecorder, stage_seconds
+
+RUN = [
+    ("request_started", dict(index=0, name="[a].mp4", frames=33, windows=2, steps=2, resumed_windows=0)),
+    ("message", dict(text="[odd] note", level="warning")),
+    ("window_started", dict(window=0, windows=2)),
+    ("step", dict(window=0, step=0, steps=2, action="compute")),
+    ("step", dict(window=0, step=1, steps=2, action="reuse")),
+    ("window_finished", dict(window=0, windows=2, frames_done=25, seconds=1.5)),
+    ("window_started", dict(window=1, windows=2)),
+    ("request_finished", dict(output="out/[a].mp4", seconds=3.0, frames=33)),
+]
+
+
+def test_nested_stages_add_up() -> None:
+    recorder = RunRecorder()
+    for _ in range(2):
+        with recorder.stage("outer"), recorder.stage("inner"):
+            time.sleep(0.01)
+    times = recorder.timings()
+    assert times["outer"].count == times["inner"].count == 2
+    assert times["outer"].seconds >= times["inner"].seconds >= 0.02
+    assert times["outer"].own_seconds < 0.01 and times["inner"].own_seconds == times["inner"].seconds
+
+
+def test_stage_counts_also_when_it_raises_and_nesting_survives() -> None:
+    recorder = RunRecorder()
+    with pytest.raises(KeyError), recorder.stage("a"), recorder.stage("b"):
+        raise KeyError
+    with recorder.stage("c"):
+        pass
+    assert {name: stage.count for name, stage in recorder.timings().items()} == {"a": 1, "b": 1, "c": 1}
+
+
+def test_threads_nest_their_own_stages() -> None:
+    recorder = RunRecorder()
+
+    def work() -> None:
+        for _ in range(50):
+            with recorder.stage("thread"):
+                recorder.event("tick")
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    with recorder.stage("main"):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    times = recorder.timings()
+    assert times["thread"].count == 200
+    assert times["main"].own_seconds == times["main"].seconds
+
+
+def test_stage_seconds_is_the_difference() -> None:
+    recorder = RunRecorder()
+    with recorder.stage("old"):
+        pass
+    before = recorder.timings()
+    with recorder.stage("new"):
+        pass
+    assert list(stage_seconds(before, recorder.timings())) == ["new"]
+
+
+def test_overhead_is_small() -> None:
+    recorder = RunRecorder()
+    start = time.perf_counter()
+    for _ in range(10_000):
+        with recorder.stage("x"):
+            pass
+    assert time.perf_counter() - start < 1.0
+
+
+def test_null_recorder_does_nothing() -> None:
+    recorder = NullRecorder()
+    with recorder.stage("x"):
+        recorder.event("y", z=1)
+
+
+def play(display: Any) -> None:
+    recorder = RunRecorder([display])
+    with display:
+        for name, fields in RUN:
+            recorder.event(name, **fields)
+
+
+def test_json_lines_are_one_object_an_event() -> None:
+    stream = io.StringIO()
+    play(JsonLines(stream))
+    records = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [record["event"] for record in records] == [name for name, _ in RUN]
+    assert records[3]["step"] == 0 and all(isinstance(record["time"], float) for record in records)
+
+
+def test_quiet_shows_warnings_only() -> None:
+    stream = io.StringIO()
+    display = make_display("rich", True, stream)
+    assert isinstance(display, Quiet)
+    play(display)
+    assert stream.getvalue() == "warning: [odd] note\n"
+
+
+def test_bars_name_the_request_and_the_result() -> None:
+    stream = io.StringIO()
+    display = make_display("rich", False, stream)
+    assert isinstance(display, Bars)
+    play(display)
+    shown = stream.getvalue()
+    assert "[a].mp4: 33 frames in 2 windows" in shown
+    assert "[odd] note" in shown and "out/[a].mp4: 33 frames in 3.0 s" in shown
+
+
+def test_events_reach_every_listener() -> None:
+    seen: list[tuple[str, Mapping[str, Any]]] = []
+    recorder = RunRecorder([lambda name, fields: seen.append((name, fields))] * 2)
+    recorder.event("step", step=1)
+    assert seen == [("step", {"step": 1})] * 2

@@ -1,0 +1,124 @@
+"""The input file: every line is a request or an error that names it, and the others still run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from omniavatar.errors import InputError
+from omniavatar.requests_file import BadLine, RequestLine, read_requests
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("face.png", "voice.wav", "two words.png"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def read(folder: Path, text: str | bytes) -> list[RequestLine | BadLine]:
+    path = folder / "in.txt"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read_requests(path)
+
+
+def test_lines_comments_blanks_and_byte_order_mark(folder: Path) -> None:
+    lines = read(
+        folder,
+        "\ufeff# first\r\n\r\nA man@@face.png@@voice.wav\r\n  # second\n Ein Löwe @@ two words.png \n",
+    )
+    assert lines == [
+        RequestLine(0, 3, "A man", folder / "face.png", folder / "voice.wav"),
+        RequestLine(1, 5, "Ein Löwe", folder / "two words.png", None),
+    ]
+
+
+def test_trailing_separator_means_no_audio(folder: Path) -> None:
+    assert read(folder, "p@@face.png@@")[0] == RequestLine(0, 1, "p", folder / "face.png", None)
+
+
+def test_current_directory_goes_before_the_files_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = folder / "here"
+    here.mkdir()
+    (here / "face.png").touch()
+    monkeypatch.chdir(here)
+    first, second = read(folder, "p@@face.png\np@@two words.png")
+    assert isinstance(first, RequestLine) and first.image == Path("face.png")
+    assert isinstance(second, RequestLine) and second.image == folder / "two words.png"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("just a prompt", "no image; the model needs a portrait"),
+        ("prompt@@", "no image"),
+        ("@@face.png", "no prompt"),
+        ("p@@none.png", "image not found: none.png or "),
+        ("p@@face.png@@none.wav", "audio not found"),
+        ("p@@face.png@@voice.wav@@x", "4 parts"),
+        ("p@@" + "x" * 5000, "image not found"),
+        ("p@@a\0b", "image not found"),
+    ],
+)
+def test_bad_line_names_itself_and_the_others_run(folder: Path, line: str, message: str) -> None:
+    bad, good = read(folder, f"{line}\nq@@face.png\n")
+    assert isinstance(bad, BadLine) and isinstance(good, RequestLine)
+    assert (bad.index, good.index) == (0, 1)
+    assert str(bad.error).startswith(f"{folder / 'in.txt'}:1: ") and message in str(bad.error)
+    assert "\n" not in str(bad.error)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [(b"", "no request"), (b"# only\n\n", "no request"), (b"\xff\xfe", "not UTF-8")]
+)
+def test_unusable_files(folder: Path, text: bytes, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read(folder, text)
+
+
+def test_missing_file_and_folder(folder: Path) -> None:
+    with pytest.raises(InputError, match="no such input file"):
+        read_requests(folder / "none.txt")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_requests(folder)
+
+
+PART = st.text(st.characters(codec="utf-8", exclude_characters="@\n\r#\x00"), min_size=1, max_size=20)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(PART.filter(lambda part: part.strip()), min_size=1, max_size=5))
+def test_every_prompt_comes_back(folder: Path, prompts: list[str]) -> None:
+    lines = read(folder, "\n".join(f"{prompt}@@face.png" for prompt in prompts))
+    assert [line.prompt for line in lines if isinstance(line, RequestLine)] == [p.strip() for p in prompts]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(max_size=200))
+def test_any_text_gives_lines_or_an_input_error(folder: Path, text: str) -> None:
+    try:
+        lines = read(folder, text.encode("utf-8", "replace"))
+    except InputError:
+        return
+    assert [line.index for line in lines] == list(range(len(lines)))
+
+
+def test_shipped_sample_works_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = read_requests(EXAMPLES / "infer_samples.txt")
+    assert lines and all(isinstance(line, RequestLine) and line.audio for line in lines)
+
+
+def test_packaged_demo_files_are_copies_of_the_examples() -> None:
+    assets = EXAMPLES.parent / "src/omniavatar/assets"
+    for name in ("portrait.png", "speech.flac"):
+        assert (assets / name).read_bytes() == (EXAMPLES / name).read_bytes(), name
+    nano = EXAMPLES.parent / "configs" / "nano.yaml"
+    assert (assets / "nano.yaml").read_bytes() == nano.read_bytes()
