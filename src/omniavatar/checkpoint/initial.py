@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 NORM = re.compile(r"(?:^|[._])(?:norm\w*|layer_norm|final_layer_norm)\.weight$|gamma$|weight_g$|original0$")
-DAMPED = re.compile(r"(?:self_attn|cross_attn|attn)\.o\.weight$|ffn\.(?:2|fc2)\.weight$")
-TEXT_QUERY = re.compile(r"(?:^|\.)attn\.q\.weight$")
+DAMPED = re.compile(r"(?:attn|SelfAttention)\.o\.weight$|ffn\.(?:2|fc2)\.weight$|\.wo\.weight$")
+TEXT_QUERY = re.compile(r"(?:\.attn|SelfAttention)\.q\.weight$")
 LORA_UP = re.compile(r"lora_B\b.*weight$")
 DAMPING = 0.2
 TEXT_HEAD_DIM = 64

@@ -1,0 +1,133 @@
+"""Fetching the released files from the Hugging Face hub into the layout that the configurations name.
+
+Only what the engine reads is fetched. The hub client leaves finished files alone and goes on with partial
+ones, so the same command resumes. Before anything is fetched the disk is checked against the released sizes;
+afterwards every weight file is opened once, so that a damaged download is noticed now and not in a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omniavatar.checkpoint.layout import ScaleSpec, scale_spec
+from omniavatar.checkpoint.layout_files import (
+    DIT_STEM,
+    TEXT_ENCODER,
+    TOKENIZER,
+    VAE,
+    WAV2VEC,
+    adapter_folder,
+    base_folder,
+    checkpoint_layout,
+)
+from omniavatar.checkpoint.reader import PathLike, TensorFiles
+from omniavatar.checkpoint.synthetic import require_space
+from omniavatar.errors import ConfigError, OutputError, ResourceError
+
+MARGIN_BYTES = 500_000_000
+Snapshot = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class HubFolder:
+    """One repository of the hub, the folder it goes to, and the files wanted of it."""
+
+    repository: str
+    folder: str
+    patterns: tuple[str, ...]
+
+
+def hub_folders(spec: ScaleSpec) -> tuple[HubFolder, ...]:
+    """What a released scale consists of."""
+    base, adapter = base_folder(spec), adapter_folder(spec)
+    return (
+        HubFolder(
+            f"Wan-AI/{base}",
+            base,
+            ("config.json", f"{DIT_STEM}*", TEXT_ENCODER, VAE, f"{TOKENIZER}/*", "LICENSE*"),
+        ),
+        HubFolder(f"OmniAvatar/{adapter}", adapter, ("config.json", "pytorch_model.pt", "LICENSE*")),
+        HubFolder(
+            f"facebook/{WAV2VEC}", WAV2VEC, ("model.safetensors", "config.json", "preprocessor_config.json")
+        ),
+    )
+
+
+def download(scale: str, root: PathLike = "pretrained_models", *, snapshot: Snapshot | None = None) -> Path:
+    """Fetch the files of `scale` ('1.3B' or '14B') below `root` and return `root`.
+
+    snapshot: stands in for `huggingface_hub.snapshot_download`. Raises ConfigError for a scale that is not
+    released, OutputError when the disk is too small or not writable, ResourceError when the hub cannot be
+    reached or refuses, CheckpointError when what arrived is damaged.
+    """
+    spec = scale_spec(scale)
+    if scale == "nano":
+        raise ConfigError(
+            "scale: nano is not on the hub; `omniavatar make-checkpoint --scale nano` makes one"
+        )
+    target = Path(root)
+    folders = hub_folders(spec)
+    total = sum(layout.num_bytes for layout in checkpoint_layout(spec))
+    present = sum(_size(target / hub.folder) for hub in folders)
+    require_space(target, max(0, total - present) + MARGIN_BYTES, f"the download of {scale}")
+    for hub in folders:
+        _fetch(hub, target, snapshot)
+    _verify(spec, target)
+    return target
+
+
+def _fetch(hub: HubFolder, root: Path, snapshot: Snapshot | None) -> None:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise ResourceError(
+            f"download: package {error.name} is missing; pip install huggingface_hub"
+        ) from None
+    fetch = snapshot_download if snapshot is None else snapshot
+    where = f"https://huggingface.co/{hub.repository}"
+    # The bases are OSError and the error class of whichever HTTP client this version of the hub uses.
+    any_failure: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
+    try:
+        fetch(repo_id=hub.repository, local_dir=root / hub.folder, allow_patterns=list(hub.patterns))
+    except HfHubHTTPError as error:
+        raise ResourceError(f"{where}: {_refusal(getattr(error.response, 'status_code', None))}") from error
+    except (LocalEntryNotFoundError, ConnectionError) as error:
+        raise _unreachable(where) from error
+    except any_failure as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OutputError(f"{root / hub.folder}: cannot be written ({error.strerror})") from error
+        raise _unreachable(where) from error
+
+
+def _refusal(status: int | None) -> str:
+    return {
+        401: "does not exist or wants you to log in (`hf auth login`)",
+        403: "access refused; accept its licence in the browser, then `hf auth login`",
+        404: "does not exist or was renamed",
+    }.get(status or 0, f"the hub answered with status {status}; run the same command again later")
+
+
+def _unreachable(where: str) -> ResourceError:
+    return ResourceError(f"{where}: cannot be reached; check the network, then run the same command again")
+
+
+def _verify(spec: ScaleSpec, root: Path) -> None:
+    """Open the header of every weight file; a missing or damaged one is a CheckpointError."""
+    base = root / base_folder(spec)
+    shards = [root / layout.path for layout in checkpoint_layout(spec) if f"/{DIT_STEM}" in layout.path]
+    for paths in (
+        shards,
+        [base / TEXT_ENCODER],
+        [base / VAE],
+        [root / adapter_folder(spec) / "pytorch_model.pt"],
+        [root / WAV2VEC],
+    ):
+        TensorFiles(paths).close()
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
