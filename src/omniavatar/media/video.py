@@ -2,9 +2,9 @@
 
 A finished denoising window becomes one closed H.264 segment file (`encode_segment`). `GrowingVideo`
 copies segments, unchanged, into one fragmented MP4 that is complete on disk after every `append`: even
-after `kill -9` it plays up to there, in browsers too. `finish` copies that file into an ordinary MP4
-(index in front, so it starts at once over a network) and renames it to its final name. A resumed run
-appends the same segments again and ends with the same bytes.
+after `kill -9`, also in the middle of an append, it plays up to there, in browsers too. `finish` copies
+that file into an ordinary MP4 (index in front, so it starts at once over a network) and renames it to
+its final name. A resumed run appends the same segments again and ends with the same bytes.
 
 How a fragment is made: FFmpeg's muxer writes each append into memory with `frag_discont`, timestamps
 going on where the last one ended, and only its `moof` and `mdat` boxes are added to the file; the first
@@ -124,7 +124,7 @@ class GrowingVideo:
         self._parameters: tuple[int, int, bytes] | None = None
         self._open = ExitStack()
         with translate_os_error(self.partial):
-            self._file = self._open.enter_context(self.partial.open("wb"))
+            self._file = self._open.enter_context(self.partial.open("wb", buffering=0))
         self._sound = _SoundTrack(Path(audio_track), self._open) if audio_track is not None else None
 
     def __enter__(self) -> GrowingVideo:
@@ -157,19 +157,34 @@ class GrowingVideo:
             ) from error
         data = buffer.getvalue()
         kept = ("moof", "mdat") if self._appends else ("ftyp", "moov", "moof", "mdat")
-        before = self._file.tell()
+        self._commit([box for box in _boxes(data) if box[0] in kept])
+        self._appends += 1
+        self.frames += added
+        return self.frames
+
+    def _commit(self, boxes: list[tuple[str, bytes]]) -> None:
+        """Write the boxes with `moof` disguised as `free`, sync, then lift the disguise by four bytes.
+
+        Players skip a `free` box even if it is cut, but FFmpeg refuses a file that ends in half a `moof`.
+        """
+        kinds = [kind for kind, _ in boxes]
+        data = bytearray(b"".join(box for _, box in boxes))
+        name_at = sum(len(box) for _, box in boxes[: kinds.index("moof")]) + 4
+        data[name_at : name_at + 4] = b"free"
+        before = self._file.seek(0, os.SEEK_END)
         with translate_os_error(self.partial):
             try:
-                self._file.write(b"".join(box for kind, box in _boxes(data) if kind in kept))
-                self._file.flush()
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+                os.fsync(self._file.fileno())
+                self._file.seek(before + name_at)
+                self._file.write(b"moof")
                 os.fsync(self._file.fileno())
             except OSError:
                 with suppress(OSError):
                     os.truncate(self.partial, before)
                 raise
-        self._appends += 1
-        self.frames += added
-        return self.frames
 
     def finish(self) -> Path:
         """Copy the grown file into an ordinary MP4 under its final name, and remove the partial.
