@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from omniavatar.checkpoint.dit import inspect_dit, load_dit, random_dit
-from omniavatar.checkpoint.layout import dit_config, scale_spec, vae_config
+from omniavatar.checkpoint.dit import LoraFile, inspect_dit, load_dit, random_dit
+from omniavatar.checkpoint.layout import scale_spec, text_tensors
 from omniavatar.checkpoint.vae import load_vae, random_vae
 from omniavatar.encoders.audio import AudioEncoder
-from omniavatar.encoders.text import TextEncoder, random_text_encoder
+from omniavatar.encoders.text import TextEncoder, random_text_encoder, sizes_of
 from omniavatar.encoders.text_cache import TextCache, encode_cached, encoder_identity
 from omniavatar.errors import CheckpointError, ResourceError
 from omniavatar.ops.attention import create_attention
@@ -67,7 +67,7 @@ class Components:
         """The DiT's sizes from file headers, checked against what the configuration promises."""
         model = self.config.model
         if model.weights == "random":
-            return dit_config(scale_spec(model.scale))
+            return scale_spec(model.scale).dit
         found = inspect_dit(model.dit_path, adapter_dir=model.exp_path, num_heads=model.dit_config.num_heads)
         if found.in_dim != model.dit_config.in_dim:
             remedy = (
@@ -92,13 +92,17 @@ class Components:
         with self._recorder.stage("load_dit"):
             if model.weights == "random":
                 return random_dit(
-                    self.dit_config, self._attention, dtype=self.dtype, device=self.device, seed=0
+                    self.dit_config,
+                    attention=self._attention,
+                    dtype=self.dtype,
+                    device=self.device,
+                    seed=0,
                 )
             return load_dit(
                 model.dit_path,
-                self._attention,
+                attention=self._attention,
                 adapter_dir=model.exp_path,
-                loras=[(lora.path, lora.strength) for lora in model.loras],
+                loras=[LoraFile(lora.path, lora.strength) for lora in model.loras],
                 lora_rank=model.lora_rank,
                 lora_alpha=model.lora_alpha,
                 num_heads=model.dit_config.num_heads,
@@ -112,8 +116,7 @@ class Components:
         model = self.config.model
         with self._recorder.stage("load_vae"):
             if model.weights == "random":
-                spec = vae_config(scale_spec(model.scale))
-                return random_vae(spec, dtype=self.dtype, device=self.device, seed=0)
+                return random_vae(scale_spec(model.scale).vae, dtype=self.dtype, device=self.device, seed=0)
             assert model.vae_path is not None
             return load_vae(model.vae_path, dtype=self.dtype, device=self.device)
 
@@ -126,9 +129,9 @@ class Components:
                 spec = scale_spec(model.scale).wav2vec
                 encoder = AudioEncoder.random(
                     hidden=spec.hidden,
-                    layers=spec.layers,
-                    heads=spec.heads,
-                    intermediate=spec.intermediate,
+                    layers=spec.num_layers,
+                    heads=spec.num_heads,
+                    intermediate=spec.ffn,
                     conv_dim=spec.conv_dim,
                     device=self.device,
                     seed=0,
@@ -156,7 +159,7 @@ class Components:
         model = self.config.model
         if model.weights == "random":
             with self._recorder.stage("load_text_encoder"):
-                sizes = scale_spec(model.scale).text.sizes
+                sizes = sizes_of(dict(text_tensors(scale_spec(model.scale).text)), "random weights")
                 encoder = random_text_encoder(self.device, self.dtype, seed=0, sizes=sizes)
             return encoder.encode(prompts)
         encoder_path, tokenizer_path = model.text_encoder_path, model.tokenizer_folder

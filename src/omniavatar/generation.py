@@ -110,6 +110,7 @@ class WindowGenerator:
         """Yield the results of `windows[first:]`; `given` are window `first`'s given latents if first > 0."""
         known = self._reference if given is None else given.to(self._device)
         for window in windows[first:]:
+            self._recorder.event("window_started", window=window.index, windows=len(windows))
             with self._recorder.stage("denoise"):
                 latent = self._denoise(window, known)
             last = window.index == len(windows) - 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from importlib.metadata import version
@@ -29,6 +30,11 @@ from omniavatar.media.audio import encode_aac_track
 from omniavatar.media.slug import slugify
 from omniavatar.media.video import GrowingVideo, encode_segment
 from omniavatar.types import AudioInput, AvatarRequest, Recorder, Waveform
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from omniavatar.config import OutputConfig, PipelineConfig, SamplingConfig
@@ -178,6 +184,14 @@ def load_given(path: Path) -> Tensor:
     if not path.is_file():
         raise ResumeError(f"{path} is missing; use --no-resume to start over")
     return safetensors.torch.load_file(path)["given"]
+
+
+def peak_memory(device: torch.device) -> dict[str, int | None]:
+    """Most memory this process has held so far, bytes; `peak_gpu_bytes` is None without CUDA."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    on_gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else None
+    return {"peak_gpu_bytes": on_gpu, "peak_host_bytes": host}
 
 
 def write_sidecar(job: Job, values: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from omniavatar.job import Job
 from omniavatar.media.atomic import check_writable
 from omniavatar.media.audio import decode_mono
 from omniavatar.media.image import load_image
-from omniavatar.output import VideoWriter, load_given, request_fingerprint, write_sidecar
+from omniavatar.output import VideoWriter, load_given, peak_memory, request_fingerprint, write_sidecar
 from omniavatar.plan import (
     RunPlan,
     effective_sampling,
@@ -177,6 +177,7 @@ class AvatarPipeline:
                 "stages": stage_seconds(timings_before, self._recorder.timings()),
                 "plan": plan.as_dict(),
                 "device": self._device_name(),
+                **peak_memory(self.components.device),
                 "attention": self.components.attention_name,
                 "config": flat_values(config.model_copy(update={"sampling": inputs.sampling})),
                 "fingerprint": identity,
@@ -196,7 +197,8 @@ class AvatarPipeline:
                 "audio: this checkpoint has no audio layers; leave the audio out or set exp_path"
             )
         image = load_image(request.image)
-        return _Inputs(request, sampling, image, choose_bucket(*image.shape[:2], self.config.video.sizes))
+        height, width = image.shape[:2]
+        return _Inputs(request, sampling, image, choose_bucket(height, width, self.config.video.sizes))
 
     def _plan(self, inputs: _Inputs, waveform_path: Path) -> tuple[np.ndarray | None, RunPlan]:
         """The 16 kHz waveform with its leading silence (memory-mapped), and the plan of windows."""

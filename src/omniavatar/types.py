@@ -155,6 +155,6 @@ class Recorder(Protocol):
         """Time a named stage (stages nest; times of a repeated name add up)."""
         ...
 
-    def event(self, name: str, **fields: Any) -> None:
+    def event(self, name: str, /, **fields: Any) -> None:
         """Report `name` with JSON-able fields."""
         ...

@@ -1,3 +1,4 @@
+import itertools
 from fractions import Fraction
 
 import pytest
@@ -42,7 +43,7 @@ def test_windows_cover_every_frame_once(data, audio_frames, length):
     assert covered == list(range(audio_frames + 1))
     assert all(w.new_frames > 0 for w in windows)
     assert len(windows) == count_windows(audio_frames, length, overlap)
-    for before, after in zip(windows, windows[1:], strict=False):
+    for before, after in itertools.pairwise(windows):
         assert after.start + overlap == before.start + length
         assert after.given_latents == (3 + overlap) // 4
     rows = padded_audio_frames(len(windows), length, overlap)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from omniavatar.ops.conv3d import conv3d
+
 CausalState = dict[nn.Module, Tensor]
 
 
@@ -26,9 +28,9 @@ class CausalConv3d(nn.Conv3d):
         kernel: tuple[int, int, int],
         stride: tuple[int, int, int] = (1, 1, 1),
     ) -> None:
-        super().__init__(
-            in_channels, out_channels, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2)
-        )
+        super().__init__(in_channels, out_channels, kernel, stride)
+        self.stride: tuple[int, int, int] = stride
+        self.padding: tuple[int, int, int] = (0, kernel[1] // 2, kernel[2] // 2)
         self.history = kernel[0] - 1
 
     def forward(self, x: Tensor, state: CausalState | None = None) -> Tensor:
@@ -39,7 +41,7 @@ class CausalConv3d(nn.Conv3d):
             x = torch.cat([past, x], dim=2)
             if state is not None:
                 state[self] = x[:, :, -self.history :].clone()
-        return super().forward(x)
+        return conv3d(x, self.weight, self.bias, self.stride, self.padding)
 
 
 class ChannelRMSNorm(nn.Module):
@@ -121,9 +123,13 @@ class Downsample(nn.Module):
         past = state.get(self)
         state[self] = x[:, :, -1:].clone()
         if past is not None:
-            return self.time_conv(torch.cat([past, x], dim=2))
+            return self._halve(self.time_conv, torch.cat([past, x], dim=2))
         first = x[:, :, :1]
-        return first if x.shape[2] == 1 else torch.cat([first, self.time_conv(x)], dim=2)
+        return first if x.shape[2] == 1 else torch.cat([first, self._halve(self.time_conv, x)], dim=2)
+
+    @staticmethod
+    def _halve(time_conv: nn.Conv3d, x: Tensor) -> Tensor:
+        return conv3d(x, time_conv.weight, time_conv.bias, (2, 1, 1), (0, 0, 0))
 
 
 class Upsample(nn.Module):

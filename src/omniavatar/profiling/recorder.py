@@ -33,7 +33,7 @@ class NullRecorder:
     def stage(self, name: str) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def event(self, name: str, **fields: Any) -> None:
+    def event(self, name: str, /, **fields: Any) -> None:
         return None
 
 
@@ -65,7 +65,7 @@ class RunRecorder:
                     old.seconds + seconds, old.own_seconds + seconds - inside, old.count + 1
                 )
 
-    def event(self, name: str, **fields: Any) -> None:
+    def event(self, name: str, /, **fields: Any) -> None:
         """Hand the event to every listener, in order; events of several threads are not interleaved."""
         with self._lock:
             for listener in self._listeners:

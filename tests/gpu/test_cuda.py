@@ -1,0 +1,95 @@
+"""CUDA against the CPU twin: one forward, each attention backend, the whole loop. Skipped without CUDA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from omniavatar.checkpoint.dit import random_dit
+from omniavatar.checkpoint.layout import scale_spec
+from omniavatar.checkpoint.vae import random_vae
+from omniavatar.generation import WindowGenerator, WindowSampling
+from omniavatar.ops.attention import available_backends, create_attention
+from omniavatar.profiling.recorder import NullRecorder
+from omniavatar.sampling.guidance import guidance_branches
+from omniavatar.sampling.schedule import make_schedule
+from omniavatar.sampling.step_cache import compute_all
+from omniavatar.sampling.windows import plan_windows
+from omniavatar.types import Conditioning
+
+pytestmark = pytest.mark.gpu
+
+
+def relative_l2(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.cpu().float() - b.cpu().float()).norm() / b.cpu().float().norm()).item()
+
+
+def nano(device: str, dtype: torch.dtype, backend: str = "math"):
+    """The same weights on any device: made on the CPU in float32."""
+    _, attention = create_attention(backend, torch.device(device), dtype)
+    spec = scale_spec("nano")
+    dit = random_dit(spec.dit, attention=attention, dtype=torch.float32, device="cpu", seed=0)
+    vae = random_vae(spec.vae, dtype=torch.float32, device="cpu", seed=0)
+    return dit.to(device, dtype), vae.to(device)
+
+
+def forward(dit, device, dtype):
+    generator = torch.Generator().manual_seed(1)
+    config = dit.config
+    sample = torch.randn(1, 16, 3, 12, 20, generator=generator)
+    y = torch.randn(1, 17, 3, 12, 20, generator=generator)
+    text = torch.randn(1, 512, config.text_dim, generator=generator)
+    audio = torch.randn(1, 9, config.audio_dim, generator=generator)
+    with torch.inference_mode():
+        return dit(
+            sample.to(device),
+            y.to(device),
+            torch.tensor([700.0], device=device),
+            dit.prepare_text(text.to(device)),
+            dit.prepare_audio(audio.to(device)),
+        )
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    matmul, conv = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, conv
+
+
+def test_forward_float32():
+    cpu = forward(nano("cpu", torch.float32)[0], "cpu", torch.float32)
+    gpu = forward(nano("cuda", torch.float32)[0], "cuda", torch.float32)
+    assert relative_l2(gpu, cpu) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "math", "flash", "efficient", "cudnn"])
+def test_attention_backends(backend):
+    assert backend in available_backends(torch.device("cuda"))
+    exact = forward(nano("cpu", torch.float32)[0], "cpu", torch.float32)
+    half = forward(nano("cuda", torch.bfloat16, backend)[0], "cuda", torch.bfloat16)
+    assert relative_l2(half, exact) < 2e-2
+
+
+def test_loop_does_not_depend_on_the_device():
+    """Same noise, same windows, same video on CPU and GPU, within float32 rounding."""
+    videos = {}
+    for device in ("cpu", "cuda"):
+        dit, vae = nano(device, torch.float32)
+        generator = torch.Generator().manual_seed(2)
+        text = torch.randn(2, 512, dit.config.text_dim, generator=generator)
+        image = torch.rand(1, 3, 1, 96, 160, generator=generator) * 2 - 1
+        audio = torch.randn(30, dit.config.audio_dim, generator=generator).numpy()
+        with torch.inference_mode():
+            reference = vae.encode(image.to(device))
+        conditioning = Conditioning(text[:1].to(device), text[1:].to(device), reference, audio)
+        schedule = make_schedule(3, 5.0)
+        sampling = WindowSampling(7, schedule, compute_all(3), guidance_branches(2.0, 3.0, True))
+        loop = WindowGenerator(
+            dit, vae, conditioning, sampling, NullRecorder(), convert=lambda p: p[0].cpu().numpy()
+        )
+        windows = plan_windows(22, 17, 5)
+        videos[device] = torch.cat([torch.from_numpy(f) for r in loop.run(windows) for f in r.frames], dim=1)
+    assert videos["cpu"].shape[1] == 23
+    assert (videos["cpu"] - videos["cuda"]).abs().max() < 5e-3
