@@ -49,7 +49,7 @@ def plan(
         samples = _samples(settings, audio, minutes)
         size = _size(settings, image)
         run_plan = make_plan(settings, samples, size, step_plan=_step_plan(settings))
-        memory = estimate_memory(settings, run_plan)
+        memory = estimate_memory(settings, run_plan, samples is not None)
         if as_json:
             import json
 

@@ -1,17 +1,20 @@
 """How much memory a run will take, estimated before anything heavy.
 
-Weights are exact: parameters of the DiT and the VAE counted on the meta device times the size of the
-configured dtype, and file sizes for the encoders. Activations are a rough upper bound from the largest
-tensors alive at once in one block and in the VAE's last stage; expect them to be off by a third.
+Weights are exact: the official layout's shapes in the configured dtype. Activations are a rough upper bound
+from the largest tensors alive at once in one block and in the VAE's last stage; expect them to be off by a
+third. The text encoder is counted apart, since it comes and goes before the first window.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omniavatar.checkpoint.layout import scale_spec, vae_config
+from omniavatar.checkpoint.dit import keep_float32
+from omniavatar.checkpoint.layout import Shape, dit_tensors, scale_spec, text_tensors, wav2vec_tensors
+from omniavatar.checkpoint.layout_vae import vae_tensors
 from omniavatar.config import PipelineConfig
 from omniavatar.plan import RunPlan
 from omniavatar.weights_preview import assumed_scale, find_dit_config
@@ -20,16 +23,14 @@ if TYPE_CHECKING:
     from omniavatar.model.dit import DiTConfig
 
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-_TEXT_ENCODER_BYTES = {"nano": 0, "1.3B": 11_361_845_248, "14B": 11_361_845_248}
-_WAV2VEC_BYTES = {"nano": 0, "1.3B": 377_611_120, "14B": 377_611_120}
 _TEXT_TOKENS = 512
 _FLOAT = 4
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by part. Everything but `text_encoder` and `audio_features_file` is on the device all the time;
-    the text encoder comes and goes before the first window, the features lie on disk."""
+    """Bytes by part; `audio_features_file` lies on disk. `assumed_scale`: the model counted, if not read off
+    the files."""
 
     dit: int
     vae: int
@@ -45,36 +46,27 @@ class MemoryEstimate:
         return self.dit + self.vae + self.audio_encoder + max(self.activations, self.text_encoder)
 
 
-def estimate_memory(config: PipelineConfig, plan: RunPlan) -> MemoryEstimate:
+def estimate_memory(config: PipelineConfig, plan: RunPlan, has_audio: bool) -> MemoryEstimate:
     """Memory of one request under `plan`. Raises CheckpointError for files that are there but broken."""
-    import torch
-
-    from omniavatar.model.dit import WanDiT
-    from omniavatar.model.vae import WanVAE
-
     model = config.model
     dit, assumed = find_dit_config(model)
-    scale = assumed_scale(model)
+    spec = scale_spec(assumed_scale(model))
     size = _BYTES[model.dtype]
-    with torch.device("meta"):
-        dit_count = _count(WanDiT(dit, torch.nn.functional.scaled_dot_product_attention))
-        vae_count = _count(WanVAE(vae_config(scale_spec(scale))))
     return MemoryEstimate(
-        dit=dit_count * size,
-        vae=vae_count * size,
-        audio_encoder=_size_on_disk(model.wav2vec_path) or _WAV2VEC_BYTES[scale],
-        text_encoder=_size_on_disk(model.text_encoder_path) or _TEXT_ENCODER_BYTES[scale],
-        activations=max(_dit_activations(dit, plan, size), _vae_activations(plan, size)),
-        audio_features_file=plan.padded_audio_frames * dit.audio_dim * _FLOAT,
+        dit=sum(
+            math.prod(shape) * (_FLOAT if keep_float32(key) else size) for key, shape in dit_tensors(dit)
+        ),
+        vae=_count(vae_tensors(spec.vae)) * size,
+        audio_encoder=_count(wav2vec_tensors(spec.wav2vec)) * _FLOAT,
+        text_encoder=_count(text_tensors(spec.text)) * size,
+        activations=max(_dit_activations(dit, plan, size), _vae_activations(spec.vae.dim, plan, size)),
+        audio_features_file=plan.padded_audio_frames * dit.audio_dim * _FLOAT if has_audio else 0,
         assumed_scale=assumed,
     )
 
 
-def _count(module: object) -> int:
-    import torch
-
-    assert isinstance(module, torch.nn.Module)
-    return sum(parameter.numel() for parameter in module.parameters())
+def _count(tensors: Iterable[tuple[str, Shape]]) -> int:
+    return sum(math.prod(shape) for _, shape in tensors)
 
 
 def _dit_activations(dit: DiTConfig, plan: RunPlan, size: int) -> int:
@@ -87,19 +79,7 @@ def _dit_activations(dit: DiTConfig, plan: RunPlan, size: int) -> int:
     return max(feed_forward, attention) + text + residuals
 
 
-def _vae_activations(plan: RunPlan, size: int) -> int:
-    """The VAE's last stage at full resolution: 4 frames of 96 channels in and out, and its causal caches."""
+def _vae_activations(channels: int, plan: RunPlan, size: int) -> int:
+    """The VAE's last stage at full resolution: 4 frames in, inside and out, and its causal caches."""
     height, width = plan.size
-    return height * width * 96 * 28 * size
-
-
-def _size_on_disk(path: Path | None) -> int:
-    """Bytes of a weight file, or of the weight file in a folder; 0 when it is not there."""
-    if path is None or not path.exists():
-        return 0
-    if path.is_file():
-        return path.stat().st_size
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():
-            return (path / name).stat().st_size
-    return 0
+    return height * width * channels * 28 * size

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from omniavatar.checkpoint.dit import inspect_dit
-from omniavatar.checkpoint.layout import dit_config, scale_spec
+from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def find_dit_config(model: ModelConfig) -> tuple[DiTConfig, str | None]:
         exp = model.exp_path if model.exp_path is not None and model.exp_path.exists() else None
         return inspect_dit(model.dit_path, adapter_dir=exp, num_heads=model.dit_config.num_heads), None
     scale = assumed_scale(model)
-    return dit_config(scale_spec(scale)), scale
+    return scale_spec(scale).dit, scale
 
 
 def assumed_scale(model: ModelConfig) -> str:
