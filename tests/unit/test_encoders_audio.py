@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from omniavatar.encoders.audio import AudioEncoder, library_key, open_features
 from omniavatar.encoders.row_files import ColumnWriter, RowFile
 from omniavatar.encoders.wav2vec_spans import FrontEnd
-from omniavatar.errors import CheckpointError, InputError, OutputError
+from omniavatar.errors import CheckpointError, InputError, OutputError, ResumeError
 from omniavatar.sampling.windows import frames_for
 
 TINY = {"hidden": 32, "layers": 2, "heads": 4, "intermediate": 48, "conv_dim": 16}
@@ -252,9 +252,26 @@ def test_unfit_folders(tmp_path: Path) -> None:
     released_folder(tmp_path, feat_extract_norm="layer")
     with pytest.raises(CheckpointError, match="feat_extract_norm is 'layer'"):
         AudioEncoder.load(tmp_path, "cpu")
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="no table"):
+        AudioEncoder.load(tmp_path, "cpu")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be read"):
         AudioEncoder.load(tmp_path, "cpu")
+
+
+def test_the_synthetic_folder_loads(nano_checkpoint: Path) -> None:
+    (folder,) = nano_checkpoint.rglob("wav2vec2-base-960h")
+    assert AudioEncoder.load(folder, "cpu").width == 4 * 64
+
+
+def test_damaged_features_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    np.save(path, np.zeros((100, 8), np.float32))
+    for size in (1000, 20, 0):
+        path.write_bytes(path.read_bytes()[:size])
+        with pytest.raises(ResumeError, match=r"a\.npy: damaged"):
+            open_features(path)
 
 
 def test_front_end_geometry() -> None:

@@ -145,6 +145,12 @@ def test_load_is_strict(encoder_file: Path, tokenizer_folder: Path) -> None:
         TextEncoder.load(encoder_file, tokenizer_folder, "cpu")
 
 
+def test_the_synthetic_files_load(nano_checkpoint: Path) -> None:
+    (path,) = nano_checkpoint.rglob("models_t5_umt5-xxl-enc-bf16.pth")
+    loaded = TextEncoder.load(path, path.parent / "google" / "umt5-xxl", "cpu")
+    assert torch.isfinite(loaded.encode(["A woman speaks."])).all()
+
+
 class Loader:
     """Stands for the expensive load; counts its calls."""
 

@@ -26,7 +26,7 @@ from omniavatar.checkpoint.reader import TensorFiles
 from omniavatar.checkpoint.strict import file_sources, load_strict
 from omniavatar.encoders.row_files import ColumnWriter
 from omniavatar.encoders.wav2vec_spans import FrontEnd, NormalisedWaveform, SpanEncoder, SpanPlan
-from omniavatar.errors import CheckpointError, InputError, OutputError
+from omniavatar.errors import CheckpointError, InputError, OutputError, ResumeError
 from omniavatar.sampling.windows import frames_for
 
 if TYPE_CHECKING:
@@ -125,8 +125,9 @@ class AudioEncoder:
 
         waveform: (samples,) float32 at 16 kHz, an array or a memory map. num_frames: at least
         `frames_for(samples, fps)`; frames beyond the audio see silence. scratch: folder for working files
-        (default: that of `out`), gone at the end; both need about a float32 copy of the result at most.
-        span_seconds and kv_bytes bound the memory. on_progress gets (steps done, steps in all).
+        (default: that of `out`), which takes about a sixth of the result's size until the end.
+        span_seconds bounds the memory, kv_bytes the keys and values of attention (default: 32 MiB, 512 MiB on
+        CUDA). on_progress gets (steps done, steps in all).
         Returns the read-only memory map (num_frames, D). Raises `InputError` for unusable audio,
         `OutputError` when a file cannot be written.
         """
@@ -170,8 +171,14 @@ class AudioEncoder:
 
 
 def open_features(path: Path) -> np.memmap:
-    """A finished feature file as a read-only memory map (num_frames, D) float32."""
-    features = np.load(path, mmap_mode="r")
+    """A finished feature file as a read-only memory map (num_frames, D) float32.
+
+    Raises `ResumeError` when the file is not what `encode` writes.
+    """
+    try:
+        features = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise ResumeError(f"{path}: damaged audio features; delete the file to make them anew") from error
     assert isinstance(features, np.memmap)
     return features
 
@@ -200,6 +207,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: missing; give the wav2vec 2.0 folder as downloaded") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); download the folder again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: holds no table of settings; download the folder again")
     for field, wanted in BASE_FORM.items():
         if config.get(field, wanted) != wanted:
             raise CheckpointError(
