@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from media_files import CHANNELS, tones, write_audio
 from omniavatar.errors import InputError, OutputError
 from omniavatar.media.audio import AudioTrack, decode_mono, measure_audio
+from omniavatar.media.containers import missing_tail
 from omniavatar.types import Waveform
 
 LEAD = 4800
@@ -188,9 +189,17 @@ def _damaged_middle(folder: Path) -> Path:
     return _write(path, bytes(data))
 
 
+def _damaged_mp3(folder: Path) -> Path:
+    path = write_audio(folder / "bad.mp3", tones(3, 16000, 1), 16000, "libmp3lame", "mono")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 2000] = b"\0" * 2000
+    return _write(path, bytes(data))
+
+
 BAD = {
     "missing": (lambda d: d / "nothing.wav", "does not exist"),
     "folder": (lambda d: d, "folder"),
+    "name too long": (lambda d: d / ("x" * 300), "check the path"),
     "empty": (lambda d: _write(d / "e.mp3", b""), "empty"),
     "text": (lambda d: _write(d / "t.mp3", b"Not a sound. " * 50), "FFmpeg"),
     "zeros": (lambda d: _write(d / "z.wav", b"\0" * 5000), "FFmpeg"),
@@ -202,6 +211,11 @@ BAD = {
     "wav almost whole": (lambda d: _cut(d, "wav", "pcm_s16le", 0.99), "truncated"),
     "flac cut": (lambda d: _cut(d, "flac", "flac", 0.6), "truncated"),
     "mp3 cut": (lambda d: _cut(d, "mp3", "libmp3lame", 0.6), "truncated"),
+    "mp3 without a frame count, cut": (
+        lambda d: _cut(d, "mp3", "libmp3lame", 0.6, write_xing="0"),
+        "last frame is torn",
+    ),
+    "mp3 damaged": (_damaged_mp3, "damaged"),
     "ogg cut": (lambda d: _cut(d, "ogg", "libopus", 0.6), "truncated"),
     "ogg header": (lambda d: _cut(d, "ogg", "libopus", 0.001), "FFmpeg"),
     "m4a cut": (lambda d: _cut(d, "m4a", "aac", 0.6), "damaged"),
@@ -246,9 +260,28 @@ def test_a_stream_of_unknown_length_is_used_as_far_as_it_goes(tmp_path: Path) ->
     streamed = whole[: at + 4] + b"\xff\xff\xff\xff" + whole[at + 8 :]
     samples, _ = mono(_write(tmp_path / "streamed.wav", streamed), tmp_path)
     assert len(samples) == 16000
-    no_header = _cut(tmp_path, "mp3", "libmp3lame", 0.6, write_xing="0")
-    samples, _ = mono(no_header, tmp_path)
-    assert 1.5 < len(samples) / 16000 < 2
+    no_count = write_audio(
+        tmp_path / "a.mp3", tones(3, 48000, 1), 48000, "libmp3lame", "mono", {"write_xing": "0"}
+    )
+    data = no_count.read_bytes()
+    frame = 144 * 64000 // 48000
+    samples, _ = mono(_write(tmp_path / "between.mp3", data[: len(data) - 40 * frame]), tmp_path)
+    assert 1.8 < len(samples) / 16000 < 2.2
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 24000, 32000, 44100, 48000])
+def test_whole_mp3_files_are_not_taken_for_cut(tmp_path: Path, rate: int) -> None:
+    for options in ({}, {"write_xing": "0"}, {"id3v2_version": "3"}, {"write_id3v1": "1"}):
+        path = write_audio(tmp_path / "a.mp3", tones(0.7, rate, 2), rate, "libmp3lame", "stereo", options)
+        assert missing_tail(path) == ""
+        path.write_bytes(path.read_bytes()[: -130 if "write_id3v1" in options else -1])
+        assert missing_tail(path) == "its last frame is torn"
+
+
+def test_mp3_files_joined_end_to_end(tmp_path: Path) -> None:
+    part = write_audio(tmp_path / "a.mp3", tones(1, 44100, 2), 44100, "libmp3lame", "stereo").read_bytes()
+    samples, _ = mono(_write(tmp_path / "joined.mp3", part * 3), tmp_path)
+    assert len(samples) / 16000 == pytest.approx(3, abs=0.15)
 
 
 def test_the_sound_of_a_video_file(tmp_path: Path) -> None:
@@ -285,3 +318,27 @@ def test_memory_does_not_grow_with_length(tmp_path: Path) -> None:
         check=True,
     )
     assert int(answer.stdout) < 6000, "more than 6 MB for 60 times the length (50 MB of samples)"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"),
+    [("wav", "pcm_s16le"), ("mp3", "libmp3lame"), ("flac", "flac"), ("m4a", "aac"), ("ogg", "libopus")],
+)
+def test_every_cut_and_every_flipped_byte_gives_sound_or_one_line(
+    tmp_path: Path, suffix: str, codec: str
+) -> None:
+    whole = write_audio(tmp_path / f"a.{suffix}", tones(0.5, 48000, 2), 48000, codec, "stereo").read_bytes()
+    rng = np.random.default_rng(0)
+    path = tmp_path / f"bad.{suffix}"
+    for attempt in range(30):
+        data = bytearray(whole)
+        if attempt % 2:
+            del data[rng.integers(1, len(data)) :]
+        else:
+            for position in rng.integers(0, len(data), 10):
+                data[position] = rng.integers(0, 256)
+        path.write_bytes(data)
+        try:
+            measure_audio(path)
+        except InputError as error:
+            assert "\n" not in str(error)

@@ -194,6 +194,10 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         load_image(tmp_path / "nothing.png")
     with pytest.raises(InputError, match="folder"):
         load_image(tmp_path)
+    for odd in ("x" * 5000, "a\0b.png", str(tmp_path / "nothing.png" / "below.png")):
+        with pytest.raises(InputError) as raised:
+            load_image(odd)
+        assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])

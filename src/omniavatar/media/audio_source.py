@@ -4,9 +4,10 @@ The first audio stream of any file FFmpeg decodes (music, speech, the sound of a
 is read block by block, so memory does not grow with its length.
 
 What counts as broken: a file that ends before its container says it does (RIFF sizes, MP4 and FLAC
-durations, the Xing header of an MP3, a torn Ogg page), or that cannot be decoded somewhere in the
-middle, is an InputError that says where. A file whose container promises no length is used as far as it
-decodes. One undecodable packet at the very start or end (common after careless cutting) is only logged.
+durations, the Xing header of an MP3, a torn last MP3 frame or Ogg page), or that cannot be decoded
+somewhere in the middle, is an InputError that says where. A file whose container promises no length is
+used as far as it decodes. One undecodable packet at the very start or end (common after careless
+cutting) is only logged.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ import numpy as np
 
 from omniavatar.errors import InputError
 from omniavatar.media.containers import missing_tail, promises_length
+from omniavatar.media.input_files import existing_file
 from omniavatar.types import Waveform
 
 WAVEFORM_BLOCK = 65536
 MIN_RATE, MAX_RATE = 4000, 768000
 
 _LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "quad", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}
+
+_TAGS = (b"ID3", b"TAG", b"APE")  # between the parts of MP3 files joined end to end
 
 _log = logging.getLogger(__name__)
 
@@ -56,21 +60,13 @@ def open_audio(source: str | Path | Waveform) -> Iterator[AudioSource]:
     if isinstance(source, Waveform):
         yield _open_waveform(source)
         return
-    path = Path(source)
-    name = f"audio {path}"
-    if not path.exists():
-        raise InputError(f"{name} does not exist; check the path")
-    if path.is_dir():
-        raise InputError(f"{name} is a folder; give an audio file")
-    if path.stat().st_size == 0:
-        raise InputError(f"{name} is empty; give another file")
+    name = f"audio {source}"
+    path = existing_file(source, name)
     tail = missing_tail(path)
     if tail:
         raise InputError(f"{name} is truncated ({tail}); export or download it again")
     try:
         container = av.open(str(path))
-    except PermissionError as error:
-        raise InputError(f"{name} may not be read; check its permissions") from error
     except av.error.FFmpegError as error:
         raise InputError(
             f"{name} is not an audio or video file FFmpeg can read, or is damaged; convert it to WAV or MP3"
@@ -148,7 +144,7 @@ def _file_blocks(
 ) -> Iterator[np.ndarray]:
     rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
     declared = _declared_seconds(path, container, stream)
-    end = None if declared is None else round(declared * rate)
+    padded_end = round(declared * rate) if declared and container.format.name.startswith("mov") else None
     decoded = 0
     failed_at: int | None = None
     interleave = av.AudioResampler(format="flt")
@@ -165,8 +161,8 @@ def _file_blocks(
         # PyAV 18.1 reads past the planes of a planar frame of 8 channels: it gets an interleaved one.
         packed = interleave.resample(frame) if frame.format.is_planar and channels >= 8 else [frame]
         block = np.concatenate([_to_float(part) for part in packed], axis=1)
-        if end is not None and 0 < decoded + block.shape[1] - end <= 2 * frame.samples:
-            block = block[:, : max(0, end - decoded)]  # padding of the last coded frame
+        if padded_end is not None and 0 < decoded + block.shape[1] - padded_end <= 2 * frame.samples:
+            block = block[:, : max(0, padded_end - decoded)]  # the padding of the last AAC frames
         decoded += block.shape[1]
         yield block
     if declared is not None and declared - decoded / rate > max(0.1, 0.005 * declared):
@@ -211,7 +207,8 @@ def _decoded_frames(
         except av.error.EOFError:
             return
         except av.error.FFmpegError:
-            yield None
+            if bytes(packet)[:3] not in _TAGS:
+                yield None
             continue
         yield from frames
 

@@ -24,6 +24,7 @@ import PIL.Image
 from PIL import ImageOps
 
 from omniavatar.errors import InputError
+from omniavatar.media.input_files import existing_file
 
 MIN_SIDE = 16
 REDUCE_ABOVE_PIXELS = 40_000_000
@@ -50,7 +51,7 @@ def load_image(source: str | Path | PIL.Image.Image | np.ndarray) -> np.ndarray:
             pixels = _decode(source, name)
     else:
         name = f"image {source}"
-        pixels = _from_file(Path(source), name)
+        pixels = _from_file(existing_file(source, name), name)
     height, width = pixels.shape[:2]
     if min(height, width) < MIN_SIDE:
         raise InputError(
@@ -60,12 +61,6 @@ def load_image(source: str | Path | PIL.Image.Image | np.ndarray) -> np.ndarray:
 
 
 def _from_file(path: Path, name: str) -> np.ndarray:
-    if not path.exists():
-        raise InputError(f"{name} does not exist; check the path")
-    if path.is_dir():
-        raise InputError(f"{name} is a folder; give an image file")
-    if path.stat().st_size == 0:
-        raise InputError(f"{name} is empty; give another file")
     with warnings.catch_warnings(), _damage_as_one_line(name):
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
         with PIL.Image.open(path) as image:
@@ -86,8 +81,6 @@ def _damage_as_one_line(name: str) -> Iterator[None]:
         raise InputError(f"{name} has more than 178 megapixels; make it smaller first") from error
     except PIL.UnidentifiedImageError as error:
         raise InputError(f"{name} is not an image Pillow can read; convert it to PNG or JPEG") from error
-    except PermissionError as error:
-        raise InputError(f"{name} may not be read; check its permissions") from error
     except _DAMAGED as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{name} is damaged or truncated ({reason}); export or download it again") from error

@@ -13,6 +13,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 
 from omniavatar.errors import InputError
+from omniavatar.media.input_files import existing_file
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,8 @@ def read_frames(path: str | Path) -> Iterator[np.ndarray]:
 
 
 def _opened(path: Path) -> av.container.InputContainer:
-    if not path.is_file():
-        raise InputError(f"video {path} does not exist or is not a file; check the path")
     try:
-        container = av.open(str(path))
+        container = av.open(str(existing_file(path, f"video {path}")))
     except av.error.FFmpegError as error:
         raise InputError(f"video {path} cannot be read ({error.strerror}); make it again") from error
     if not container.streams.video:
