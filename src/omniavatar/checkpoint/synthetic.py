@@ -96,7 +96,7 @@ def _write_side_files(out: Path, spec: ScaleSpec) -> None:
         _write_json(base / f"{DIT_STEM}.safetensors.index.json", index)
     _write_json(out / adapter_folder(spec) / "config.json", _adapter_config(spec))
     wav2vec = out / WAV2VEC
-    _write_json(wav2vec / "config.json", _wav2vec_config(spec.wav2vec))
+    _write_json(wav2vec / "config.json", wav2vec_config(spec.wav2vec))
     _write_json(
         wav2vec / "preprocessor_config.json",
         {
@@ -142,7 +142,8 @@ def _adapter_config(spec: ScaleSpec) -> dict[str, Any]:
     }
 
 
-def _wav2vec_config(spec: Wav2VecSpec) -> dict[str, Any]:
+def wav2vec_config(spec: Wav2VecSpec) -> dict[str, Any]:
+    """`config.json` of the wav2vec folder."""
     return {
         "architectures": ["Wav2Vec2ForCTC"],
         "model_type": "wav2vec2",
