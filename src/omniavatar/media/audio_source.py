@@ -66,7 +66,7 @@ def open_audio(source: str | Path | Waveform) -> Iterator[AudioSource]:
     if tail:
         raise InputError(f"{name} is truncated ({tail}); export or download it again")
     try:
-        container = av.open(str(path))
+        container = av.open(str(path), metadata_errors="replace")
     except av.error.FFmpegError as error:
         raise InputError(
             f"{name} is not an audio or video file FFmpeg can read, or is damaged; convert it to WAV or MP3"

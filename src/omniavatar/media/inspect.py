@@ -75,7 +75,7 @@ def read_frames(path: str | Path) -> Iterator[np.ndarray]:
 
 def _opened(path: Path) -> av.container.InputContainer:
     try:
-        container = av.open(str(existing_file(path, f"video {path}")))
+        container = av.open(str(existing_file(path, f"video {path}")), metadata_errors="replace")
     except av.error.FFmpegError as error:
         raise InputError(f"video {path} cannot be read ({error.strerror}); make it again") from error
     if not container.streams.video:
