@@ -71,7 +71,10 @@ class Quiet(_Plain):
 
 
 class Bars:
-    """Two bars: steps of the whole request with the time left, and steps of the current window."""
+    """Two bars: steps of the whole request with the time left, and steps of the current window.
+
+    Where stderr is no terminal there are no bars but a line a window.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -84,6 +87,7 @@ class Bars:
             TextColumn("left"),
             Remaining(),
             console=console,
+            disable=not console.is_terminal,
         )
         self._video: TaskID | None = None
         self._window: TaskID | None = None
@@ -108,6 +112,9 @@ class Bars:
                 self._progress.update(self._window, completed=fields["step"] + 1, total=fields["steps"])
                 done = fields["window"] * fields["steps"] + fields["step"] + 1
                 self._progress.update(self._video, completed=done)
+            case "window_finished" if self._progress.disable:
+                number, total = fields["window"] + 1, fields["windows"]
+                self._console.print(f"window {number} of {total} done in {fields['seconds']:.1f} s")
             case "message":
                 colour = "yellow" if fields.get("level") == "warning" else "dim"
                 self._console.print(f"[{colour}]{escape(str(fields['text']))}[/]", soft_wrap=True)

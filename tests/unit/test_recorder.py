@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from omniavatar.console import Bars, JsonLines, Quiet, make_display
 from omniavatar.profiling.recorder import NullRecorder, RunRecorder, stage_seconds
@@ -119,8 +120,14 @@ def test_bars_name_the_request_and_the_result() -> None:
     assert isinstance(display, Bars)
     play(display)
     shown = stream.getvalue()
-    assert "[a].mp4: 33 frames in 2 windows" in shown
+    assert "[a].mp4: 33 frames in 2 windows" in shown and "window 1 of 2 done in 1.5 s" in shown
     assert "[odd] note" in shown and "out/[a].mp4: 33 frames in 3.0 s" in shown
+
+
+def test_bars_on_a_terminal() -> None:
+    stream = io.StringIO()
+    play(Bars(Console(file=stream, force_terminal=True, width=100)))
+    assert "window 1 of 2" in stream.getvalue()
 
 
 def test_events_reach_every_listener() -> None:

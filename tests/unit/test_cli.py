@@ -1,0 +1,426 @@
+"""The command line: what each command prints, exit codes, and one line for every user error."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from omniavatar.cli import app
+from omniavatar.errors import CheckpointError, InputError, OutputError, ResumeError
+from omniavatar.types import AvatarRequest, RunResult
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NANO = str(REPOSITORY / "configs" / "nano.yaml")
+PORTRAIT = str(REPOSITORY / "examples" / "portrait.png")
+SPEECH = str(REPOSITORY / "examples" / "speech.flac")
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def error_lines(result: Result) -> list[str]:
+    return [line for line in plain(result.stderr).splitlines() if line.startswith("error: ")]
+
+
+# Starting up
+
+
+def timed(*command: str, cwd: Path = REPOSITORY) -> tuple[float, subprocess.CompletedProcess[str]]:
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    return time.perf_counter() - start, done
+
+
+def test_help_is_quick_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom omniavatar.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'av', 'PIL', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    seconds, done = timed(sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "generate" in done.stdout and "make-checkpoint" in done.stdout
+    assert seconds < 8, "2 s is promised on a free machine; this bound is for a busy one"
+
+
+def test_import_loads_neither_torch_nor_pydantic() -> None:
+    code = "import sys, omniavatar; assert not {'torch', 'pydantic', 'numpy'} & set(sys.modules)"
+    assert timed(sys.executable, "-c", code)[1].returncode == 0
+
+
+@pytest.mark.parametrize(
+    "command", ["generate", "plan", "config show", "download", "make-checkpoint", "demo"]
+)
+def test_every_command_has_help(command: str) -> None:
+    result = run(*command.split(), "--help")
+    assert result.exit_code == 0 and "Usage" in result.stdout
+
+
+def test_script_takes_the_originals_arguments_from_any_folder(tmp_path: Path) -> None:
+    script = str(REPOSITORY / "scripts" / "inference.py")
+    _, done = timed(
+        sys.executable,
+        script,
+        "--config",
+        "configs/none.yaml",
+        "--input_file",
+        "x.txt",
+        "-hp",
+        "a=1",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: configs/none.yaml: no such config file; see the folder configs/\n"
+
+
+def test_version() -> None:
+    assert re.fullmatch(r"omniavatar \d+\.\d+\.\d+\n", run("--version").stdout)
+
+
+# config show
+
+
+def test_config_show_tells_values_and_origins() -> None:
+    result = run("config", "show", "--config", NANO, "--hp=seed=7", "--json")
+    report = json.loads(result.stdout)
+    assert report["values"]["sampling.seed"] == 7 and report["origins"]["sampling.seed"] == "--hp"
+    assert report["origins"]["sampling.num_steps"].startswith(f"{NANO}:")
+    assert report["origins"]["output.crf"] == "default"
+    assert set(report["values"]) == set(report["origins"])
+
+
+def test_config_show_table_warns_of_keys_without_effect() -> None:
+    result = run("config", "show", "-hp", "reload_cfg=True", "--hparams", "num_steps=3", "--explain")
+    assert result.exit_code == 0
+    assert "sampling.num_steps" in result.stdout and "Denoising steps" in result.stdout
+    assert "reload_cfg has no effect" in result.stdout
+
+
+# plan
+
+
+def plan(*arguments: str) -> dict[str, Any]:
+    result = run("plan", "--json", *arguments)
+    assert result.exit_code == 0, result.stderr
+    report: dict[str, Any] = json.loads(result.stdout)
+    return report
+
+
+def config(name: str) -> str:
+    return str(REPOSITORY / "configs" / f"{name}.yaml")
+
+
+def test_plan_of_five_minutes_with_the_fast_small_model() -> None:
+    report = plan("--config", config("inference_1.3B_optimized"), "--minutes", "5")
+    assert (report["window_length"], report["latent_frames"], report["tokens"]) == (53, 14, 15750)
+    assert report["frames"] == 7509, "ceil(300.3 s x 25) after the portrait frame"
+    assert report["windows"] == 157
+    assert len(report["branches"]) == 2 and report["steps"] == 15
+
+
+def test_plan_of_the_large_model_counts_its_weights() -> None:
+    report = plan("--config", config("inference"), "--minutes", "0.1")
+    assert (report["window_length"], report["tokens"]) == (105, 30375)
+    assert report["memory"]["assumed_scale"] == "14B"
+    assert 28e9 < report["memory"]["dit"] < 30e9
+    assert report["pattern"] == "C" * 50 and report["forwards"] == 100 * report["windows"]
+
+
+def test_plan_of_a_silent_video_and_of_files() -> None:
+    assert plan("--config", NANO)["frames"] == 50
+    report = plan("--config", NANO, "--audio", SPEECH, "--image", PORTRAIT)
+    assert report["size"] == [144, 144]
+    assert report["frames"] == -(-(96800 + 4800) * 25 // 16000) + 1
+
+
+def test_plan_knows_teacache_when_the_weights_are_there(nano_checkpoint: Path) -> None:
+    there = f"dit_path={nano_checkpoint}/Wan2.1-T2V-nano/diffusion_pytorch_model.safetensors"
+    there += f",exp_path={nano_checkpoint}/OmniAvatar-nano,num_steps=10,tea_cache_l1_thresh=0.2"
+    report = plan("--config", NANO, "--hp", f"{there},teacache_coefficients=1.3B")
+    assert len(report["pattern"]) == 10 and report["pattern"][0] == report["pattern"][-1] == "C"
+    assert report["memory"]["assumed_scale"] is None
+    without = plan("--config", NANO, "--hp", "tea_cache_l1_thresh=0.2,dit_path=none")
+    assert without["pattern"] is None and "upper bound" in without["notes"][0]
+
+
+def test_plan_table_is_readable() -> None:
+    result = run("plan", "--config", config("inference_optimized"), "--minutes", "1")
+    assert "18 latent frames, 20250 tokens" in result.stdout
+    assert "not on this disk" in result.stdout
+
+
+def test_plan_bad_input() -> None:
+    missing = run("plan", "--config", NANO, "--audio", "none.mp3")
+    assert missing.exit_code == 3 and "none.mp3" in error_lines(missing)[0]
+    assert run("plan", "--config", NANO, "--audio", SPEECH, "--minutes", "1").exit_code == 2
+
+
+# generate, with a pipeline that only notes what it is asked
+
+
+class FakePipeline:
+    """Stands in for AvatarPipeline; images called *bad* raise `error`."""
+
+    error: BaseException = InputError("portrait: broken")
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[AvatarRequest, Path, bool | None, int]] = []
+        self.built = 0
+        self.seed = 0
+
+    def from_config(self, config: Any, overrides: Any = (), recorder: Any = None) -> FakePipeline:
+        self.built += 1
+        self.seed = config.sampling.seed
+        self.recorder = recorder
+        return self
+
+    def generate(
+        self, request: AvatarRequest, output: Path, resume: bool | None = None, index: int = 0
+    ) -> RunResult:
+        self.asked.append((request, output, resume, index))
+        if "bad" in str(request.image):
+            raise self.error
+        self.recorder.event(
+            "request_started", index=index, name=output.name, frames=5, windows=1, steps=2, resumed_windows=0
+        )
+        self.recorder.event("request_finished", output=str(output), seconds=1.0, frames=5)
+        return RunResult(output, output.with_suffix(".json"), 5, 1, 0, 1.0)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
+    import omniavatar.pipeline
+
+    pipeline = FakePipeline()
+    monkeypatch.setattr(omniavatar.pipeline, "AvatarPipeline", pipeline)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    return pipeline
+
+
+def requests(folder: Path, *images: str) -> str:
+    for image in images:
+        (folder / image).touch()
+    path = folder / "in.txt"
+    path.write_text("".join(f"Prompt {number}@@{image}\n" for number, image in enumerate(images)))
+    return str(path)
+
+
+def test_generate_one_request(fake: FakePipeline) -> None:
+    result = run(
+        *("generate", "--config", NANO, "--prompt", "A man", "--image", PORTRAIT, "--audio", SPEECH),
+        *("--output", "x.mp4", "--seed", "5", "--no-resume", "--quiet", "-hp", "seed=3"),
+    )
+    assert result.exit_code == 0, result.stderr
+    request, output, resume, index = fake.asked[0]
+    assert (request.prompt, str(request.image), str(request.audio)) == ("A man", PORTRAIT, SPEECH)
+    assert (output, resume, index, fake.seed) == (Path("x.mp4"), False, 0, 5)
+    assert result.stdout == "x.mp4\n" and result.stderr == ""
+
+
+def test_generate_many_names_outputs_and_builds_one_pipeline(fake: FakePipeline, tmp_path: Path) -> None:
+    result = run(
+        "generate",
+        "--config",
+        NANO,
+        "--input_file",
+        requests(tmp_path, "a.png", "b.png"),
+        "--hp=output_dir=o",
+    )
+    assert result.exit_code == 0
+    assert [asked[1] for asked in fake.asked] == [Path("o/000_prompt-0.mp4"), Path("o/001_prompt-1.mp4")]
+    assert fake.built == 1 and fake.asked[0][2] is None
+
+
+@pytest.mark.parametrize("error", [InputError("portrait: broken"), ResumeError("job: other config")])
+def test_failed_line_is_named_and_the_others_run(
+    fake: FakePipeline, tmp_path: Path, error: Exception
+) -> None:
+    fake.error = error
+    path = requests(tmp_path, "a.png", "bad.png", "c.png")
+    with open(path, "a") as file:
+        file.write("only a prompt\n")
+    result = run("generate", "--config", NANO, "--input-file", path, "--quiet")
+    assert result.exit_code == 1
+    assert [asked[3] for asked in fake.asked] == [0, 1, 2]
+    assert error_lines(result) == [
+        f"error: line 2: {error}",
+        f"error: {path}:4: no image; the model needs a portrait, write prompt@@image@@audio",
+        f"error: 2 of 4 lines of {path} failed",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(CheckpointError("w: missing"), 4), (OutputError("disk: full"), 5)]
+)
+def test_error_that_hits_every_line_ends_the_run(
+    fake: FakePipeline, tmp_path: Path, error: Exception, code: int
+) -> None:
+    fake.error = error
+    result = run("generate", "--config", NANO, "--input_file", requests(tmp_path, "bad.png", "b.png"))
+    assert result.exit_code == code and len(fake.asked) == 1
+    assert error_lines(result) == [f"error: {error}"]
+
+
+def test_ctrl_c_is_one_line_and_130(fake: FakePipeline, tmp_path: Path) -> None:
+    fake.error = KeyboardInterrupt()
+    result = run("generate", "--config", NANO, "--input_file", requests(tmp_path, "bad.png"), "--quiet")
+    assert result.exit_code == 130
+    assert error_lines(result) == [
+        "error: interrupted; finished windows are kept, and the same command continues after them"
+    ]
+
+
+def test_single_request_error_has_its_own_code(fake: FakePipeline, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").touch()
+    result = run("generate", "--config", NANO, "--prompt", "p", "--image", str(tmp_path / "bad.png"))
+    assert result.exit_code == 3 and error_lines(result) == ["error: portrait: broken"]
+
+
+def test_json_log_is_all_json(fake: FakePipeline, tmp_path: Path) -> None:
+    path = requests(tmp_path, "a.png", "bad.png")
+    result = run(
+        *("generate", "--config", NANO, "--input_file", path, "--log-format", "json", "--hp=reload_cfg=true")
+    )
+    events = [json.loads(line) for line in result.stderr.splitlines()]
+    assert [event["event"] for event in events] == [
+        "message",
+        "request_started",
+        "request_finished",
+        "error",
+        "error",
+    ]
+    assert events[0]["level"] == "warning" and "reload_cfg" in events[0]["text"]
+    assert result.stdout == "" and result.exit_code == 1
+
+
+def test_bug_of_ours_keeps_its_traceback(fake: FakePipeline, tmp_path: Path) -> None:
+    fake.error = ZeroDivisionError()
+    result = run("generate", "--config", NANO, "--input_file", requests(tmp_path, "bad.png"))
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--prompt", "p"],
+        ["--prompt", "p", "--image", "i", "--input_file", "f"],
+        ["--input_file", "f", "--output", "o.mp4"],
+        ["--input_file", "f", "--log-format", "xml"],
+        ["--prompt", "p", "--image", "i", "--unknown"],
+    ],
+)
+def test_usage_errors_are_2(arguments: list[str]) -> None:
+    assert run("generate", "--config", NANO, *arguments).exit_code == 2
+
+
+def test_config_is_required() -> None:
+    assert run("generate", "--input_file", "x").exit_code == 2
+
+
+def test_bad_hp_is_2_and_one_line(tmp_path: Path) -> None:
+    result = run("generate", "--config", NANO, "--input_file", "x", "--hp=num_stpes=3")
+    assert result.exit_code == 2
+    assert error_lines(result) == ["error: --hp: unknown key num_stpes; did you mean num_steps?"]
+
+
+def test_missing_input_file_is_3() -> None:
+    result = run("generate", "--config", NANO, "--input_file", "none.txt")
+    assert result.exit_code == 3 and error_lines(result) == ["error: none.txt: no such input file"]
+
+
+def test_torchrun_with_one_process_runs_and_with_more_says_so(
+    fake: FakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = requests(tmp_path, "a.png")
+    for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert run("generate", "--config", NANO, "--input_file", path).exit_code == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run("generate", "--config", NANO, "--input_file", path)
+    assert result.exit_code == 2 and "--nproc_per_node=1" in error_lines(result)[0]
+
+
+def test_log_records_of_the_package_become_messages(fake: FakePipeline, tmp_path: Path) -> None:
+    import logging
+
+    original = fake.generate
+
+    def noisy(*arguments: Any, **options: Any) -> RunResult:
+        logging.getLogger("omniavatar.media.image").info("only the first frame is used")
+        return original(*arguments, **options)
+
+    fake.generate = noisy  # type: ignore[method-assign]
+    path = requests(tmp_path, "a.png")
+    result = run("generate", "--config", NANO, "--input_file", path, "--log-format", "json")
+    assert json.loads(result.stderr.splitlines()[0])["text"] == "only the first frame is used"
+    assert logging.getLogger("omniavatar").handlers == []
+
+
+# checkpoints
+
+
+def test_make_checkpoint_writes_the_layout(tmp_path: Path) -> None:
+    result = run("make-checkpoint", "--scale", "nano", "--out", str(tmp_path / "n"), "--seed", "3")
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "n/OmniAvatar-nano/config.json").is_file()
+    assert run("make-checkpoint", "--scale", "7B", "--out", "x").exit_code == 2
+
+
+def test_download_passes_its_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import omniavatar.checkpoint.download as module
+
+    asked: list[tuple[str, Path]] = []
+    monkeypatch.setattr(module, "download", lambda scale, root: asked.append((scale, root)))
+    assert run("download", "14B", "--root", str(tmp_path)).exit_code == 0
+    assert asked == [("14B", tmp_path)]
+    assert run("download", "7B").exit_code == 2
+
+
+def test_every_error_has_a_row_in_the_docs() -> None:
+    import omniavatar.errors as module
+
+    table = (REPOSITORY / "docs" / "exit_codes.md").read_text()
+    for kind in vars(module).values():
+        if isinstance(kind, type) and issubclass(kind, module.OmniAvatarError):
+            assert re.search(rf"^\| {kind.exit_code} \|.*`{kind.__name__}`", table, re.M), kind.__name__
+
+
+# The whole thing
+
+
+@pytest.mark.slow
+def test_input_file_end_to_end(nano_checkpoint: Path, tmp_path: Path) -> None:
+    models = tmp_path / "pretrained_models"
+    models.mkdir()
+    os.symlink(nano_checkpoint, models / "nano")
+    lines = tmp_path / "in.txt"
+    lines.write_text(f"A woman speaks@@{PORTRAIT}@@{SPEECH}\nno picture\n")
+    script = str(REPOSITORY / "scripts" / "inference.py")
+    hp = "num_steps=1,image_sizes_720=[[32,32]],max_tokens=60,overlap_frame=1,guidance_scale=1,device=cpu"
+    _, done = timed(
+        *(sys.executable, script, "--config", NANO, "--input_file", str(lines)),
+        f"--hp={hp},text_cache_dir={tmp_path / 'cache'}",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1, done.stderr
+    assert f"error: {lines}:2: no image" in done.stderr
+    video = tmp_path / "outputs" / "000_a-woman-speaks.mp4"
+    from omniavatar.media.inspect import probe_video
+
+    assert probe_video(video).frames == 160 and video.with_suffix(".json").is_file()
