@@ -88,19 +88,3 @@ def stage_seconds(before: Mapping[str, StageTime], after: Mapping[str, StageTime
     """Seconds each stage took between two `timings()`, for the stages that ran."""
     spent = {name: time.seconds - before.get(name, StageTime()).seconds for name, time in after.items()}
     return {name: seconds for name, seconds in spent.items() if seconds > 0}
-
-
-def stage_seconds(
-    before: Mapping[str, StageTime], after: Mapping[str, StageTime]
-) -> dict[str, dict[str, float | int]]:
-    """JSON-able difference of two `timings()`: `{stage: {seconds, own_seconds, count}}` of what ran between."""
-    spent: dict[str, dict[str, float | int]] = {}
-    for name, now in after.items():
-        old = before.get(name, StageTime())
-        if now.count > old.count:
-            spent[name] = {
-                "seconds": now.seconds - old.seconds,
-                "own_seconds": now.own_seconds - old.own_seconds,
-                "count": now.count - old.count,
-            }
-    return spent
