@@ -7,6 +7,7 @@ largest, UMT5-XXL, is 11.4 GB), since torch.save knows no other way.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -52,30 +53,36 @@ def _write_safetensors(path: Path, layout: FileLayout, seed: int, on_bytes: Call
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    buffer = np.empty(CHUNK_ELEMENTS, dtype=np.float32)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for entry in layout.tensors:
-            for piece in _pieces(entry, layout.path, seed):
-                file.write(piece.view(torch.uint8).numpy().data)
-                on_bytes(piece.numel() * piece.element_size())
+            for piece in _pieces(entry, layout.path, seed, buffer):
+                file.write(piece.to(entry.dtype).view(torch.uint8).numpy().data)
+                on_bytes(piece.numel() * entry.dtype.itemsize)
 
 
 def _write_torch(path: Path, layout: FileLayout, seed: int, on_bytes: Callable[[int], None]) -> None:
     tensors: dict[str, Tensor] = {}
+    buffer = np.empty(CHUNK_ELEMENTS, dtype=np.float32)
     for entry in layout.tensors:
         flat = torch.empty(math.prod(entry.shape), dtype=entry.dtype)
         start = 0
-        for piece in _pieces(entry, layout.path, seed):
-            flat[start : start + piece.numel()] = piece
+        for piece in _pieces(entry, layout.path, seed, buffer):
+            flat[start : start + piece.numel()].copy_(piece)
             start += piece.numel()
-            on_bytes(piece.numel() * piece.element_size())
+            on_bytes(piece.numel() * entry.dtype.itemsize)
         tensors[entry.key] = flat.view(entry.shape)
-    with path.open("wb") as file:
-        torch.save(tensors, file)
+    try:
+        torch.save(tensors, path)  # a path, not an open file: that would copy each tensor once more
+    except RuntimeError as error:
+        raise OSError(errno.EIO, f"torch.save failed on {path.name}; is the disk full?") from error
 
 
-def _pieces(entry: TensorEntry, file: str, seed: int) -> Iterator[Tensor]:
-    """The tensor's numbers in order, at most CHUNK_ELEMENTS at a time, in its dtype."""
+def _pieces(
+    entry: TensorEntry, file: str, seed: int, buffer: np.ndarray[tuple[int], np.dtype[np.float32]]
+) -> Iterator[Tensor]:
+    """The tensor's numbers in order as float32, each piece in `buffer`, which the next one overwrites."""
     digest = hashlib.sha256(f"{seed}|{file}|{entry.key}".encode()).digest()
     numbers = np.random.Generator(np.random.SFC64(list(np.frombuffer(digest, dtype=np.uint32))))
     mean, std = initial_spread(entry.key, entry.shape)
@@ -83,9 +90,9 @@ def _pieces(entry: TensorEntry, file: str, seed: int) -> Iterator[Tensor]:
     low = np.float32(mean - std * math.sqrt(3.0))
     left = math.prod(entry.shape)
     while left:
-        count = min(left, CHUNK_ELEMENTS)
-        values = numbers.random(count, dtype=np.float32)
+        values = buffer[: min(left, len(buffer))]
+        numbers.random(dtype=np.float32, out=values)
         values *= width
         values += low
-        yield torch.from_numpy(values).to(entry.dtype)
-        left -= count
+        yield torch.from_numpy(values)
+        left -= len(values)
