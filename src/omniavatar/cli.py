@@ -55,3 +55,7 @@ app.command()(cli_generate.demo)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line with `arguments` (default: the process's own) and exit with its code."""
     app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="omniavatar")
+
+
+if __name__ == "__main__":
+    main()

@@ -125,7 +125,9 @@ class Bars:
         windows, steps, resumed = fields["windows"], fields["steps"], fields.get("resumed_windows", 0)
         going_on = f", {resumed} windows already done" if resumed else ""
         title = escape(str(fields["name"]))
-        self._console.print(f"[bold]{title}[/]: {fields['frames']} frames in {windows} windows{going_on}")
+        self._console.print(
+            f"[bold]{title}[/]: {fields['frames']} frames in {windows} windows{going_on}", soft_wrap=True
+        )
         self._video = self._progress.add_task(
             "video", total=windows * steps, completed=resumed * steps, unit="steps"
         )

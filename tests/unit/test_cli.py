@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -424,3 +425,35 @@ def test_input_file_end_to_end(nano_checkpoint: Path, tmp_path: Path) -> None:
     from omniavatar.media.inspect import probe_video
 
     assert probe_video(video).frames == 160 and video.with_suffix(".json").is_file()
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_finished_windows_and_the_same_command_resumes(
+    nano_checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "pretrained_models").mkdir()
+    os.symlink(nano_checkpoint, tmp_path / "pretrained_models" / "nano")
+    hp = "num_steps=1,image_sizes_720=[[32,32]],max_tokens=40,overlap_frame=1,guidance_scale=1,device=cpu"
+    command = [
+        *(sys.executable, "-m", "omniavatar.cli", "generate", "--config", NANO, "--log-format", "json"),
+        *("--prompt", "p", "--image", PORTRAIT, "--output", "x.mp4"),
+        f"--hp={hp},seq_len=400,text_cache_dir={tmp_path / 'cache'}",
+    ]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            event = json.loads(line)
+            if event["event"] == "window_finished":
+                process.send_signal(signal.SIGINT)
+                break
+        rest = [json.loads(line) for line in process.stderr]
+    assert process.returncode == 130
+    assert [event["text"] for event in rest if event["event"] == "error"] == [
+        "interrupted; finished windows are kept, and the same command continues after them"
+    ]
+    assert not (tmp_path / "x.mp4").exists()
+    _, done = timed(*command, cwd=tmp_path)
+    events = [json.loads(line) for line in done.stderr.splitlines()]
+    started = next(event for event in events if event["event"] == "request_started")
+    assert done.returncode == 0 and started["resumed_windows"] >= 1
+    assert (tmp_path / "x.mp4").is_file()
