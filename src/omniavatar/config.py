@@ -10,16 +10,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import sys
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from omniavatar.config_values import (
+    FieldError,
+    FilePath,
+    FilePaths,
+    Flag,
+    Real,
+    Size,
+    Whole,
+    coefficients,
+    descending_timesteps,
+    device_name,
+    dtype_name,
+    lora_entry,
+    scale_name,
+    words,
+)
 from omniavatar.errors import ConfigError
 from omniavatar.sampling.windows import window_length
 from omniavatar.types import Sampler, StepCache
@@ -60,124 +74,6 @@ NEUTRAL_FIELDS = frozenset(
     }
 )
 """Fields that do not change the video; they may differ between an interrupted run and its resumption."""
-
-
-class FieldError(ValueError):
-    """A combination of values that cannot be used; `fields` are the leaves it is about, the nearest first."""
-
-    def __init__(self, message: str, *fields: str) -> None:
-        super().__init__(message)
-        self.fields = fields
-
-
-def _whole(value: Any) -> Any:
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError("must be a whole number")
-    return value
-
-
-def _real(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("must be a number")
-    return value
-
-
-def _flag(value: Any) -> Any:
-    if not isinstance(value, bool):
-        raise ValueError("must be true or false")
-    return value
-
-
-def _words(value: Any) -> Any:
-    return (
-        tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-    )
-
-
-def _path(value: Any) -> Any:
-    if not isinstance(value, str | Path) or not str(value).strip():
-        raise ValueError("must be a path")
-    return Path(value).expanduser()
-
-
-def _paths(value: Any) -> Any:
-    """A path, a comma-separated text, a list of these; a pattern becomes the sorted files it matches."""
-    parts = _words(str(value)) if isinstance(value, str | Path) else value
-    if not isinstance(parts, list | tuple):
-        raise ValueError("must be a path, a list of paths, or a pattern such as folder/*.safetensors")
-    files: list[Path] = []
-    for part in parts:
-        path = _path(part)
-        files.extend(_matches(path) or [path])
-    return tuple(files)
-
-
-def _matches(path: Path) -> list[Path]:
-    if not any(letter in str(path) for letter in "*?["):
-        return []
-    return sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
-
-
-def _lora(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str | Path) else value
-
-
-_DTYPES = {
-    "bfloat16": "bf16",
-    "float16": "fp16",
-    "half": "fp16",
-    "float32": "fp32",
-    "float": "fp32",
-}
-
-
-def _dtype(value: Any) -> Any:
-    name = str(value).removeprefix("torch.")
-    return _DTYPES.get(name, name)
-
-
-def _scale(value: Any) -> Any:
-    return value.upper() if isinstance(value, str) and value.upper() in ("1.3B", "14B") else value
-
-
-def _coefficients(value: Any) -> Any:
-    named = _scale(value)
-    if named in ("auto", "1.3B", "14B"):
-        return named
-    if not isinstance(value, list | tuple) or not value:
-        raise ValueError("must be auto, 1.3B, 14B or a list of numbers, highest power first")
-    return tuple(_real(number) for number in value)
-
-
-def _device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-        raise ValueError("must be auto, cpu, cuda or cuda:N")
-    return value
-
-
-def _size(value: tuple[int, int]) -> tuple[int, int]:
-    if any(side < 16 or side % 16 for side in value):
-        raise ValueError("sizes are [height, width], both multiples of 16")
-    return value
-
-
-def _timesteps(value: tuple[float, ...]) -> tuple[float, ...]:
-    if not value:
-        raise ValueError("must not be empty (leave it out to use num_steps and shift)")
-    descending = all(a > b for a, b in pairwise(value))
-    if not descending or value[-1] <= 0 or value[0] > 1000:
-        raise ValueError("must descend strictly within (0, 1000], such as [1000, 750, 500, 250]")
-    return value
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
-Real = Annotated[float, BeforeValidator(_real), Field(allow_inf_nan=False)]
-Flag = Annotated[bool, BeforeValidator(_flag)]
-FilePath = Annotated[Path, BeforeValidator(_path)]
-FilePaths = Annotated[tuple[Path, ...], BeforeValidator(_paths)]
-Size = Annotated[tuple[Whole, Whole], AfterValidator(_size)]
 
 
 class _Section(BaseModel):
@@ -221,13 +117,13 @@ class ModelConfig(_Section):
     """wav2vec 2.0 folder (`wav2vec2-base-960h`)."""
     exp_path: FilePath | None = None
     """OmniAvatar folder with `pytorch_model.pt` and `config.json`; unset: the DiT file is already merged."""
-    loras: tuple[Annotated[LoraFile, BeforeValidator(_lora)], ...] = ()
+    loras: tuple[Annotated[LoraFile, BeforeValidator(lora_entry)], ...] = ()
     """Further LoRAs, merged in float32: a list of {path, strength}."""
     weights: Literal["files", "random"] = "files"
     """files: load them; random: make a random model of `scale` on the device (speed tests)."""
-    scale: Annotated[Literal["auto", "nano", "1.3B", "14B"], BeforeValidator(_scale)] = "auto"
+    scale: Annotated[Literal["auto", "nano", "1.3B", "14B"], BeforeValidator(scale_name)] = "auto"
     """Model size; needed for random weights, else read off the files."""
-    dtype: Annotated[Literal["bf16", "fp16", "fp32"], BeforeValidator(_dtype)] = "bf16"
+    dtype: Annotated[Literal["bf16", "fp16", "fp32"], BeforeValidator(dtype_name)] = "bf16"
     """Precision of the weights; sample, timestep and time embedding stay float32."""
     dit_config: DitOverrides = DitOverrides()
     """Architecture of the DiT (key `model_config` of the checkpoint's config.json)."""
@@ -237,7 +133,7 @@ class ModelConfig(_Section):
     """Rank of the OmniAvatar LoRA; unset: read off the file."""
     lora_alpha: Real | None = Field(None, gt=0)
     """Alpha of the OmniAvatar LoRA; its factor is alpha / rank; unset: 1."""
-    lora_target_modules: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
+    lora_target_modules: Annotated[tuple[str, ...], BeforeValidator(words)] = ()
     """Layers the OmniAvatar LoRA touches, as its config.json says; the file itself decides."""
     use_audio: Flag = True
     """The checkpoint has audio layers."""
@@ -285,7 +181,7 @@ class SamplingConfig(_Section):
     """Audio guidance; unset: as guidance_scale. Another value costs a third branch."""
     shift: Real = Field(5.0, gt=0)
     """Shift of the flow-matching schedule."""
-    timesteps: Annotated[tuple[Real, ...], AfterValidator(_timesteps)] | None = None
+    timesteps: Annotated[tuple[Real, ...], AfterValidator(descending_timesteps)] | None = None
     """Explicit timesteps in (0, 1000], descending, as step-distilled LoRAs ask for."""
     sampler: Sampler = "euler"
     """euler; renoise: predict x0 and add fresh noise (step-distilled LoRAs)."""
@@ -296,7 +192,7 @@ class SamplingConfig(_Section):
     tea_cache_l1_thresh: Real = Field(0.0, ge=0)
     """TeaCache threshold; larger skips more."""
     teacache_coefficients: Annotated[
-        Literal["auto", "1.3B", "14B"] | tuple[Real, ...], BeforeValidator(_coefficients)
+        Literal["auto", "1.3B", "14B"] | tuple[Real, ...], BeforeValidator(coefficients)
     ] = "auto"
     """TeaCache polynomial, highest power first, or the model whose published one to use."""
     cache_protect_first: Whole = Field(1, ge=1)
@@ -407,7 +303,7 @@ class OutputConfig(_Section):
 class RuntimeConfig(_Section):
     """Where and how the model runs."""
 
-    device: Annotated[str, AfterValidator(_device)] = "auto"
+    device: Annotated[str, AfterValidator(device_name)] = "auto"
     """auto (cuda when there is one), cpu, cuda or cuda:N."""
     attention: str = "auto"
     """Attention backend by name, or auto."""

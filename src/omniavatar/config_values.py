@@ -1,0 +1,132 @@
+"""The kinds of values a configuration holds, and what each accepts.
+
+Every check raises ValueError with a text that goes behind the field's name in the user's one line. Numbers
+are strict: true is not 1 and "5" is not 5, but 3e4 is the whole number 30000.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+
+class FieldError(ValueError):
+    """A combination of values that cannot be used; `fields` are the leaves it is about, the nearest first."""
+
+    def __init__(self, message: str, *fields: str) -> None:
+        super().__init__(message)
+        self.fields = fields
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError("must be a whole number")
+    return value
+
+
+def real(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("must be a number")
+    return value
+
+
+def _flag(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def words(value: Any) -> Any:
+    return (
+        tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    )
+
+
+def _path(value: Any) -> Any:
+    if not isinstance(value, str | Path) or not str(value).strip():
+        raise ValueError("must be a path")
+    return Path(value).expanduser()
+
+
+def _paths(value: Any) -> Any:
+    """A path, a comma-separated text, a list of these; a pattern becomes the sorted files it matches."""
+    parts = words(str(value)) if isinstance(value, str | Path) else value
+    if not isinstance(parts, list | tuple):
+        raise ValueError("must be a path, a list of paths, or a pattern such as folder/*.safetensors")
+    files: list[Path] = []
+    for part in parts:
+        path = _path(part)
+        files.extend(_matches(path) or [path])
+    return tuple(files)
+
+
+def _matches(path: Path) -> list[Path]:
+    if not any(letter in str(path) for letter in "*?["):
+        return []
+    return sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+
+
+def lora_entry(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str | Path) else value
+
+
+_DTYPES = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "half": "fp16",
+    "float32": "fp32",
+    "float": "fp32",
+}
+
+
+def dtype_name(value: Any) -> Any:
+    name = str(value).removeprefix("torch.")
+    return _DTYPES.get(name, name)
+
+
+def scale_name(value: Any) -> Any:
+    return value.upper() if isinstance(value, str) and value.upper() in ("1.3B", "14B") else value
+
+
+def coefficients(value: Any) -> Any:
+    named = scale_name(value)
+    if named in ("auto", "1.3B", "14B"):
+        return named
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError("must be auto, 1.3B, 14B or a list of numbers, highest power first")
+    return tuple(real(number) for number in value)
+
+
+def device_name(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise ValueError("must be auto, cpu, cuda or cuda:N")
+    return value
+
+
+def _size(value: tuple[int, int]) -> tuple[int, int]:
+    if any(side < 16 or side % 16 for side in value):
+        raise ValueError("sizes are [height, width], both multiples of 16")
+    return value
+
+
+def descending_timesteps(value: tuple[float, ...]) -> tuple[float, ...]:
+    if not value:
+        raise ValueError("must not be empty (leave it out to use num_steps and shift)")
+    descending = all(a > b for a, b in pairwise(value))
+    if not descending or value[-1] <= 0 or value[0] > 1000:
+        raise ValueError("must descend strictly within (0, 1000], such as [1000, 750, 500, 250]")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Real = Annotated[float, BeforeValidator(real), Field(allow_inf_nan=False)]
+Flag = Annotated[bool, BeforeValidator(_flag)]
+FilePath = Annotated[Path, BeforeValidator(_path)]
+FilePaths = Annotated[tuple[Path, ...], BeforeValidator(_paths)]
+Size = Annotated[tuple[Whole, Whole], AfterValidator(_size)]
