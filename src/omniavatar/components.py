@@ -77,6 +77,11 @@ class Components:
                 f"{model.dit_path[0]}: patch embedding with {found.in_dim} input channels, "
                 f"{model.dit_config.in_dim} expected; {remedy}"
             )
+        if found.audio_dim and found.audio_hidden != model.dit_config.audio_hidden_size:
+            raise CheckpointError(
+                f"{model.exp_path or model.dit_path[0]}: audio packed to {found.audio_hidden} channels, "
+                f"model_config.audio_hidden_size says {model.dit_config.audio_hidden_size}; correct it"
+            )
         if bool(found.audio_dim) != model.use_audio:
             there = "has" if found.audio_dim else "has no"
             raise CheckpointError(

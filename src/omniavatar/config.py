@@ -32,7 +32,6 @@ from omniavatar.config_values import (
     dtype_name,
     lora_entry,
     scale_name,
-    words,
 )
 from omniavatar.errors import ConfigError
 from omniavatar.sampling.windows import window_length
@@ -53,6 +52,9 @@ IGNORED_KEYS: Mapping[str, str] = MappingProxyType(
         "image_encoder_path": "the text-to-video base has no image encoder",
         "num_persistent_param_in_dit": "offloading is not in this version: all weights stay on the device",
         "random_prefix_frames": "a training setting",
+        "train_architecture": "the checkpoint's own keys tell LoRA pairs from whole weights",
+        "lora_target_modules": "the checkpoint's own keys tell which layers its LoRA touches",
+        "i2v": "a checkpoint takes a portrait if its patch embedding has 33 channels",
         "init_lora_weights": "a training setting",
         "use_checkpoint": "a training setting (gradient checkpointing)",
         "train_log": "a training setting",
@@ -127,18 +129,12 @@ class ModelConfig(_Section):
     """Precision of the weights; sample, timestep and time embedding stay float32."""
     dit_config: DitOverrides = DitOverrides()
     """Architecture of the DiT (key `model_config` of the checkpoint's config.json)."""
-    train_architecture: Literal["lora", "full"] = "lora"
-    """How the OmniAvatar file was trained, as its config.json says; the file itself decides."""
     lora_rank: Whole | None = Field(None, ge=1)
     """Rank of the OmniAvatar LoRA; unset: read off the file."""
     lora_alpha: Real | None = Field(None, gt=0)
     """Alpha of the OmniAvatar LoRA; its factor is alpha / rank; unset: 1."""
-    lora_target_modules: Annotated[tuple[str, ...], BeforeValidator(words)] = ()
-    """Layers the OmniAvatar LoRA touches, as its config.json says; the file itself decides."""
     use_audio: Flag = True
     """The checkpoint has audio layers."""
-    i2v: Flag = True
-    """The checkpoint takes a portrait, as its config.json says; the patch embedding decides."""
 
     @property
     def tokenizer_folder(self) -> Path | None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from omniavatar import __version__
@@ -183,7 +184,10 @@ def load_given(path: Path) -> Tensor:
     """Given latents left by the window before. Raises ResumeError when they are gone."""
     if not path.is_file():
         raise ResumeError(f"{path} is missing; use --no-resume to start over")
-    return safetensors.torch.load_file(path)["given"]
+    try:
+        return safetensors.torch.load_file(path)["given"]
+    except SafetensorError as error:
+        raise ResumeError(f"{path} is damaged ({error}); use --no-resume to start over") from None
 
 
 def peak_memory(device: torch.device) -> dict[str, int | None]:

@@ -262,7 +262,7 @@ def status(field):
 root, nano = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
 base = nano / "Wan2.1-T2V-nano" / "diffusion_pytorch_model.safetensors"
 dit = load_dit(base, adapter_dir=nano / "OmniAvatar-nano", dtype=torch.bfloat16, **options)
-for form, dtype in (("dit", torch.bfloat16), ("dit", torch.float32), ("pth", torch.float32)):
+for form, dtype in (("dit", torch.float32), ("pth", torch.float32), ("dit", torch.bfloat16)):
     del dit
     gc.collect()
     before = status("VmRSS")
@@ -300,7 +300,7 @@ def test_loading_takes_no_second_copy(large, nano_checkpoint):
     assert size > 250e6
     arguments = [sys.executable, "-c", PEAK, root, nano_checkpoint]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    half, full, mapped = (int(line) / size for line in done.stdout.split())
-    assert 0.3 < half < 0.95
-    assert 0.7 < full < 1.2
-    assert 0.7 < mapped < 1.2
+    full, mapped, half = (int(line) / size for line in done.stdout.split())
+    assert 0.8 < full < 1.2
+    assert mapped < 1.2
+    assert half < 0.95

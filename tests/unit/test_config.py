@@ -191,11 +191,10 @@ def test_precedence_checkpoint_then_yaml_then_override(tmp_path: Path) -> None:
     loaded = load_config(path, ["lora_alpha=32,model_config.num_heads=2"])
     model = loaded.config.model
     assert (model.lora_rank, model.lora_alpha) == (64, 32)
-    assert model.lora_target_modules == ("q", "k", "v", "o", "ffn.0", "ffn.2")
     assert (model.dit_config.audio_hidden_size, model.dit_config.num_heads) == (48, 2)
     assert loaded.origins["model.lora_rank"] == f"{path}:2"
     assert loaded.origins["model.lora_alpha"] == "--hp"
-    assert loaded.origins["model.lora_target_modules"] == str(exp / "config.json")
+    assert loaded.origins["model.use_audio"] == str(exp / "config.json")
     assert loaded.origins["model.dit_config"] == f"{exp / 'config.json'}, --hp"
     assert loaded.warnings == (f"{exp}/config.json: not used: learning_rate",)
     below = load_config(write(tmp_path, f"exp_path: {exp}\nlora_alpha:\n")).config

@@ -1,0 +1,66 @@
+"""A pipeline small enough for tests: the nano checkpoint at 64x64, windows of 13 frames, two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from omniavatar import AvatarPipeline, AvatarRequest, Waveform
+from omniavatar.config_load import load_config
+
+SIDE = 64
+
+
+def overrides(checkpoint: Path, cache: Path, **changes: Any) -> dict[str, Any]:
+    """Settings of the test engine by flat key; `changes` win."""
+    base = checkpoint / "Wan2.1-T2V-nano"
+    return {
+        "dit_path": str(base / "diffusion_pytorch_model.safetensors"),
+        "text_encoder_path": str(base / "models_t5_umt5-xxl-enc-bf16.pth"),
+        "vae_path": str(base / "Wan2.1_VAE.pth"),
+        "wav2vec_path": str(checkpoint / "wav2vec2-base-960h"),
+        "exp_path": str(checkpoint / "OmniAvatar-nano"),
+        "dtype": "fp32",
+        "device": "cpu",
+        "num_steps": 2,
+        "guidance_scale": 2.0,
+        "image_sizes_720": [[SIDE, SIDE]],
+        "max_tokens": 56,
+        "overlap_frame": 5,
+        "preset": "ultrafast",
+        "text_cache_dir": str(cache),
+        **changes,
+    }
+
+
+def make_pipeline(checkpoint: Path, cache: Path, recorder: Any = None, **changes: Any) -> AvatarPipeline:
+    config = load_config(None, overrides(checkpoint, cache, **changes)).config
+    return AvatarPipeline.from_config(config, recorder=recorder)
+
+
+def portrait(seed: int = 0, side: int = 90) -> np.ndarray:
+    """A smooth picture (side, side, 3) uint8."""
+    generator = np.random.default_rng(seed)
+    rows, columns = np.meshgrid(np.linspace(0, 3, side), np.linspace(0, 3, side), indexing="ij")
+    phases = generator.uniform(0, 6, 3)
+    return np.stack([128 + 90 * np.sin(rows + columns * p + p) for p in phases], -1).astype(np.uint8)
+
+
+def voice(seconds: float, rate: int = 16000, seed: int = 0) -> Waveform:
+    """Noise with the rhythm of speech."""
+    time = np.arange(round(seconds * rate)) / rate
+    noise = np.random.default_rng(seed).standard_normal(len(time))
+    return Waveform((noise * 0.1 * (np.sin(2 * np.pi * 3 * time) > 0)).astype(np.float32), rate)
+
+
+def request(seconds: float | None = 0.9, **changes: Any) -> AvatarRequest:
+    values: Mapping[str, Any] = {
+        "prompt": "a person speaks",
+        "image": portrait(),
+        "audio": None if seconds is None else voice(seconds),
+        **changes,
+    }
+    return AvatarRequest(**values)

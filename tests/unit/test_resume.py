@@ -1,0 +1,244 @@
+"""What survives a crash: kill -9, Ctrl-C, a full disk, a changed request; and memory against length."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine import make_pipeline, portrait, request, voice
+from media_files import write_audio
+from omniavatar import SamplingParams
+from omniavatar.errors import OutputError, ResumeError
+from omniavatar.media.inspect import probe_video, read_frames
+
+TESTS = Path(__file__).resolve().parents[1]
+SCRIPT = """
+import sys; sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from engine import make_pipeline, request
+pipe = make_pipeline(Path(sys.argv[2]), Path(sys.argv[3]))
+pipe.generate(request(float(sys.argv[5])), sys.argv[4])
+"""
+SECONDS = 2.0
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("text-cache")
+
+
+@pytest.fixture(scope="module")
+def pipeline(nano_checkpoint, cache):
+    return make_pipeline(nano_checkpoint, cache)
+
+
+@pytest.fixture(scope="module")
+def whole(pipeline, tmp_path_factory):
+    """The uninterrupted video."""
+    output = tmp_path_factory.mktemp("whole") / "out.mp4"
+    pipeline.generate(request(SECONDS), output)
+    return output
+
+
+def frames_of(path: Path) -> np.ndarray:
+    return np.stack(list(read_frames(path)))
+
+
+def start(nano: Path, cache: Path, output: Path, after_windows: int) -> subprocess.Popen[bytes]:
+    """A process making the video, as soon as it has finished `after_windows`."""
+    arguments = [sys.executable, "-c", SCRIPT, str(TESTS), str(nano), str(cache), str(output), str(SECONDS)]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    state = output.with_name(output.name + ".job") / "job.json"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if state.is_file() and json.loads(state.read_text())["done"] >= after_windows:
+            return process
+        time.sleep(0.01)
+    process.kill()
+    raise AssertionError(f"no {after_windows} windows: {process.communicate()[1].decode()[-2000:]}")
+
+
+def test_killed_run_continues_and_gives_the_same_video(pipeline, nano_checkpoint, cache, whole, tmp_path):
+    output = tmp_path / "out.mp4"
+    process = start(nano_checkpoint, cache, output, 2)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not output.exists()
+    partial = tmp_path / "out.partial.mp4"
+    assert probe_video(partial).frames >= 13 + 8  # what is done is playable
+
+    result = pipeline.generate(request(SECONDS), output)
+    assert 2 <= result.resumed_windows < result.windows
+    assert np.array_equal(frames_of(output), frames_of(whole))
+    assert output.read_bytes() == whole.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "out.mp4"]
+
+
+def test_only_missing_windows_are_computed(pipeline, whole, tmp_path):
+    output = tmp_path / "out.mp4"
+    interrupt_after(pipeline, output, 3)
+    steps: list[int] = []
+    pipe = make_pipeline_like(
+        pipeline, lambda name, fields: name == "step" and steps.append(fields["window"])
+    )
+    result = pipe.generate(request(SECONDS), output)
+    assert min(steps) == result.resumed_windows >= 3
+    assert np.array_equal(frames_of(output), frames_of(whole))
+
+
+def make_pipeline_like(pipeline, listener):
+    from omniavatar import AvatarPipeline
+    from omniavatar.profiling.recorder import RunRecorder
+
+    return AvatarPipeline.from_config(pipeline.config, recorder=RunRecorder([listener]))
+
+
+def interrupt_after(pipeline, output: Path, windows: int) -> None:
+    """Ctrl-C while window number `windows` (from 0) is being denoised."""
+
+    def listener(name, fields):
+        if name == "step" and fields["window"] == windows:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_pipeline_like(pipeline, listener).generate(request(SECONDS), output)
+
+
+def test_ctrl_c_keeps_finished_windows(pipeline, whole, tmp_path):
+    output = tmp_path / "out.mp4"
+    interrupt_after(pipeline, output, 2)
+    assert not output.exists()
+    assert json.loads((tmp_path / "out.mp4.job" / "job.json").read_text())["done"] == 2
+    assert pipeline.generate(request(SECONDS), output).resumed_windows == 2
+    assert output.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"prompt": "another prompt"}, "request.prompt"),
+        ({"image": portrait(1)}, "request.image"),
+        ({"audio": voice(SECONDS, seed=5)}, "request.audio"),
+        ({"sampling": SamplingParams(num_steps=3)}, "sampling.num_steps: 2 -> 3"),
+    ],
+)
+def test_changed_request_refuses_to_resume_and_says_what_changed(pipeline, tmp_path, change, named):
+    output = tmp_path / "out.mp4"
+    interrupt_after(pipeline, output, 1)
+    with pytest.raises(ResumeError, match=named) as caught:
+        pipeline.generate(request(**{"seconds": SECONDS, **change}), output)
+    assert "\n" not in str(caught.value) and "--no-resume" in str(caught.value)
+    assert json.loads((tmp_path / "out.mp4.job" / "job.json").read_text())["done"] == 1
+    if named == "request.prompt":
+        result = pipeline.generate(request(**{"seconds": SECONDS, **change}), output, resume=False)
+        assert result.resumed_windows == 0
+
+
+def test_changed_weights_refuse_to_resume(pipeline, nano_checkpoint, cache, tmp_path):
+    import shutil
+
+    moved = tmp_path / "checkpoint"
+    shutil.copytree(nano_checkpoint, moved)
+    output = tmp_path / "out.mp4"
+    interrupt_after(make_pipeline(moved, cache), output, 1)
+    vae = moved / "Wan2.1-T2V-nano" / "Wan2.1_VAE.pth"
+    os.utime(vae, ns=(1, 1))
+    with pytest.raises(ResumeError, match=r"file.Wan2.1_VAE.pth"):
+        make_pipeline(moved, cache).generate(request(SECONDS), output)
+
+
+def test_finished_video_is_not_made_again(pipeline, tmp_path):
+    output = tmp_path / "out.mp4"
+    pipeline.generate(request(0.3), output)
+    written = output.stat().st_mtime_ns
+    again = pipeline.generate(request(0.3), output)
+    assert again.seconds == 0 and output.stat().st_mtime_ns == written
+    assert pipeline.generate(request(0.3), output, resume=False).seconds > 0
+    assert output.stat().st_mtime_ns > written
+    changed = pipeline.generate(request(0.3, prompt="new"), output)
+    assert changed.resumed_windows == 0 and changed.seconds > 0
+
+
+def test_damaged_job_is_named(pipeline, tmp_path):
+    output = tmp_path / "out.mp4"
+    interrupt_after(pipeline, output, 2)
+    job = tmp_path / "out.mp4.job"
+    given = next(job.glob("given_*"))
+    kept = given.read_bytes()
+    given.unlink()
+    with pytest.raises(ResumeError, match="given_"):
+        pipeline.generate(request(SECONDS), output)
+    given.write_bytes(kept[: len(kept) // 2])
+    with pytest.raises(ResumeError, match="given_"):
+        pipeline.generate(request(SECONDS), output)
+    given.write_bytes(kept)
+    (job / "job.json").write_text("{")
+    with pytest.raises(ResumeError, match=r"job\.json"):
+        pipeline.generate(request(SECONDS), output)
+
+
+def test_disk_full_keeps_finished_windows_and_goes_on_later(pipeline, whole, tmp_path, monkeypatch):
+    import errno
+
+    import omniavatar.media.atomic as atomic
+
+    output = tmp_path / "out.mp4"
+    real = os.replace
+
+    def full(source, target):
+        if Path(target).name == "segment_00002.mp4":
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        real(source, target)
+
+    monkeypatch.setattr(atomic.os, "replace", full)
+    with pytest.raises(OutputError, match="disk is full"):
+        pipeline.generate(request(SECONDS), output)
+    assert not output.exists()
+    monkeypatch.undo()
+    result = pipeline.generate(request(SECONDS), output)
+    assert result.resumed_windows == 2
+    assert output.read_bytes() == whole.read_bytes()
+
+
+MEMORY_SCRIPT = """
+import sys; sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from engine import make_pipeline, request
+import resource
+pipe = make_pipeline(Path(sys.argv[2]), Path(sys.argv[3]), fps=1, num_steps=1, guidance_scale=1.0, max_tokens=120)
+pipe.generate(request(0.5), sys.argv[4] + ".warm.mp4")
+Path("/proc/self/clear_refs").write_text("5")
+pipe.generate(request(audio=sys.argv[5]), sys.argv[4])
+status = Path("/proc/self/status").read_text()
+print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_length(nano_checkpoint, cache, tmp_path):
+    peaks = {}
+    for seconds in (60, 600):
+        sound = tmp_path / f"{seconds}.flac"
+        write_audio(sound, voice(seconds).samples[None], 16000, "flac", "mono")
+        arguments = [
+            str(TESTS),
+            str(nano_checkpoint),
+            str(cache),
+            str(tmp_path / f"{seconds}.mp4"),
+            str(sound),
+        ]
+        run = subprocess.run(
+            [sys.executable, "-c", MEMORY_SCRIPT, *arguments], capture_output=True, text=True, check=True
+        )
+        peaks[seconds] = int(run.stdout.split()[-1])
+        assert probe_video(tmp_path / f"{seconds}.mp4").frames == seconds + 2
+    assert peaks[600] <= 1.1 * peaks[60], peaks
