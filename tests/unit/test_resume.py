@@ -214,7 +214,8 @@ import sys; sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from engine import make_pipeline, request
 import resource
-pipe = make_pipeline(Path(sys.argv[2]), Path(sys.argv[3]), fps=1, num_steps=1, guidance_scale=1.0, max_tokens=120)
+changes = dict(fps=1, num_steps=1, guidance_scale=1.0, max_tokens=120)
+pipe = make_pipeline(Path(sys.argv[2]), Path(sys.argv[3]), **changes)
 pipe.generate(request(0.5), sys.argv[4] + ".warm.mp4")
 Path("/proc/self/clear_refs").write_text("5")
 pipe.generate(request(audio=sys.argv[5]), sys.argv[4])
