@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from omniavatar.accel.vae import choose_vae, create_vae
 from omniavatar.checkpoint.dit import LoraFile, inspect_dit, load_dit, random_dit
 from omniavatar.checkpoint.layout import scale_spec, text_tensors
 from omniavatar.checkpoint.vae import load_vae, random_vae
@@ -25,7 +26,7 @@ from omniavatar.ops.attention import create_attention
 if TYPE_CHECKING:
     from omniavatar.config import PipelineConfig
     from omniavatar.model.dit import DiTConfig, WanDiT
-    from omniavatar.model.vae import WanVAE
+    from omniavatar.model.vae import VideoVAE
     from omniavatar.types import Recorder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -58,6 +59,7 @@ class Components:
         self.attention_name, self._attention = create_attention(
             config.runtime.attention, self.device, self.dtype
         )
+        self.vae_name = choose_vae(config.runtime.vae, self.device)
         if config.model.weights == "files":
             config.model.check_files_named()
         self.dit_config = self._inspect()
@@ -116,14 +118,16 @@ class Components:
             )
 
     @functools.cached_property
-    def vae(self) -> WanVAE:
-        """The video VAE."""
+    def vae(self) -> VideoVAE:
+        """The video VAE, run as `vae_name` says."""
         model = self.config.model
         with self._recorder.stage("load_vae"):
             if model.weights == "random":
-                return random_vae(scale_spec(model.scale).vae, dtype=self.dtype, device=self.device, seed=0)
-            assert model.vae_path is not None
-            return load_vae(model.vae_path, dtype=self.dtype, device=self.device)
+                vae = random_vae(scale_spec(model.scale).vae, dtype=self.dtype, device=self.device, seed=0)
+            else:
+                assert model.vae_path is not None
+                vae = load_vae(model.vae_path, dtype=self.dtype, device=self.device)
+            return create_vae(self.vae_name, vae, self.device)
 
     @functools.cached_property
     def audio_encoder(self) -> AudioEncoder:

@@ -303,6 +303,8 @@ class RuntimeConfig(_Section):
     """auto (cuda when there is one), cpu, cuda or cuda:N."""
     attention: str = "auto"
     """Attention backend by name, or auto."""
+    vae: Literal["auto", "plain", "fast"] = "auto"
+    """How the video VAE runs; auto: fast on CUDA, plain elsewhere."""
     reference_numerics: Flag = False
     """Reproduce the original's numeric quirks (for comparison with its recordings)."""
     text_cache_dir: FilePath | None = None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from omniavatar.accel.step_cache import ResidualCache
 from omniavatar.model.dit import AudioState, WanDiT
-from omniavatar.model.vae import WanVAE
+from omniavatar.model.vae import VideoVAE
 from omniavatar.sampling.denoise import denoise
 from omniavatar.sampling.guidance import Branch
 from omniavatar.sampling.noise import WindowNoise
@@ -54,9 +54,15 @@ class WindowResult:
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:
-    """Pixels (1, 3, N, H, W) in [0, 1] to (N, H, W, 3) uint8, rounded (not truncated), on the CPU."""
-    scaled = (pixels[0] * 255.0).round_().to(torch.uint8)
-    return scaled.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+    """Pixels (1, 3, N, H, W) in [0, 1] to (N, H, W, 3) uint8, rounded (not truncated), on the CPU.
+
+    From a CUDA device the copy is only queued: the numbers are there once the device is synchronised.
+    """
+    scaled = (pixels[0].permute(1, 2, 3, 0) * 255.0).round_().to(torch.uint8).contiguous()
+    if scaled.device.type != "cuda":
+        return scaled.cpu().numpy()
+    host = torch.empty(scaled.shape, dtype=torch.uint8, pin_memory=True)
+    return host.copy_(scaled, non_blocking=True).numpy()
 
 
 def audio_slice(audio: np.ndarray, window: Window) -> Tensor:
@@ -86,7 +92,7 @@ class WindowGenerator:
     def __init__(
         self,
         dit: WanDiT,
-        vae: WanVAE,
+        vae: VideoVAE,
         conditioning: Conditioning,
         sampling: WindowSampling,
         recorder: Recorder,
@@ -194,6 +200,8 @@ class WindowGenerator:
             done += count
             if not overlap and done >= stop:
                 break
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         return frames, torch.cat(tail, dim=2) if tail else None
 
     @torch.inference_mode()

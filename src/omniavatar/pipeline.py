@@ -179,6 +179,7 @@ class AvatarPipeline:
                 "device": self._device_name(),
                 **peak_memory(self.components.device),
                 "attention": self.components.attention_name,
+                "vae": self.components.vae_name,
                 "config": flat_values(config.model_copy(update={"sampling": inputs.sampling})),
                 "fingerprint": identity,
             },

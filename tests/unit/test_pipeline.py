@@ -71,6 +71,13 @@ def test_sidecar_tells_how_it_was_made(pipeline, tmp_path):
     assert sidecar["bytes"] == result.output.stat().st_size
 
 
+def test_fast_vae_makes_the_same_video(pipeline, nano_checkpoint, cache):
+    fast = make_pipeline(nano_checkpoint, cache, vae="fast")
+    assert (pipeline.components.vae_name, fast.components.vae_name) == ("plain", "fast")
+    frames, faster = (streamed(pipe, request()).astype(int) for pipe in (pipeline, fast))
+    assert np.abs(frames - faster).max() <= 1
+
+
 def test_sound_is_delayed_by_silence_and_portrait_frame(pipeline, tmp_path):
     rate = 16000
     samples = np.zeros(rate, np.float32)

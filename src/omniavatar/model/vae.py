@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +99,14 @@ class Decoder(nn.Module):
         return _apply_head(self.head, x, state)
 
 
+class VideoVAE(Protocol):
+    """What the pipeline asks of a video VAE; `WanVAE` says what the shapes are."""
+
+    def encode(self, video: Tensor) -> Tensor: ...
+
+    def decode_stream(self, latent: Tensor) -> Iterator[Tensor]: ...
+
+
 class WanVAE(nn.Module):
     """Encoder, decoder and the two 1x1x1 layers between them."""
 
@@ -130,13 +139,11 @@ class WanVAE(nn.Module):
             if piece.shape[2]:
                 pieces.append(self.encoder(piece, state))
         mean = self.conv1(torch.cat(pieces, dim=2)).float().chunk(2, dim=1)[0]
-        offset, scale = self._statistics(mean)
-        return (mean - offset) / scale
+        return normalise(mean)
 
     def decode_stream(self, latent: Tensor, latents_at_once: int = 1) -> Iterator[Tensor]:
         """Yield pixels (B, 3, n, H, W) float32, about [-1, 1], in order; n = 1 first, then 4 a latent."""
-        offset, scale = self._statistics(latent)
-        z = self.conv2((latent.float() * scale + offset).to(self.conv2.weight.dtype))
+        z = self.conv2(denormalise(latent).to(self.conv2.weight.dtype))
         state: CausalState = {}
         for piece in z.split(latents_at_once, dim=2):
             yield self.decoder(piece, state).float()
@@ -145,12 +152,24 @@ class WanVAE(nn.Module):
         """Pixels (B, 3, 4T-3, H, W) float32 of normalised latents (B, 16, T, h, w), not clamped."""
         return torch.cat(list(self.decode_stream(latent, latents_at_once)), dim=2)
 
-    @staticmethod
-    def _statistics(like: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (1, -1, 1, 1, 1)
-        mean = torch.tensor(LATENT_MEAN, device=like.device).view(shape)
-        std = torch.tensor(LATENT_STD, device=like.device).view(shape)
-        return mean, std
+
+def normalise(mean: Tensor) -> Tensor:
+    """Latents as the DiT knows them, of the encoder's mean (B, 16, T, h, w) float32."""
+    offset, scale = _statistics(mean)
+    return (mean - offset) / scale
+
+
+def denormalise(latent: Tensor) -> Tensor:
+    """What the decoder takes, float32, of normalised latents (B, 16, T, h, w)."""
+    offset, scale = _statistics(latent)
+    return latent.float() * scale + offset
+
+
+def _statistics(like: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (1, -1, 1, 1, 1)
+    mean = torch.tensor(LATENT_MEAN, device=like.device).view(shape)
+    std = torch.tensor(LATENT_STD, device=like.device).view(shape)
+    return mean, std
 
 
 def _middle(width: int) -> nn.ModuleList:

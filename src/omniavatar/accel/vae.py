@@ -1,0 +1,179 @@
+"""The video VAE at the speed of its convolutions: the plain module's weights on channels-last frames.
+
+What changes: frames are channels-last; bias, residual sum, norm and SiLU are one kernel that writes straight
+into the next convolution's input (`vae_frames`, `ops.channel_norm`); nearest doubling and the convolution
+after it are one 2x2 convolution with four output phases; 1x1 convolutions and the attention of a frame are
+matrix products; several latents go at a time; cuDNN measures its kernels for each shape it meets.
+What it loses: nothing but rounding. Sums are rounded less often than in the plain modules; with
+`merged_upsample` the added weights are rounded once more in bf16.
+Limits: one clip after the other (batches are loops); memory grows with `latents_at_once`: about 1.2 GiB of
+past frames and 0.7 GiB a latent at 400x720 in bf16 for the released sizes. No CUDA graph: a pass takes
+tens of milliseconds on the GPU and about three to launch, so the launches are hidden.
+Source: the plain modules in `model.vae` (Wan 2.1, arXiv 2503.20314).
+
+Shapes: B clips, N = 4T-3 frames, T latents, H W pixels, h w = H/8 W/8.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from omniavatar.accel.vae_frames import Clip, FrameLayers, pointwise
+from omniavatar.errors import ResourceError
+from omniavatar.model.vae import Decoder, Encoder, VideoVAE, WanVAE, denormalise, normalise
+from omniavatar.ops import channel_norm
+from omniavatar.ops.channel_norm import AddNorm
+
+Kernels = Literal["eager", "triton"]
+
+
+@dataclass(frozen=True)
+class FastVAEConfig:
+    """How the fast VAE runs."""
+
+    kernels: Kernels = "triton"
+    """triton (CUDA only), or its eager twins."""
+    merged_upsample: bool = True
+    """Doubling and the convolution after it as one 2x2 convolution of four phases."""
+    matmul_attention: bool = True
+    """Attention of a frame as two matrix products, else PyTorch's scaled_dot_product_attention."""
+    search_convolutions: bool = True
+    """Let cuDNN time its kernels on the first pass of each shape (about a second, once a process)."""
+    latents_at_once: int = 2
+    """Latents a decoding pass after the first one."""
+    frames_at_once: int = 12
+    """Frames an encoding pass after the first one, a multiple of 4."""
+
+
+def available_vaes(device: torch.device) -> list[str]:
+    """Names `choose_vae` accepts on this device, besides `auto`."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return ["plain"]
+    return ["plain", "fast"]
+
+
+def choose_vae(name: str, device: torch.device) -> str:
+    """The name `name` stands for on this device; `auto` is fast on CUDA with triton, plain elsewhere.
+
+    Raises ResourceError for a name that does not exist or cannot run on `device`.
+    """
+    there = available_vaes(device)
+    chosen = (there[-1] if device.type == "cuda" else "plain") if name == "auto" else name
+    if chosen not in there:
+        raise ResourceError(
+            f"vae: {chosen!r} cannot run on {device.type} here (fast needs the package triton on CUDA); "
+            f"choose one of: auto, {', '.join(there)}"
+        )
+    return chosen
+
+
+def create_vae(chosen: str, vae: WanVAE, device: torch.device) -> VideoVAE:
+    """The VAE around loaded weights, by a name from `choose_vae`."""
+    if chosen == "plain":
+        return vae
+    return apply_fast_vae(vae, FastVAEConfig("triton" if device.type == "cuda" else "eager"))
+
+
+def apply_fast_vae(vae: WanVAE, config: FastVAEConfig) -> FastVAE:
+    """The fast VAE around `vae`, whose convolution weights become channels-last in place (same values)."""
+    return FastVAE(vae, config)
+
+
+class FastVAE:
+    """Stands in for a `WanVAE`: same methods, same shapes, same numbers within rounding."""
+
+    def __init__(self, vae: WanVAE, config: FastVAEConfig) -> None:
+        if config.frames_at_once % 4 or config.frames_at_once < 4 or config.latents_at_once < 1:
+            raise ValueError("frames_at_once is a multiple of 4 and latents_at_once at least 1")
+        self.plain = vae
+        self.config = config
+        self._layers = FrameLayers(_kernels(config), config.merged_upsample, config.matmul_attention)
+        self._layers.prepare(vae)
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels a latent pixel covers along one axis: 8."""
+        return self.plain.spatial_factor
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """Normalised posterior mean (B, 16, T, h, w) float32 of pixels (B, 3, 4T-3, H, W) in [-1, 1]."""
+        if video.shape[2] % 4 != 1:
+            raise ValueError(f"a clip of 1+4n frames, not {video.shape[2]}")
+        means: list[Tensor] = []
+        for frames in video.to(self.plain.conv1.weight.dtype).permute(0, 2, 3, 4, 1):
+            clip = Clip()
+            pieces = [
+                self._encode_frames(piece, clip) for piece in _passes(frames, self.config.frames_at_once)
+            ]
+            means.append(torch.cat(pieces).chunk(2, dim=-1)[0])
+        return normalise(torch.stack(means).permute(0, 4, 1, 2, 3).contiguous())
+
+    @torch.no_grad()
+    def decode_stream(self, latent: Tensor) -> Iterator[Tensor]:
+        """Yield pixels (B, 3, n, H, W) float32, about [-1, 1], in order; n = 1 first, then 4 a latent."""
+        z = denormalise(latent).to(self.plain.conv2.weight.dtype).permute(0, 2, 3, 4, 1)
+        clips = [Clip() for _ in z]
+        streams = [_passes(frames, self.config.latents_at_once) for frames in z]
+        for pieces in zip(*streams, strict=True):
+            pixels = [self._decode_latents(piece, clip) for piece, clip in zip(pieces, clips, strict=True)]
+            yield torch.stack(pixels).permute(0, 4, 1, 2, 3)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Pixels (B, 3, 4T-3, H, W) float32 of normalised latents (B, 16, T, h, w), not clamped."""
+        return torch.cat(list(self.decode_stream(latent)), dim=2)
+
+    def _encode_frames(self, frames: Tensor, clip: Clip) -> Tensor:
+        """Mean and log variance (T, h, w, 32) float32 of frames (n, H, W, 3)."""
+        encoder = self.plain.encoder
+        value = self._network(encoder, (*encoder.downsamples, *encoder.middle), frames, clip)
+        return pointwise(self.plain.conv1, value.to(frames.dtype)).float()
+
+    def _decode_latents(self, latents: Tensor, clip: Clip) -> Tensor:
+        """Pixels (n, H, W, 3) float32 of latents (T, h, w, 16)."""
+        decoder = self.plain.decoder
+        z = pointwise(self.plain.conv2, latents)
+        return self._network(decoder, (*decoder.middle, *decoder.upsamples), z, clip)
+
+    def _network(
+        self, network: Encoder | Decoder, layers: Sequence[torch.nn.Module], x: Tensor, clip: Clip
+    ) -> Tensor:
+        run = self._layers
+        with _convolution_search(self.config.search_convolutions):
+            pending = run.stem(network.conv1, x, clip)
+            for layer in layers:
+                pending = run.run(layer, pending, clip)
+            out = run.head(network.head, pending, clip)
+        clip.started = True
+        return out
+
+
+def _passes(frames: Tensor, at_once: int) -> list[Tensor]:
+    """The first frame alone, then `at_once` at a time."""
+    return [frames[:1], *(frames[1:].split(at_once) if len(frames) > 1 else ())]
+
+
+def _kernels(config: FastVAEConfig) -> AddNorm:
+    if config.kernels == "eager":
+        return channel_norm.add_norm
+    from omniavatar.ops import channel_norm_triton
+
+    return channel_norm_triton.add_norm
+
+
+@contextmanager
+def _convolution_search(wanted: bool) -> Iterator[None]:
+    """cuDNN's own timing of its kernels, switched on for this pass only."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = wanted
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

@@ -1,0 +1,267 @@
+"""The VAE's layers on channels-last frames, sums and norms put off until the next convolution wants them.
+
+Between layers travels `Pending`: a convolution's bare result, its bias and the residual still to be added.
+`add_norm` settles all three on the way into the next convolution's input, whose first frames are the past:
+nothing is concatenated, and no bias, sum, norm or SiLU is a pass over memory of its own. Weights stay those
+of the plain modules, named by the same keys; only their memory format changes.
+
+Shapes: T frames of this pass, H W pixels of the stage, C channels; frames are (T, H, W, C), contiguous.
+A clip's first pass holds its first frame alone, so temporal resampling never meets it with others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from omniavatar.model.vae_layers import (
+    CausalConv3d,
+    ChannelRMSNorm,
+    Downsample,
+    FrameAttention,
+    ResidualBlock,
+    Upsample,
+)
+from omniavatar.ops.channel_norm import AddNorm, phase_weight
+from omniavatar.ops.conv3d import conv3d
+
+CHANNEL_MULTIPLE = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Pending:
+    """Frames that are worth `value + bias + residual`; nobody else holds `value` or `residual`.
+
+    phases: `value` is (T, H/2 + 1, W/2 + 1, 4C), see `channel_norm`.
+    """
+
+    value: Tensor
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    phases: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(T, H, W, C) of the frames."""
+        frames, height, width, channels = self.value.shape
+        if self.phases:
+            return frames, 2 * (height - 1), 2 * (width - 1), channels // 4
+        return frames, height, width, channels
+
+    @property
+    def settled(self) -> bool:
+        return self.bias is None and self.residual is None and not self.phases
+
+    def place(self) -> Tensor:
+        """Where the sum may be written: over the residual, over the value, or in new memory."""
+        if self.residual is not None:
+            return self.residual
+        return self.value.new_empty(self.shape) if self.phases else self.value
+
+
+@dataclass(eq=False)
+class Clip:
+    """What the passes over one clip leave to the next: the last input frames of every causal layer."""
+
+    past: dict[nn.Module, Tensor] = field(default_factory=dict)
+    started: bool = False
+
+
+class FrameLayers:
+    """Runs the plain VAE's modules on frames. `derived` holds weights made from theirs, by module."""
+
+    def __init__(self, add_norm: AddNorm, merged_upsample: bool, matmul_attention: bool) -> None:
+        self._add_norm = add_norm
+        self._merged_upsample = merged_upsample
+        self._matmul_attention = matmul_attention
+        self._derived: dict[nn.Module, Tensor] = {}
+
+    def prepare(self, vae: nn.Module) -> None:
+        """Bring the convolution weights to channels-last in place, and derive those that differ in shape."""
+        for module in vae.modules():
+            if isinstance(module, nn.Conv3d):
+                weight = module.weight.data
+                module.weight.data = weight.contiguous(memory_format=torch.channels_last_3d)
+                rows, columns = (-size % CHANNEL_MULTIPLE for size in weight.shape[:2])
+                if module.kernel_size == (3, 3, 3) and (rows or columns):
+                    wider = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, columns, 0, rows))
+                    self._derived[module] = wider.contiguous(memory_format=torch.channels_last_3d)
+            elif isinstance(module, nn.Conv2d):
+                weight = module.weight.data
+                module.weight.data = weight.contiguous(memory_format=torch.channels_last)
+            if isinstance(module, Upsample) and self._merged_upsample:
+                merged = phase_weight(cast(nn.Conv2d, module.resample[1]).weight.data)
+                self._derived[module] = merged.contiguous(memory_format=torch.channels_last)
+
+    def stem(self, conv: CausalConv3d, x: Tensor, clip: Clip) -> Pending:
+        """A network's first convolution; missing channels of `x` (pixels have three) are zeros."""
+        window = self._window(conv, clip, (*x.shape[:3], x.shape[3] + -x.shape[3] % CHANNEL_MULTIPLE))
+        window[conv.history :, ..., : x.shape[3]] = x
+        window[conv.history :, ..., x.shape[3] :] = 0
+        return Pending(self._convolve(conv, window, clip), conv.bias)
+
+    def head(self, layers: nn.Sequential, x: Pending, clip: Clip) -> Tensor:
+        """Norm, SiLU and the last convolution, in float32."""
+        norm, _, module = layers
+        conv = cast(CausalConv3d, module)
+        value = self._norm_and_convolve(cast(ChannelRMSNorm, norm), conv, x, clip, total=None)
+        assert conv.bias is not None
+        return value[..., : conv.out_channels].float() + conv.bias.float()
+
+    def run(self, layer: nn.Module, x: Pending, clip: Clip) -> Pending:
+        """Any layer between stem and head."""
+        if isinstance(layer, ResidualBlock):
+            return self._residual_block(layer, x, clip)
+        if isinstance(layer, FrameAttention):
+            return self._attention(layer, x)
+        if isinstance(layer, Downsample):
+            return self._downsample(layer, x, clip)
+        return self._upsample(cast(Upsample, layer), x, clip)
+
+    def _residual_block(self, block: ResidualBlock, x: Pending, clip: Clip) -> Pending:
+        norm1, _, conv1, norm2, _, _, conv2 = block.residual
+        conv1, conv2 = cast(CausalConv3d, conv1), cast(CausalConv3d, conv2)
+        total = x.place()
+        hidden = self._norm_and_convolve(cast(ChannelRMSNorm, norm1), conv1, x, clip, total)
+        out = self._norm_and_convolve(
+            cast(ChannelRMSNorm, norm2), conv2, Pending(hidden, conv1.bias), clip, total=None
+        )
+        shortcut = block.shortcut
+        short = pointwise(shortcut, total) if isinstance(shortcut, CausalConv3d) else total
+        return Pending(out, conv2.bias, short)
+
+    def _attention(self, layer: FrameAttention, x: Pending) -> Pending:
+        total = self._settle(x)
+        normed = torch.empty_like(total)
+        self._add_norm(
+            total,
+            None,
+            None,
+            total=None,
+            gamma=layer.norm.gamma,
+            out=normed,
+            activate=False,
+            phases=False,
+        )
+        qkv = pointwise(layer.to_qkv, normed.flatten(1, 2))
+        attend = matmul_attention if self._matmul_attention else fused_attention
+        out = attend(*qkv.chunk(3, dim=-1)).view_as(total)
+        return Pending(pointwise(layer.proj, out, with_bias=False), layer.proj.bias, total)
+
+    def _downsample(self, layer: Downsample, x: Pending, clip: Clip) -> Pending:
+        conv = cast(nn.Conv2d, layer.resample[1])
+        padded = F.pad(self._settle(x), (0, 0, 0, 1, 0, 1)).permute(0, 3, 1, 2)
+        small = F.conv2d(padded, conv.weight, conv.bias, (2, 2)).permute(0, 2, 3, 1).contiguous()
+        if layer.time_conv is None:
+            return Pending(small)
+        last = small[-1:].clone()
+        if clip.started:
+            frames = torch.cat([clip.past[layer], small]).permute(3, 0, 1, 2)[None]
+            halved = conv3d(frames, layer.time_conv.weight, None, (2, 1, 1), (0, 0, 0))
+            small = halved[0].permute(1, 2, 3, 0).contiguous()
+        clip.past[layer] = last
+        return Pending(small, layer.time_conv.bias if clip.started else None)
+
+    def _upsample(self, layer: Upsample, x: Pending, clip: Clip) -> Pending:
+        conv = cast(nn.Conv2d, layer.resample[1])
+        double = layer.time_conv is not None and clip.started
+        frames = (
+            self._double_frames(cast(CausalConv3d, layer.time_conv), x, clip) if double else self._settle(x)
+        )
+        images = frames.permute(0, 3, 1, 2)
+        if self._merged_upsample:
+            value = F.conv2d(images, self._derived[layer], None, padding=1)
+        else:
+            doubled = F.interpolate(images, scale_factor=2.0, mode="nearest-exact")
+            value = F.conv2d(doubled, conv.weight, None, padding=1)
+        return Pending(value.permute(0, 2, 3, 1).contiguous(), conv.bias, None, self._merged_upsample)
+
+    def _double_frames(self, conv: CausalConv3d, x: Pending, clip: Clip) -> Tensor:
+        frames, height, width, channels = x.shape
+        window = self._window(conv, clip, x.shape)
+        self._settle(x, window[conv.history :])
+        pairs = self._convolve(conv, window, clip).unflatten(3, (2, channels)).permute(0, 3, 1, 2, 4)
+        assert conv.bias is not None
+        out = window.new_empty(frames, 2, height, width, channels)
+        torch.add(pairs, conv.bias.view(2, 1, 1, channels), out=out)
+        return out.flatten(0, 1)
+
+    def _norm_and_convolve(
+        self, norm: ChannelRMSNorm, conv: CausalConv3d, x: Pending, clip: Clip, total: Tensor | None
+    ) -> Tensor:
+        """Norm and SiLU of `x` through `conv` without its bias; the sum goes to `total` if given."""
+        window = self._window(conv, clip, x.shape)
+        self._add_norm(
+            x.value,
+            x.bias,
+            x.residual,
+            total=None if x.settled else total,
+            gamma=norm.gamma,
+            out=window[conv.history :],
+            activate=True,
+            phases=x.phases,
+        )
+        return self._convolve(conv, window, clip)
+
+    def _settle(self, x: Pending, place: Tensor | None = None) -> Tensor:
+        """The sum, written to `place` or wherever it may be."""
+        if x.settled and place is None:
+            return x.value
+        target = x.place() if place is None else place
+        self._add_norm(
+            x.value,
+            x.bias,
+            x.residual,
+            total=target,
+            gamma=None,
+            out=None,
+            activate=False,
+            phases=x.phases,
+        )
+        return target
+
+    def _window(self, conv: CausalConv3d, clip: Clip, shape: tuple[int, int, int, int]) -> Tensor:
+        """Input (history + T, H, W, C) of a causal convolution: the past, and room for T new frames."""
+        frames, *rest = shape
+        window = conv.weight.new_empty(conv.history + frames, *rest)
+        past = clip.past.get(conv)
+        if past is None:
+            window[: conv.history].zero_()
+        else:
+            window[: conv.history] = past
+        return window
+
+    def _convolve(self, conv: CausalConv3d, window: Tensor, clip: Clip) -> Tensor:
+        """The convolution without its bias (T, H, W, C'); the window's end becomes the past."""
+        clip.past[conv] = window[-conv.history :].clone()
+        weight = self._derived.get(conv, conv.weight)
+        out = conv3d(window.permute(3, 0, 1, 2)[None], weight, None, conv.stride, conv.padding)
+        return out[0].permute(1, 2, 3, 0).contiguous()
+
+
+def pointwise(conv: nn.Conv2d | nn.Conv3d, x: Tensor, with_bias: bool = True) -> Tensor:
+    """A 1x1 or 1x1x1 convolution as the matrix product it is, over the last axis."""
+    return F.linear(x, conv.weight.flatten(1), conv.bias if with_bias else None)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's attention for one head, (B, L, D): the slow twin of `matmul_attention`."""
+    return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
+
+
+def matmul_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention for one head, (B, L, D), with the scores written out in float32.
+
+    The fast fused kernels end at heads of 256 channels; the VAE has one of 384.
+    """
+    scaled = q * q.shape[-1] ** -0.5
+    keys = k.transpose(1, 2)
+    if q.device.type == "cuda" and q.dtype != torch.float32:
+        scores = torch.bmm(scaled, keys, out_dtype=torch.float32)
+    else:
+        scores = torch.bmm(scaled, keys)
+    return torch.bmm(scores.softmax(-1).to(v.dtype), v)

@@ -1,0 +1,89 @@
+"""Sum, channel RMS norm and SiLU of channels-last frames in one call: what lies between two convolutions.
+
+`value + bias + residual` is added up in float32, written to `total` if somebody needs it again, then divided
+by its root mean square over the channels, scaled by `gamma`, passed through SiLU and written to `out`, a
+slice of the next convolution's input behind the frames of the past. Plain layers round to the working
+precision after each of these steps; here once, at the end. These are the eager twins, in plain PyTorch, of
+`channel_norm_triton` (same signature).
+
+Shapes: T frames, H W pixels, C channels; frames are (T, H, W, C), contiguous. `out` must not share memory
+with another argument; `total` may be `value` or `residual` itself. With `phases`, `value` is
+(T, H/2 + 1, W/2 + 1, 4C), what `phase_weight` convolves to: pixel (2i+p, 2j+q) is phase 2p+q at (i+p, j+q).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class AddNorm(Protocol):
+    """Signature of both twins; `gamma` and `out` are both given or both None."""
+
+    def __call__(
+        self,
+        value: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        *,
+        total: Tensor | None,
+        gamma: Tensor | None,
+        out: Tensor | None,
+        activate: bool,
+        phases: bool,
+    ) -> None: ...
+
+
+def add_norm(
+    value: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *,
+    total: Tensor | None,
+    gamma: Tensor | None,
+    out: Tensor | None,
+    activate: bool,
+    phases: bool,
+) -> None:
+    """Write value + bias + residual to `total` and its norm (then SiLU if `activate`) to `out`."""
+    added = (merge_phases(value) if phases else value).float()
+    if bias is not None:
+        added = added + bias.float()
+    if residual is not None:
+        added = added + residual.float()
+    if total is not None:
+        total.copy_(added)
+    if out is not None and gamma is not None:
+        normed = F.normalize(added, dim=-1) * (added.shape[-1] ** 0.5) * gamma.flatten().float()
+        out.copy_(F.silu(normed) if activate else normed)
+
+
+def phase_weight(weight: Tensor) -> Tensor:
+    """One 2x2 convolution (4O, C, 2, 2), padding 1, for a 3x3 one (O, C, 3, 3) after nearest doubling.
+
+    Doubling repeats pixels, so of the three taps along an axis two always meet the same pixel: their weights
+    are added (in float32). Four output phases of 2x2 taps instead of 3x3 taps at four times the pixels:
+    4/9 of the products, and the doubled frames are never written. Loses: sums round once more in bf16.
+    """
+    first, second, third = weight.float().unbind(2)
+    rows = (torch.stack([first, second + third], 2), torch.stack([first + second, third], 2))
+    parts: list[Tensor] = []
+    for row in rows:
+        left, middle, right = row.unbind(3)
+        parts.append(torch.stack([left, middle + right], 3))
+        parts.append(torch.stack([left + middle, right], 3))
+    return torch.cat(parts).to(weight.dtype)
+
+
+def merge_phases(value: Tensor) -> Tensor:
+    """The four phases (T, h+1, w+1, 4C) as frames (T, 2h, 2w, C)."""
+    frames, rows, columns, channels = value.shape
+    height, width = rows - 1, columns - 1
+    out = value.new_empty(frames, height, 2, width, 2, channels // 4)
+    for phase, part in enumerate(value.chunk(4, dim=-1)):
+        p, q = divmod(phase, 2)
+        out[:, :, p, :, q] = part[:, p : p + height, q : q + width]
+    return out.view(frames, 2 * height, 2 * width, channels // 4)

@@ -1,0 +1,88 @@
+"""The fast VAE on CUDA: its Triton kernel against the eager twin, whole passes against the plain VAE."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from omniavatar.accel.vae import FastVAEConfig, apply_fast_vae
+from omniavatar.accel.vae_frames import fused_attention, matmul_attention
+from omniavatar.checkpoint.vae import random_vae
+from omniavatar.generation import to_uint8
+from omniavatar.model.vae import VAEConfig
+
+pytestmark = pytest.mark.gpu
+
+
+def relative_l2(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.cpu().float() - b.cpu().float()).norm() / b.cpu().float().norm()).item()
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    matmul, conv = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, conv
+
+
+@pytest.fixture(scope="module")
+def compare_twins():
+    path = Path(__file__).resolve().parents[1] / "unit" / "test_vae_fast.py"
+    spec = importlib.util.spec_from_file_location("vae_twins", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.compare_twins
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 8e-3)])
+def test_kernel_equals_its_twin(compare_twins, dtype, tolerance):
+    compare_twins("cuda", dtype, (8, 96, 192, 384), tolerance)
+
+
+def test_attention_twins():
+    q, k, v = torch.randn(2, 1000, 3 * 384, device="cuda").chunk(3, dim=-1)
+    exact = fused_attention(q, k, v)
+    assert relative_l2(matmul_attention(q, k, v), exact) < 1e-4
+    assert relative_l2(matmul_attention(q.bfloat16(), k.bfloat16(), v.bfloat16()), exact) < 2e-2
+
+
+@pytest.mark.parametrize("kernels", ["eager", "triton"])
+def test_float32_equals_the_plain_vae(kernels):
+    vae = random_vae(VAEConfig(dim=16), dtype=torch.float32, device="cuda", seed=0)
+    video = torch.rand(2, 3, 17, 64, 48, device="cuda") * 2 - 1
+    latent = torch.randn(2, 16, 6, 8, 6, device="cuda")
+    with torch.inference_mode():
+        encoded, decoded = vae.encode(video), vae.decode(latent)
+        for at_once in (1, 2, 3):
+            config = FastVAEConfig(kernels, latents_at_once=at_once, frames_at_once=4 * at_once)
+            fast = apply_fast_vae(vae, config)
+            assert relative_l2(fast.encode(video), encoded) < 1e-4
+            assert relative_l2(fast.decode(latent), decoded) < 1e-4
+
+
+def test_bfloat16_is_as_exact_as_the_plain_vae():
+    half = random_vae(VAEConfig(), dtype=torch.bfloat16, device="cuda", seed=0)
+    exact = random_vae(VAEConfig(), dtype=torch.float32, device="cuda", seed=0)
+    exact.load_state_dict({key: value.float() for key, value in half.state_dict().items()})
+    latent = torch.randn(1, 16, 4, 20, 24, device="cuda")
+    with torch.inference_mode():
+        video = exact.decode(latent).clamp(-1, 1)
+        decoded, encoded = exact.decode(latent), exact.encode(video)
+        plain = relative_l2(half.decode(latent), decoded), relative_l2(half.encode(video), encoded)
+        fast_vae = apply_fast_vae(half, FastVAEConfig())
+        fast = relative_l2(fast_vae.decode(latent), decoded), relative_l2(fast_vae.encode(video), encoded)
+    assert max(plain) < 3e-2
+    assert fast[0] <= 1.1 * plain[0] and fast[1] <= 1.1 * plain[1]
+
+
+def test_queued_copies_arrive_once_synchronised():
+    pixels = [torch.rand(1, 3, 4, 40, 72, device="cuda") for _ in range(8)]
+    frames = [to_uint8(piece) for piece in pixels]
+    torch.cuda.synchronize()
+    for piece, copied in zip(pixels, frames, strict=True):
+        assert (copied == to_uint8(piece.cpu())).all()
