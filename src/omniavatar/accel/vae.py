@@ -3,7 +3,7 @@
 What changes: frames are channels-last; bias, residual sum, norm and SiLU are one kernel that writes straight
 into the next convolution's input (`vae_frames`, `ops.channel_norm`); nearest doubling and the convolution
 after it are one 2x2 convolution with four output phases; 1x1 convolutions and the attention of a frame are
-matrix products; several latents go at a time; cuDNN measures its kernels for each shape it meets.
+matrix products; several latents go at a time.
 What it loses: nothing but rounding. Sums are rounded less often than in the plain modules; with
 `merged_upsample` the added weights are rounded once more in bf16.
 Limits: one clip after the other (batches are loops); memory grows with `latents_at_once`: about 1.2 GiB of
@@ -44,8 +44,9 @@ class FastVAEConfig:
     """Doubling and the convolution after it as one 2x2 convolution of four phases."""
     matmul_attention: bool = True
     """Attention of a frame as two matrix products, else PyTorch's scaled_dot_product_attention."""
-    search_convolutions: bool = True
-    """Let cuDNN time its kernels on the first pass of each shape (about a second, once a process)."""
+    search_convolutions: bool = False
+    """Let cuDNN choose kernels by timing them, once a process for each shape. Two processes may choose
+    differently and then round differently, so a resumed video would not be the same to the byte."""
     latents_at_once: int = 2
     """Latents a decoding pass after the first one."""
     frames_at_once: int = 12

@@ -1,0 +1,248 @@
+"""Seconds, memory and error of the video VAE on one CUDA device: plain, and each idea of the fast one added.
+
+    python benchmarks/vae.py [--repeats 5] [--budget 80] [--profile 15]
+
+Released sizes, random weights, bf16, 400x720: decode of 105 and 53 frames, encode of 13. Errors are relative
+L2 of the 53 frames and of the encoded latents against the plain VAE in float32 (no TF32) and in bf16.
+Variants that let cuDNN search run in a process of their own: a plan once chosen for a shape stays for the
+process. Warm-up 2, median, fastest and slowest; variants beyond the budget of seconds are left out and named.
+A table, the kernels of the default variant by time, then one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from omniavatar.accel.vae import FastVAEConfig, apply_fast_vae
+from omniavatar.checkpoint.vae import random_vae
+from omniavatar.model.vae import VAEConfig, VideoVAE
+
+HEIGHT, WIDTH = 400, 720
+WARM_UP = 2
+LATENTS = {"decode_105": 27, "decode_53": 14}
+
+FIRST = FastVAEConfig("eager", False, False, False, latents_at_once=1, frames_at_once=4)
+TRITON = replace(FIRST, kernels="triton")
+MATMUL = replace(TRITON, matmul_attention=True)
+MERGED = replace(MATMUL, merged_upsample=True)
+DEFAULT = FastVAEConfig()
+WITHOUT_SEARCH: dict[str, FastVAEConfig | None] = {
+    "plain": None,
+    "default": DEFAULT,
+    "frames, eager kernels": FIRST,
+    "+ Triton kernel": TRITON,
+    "+ attention by products": MATMUL,
+    "+ merged upsampling (1 latent)": MERGED,
+    "3 latents": replace(DEFAULT, latents_at_once=3),
+    "4 latents": replace(DEFAULT, latents_at_once=4),
+    "plain, weights channels-last": None,
+}
+WITH_SEARCH: dict[str, FastVAEConfig | None] = {
+    "cuDNN search, default": replace(DEFAULT, search_convolutions=True),
+    "cuDNN search, 1 latent": replace(MERGED, search_convolutions=True),
+    "cuDNN search, 3 latents": replace(DEFAULT, search_convolutions=True, latents_at_once=3),
+}
+
+
+def timed(run: Callable[[], object], repeats: int) -> dict[str, float]:
+    """Seconds of `repeats` runs after the warm-up, of the first run, and peak memory of the repeats."""
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for number in range(WARM_UP):
+        run()
+        torch.cuda.synchronize()
+        if number == 0:
+            first = time.perf_counter() - begun
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return {
+        "s": statistics.median(times),
+        "min_s": min(times),
+        "max_s": max(times),
+        "first_s": first,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+
+
+def stream(vae: VideoVAE, latent: torch.Tensor) -> None:
+    for _ in vae.decode_stream(latent):
+        pass
+
+
+def results(vae: VideoVAE, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What errors are measured on, in CPU memory."""
+    frames = torch.cat(list(vae.decode_stream(inputs["decode_53"])), dim=2)
+    return {"decode": frames.cpu(), "encode": vae.encode(inputs["encode_13"]).cpu()}
+
+
+def error(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, float]:
+    out = {}
+    for name, tensor in got.items():
+        a, b = tensor.cuda().double(), wanted[name].cuda().double()
+        out[name] = ((a - b).norm() / b.norm()).item()
+    return out
+
+
+def make_inputs() -> dict[str, torch.Tensor]:
+    generator = torch.Generator(device="cuda").manual_seed(1)
+    shape = HEIGHT // 8, WIDTH // 8
+    inputs = {
+        name: torch.randn(1, 16, latents, *shape, device="cuda", generator=generator)
+        for name, latents in LATENTS.items()
+    }
+    video = torch.rand(1, 3, 13, HEIGHT, WIDTH, device="cuda", generator=generator)
+    return {**inputs, "encode_13": video * 2 - 1}
+
+
+def exact_results(half: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same weights in float32 through the plain VAE."""
+    exact = random_vae(VAEConfig(), dtype=torch.float32, device="cuda", seed=0)
+    exact.load_state_dict({key: value.float() for key, value in half.state_dict().items()})
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    return results(exact, inputs)
+
+
+@torch.inference_mode()
+def measure(search: bool, reference: Path, repeats: int, deadline: float, top: int) -> dict:
+    """One process's share of the table; the first process leaves the references for the second."""
+    plain = random_vae(VAEConfig(), dtype=torch.bfloat16, device="cuda", seed=0)
+    inputs = make_inputs()
+    if not search:
+        torch.save({"float32": exact_results(plain, inputs), "bf16": results(plain, inputs)}, reference)
+        torch.cuda.empty_cache()
+    wanted = torch.load(reference)
+    rows, left_out = [], []
+    for name, config in (WITH_SEARCH if search else WITHOUT_SEARCH).items():
+        if time.time() > deadline:
+            left_out.append(name)
+            continue
+        vae: VideoVAE = plain if config is None else apply_fast_vae(plain, config)
+        row: dict = {"variant": name, "config": None if config is None else asdict(config)}
+        cases = ["decode_105", "encode_13"] + (["decode_53"] if name in ("plain", "default") else [])
+        for case in cases:
+            run = vae.encode if case == "encode_13" else functools.partial(stream, vae)
+            row[case] = timed(functools.partial(run, inputs[case]), repeats)
+        got = results(vae, inputs)
+        row["error_float32"] = error(got, wanted["float32"])
+        row["error_bf16"] = error(got, wanted["bf16"])
+        rows.append(row)
+        torch.cuda.empty_cache()
+    kernels = [] if search or not top else profile(apply_fast_vae(plain, DEFAULT), inputs["decode_105"], top)
+    return {"rows": rows, "left_out": left_out, "kernels": kernels}
+
+
+def profile(vae: VideoVAE, latent: torch.Tensor, top: int) -> list[dict]:
+    """Kernels of one decode by the time they take."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    stream(vae, latent)
+    torch.cuda.synchronize()
+    with record(activities=[ProfilerActivity.CUDA]) as trace:
+        stream(vae, latent)
+        torch.cuda.synchronize()
+    events = sorted(trace.key_averages(), key=lambda event: -event.self_device_time_total)
+    rows = [
+        {"kernel": event.key[:90], "calls": event.count, "ms": event.self_device_time_total / 1e3}
+        for event in events
+    ]
+    total = {
+        "kernel": "all kernels",
+        "calls": sum(r["calls"] for r in rows),
+        "ms": sum(r["ms"] for r in rows),
+    }
+    return [total, *rows[:top]]
+
+
+def print_table(rows: list[dict]) -> None:
+    print(
+        "| variant | decode 105, s (min..max) | decode 53, s | encode 13, s (min..max) "
+        "| peak GiB dec / enc | error vs float32 dec / enc | vs plain bf16 | first run, s |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        decode, encode = row["decode_105"], row["encode_13"]
+        shorter = f"{row['decode_53']['s']:.3f}" if "decode_53" in row else ""
+        both = (row["error_float32"], row["error_bf16"])
+        errors = [f"{each['decode']:.1e} / {each['encode']:.1e}" for each in both]
+        print(
+            f"| {row['variant']} | {decode['s']:.3f} ({decode['min_s']:.3f}..{decode['max_s']:.3f}) "
+            f"| {shorter} "
+            f"| {encode['s']:.3f} ({encode['min_s']:.3f}..{encode['max_s']:.3f}) "
+            f"| {decode['peak_gib']:.2f} / {encode['peak_gib']:.2f} | {errors[0]} | {errors[1]} "
+            f"| {decode['first_s']:.2f} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=80, help="seconds after which no variant begins")
+    parser.add_argument("--profile", type=int, default=15, help="kernels listed; 0: none")
+    parser.add_argument(
+        "--part", nargs=3, metavar=("SEARCH", "REFERENCE", "DEADLINE"), help=argparse.SUPPRESS
+    )
+    arguments = parser.parse_args()
+    if arguments.part:
+        search, reference, deadline = arguments.part
+        part = measure(search == "on", Path(reference), arguments.repeats, float(deadline), arguments.profile)
+        print(json.dumps(part))
+        return
+    deadline = time.time() + arguments.budget
+    parts = []
+    with tempfile.TemporaryDirectory() as folder:
+        for search, until in (("off", deadline - arguments.budget / 3), ("on", deadline)):
+            options = ["--repeats", str(arguments.repeats), "--profile", str(arguments.profile)]
+            command = [
+                sys.executable,
+                __file__,
+                *options,
+                "--part",
+                search,
+                f"{folder}/reference.pt",
+                str(until),
+            ]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            parts.append(json.loads(done.stdout.splitlines()[-1]))
+    rows = [row for part in parts for row in part["rows"]]
+    left_out = [name for part in parts for name in part["left_out"]]
+    print_table(rows)
+    if left_out:
+        print(f"left out, beyond the budget: {', '.join(left_out)}")
+    kernels = parts[0]["kernels"]
+    if kernels:
+        print("\n| kernel of the default variant, decode of 105 frames | calls | ms |\n|---|---|---|")
+        for kernel in kernels:
+            print(f"| {kernel['kernel']} | {kernel['calls']} | {kernel['ms']:.1f} |")
+    where = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "python": platform.python_version(),
+    }
+    summary = {"benchmark": "vae", "size": [HEIGHT, WIDTH], "repeats": arguments.repeats, **where}
+    print(json.dumps({**summary, "rows": rows, "left_out": left_out, "kernels": kernels}))
+
+
+if __name__ == "__main__":
+    main()
