@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from omniavatar.accel.apply import AccelConfig, apply_accelerations
 from omniavatar.accel.vae import choose_vae, create_vae
 from omniavatar.checkpoint.dit import LoraFile, inspect_dit, load_dit, random_dit
 from omniavatar.checkpoint.layout import scale_spec, text_tensors
@@ -22,6 +23,7 @@ from omniavatar.encoders.text import TextEncoder, random_text_encoder, sizes_of
 from omniavatar.encoders.text_cache import TextCache, encode_cached, encoder_identity
 from omniavatar.errors import CheckpointError, ResourceError
 from omniavatar.ops.attention import create_attention
+from omniavatar.ops.fused import create_fused
 
 if TYPE_CHECKING:
     from omniavatar.config import PipelineConfig
@@ -94,28 +96,31 @@ class Components:
 
     @functools.cached_property
     def dit(self) -> WanDiT:
-        """The merged diffusion transformer."""
-        model = self.config.model
+        """The merged diffusion transformer, with the configured optimisations applied."""
+        runtime = self.config.runtime
+        fuse = self.device.type == "cuda" if runtime.fuse is None else runtime.fuse
         with self._recorder.stage("load_dit"):
-            if model.weights == "random":
-                return random_dit(
-                    self.dit_config,
-                    attention=self._attention,
-                    dtype=self.dtype,
-                    device=self.device,
-                    seed=0,
-                )
-            return load_dit(
-                model.dit_path,
-                attention=self._attention,
-                adapter_dir=model.exp_path,
-                loras=[LoraFile(lora.path, lora.strength) for lora in model.loras],
-                lora_rank=model.lora_rank,
-                lora_alpha=model.lora_alpha,
-                num_heads=model.dit_config.num_heads,
-                dtype=self.dtype,
-                device=self.device,
+            dit = self._load_dit()
+            apply_accelerations(dit, AccelConfig(runtime.quantize, fuse), create_fused(self.device))
+        return dit
+
+    def _load_dit(self) -> WanDiT:
+        model = self.config.model
+        if model.weights == "random":
+            return random_dit(
+                self.dit_config, attention=self._attention, dtype=self.dtype, device=self.device, seed=0
             )
+        return load_dit(
+            model.dit_path,
+            attention=self._attention,
+            adapter_dir=model.exp_path,
+            loras=[LoraFile(lora.path, lora.strength) for lora in model.loras],
+            lora_rank=model.lora_rank,
+            lora_alpha=model.lora_alpha,
+            num_heads=model.dit_config.num_heads,
+            dtype=self.dtype,
+            device=self.device,
+        )
 
     @functools.cached_property
     def vae(self) -> VideoVAE:

@@ -302,7 +302,11 @@ class RuntimeConfig(_Section):
     device: Annotated[str, AfterValidator(device_name)] = "auto"
     """auto (cuda when there is one), cpu, cuda or cuda:N."""
     attention: str = "auto"
-    """Attention backend by name, or auto."""
+    """Attention backend by name (`omniavatar doctor` lists them), or auto: the fastest exact one there."""
+    fuse: Flag | None = None
+    """Element-wise work of the blocks in single passes; unset: on CUDA. Nothing lost but rounding."""
+    quantize: Literal["none", "fp8"] = "none"
+    """fp8: float8 linear layers (Ada, Hopper and later): faster, half the memory, some error a forward."""
     vae: Literal["auto", "plain", "fast"] = "auto"
     """How the video VAE runs; auto: fast on CUDA, plain elsewhere."""
     reference_numerics: Flag = False

@@ -5,11 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fused_cases import compare
+from omniavatar.accel.apply import AccelConfig, apply_accelerations
+from omniavatar.accel.float8 import Float8Linear
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.generation import WindowGenerator, WindowSampling
 from omniavatar.ops.attention import available_backends, create_attention
+from omniavatar.ops.float8 import scaled_linear_eager
+from omniavatar.ops.fused import create_fused, quantize_rows
 from omniavatar.profiling.recorder import NullRecorder
 from omniavatar.sampling.guidance import guidance_branches
 from omniavatar.sampling.schedule import make_schedule
@@ -93,3 +98,43 @@ def test_loop_does_not_depend_on_the_device():
         videos[device] = torch.cat([torch.from_numpy(f) for r in loop.run(windows) for f in r.frames], dim=1)
     assert videos["cpu"].shape[1] == 23
     assert (videos["cpu"] - videos["cuda"]).abs().max() < 5e-3
+
+
+@pytest.mark.parametrize(("width", "heads"), [(256, 2), (1536, 12), (5120, 40), (13824, 108)])
+def test_fused_kernels(width, heads):
+    fast = create_fused(torch.device("cuda"))
+    compare(fast, "cuda", torch.float32, width, heads, 1e-5, 5e-3)
+    compare(fast, "cuda", torch.bfloat16, width, heads, 5e-3, 1e-2)
+
+
+def test_float8_product():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 40, 256, generator=generator).cuda().bfloat16()
+    linear = torch.nn.Linear(256, 384).cuda().bfloat16()
+    layer = Float8Linear.from_linear(linear, create_fused(torch.device("cuda")))
+    rows = quantize_rows(x.float())
+    slow = scaled_linear_eager(rows, layer.weight, layer.weight_scale, layer.bias, torch.float32)
+    assert relative_l2(layer(rows), slow) < 1e-2
+    assert relative_l2(layer(x), linear(x)) < 6e-2
+
+
+@pytest.mark.parametrize("backend", ["fa3", "fa3_fp8"])
+def test_flash_attention_3(backend):
+    if backend not in available_backends(torch.device("cuda")):
+        pytest.skip("fa3-fwd is not installed")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1300, 4, 128, generator=generator).cuda().bfloat16() for _ in range(3))
+    exact = create_attention("math", torch.device("cuda"), torch.float32)[1](q.float(), k.float(), v.float())
+    fast = create_attention(backend, torch.device("cuda"), torch.bfloat16)[1](q, k, v)
+    assert relative_l2(fast, exact) < (1e-2 if backend == "fa3" else 8e-2)
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [(AccelConfig(fuse=True), 1e-2), (AccelConfig("fp8"), 6e-2), (AccelConfig("fp8", True), 6e-2)],
+)
+def test_accelerated_forward(config, limit):
+    exact = forward(nano("cpu", torch.float32)[0], "cpu", torch.float32)
+    dit, _ = nano("cuda", torch.bfloat16, "cudnn")
+    apply_accelerations(dit, config, create_fused(torch.device("cuda")))
+    assert relative_l2(forward(dit, "cuda", torch.bfloat16), exact) < limit

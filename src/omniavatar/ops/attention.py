@@ -8,6 +8,7 @@ choice made once from the device and logged by the caller, never a fallback whil
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -17,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from omniavatar.errors import ResourceError
+from omniavatar.ops.fused import create_fused
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -43,18 +45,37 @@ _TORCH_BACKENDS: dict[str, SDPBackend | None] = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 _CUDA_ONLY = frozenset({"efficient", "cudnn"})
+_FA3 = ("fa3", "fa3_fp8")
+
+
+def takes_float8(attention: AttentionFn) -> bool:
+    """Whether the backend wants q and k in float8."""
+    from omniavatar.ops.attention_fa3 import Fa3Float8Attention
+
+    return isinstance(attention, Fa3Float8Attention)
 
 
 def available_backends(device: torch.device) -> list[str]:
     """Names `create_attention` accepts on this device, besides `auto`."""
-    return [name for name in _TORCH_BACKENDS if device.type == "cuda" or name not in _CUDA_ONLY]
+    names = [name for name in _TORCH_BACKENDS if device.type == "cuda" or name not in _CUDA_ONLY]
+    return [*names, *_FA3] if _has_fa3(device) else names
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _has_fa3(device: torch.device) -> bool:
+    return _is_hopper(device) and importlib.util.find_spec("fa3_fwd_interface") is not None
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """What `auto` means: cuDNN on Hopper and later in half precision (fastest measured), else PyTorch's."""
+    """What `auto` means in half precision on a GPU: FlashAttention-3 on Hopper where it is installed, else
+    cuDNN from Hopper on (the fastest measured); everywhere else PyTorch's own choice. Never a float8 one."""
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        major, _ = torch.cuda.get_device_capability(device)
-        if major >= 9:
+        if _has_fa3(device):
+            return "fa3"
+        if torch.cuda.get_device_capability(device)[0] >= 9:
             return "cudnn"
     return "sdpa"
 
@@ -67,7 +88,12 @@ def create_attention(name: str, device: torch.device, dtype: torch.dtype) -> tup
     chosen = choose_backend(device, dtype) if name == "auto" else name
     there = available_backends(device)
     if chosen not in there:
+        hint = " (FlashAttention-3 needs a Hopper GPU and `pip install fa3-fwd`)" if chosen in _FA3 else ""
         raise ResourceError(
-            f"attention: {chosen!r} cannot run on {device.type}; choose one of: auto, {', '.join(there)}"
+            f"attention: {chosen!r} cannot run on {device.type}{hint}; use one of: auto, {', '.join(there)}"
         )
+    if chosen in _FA3:
+        from omniavatar.ops.attention_fa3 import Fa3Attention, Fa3Float8Attention
+
+        return chosen, Fa3Attention() if chosen == "fa3" else Fa3Float8Attention(create_fused(device))
     return chosen, _torch_attention(_TORCH_BACKENDS[chosen])

@@ -1,0 +1,165 @@
+"""One forward of the full-size DiT with random weights: each optimisation added to the ones before it.
+
+    python benchmarks/forward.py [--scales 14B,1.3B] [--repeats 5] [--profile]
+
+Times at 400x720 with 27 and 14 latent frames (30,375 and 15,750 tokens) and at 480x832 with 21 (32,760).
+Error: relative L2 of the output against the same weights run block by block in float32, at 5 latent frames.
+A table, then one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import time
+from functools import partial
+
+import torch
+
+from omniavatar.accel.apply import AccelConfig, apply_accelerations
+from omniavatar.checkpoint.dit import random_dit
+from omniavatar.checkpoint.layout import scale_spec
+from omniavatar.ops.attention import available_backends, create_attention
+from omniavatar.ops.fused import create_fused
+
+DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
+GRIDS = {30375: (27, 50, 90), 15750: (14, 50, 90), 32760: (21, 60, 104)}
+ERROR_GRID = (5, 50, 90)
+WARM_UP = 2
+LADDER = (
+    ("plain", AccelConfig(), ("cudnn", "fa3")),
+    ("fused", AccelConfig(fuse=True), ("cudnn", "fa3", "fa3_fp8")),
+    ("fp8 fused", AccelConfig("fp8", True), ("fa3", "fa3_fp8")),
+)
+
+
+def inputs(dit, grid):
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, device=DEVICE)
+
+    frames = 4 * grid[0] - 3
+    text = dit.prepare_text(random(1, 512, dit.config.text_dim))
+    audio = dit.prepare_audio(random(1, frames, dit.config.audio_dim))
+    return random(1, 16, *grid), random(1, 17, *grid), torch.tensor([800.0], device=DEVICE), text, audio
+
+
+def seconds(run, repeats):
+    for _ in range(WARM_UP):
+        run()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def reference(dit):
+    """Output with every block in float32, one block's copy at a time."""
+    _, attention = create_attention("efficient", DEVICE, torch.float32)
+    args = inputs(dit, ERROR_GRID)
+
+    def run_blocks(tokens, given):
+        tokens = tokens.float()
+        for block, (k, v), audio in zip(dit.blocks, given.text, given.audio, strict=True):
+            wide = copy.deepcopy(block).float()
+            heard = None if audio is None else audio.float()
+            tokens = wide(tokens, given.modulation, given.rope, (k.float(), v.float()), heard, attention)
+        return tokens
+
+    return dit(*args, run_blocks=run_blocks)
+
+
+def relative_l2(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def profile(dit, grid, rows=18):
+    args = inputs(dit, grid)
+    dit(*args)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        dit(*args)
+        torch.cuda.synchronize()
+    print(
+        trace.key_averages().table(sort_by="self_cuda_time_total", row_limit=rows, max_name_column_width=70)
+    )
+
+
+@torch.inference_mode()
+def measure(scale, repeats, with_profile):
+    spec, ops = scale_spec(scale), create_fused(DEVICE)
+    there = available_backends(DEVICE)
+    expected, rows = None, []
+    for name, config, backends in LADDER:
+        _, attention = create_attention("cudnn", DEVICE, DTYPE)
+        dit = random_dit(spec.dit, attention=attention, dtype=DTYPE, device=DEVICE, seed=0)
+        if expected is None:
+            expected = reference(dit)
+        apply_accelerations(dit, config, ops)
+        torch.cuda.empty_cache()
+        for backend in backends:
+            if backend not in there:
+                print(f"{backend} is not there: skipped")
+                continue
+            dit.attention = create_attention(backend, DEVICE, DTYPE)[1]
+            row = {"scale": scale, "variant": name, "attention": backend}
+            row["error"] = relative_l2(dit(*inputs(dit, ERROR_GRID)), expected)
+            for tokens, grid in GRIDS.items():
+                if tokens == 32760 and (scale != "14B" or name == "plain"):
+                    continue
+                torch.cuda.reset_peak_memory_stats()
+                args = inputs(dit, grid)
+                times = seconds(partial(dit, *args), repeats)
+                row[str(tokens)] = statistics.median(times)
+                row[f"{tokens}_spread"] = [min(times), max(times)]
+                row[f"{tokens}_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            rows.append(row)
+            print(row, flush=True)
+            if with_profile and backend == backends[-1] and name != "plain":
+                profile(dit, GRIDS[30375])
+        del dit
+        torch.cuda.empty_cache()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scales", default="14B,1.3B")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--profile", action="store_true")
+    arguments = parser.parse_args()
+    rows = [
+        row
+        for scale in arguments.scales.split(",")
+        for row in measure(scale, arguments.repeats, arguments.profile)
+    ]
+    print("| model | variant | attention | error | " + " | ".join(f"{n:,}" for n in GRIDS) + " | peak GiB |")
+    print("|---|---|---|---|" + "---|" * (len(GRIDS) + 1))
+    for row in rows:
+        cells = [
+            f"{row[str(n)]:.3f} ({row[f'{n}_spread'][0]:.3f}..{row[f'{n}_spread'][1]:.3f})"
+            if str(n) in row
+            else "-"
+            for n in GRIDS
+        ]
+        head = f"| {row['scale']} | {row['variant']} | {row['attention']} | {row['error']:.2e} | "
+        print(head + " | ".join(cells) + f" | {row['30375_peak_gib']:.1f} |")
+    where = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    print(json.dumps({"benchmark": "forward", "repeats": arguments.repeats, **where, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

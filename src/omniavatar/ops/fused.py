@@ -1,0 +1,179 @@
+"""The element-wise parts of a transformer block, each as one pass over memory, behind one signature.
+
+Two implementations: `EagerOps` (plain PyTorch, any device; the twin that says what is meant) and
+`fused_triton.TritonOps` (CUDA). Everything is computed in float32 and rounded once on the way out; a residual
+that is both stored and normalised is normalised *as stored*. Rows may be quantised to float8 (e4m3) with one
+float32 scale a row: `value = data.float() * scale`.
+
+Shapes: B batch, L tokens, C width, H heads, D head dim, T latent frames (L divides by T).
+Row vectors (`gate`, `scale`, `shift`) are (B, 1, C) or (C,) float32; weights are (C,).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
+
+@dataclass(frozen=True, eq=False)
+class QuantRows:
+    """Rows in float8 (.., C) with a float32 scale each (.., 1)."""
+
+    data: Tensor
+    scale: Tensor
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return (self.data.float() * self.scale).to(dtype)
+
+
+Rows = Tensor | QuantRows
+"""What a norm hands to the next linear layer: rows in the residual's dtype, or quantised ones."""
+
+
+class FusedOps(Protocol):
+    """The passes a block needs. `quantize` asks for `QuantRows` where the next linear layer takes them."""
+
+    def norm(
+        self,
+        x_BLC: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        eps: float,
+        *,
+        update_BLC: Tensor | None = None,
+        gate: Tensor | None = None,
+        frame_BTC: Tensor | None = None,
+        quantize: bool = False,
+    ) -> tuple[Tensor, Rows]:
+        """`x' = x + update * gate + frame`, and `layer_norm(x') * scale + shift`.
+
+        x' has the dtype of x (it is x when nothing is added). frame is added to each token of its frame.
+        """
+        ...
+
+    def add_gated(self, x_BLC: Tensor, update_BLC: Tensor, gate: Tensor) -> Tensor:
+        """`x + update * gate` in the dtype of x."""
+        ...
+
+    def rms(self, x_BLC: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMS norm over the full width, times `weight`; contiguous, dtype of x. x may have strided rows."""
+        ...
+
+    def rms_rotate(
+        self,
+        x_BLC: Tensor,
+        weight: Tensor,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        heads: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """RMS norm, then rotation of interleaved pairs by the tables (L, D/2); (B, L, H, D) in `dtype`."""
+        ...
+
+    def quantize(self, x_BLC: Tensor, *, gelu: bool = False) -> QuantRows:
+        """Rows in float8, after a tanh GELU if asked."""
+        ...
+
+    def quantize_heads(self, x_BLHD: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, H, D) in float8, contiguous, and the scale of each head (B, H) float32."""
+        ...
+
+
+def head_scales(x_BLHD: Tensor) -> Tensor:
+    """Scales (B, H) that put a head's values well inside float8, from every 64th token.
+
+    Float8 has 15 octaves above its subnormals, so the exact maximum is not needed: four times the sampled one
+    leaves room for what was not sampled and costs nothing; beyond it values saturate.
+    """
+    largest = x_BLHD[:, ::64].abs().amax(dim=(1, 3)).float()
+    return (largest * (4.0 / FP8_MAX)).clamp_min(1e-12)
+
+
+class EagerOps:
+    """Plain PyTorch: the slow twin, on any device."""
+
+    def norm(
+        self,
+        x_BLC: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        eps: float,
+        *,
+        update_BLC: Tensor | None = None,
+        gate: Tensor | None = None,
+        frame_BTC: Tensor | None = None,
+        quantize: bool = False,
+    ) -> tuple[Tensor, Rows]:
+        if update_BLC is not None or frame_BTC is not None:
+            wide = x_BLC.float()
+            if update_BLC is not None:
+                update = update_BLC.float()
+                wide = wide + (update if gate is None else update * gate)
+            if frame_BTC is not None:
+                per_frame = wide.unflatten(1, (frame_BTC.shape[1], -1)) + frame_BTC.float()[:, :, None]
+                wide = per_frame.flatten(1, 2)
+            x_BLC = wide.to(x_BLC.dtype)
+        normed = F.layer_norm(x_BLC.float(), x_BLC.shape[-1:], eps=eps)
+        rows = torch.addcmul(shift, normed, scale)
+        return x_BLC, quantize_rows(rows) if quantize else rows.to(x_BLC.dtype)
+
+    def add_gated(self, x_BLC: Tensor, update_BLC: Tensor, gate: Tensor) -> Tensor:
+        return torch.addcmul(x_BLC.float(), update_BLC.float(), gate).to(x_BLC.dtype)
+
+    def rms(self, x_BLC: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return _rms(x_BLC, weight, eps).to(x_BLC.dtype)
+
+    def rms_rotate(
+        self,
+        x_BLC: Tensor,
+        weight: Tensor,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        heads: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        even, odd = _rms(x_BLC, weight, eps).unflatten(-1, (heads, -1, 2)).unbind(-1)
+        cos, sin = cos[:, None, :], sin[:, None, :]
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+        if dtype == FP8:
+            turned = turned.clamp(-FP8_MAX, FP8_MAX)
+        return turned.to(dtype)
+
+    def quantize(self, x_BLC: Tensor, *, gelu: bool = False) -> QuantRows:
+        wide = x_BLC.float()
+        return quantize_rows(F.gelu(wide, approximate="tanh") if gelu else wide)
+
+    def quantize_heads(self, x_BLHD: Tensor) -> tuple[Tensor, Tensor]:
+        scales = head_scales(x_BLHD)
+        scaled = x_BLHD.float() / scales[:, None, :, None]
+        return scaled.clamp(-FP8_MAX, FP8_MAX).to(FP8).contiguous(), scales
+
+
+def quantize_rows(rows: Tensor) -> QuantRows:
+    """Float8 rows whose largest value is at float8's maximum."""
+    scale = (rows.abs().amax(-1, keepdim=True) / FP8_MAX).clamp_min(1e-12)
+    return QuantRows((rows / scale).to(FP8), scale)
+
+
+def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def create_fused(device: torch.device) -> FusedOps:
+    """The passes for a device: Triton kernels on CUDA, the eager twins elsewhere."""
+    if device.type != "cuda":
+        return EagerOps()
+    from omniavatar.ops.fused_triton import TritonOps
+
+    return TritonOps()
