@@ -93,11 +93,13 @@ def profile(dit, grid, rows=18):
 
 
 @torch.inference_mode()
-def measure(scale, repeats, with_profile):
+def measure(scale, repeats, with_profile, variants):
     spec, ops = scale_spec(scale), create_fused(DEVICE)
     there = available_backends(DEVICE)
     expected, rows = None, []
     for name, config, backends in LADDER:
+        if name not in variants:
+            continue
         _, attention = create_attention("cudnn", DEVICE, DTYPE)
         dit = random_dit(spec.dit, attention=attention, dtype=DTYPE, device=DEVICE, seed=0)
         if expected is None:
@@ -136,12 +138,12 @@ def main() -> None:
     parser.add_argument("--scales", default="14B,1.3B")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--variants", default=",".join(name for name, _, _ in LADDER))
     arguments = parser.parse_args()
-    rows = [
-        row
-        for scale in arguments.scales.split(",")
-        for row in measure(scale, arguments.repeats, arguments.profile)
-    ]
+    variants = arguments.variants.split(",")
+    rows = []
+    for scale in arguments.scales.split(","):
+        rows += measure(scale, arguments.repeats, arguments.profile, variants)
     print("| model | variant | attention | error | " + " | ".join(f"{n:,}" for n in GRIDS) + " | peak GiB |")
     print("|---|---|---|---|" + "---|" * (len(GRIDS) + 1))
     for row in rows:

@@ -1,9 +1,9 @@
 """Transformer blocks with their element-wise work fused into single passes.
 
-What changes: q, k and v come from one product over one packed weight, of which the layers' own tensors become
-views (state-dict keys stay); norms, modulation, rotation, gates and residual additions are the passes of
-`ops.fused`; where a linear layer is float8, the pass before it hands over float8 rows, and where attention is,
-rotated q and k come out in float8.
+What changes: q, k and v come from one product over one packed weight, of which the layers' own tensors
+become views (state-dict keys stay); norms, modulation, rotation, gates and residual additions are the passes
+of `ops.fused`; where a linear layer is float8, the pass before it hands over float8 rows, and where attention
+is, rotated q and k come out in float8.
 What it loses: nothing but rounding (relative L2 about 1e-3 a forward in bf16).
 Source: AdaLN modulation of DiT (arXiv 2212.09748), fused as serving engines do.
 """

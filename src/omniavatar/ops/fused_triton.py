@@ -70,25 +70,37 @@ def _add_gated_kernel(
 
 @triton.jit
 def _rms_kernel(
-    x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, width, row_step, batch_step, tokens, eps,
-    ROTATE: tl.constexpr, HEAD_DIM: tl.constexpr, CLAMP: tl.constexpr, FP8_LIMIT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x_ptr, weight_ptr, out_ptr, width, row_step, batch_step, tokens, eps, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    token = row % tokens
     column = tl.arange(0, BLOCK)
     inside = column < width
-    place = x_ptr + (row // tokens) * batch_step + token * row_step
+    place = x_ptr + (row // tokens) * batch_step + (row % tokens) * row_step
     x = tl.load(place + column, inside, 0.0).to(tl.float32)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, 0) / width + eps)
     x = x * rstd * tl.load(weight_ptr + column, inside, 0.0).to(tl.float32)
-    if ROTATE:
-        pair = tl.arange(0, BLOCK // 2)
-        table = token * (HEAD_DIM // 2) + pair % (HEAD_DIM // 2)
-        cos = tl.load(cos_ptr + table, pair < width // 2, 0.0)
-        sin = tl.load(sin_ptr + table, pair < width // 2, 0.0)
-        even, odd = tl.split(tl.reshape(x, (BLOCK // 2, 2)))
-        x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK,))
+    tl.store(out_ptr + row * width + column, x.to(out_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def _rms_rotate_kernel(
+    x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, heads, row_step, batch_step, tokens, eps,
+    HEAD_DIM: tl.constexpr, CLAMP: tl.constexpr, FP8_LIMIT: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    token = row % tokens
+    head = tl.arange(0, HEADS)
+    column = head[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    inside = (head < heads)[:, None]
+    width = heads * HEAD_DIM
+    place = x_ptr + (row // tokens) * batch_step + token * row_step
+    x = tl.load(place + column, inside, 0.0).to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(tl.sum(x * x, 1), 0) / width + eps)
+    x = x * rstd * tl.load(weight_ptr + column, inside, 0.0).to(tl.float32)
+    table = token * (HEAD_DIM // 2) + tl.arange(0, HEAD_DIM // 2)
+    cos, sin = tl.load(cos_ptr + table)[None, :], tl.load(sin_ptr + table)[None, :]
+    even, odd = tl.split(tl.reshape(x, (HEADS, HEAD_DIM // 2, 2)))
+    x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (HEADS, HEAD_DIM))
     if CLAMP:
         x = tl.minimum(tl.maximum(x, -FP8_LIMIT), FP8_LIMIT)
     tl.store(out_ptr + row * width + column, x.to(out_ptr.dtype.element_ty), inside)
@@ -125,12 +137,17 @@ def _quantize_heads_kernel(
     tl.store(out_ptr + row * width + column, x.to(out_ptr.dtype.element_ty), inside)
 
 
-def _warps(block: int) -> int:
-    return max(4, min(16, block // 1024))
-
-
 class TritonOps:
-    """The kernels above behind `FusedOps`; CUDA tensors."""
+    """The kernels above behind `FusedOps`; CUDA tensors whose head width is a power of two.
+
+    values_per_warp decides the warps of a row's program: row width / values_per_warp, 1 to 16.
+    """
+
+    def __init__(self, values_per_warp: int = 1024) -> None:
+        self._values_per_warp = values_per_warp
+
+    def _warps(self, block: int) -> int:
+        return max(1, min(16, block // self._values_per_warp))
 
     def norm(
         self,
@@ -173,7 +190,7 @@ class TritonOps:
             QUANTIZE=quantize,
             FP8_LIMIT=FP8_MAX,
             BLOCK=block,
-            num_warps=_warps(block),
+            num_warps=self._warps(block),
         )
         return total, QuantRows(out, row_scale) if quantize else out
 
@@ -190,13 +207,26 @@ class TritonOps:
             tokens,
             _batch_step(gate, width),
             BLOCK=block,
-            num_warps=_warps(block),
+            num_warps=self._warps(block),
         )
         return out
 
     def rms(self, x_BLC: Tensor, weight: Tensor, eps: float) -> Tensor:
+        batch, tokens, width = x_BLC.shape
         out = torch.empty(x_BLC.shape, dtype=x_BLC.dtype, device=x_BLC.device)
-        self._rms(x_BLC, weight, eps, out, None, None, x_BLC.shape[-1])
+        block = triton.next_power_of_2(width)
+        _rms_kernel[(batch * tokens,)](
+            _packed_rows(x_BLC),
+            weight,
+            out,
+            width,
+            x_BLC.stride(1),
+            x_BLC.stride(0),
+            tokens,
+            eps,
+            BLOCK=block,
+            num_warps=self._warps(block),
+        )
         return out
 
     def rms_rotate(
@@ -210,8 +240,25 @@ class TritonOps:
         dtype: torch.dtype,
     ) -> Tensor:
         batch, tokens, width = x_BLC.shape
-        out = torch.empty(batch, tokens, heads, width // heads, dtype=dtype, device=x_BLC.device)
-        self._rms(x_BLC, weight, eps, out, cos, sin, width // heads)
+        head_dim = width // heads
+        out = torch.empty(batch, tokens, heads, head_dim, dtype=dtype, device=x_BLC.device)
+        _rms_rotate_kernel[(batch * tokens,)](
+            _packed_rows(x_BLC),
+            weight,
+            cos,
+            sin,
+            out,
+            heads,
+            x_BLC.stride(1),
+            x_BLC.stride(0),
+            tokens,
+            eps,
+            HEAD_DIM=head_dim,
+            CLAMP=dtype == FP8,
+            FP8_LIMIT=FP8_MAX,
+            HEADS=triton.next_power_of_2(heads),
+            num_warps=self._warps(triton.next_power_of_2(heads) * head_dim),
+        )
         return out
 
     def quantize(self, x_BLC: Tensor, *, gelu: bool = False) -> QuantRows:
@@ -221,7 +268,7 @@ class TritonOps:
         scale = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
         block = triton.next_power_of_2(width)
         _quantize_kernel[(scale.numel(),)](
-            x, out, scale, width, GELU=gelu, FP8_LIMIT=FP8_MAX, BLOCK=block, num_warps=_warps(block)
+            x, out, scale, width, GELU=gelu, FP8_LIMIT=FP8_MAX, BLOCK=block, num_warps=self._warps(block)
         )
         return QuantRows(out, scale)
 
@@ -242,40 +289,9 @@ class TritonOps:
             HEAD_DIM=head_dim,
             FP8_LIMIT=FP8_MAX,
             BLOCK=block,
-            num_warps=_warps(block),
+            num_warps=self._warps(block),
         )
         return out, scales
-
-    @staticmethod
-    def _rms(
-        x: Tensor,
-        weight: Tensor,
-        eps: float,
-        out: Tensor,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        head_dim: int,
-    ) -> None:
-        batch, tokens, width = x.shape
-        block = triton.next_power_of_2(width)
-        _rms_kernel[(batch * tokens,)](
-            _packed_rows(x),
-            weight,
-            weight if cos is None else cos,
-            weight if sin is None else sin,
-            out,
-            width,
-            x.stride(1),
-            x.stride(0),
-            tokens,
-            eps,
-            ROTATE=cos is not None,
-            HEAD_DIM=head_dim,
-            CLAMP=out.dtype == FP8,
-            FP8_LIMIT=FP8_MAX,
-            BLOCK=block,
-            num_warps=_warps(block),
-        )
 
 
 def _batch_step(vector: Tensor, width: int) -> int:
