@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _TEXT_TOKENS = 512
 _FLOAT = 4
+_VAE_FRAMES = {"plain": 28, "fast": 52, "auto": 52}
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,10 @@ def estimate_memory(config: PipelineConfig, plan: RunPlan, has_audio: bool) -> M
         vae=_count(vae_tensors(spec.vae)) * size,
         audio_encoder=_count(wav2vec_tensors(spec.wav2vec)) * _FLOAT,
         text_encoder=_count(text_tensors(spec.text)) * size,
-        activations=max(_dit_activations(dit, plan, size), _vae_activations(spec.vae.dim, plan, size)),
+        activations=max(
+            _dit_activations(dit, plan, size),
+            _vae_activations(spec.vae.dim, plan, size, _VAE_FRAMES[config.runtime.vae]),
+        ),
         audio_features_file=plan.padded_audio_frames * dit.audio_dim * _FLOAT if has_audio else 0,
         assumed_scale=assumed,
     )
@@ -79,7 +83,7 @@ def _dit_activations(dit: DiTConfig, plan: RunPlan, size: int) -> int:
     return max(feed_forward, attention) + text + residuals
 
 
-def _vae_activations(channels: int, plan: RunPlan, size: int) -> int:
-    """The VAE's last stage at full resolution: 4 frames in, inside and out, and its causal caches."""
+def _vae_activations(channels: int, plan: RunPlan, size: int, frames: int) -> int:
+    """The VAE's last stage at full resolution: frames in, inside and out, and its causal caches."""
     height, width = plan.size
-    return height * width * channels * 28 * size
+    return height * width * channels * frames * size
