@@ -60,7 +60,7 @@ def add_norm(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "height", "width"])
 def _add_norm_kernel(
     value,
     bias,
