@@ -1,0 +1,49 @@
+"""A kernel trace of one window, taken with torch.profiler while a profiled run goes by.
+
+A listener of the run's events: it starts with the second window of the first request (the first where there
+is no other, since a first window also pays for warming up) and stops where the next window or the end of the
+request is announced. Recording every kernel slows that window down: its times in the report are larger.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile
+
+
+class KernelTrace:
+    """Writes the Chrome trace of one window to `path`; `window` is its number once it has been taken."""
+
+    def __init__(self, path: Path, on_gpu: bool) -> None:
+        self.path = path
+        self.window: int | None = None
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+        self._profiler = profile(activities=activities)
+        self._running = False
+        self._owner = threading.get_ident()
+
+    def __call__(self, name: str, fields: Mapping[str, Any]) -> None:
+        if threading.get_ident() != self._owner:
+            return
+        if self._running and name in ("window_started", "request_finished"):
+            self.stop()
+        elif name == "window_started" and self.window is None and _chosen(fields):
+            self.window = fields["window"]
+            self._running = True
+            self._profiler.start()
+
+    def stop(self) -> None:
+        """Write what has been recorded; does nothing when nothing is being recorded."""
+        if self._running:
+            self._running = False
+            self._profiler.stop()
+            self._profiler.export_chrome_trace(str(self.path))
+
+
+def _chosen(fields: Mapping[str, Any]) -> bool:
+    """Whether this is the second window, or the only one."""
+    return bool(fields["window"] == min(1, fields["windows"] - 1))
