@@ -1,4 +1,5 @@
-"""The command line: `omniavatar generate | plan | config show | download | make-checkpoint | demo`.
+"""The command line: `omniavatar generate | plan | config show | download | make-checkpoint | demo | profile |
+benchmark | doctor`.
 
 This file only lists the commands; each lives in a `cli_*` file that imports what it runs inside the
 command, so that `--help` answers without loading torch. Exit codes: docs/exit_codes.md.
@@ -12,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from omniavatar import cli_checkpoint, cli_config, cli_generate, cli_plan
+from omniavatar import cli_checkpoint, cli_config, cli_generate, cli_plan, cli_profile
 
 app = typer.Typer(
     name="omniavatar",
@@ -50,6 +51,9 @@ app.add_typer(config_app, name="config")
 app.command()(cli_checkpoint.download)
 app.command("make-checkpoint")(cli_checkpoint.make_checkpoint)
 app.command()(cli_generate.demo)
+app.command()(cli_profile.profile)
+app.command()(cli_profile.benchmark)
+app.command()(cli_profile.doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

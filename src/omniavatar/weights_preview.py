@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omniavatar.checkpoint.dit import inspect_dit
@@ -23,6 +24,21 @@ if TYPE_CHECKING:
 def files_there(model: ModelConfig) -> bool:
     """Whether the DiT is read from files and all of them exist."""
     return model.weights == "files" and bool(model.dit_path) and all(path.exists() for path in model.dit_path)
+
+
+def missing_files(model: ModelConfig) -> list[Path]:
+    """Files and folders that the configuration names and this disk lacks; none for random weights."""
+    if model.weights == "random":
+        return []
+    named = (
+        model.vae_path,
+        model.text_encoder_path,
+        model.tokenizer_folder,
+        model.wav2vec_path,
+        model.exp_path,
+    )
+    paths = (*model.dit_path, *named, *(lora.path for lora in model.loras))
+    return [path for path in paths if path is not None and not path.exists()]
 
 
 def find_dit_config(model: ModelConfig) -> tuple[DiTConfig, str | None]:

@@ -1,0 +1,13 @@
+"""Where the time of a run goes: the same as `omniavatar profile`.
+
+torchrun --standalone --nproc_per_node=1 scripts/profile_inference.py \
+    --config configs/inference_optimized.yaml \
+    --input_file examples/infer_samples.txt [--json report.json] [--trace trace.json] [--torch kernels.json]
+"""
+
+import sys
+
+from omniavatar.cli import main
+
+if __name__ == "__main__":
+    main(["profile", *sys.argv[1:]])

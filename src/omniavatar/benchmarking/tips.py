@@ -1,0 +1,124 @@
+"""Which tips of the speed guide save time, on the numbers measured.
+
+Every tip is one change of the configuration; the time of a video of five minutes is counted before and after
+it with the same measured costs of a window (a shorter window has been measured too). What a change does to
+the picture is not said here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from omniavatar.config import PipelineConfig
+from omniavatar.errors import ConfigError
+
+NOTHING = 0.005
+
+
+@dataclass(frozen=True)
+class Tip:
+    """One tip: `before` and `after` are seconds for the video; None where it cannot be tried, see `note`."""
+
+    tip: str
+    change: str
+    before: float | None
+    after: float | None
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        if self.before is None or self.after is None:
+            return "not tried"
+        saved = 1 - self.after / self.before
+        if abs(saved) < NOTHING:
+            return "saves nothing"
+        return f"saves {saved:.0%}" if saved > 0 else f"costs {-saved:.0%} more"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "verdict": self.verdict}
+
+
+def guide_tips(config: PipelineConfig, seconds: Callable[[PipelineConfig], float]) -> list[Tip]:
+    """The tips, tried on `config`.
+
+    seconds: a configuration's time for the video; max_tokens may be the configured or `fewer_tokens`.
+    """
+    plain = changed(config, sampling={"step_cache": "none"})
+    sampling, video = config.sampling, config.video
+    fewer = max(1, sampling.steps // 2)
+    trials = [
+        (
+            "fewer steps",
+            f"num_steps {sampling.steps} to {fewer}, no step cache",
+            plain,
+            changed(plain, sampling={"num_steps": fewer, "timesteps": None}),
+        ),
+        (
+            "lower guidance",
+            "guidance_scale 4.5 to 3.5",
+            changed(config, sampling={"guidance_scale": 4.5, "audio_scale": None}),
+            changed(config, sampling={"guidance_scale": 3.5, "audio_scale": None}),
+        ),
+        (
+            "no guidance",
+            "guidance_scale 4.5 to 1",
+            changed(config, sampling={"guidance_scale": 4.5, "audio_scale": None}),
+            changed(config, sampling={"guidance_scale": 1.0, "audio_scale": None}),
+        ),
+        (
+            "shorter seq_len (with audio)",
+            f"seq_len {video.seq_len} to {max(1, video.seq_len // 2)}",
+            config,
+            changed(config, video={"seq_len": max(1, video.seq_len // 2)}),
+        ),
+        (
+            "fewer max_tokens",
+            f"max_tokens {video.max_tokens} to {fewer_tokens(config)}",
+            config,
+            changed(config, video={"max_tokens": fewer_tokens(config)}),
+        ),
+        (
+            "smaller overlap",
+            "overlap_frame 13 to 5",
+            changed(config, video={"overlap_frame": 13}),
+            changed(config, video={"overlap_frame": 5}),
+        ),
+    ]
+    return [_cache_tip(config, plain, seconds), *(_try(*trial, seconds) for trial in trials)]
+
+
+def fewer_tokens(config: PipelineConfig) -> int:
+    """Two thirds of max_tokens, the guide's own step from 30,000 to 20,000."""
+    return max(1, config.video.max_tokens * 2 // 3)
+
+
+def changed(config: PipelineConfig, **sections: dict[str, Any]) -> PipelineConfig:
+    """`config` with some fields of some sections replaced."""
+    update = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+    return config.model_copy(update=update)
+
+
+def _cache_tip(
+    config: PipelineConfig, plain: PipelineConfig, seconds: Callable[[PipelineConfig], float]
+) -> Tip:
+    if config.sampling.cache_policy != "none":
+        return _try("step cache", f"{config.sampling.cache_policy} as configured", plain, config, seconds)
+    threshold = {"step_cache": "teacache", "tea_cache_l1_thresh": 0.14}
+    return _try(
+        "step cache", "tea_cache_l1_thresh 0 to 0.14", plain, changed(plain, sampling=threshold), seconds
+    )
+
+
+def _try(
+    tip: str,
+    change: str,
+    before: PipelineConfig,
+    after: PipelineConfig,
+    seconds: Callable[[PipelineConfig], float],
+) -> Tip:
+    try:
+        return Tip(tip, change, seconds(before), seconds(after))
+    except ConfigError as error:
+        return Tip(tip, change, None, None, str(error))

@@ -1,0 +1,100 @@
+"""`omniavatar doctor`: can this machine run it, and with what. Looks, and changes nothing.
+
+Weights are checked by the presence of the files a configuration names, and memory by the estimate of
+`omniavatar plan`; whether a file is whole is found out when it is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omniavatar import __version__
+from omniavatar.components import DTYPES, choose_device
+from omniavatar.config import OutputConfig, PipelineConfig, RuntimeConfig
+from omniavatar.config_load import load_config
+from omniavatar.errors import OmniAvatarError
+from omniavatar.machine import codecs, devices, free_disk, free_memory, optional_packages, versions
+from omniavatar.memory import estimate_memory
+from omniavatar.ops.attention import available_backends, choose_backend
+from omniavatar.plan import make_plan
+from omniavatar.weights_preview import missing_files
+
+NEEDED_CODECS = ("libx264", "aac")
+
+
+def examine(configs: Sequence[Path]) -> dict[str, Any]:
+    """Everything `doctor` reports; `problems` are one line each, with a remedy."""
+    device = choose_device("auto")
+    attention = {
+        name: {"there": available_backends(device), "auto": choose_backend(device, dtype)}
+        for name, dtype in DTYPES.items()
+    }
+    encoders = codecs()
+    rows = [_config(path, device) for path in configs]
+    return {
+        "command": "doctor",
+        "omniavatar": __version__,
+        "device": str(device),
+        "devices": devices(),
+        "cuda": torch.version.cuda,
+        "versions": versions(),
+        "attention": attention,
+        "optional": optional_packages(),
+        "codecs": encoders,
+        "disk": [
+            {"folder": str(folder), "free_bytes": free_disk(folder)}
+            for folder in (OutputConfig().output_dir, Path("pretrained_models"), RuntimeConfig().text_cache)
+        ],
+        "configs": rows,
+        "problems": _problems(encoders, rows),
+    }
+
+
+def _config(path: Path, device: torch.device) -> dict[str, Any]:
+    """Whether one configuration's weights are there and fit."""
+    try:
+        config = load_config(path).config
+        missing = missing_files(config.model)
+        need = _need(config)
+    except OmniAvatarError as error:
+        return {"config": str(path), "ready": False, "error": str(error)}
+    free = free_memory(device)
+    return {
+        "config": str(path),
+        "ready": not missing and need <= free,
+        "error": None,
+        "missing": [str(each) for each in missing],
+        "needs_bytes": need,
+        "fits": need <= free,
+    }
+
+
+def _need(config: PipelineConfig) -> int:
+    plan = make_plan(config, config.video.sample_rate, config.video.sizes[0])
+    return estimate_memory(config, plan, has_audio=True).device_peak
+
+
+def _problems(encoders: Sequence[dict[str, Any]], configs: Sequence[dict[str, Any]]) -> list[str]:
+    problems = [
+        f"{row['name']}: PyAV's FFmpeg lacks it; reinstall av from its wheel"
+        for row in encoders
+        if row["name"] in NEEDED_CODECS and not row["there"]
+    ]
+    for row in configs:
+        if row["error"]:
+            problems.append(f"{row['config']}: {row['error']}")
+        elif row["missing"]:
+            more = f" and {len(row['missing']) - 1} more" if len(row["missing"]) > 1 else ""
+            problems.append(
+                f"{row['config']}: {row['missing'][0]}{more} not on this disk; omniavatar download gets them"
+            )
+        elif not row["fits"]:
+            problems.append(
+                f"{row['config']}: needs about {row['needs_bytes'] / 2**30:.1f} GiB, more than is free; "
+                "lower max_tokens or use a smaller model"
+            )
+    return problems

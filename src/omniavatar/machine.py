@@ -1,0 +1,107 @@
+"""What this machine has: memory and disk that are free, devices, codecs, optional packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "av", "pydantic")
+OPTIONAL: Mapping[str, str] = MappingProxyType(
+    {
+        "triton": "fused kernels",
+        "fa3_fwd_interface": "FlashAttention-3 on Hopper (package fa3-fwd)",
+        "sageattention": "SageAttention",
+        "flash_attn": "FlashAttention-2",
+        "ray": "batches over several GPUs",
+    }
+)
+"""Module: what it is for. None of them is needed."""
+CODECS: Mapping[str, str] = MappingProxyType(
+    {
+        "libx264": "every video",
+        "aac": "sound in the video",
+        "h264_nvenc": "encoding on the GPU (optional)",
+    }
+)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes a run could take: free on the GPU, or available on the host."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return host_memory()[0]
+
+
+def host_memory() -> tuple[int, int]:
+    """(available, total) bytes of the host; available is the total where /proc/meminfo is missing."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return total, total
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    return int(fields["MemAvailable"].split()[0]) * 1024, total
+
+
+def free_disk(folder: Path) -> int:
+    """Free bytes of the disk that holds `folder`, which need not exist yet."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages a run depends on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def optional_packages() -> list[dict[str, Any]]:
+    """Packages that bring something and may be missing. Nothing is imported."""
+    rows = []
+    for module, purpose in OPTIONAL.items():
+        there = importlib.util.find_spec(module) is not None
+        rows.append({"name": module, "there": there, "version": _version(module), "purpose": purpose})
+    return rows
+
+
+def _version(module: str) -> str | None:
+    try:
+        return version({"fa3_fwd_interface": "fa3-fwd"}.get(module, module))
+    except PackageNotFoundError:
+        return None
+
+
+def codecs() -> list[dict[str, Any]]:
+    """Encoders that PyAV's FFmpeg has; a GPU encoder is listed as built in, which needs a driver besides."""
+    import av.codec
+
+    return [{"name": n, "there": n in av.codec.codecs_available, "purpose": why} for n, why in CODECS.items()]
+
+
+def devices() -> list[dict[str, Any]]:
+    """CUDA devices with their memory, and the CPU."""
+    available, total = host_memory()
+    rows: list[dict[str, Any]] = []
+    for index in range(torch.cuda.device_count()):
+        free, whole = torch.cuda.mem_get_info(index)
+        major, minor = torch.cuda.get_device_capability(index)
+        rows.append(
+            {
+                "name": f"cuda:{index}",
+                "model": torch.cuda.get_device_name(index),
+                "capability": f"{major}.{minor}",
+                "free_bytes": free,
+                "total_bytes": whole,
+            }
+        )
+    cpu = {"name": "cpu", "model": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads of torch"}
+    return [*rows, {**cpu, "capability": platform.machine(), "free_bytes": available, "total_bytes": total}]

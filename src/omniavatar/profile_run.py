@@ -1,0 +1,115 @@
+"""One profiled run: the pipeline as it is, with a recorder that keeps everything.
+
+Videos are made anew, never continued, so that the whole way is measured; they go to a folder of their own
+(`<output_dir>/profile`), so that unfinished work of an ordinary run stays untouched.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omniavatar import __version__
+from omniavatar.components import DTYPES, choose_device
+from omniavatar.config import PipelineConfig
+from omniavatar.model.vae import WanVAE
+from omniavatar.output import output_path, peak_memory
+from omniavatar.pipeline import AvatarPipeline
+from omniavatar.profiling.ceilings import ceilings, fp8_ceilings
+from omniavatar.profiling.kernels import KernelTrace
+from omniavatar.profiling.recorder import Listener
+from omniavatar.profiling.report import Models, RequestFigures, build_report
+from omniavatar.profiling.trace import TraceRecorder, chrome_trace
+from omniavatar.requests_file import RequestLine
+from omniavatar.sampling.windows import plan_windows
+from omniavatar.types import AvatarRequest, RunResult
+
+FOLDER = "profile"
+
+
+@dataclass(frozen=True)
+class ProfiledRun:
+    """The report, and the stages and steps as a Chrome trace."""
+
+    report: dict[str, Any]
+    trace: dict[str, Any]
+
+
+def profile_requests(
+    config: PipelineConfig,
+    lines: Sequence[RequestLine],
+    listeners: Sequence[Listener] = (),
+    kernels: Path | None = None,
+) -> ProfiledRun:
+    """Generate every line and report on it. kernels: where a torch.profiler trace of one window goes.
+
+    Raises what `AvatarPipeline.generate` raises.
+    """
+    device = choose_device(config.runtime.device)
+    on_gpu = device.type == "cuda"
+    taker = None if kernels is None else KernelTrace(kernels, on_gpu)
+    wait = (lambda: torch.cuda.synchronize(device)) if on_gpu else None
+    recorder = TraceRecorder([*listeners, *([taker] if taker else [])], wait)
+    folder = config.output.output_dir / FOLDER
+    config = config.model_copy(
+        update={"output": config.output.model_copy(update={"output_dir": folder, "keep_job": False})}
+    )
+    ceiling = ceilings(device, DTYPES[config.model.dtype])
+    started = time.perf_counter()
+    pipeline = AvatarPipeline.from_config(config, recorder=recorder)
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = []
+    for line in lines:
+        target = output_path(config.output, config.sampling, line.index, line.prompt)
+        request = AvatarRequest(line.prompt, line.image, line.audio)
+        result = pipeline.generate(request, target, resume=False, index=line.index)
+        figures.append(_figures(result))
+    seconds = time.perf_counter() - started
+    if taker is not None:
+        taker.stop()
+    components = pipeline.components
+    vae: object = components.vae
+    models = Models(components.dit_config, vae.config if isinstance(vae, WanVAE) else None)
+    report = build_report(
+        recorder.spans(), recorder.timings(), figures, models, ceiling, fp8_ceilings(device), seconds
+    )
+    about = {
+        "command": "profile",
+        "omniavatar": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": ceiling.device,
+        "dtype": config.model.dtype,
+        "weights": config.model.weights,
+        "attention": components.attention_name,
+        "kernel_trace_window": None if taker is None else taker.window,
+        "peak_memory": peak_memory(components.device),
+    }
+    return ProfiledRun({**about, **report}, chrome_trace(recorder.spans()))
+
+
+def _figures(result: RunResult) -> RequestFigures:
+    """The request's figures, from the sidecar that the pipeline wrote."""
+    plan = json.loads(result.sidecar.read_text(encoding="utf-8"))["plan"]
+    height, width = plan["size"]
+    return RequestFigures(
+        output=str(result.output),
+        frames=result.frames,
+        fps=plan["fps"],
+        seconds=result.seconds,
+        size=(height, width),
+        windows=plan_windows(plan["frames"] - 1, plan["window_length"], plan["overlap"]),
+        tokens=plan["tokens"],
+        steps=plan["steps"],
+        pattern=plan["pattern"],
+        branches=len(plan["branches"]),
+        forwards=plan["forwards"],
+        forwards_skipped=plan["forwards_skipped"],
+    )

@@ -1,0 +1,202 @@
+"""The benchmark: projections, tips, reports, the page, one real measurement of the nano model."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import make_pipeline, voice
+from omniavatar.benchmarking.full import measure_full
+from omniavatar.benchmarking.measure import Options, counts_of, measure
+from omniavatar.benchmarking.page import bar_chart, html_page
+from omniavatar.benchmarking.run import find_configs, measure_all
+from omniavatar.benchmarking.summary import markdown, measured
+from omniavatar.benchmarking.tips import Tip, fewer_tokens, guide_tips
+from omniavatar.config_load import load_config
+from omniavatar.errors import ConfigError
+from omniavatar.plan import make_plan
+from omniavatar.profiling.projection import Counts, StartCosts, Timing, WindowCosts, video_seconds
+from omniavatar.sampling.step_cache import compute_all
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+COSTS = WindowCosts(forward=1.0, skipped_forward=0.1, decode=3.0, encode=0.5, write=2.0)
+START = StartCosts(portrait=0.25, audio_per_second=0.01)
+COUNTS = Counts(windows=4, computed=10, skipped=5, branches=2, last_share=0.5, audio_seconds=100.0)
+
+# Projections
+
+
+def test_a_video_is_its_windows_one_after_the_other() -> None:
+    denoise = 2 * (10 * 1.0 + 5 * 0.1)
+    expected = 0.25 + 1.0 + 3 * (denoise + 3.0 + 0.5) + (denoise + 1.5) + 2.0
+    assert video_seconds(COSTS, START, COUNTS) == pytest.approx(expected)
+
+
+def test_a_single_window_has_no_hand_over() -> None:
+    assert video_seconds(COSTS, START, replace(COUNTS, windows=1)) == pytest.approx(1.25 + 21 + 1.5 + 2)
+
+
+def test_a_slow_writer_is_waited_for() -> None:
+    slow = replace(COSTS, write=100.0)
+    assert video_seconds(slow, START, COUNTS) == pytest.approx(1.25 + 24.5 + 4 * 100)
+
+
+def test_timing_keeps_median_and_spread() -> None:
+    assert Timing.of([3.0, 1.0, 2.0]) == Timing(2.0, 1.0, 3.0, 3)
+
+
+def test_windows_are_those_of_the_plan() -> None:
+    config = load_config(CONFIGS / "inference_1.3B_optimized.yaml").config
+    plan = make_plan(config, 5 * 60 * 16000, (400, 720), step_plan=compute_all(15))
+    counts = counts_of(plan)
+    assert counts.windows == len(plan.windows) and counts.branches == 2 and counts.computed == 15
+    assert 0 < counts.last_share <= 1
+
+
+# Tips
+
+
+def tips(**overrides: Any) -> dict[str, Tip]:
+    config = load_config(CONFIGS / "inference_1.3B.yaml", overrides).config
+
+    def seconds(changes: Any) -> float:
+        plan = make_plan(changes, 5 * 60 * 16000, (400, 720), step_plan=compute_all(changes.sampling.steps))
+        share = changes.video.max_tokens / 30000
+        costs = replace(COSTS, forward=0.5 * share**1.5, decode=1.5 * share)
+        return video_seconds(costs, START, counts_of(plan))
+
+    return {tip.tip: tip for tip in guide_tips(config, seconds)}
+
+
+def test_tips_say_what_saves_and_what_does_not() -> None:
+    found = tips()
+    assert found["lower guidance"].verdict == "saves nothing"
+    assert found["shorter seq_len (with audio)"].verdict == "saves nothing"
+    for name in ("fewer steps", "no guidance"):
+        verdict = found[name].verdict
+        assert verdict.startswith("saves") and 40 <= int(verdict.split()[1].rstrip("%")) <= 50
+    assert found["smaller overlap"].verdict.startswith("saves")
+    assert found["fewer max_tokens"].change == "max_tokens 30000 to 20000"
+
+
+def test_a_tip_that_cannot_be_tried_says_why() -> None:
+    def seconds(changes: Any) -> float:
+        if changes.sampling.cache_policy == "teacache":
+            raise ConfigError("no polynomial")
+        return 1.0
+
+    found = guide_tips(load_config(CONFIGS / "nano.yaml").config, seconds)
+    assert found[0].verdict == "not tried" and found[0].note == "no polynomial"
+    assert Tip("t", "c", 1.0, 1.2).verdict == "costs 20% more"
+
+
+# Running
+
+
+def test_configs_of_a_folder_in_order() -> None:
+    names = [path.stem for path in find_configs([CONFIGS])]
+    assert names == sorted(names) and "nano" in names
+    with pytest.raises(ConfigError, match="no YAML config"):
+        find_configs([CONFIGS / "none.yaml"])
+
+
+@pytest.fixture(scope="module")
+def nano_row() -> dict[str, Any]:
+    options = Options(
+        str(CONFIGS / "nano.yaml"),
+        "",
+        ("dit_path=nowhere.safetensors,device=cpu,max_tokens=56,image_sizes_720=[[64,64]]",),
+        warm_up=0,
+        repeats=1,
+        forward_limit=1e6,
+    )
+    return measure(options)
+
+
+def test_missing_weights_become_random_ones_and_the_row_says_so(nano_row: dict[str, Any]) -> None:
+    assert nano_row["status"] == "measured" and nano_row["weights"] == "random"
+    assert "nowhere.safetensors" in nano_row["notes"][0]
+    assert nano_row["steps"] == nano_row["computed_steps"] == 4 and nano_row["pattern"] == "CCCC"
+    assert [each["minutes"] for each in nano_row["projections"]] == [1.0, 5.0, 10.0]
+    assert all(each["seconds"] == each["baseline_seconds"] > 0 for each in nano_row["projections"])
+    assert nano_row["timings"]["skipped_forward"]["median"] < nano_row["timings"]["forward"]["median"]
+    json.dumps(nano_row)
+
+
+def test_whole_videos_with_and_without_the_step_cache(nano_checkpoint: Path, tmp_path: Path) -> None:
+    cache = {"step_cache": "magcache", "magcache_thresh": 10.0, "magcache_retention": 0.0, "num_steps": 4}
+    pipeline = make_pipeline(nano_checkpoint, tmp_path, scale="1.3B", magcache_max_skip=1, **cache)
+    full = measure_full(pipeline, voice(0.4), lambda audio: 2.0 * audio)
+    assert full["video_seconds"] == pytest.approx(0.7, abs=0.1) and full["seconds"] > 0
+    assert full["predicted_seconds"] == pytest.approx(0.8)
+    assert full["baseline_seconds"] > 0 and full["quality"]["psnr_db"] < 60
+    assert full["quality"]["frames"] == round(full["video_seconds"] * 25)
+    full = measure_full(make_pipeline(nano_checkpoint, tmp_path), voice(0.4), lambda audio: 1.0)
+    assert full["baseline_seconds"] is None and full["quality"] is None
+
+
+def test_what_cannot_run_is_skipped_with_the_reason() -> None:
+    row = measure(Options(str(CONFIGS / "nano.yaml"), "", ("device=cpu",), forward_limit=1e-9))
+    assert row["status"] == "skipped" and "one forward would take" in row["reason"]
+    many = ("device=cpu,max_tokens=2000000000,weights=random,scale=14B",)
+    row = measure(Options(str(CONFIGS / "nano.yaml"), "", many))
+    assert row["status"] == "skipped" and "this machine has" in row["reason"]
+
+
+def test_a_config_with_an_error_is_a_row_of_a_process_of_its_own(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("num_stepz: 3\n")
+    said: list[str] = []
+    (row,) = measure_all([bad], Options("", ""), said.append)
+    assert row["status"] == "failed" and "num_stepz" in row["reason"]
+    assert len(said) == 2 and "failed" in said[1]
+
+
+# Reports
+
+
+def result_of(*rows: dict[str, Any]) -> dict[str, Any]:
+    return {"benchmark": "speed", "warm_up": 0, "repeats": 1, "rows": list(rows)}
+
+
+def with_speed(row: dict[str, Any], name: str, factor: float) -> dict[str, Any]:
+    projections = [{**each, "seconds": each["seconds"] / factor} for each in row["projections"]]
+    return {**row, "name": name, "projections": projections}
+
+
+def test_reports_rank_by_the_five_minute_projection(nano_row: dict[str, Any]) -> None:
+    faster = with_speed(nano_row, "faster", 2.0)
+    skipped = {"config": "x.yaml", "name": "x", "status": "skipped", "reason": "needs <much> & more"}
+    result = result_of(nano_row, skipped, faster)
+    assert [row["name"] for row in measured(result["rows"])] == ["faster", "nano"]
+    text = markdown(result)
+    assert "| 1 | faster | nano | random | 4 of 4 | 2 |" in text and "2.00x" in text
+    assert "x.yaml: skipped, needs <much> & more" in text and "saves nothing" in text
+    page = html_page(result)
+    assert page.startswith("<!DOCTYPE html>\n") and "http://" not in page.replace("http://www.w3.org", "")
+    root = ElementTree.fromstring(page.split("\n", 1)[1])
+    assert len(root.findall(".//{http://www.w3.org/2000/svg}svg")) == 2
+    bars = root.findall(".//{http://www.w3.org/2000/svg}rect/{http://www.w3.org/2000/svg}title")
+    assert len(bars) == 2 * 2 + 2 * 4
+    assert "needs <much> & more" in "".join(root.itertext())
+
+
+def test_a_page_without_measurements_is_still_a_page() -> None:
+    row = {"config": "x.yaml", "name": "x", "status": "failed", "reason": "why"}
+    ElementTree.fromstring(html_page(result_of(row)).split("\n", 1)[1])
+
+
+def test_bars_are_as_long_as_their_values() -> None:
+    root = ElementTree.fromstring(bar_chart(["a", "b"], [("s", [1.0, 4.0])]))
+    rects = [r for r in root.iter("{http://www.w3.org/2000/svg}rect") if len(r)]
+    widths = [float(rect.attrib["width"]) for rect in rects]
+    assert widths[1] == pytest.approx(4 * widths[0], rel=0.01)
+
+
+def test_fewer_tokens_is_the_guides_step() -> None:
+    assert fewer_tokens(load_config(CONFIGS / "inference.yaml").config) == 20000
