@@ -242,6 +242,7 @@ def _print_findings(findings: dict[str, Any]) -> None:
             for dtype, r in findings["attention"].items()
         ],
     )
+    show("video VAE", [f"auto: {findings['vae']}"])
     show("optional packages", [there(row) for row in findings["optional"]])
     show("video and sound", [there(row) for row in findings["codecs"]])
     show("disk", [f"{size(row['free_bytes'])} free for {row['folder']}" for row in findings["disk"]])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from omniavatar import __version__
+from omniavatar.accel.vae import choose_vae
 from omniavatar.components import DTYPES, choose_device
 from omniavatar.config import OutputConfig, PipelineConfig, RuntimeConfig
 from omniavatar.config_load import load_config
@@ -43,6 +44,7 @@ def examine(configs: Sequence[Path]) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "versions": versions(),
         "attention": attention,
+        "vae": choose_vae("auto", device),
         "optional": optional_packages(),
         "codecs": encoders,
         "disk": [

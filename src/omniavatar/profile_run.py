@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from omniavatar import __version__
+from omniavatar.checkpoint.layout import scale_spec
+from omniavatar.checkpoint.vae import inspect_vae
 from omniavatar.components import DTYPES, choose_device
-from omniavatar.config import PipelineConfig
-from omniavatar.model.vae import WanVAE
+from omniavatar.config import ModelConfig, PipelineConfig
+from omniavatar.model.vae import VAEConfig
 from omniavatar.output import output_path, peak_memory
 from omniavatar.pipeline import AvatarPipeline
 from omniavatar.profiling.ceilings import ceilings, fp8_ceilings
@@ -32,6 +34,7 @@ from omniavatar.sampling.windows import plan_windows
 from omniavatar.types import AvatarRequest, RunResult
 
 FOLDER = "profile"
+RELEASED_VAES = ("plain", "fast")
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,7 @@ def profile_requests(
     if taker is not None:
         taker.stop()
     components = pipeline.components
-    vae: object = components.vae
-    models = Models(components.dit_config, vae.config if isinstance(vae, WanVAE) else None)
+    models = Models(components.dit_config, _vae_sizes(config.model, components.vae_name))
     report = build_report(
         recorder.spans(), recorder.timings(), figures, models, ceiling, fp8_ceilings(device), seconds
     )
@@ -89,10 +91,22 @@ def profile_requests(
         "dtype": config.model.dtype,
         "weights": config.model.weights,
         "attention": components.attention_name,
+        "quantize": config.runtime.quantize,
+        "vae": components.vae_name,
         "kernel_trace_window": None if taker is None else taker.window,
         "peak_memory": peak_memory(components.device),
     }
     return ProfiledRun({**about, **report}, chrome_trace(recorder.spans()))
+
+
+def _vae_sizes(model: ModelConfig, name: str) -> VAEConfig | None:
+    """Sizes of the released VAE where it is what ran."""
+    if name not in RELEASED_VAES:
+        return None
+    if model.weights == "random":
+        return scale_spec(model.scale).vae
+    assert model.vae_path is not None
+    return inspect_vae(model.vae_path)
 
 
 def _figures(result: RunResult) -> RequestFigures:

@@ -187,6 +187,8 @@ class _Measurement:
         counts = counts_of(plan)
         row: dict[str, Any] = {
             "attention": components.attention_name,
+            "quantize": config.runtime.quantize,
+            "vae": components.vae_name,
             "size": list(plan.size),
             "window_length": plan.window_length,
             "tokens": plan.tokens,

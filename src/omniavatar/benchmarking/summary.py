@@ -71,7 +71,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def _ranking(rows: Sequence[Row]) -> list[str]:
     lengths = [each["minutes"] for each in rows[0]["projections"]]
-    heads = ["", "config", "model", "weights", "steps computed", "passes"]
+    heads = ["", "config", "model", "weights", "attention, quantize, VAE", "steps computed", "passes"]
     heads += [f"{minutes:g} min of video" for minutes in lengths]
     heads += ["baseline", "all in against baseline", "real-time factor"]
     lines = []
@@ -86,6 +86,7 @@ def _ranking(rows: Sequence[Row]) -> list[str]:
                 row["name"],
                 row["model"],
                 row["weights"],
+                f"{row['attention']}, {row['quantize']}, {row['vae']}",
                 f"{row['computed_steps']} of {row['steps']}",
                 str(row["branches"]),
                 *times,

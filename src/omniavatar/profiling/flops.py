@@ -2,8 +2,8 @@
 
 A multiplication and an addition count as two; norms, activations, rotation and softmax are left out, as
 PyTorch's `flop_counter` leaves them out (it is the slow twin of this file in the tests, and agrees exactly).
-What is counted is the work the maths asks for: a kernel that pads or recomputes does more, a smaller
-decoder under the same name does less.
+What is counted is the work the maths asks for: a kernel that pads or recomputes does more, one that
+merges two layers (`accel.vae`: doubling and convolution) does less.
 
 Letters: L video tokens, C width, S text tokens, T latent frames, h w latent pixels, n frames at a stage.
 """

@@ -86,8 +86,9 @@ def _steps(steps: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def _work(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("work", "TFLOP", "seconds", "TFLOP/s", "floor", "share of the floor")
+    table = _table("work", "TFLOP", "seconds", "TFLOP/s", "floor", "floor / seconds", "fp8 floor")
     for row in rows:
+        fp8 = row["floor_seconds_fp8"]
         table.add_row(
             row["label"],
             f"{row['tflop']:,.4g}",
@@ -95,6 +96,7 @@ def _work(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['tflop_per_s']:,.3g}",
             seconds_text(row["floor_seconds"]),
             f"{row['share_of_floor']:.0%}",
+            "-" if fp8 is None else seconds_text(fp8),
         )
     return table
 
