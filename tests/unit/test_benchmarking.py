@@ -125,6 +125,9 @@ def test_missing_weights_become_random_ones_and_the_row_says_so(nano_row: dict[s
     assert [each["minutes"] for each in nano_row["projections"]] == [1.0, 5.0, 10.0]
     assert all(each["seconds"] == each["baseline_seconds"] > 0 for each in nano_row["projections"])
     assert nano_row["timings"]["skipped_forward"]["median"] < nano_row["timings"]["forward"]["median"]
+    cache = nano_row["tips"][0]
+    assert cache["tip"] == "step cache" and cache["verdict"] == "not tried"
+    assert "random" in cache["note"], "TeaCache's plan of random weights would be called useless"
     json.dumps(nano_row)
 
 

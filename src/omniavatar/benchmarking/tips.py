@@ -50,6 +50,12 @@ def guide_tips(config: PipelineConfig, seconds: Callable[[PipelineConfig], float
     fewer = max(1, sampling.steps // 2)
     trials = [
         (
+            "another step cache",
+            "step_cache: magcache, its published ratios",
+            plain,
+            changed(plain, sampling={"step_cache": "magcache"}),
+        ),
+        (
             "fewer steps",
             f"num_steps {sampling.steps} to {fewer}, no step cache",
             plain,
