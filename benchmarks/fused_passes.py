@@ -1,6 +1,6 @@
 """Microseconds and bandwidth of each fused pass on one CUDA device, for several widths of a warp's share.
 
-    python benchmarks/kernels.py [--tokens 30375]
+    python benchmarks/fused_passes.py [--tokens 30375]
 
 `GB/s` counts the bytes a pass must read and write. A table, then one line of JSON.
 """
@@ -67,7 +67,7 @@ def main() -> None:
             ]
             print(f"| {model} | {name} | " + " | ".join(cells) + " |")
     where = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "tokens": tokens}
-    print(json.dumps({"benchmark": "kernels", **where, "rows": rows}))
+    print(json.dumps({"benchmark": "fused_passes", **where, "rows": rows}))
 
 
 if __name__ == "__main__":
