@@ -15,6 +15,7 @@ import statistics
 import time
 
 import torch
+from timing import timed
 
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
@@ -23,21 +24,6 @@ from omniavatar.ops.attention import create_attention
 from omniavatar.sampling.windows import window_length
 
 SIZE = (400, 720)
-WARM_UP = 2
-
-
-def timed(run, repeats: int) -> list[float]:
-    """Seconds of each of `repeats` runs after the warm-up."""
-    for _ in range(WARM_UP):
-        run()
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return times
 
 
 @torch.inference_mode()

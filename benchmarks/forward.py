@@ -14,10 +14,10 @@ import copy
 import json
 import platform
 import statistics
-import time
 from functools import partial
 
 import torch
+from timing import timed
 
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
 from omniavatar.checkpoint.dit import random_dit
@@ -28,7 +28,6 @@ from omniavatar.ops.fused import create_fused
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 GRIDS = {30375: (27, 50, 90), 15750: (14, 50, 90), 32760: (21, 60, 104)}
 ERROR_GRID = (5, 50, 90)
-WARM_UP = 2
 LADDER = (
     ("plain", AccelConfig(), ("cudnn", "fa3")),
     ("fused", AccelConfig(fuse=True), ("cudnn", "fa3", "fa3_fp8")),
@@ -46,19 +45,6 @@ def inputs(dit, grid):
     text = dit.prepare_text(random(1, 512, dit.config.text_dim))
     audio = dit.prepare_audio(random(1, frames, dit.config.audio_dim))
     return random(1, 16, *grid), random(1, 17, *grid), torch.tensor([800.0], device=DEVICE), text, audio
-
-
-def seconds(run, repeats):
-    for _ in range(WARM_UP):
-        run()
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return times
 
 
 def reference(dit):
@@ -118,7 +104,7 @@ def measure(scale, repeats, with_profile, variants):
                     continue
                 torch.cuda.reset_peak_memory_stats()
                 args = inputs(dit, grid)
-                times = seconds(partial(dit, *args), repeats)
+                times = timed(partial(dit, *args), repeats)
                 row[str(tokens)] = statistics.median(times)
                 row[f"{tokens}_spread"] = [min(times), max(times)]
                 row[f"{tokens}_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30

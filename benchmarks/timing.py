@@ -1,0 +1,24 @@
+"""How seconds are measured on a CUDA device: warm-up, synchronisation, repeats."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+WARM_UP = 2
+
+
+def timed(run: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds of each of `repeats` runs after the warm-up."""
+    for _ in range(WARM_UP):
+        run()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return times
