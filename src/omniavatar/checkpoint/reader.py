@@ -158,5 +158,7 @@ def _check_numbering(paths: Sequence[Path]) -> None:
 
 
 def _remedy(path: Path) -> str:
+    if "nano" in str(path):
+        return "omniavatar make-checkpoint --scale nano --out pretrained_models/nano"
     scale = next((scale for scale in ("1.3B", "14B") if scale in str(path)), "14B|1.3B")
     return f"omniavatar download {scale}"
