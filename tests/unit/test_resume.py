@@ -74,7 +74,7 @@ def test_killed_run_continues_and_gives_the_same_video(pipeline, nano_checkpoint
     assert process.returncode == -signal.SIGKILL
     assert not output.exists()
     partial = tmp_path / "out.partial.mp4"
-    assert probe_video(partial).frames >= 13 + 8  # what is done is playable
+    assert probe_video(partial).frames >= 13  # playable; the kill may fall between record and append
 
     result = pipeline.generate(request(SECONDS), output)
     assert 2 <= result.resumed_windows < result.windows
