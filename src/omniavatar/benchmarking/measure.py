@@ -323,10 +323,11 @@ class _Measurement:
 def counts_of(plan: RunPlan) -> Counts:
     """What the projection needs of a plan whose steps are known."""
     assert plan.step_plan is not None
-    windows = len(plan.windows)
+    computed = plan.step_plan.computed
     last = decoded_latents(plan.windows[-1], last=True) / plan.latent_frames
-    computed, skipped = plan.forwards // windows, plan.forwards_skipped // windows
-    return Counts(windows, computed, skipped, last, plan.duration_s)
+    return Counts(
+        len(plan.windows), computed, plan.steps - computed, len(plan.branches), last, plan.duration_s
+    )
 
 
 def _costs(timings: dict[str, Timing]) -> WindowCosts:
