@@ -120,7 +120,7 @@ def _print(plan: RunPlan, memory: MemoryEstimate) -> None:
         ("a window", f"{plan.latent_frames} latent frames, {plan.tokens} tokens"),
         ("steps", f"{plan.steps}: {computed if computed is not None else '?'} computed (cache: {policy})"),
         ("pattern", pattern),
-        ("passes a step", f"{len(plan.branches)}: {', '.join(branch.name for branch in plan.branches)}"),
+        ("passes a step", _passes_text(plan)),
         ("forwards", f"{plan.forwards} in all ({plan.forwards_skipped} skipped)"),
         ("DiT weights", _size_text(memory.dit)),
         ("VAE weights", _size_text(memory.vae)),
@@ -143,6 +143,13 @@ def _print(plan: RunPlan, memory: MemoryEstimate) -> None:
         console.print(
             f"note: the weights are not on this disk; memory is that of the {memory.assumed_scale} model"
         )
+
+
+def _passes_text(plan: RunPlan) -> str:
+    guided = f"{len(plan.branches)}: {', '.join(branch.name for branch in plan.branches)}"
+    return (
+        guided if plan.guided == plan.steps else f"{guided}; at {plan.guided} of {plan.steps} steps, else 1"
+    )
 
 
 def _size_text(count: int) -> str:

@@ -31,6 +31,7 @@ from omniavatar.config_values import (
     device_name,
     dtype_name,
     lora_entry,
+    rising_fractions,
     scale_name,
 )
 from omniavatar.errors import ConfigError
@@ -175,6 +176,8 @@ class SamplingConfig(_Section):
     """Text guidance; 1 runs no negative branch."""
     audio_scale: Real | None = Field(None, ge=0)
     """Audio guidance; unset: as guidance_scale. Another value costs a third branch."""
+    guidance_interval: Annotated[tuple[Real, Real], AfterValidator(rising_fractions)] = (0.0, 1.0)
+    """[low, high], fractions of the steps that are guided; in the others only the conditional pass runs."""
     shift: Real = Field(5.0, gt=0)
     """Shift of the flow-matching schedule."""
     timesteps: Annotated[tuple[Real, ...], AfterValidator(descending_timesteps)] | None = None

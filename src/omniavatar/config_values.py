@@ -124,6 +124,13 @@ def descending_timesteps(value: tuple[float, ...]) -> tuple[float, ...]:
     return value
 
 
+def rising_fractions(value: tuple[float, float]) -> tuple[float, float]:
+    low, high = value
+    if not 0 <= low <= high <= 1:
+        raise ValueError("must be [low, high] with 0 <= low <= high <= 1, such as [0.0, 0.6]")
+    return value
+
+
 Whole = Annotated[int, BeforeValidator(_whole)]
 Real = Annotated[float, BeforeValidator(real), Field(allow_inf_nan=False)]
 Flag = Annotated[bool, BeforeValidator(_flag)]

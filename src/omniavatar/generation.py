@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omniavatar.accel.step_cache import ResidualCache
-from omniavatar.model.dit import AudioState, WanDiT
+from omniavatar.accel.step_cache import PassRunner, ResidualCache
+from omniavatar.model.dit import AudioState, RunBlocks, WanDiT
 from omniavatar.model.vae import VideoVAE
-from omniavatar.sampling.denoise import denoise
+from omniavatar.sampling.denoise import denoise as denoise_window
 from omniavatar.sampling.guidance import Branch
 from omniavatar.sampling.noise import WindowNoise
+from omniavatar.sampling.passes import plan_passes
 from omniavatar.sampling.schedule import Schedule
 from omniavatar.types import Conditioning, Recorder, Sampler, StepPlan, Window
 
@@ -31,13 +32,14 @@ DrawNoise = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class WindowSampling:
-    """How every window of one request is sampled."""
+    """How every window of one request is sampled. branches: of the steps in `guidance_interval`."""
 
     seed: int
     schedule: Schedule
     step_plan: StepPlan
     branches: tuple[Branch, ...]
     sampler: Sampler = "euler"
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +100,7 @@ class WindowGenerator:
         recorder: Recorder,
         convert: Callable[[Tensor], np.ndarray] = to_uint8,
         draw_noise: Callable[[Window, tuple[int, ...]], DrawNoise] | None = None,
+        make_cache: Callable[[RunBlocks], PassRunner] = ResidualCache,
     ) -> None:
         self._dit, self._vae = dit, vae
         self._sampling, self._recorder, self._convert = sampling, recorder, convert
@@ -105,9 +108,17 @@ class WindowGenerator:
         self._draw_noise = draw_noise or self._seeded_noise
         self._reference = conditioning.reference_latent
         self._audio = conditioning.audio
+        self._make_cache = make_cache
+        self._passes = plan_passes(
+            sampling.step_plan,
+            sampling.branches,
+            has_audio=conditioning.audio is not None,
+            interval=sampling.guidance_interval,
+        )
+        self._branches = {each.branch for row in self._passes for each in row}
         with torch.inference_mode():
             embeddings = {"positive": conditioning.text_positive, "negative": conditioning.text_negative}
-            needed = {branch.text for branch in sampling.branches}
+            needed = {branch.text for branch in self._branches}
             self._text = {name: dit.prepare_text(embeddings[name]) for name in sorted(needed)}
 
     def run(
@@ -118,7 +129,7 @@ class WindowGenerator:
         for window in windows[first:]:
             self._recorder.event("window_started", window=window.index, windows=len(windows))
             with self._recorder.stage("denoise"):
-                latent = self._denoise(window, known)
+                latent = self.denoise(window, known)
             last = window.index == len(windows) - 1
             overlap = 0 if last else windows[window.index + 1].given_frames
             with self._recorder.stage("vae_decode"):
@@ -133,7 +144,7 @@ class WindowGenerator:
         return WindowNoise(self._sampling.seed, window.index, shape, self._device).draw
 
     def _audio_states(self, window: Window) -> dict[str, AudioState]:
-        needed = {branch.audio for branch in self._sampling.branches}
+        needed = {branch.audio for branch in self._branches}
         states: dict[str, AudioState] = {}
         width = self._dit.config.audio_dim
         if not width:
@@ -146,35 +157,42 @@ class WindowGenerator:
         return states
 
     @torch.inference_mode()
-    def _denoise(self, window: Window, given: Tensor) -> Tensor:
+    def denoise(self, window: Window, given: Tensor) -> Tensor:
+        """Latents (1, 16, T, h, w) float32 of one window from its given latents (1, 16, G, h, w)."""
         sampling, dit = self._sampling, self._dit
         y = image_condition(self._reference, window)
         audio = self._audio_states(window)
-        cache = ResidualCache(dit.run_blocks, sampling.step_plan)
+        cache = self._make_cache(dit.run_blocks)
         timesteps = torch.tensor(sampling.schedule.timesteps, dtype=torch.float32, device=self._device)
 
         def velocity(sample: Tensor, step: int) -> Tensor:
             total = torch.zeros_like(sample)
-            for branch in sampling.branches:
+            for each in self._passes[step]:
+                branch = each.branch
                 predicted = dit(
                     sample,
                     y,
                     timesteps[step : step + 1],
                     self._text[branch.text],
                     audio[branch.audio],
-                    run_blocks=cache.runner(branch.name, step),
+                    run_blocks=cache.runner(each),
                 )
                 total = total.add_(predicted, alpha=branch.weight)
             return total
 
         def on_step(step: int) -> None:
-            action = "compute" if sampling.step_plan.compute[step] else "reuse"
+            row = self._passes[step]
             self._recorder.event(
-                "step", window=window.index, step=step, steps=len(sampling.schedule), action=action
+                "step",
+                window=window.index,
+                step=step,
+                steps=len(sampling.schedule),
+                action="compute" if any(each.compute for each in row) else "reuse",
+                passes=len(row),
             )
 
         shape = (1, self._reference.shape[1], window.latent_frames, *self._reference.shape[3:])
-        latent = denoise(
+        latent = denoise_window(
             velocity, sampling.schedule, given, self._draw_noise(window, shape), sampling.sampler, on_step
         )
         if self._device.type == "cuda":

@@ -79,7 +79,7 @@ def _dit_activations(dit: DiTConfig, plan: RunPlan, size: int) -> int:
     attention = plan.tokens * dit.dim * (6 * size + 2 * _FLOAT)
     text = 2 * dit.num_layers * 2 * _TEXT_TOKENS * dit.dim * size
     caching = plan.step_plan is None or plan.step_plan.policy != "none"
-    residuals = len(plan.branches) * plan.tokens * dit.dim * size if caching else 0
+    residuals = len(plan.branch_patterns) * plan.tokens * dit.dim * size if caching else 0
     return max(feed_forward, attention) + text + residuals
 
 

@@ -257,7 +257,9 @@ class AvatarPipeline:
         plan = make_plan(
             self.config, 0 if conditioning.audio is not None else None, inputs.size, sampling, step_plan
         )
-        windows = WindowSampling(sampling.seed, schedule, step_plan, plan.branches, sampling.sampler)
+        windows = WindowSampling(
+            sampling.seed, schedule, step_plan, plan.branches, sampling.sampler, sampling.guidance_interval
+        )
         return (
             WindowGenerator(dit, self.components.vae, conditioning, windows, self._recorder),
             step_plan,

@@ -16,6 +16,7 @@ from omniavatar.config import PipelineConfig, SamplingConfig
 from omniavatar.errors import ConfigError
 from omniavatar.sampling.cache_constants import MAGCACHE_RATIOS, TEACACHE_POLYNOMIALS
 from omniavatar.sampling.guidance import Branch, guidance_branches
+from omniavatar.sampling.passes import Passes, branch_patterns, count_passes, guided_steps, plan_passes
 from omniavatar.sampling.schedule import Schedule, make_schedule
 from omniavatar.sampling.step_cache import compute_all, magcache_plan, relative_changes, teacache_plan
 from omniavatar.sampling.windows import frames_for, padded_audio_frames, plan_windows, window_length
@@ -33,9 +34,9 @@ class RunPlan:
     """The whole run of one request.
 
     size: (height, width) in pixels. frames: of the finished video. tokens: video tokens of one forward.
-    step_plan: None while TeaCache's decisions are unknown. forwards: block-stack passes of all windows,
-    skipped ones not counted (an upper bound while step_plan is None). audio_feature_bytes: size of the
-    memory-mapped audio features.
+    step_plan: None while TeaCache's decisions are unknown. branches: passes of a guided step. guided: how many
+    steps are guided. passes: what runs at each step of a window. forwards: block-stack passes of all windows,
+    skipped ones not counted (an upper bound while step_plan is None).
     """
 
     size: tuple[int, int]
@@ -49,6 +50,8 @@ class RunPlan:
     steps: int
     step_plan: StepPlan | None
     branches: tuple[Branch, ...]
+    guided: int
+    passes: Passes
     forwards: int
     forwards_skipped: int
     padded_audio_frames: int
@@ -58,9 +61,16 @@ class RunPlan:
     def duration_s(self) -> float:
         return self.frames / self.fps
 
+    @property
+    def branch_patterns(self) -> dict[str, str]:
+        """For each branch one letter a step: C computed, s skipped, - not run."""
+        return branch_patterns(self.passes)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form; windows are given by their count."""
         values = asdict(self)
+        del values["passes"]
+        values["branch_patterns"] = self.branch_patterns if self.step_plan else None
         values["windows"] = len(self.windows)
         values["duration_s"] = self.duration_s
         values["pattern"] = self.step_plan.pattern if self.step_plan else None
@@ -164,8 +174,16 @@ def make_plan(
     notes = list(step_plan.notes if step_plan else ())
     if step_plan is None and sampling.cache_policy == "teacache":
         notes.append("TeaCache's decisions need the checkpoint's time embedding; forwards is an upper bound")
-    computed = step_plan.computed if step_plan else sampling.steps
-    per_step = len(branches) * len(windows)
+    interval = sampling.guidance_interval
+    known = step_plan or compute_all(sampling.steps)
+    passes = plan_passes(known, branches, audio_samples is not None, interval)
+    computed, skipped = count_passes(passes)
+    guided = len(guided_steps(sampling.steps, interval))
+    if guided < sampling.steps and len(branches) > 1:
+        notes.append(
+            f"guidance at {guided} of {sampling.steps} steps (guidance_interval); "
+            "the others run one pass, without text or audio guidance"
+        )
     latent_frames = (length + 3) // 4
     stride = VAE_STRIDE * PATCH
     return RunPlan(
@@ -180,8 +198,10 @@ def make_plan(
         steps=sampling.steps,
         step_plan=step_plan,
         branches=branches,
-        forwards=computed * per_step,
-        forwards_skipped=(sampling.steps - computed) * per_step,
+        guided=guided,
+        passes=passes,
+        forwards=computed * len(windows),
+        forwards_skipped=skipped * len(windows),
         padded_audio_frames=padded_audio_frames(len(windows), length, video.overlap_frame),
         notes=tuple(notes),
     )

@@ -42,6 +42,7 @@ class SamplingParams:
     sampler: Sampler | None = None
     negative_prompt: str | None = None
     step_cache: StepCache | None = None
+    guidance_interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, eq=False)

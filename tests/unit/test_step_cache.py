@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 from omniavatar.accel.step_cache import ResidualCache
 from omniavatar.sampling.cache_constants import MAGCACHE_RATIOS, TEACACHE_POLYNOMIALS
+from omniavatar.sampling.guidance import Branch
+from omniavatar.sampling.passes import Pass
 from omniavatar.sampling.step_cache import (
     compute_all,
     fitted_range,
@@ -13,7 +15,6 @@ from omniavatar.sampling.step_cache import (
     relative_changes,
     teacache_plan,
 )
-from omniavatar.types import StepPlan
 
 
 def test_relative_change_is_to_the_step_before_even_if_skipped():
@@ -102,16 +103,22 @@ def test_branches_keep_their_own_residuals():
         calls.append(inputs)
         return tokens * 3
 
-    cache = ResidualCache(blocks, StepPlan((True, False, True)))
+    names = ("a", "b", "c")
+    branches = {name: Branch("positive", name, 1.0) for name in names}
+    cache = ResidualCache(blocks)
     x, y, z = torch.ones(2), torch.full((2,), 5.0), torch.full((2,), 7.0)
-    for branch, tokens in (("a", x), ("b", y), ("c", z)):
-        cache.runner(branch, 0)(tokens, branch)
+    for name, tokens in zip(names, (x, y, z), strict=True):
+        cache.runner(Pass(0, branches[name], compute=True, keep=True))(tokens, name)
     assert calls == ["a", "b", "c"]
-    for branch, tokens in (("a", x), ("b", y), ("c", z)):
-        assert torch.equal(cache.runner(branch, 1)(torch.zeros(2), branch), tokens * 2)
+    for name, tokens in zip(names, (x, y, z), strict=True):
+        reused = cache.runner(Pass(1, branches[name], compute=False, keep=name == "a"))
+        assert torch.equal(reused(torch.zeros(2), name), tokens * 2)
     assert calls == ["a", "b", "c"]
-    cache.runner("c", 2)(z, "c again")
+    assert torch.equal(cache.runner(Pass(2, branches["a"], False, False))(torch.zeros(2), "a"), x * 2)
+    cache.runner(Pass(2, branches["c"], compute=True, keep=False))(z, "c again")
     assert calls[-1] == "c again"
+    with pytest.raises(KeyError):
+        cache.runner(Pass(3, branches["c"], compute=False, keep=False))
 
 
 def test_no_cache_is_every_step():

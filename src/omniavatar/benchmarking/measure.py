@@ -323,11 +323,10 @@ class _Measurement:
 def counts_of(plan: RunPlan) -> Counts:
     """What the projection needs of a plan whose steps are known."""
     assert plan.step_plan is not None
-    computed = plan.step_plan.computed
+    windows = len(plan.windows)
     last = decoded_latents(plan.windows[-1], last=True) / plan.latent_frames
-    return Counts(
-        len(plan.windows), computed, plan.steps - computed, len(plan.branches), last, plan.duration_s
-    )
+    computed, skipped = plan.forwards // windows, plan.forwards_skipped // windows
+    return Counts(windows, computed, skipped, last, plan.duration_s)
 
 
 def _costs(timings: dict[str, Timing]) -> WindowCosts:

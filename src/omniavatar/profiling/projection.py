@@ -48,20 +48,19 @@ class StartCosts:
 
 @dataclass(frozen=True)
 class Counts:
-    """What a plan counts. computed, skipped: steps of a window. branches: forwards a step. last_share: part
-    of the last window's latents that is decoded."""
+    """What a plan counts. computed, skipped: forwards of a window. last_share: part of the last window's
+    latents that is decoded."""
 
     windows: int
     computed: int
     skipped: int
-    branches: int
     last_share: float
     audio_seconds: float
 
 
 def denoise_seconds(costs: WindowCosts, counts: Counts) -> float:
     """All forwards of one window."""
-    return counts.branches * (counts.computed * costs.forward + counts.skipped * costs.skipped_forward)
+    return counts.computed * costs.forward + counts.skipped * costs.skipped_forward
 
 
 def video_seconds(costs: WindowCosts, start: StartCosts, counts: Counts) -> float:
