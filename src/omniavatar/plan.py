@@ -34,9 +34,9 @@ class RunPlan:
     """The whole run of one request.
 
     size: (height, width) in pixels. frames: of the finished video. tokens: video tokens of one forward.
-    step_plan: None while TeaCache's decisions are unknown. branches: passes of a guided step. guided: how many
-    steps are guided. passes: what runs at each step of a window. forwards: block-stack passes of all windows,
-    skipped ones not counted (an upper bound while step_plan is None).
+    step_plan: None while TeaCache's decisions are unknown. branches: passes of a guided step. guided: how
+    many steps are guided. passes: what runs at each step of a window. forwards: block-stack passes of all
+    windows, skipped ones not counted (an upper bound while step_plan is None).
     """
 
     size: tuple[int, int]

@@ -1,4 +1,4 @@
-"""Guidance on part of the steps: what runs where, that no stale residual is reused, and the videos it makes."""
+"""Guidance on part of the steps: what runs where, no stale residual reused, the videos it makes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory plan: what fits stays, what is measured agrees with what is estimated, and each step down is one."""
+"""The memory plan: what fits stays, estimates agree with measured peaks, each step down is one."""
 
 from __future__ import annotations
 

@@ -24,6 +24,8 @@ from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.ops.attention import create_attention
 from omniavatar.ops.fused import EagerOps
+from omniavatar.sampling.guidance import guidance_branches
+from omniavatar.sampling.passes import plan_passes
 from omniavatar.types import StepPlan
 
 CPU = torch.device("cpu")
@@ -135,11 +137,12 @@ def test_text_layers_take_no_room_in_the_ring():
 @torch.inference_mode()
 def test_step_cache_on_top():
     dit = nano(AccelConfig(fuse=True))
-    plan = StepPlan("teacache", (True, False, True, True))
+    plan = StepPlan((True, False, True, True), "teacache")
+    passes = plan_passes(plan, guidance_branches(1.0, None, True), has_audio=True)
 
     def run():
-        cache = ResidualCache(dit.run_blocks, plan)
-        return [dit(*inputs(dit), run_blocks=cache.runner("cond", step)) for step in range(4)]
+        cache = ResidualCache(dit.run_blocks)
+        return [dit(*inputs(dit), run_blocks=cache.runner(row[0])) for row in passes]
 
     expected = run()
     apply_offload(dit, OffloadConfig(2), CPU, LateCopies())

@@ -4,9 +4,9 @@ First the VAE's pass is made as large as it can be with every block streamed, th
 resident as fit beside the larger of denoising and decoding. Streaming is nearly free where a block computes
 longer than its copy takes, so blocks give way before anything else does.
 
-Weights are exact; activations are fitted to peaks measured on an H100 (14B and 1.3B, 15,750 and 30,375 tokens:
-13.8 widths and 2.2 feed-forward widths a token, of the model's dtype) with 15 % on top; the VAE's are those
-of `accel.vae`. What the estimate misses, `smaller` takes up: one step less after an allocation failed.
+Weights are exact; activations are fitted to peaks measured on an H100 (14B and 1.3B, 15,750 and 30,375
+tokens: 13.8 widths and 2.2 feed-forward widths a token, of the model's dtype) with 15 % on top; the VAE's are
+those of `accel.vae`. What the estimate misses, `smaller` takes up: one step less after an allocation failed.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ TextPlace = Literal["device", "device before the DiT", "host"]
 
 @dataclass(frozen=True)
 class DiTSizes:
-    """Bytes of a DiT's weights. block: what a block computes with. text_layers: its layers for the text's keys
-    and values, which leave the device with it. outside: everything not in a block."""
+    """Bytes of a DiT's weights. block: what a block computes with. text_layers: its layers for the text's
+    keys and values, which leave the device with it. outside: everything not in a block."""
 
     blocks: int
     block: int
@@ -146,8 +146,8 @@ def plan_memory(dit: DiTSizes, run: RunSizes, limit: int | None) -> MemoryPlan:
                 return plan
     least = _plan(dit, run, limit, 0, 1, 1).peak
     raise ResourceError(
-        f"memory: about {least / GIB:.1f} GiB are needed with every block streamed, {limit / GIB:.1f} GiB are "
-        "there; lower max_tokens, use quantize=fp8 or the 1.3B model"
+        f"memory: about {least / GIB:.1f} GiB are needed with every block streamed, {limit / GIB:.1f} GiB "
+        "are there; lower max_tokens, use quantize=fp8 or the 1.3B model"
     )
 
 
