@@ -59,7 +59,11 @@ def generate(
     ] = None,
     input_file: Annotated[
         Path | None,
-        typer.Option("--input_file", "--input-file", help="Many requests: one prompt@@image@@audio a line."),
+        typer.Option(
+            "--input_file",
+            "--input-file",
+            help="Many requests: one prompt@@image@@audio a line, or .jsonl or .csv.",
+        ),
     ] = None,
     hp: HpOption = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise; default: the config's.")] = None,
@@ -88,7 +92,7 @@ def generate(
         loaded = load_config(config, overrides)
         lines: Sequence[RequestLine | BadLine]
         if input_file is not None:
-            lines = read_requests(input_file)
+            lines = read_requests(input_file, loaded.config.sampling)
         else:
             assert prompt is not None and image is not None
             lines = [RequestLine(0, 0, prompt, image, audio)]
@@ -173,10 +177,8 @@ def _run(
 ) -> int:
     """Generate every line; returns how many failed. With `many`, a line's own errors do not end the run."""
     from omniavatar.errors import InputError, ResumeError
-    from omniavatar.output import output_path
     from omniavatar.pipeline import AvatarPipeline
     from omniavatar.requests_file import RequestLine
-    from omniavatar.types import AvatarRequest
 
     for warning in loaded.warnings:
         recorder.event("message", text=warning, level="warning")
@@ -189,10 +191,10 @@ def _run(
             failed += 1
             continue
         pipeline = pipeline or AvatarPipeline.from_config(config, recorder=recorder)
-        target = output or output_path(config.output, config.sampling, line.index, line.prompt)
-        request = AvatarRequest(line.prompt, line.image, line.audio)
         try:
-            result = pipeline.generate(request, target, resume=resume, index=line.index)
+            result = pipeline.generate(
+                line.request(), output or line.target(config), resume=resume, index=line.index
+            )
         except (InputError, ResumeError) as error:
             if not many:
                 raise

@@ -22,6 +22,7 @@ from omniavatar.cli_common import (
 )
 
 if TYPE_CHECKING:
+    from omniavatar.config import SamplingConfig
     from omniavatar.requests_file import RequestLine
 
 CONFIGS = Path("configs")
@@ -82,7 +83,7 @@ def profile(
         bad = 0
         with as_file(files("omniavatar.assets")) as assets:
             if input_file is not None:
-                lines, bad = _lines(input_file)
+                lines, bad = _lines(input_file, loaded.config.sampling)
             elif prompt is not None and image is not None:
                 lines = [RequestLine(0, 0, prompt, image, audio)]
             else:
@@ -179,14 +180,14 @@ def doctor(
             _print_findings(findings)
 
 
-def _lines(path: Path) -> tuple[list[RequestLine], int]:
+def _lines(path: Path, configured: SamplingConfig) -> tuple[list[RequestLine], int]:
     """The usable requests of the file, and how many are not; those are reported."""
     from omniavatar.errors import InputError
     from omniavatar.requests_file import RequestLine, read_requests
 
     usable: list[RequestLine] = []
     bad = 0
-    for line in read_requests(path):
+    for line in read_requests(path, configured):
         if isinstance(line, RequestLine):
             usable.append(line)
         else:

@@ -22,7 +22,7 @@ from omniavatar.checkpoint.vae import inspect_vae
 from omniavatar.components import DTYPES, choose_device
 from omniavatar.config import ModelConfig, PipelineConfig
 from omniavatar.model.vae import VAEConfig
-from omniavatar.output import output_path, peak_memory
+from omniavatar.output import peak_memory
 from omniavatar.pipeline import AvatarPipeline
 from omniavatar.profiling.ceilings import ceilings, fp8_ceilings
 from omniavatar.profiling.kernels import KernelTrace
@@ -31,7 +31,7 @@ from omniavatar.profiling.report import Models, RequestFigures, build_report
 from omniavatar.profiling.trace import TraceRecorder, chrome_trace
 from omniavatar.requests_file import RequestLine
 from omniavatar.sampling.windows import plan_windows
-from omniavatar.types import AvatarRequest, RunResult
+from omniavatar.types import RunResult
 
 FOLDER = "profile"
 RELEASED_VAES = ("plain", "fast")
@@ -70,9 +70,7 @@ def profile_requests(
     folder.mkdir(parents=True, exist_ok=True)
     figures = []
     for line in lines:
-        target = output_path(config.output, config.sampling, line.index, line.prompt)
-        request = AvatarRequest(line.prompt, line.image, line.audio)
-        result = pipeline.generate(request, target, resume=False, index=line.index)
+        result = pipeline.generate(line.request(), line.target(config), resume=False, index=line.index)
         figures.append(_figures(result))
     seconds = time.perf_counter() - started
     if taker is not None:

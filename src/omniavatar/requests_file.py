@@ -1,29 +1,59 @@
-"""The input file: one request a line, `prompt@@image@@audio` or `prompt@@image` for a silent video.
+"""The input file: one request a line, as text, JSON lines or CSV, told apart by the file's ending.
 
-Blank lines and lines that begin with `#` are skipped; the file is UTF-8, with or without a byte-order mark.
-A path counts from the current directory, and where nothing lies there, from the input file's folder. A
-line that cannot be used becomes an `InputError` in its place, so that the others still run.
+text: `prompt@@image@@audio`, or `prompt@@image` for a silent video; blank lines and lines that begin with
+`#` are skipped. `.jsonl`: one object a line; `.csv`: a header line, then a row a request. Both know the keys
+`prompt`, `image`, `audio`, `output` (a file name in the output folder) and those of `SamplingParams`, such as
+`seed`. Files are UTF-8, with or without a byte-order mark. A path counts from the current directory, and
+where nothing lies there, from the input file's folder. A line that cannot be used becomes an `InputError` in
+its place, so that the others still run.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import csv
+import difflib
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
-from omniavatar.errors import InputError
+from omniavatar.config import PipelineConfig, SamplingConfig
+from omniavatar.errors import ConfigError, InputError
+from omniavatar.output import output_path
+from omniavatar.plan import effective_sampling
+from omniavatar.types import AvatarRequest, SamplingParams
 
 SEPARATOR = "@@"
+SAMPLING_KEYS = tuple(key.name for key in fields(SamplingParams))
+KEYS = ("prompt", "image", "audio", "output", *SAMPLING_KEYS)
+_TEXT_KEYS = frozenset(("prompt", "image", "audio", "output", "sampler", "negative_prompt", "step_cache"))
 
 
 @dataclass(frozen=True)
 class RequestLine:
-    """One line's request: `index` counts requests from 0, `line` counts lines of the file from 1."""
+    """One line's request: `index` counts requests from 0, `line` counts lines of the file from 1.
+
+    output: name of the video in the output folder; None: made from index and prompt.
+    """
 
     index: int
     line: int
     prompt: str
     image: Path
     audio: Path | None
+    output: str | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+    def request(self) -> AvatarRequest:
+        return AvatarRequest(self.prompt, self.image, self.audio, self.sampling)
+
+    def target(self, config: PipelineConfig) -> Path:
+        """Where the video goes."""
+        if self.output is not None:
+            return config.output.output_dir / self.output
+        return output_path(config.output, config.sampling, self.index, self.prompt)
 
 
 @dataclass(frozen=True)
@@ -35,51 +65,156 @@ class BadLine:
     error: InputError
 
 
-def read_requests(path: str | Path) -> list[RequestLine | BadLine]:
+def read_requests(path: str | Path, configured: SamplingConfig | None = None) -> list[RequestLine | BadLine]:
     """Requests of the input file in file order.
 
+    configured: what the sampling values of a line are checked against (default: the defaults).
     Raises InputError when the file itself is missing, is not UTF-8 text, or holds no request.
     """
     path = Path(path)
+    configured = configured or SamplingConfig()
+    read = {".jsonl": _json_lines, ".csv": _csv_rows}.get(path.suffix.lower(), _text_lines)
+    requests: list[RequestLine | BadLine] = []
+    named: dict[str, int] = {}
+    for number, values in read(_text(path), path):
+        index = len(requests)
+        try:
+            if isinstance(values, InputError):
+                raise values
+            request = _request(values, path, number, index, configured)
+            if request.output is not None and named.setdefault(request.output, number) != number:
+                raise InputError(
+                    f"{path}:{number}: output {request.output} is line {named[request.output]}'s already; "
+                    "give each line its own"
+                )
+            requests.append(request)
+        except InputError as error:
+            requests.append(BadLine(index, number, error))
+    if not requests:
+        raise InputError(f"{path}: holds no request; write lines of prompt{SEPARATOR}image{SEPARATOR}audio")
+    return requests
+
+
+def _text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path}: no such input file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    requests: list[RequestLine | BadLine] = []
+
+
+_Rows = Iterator[tuple[int, Mapping[str, Any] | InputError]]
+
+
+def _text_lines(text: str, path: Path) -> _Rows:
     for number, line in enumerate(text.split("\n"), start=1):
         stripped = line.strip()
-        if stripped and not stripped.startswith("#"):
-            requests.append(_parse(stripped, path, number, len(requests)))
-    if not requests:
-        raise InputError(f"{path}: holds no request; write lines of prompt{SEPARATOR}image{SEPARATOR}audio")
-    return requests
+        if not stripped or stripped.startswith("#"):
+            continue
+        parts = [part.strip() for part in stripped.split(SEPARATOR)]
+        if len(parts) > 3:
+            yield (
+                number,
+                InputError(
+                    f"{path}:{number}: {len(parts)} parts; a line is prompt{SEPARATOR}image{SEPARATOR}audio"
+                ),
+            )
+        else:
+            yield number, dict(zip(("prompt", "image", "audio"), parts, strict=False))
 
 
-def _parse(line: str, path: Path, number: int, index: int) -> RequestLine | BadLine:
+def _json_lines(text: str, path: Path) -> _Rows:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield number, InputError(f"{path}:{number}: not valid JSON ({error}); write one object a line")
+            continue
+        if isinstance(values, dict):
+            yield number, values
+        else:
+            yield number, InputError(f'{path}:{number}: must be an object, such as {{"prompt": "..."}}')
+
+
+def _csv_rows(text: str, path: Path) -> _Rows:
+    rows = csv.reader(io.StringIO(text, newline=""))
     try:
-        return _request(line, path, number, index)
-    except InputError as error:
-        return BadLine(index, number, error)
+        header = [name.strip() for name in next(rows, [])]
+        if not {"prompt", "image"} <= set(header) or len(set(header)) < len(header):
+            raise InputError(f"{path}:1: the header must name prompt and image, and no column twice")
+        for row in rows:
+            if len(row) > len(header):
+                yield (
+                    rows.line_num,
+                    InputError(
+                        f"{path}:{rows.line_num}: {len(row)} cells for {len(header)} columns; "
+                        "quote cells that hold commas"
+                    ),
+                )
+            elif any(cell.strip() for cell in row):
+                cells = zip(header, (cell.strip() for cell in row), strict=False)
+                yield rows.line_num, {name: _cell(name, cell) for name, cell in cells if cell}
+    except csv.Error as error:
+        raise InputError(f"{path}:{rows.line_num}: not valid CSV ({error}); check the quotes") from None
 
 
-def _request(line: str, path: Path, number: int, index: int) -> RequestLine:
+def _cell(name: str, cell: str) -> Any:
+    """Numbers and lists of a CSV cell are written as in JSON."""
+    if name in _TEXT_KEYS:
+        return cell
+    try:
+        return json.loads(cell)
+    except (ValueError, RecursionError):
+        return cell
+
+
+def _request(
+    values: Mapping[str, Any], path: Path, number: int, index: int, configured: SamplingConfig
+) -> RequestLine:
     where = f"{path}:{number}"
-    parts = [part.strip() for part in line.split(SEPARATOR)]
-    if len(parts) > 3:
-        raise InputError(f"{where}: {len(parts)} parts; a line is prompt{SEPARATOR}image{SEPARATOR}audio")
-    if not parts[0]:
-        raise InputError(f"{where}: no prompt before the first {SEPARATOR}; describe the video there")
-    if len(parts) < 2 or not parts[1]:
+    for key in values:
+        if key not in KEYS:
+            close = difflib.get_close_matches(key, KEYS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"the keys are {', '.join(KEYS)}"
+            raise InputError(f"{where}: unknown key {key!r}; {hint}")
+    texts = {key: values.get(key) for key in ("prompt", "image", "audio", "output")}
+    for key, text in texts.items():
+        if text is not None and not isinstance(text, str):
+            raise InputError(f"{where}: {key} must be text; got {text!r}")
+    prompt, image, audio, output = (text.strip() if text else None for text in texts.values())
+    if not prompt:
+        raise InputError(f"{where}: no prompt; describe the video in a sentence")
+    if not image:
         raise InputError(
             f"{where}: no image; the model needs a portrait, write prompt{SEPARATOR}image{SEPARATOR}audio"
         )
-    image = _find(parts[1], "image", path.parent, where)
-    audio = _find(parts[2], "audio", path.parent, where) if len(parts) == 3 and parts[2] else None
-    return RequestLine(index, number, parts[0], image, audio)
+    if output is not None and (Path(output).name != output or not output.lower().endswith(".mp4")):
+        raise InputError(f"{where}: output {output}: must be a file name without folders that ends in .mp4")
+    return RequestLine(
+        index,
+        number,
+        prompt,
+        _find(image, "image", path.parent, where),
+        None if audio is None else _find(audio, "audio", path.parent, where),
+        output,
+        _sampling(values, where, configured),
+    )
+
+
+def _sampling(values: Mapping[str, Any], where: str, configured: SamplingConfig) -> SamplingParams:
+    changes = {key: values[key] for key in SAMPLING_KEYS if values.get(key) is not None}
+    if not changes:
+        return SamplingParams()
+    try:
+        checked = effective_sampling(configured, SamplingParams(**changes))
+    except ConfigError as error:
+        raise InputError(f"{where}: {str(error).removeprefix('request: ')}") from None
+    return replace(SamplingParams(), **{key: getattr(checked, key) for key in changes})
 
 
 def _find(name: str, kind: str, folder: Path, where: str) -> Path:

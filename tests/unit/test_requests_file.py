@@ -8,8 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from omniavatar.config import PipelineConfig, SamplingConfig
 from omniavatar.errors import InputError
 from omniavatar.requests_file import BadLine, RequestLine, read_requests
+from omniavatar.types import SamplingParams
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -108,6 +110,88 @@ def test_any_text_gives_lines_or_an_input_error(folder: Path, text: str) -> None
     except InputError:
         return
     assert [line.index for line in lines] == list(range(len(lines)))
+
+
+def read_as(folder: Path, ending: str, text: str) -> list[RequestLine | BadLine]:
+    path = folder / f"in{ending}"
+    path.write_text(text, encoding="utf-8")
+    return read_requests(path)
+
+
+JSONL = """
+{"prompt": "A man", "image": "face.png", "audio": "voice.wav", "seed": 7, "timesteps": [1000, 500]}
+{"prompt": "Zwei\\nZeilen", "image": "face.png", "output": "two.mp4", "audio": null}
+"""
+CSV = (
+    'prompt,image,audio,seed,timesteps,output\r\nA man,face.png,voice.wav,7,"[1000, 500]",\r\n'
+    '"Zwei\nZeilen",face.png,,,,two.mp4\r\n\r\n'
+)
+
+
+@pytest.mark.parametrize(("ending", "text", "second"), [(".jsonl", JSONL, 3), (".CSV", CSV, 4)])
+def test_tables_hold_the_same_requests(folder: Path, ending: str, text: str, second: int) -> None:
+    first, other = read_as(folder, ending, text)
+    sampling = SamplingParams(seed=7, timesteps=(1000.0, 500.0))
+    voice = folder / "voice.wav"
+    assert first == RequestLine(0, 2, "A man", folder / "face.png", voice, None, sampling)
+    assert other == RequestLine(1, second, "Zwei\nZeilen", folder / "face.png", None, "two.mp4")
+    assert isinstance(other, RequestLine) and isinstance(first, RequestLine)
+    config = PipelineConfig()
+    assert other.target(config) == config.output.output_dir / "two.mp4"
+    assert first.target(config) == config.output.output_dir / "000_a-man.mp4"
+    assert first.request().sampling == sampling
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ('"sead": 1', "unknown key 'sead'; did you mean seed?"),
+        ('"seed": -1', "seed: "),
+        ('"num_steps": "many"', "num_steps: must be a whole number"),
+        ('"output": "../x.mp4"', "without folders"),
+        ('"output": "x.avi"', "ends in .mp4"),
+        ('"audio": 3', "audio must be text"),
+        ('"audio": "none.wav"', "audio not found"),
+    ],
+)
+def test_bad_values_of_a_table_fail_their_line_alone(folder: Path, fields: str, message: str) -> None:
+    bad, good = read_as(
+        folder,
+        ".jsonl",
+        f'{{"prompt": "p", "image": "face.png", {fields}}}\n{{"prompt": "q", "image": "face.png"}}',
+    )
+    assert isinstance(bad, BadLine) and isinstance(good, RequestLine)
+    assert message in str(bad.error) and str(bad.error).startswith(f"{folder / 'in.jsonl'}:1: ")
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '"text"', '{"prompt": "p"}', '{"image": "face.png"}'])
+def test_broken_json_line_fails_alone(folder: Path, line: str) -> None:
+    bad, good = read_as(folder, ".jsonl", f'{line}\n{{"prompt": "q", "image": "face.png"}}')
+    assert isinstance(bad, BadLine) and isinstance(good, RequestLine)
+
+
+def test_csv_rows_that_do_not_fit(folder: Path) -> None:
+    bad, good = read_as(folder, ".csv", "prompt,image\nA man, walking,face.png\nq,face.png\n")
+    assert isinstance(bad, BadLine) and "3 cells for 2 columns" in str(bad.error)
+    assert isinstance(good, RequestLine)
+    with pytest.raises(InputError, match="header must name prompt and image"):
+        read_as(folder, ".csv", "A man,face.png\n")
+    wrong = read_as(folder, ".csv", "prompt,image,sead\np,face.png,1\n")[0]
+    assert isinstance(wrong, BadLine) and "did you mean seed" in str(wrong.error)
+
+
+def test_two_lines_cannot_have_one_output(folder: Path) -> None:
+    line = '{"prompt": "p", "image": "face.png", "output": "a.mp4"}'
+    first, second = read_as(folder, ".jsonl", f"{line}\n{line}")
+    assert isinstance(first, RequestLine) and isinstance(second, BadLine)
+    assert "a.mp4 is line 1's already" in str(second.error)
+
+
+def test_sampling_of_a_line_is_checked_with_the_configuration(folder: Path) -> None:
+    path = folder / "in.jsonl"
+    path.write_text('{"prompt": "p", "image": "face.png", "step_cache": "teacache"}')
+    assert isinstance(read_requests(path)[0], BadLine)
+    assert isinstance(read_requests(path, SamplingConfig(tea_cache_l1_thresh=0.1))[0], RequestLine)
 
 
 def test_shipped_sample_works_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
