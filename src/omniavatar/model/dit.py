@@ -148,14 +148,17 @@ class WanDiT(nn.Module):
         timestep_B: (B,) in 0..1000. text, audio: from `prepare_text` and `prepare_audio`.
         """
         x = sample if y is None else torch.cat([sample, y.to(sample.dtype)], dim=1)
-        patches = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))
-        grid = (patches.shape[2], patches.shape[3], patches.shape[4])
-        tokens = patches.flatten(2).transpose(1, 2).to(self._token_dtype)
+        t, h, w = (size // patch for size, patch in zip(x.shape[2:], self.config.patch_size, strict=True))
         embedded, modulation = self.embed_time(timestep_B)
-        rope = rope_table(grid, self.config.head_dim, tokens.device)
+        rope = rope_table((t, h, w), self.config.head_dim, x.device)
         inputs = BlockInputs(modulation, rope, text, audio)
-        tokens = (run_blocks or self.run_blocks)(tokens.contiguous(), inputs)
-        return self._unpatchify(self.head(tokens, embedded), grid).float()
+        tokens = (run_blocks or self.run_blocks)(self._embed_patches(x), inputs)
+        return self._unpatchify(self.head(tokens, embedded), (t, h, w)).float()
+
+    def _embed_patches(self, x: Tensor) -> Tensor:
+        """Tokens (B, L, C) of a sample; the wider patches are gone when the blocks run."""
+        patches = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))
+        return patches.flatten(2).transpose(1, 2).to(self._token_dtype).contiguous()
 
     @property
     def _token_dtype(self) -> torch.dtype:
