@@ -56,7 +56,7 @@ def test_a_fused_block_holds_eight_widths_or_three_and_the_feed_forward(ffn, wid
     def attention(q, k, v):
         return torch.zeros(q.shape)
 
-    config = replace(scale_spec("nano").dit, dim=1024, num_heads=8, ffn_dim=ffn, num_layers=3)
+    config = replace(scale_spec("nano").dit, dim=1024, num_heads=8, ffn_dim=ffn, num_layers=4)
     dit = random_dit(config, attention=attention, dtype=torch.float32, device="cpu", seed=0)
     apply_accelerations(dit, AccelConfig(fuse=True), LeanOps())
     frames, height, width = TOKENS
