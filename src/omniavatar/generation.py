@@ -1,5 +1,8 @@
 """The long-video loop: windows denoised one after the other, each handed the end of the one before.
 
+Nobody here waits for the device: work, uploads and downloads are queued, and whoever reads a `WindowResult`
+waits for it. So the next window is queued while this one is computed, copied, encoded and written.
+
 The hand-over goes through pixels: the last `overlap` frames of a window, clipped to [0, 1] and kept as
 floats, are encoded again and become the next window's given latents (a latent from the middle of a clip
 cannot serve, because the causal VAE codes a clip's first frame alone).
@@ -11,7 +14,7 @@ Shapes: T latent frames, h w latent pixels, N video frames, H W pixels, D audio 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ from torch import Tensor
 from omniavatar.accel.step_cache import PassRunner, ResidualCache
 from omniavatar.model.dit import AudioState, RunBlocks, WanDiT
 from omniavatar.model.vae import VideoVAE
+from omniavatar.ops.transfer import arrival, download, upload
 from omniavatar.sampling.denoise import denoise as denoise_window
 from omniavatar.sampling.guidance import Branch
 from omniavatar.sampling.noise import WindowNoise
@@ -42,29 +46,42 @@ class WindowSampling:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
 
 
-@dataclass(frozen=True, eq=False)
 class WindowResult:
-    """One finished window: `frames` are the new ones only, in the form `convert` gave them.
+    """One window, queued if not finished. Reading what is on the host waits for it; any thread may.
 
-    latent: (1, 16, T, h, w) float32. next_given: given latents of the next window, None after the last.
+    latent: (1, 16, T, h, w) float32 on the device.
     """
 
-    window: Window
-    latent: Tensor
-    frames: list[np.ndarray] = field(repr=False)
-    next_given: Tensor | None = None
+    def __init__(
+        self,
+        window: Window,
+        latent: Tensor,
+        frames: list[np.ndarray],
+        next_given: Tensor | None,
+        wait: Callable[[], None],
+    ) -> None:
+        self.window, self.latent = window, latent
+        self._frames, self._next_given, self._wait = frames, next_given, wait
+
+    @property
+    def frames(self) -> list[np.ndarray]:
+        """The new frames only, in the form `convert` gave them."""
+        self._wait()
+        return self._frames
+
+    @property
+    def next_given(self) -> Tensor | None:
+        """Given latents of the next window (1, 16, G, h, w) float32 on the host, None after the last."""
+        self._wait()
+        return self._next_given
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:
     """Pixels (1, 3, N, H, W) in [0, 1] to (N, H, W, 3) uint8, rounded (not truncated), on the CPU.
 
-    From a CUDA device the copy is only queued: the numbers are there once the device is synchronised.
+    From a CUDA device the copy is only queued (`ops.transfer`).
     """
-    scaled = (pixels[0].permute(1, 2, 3, 0) * 255.0).round_().to(torch.uint8).contiguous()
-    if scaled.device.type != "cuda":
-        return scaled.cpu().numpy()
-    host = torch.empty(scaled.shape, dtype=torch.uint8, pin_memory=True)
-    return host.copy_(scaled, non_blocking=True).numpy()
+    return download((pixels[0].permute(1, 2, 3, 0) * 255.0).round_().to(torch.uint8).contiguous()).numpy()
 
 
 def audio_slice(audio: np.ndarray, window: Window) -> Tensor:
@@ -115,6 +132,7 @@ class WindowGenerator:
             has_audio=conditioning.audio is not None,
             interval=sampling.guidance_interval,
         )
+        self._timesteps = torch.tensor(sampling.schedule.timesteps, dtype=torch.float32, device=self._device)
         self._branches = {each.branch for row in self._passes for each in row}
         with torch.inference_mode():
             embeddings = {"positive": conditioning.text_positive, "negative": conditioning.text_negative}
@@ -137,8 +155,9 @@ class WindowGenerator:
             next_given = None
             if tail is not None:
                 with self._recorder.stage("vae_encode"):
-                    known = next_given = self._encode(tail)
-            yield WindowResult(window, latent, frames, next_given)
+                    known = self._encode(tail)
+                    next_given = download(known)
+            yield WindowResult(window, latent, frames, next_given, arrival(self._device))
 
     def _seeded_noise(self, window: Window, shape: tuple[int, ...]) -> DrawNoise:
         return WindowNoise(self._sampling.seed, window.index, shape, self._device).draw
@@ -150,10 +169,11 @@ class WindowGenerator:
         if not width:
             return dict.fromkeys(sorted(needed), self._dit.prepare_audio(None))
         if "silence" in needed:
-            silence = torch.zeros(1, window.length, width)
+            silence = torch.zeros(1, window.length, width, device=self._device)
             states["silence"] = self._dit.prepare_audio(silence)
         if "speech" in needed and self._audio is not None:
-            states["speech"] = self._dit.prepare_audio(audio_slice(self._audio, window))
+            speech = upload(audio_slice(self._audio, window), self._device)
+            states["speech"] = self._dit.prepare_audio(speech)
         return states
 
     @torch.inference_mode()
@@ -163,7 +183,7 @@ class WindowGenerator:
         y = image_condition(self._reference, window)
         audio = self._audio_states(window)
         cache = self._make_cache(dit.run_blocks)
-        timesteps = torch.tensor(sampling.schedule.timesteps, dtype=torch.float32, device=self._device)
+        timesteps = self._timesteps
 
         def velocity(sample: Tensor, step: int) -> Tensor:
             total = torch.zeros_like(sample)
@@ -192,12 +212,9 @@ class WindowGenerator:
             )
 
         shape = (1, self._reference.shape[1], window.latent_frames, *self._reference.shape[3:])
-        latent = denoise_window(
+        return denoise_window(
             velocity, sampling.schedule, given, self._draw_noise(window, shape), sampling.sampler, on_step
         )
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return latent
 
     @torch.inference_mode()
     def _decode(self, latent: Tensor, window: Window, overlap: int) -> tuple[list[np.ndarray], Tensor | None]:
@@ -218,8 +235,6 @@ class WindowGenerator:
             done += count
             if not overlap and done >= stop:
                 break
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
         return frames, torch.cat(tail, dim=2) if tail else None
 
     @torch.inference_mode()

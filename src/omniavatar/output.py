@@ -1,7 +1,7 @@
 """Writing one video while it is made: segments, the growing file, the sidecar, output names.
 
-`VideoWriter` encodes and muxes in a thread of its own, one window behind the model, and records a window as
-done only after its segment and its hand-over are on disk.
+`VideoWriter` waits for the device, encodes and muxes in a thread of its own, and records a window as done
+only after its segment and its hand-over are on disk.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import platform
 import sys
+import time
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from importlib.metadata import version
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 
 ENCODER_THREADS = 4
 """Fixed, since x264's output depends on it and a resumed run must give the same video."""
+MOST_PENDING = 2
+"""Windows the writer may be behind the model: one that is being written and one that is being computed."""
 _READ_BYTES = 2**20
 
 
@@ -103,7 +107,7 @@ def _audio_digest(audio: AudioInput | None) -> str:
 class VideoWriter:
     """Encodes finished windows and appends them to the growing video, in order, behind the model's back.
 
-    A context manager: leaving it waits for the window being written, and leaves everything on disk.
+    A context manager: leaving it waits for the windows handed over, and leaves everything on disk.
     """
 
     def __init__(
@@ -124,22 +128,29 @@ class VideoWriter:
                 encode_aac_track(audio, track, audio_delay_s, plan.frames / self._fps)
         self._growing = GrowingVideo(job.partial, job.output, self._fps, track)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="video-writer")
-        self._pending: Future[None] | None = None
+        self._pending: deque[Future[None]] = deque()
+        self._arrived = 0.0
+        self._failed = False
         for index in range(job.done):
             segment = job.segment_path(index)
             if not segment.is_file():
                 raise ResumeError(f"{segment} is missing; use --no-resume to start over")
             self._growing.append(segment)
 
-    def submit(self, result: WindowResult, seconds: float) -> None:
-        """Hand over a finished window; waits for the one before, and raises what went wrong with it."""
-        self._wait()
-        given = None if result.next_given is None else result.next_given.to("cpu", copy=True)
-        self._pending = self._pool.submit(self._write, result, given, seconds)
+    def submit(self, result: WindowResult, begun: float) -> None:
+        """Hand over a window that may still be computed; waits while `MOST_PENDING` are not written.
+
+        begun: `time.perf_counter()` at the start of the first window. Raises what went wrong with a window
+        before; none is written after one that failed.
+        """
+        while self._pending and (len(self._pending) >= MOST_PENDING or self._pending[0].done()):
+            self._pending.popleft().result()
+        self._pending.append(self._pool.submit(self._write, result, begun))
 
     def finish(self) -> None:
         """Wait for the last window and give the video its final name."""
-        self._wait()
+        while self._pending:
+            self._pending.popleft().result()
         with self._recorder.stage("video_finish"):
             self._growing.finish()
 
@@ -152,16 +163,18 @@ class VideoWriter:
         self._pool.shutdown(wait=True)
         self._growing.close()
 
-    def _wait(self) -> None:
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
-
-    def _write(self, result: WindowResult, given: Tensor | None, seconds: float) -> None:
+    def _write(self, result: WindowResult, begun: float) -> None:
+        if self._failed:
+            return
+        self._failed = True
+        frames, given = result.frames, result.next_given
+        arrived = time.perf_counter()
+        seconds = arrived - max(begun, self._arrived)
+        self._arrived = arrived
         window = result.window
         with self._recorder.stage("video_write"):
             encode_segment(
-                iter(result.frames),
+                iter(frames),
                 self._job.segment_path(window.index),
                 fps=self._fps,
                 size=self._plan.size,
@@ -171,6 +184,7 @@ class VideoWriter:
             )
             self._job.finish_window(None if given is None else safetensors.torch.save({"given": given}))
             self._growing.append(self._job.segment_path(window.index))
+        self._failed = False
         self._recorder.event(
             "window_finished",
             window=window.index,

@@ -38,6 +38,7 @@ from omniavatar.plan import (
     model_scale,
     sampling_schedule,
 )
+from omniavatar.profiling.clocks import DeviceClock
 from omniavatar.profiling.recorder import RunRecorder, stage_seconds
 from omniavatar.types import AvatarRequest, Conditioning, RunResult, StepPlan, VideoChunk
 
@@ -61,6 +62,8 @@ class AvatarPipeline:
         if config.runtime.threads:
             torch.set_num_threads(config.runtime.threads)
         self.components = Components(config, self._recorder)
+        if self.components.device.type == "cuda":
+            self._recorder.use_clock(DeviceClock(self.components.device))
 
     @classmethod
     def from_config(
@@ -159,8 +162,7 @@ class AvatarPipeline:
                 given = load_given(job.given_path(done)) if done else None
                 begun = time.perf_counter()
                 for result in generator.run(plan.windows, done, given):
-                    writer.submit(result, time.perf_counter() - begun)
-                    begun = time.perf_counter()
+                    writer.submit(result, begun)
             writer.finish()
         seconds = time.perf_counter() - started
         write_sidecar(

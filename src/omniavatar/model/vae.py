@@ -27,6 +27,7 @@ from omniavatar.model.vae_layers import (
     ResidualBlock,
     Upsample,
 )
+from omniavatar.ops.transfer import upload
 
 LATENT_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -167,9 +168,8 @@ def denormalise(latent: Tensor) -> Tensor:
 
 def _statistics(like: Tensor) -> tuple[Tensor, Tensor]:
     shape = (1, -1, 1, 1, 1)
-    mean = torch.tensor(LATENT_MEAN, device=like.device).view(shape)
-    std = torch.tensor(LATENT_STD, device=like.device).view(shape)
-    return mean, std
+    mean = upload(torch.tensor(LATENT_MEAN).view(shape), like.device)
+    return mean, upload(torch.tensor(LATENT_STD).view(shape), like.device)
 
 
 def _middle(width: int) -> nn.ModuleList:

@@ -2,18 +2,20 @@
 
 `NullRecorder` does nothing. `RunRecorder` adds up the wall-clock time of each named stage, with and
 without the stages nested in it, and hands every event to its listeners (progress bars, JSON lines).
-Times are of the host: work still queued on a GPU when a stage ends counts for the stage that waits for
-it. A stage costs about a microsecond; each thread nests its own stages.
+Times are the host's, until `use_clock` names another clock for the thread that made the recorder (a run on
+a GPU queues its work ahead and is timed on the GPU's own timeline). A stage costs some microseconds; each
+thread nests its own stages.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from omniavatar.profiling.clocks import Clock, HostClock
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 
@@ -25,6 +27,17 @@ class StageTime:
     seconds: float = 0.0
     own_seconds: float = 0.0
     count: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class _Stage:
+    """A stage between two marks of its clock, and the stages nested in it."""
+
+    name: str
+    clock: Clock
+    start: Any
+    end: Any = None
+    inside: list[_Stage] = field(default_factory=list)
 
 
 class NullRecorder:
@@ -43,27 +56,37 @@ class RunRecorder:
     def __init__(self, listeners: Sequence[Listener] = ()) -> None:
         self._listeners = tuple(listeners)
         self._times: dict[str, StageTime] = {}
+        self._ended: list[_Stage] = []
+        self._host = HostClock()
+        self._clock: Clock = self._host
+        self._owner = threading.get_ident()
         self._lock = threading.RLock()
         self._local = threading.local()
+
+    def use_clock(self, clock: Clock) -> None:
+        """Time stages of the thread that made this recorder by `clock` from now on."""
+        self._clock = clock
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time the body under `name`; also when it raises."""
-        nested: list[float] = self._nested()
-        nested.append(0.0)
-        start = time.perf_counter()
+        clock = self._clock if self._is_owner() else self._host
+        stack = self._nested()
+        stage = _Stage(name, clock, clock.mark())
+        stack.append(stage)
         try:
             yield
         finally:
-            seconds = time.perf_counter() - start
-            inside = nested.pop()
-            if nested:
-                nested[-1] += seconds
-            with self._lock:
-                old = self._times.get(name, StageTime())
-                self._times[name] = StageTime(
-                    old.seconds + seconds, old.own_seconds + seconds - inside, old.count + 1
-                )
+            stage.end = clock.mark()
+            stack.pop()
+            if stack:
+                stack[-1].inside.append(stage)
+            else:
+                with self._lock:
+                    if clock.queued:
+                        self._ended.append(stage)
+                    else:
+                        self._add(stage)
 
     def event(self, name: str, /, **fields: Any) -> None:
         """Hand the event to every listener, in order; events of several threads are not interleaved."""
@@ -72,16 +95,34 @@ class RunRecorder:
                 listener(name, fields)
 
     def timings(self) -> dict[str, StageTime]:
-        """Times of every stage so far, in the order the stages first ended."""
+        """Times of every outermost stage that has ended and of those in it, in the order of their ends.
+
+        Waits for the device where its clock is used.
+        """
         with self._lock:
+            ended, self._ended = self._ended, []
+            for stage in ended:
+                self._add(stage)
             return dict(self._times)
 
-    def _nested(self) -> list[float]:
-        """Seconds spent in nested stages, one sum for each stage this thread is in."""
-        stack: list[float] | None = getattr(self._local, "nested", None)
+    def _add(self, stage: _Stage) -> float:
+        inside = sum(self._add(each) for each in stage.inside)
+        seconds = stage.clock.seconds(stage.start, stage.end)
+        old = self._times.get(stage.name, StageTime())
+        self._times[stage.name] = StageTime(
+            old.seconds + seconds, old.own_seconds + seconds - inside, old.count + 1
+        )
+        return seconds
+
+    def _nested(self) -> list[_Stage]:
+        """The stages this thread is in."""
+        stack: list[_Stage] | None = getattr(self._local, "nested", None)
         if stack is None:
             stack = self._local.nested = []
         return stack
+
+    def _is_owner(self) -> bool:
+        return threading.get_ident() == self._owner
 
 
 def stage_seconds(before: Mapping[str, StageTime], after: Mapping[str, StageTime]) -> dict[str, float]:

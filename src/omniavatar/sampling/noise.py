@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from omniavatar.ops.transfer import upload
+
 
 class WindowNoise:
     """Standard normal tensors of one window of one request, float32 on `device`."""
@@ -21,6 +23,5 @@ class WindowNoise:
 
     def draw(self) -> Tensor:
         """The next noise tensor of the window."""
-        return torch.from_numpy(self._generator.standard_normal(self._shape, dtype=np.float32)).to(
-            self._device
-        )
+        values = self._generator.standard_normal(self._shape, dtype=np.float32)
+        return upload(torch.from_numpy(values), self._device)
