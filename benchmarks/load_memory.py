@@ -16,25 +16,20 @@ from pathlib import Path
 
 import torch
 
-from omniavatar.checkpoint.dit import load_dit
+from omniavatar.checkpoint.dit import DiTFiles, load_dit
 from omniavatar.checkpoint.layout import adapter_tensors, scale_spec
 from omniavatar.checkpoint.layout_files import checkpoint_layout
+from omniavatar.checkpoint.tensor_writer import safetensors_header
 from omniavatar.ops.attention import create_attention
 
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 LIMIT = 1.2
 
 
 def write_sparse(path: Path, tensors) -> None:
-    header, end = {}, 0
-    for entry in tensors:
-        offsets = [end, end + entry.num_bytes]
-        header[entry.key] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": entry.shape, "data_offsets": offsets}
-        end = offsets[1]
-    text = json.dumps(header).encode()
+    header = safetensors_header(tensors, {})
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
+        file.write(header)
+        file.truncate(len(header) + sum(entry.num_bytes for entry in tensors))
 
 
 def peak_kib() -> int:
@@ -75,7 +70,8 @@ def main() -> None:
             torch.zeros(1, device=device)
         Path("/proc/self/clear_refs").write_text("5")
         before, start = peak_kib(), time.perf_counter()
-        dit = load_dit(shards, attention=attention, adapter_dir=adapter, dtype=torch.bfloat16, device=device)
+        files = DiTFiles(shards, adapter)
+        dit = load_dit(files, attention=attention, dtype=torch.bfloat16, device=device)
         if device.type == "cuda":
             torch.cuda.synchronize()
         report = {

@@ -1,4 +1,4 @@
-"""`omniavatar download` and `omniavatar make-checkpoint`: where weights come from."""
+"""`omniavatar download`, `make-checkpoint` and `convert`: where weights come from, and in which form."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from omniavatar.cli_common import user_errors
+from omniavatar.cli_common import ConfigOption, HpOption, user_errors
 
 
 class Released(StrEnum):
@@ -57,3 +57,27 @@ def make_checkpoint(
 
         write(scale.value, out, seed=seed)
         typer.echo(f"{scale.value} checkpoint with random weights is in {out}")
+
+
+def convert(
+    config: ConfigOption,
+    out: Annotated[
+        Path, typer.Option(help="File to write, such as pretrained_models/avatar-14B-fp8.safetensors.")
+    ],
+    hp: HpOption = None,
+) -> None:
+    """Write the configured model as one file: merged, in its dtype, quantised as `quantize` says.
+
+    It loads faster than the originals and needs less memory for it; its results are the same.
+    """
+    with user_errors(on_interrupt="interrupted; nothing was written, run the command again"):
+        from omniavatar.config_load import load_config
+        from omniavatar.conversion import convert_checkpoint
+
+        done = convert_checkpoint(load_config(config, hp or ()).config, out)
+        settings = "\n".join(
+            f"{key}: {'null' if value is None else value}" for key, value in done.settings.items()
+        )
+        typer.echo(
+            f"{done.path}: {done.num_bytes / 1e9:.2f} GB. To run it, set in the configuration:\n{settings}"
+        )

@@ -13,9 +13,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from omniavatar.accel.apply import AccelConfig, apply_accelerations
+from omniavatar.accel.apply import AccelConfig, apply_accelerations, weight_form
 from omniavatar.accel.vae import choose_vae, create_vae
-from omniavatar.checkpoint.dit import LoraFile, inspect_dit, load_dit, random_dit
+from omniavatar.checkpoint.dit import (
+    DiTFiles,
+    LoraFile,
+    WeightForm,
+    inspect_dit,
+    load_dit,
+    random_dit,
+)
 from omniavatar.checkpoint.layout import scale_spec, text_tensors
 from omniavatar.checkpoint.vae import load_vae, random_vae
 from omniavatar.encoders.audio import AudioEncoder
@@ -26,12 +33,24 @@ from omniavatar.ops.attention import create_attention
 from omniavatar.ops.fused import create_fused
 
 if TYPE_CHECKING:
-    from omniavatar.config import PipelineConfig
+    from omniavatar.config import ModelConfig, PipelineConfig
     from omniavatar.model.dit import DiTConfig, WanDiT
     from omniavatar.model.vae import VideoVAE
     from omniavatar.types import Recorder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def dit_files(model: ModelConfig) -> DiTFiles:
+    """The files the configured DiT is merged from."""
+    return DiTFiles(
+        model.dit_path,
+        adapter=model.exp_path,
+        loras=[LoraFile(lora.path, lora.strength) for lora in model.loras],
+        num_heads=model.dit_config.num_heads,
+        lora_rank=model.lora_rank,
+        lora_alpha=model.lora_alpha,
+    )
 
 
 def choose_device(name: str) -> torch.device:
@@ -99,27 +118,25 @@ class Components:
         """The merged diffusion transformer, with the configured optimisations applied."""
         runtime = self.config.runtime
         fuse = self.device.type == "cuda" if runtime.fuse is None else runtime.fuse
+        accel, ops = AccelConfig(runtime.quantize, fuse), create_fused(self.device)
         with self._recorder.stage("load_dit"):
-            dit = self._load_dit()
-            apply_accelerations(dit, AccelConfig(runtime.quantize, fuse), create_fused(self.device))
+            dit = self._load_dit(weight_form(accel, ops, self.device))
+            apply_accelerations(dit, accel, ops)
         return dit
 
-    def _load_dit(self) -> WanDiT:
+    def _load_dit(self, form: WeightForm | None) -> WanDiT:
         model = self.config.model
         if model.weights == "random":
             return random_dit(
-                self.dit_config, attention=self._attention, dtype=self.dtype, device=self.device, seed=0
+                self.dit_config,
+                attention=self._attention,
+                dtype=self.dtype,
+                device=self.device,
+                seed=0,
+                form=form,
             )
         return load_dit(
-            model.dit_path,
-            attention=self._attention,
-            adapter_dir=model.exp_path,
-            loras=[LoraFile(lora.path, lora.strength) for lora in model.loras],
-            lora_rank=model.lora_rank,
-            lora_alpha=model.lora_alpha,
-            num_heads=model.dit_config.num_heads,
-            dtype=self.dtype,
-            device=self.device,
+            dit_files(model), attention=self._attention, dtype=self.dtype, device=self.device, form=form
         )
 
     @functools.cached_property

@@ -10,7 +10,7 @@ import torch
 from compare import dit_config, relative_error, under
 from safetensors.torch import save_file
 
-from omniavatar.checkpoint.dit import inspect_dit, load_dit
+from omniavatar.checkpoint.dit import DiTFiles, inspect_dit, load_dit
 from omniavatar.checkpoint.layout import (
     TextSpec,
     Wav2VecSpec,
@@ -49,7 +49,7 @@ def write(golden, folder: Path, *, default: bool = True, alpha: float | None = N
 def error(golden, base: Path, adapter: Path, dtype=torch.float32) -> float:
     tensors, _ = golden("adapter.safetensors")
     given = under(tensors, "input.")
-    dit = load_dit(base, adapter_dir=adapter, attention=ATTENTION, dtype=dtype, device="cpu")
+    dit = load_dit(DiTFiles(base, adapter), attention=ATTENTION, dtype=dtype, device="cpu")
     with torch.inference_mode():
         output = dit(
             given["x"],

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from omniavatar.checkpoint.dit import LoraFile, inspect_dit, keep_float32, load_dit, random_dit
+from omniavatar.checkpoint.dit import DiTFiles, LoraFile, inspect_dit, keep_float32, load_dit, random_dit
 from omniavatar.checkpoint.layout import SCALES, dit_tensors, scale_spec
 from omniavatar.checkpoint.vae import inspect_vae, load_vae, random_vae
 from omniavatar.errors import CheckpointError
@@ -33,7 +33,8 @@ def files(nano_checkpoint):
 
 
 def load(base, adapter=None, dtype=torch.float32, **options) -> WanDiT:
-    return load_dit(base, adapter_dir=adapter, attention=ATTENTION, dtype=dtype, device="cpu", **options)
+    files = DiTFiles(base, adapter, **options)
+    return load_dit(files, attention=ATTENTION, dtype=dtype, device="cpu")
 
 
 def copied_adapter(files, folder: Path, change=lambda tensors: None, settings=None) -> Path:
@@ -251,7 +252,7 @@ def test_vae(files):
 PEAK = """
 import gc, pathlib, sys, torch
 from omniavatar.checkpoint import tensor_file
-from omniavatar.checkpoint.dit import load_dit
+from omniavatar.checkpoint.dit import DiTFiles, load_dit
 from omniavatar.ops.attention import create_attention
 tensor_file.RENEW_MAPPING_BYTES = 1 << 24
 options = dict(attention=create_attention("sdpa", torch.device("cpu"), torch.float32)[1], device="cpu")
@@ -261,13 +262,14 @@ def status(field):
 # What libraries load on first use is not the loader's: a first small model takes that out of the count.
 root, nano = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
 base = nano / "Wan2.1-T2V-nano" / "diffusion_pytorch_model.safetensors"
-dit = load_dit(base, adapter_dir=nano / "OmniAvatar-nano", dtype=torch.bfloat16, **options)
+dit = load_dit(DiTFiles(base, nano / "OmniAvatar-nano"), dtype=torch.bfloat16, **options)
 for form, dtype in (("dit", torch.float32), ("pth", torch.float32), ("dit", torch.bfloat16)):
     del dit
     gc.collect()
     before = status("VmRSS")
     pathlib.Path("/proc/self/clear_refs").write_text("5")
-    dit = load_dit(sorted((root / form).iterdir()), adapter_dir=root / "adapter", dtype=dtype, **options)
+    files = DiTFiles(sorted((root / form).iterdir()), root / "adapter")
+    dit = load_dit(files, dtype=dtype, **options)
     print(status("VmHWM") - before)
 """
 

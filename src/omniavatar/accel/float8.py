@@ -9,11 +9,14 @@ Source: FP8 formats for deep learning (arXiv 2209.05433); row-wise scaling as in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from omniavatar.checkpoint.strict import TensorSource
 from omniavatar.errors import ResourceError
 from omniavatar.model.dit import WanDiT
 from omniavatar.ops.float8 import scaled_linear
@@ -56,6 +59,54 @@ class Float8Linear(nn.Module):
         return scaled_linear(rows, self.weight, self.weight_scale, self.bias, self.dtype)
 
 
+@dataclass(frozen=True)
+class Float8Form:
+    """How a checkpoint's merged weights become float8 while they are loaded (`checkpoint.dit.WeightForm`).
+
+    Each weight is quantised from the float32 sum of the merge, on the device, one at a time.
+    """
+
+    ops: FusedOps
+    name: str = "fp8"
+
+    def prepare(self, model: WanDiT) -> None:
+        """Replace the layers named in `QUANTIZED` in every block, in place."""
+        for block in model.blocks:
+            for name in QUANTIZED:
+                parent, _, leaf = name.rpartition(".")
+                linear = cast(nn.Linear, block.get_submodule(name))
+                setattr(block.get_submodule(parent), leaf, Float8Linear.from_linear(linear, self.ops))
+
+    def convert(self, sources: Mapping[str, TensorSource], device: torch.device) -> dict[str, TensorSource]:
+        """Each quantised weight as two sources, data and scales."""
+        converted: dict[str, TensorSource] = {}
+        for key, source in sources.items():
+            converted |= _quantized(key, source, device) if _is_quantized(key) else {key: source}
+        return converted
+
+
+def _is_quantized(key: str) -> bool:
+    _, _, rest = key.removeprefix("blocks.").partition(".")
+    return key.startswith("blocks.") and rest.removesuffix(".weight") in QUANTIZED
+
+
+def _quantized(key: str, source: TensorSource, device: torch.device) -> dict[str, TensorSource]:
+    scales: list[Tensor] = []
+
+    def data() -> Tensor:
+        rows = quantize_rows(source.load().to(device).float())
+        scales.append(rows.scale)
+        return rows.data
+
+    scale_shape = (*source.shape[:-1], 1)
+    return {key: TensorSource(source.shape, data), f"{key}_scale": TensorSource(scale_shape, scales.pop)}
+
+
+def is_float8(dit: WanDiT) -> bool:
+    """Whether the model's layers are float8 already."""
+    return any(isinstance(module, Float8Linear) for module in dit.modules())
+
+
 def check_float8(device: torch.device) -> None:
     """Raise ResourceError where the device has no float8 product (the CPU runs the slow twin)."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
@@ -66,10 +117,6 @@ def check_float8(device: torch.device) -> None:
 
 
 def apply_float8(dit: WanDiT, ops: FusedOps) -> None:
-    """Replace the layers named in `QUANTIZED` in every block, in place, one layer at a time."""
+    """Quantise a loaded model in place, one layer at a time."""
     check_float8(next(dit.parameters()).device)
-    for block in dit.blocks:
-        for name in QUANTIZED:
-            parent, _, leaf = name.rpartition(".")
-            linear = cast(nn.Linear, block.get_submodule(name))
-            setattr(block.get_submodule(parent), leaf, Float8Linear.from_linear(linear, ops))
+    Float8Form(ops).prepare(dit)

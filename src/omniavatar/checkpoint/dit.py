@@ -12,26 +12,31 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from omniavatar.checkpoint.initial import fill_random
+from omniavatar.checkpoint.initial import random_weight
 from omniavatar.checkpoint.lora import Delta, plan_lora
 from omniavatar.checkpoint.lora_keys import strip_prefixes
 from omniavatar.checkpoint.reader import PathLike, TensorFiles
-from omniavatar.checkpoint.strict import TensorSource, file_sources, load_strict
+from omniavatar.checkpoint.staging import Staging
+from omniavatar.checkpoint.strict import DeviceOf, TensorSource, file_sources, load_strict
 from omniavatar.errors import CheckpointError
 from omniavatar.model.audio_adapter import FRAMES_PER_LATENT
 from omniavatar.model.dit import DiTConfig, WanDiT
 from omniavatar.ops.attention import AttentionFn
 
 HEAD_DIM = 128
+FORM_KEY = "omniavatar.form"
+HEADS_KEY = "omniavatar.num_heads"
+"""Entries of a converted file's header: the form of its weights (absent: plain), its attention heads."""
 
 
 @dataclass(frozen=True)
@@ -104,70 +109,176 @@ def inspect_dit(
         return _config(base, adapter, settings, num_heads)
 
 
-def load_dit(
-    dit_paths: PathLike | Sequence[PathLike],
+class WeightForm(Protocol):
+    """A form the weights run in other than plain tensors of the model's dtype, such as float8 with scales."""
+
+    @property
+    def name(self) -> str: ...
+
+    def prepare(self, model: WanDiT) -> None:
+        """Give a model on meta the form's modules."""
+
+    def convert(self, sources: Mapping[str, TensorSource], device: torch.device) -> dict[str, TensorSource]:
+        """Sources of the form's tensors from those of the merged weights, computed on `device`."""
+
+
+@dataclass(frozen=True, eq=False)
+class DiTWeights:
+    """An empty model (on meta, in its form and dtypes) and the sources that fill it, in reading order."""
+
+    model: WanDiT
+    sources: dict[str, TensorSource]
+    origin: str
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype each tensor of the model takes."""
+        return {key: tensor.dtype for key, tensor in self.model.state_dict().items()}
+
+
+@dataclass(frozen=True)
+class DiTFiles:
+    """The files one model is merged from, and what overrides the adapter's own settings.
+
+    base: file, shards, index or folder. adapter: OmniAvatar's folder, None for a merged checkpoint.
+    """
+
+    base: PathLike | Sequence[PathLike]
+    adapter: PathLike | None = None
+    loras: Sequence[LoraFile] = ()
+    num_heads: int | None = None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+
+
+@contextmanager
+def open_dit(
+    files: DiTFiles,
     *,
     attention: AttentionFn,
     dtype: torch.dtype,
-    device: torch.device | str,
-    adapter_dir: PathLike | None = None,
-    loras: Sequence[LoraFile] = (),
-    num_heads: int | None = None,
-    lora_rank: int | None = None,
-    lora_alpha: float | None = None,
-) -> WanDiT:
-    """The merged model on `device`, in evaluation mode and without gradients.
+    device: torch.device,
+    form: WeightForm | None = None,
+) -> Iterator[DiTWeights]:
+    """The merged model's weights, not read yet; merging and converting happen on `device`.
 
-    dit_paths: file, shards, index or folder. adapter_dir: OmniAvatar's folder, None for a merged checkpoint.
-    dtype: of all weights but those of `keep_float32`. lora_rank, lora_alpha: instead of the adapter's own.
-    Raises CheckpointError for missing, damaged or unfitting files.
+    dtype: of all weights but those of `keep_float32`. Raises CheckpointError for files that do not fit.
     """
     with ExitStack() as stack:
-        base = stack.enter_context(TensorFiles(dit_paths))
-        adapter = None if adapter_dir is None else stack.enter_context(TensorFiles(adapter_dir))
-        settings = None if adapter_dir is None else read_adapter_config(adapter_dir)
-        config = _config(base, adapter, settings, num_heads)
-        with torch.device("meta"):
-            model = WanDiT(config, attention)
+        load = stack.enter_context(Staging(device)).load if device.type == "cuda" else TensorFiles.load
+        base = stack.enter_context(TensorFiles(files.base))
+        adapter = None if files.adapter is None else stack.enter_context(TensorFiles(files.adapter))
+        settings = None if files.adapter is None else read_adapter_config(files.adapter)
+        config = _config(base, adapter, settings, files.num_heads)
+        stored = base.metadata.get(FORM_KEY)
+        _check_form(base, stored, form, merging=adapter is not None or bool(files.loras))
+        model = empty_dit(config, attention, dtype)
         shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-        sources = file_sources(base)
+        sources = file_sources(base, load=load)
         deltas: dict[str, list[Delta]] = {}
         if adapter is not None and settings is not None:
             plan = plan_lora(
                 adapter,
                 shapes,
-                rank=lora_rank if lora_rank is not None else settings.lora_rank,
-                alpha=lora_alpha if lora_alpha is not None else settings.lora_alpha,
+                rank=files.lora_rank if files.lora_rank is not None else settings.lora_rank,
+                alpha=files.lora_alpha if files.lora_alpha is not None else settings.lora_alpha,
                 allow_whole=True,
             )
-            brought = file_sources(adapter)
-            sources |= {key: brought[stored] for key, stored in plan.replacements.items()}
+            brought = file_sources(adapter, load=load)
+            sources |= {key: brought[stored_key] for key, stored_key in plan.replacements.items()}
             _collect(deltas, plan.deltas)
-        for lora in loras:
-            files = stack.enter_context(TensorFiles(lora.path))
-            _collect(deltas, plan_lora(files, shapes, strength=lora.strength).deltas)
-        place = torch.device(device)
-        merged = {key: _merged(source, deltas.get(key, ()), place) for key, source in sources.items()}
-        load_strict(
-            model,
-            merged,
-            dtype=lambda key: torch.float32 if keep_float32(key) else dtype,
-            device=place,
-            origin=base.origin if adapter is None else f"{base.origin} with {adapter.origin}",
-        )
-    return model.eval()
+        for lora in files.loras:
+            more = stack.enter_context(TensorFiles(lora.path))
+            _collect(deltas, plan_lora(more, shapes, strength=lora.strength).deltas)
+        sources = {key: _merged(source, deltas.get(key, ()), device) for key, source in sources.items()}
+        if form is not None:
+            form.prepare(model)
+            sources = sources if stored else form.convert(sources, device)
+        origin = base.origin if adapter is None else f"{base.origin} with {adapter.origin}"
+        yield DiTWeights(model, sources, origin)
+
+
+def load_dit(
+    files: DiTFiles,
+    *,
+    attention: AttentionFn,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    form: WeightForm | None = None,
+    place: DeviceOf | None = None,
+) -> WanDiT:
+    """The merged model, in evaluation mode and without gradients; arguments as in `open_dit`.
+
+    place: where each weight goes in the end, `device` for all if None.
+    """
+    with open_dit(files, attention=attention, dtype=dtype, device=torch.device(device), form=form) as weights:
+        return _filled(weights, place or torch.device(device))
 
 
 def random_dit(
-    config: DiTConfig, *, attention: AttentionFn, dtype: torch.dtype, device: torch.device | str, seed: int
+    config: DiTConfig,
+    *,
+    attention: AttentionFn,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int,
+    form: WeightForm | None = None,
+    place: DeviceOf | None = None,
 ) -> WanDiT:
-    """A model with random weights made on `device` (see `initial`), dtypes as `load_dit` gives."""
+    """A model with random weights made on `device` (see `initial`); form, place as for `load_dit`."""
+    weights = random_weights(
+        config, attention=attention, dtype=dtype, device=torch.device(device), seed=seed, form=form
+    )
+    return _filled(weights, place or torch.device(device))
+
+
+def random_weights(
+    config: DiTConfig,
+    *,
+    attention: AttentionFn,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    form: WeightForm | None = None,
+) -> DiTWeights:
+    """Like `open_dit`, for numbers from a generator. They depend on the order in which they are read."""
+    model = empty_dit(config, attention, dtype)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    sources: dict[str, TensorSource] = {}
+    for key, empty in model.named_parameters():
+        shape = tuple(empty.shape)
+        sources[key] = TensorSource(shape, partial(random_weight, key, shape, empty.dtype, generator))
+    if form is not None:
+        form.prepare(model)
+        sources = form.convert(sources, device)
+    return DiTWeights(model, sources, "random weights")
+
+
+def _filled(weights: DiTWeights, place: torch.device | DeviceOf) -> WanDiT:
+    dtypes = weights.dtypes()
+    load_strict(weights.model, weights.sources, dtype=dtypes.__getitem__, device=place, origin=weights.origin)
+    return weights.model.eval()
+
+
+def empty_dit(config: DiTConfig, attention: AttentionFn, dtype: torch.dtype) -> WanDiT:
+    """A model on meta whose parameters have the dtypes they will be loaded in."""
     with torch.device("meta"):
         model = WanDiT(config, attention)
-    fill_random(
-        model, dtype=lambda key: torch.float32 if keep_float32(key) else dtype, device=device, seed=seed
-    )
-    return model.eval()
+    for key, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if keep_float32(key) else dtype)
+    return model
+
+
+def _check_form(base: TensorFiles, stored: str | None, form: WeightForm | None, merging: bool) -> None:
+    """Raise CheckpointError where a converted file's form is not the one asked for, or cannot be merged."""
+    if stored is None:
+        return
+    if form is None or form.name != stored:
+        raise CheckpointError(f"{base.origin}: converted to {stored}; set quantize={stored}")
+    if merging:
+        raise CheckpointError(
+            f"{base.origin}: converted to {stored}, nothing can be merged into it; leave exp_path and loras "
+            "out, or convert the original files with them"
+        )
 
 
 def _collect(deltas: dict[str, list[Delta]], more: Sequence[Delta]) -> None:
@@ -203,7 +314,8 @@ def _config(
     dim, in_dim, *patch = shape("patch_embedding.weight", 5)
     blocks = {int(match[1]) for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key))}
     declared: Mapping[str, Any] = settings.model_config if settings else {}
-    heads = num_heads or declared.get("num_heads") or dim // HEAD_DIM
+    stored = base.metadata.get(HEADS_KEY, "")
+    heads = num_heads or declared.get("num_heads") or (int(stored) if stored.isdigit() else dim // HEAD_DIM)
     if heads < 1 or dim % heads:
         raise CheckpointError(
             f"{base.origin}: width {dim} cannot have {heads} heads; set num_heads in model_config"

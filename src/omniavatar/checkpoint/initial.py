@@ -42,6 +42,16 @@ def initial_spread(key: str, shape: tuple[int, ...]) -> tuple[float, float]:
     return 0.0, std * (DAMPING if DAMPED.search(key) else 1.0)
 
 
+def random_weight(
+    key: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
+) -> torch.Tensor:
+    """The next random weight of `generator`, on its device, spread as `initial_spread` says."""
+    mean, std = initial_spread(key, shape)
+    half_width = std * math.sqrt(3.0)
+    value = torch.empty(shape, dtype=dtype, device=generator.device)
+    return value.uniform_(mean - half_width, mean + half_width, generator=generator)
+
+
 def fill_random(
     module: nn.Module,
     *,
@@ -56,10 +66,7 @@ def fill_random(
     generator = torch.Generator(device=device).manual_seed(seed)
     for name, parameter in list(module.named_parameters()):
         chosen = dtype if isinstance(dtype, torch.dtype) else dtype(name)
-        mean, std = initial_spread(name, tuple(parameter.shape))
-        half_width = std * math.sqrt(3.0)
-        value = torch.empty(parameter.shape, dtype=chosen, device=device)
-        value.uniform_(mean - half_width, mean + half_width, generator=generator)
+        value = random_weight(name, tuple(parameter.shape), chosen, generator)
         parent, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
     left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]

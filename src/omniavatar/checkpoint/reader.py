@@ -100,6 +100,13 @@ class TensorFiles:
         """A CPU tensor in the stored dtype, in memory of its own."""
         return self._owner[key].load(key)
 
+    def read(self, key: str, start: int, out: Tensor) -> None:
+        """Fill `out` (uint8) with the bytes of `key` from byte `start` on; safe to call from several threads.
+
+        Raises CheckpointError when the data ends early.
+        """
+        self._owner[key].read(key, start, out)
+
     def close(self) -> None:
         for file in self._files:
             file.close()

@@ -6,6 +6,7 @@ device and put in place of the meta tensor, so nothing exists twice and nothing 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from omniavatar.errors import CheckpointError
 
 SHOWN = 8
 DtypeOf = Callable[[str], torch.dtype]
+DeviceOf = Callable[[str], torch.device]
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,14 @@ class TensorSource:
 
 
 def file_sources(
-    files: TensorFiles, rename: Callable[[str], str | None] | None = None
+    files: TensorFiles,
+    rename: Callable[[str], str | None] | None = None,
+    load: Callable[[TensorFiles, str], Tensor] = TensorFiles.load,
 ) -> dict[str, TensorSource]:
     """Sources for every tensor of `files`, under the names a module uses.
 
     rename: file name -> module name, or None for a tensor that the module has no use for.
+    load: how a tensor is read (`Staging.load` brings it to a CUDA device).
     Raises CheckpointError when two tensors of the file get one name.
     """
     sources: dict[str, TensorSource] = {}
@@ -45,7 +50,7 @@ def file_sources(
             continue
         if name in sources:
             raise CheckpointError(f"{files.origin}: two tensors stand for {name} (one of them is {key})")
-        sources[name] = TensorSource(files.shape(key), lambda key=key: files.load(key))  # type: ignore[misc]
+        sources[name] = TensorSource(files.shape(key), functools.partial(load, files, key))
     return sources
 
 
@@ -54,16 +59,36 @@ def load_strict(
     sources: Mapping[str, TensorSource],
     *,
     dtype: torch.dtype | DtypeOf,
-    device: torch.device | str,
+    device: torch.device | str | DeviceOf,
     origin: str,
 ) -> None:
     """Fill `module` (on meta) from `sources`, in the order of `sources`.
 
     dtype: of all floating-point weights, or a function of the weight's name; integers keep theirs.
+    device: of all weights, or a function of the weight's name.
     origin: how the error names the files. A tied weight may be given under any one of its names.
     Weights come out without gradients. Raises CheckpointError listing missing, unexpected, misshaped names.
     """
     wanted = _wanted(module)
+    for slot_name, name in _matched(module, wanted, sources, origin).items():
+        tensor = sources[name].load()
+        if tensor.is_floating_point():
+            tensor = tensor.to(dtype if isinstance(dtype, torch.dtype) else dtype(slot_name))
+        wanted[slot_name].put(module, tensor.to(device(slot_name) if callable(device) else device))
+    left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    if left:
+        raise RuntimeError(f"{type(module).__name__} keeps weights on meta that no file can fill: {left}")
+
+
+def check_sources(module: nn.Module, sources: Mapping[str, TensorSource], origin: str) -> None:
+    """The check of `load_strict` alone: nothing is read."""
+    _matched(module, _wanted(module), sources, origin)
+
+
+def _matched(
+    module: nn.Module, wanted: Mapping[str, _Slot], sources: Mapping[str, TensorSource], origin: str
+) -> dict[str, str]:
+    """For each wanted weight the source's name, in the order of the sources."""
     aliases = {name: slot.names[0] for slot in wanted.values() for name in slot.names}
     filled: dict[str, str] = {}
     unexpected: list[str] = []
@@ -85,17 +110,7 @@ def load_strict(
             if items
         ]
         raise CheckpointError(f"{origin}: does not fit {type(module).__name__}: {'; '.join(problems)}")
-    for slot_name, name in filled.items():
-        tensor = sources[name].load()
-        if tensor.is_floating_point():
-            wanted_dtype = dtype if isinstance(dtype, torch.dtype) else dtype(slot_name)
-            tensor = tensor.to(device=device, dtype=wanted_dtype)
-        else:
-            tensor = tensor.to(device=device)
-        wanted[slot_name].put(module, tensor)
-    left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
-    if left:
-        raise RuntimeError(f"{type(module).__name__} keeps weights on meta that no file can fill: {left}")
+    return filled
 
 
 @dataclass(frozen=True)

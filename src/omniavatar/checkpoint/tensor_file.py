@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import re
+import threading
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -68,6 +70,8 @@ class TensorFile(Protocol):
     def metadata(self) -> Mapping[str, str]: ...
 
     def load(self, key: str) -> Tensor: ...
+
+    def read(self, key: str, start: int, out: Tensor) -> None: ...
 
     def close(self) -> None: ...
 
@@ -130,14 +134,17 @@ class SafetensorsFile:
         info = self.index[key]
         tensor = torch.empty(info.shape, dtype=info.dtype)
         if info.num_bytes:
-            target = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
-            self._file.seek(self._offsets[key])
-            while target:
-                count = self._file.readinto(target)
-                if not count:
-                    raise _damaged(self.path, f"the data of {key} ends early")
-                target = target[count:]
+            self.read(key, 0, tensor.view(-1).view(torch.uint8))
         return tensor
+
+    def read(self, key: str, start: int, out: Tensor) -> None:
+        target = memoryview(out.numpy().data)
+        place = self._offsets[key] + start
+        while target:
+            count = os.preadv(self._file.fileno(), [target], place)
+            if not count:
+                raise _damaged(self.path, f"the data of {key} ends early")
+            target, place = target[count:], place + count
 
     def close(self) -> None:
         self._file.close()
@@ -154,6 +161,7 @@ class TorchFile:
             if file.read(2) not in (b"PK", b"\x80\x02"):
                 raise _damaged(path, "it is not a file of torch.save")
         self._mappable = zipfile.is_zipfile(path)
+        self._lock = threading.Lock()
         self._tensors: dict[str, Tensor] | None = self._map()
         self._bytes_read = 0
         self.index = {
@@ -194,13 +202,20 @@ class TorchFile:
         return dict(content)
 
     def load(self, key: str) -> Tensor:
-        if self._tensors is None or (self._mappable and self._bytes_read > RENEW_MAPPING_BYTES):
-            self._tensors = None
-            self._tensors = self._map()
-            self._bytes_read = 0
-        mapped = self._tensors[key].detach()
-        self._bytes_read += mapped.numel() * mapped.element_size()
-        return mapped.clone(memory_format=torch.contiguous_format)
+        return self._mapped(key, self.index[key].num_bytes).clone(memory_format=torch.contiguous_format)
+
+    def read(self, key: str, start: int, out: Tensor) -> None:
+        mapped = self._mapped(key, len(out)).contiguous().view(-1).view(torch.uint8)
+        out.copy_(mapped[start : start + len(out)])
+
+    def _mapped(self, key: str, used_bytes: int) -> Tensor:
+        with self._lock:
+            if self._tensors is None or (self._mappable and self._bytes_read > RENEW_MAPPING_BYTES):
+                self._tensors = None
+                self._tensors = self._map()
+                self._bytes_read = 0
+            self._bytes_read += used_bytes
+            return self._tensors[key].detach()
 
     def close(self) -> None:
         self._tensors = None

@@ -1,4 +1,4 @@
-"""Writing weight files of random numbers, deterministic to the byte, without holding a safetensors shard.
+"""Writing weight files: of random numbers, deterministic to the byte, or of given tensors, one at a time.
 
 Each tensor's numbers depend on (seed, file, name) alone, so any file can be written first, again or alone.
 A file appears under its name only when it is complete. PyTorch files are held in memory while written (the
@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,12 @@ from omniavatar.checkpoint.initial import initial_spread
 from omniavatar.checkpoint.layout import FileLayout, TensorEntry
 
 CHUNK_ELEMENTS = 1 << 22
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
 
 
 def write_random(root: Path, layout: FileLayout, seed: int, on_bytes: Callable[[int], None]) -> None:
@@ -41,10 +46,38 @@ def write_random(root: Path, layout: FileLayout, seed: int, on_bytes: Callable[[
         partial.unlink(missing_ok=True)
 
 
-def _write_safetensors(path: Path, layout: FileLayout, seed: int, on_bytes: Callable[[int], None]) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def write_tensors(
+    path: Path,
+    entries: Sequence[TensorEntry],
+    load: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+    on_bytes: Callable[[int], None],
+) -> None:
+    """Write a safetensors file tensor by tensor, in the order of `entries`. May raise OSError.
+
+    load: gives the tensor of a name, on any device; it is cast to the entry's dtype.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(safetensors_header(entries, {"format": "pt", **metadata}))
+            for entry in entries:
+                tensor = load(entry.key).to(entry.dtype).cpu().contiguous()
+                file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+                on_bytes(entry.num_bytes)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def safetensors_header(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> bytes:
+    """The bytes before the data: 8 of length, and a table of names padded to a multiple of 8."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
-    for entry in layout.tensors:
+    for entry in entries:
         start, end = end, end + entry.num_bytes
         header[entry.key] = {
             "dtype": DTYPE_NAMES[entry.dtype],
@@ -53,9 +86,13 @@ def _write_safetensors(path: Path, layout: FileLayout, seed: int, on_bytes: Call
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_safetensors(path: Path, layout: FileLayout, seed: int, on_bytes: Callable[[int], None]) -> None:
     buffer = np.empty(CHUNK_ELEMENTS, dtype=np.float32)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(safetensors_header(layout.tensors, {"format": "pt"}))
         for entry in layout.tensors:
             for piece in _pieces(entry, layout.path, seed, buffer):
                 file.write(piece.to(entry.dtype).view(torch.uint8).numpy().data)

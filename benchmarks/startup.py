@@ -1,0 +1,140 @@
+"""Seconds from the command to the first denoising step, for a converted checkpoint in the page cache.
+
+    python -m benchmarks.startup [--scale 14B] [--quantize fp8|none] [--repeats 5] [--folder DIR]
+
+Makes a folder in the official layout: the DiT converted from random weights, a random VAE and wav2vec 2.0,
+and cached embeddings of the prompts (their encoder is not loaded, as after the first run of a prompt). Then
+runs `omniavatar generate` in a process of its own, once to warm the caches, and reads its events. The first
+step is counted when the process reports it. Prints a table and one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from omniavatar.checkpoint.layout import scale_spec
+from omniavatar.checkpoint.layout_files import TEXT_ENCODER, TOKENIZER, VAE, WAV2VEC, checkpoint_layout
+from omniavatar.checkpoint.synthetic import wav2vec_config
+from omniavatar.checkpoint.tensor_writer import write_random
+from omniavatar.config import NEGATIVE_PROMPT
+from omniavatar.config_load import load_config
+from omniavatar.conversion import convert_checkpoint
+from omniavatar.encoders.text_cache import TextCache, encoder_identity
+
+ASSETS = Path(__file__).resolve().parents[1] / "src" / "omniavatar" / "assets"
+PROMPT = "A person speaks to the camera."
+
+
+def make_files(root: Path, scale: str, quantize: str) -> dict[str, str]:
+    """Write everything a run reads; settings that name it."""
+    spec = scale_spec(scale)
+    random = load_config(None, {"weights": "random", "scale": scale, "quantize": quantize}).config
+    converted = convert_checkpoint(random, root / "converted.safetensors")
+    for layout in checkpoint_layout(spec):
+        if layout.path.endswith(VAE) or layout.path.startswith(WAV2VEC):
+            write_random(root, layout, 0, lambda _: None)
+    (root / WAV2VEC / "config.json").write_text(json.dumps(wav2vec_config(spec.wav2vec)))
+    extractor = {"do_normalize": True, "feature_size": 1, "padding_value": 0.0, "sampling_rate": 16000}
+    (root / WAV2VEC / "preprocessor_config.json").write_text(json.dumps(extractor))
+    base = root / f"Wan2.1-T2V-{scale}"
+    (base / TOKENIZER).mkdir(parents=True)
+    (base / TOKENIZER / "tokenizer.json").write_text("{}")
+    (base / TEXT_ENCODER).write_bytes(b"not read: the embeddings are cached")
+    cache = TextCache(root / "cache", encoder_identity(base / TEXT_ENCODER, base / TOKENIZER, torch.bfloat16))
+    for prompt in (PROMPT, NEGATIVE_PROMPT):
+        cache.put(prompt, torch.randn(512, spec.text.dim, dtype=torch.bfloat16))
+    return {
+        "dit_path": str(converted.path),
+        "vae_path": str(base / VAE),
+        "text_encoder_path": str(base / TEXT_ENCODER),
+        "wav2vec_path": str(root / WAV2VEC),
+        "text_cache_dir": str(root / "cache"),
+        "quantize": quantize,
+        "num_steps": "4",
+        "guidance_scale": "1",
+    }
+
+
+def start(settings: dict[str, str], out: Path) -> dict[str, float]:
+    """Seconds from the start of a process to each event of the first window."""
+    config = out.with_name("run.yaml")
+    config.write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
+    command = [
+        sys.executable,
+        "-m",
+        "omniavatar.cli",
+        "generate",
+        "--config",
+        str(config),
+        "--prompt",
+        PROMPT,
+    ]
+    command += ["--image", str(ASSETS / "portrait.png"), "--audio", str(ASSETS / "speech.flac")]
+    command += ["--output", str(out), "--log-format", "json", "--no-resume"]
+    begun, seen = time.time(), {}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ)) as process:
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            event = json.loads(line) if line.startswith("{") else {}
+            if event.get("event") in ("request_started", "window_started", "step"):
+                seen.setdefault(event["event"], event["time"] - begun)
+            if event.get("event") == "step":
+                process.kill()
+                break
+    if "step" not in seen:
+        raise SystemExit("".join(lines))
+    return seen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scale", default="14B")
+    parser.add_argument("--quantize", default="fp8", choices=["fp8", "none"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        root = Path(name)
+        begun = time.perf_counter()
+        settings = make_files(root, arguments.scale, arguments.quantize)
+        print(f"files made in {time.perf_counter() - begun:.0f} s", flush=True)
+        cold = start(settings, root / "video.mp4")
+        runs = [start(settings, root / "video.mp4") for _ in range(arguments.repeats)]
+        size = Path(settings["dit_path"]).stat().st_size
+    report = {
+        "benchmark": "startup",
+        "scale": arguments.scale,
+        "quantize": arguments.quantize,
+        "dit_file_gb": round(size / 1e9, 2),
+        "first_run_s": round(cold["step"], 2),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "repeats": arguments.repeats,
+    }
+    for event in ("request_started", "window_started", "step"):
+        values = sorted(run[event] for run in runs)
+        report[event] = {
+            "median_s": round(statistics.median(values), 2),
+            "min_s": round(values[0], 2),
+            "max_s": round(values[-1], 2),
+        }
+        print(f"{event:16} {statistics.median(values):6.2f} s ({values[0]:.2f}..{values[-1]:.2f})")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""`omniavatar convert`: from a configuration to one file of its DiT in the form it runs in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from omniavatar import __version__
+from omniavatar.accel.apply import AccelConfig, weight_form
+from omniavatar.checkpoint.convert import convert_dit
+from omniavatar.checkpoint.dit import open_dit, random_weights
+from omniavatar.checkpoint.layout import scale_spec
+from omniavatar.components import DTYPES, choose_device, dit_files
+from omniavatar.config import PipelineConfig
+from omniavatar.ops.fused import create_fused
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The written file, its bytes, and the settings that load it in place of the originals."""
+
+    path: Path
+    num_bytes: int
+    settings: dict[str, str | None]
+
+
+def convert_checkpoint(
+    config: PipelineConfig, out: Path, progress: Callable[[int, int], None] | None = None
+) -> Converted:
+    """Write the configured DiT to `out`: merged, in `model.dtype`, quantised as `runtime.quantize` says.
+
+    Random weights are converted too, for timings. Raises CheckpointError, ConfigError, OutputError,
+    ResourceError.
+    """
+    model, quantize = config.model, config.runtime.quantize
+    device, dtype = choose_device(config.runtime.device), DTYPES[model.dtype]
+    form = weight_form(AccelConfig(quantize), create_fused(device), device)
+    stored = None if form is None else form.name
+    made_from: dict[str, object] = {"omniavatar": __version__, "dtype": model.dtype, "quantize": quantize}
+    placeholder = torch.nn.functional.scaled_dot_product_attention
+    if model.weights == "random":
+        made_from["random"] = model.scale
+        weights = random_weights(
+            scale_spec(model.scale).dit, attention=placeholder, dtype=dtype, device=device, seed=0, form=form
+        )
+        size = convert_dit(weights, out, form=stored, made_from=made_from, progress=progress)
+    else:
+        model.check_files_named()
+        files = dit_files(model)
+        made_from["base"] = [path.name for path in model.dit_path]
+        made_from["adapter"] = model.exp_path.name if model.exp_path else None
+        made_from["loras"] = [[lora.path.name, lora.strength] for lora in model.loras]
+        with open_dit(files, attention=placeholder, dtype=dtype, device=device, form=form) as opened:
+            size = convert_dit(opened, out, form=stored, made_from=made_from, progress=progress)
+    settings = {"dit_path": str(out), "exp_path": None, "quantize": quantize, "dtype": model.dtype}
+    return Converted(out, size, settings)
