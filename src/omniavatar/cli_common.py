@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import IO, TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
 from omniavatar.errors import ConfigError, OmniAvatarError
 
+if TYPE_CHECKING:
+    from omniavatar.console import Display
+    from omniavatar.console import LogFormat as LogName
+    from omniavatar.profiling.recorder import RunRecorder
+
+    DisplayMaker: TypeAlias = Callable[[LogName, bool, IO[str]], Display]
+
 INTERRUPTED = 130
 SOME_FAILED = 1
+INTERRUPT_NOTE = "interrupted; finished windows are kept, and the same command continues after them"
 
 ConfigOption = Annotated[
     Path,
@@ -34,6 +44,19 @@ HpOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+class LogFormat(StrEnum):
+    """How progress is reported on stderr."""
+
+    rich = "rich"
+    json = "json"
+
+
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; print the output path only.")]
+LogOption = Annotated[
+    LogFormat, typer.Option("--log-format", help="rich: progress bars; json: one JSON object an event.")
+]
 
 
 def print_error(text: str) -> None:
@@ -73,3 +96,49 @@ def require_one_process() -> None:
             f"torchrun started {processes} processes, but one video on several GPUs is not in this version; "
             "use --nproc_per_node=1"
         )
+
+
+@contextmanager
+def reporting(
+    log_format: LogFormat, quiet: bool, displays: DisplayMaker | None = None
+) -> Iterator[tuple[RunRecorder, Callable[[str], None]]]:
+    """A recorder with the chosen display, and where errors go: a line on stderr, or a JSON event `error`.
+
+    displays: makes the display from (log format, quiet, stderr); default: that of one video at a time. Log
+    records of the package are shown as messages too.
+    """
+    from omniavatar.console import make_display as one_video
+    from omniavatar.profiling.recorder import RunRecorder
+
+    display = (displays or one_video)(log_format.value, quiet, sys.stderr)
+    recorder = RunRecorder([display])
+
+    def report(text: str) -> None:
+        if log_format is LogFormat.json:
+            recorder.event("error", text=text)
+        else:
+            print_error(text)
+
+    handler = _Forward(recorder)
+    logger = logging.getLogger("omniavatar")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with display:
+            yield recorder, report
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+class _Forward(logging.Handler):
+    """Shows the package's log records as messages of the run."""
+
+    def __init__(self, recorder: RunRecorder) -> None:
+        super().__init__(logging.INFO)
+        self._recorder = recorder
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "warning" if record.levelno >= logging.WARNING else "info"
+        self._recorder.event("message", text=record.getMessage(), level=level)

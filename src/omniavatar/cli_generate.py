@@ -6,21 +6,21 @@ reported and the next one runs; an error that would hit every line (weights, dev
 
 from __future__ import annotations
 
-import logging
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from enum import StrEnum
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from omniavatar.cli_common import (
+    INTERRUPT_NOTE,
     SOME_FAILED,
     ConfigOption,
     HpOption,
-    print_error,
+    LogFormat,
+    LogOption,
+    QuietOption,
+    reporting,
     require_one_process,
     user_errors,
 )
@@ -29,21 +29,6 @@ if TYPE_CHECKING:
     from omniavatar.config_load import LoadedConfig
     from omniavatar.profiling.recorder import RunRecorder
     from omniavatar.requests_file import BadLine, RequestLine
-
-INTERRUPT_NOTE = "interrupted; finished windows are kept, and the same command continues after them"
-
-
-class LogFormat(StrEnum):
-    """How progress is reported on stderr."""
-
-    rich = "rich"
-    json = "json"
-
-
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; print the output path only.")]
-LogOption = Annotated[
-    LogFormat, typer.Option("--log-format", help="rich: progress bars; json: one JSON object an event.")
-]
 
 
 def generate(
@@ -84,7 +69,7 @@ def generate(
     if prompt is not None and image is None:
         raise typer.BadParameter("--image is missing: the model needs a portrait")
     overrides = [*(hp or ()), *([] if seed is None else [f"seed={seed}"])]
-    with _reporting(log_format, quiet) as (recorder, report), user_errors(report, INTERRUPT_NOTE):
+    with reporting(log_format, quiet) as (recorder, report), user_errors(report, INTERRUPT_NOTE):
         require_one_process()
         from omniavatar.config_load import load_config
         from omniavatar.requests_file import RequestLine, read_requests
@@ -125,7 +110,7 @@ def demo(
     The model is tiny and its weights are random, so the picture is noise; the sound, the length and every
     step on the way are real.
     """
-    with _reporting(log_format, quiet) as (recorder, report), user_errors(report, INTERRUPT_NOTE):
+    with reporting(log_format, quiet) as (recorder, report), user_errors(report, INTERRUPT_NOTE):
         require_one_process()
         from importlib.resources import as_file, files
 
@@ -204,46 +189,3 @@ def _run(
         if quiet:
             typer.echo(str(result.output))
     return failed
-
-
-@contextmanager
-def _reporting(log_format: LogFormat, quiet: bool) -> Iterator[tuple[RunRecorder, Callable[[str], None]]]:
-    """A recorder with the chosen display, and where errors go: a line on stderr, or a JSON event `error`.
-
-    Log records of the package are shown as messages too.
-    """
-    from omniavatar.console import make_display
-    from omniavatar.profiling.recorder import RunRecorder
-
-    display = make_display(log_format.value, quiet, sys.stderr)
-    recorder = RunRecorder([display])
-
-    def report(text: str) -> None:
-        if log_format is LogFormat.json:
-            recorder.event("error", text=text)
-        else:
-            print_error(text)
-
-    handler = _Forward(recorder)
-    logger = logging.getLogger("omniavatar")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        with display:
-            yield recorder, report
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-
-
-class _Forward(logging.Handler):
-    """Shows the package's log records as messages of the run."""
-
-    def __init__(self, recorder: RunRecorder) -> None:
-        super().__init__(logging.INFO)
-        self._recorder = recorder
-
-    def emit(self, record: logging.LogRecord) -> None:
-        level = "warning" if record.levelno >= logging.WARNING else "info"
-        self._recorder.event("message", text=record.getMessage(), level=level)
