@@ -82,6 +82,7 @@ def _size(config: PipelineConfig, image: Path | None) -> tuple[int, int]:
 
 def _step_plan(config: PipelineConfig) -> StepPlan | None:
     """The step cache's plan, or None where TeaCache needs weights that are not on this disk."""
+    from omniavatar.calibration_file import find_constants
     from omniavatar.plan import make_step_plan, model_scale, sampling_schedule
     from omniavatar.weights_preview import files_there, find_dit_config, time_modulations
 
@@ -93,8 +94,8 @@ def _step_plan(config: PipelineConfig) -> StepPlan | None:
     def modulations() -> np.ndarray:
         return time_modulations(model, dit, sampling_schedule(sampling).timesteps)
 
-    guard = not config.runtime.reference_numerics
-    return make_step_plan(sampling, model_scale(model.scale, dit.dim), modulations, guard)
+    constants = find_constants(model, sampling, dit, model_scale(model.scale, dit.dim))
+    return make_step_plan(sampling, constants, modulations, not config.runtime.reference_numerics)
 
 
 def _report(plan: RunPlan, memory: MemoryEstimate) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from omniavatar.accel.apply import AccelConfig, apply_accelerations, weight_form
 from omniavatar.accel.vae import choose_vae, create_vae
+from omniavatar.calibration_file import find_constants
 from omniavatar.checkpoint.dit import (
     DiTFiles,
     LoraFile,
@@ -31,12 +32,16 @@ from omniavatar.encoders.text_cache import TextCache, encode_cached, encoder_ide
 from omniavatar.errors import CheckpointError, ResourceError
 from omniavatar.ops.attention import create_attention
 from omniavatar.ops.fused import create_fused
+from omniavatar.plan import make_step_plan, model_scale, sampling_schedule
 
 if TYPE_CHECKING:
-    from omniavatar.config import ModelConfig, PipelineConfig
+    import numpy as np
+
+    from omniavatar.config import ModelConfig, PipelineConfig, SamplingConfig
     from omniavatar.model.dit import DiTConfig, WanDiT
     from omniavatar.model.vae import VideoVAE
-    from omniavatar.types import Recorder
+    from omniavatar.sampling.cache_constants import CacheConstants
+    from omniavatar.types import Recorder, StepPlan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -176,6 +181,24 @@ class Components:
                 f"{self.dit_config.audio_dim}; use the wav2vec folder the checkpoint was trained with"
             )
         return encoder
+
+    def cache_constants(self, sampling: SamplingConfig) -> CacheConstants | None:
+        """What the step cache decides by (`calibration_file.find_constants`); reads no whole weight file."""
+        model = self.config.model
+        return find_constants(model, sampling, self.dit_config, model_scale(model.scale, self.dit_config.dim))
+
+    def step_plan(self, sampling: SamplingConfig, constants: CacheConstants | None) -> StepPlan:
+        """The step cache's plan by `constants`; loads the DiT where TeaCache reads its time projections."""
+        guard = not self.config.runtime.reference_numerics
+        return make_step_plan(sampling, constants, lambda: self.time_projections(sampling), guard)
+
+    @torch.inference_mode()
+    def time_projections(self, sampling: SamplingConfig) -> np.ndarray:
+        """What TeaCache reads: time projections (steps, 6, dim) float32 of the schedule."""
+        timesteps = torch.tensor(
+            sampling_schedule(sampling).timesteps, dtype=torch.float32, device=self.device
+        )
+        return self.dit.embed_time(timesteps)[1].float().cpu().numpy()
 
     def embed_prompts(self, prompts: Sequence[str]) -> list[Tensor]:
         """Embeddings (1, 512, text_dim) on the device, kept for the life of the pipeline."""

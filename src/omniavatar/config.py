@@ -26,6 +26,7 @@ from omniavatar.config_values import (
     Real,
     Size,
     Whole,
+    choice_or_path,
     coefficients,
     descending_timesteps,
     device_name,
@@ -194,6 +195,8 @@ class SamplingConfig(_Section):
         Literal["auto", "1.3B", "14B"] | tuple[Real, ...], BeforeValidator(coefficients)
     ] = "auto"
     """TeaCache polynomial, highest power first, or the model whose published one to use."""
+    step_cache_file: Annotated[Literal["auto", "none"] | Path, BeforeValidator(choice_or_path)] = "auto"
+    """Measured constants (`omniavatar calibrate`): a file, auto (beside the checkpoint, if there) or none."""
     cache_protect_first: Whole = Field(1, ge=1)
     """First steps that are always computed."""
     cache_protect_last: Whole = Field(1, ge=0)

@@ -72,6 +72,10 @@ def _matches(path: Path) -> list[Path]:
     return sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
 
 
+def choice_or_path(value: Any) -> Any:
+    return value if value in ("auto", "none") else _path(value)
+
+
 def lora_entry(value: Any) -> Any:
     return {"path": value} if isinstance(value, str | Path) else value
 

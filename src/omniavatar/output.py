@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from omniavatar import __version__
+from omniavatar.calibration_file import NAME as STEP_CACHE
 from omniavatar.config import result_values
 from omniavatar.errors import InputError, ResumeError
 from omniavatar.job import Job, fingerprint
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from omniavatar.config import OutputConfig, PipelineConfig, SamplingConfig
     from omniavatar.generation import WindowResult
     from omniavatar.plan import RunPlan
+    from omniavatar.sampling.cache_constants import CacheConstants
 
 ENCODER_THREADS = 4
 """Fixed, since x264's output depends on it and a resumed run must give the same video."""
@@ -66,10 +68,19 @@ def output_path(output: OutputConfig, sampling: SamplingConfig, index: int, prom
 
 
 def request_fingerprint(
-    config: PipelineConfig, sampling: SamplingConfig, request: AvatarRequest, image: np.ndarray
+    config: PipelineConfig,
+    sampling: SamplingConfig,
+    request: AvatarRequest,
+    image: np.ndarray,
+    constants: CacheConstants | None,
 ) -> dict[str, str]:
-    """What decides the frames of a request: configuration, weight files, inputs, package version."""
+    """What decides the frames of a request: configuration, weight files, inputs, package version.
+
+    constants: those of the step cache; their numbers count, not the file they come from.
+    """
     values = result_values(config.model_copy(update={"sampling": sampling}))
+    del values["sampling.step_cache_file"]
+    values["step cache constants"] = "none" if constants is None else constants.digest
     values["request.prompt"] = request.prompt
     values["request.image"] = hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()
     values["request.audio"] = _audio_digest(request.audio)
@@ -83,7 +94,8 @@ def request_fingerprint(
 
 
 def _file_identity(path: Path) -> str:
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    inside = (p for p in path.rglob("*") if p.is_file() and p.name != STEP_CACHE)
+    files = sorted(inside) if path.is_dir() else [path]
     return "; ".join(f"{p.stat().st_size} bytes, modified {p.stat().st_mtime_ns}" for p in files)
 
 

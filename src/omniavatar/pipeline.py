@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from omniavatar.accel.step_cache import PassRunner, ResidualCache
 from omniavatar.components import Components
 from omniavatar.config import PipelineConfig, SamplingConfig, flat_values
 from omniavatar.config_load import Overrides, load_config
@@ -29,17 +31,13 @@ from omniavatar.job import Job
 from omniavatar.media.atomic import check_writable
 from omniavatar.media.audio import decode_mono
 from omniavatar.media.image import load_image
+from omniavatar.model.dit import RunBlocks
 from omniavatar.output import VideoWriter, load_given, peak_memory, request_fingerprint, write_sidecar
-from omniavatar.plan import (
-    RunPlan,
-    effective_sampling,
-    make_plan,
-    make_step_plan,
-    model_scale,
-    sampling_schedule,
-)
+from omniavatar.plan import RunPlan, effective_sampling, make_plan, sampling_schedule
 from omniavatar.profiling.clocks import DeviceClock
 from omniavatar.profiling.recorder import RunRecorder, stage_seconds
+from omniavatar.sampling.cache_constants import CacheConstants
+from omniavatar.sampling.guidance import guidance_branches
 from omniavatar.types import AvatarRequest, Conditioning, RunResult, StepPlan, VideoChunk
 
 
@@ -51,6 +49,20 @@ class _Inputs:
     sampling: SamplingConfig
     image: np.ndarray
     size: tuple[int, int]
+    constants: CacheConstants | None
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A request that is ready to denoise: what is sampled, its windows, what they are conditioned on.
+
+    constants: those of the configured step cache, None without one.
+    """
+
+    sampling: SamplingConfig
+    plan: RunPlan
+    conditioning: Conditioning
+    constants: CacheConstants | None
 
 
 class AvatarPipeline:
@@ -83,19 +95,50 @@ class AvatarPipeline:
 
     def stream(self, request: AvatarRequest) -> Iterator[VideoChunk]:
         """Yield the frames of each window as it finishes; nothing stays on disk."""
+        with self.prepare(request) as ready:
+            step_plan = self._step_plan(ready.sampling, ready.constants)
+            generator = self.window_generator(ready.sampling, ready.conditioning, step_plan)
+            for result in generator.run(ready.plan.windows):
+                yield VideoChunk(
+                    np.concatenate(result.frames),
+                    result.window.first_new_frame,
+                    ready.plan.fps,
+                    result.window.index,
+                    len(ready.plan.windows),
+                )
+
+    @contextmanager
+    def prepare(self, request: AvatarRequest) -> Iterator[Prepared]:
+        """Read and encode the request's inputs, for as long as the body runs; the caller runs its windows."""
         inputs = self._read(request)
         with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
             waveform, plan = self._plan(inputs, Path(folder) / "audio.f32")
             conditioning = self._condition(inputs, plan, waveform, Path(folder) / "audio_features.npy")
-            generator, _ = self._generator(inputs, conditioning)
-            for result in generator.run(plan.windows):
-                yield VideoChunk(
-                    np.concatenate(result.frames),
-                    result.window.first_new_frame,
-                    plan.fps,
-                    result.window.index,
-                    len(plan.windows),
-                )
+            yield Prepared(inputs.sampling, plan, conditioning, inputs.constants)
+
+    def window_generator(
+        self,
+        sampling: SamplingConfig,
+        conditioning: Conditioning,
+        step_plan: StepPlan,
+        make_cache: Callable[[RunBlocks], PassRunner] = ResidualCache,
+    ) -> WindowGenerator:
+        """What denoises and decodes the windows of a prepared request by `step_plan`."""
+        branches = guidance_branches(
+            sampling.guidance_scale, sampling.effective_audio_scale, conditioning.audio is not None
+        )
+        windows = WindowSampling(
+            sampling.seed,
+            sampling_schedule(sampling),
+            step_plan,
+            branches,
+            sampling.sampler,
+            sampling.guidance_interval,
+        )
+        components = self.components
+        return WindowGenerator(
+            components.dit, components.vae, conditioning, windows, self._recorder, make_cache=make_cache
+        )
 
     def generate(
         self, request: AvatarRequest, output: str | Path, resume: bool | None = None, index: int = 0
@@ -109,7 +152,7 @@ class AvatarPipeline:
         job = Job(_checked_output(Path(output)))
         resume = self.config.output.resume if resume is None else resume
         inputs = self._read(request)
-        identity = request_fingerprint(self.config, inputs.sampling, request, inputs.image)
+        identity = request_fingerprint(self.config, inputs.sampling, request, inputs.image, inputs.constants)
         before = job.finished_before(identity) if resume else None
         if before is not None:
             self._message(f"{job.output} is finished already; use --no-resume to make it again")
@@ -151,7 +194,8 @@ class AvatarPipeline:
         with VideoWriter(job, plan, config.output, inputs.request.audio, delay, self._recorder) as writer:
             if done < len(plan.windows):
                 conditioning = self._condition(inputs, plan, waveform, job.features_path)
-                generator, step_plan = self._generator(inputs, conditioning)
+                step_plan = self._step_plan(inputs.sampling, inputs.constants)
+                generator = self.window_generator(inputs.sampling, conditioning, step_plan)
                 plan = make_plan(
                     config,
                     None if waveform is None else len(waveform),
@@ -201,7 +245,8 @@ class AvatarPipeline:
             )
         image = load_image(request.image)
         height, width = image.shape[:2]
-        return _Inputs(request, sampling, image, choose_bucket(height, width, self.config.video.sizes))
+        size = choose_bucket(height, width, self.config.video.sizes)
+        return _Inputs(request, sampling, image, size, self.components.cache_constants(sampling))
 
     def _plan(self, inputs: _Inputs, waveform_path: Path) -> tuple[np.ndarray | None, RunPlan]:
         """The 16 kHz waveform with its leading silence (memory-mapped), and the plan of windows."""
@@ -243,29 +288,17 @@ class AvatarPipeline:
         pixels = prepare_image(inputs.image, inputs.size).to(self.components.device)
         return self.components.vae.encode(pixels[:, :, None])
 
-    def _generator(self, inputs: _Inputs, conditioning: Conditioning) -> tuple[WindowGenerator, StepPlan]:
-        sampling, dit = inputs.sampling, self.components.dit
-        schedule = sampling_schedule(sampling)
-
-        @torch.inference_mode()
-        def modulations() -> np.ndarray:
-            timesteps = torch.tensor(schedule.timesteps, dtype=torch.float32, device=self.components.device)
-            return dit.embed_time(timesteps)[1].float().cpu().numpy()
-
-        scale = model_scale(self.config.model.scale, dit.config.dim)
-        step_plan = make_step_plan(sampling, scale, modulations, not self.config.runtime.reference_numerics)
+    def _step_plan(self, sampling: SamplingConfig, constants: CacheConstants | None) -> StepPlan:
+        """The step cache's plan, told with the constants it was made by."""
+        step_plan = self.components.step_plan(sampling, constants)
+        if step_plan.source:
+            self._message(
+                f"step cache {step_plan.policy}: {step_plan.computed} of {len(step_plan.compute)} steps "
+                f"computed; constants {step_plan.source}"
+            )
         for note in step_plan.notes:
             self._message(note, "warning")
-        plan = make_plan(
-            self.config, 0 if conditioning.audio is not None else None, inputs.size, sampling, step_plan
-        )
-        windows = WindowSampling(
-            sampling.seed, schedule, step_plan, plan.branches, sampling.sampler, sampling.guidance_interval
-        )
-        return (
-            WindowGenerator(dit, self.components.vae, conditioning, windows, self._recorder),
-            step_plan,
-        )
+        return step_plan
 
     def _device_name(self) -> str:
         device = self.components.device

@@ -6,15 +6,15 @@ time embedding); until they are known the plan says so instead of guessing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from omniavatar.config import PipelineConfig, SamplingConfig
 from omniavatar.errors import ConfigError
-from omniavatar.sampling.cache_constants import MAGCACHE_RATIOS, TEACACHE_POLYNOMIALS
+from omniavatar.sampling.cache_constants import CacheConstants, published_constants
 from omniavatar.sampling.guidance import Branch, guidance_branches
 from omniavatar.sampling.passes import Passes, branch_patterns, count_passes, guided_steps, plan_passes
 from omniavatar.sampling.schedule import Schedule, make_schedule
@@ -105,46 +105,63 @@ def model_scale(configured: str, dim: int) -> str | None:
 
 def make_step_plan(
     sampling: SamplingConfig,
-    scale: str | None,
+    constants: CacheConstants | None,
     modulations: Callable[[], np.ndarray],
     guard: bool = True,
 ) -> StepPlan:
     """The configured step cache's plan.
 
-    modulations: gives the time projections (steps, 6, dim) float32 of the schedule; called for TeaCache only.
-    Raises ConfigError when constants for this model are neither published nor configured.
+    constants: this model's (`calibration_file.find_constants`). modulations: gives the time projections
+    (steps, 6, dim) float32 of the schedule; called for TeaCache only. Raises ConfigError when constants for
+    this model are neither published nor measured nor configured.
     """
     policy, steps = sampling.cache_policy, sampling.steps
     if policy == "none":
         return compute_all(steps)
     first, last = sampling.cache_protect_first, sampling.cache_protect_last
     if policy == "magcache":
-        if scale is None:
-            raise ConfigError("step_cache: MagCache ratios are published for 1.3B and 14B only; use none")
-        return magcache_plan(
+        if constants is None:
+            raise ConfigError(
+                "step_cache: MagCache ratios are published for 1.3B and 14B only; "
+                "measure this model's with `omniavatar calibrate`, or use none"
+            )
+        plan = magcache_plan(
             steps,
-            MAGCACHE_RATIOS[scale],
+            constants.magnitude_ratios,
             sampling.magcache_thresh,
             sampling.magcache_max_skip,
             sampling.magcache_retention,
             first,
             last,
         )
-    polynomial = _polynomial(sampling.teacache_coefficients, scale)
+        known = len(constants.magnitude_ratios)
+        stretched = f"; ratios of {known} steps stretched to {steps}" if known != steps else ""
+        return replace(plan, source=constants.source + stretched)
+    constants = _teacache_constants(sampling, constants)
     distances = relative_changes(modulations())
-    return teacache_plan(distances, polynomial, sampling.tea_cache_l1_thresh, first, last, guard)
+    plan = teacache_plan(
+        distances,
+        constants.polynomial,
+        sampling.tea_cache_l1_thresh,
+        first,
+        last,
+        guard,
+        constants.fitted,
+    )
+    return replace(plan, source=constants.source)
 
 
-def _polynomial(configured: str | Sequence[float], scale: str | None) -> Sequence[float]:
+def _teacache_constants(sampling: SamplingConfig, constants: CacheConstants | None) -> CacheConstants:
+    configured = sampling.teacache_coefficients
     if not isinstance(configured, str):
-        return configured
-    name = scale if configured == "auto" else configured
-    if name is None:
+        return CacheConstants("teacache_coefficients of the configuration", (), configured)
+    chosen = constants if configured == "auto" else published_constants(configured)
+    if chosen is None:
         raise ConfigError(
             "teacache_coefficients: none are published for this model's size; "
-            "give a polynomial, or set tea_cache_l1_thresh=0"
+            "measure them with `omniavatar calibrate`, give a polynomial, or set tea_cache_l1_thresh=0"
         )
-    return TEACACHE_POLYNOMIALS[name]
+    return chosen
 
 
 def make_plan(
@@ -172,6 +189,8 @@ def make_plan(
         sampling.guidance_scale, sampling.effective_audio_scale, has_audio=audio_samples is not None
     )
     notes = list(step_plan.notes if step_plan else ())
+    if step_plan and step_plan.source:
+        notes.insert(0, f"step cache by constants {step_plan.source}")
     if step_plan is None and sampling.cache_policy == "teacache":
         notes.append("TeaCache's decisions need the checkpoint's time embedding; forwards is an upper bound")
     interval = sampling.guidance_interval

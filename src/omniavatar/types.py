@@ -89,11 +89,15 @@ class Window:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """For each step: run the blocks (True) or reuse the last residual (False). Known before step 0."""
+    """For each step: run the blocks (True) or reuse the last residual (False). Known before step 0.
+
+    source: where the constants come from that it was decided by; empty without a step cache.
+    """
 
     compute: tuple[bool, ...]
     policy: str = "none"
     notes: tuple[str, ...] = ()
+    source: str = ""
 
     @property
     def computed(self) -> int:

@@ -12,11 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omniavatar.checkpoint.fingerprint import file_fingerprint
 from omniavatar.checkpoint.layout import UMT5_XXL as XXL_SPEC
 from omniavatar.checkpoint.layout import TextSpec, text_tensors
 from omniavatar.encoders import text as text_module
 from omniavatar.encoders.text import UMT5_XXL, TextEncoder, library_key, random_text_encoder, sizes_of
-from omniavatar.encoders.text_cache import TextCache, encode_cached, encoder_identity, file_fingerprint
+from omniavatar.encoders.text_cache import TextCache, encode_cached, encoder_identity
 from omniavatar.encoders.tokens import ByteTokenizer, FolderTokenizer, clean_prompt
 from omniavatar.errors import CheckpointError
 from tiny_tokenizer import write_tokenizer

@@ -42,7 +42,7 @@ from omniavatar.media.video import encode_segment
 from omniavatar.memory import estimate_memory
 from omniavatar.output import ENCODER_THREADS, peak_memory
 from omniavatar.pipeline import AvatarPipeline
-from omniavatar.plan import RunPlan, make_plan, make_step_plan, model_scale, sampling_schedule
+from omniavatar.plan import RunPlan, make_plan
 from omniavatar.profiling.ceilings import ceilings, device_name
 from omniavatar.profiling.flops import forward_work
 from omniavatar.profiling.projection import (
@@ -54,7 +54,6 @@ from omniavatar.profiling.projection import (
     video_seconds,
 )
 from omniavatar.profiling.report import decoded_latents
-from omniavatar.types import StepPlan
 from omniavatar.weights_preview import assumed_scale, find_dit_config, missing_files
 
 AUDIO_SECONDS = 10
@@ -222,19 +221,9 @@ class _Measurement:
     def _plan(self, config: PipelineConfig, audio_seconds: float) -> RunPlan:
         video = config.video
         samples = round((audio_seconds + video.silence_duration_s) * video.sample_rate)
-        return make_plan(config, samples, self._size, step_plan=self._step_plan(config))
-
-    @torch.inference_mode()
-    def _step_plan(self, config: PipelineConfig) -> StepPlan:
-        dit = self._components.dit
-
-        def modulations() -> np.ndarray:
-            steps = sampling_schedule(config.sampling).timesteps
-            timesteps = torch.tensor(steps, dtype=torch.float32, device=self._device)
-            return dit.embed_time(timesteps)[1].float().cpu().numpy()
-
-        scale = model_scale(config.model.scale, dit.config.dim)
-        return make_step_plan(config.sampling, scale, modulations, not config.runtime.reference_numerics)
+        constants = self._components.cache_constants(config.sampling)
+        step_plan = self._components.step_plan(config.sampling, constants)
+        return make_plan(config, samples, self._size, step_plan=step_plan)
 
     @torch.inference_mode()
     def _window_timings(self, plan: RunPlan) -> dict[str, Timing]:

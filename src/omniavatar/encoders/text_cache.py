@@ -1,10 +1,9 @@
 """Prompt embeddings kept on disk, so that a repeated prompt never loads the 11 GB encoder.
 
 An entry's name is the hash of everything its numbers depend on: the encoder file, the tokenizer's files, the
-number type and the cleaned text. Files are known by content, wherever they lie: their size and hash, large
-ones by their first and last MiB and samples between (the last MiB of a `.pth` holds the checksums of all its
-tensors). An entry holds the rows of the text only, behind a digest of its bytes; a damaged one is reported in
-the log and made anew. Entries appear by rename, so several processes may share a folder.
+number type and the cleaned text. Files are known by content (`checkpoint.fingerprint`), wherever they lie. An
+entry holds the rows of the text only, behind a digest of its bytes; a damaged one is reported in the log and
+made anew. Entries appear by rename, so several processes may share a folder.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from omniavatar.checkpoint.fingerprint import file_fingerprint
 from omniavatar.encoders.tokens import TEXT_TOKENS, clean_prompt
 from omniavatar.errors import CheckpointError
 
@@ -26,33 +26,9 @@ if TYPE_CHECKING:
     from omniavatar.encoders.text import TextEncoder
 
 FORMAT = 1
-END_BYTES = 2**20
-SAMPLES, SAMPLE_BYTES = 64, 16 * 2**10
-WHOLE_BYTES = 2 * END_BYTES + SAMPLES * SAMPLE_BYTES
 DIGEST_BYTES = 32
 
 _log = logging.getLogger(__name__)
-
-
-def file_fingerprint(path: Path) -> str:
-    """Hash of a file's size and content; of one above 3 MiB, of both ends and 64 samples between."""
-    digest = hashlib.sha256()
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            digest.update(str(size).encode())
-            if size <= WHOLE_BYTES:
-                digest.update(file.read())
-            else:
-                digest.update(file.read(END_BYTES))
-                for sample in range(1, SAMPLES + 1):
-                    file.seek(size * sample // (SAMPLES + 1))
-                    digest.update(file.read(SAMPLE_BYTES))
-                file.seek(size - END_BYTES)
-                digest.update(file.read())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); download it again") from error
-    return digest.hexdigest()
 
 
 def encoder_identity(encoder_path: Path, tokenizer_path: Path, dtype: torch.dtype) -> str:

@@ -1,12 +1,37 @@
-"""Published constants of step caches, fitted by their authors to plain Wan 2.1 T2V.
+"""What step caches decide by, and the constants their authors published for plain Wan 2.1 T2V.
 
-They were fitted without OmniAvatar's audio, image latent and LoRA, so they are a starting point: a plan
-measured on the model at hand is better. Keys are model sizes.
+Those were fitted without OmniAvatar's audio, image latent and LoRA, so they are a starting point: constants
+measured on the model at hand (`omniavatar calibrate`) are better. Keys are model sizes.
 Sources: TeaCache (arXiv 2411.19108), `use_ret_steps` rows for Wan 2.1, highest power first; MagCache
 (arXiv 2506.09045), 50-step magnitude ratios of the conditional branch.
 """
 
 from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CacheConstants:
+    """What TeaCache and MagCache decide by.
+
+    source: where they come from, for people. magnitude_ratios: MagCache's, one a step of the calibrated run,
+    the first 1. polynomial: TeaCache's, highest power first. fitted: time changes (low, high) the polynomial
+    was fitted on; None where it is not known.
+    """
+
+    source: str
+    magnitude_ratios: tuple[float, ...]
+    polynomial: tuple[float, ...]
+    fitted: tuple[float, float] | None = None
+
+    @property
+    def digest(self) -> str:
+        """Hash of the numbers: equal for constants that give equal plans, wherever they come from."""
+        numbers = (self.magnitude_ratios, self.polynomial, self.fitted)
+        return hashlib.sha256(repr(numbers).encode()).hexdigest()[:16]
+
 
 TEACACHE_POLYNOMIALS: dict[str, tuple[float, ...]] = {
     "1.3B": (-5.21862437e04, 9.23041404e03, -5.28275948e02, 1.36987616e01, -4.99875664e-02),
@@ -31,3 +56,11 @@ MAGCACHE_RATIOS: dict[str, tuple[float, ...]] = {
     ),
 }
 # fmt: on
+
+
+def published_constants(scale: str | None) -> CacheConstants | None:
+    """Constants published for the model called `scale`, None where there are none."""
+    if scale not in MAGCACHE_RATIOS:
+        return None
+    source = f"published for plain Wan 2.1 {scale}; `omniavatar calibrate` measures this model's own"
+    return CacheConstants(source, MAGCACHE_RATIOS[scale], TEACACHE_POLYNOMIALS[scale])

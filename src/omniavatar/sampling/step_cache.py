@@ -57,20 +57,24 @@ def teacache_plan(
     protect_first: int = 1,
     protect_last: int = 1,
     guard: bool = True,
+    fitted: tuple[float, float] | None = None,
 ) -> StepPlan:
     """Plan for the given distances (N,) of successive steps.
 
     coefficients: highest power first. protect_first, protect_last: steps that always run, at least 1 each.
+    fitted: distances the polynomial was fitted on, where they are known; the guard then estimates a smaller
+    one as the smallest, and lets the step run at a larger one.
     """
     num_steps = len(distances)
     estimate = np.poly1d(coefficients)
-    low, high = fitted_range(coefficients)
+    low, high = fitted or fitted_range(coefficients)
+    smallest = low if fitted and guard else 0.0
     compute, total, below, beyond = [], 0.0, 0, 0
     for step, distance in enumerate(distances):
         protected = step < max(protect_first, 1) or step >= num_steps - max(protect_last, 1)
         run = protected
         if not protected:
-            change = float(estimate(float(distance)))
+            change = float(estimate(max(float(distance), smallest)))
             if guard and distance > high:
                 run, beyond = True, beyond + 1
             else:
@@ -88,10 +92,7 @@ def teacache_plan(
             f"polynomial was fitted for (> {high:.3f}); they run"
         )
     if below:
-        notes.append(
-            f"TeaCache: at {below} of {num_steps} steps the estimate is negative (change < {low:.3f}); "
-            "it counts as 0"
-        )
+        notes.append(f"TeaCache: at {below} of {num_steps} steps the estimate is negative; it counts as 0")
     return StepPlan(tuple(compute), "teacache", tuple(notes))
 
 

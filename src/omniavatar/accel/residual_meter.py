@@ -1,0 +1,93 @@
+"""Measures how the block stack's residual changes from step to step, while a window runs with every step.
+
+Stands in for `ResidualCache` (same seam, `PassRunner`) and changes nothing: each branch's residual is kept
+until the branch's next step and compared with the new one in float32, some thousand tokens at a time, on
+the device; nothing waits for it before `changes`. Costs one residual a branch of memory, and a few passes
+over the tokens a forward.
+Source of what is measured: MagCache (arXiv 2506.09045), TeaCache (arXiv 2411.19108).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from omniavatar.accel.step_cache import PassRunner
+from omniavatar.model.dit import RunBlocks
+from omniavatar.model.layers import BlockInputs
+from omniavatar.sampling.calibration import ResidualChanges
+from omniavatar.sampling.passes import Pass
+
+TOKENS_A_PIECE = 4096
+SMALLEST = 1e-12
+
+
+class ResidualMeter:
+    """Give `window` to `WindowGenerator` as `make_cache`; read `changes` when the windows are done."""
+
+    def __init__(self) -> None:
+        self._windows: list[_WindowMeter] = []
+
+    def window(self, run_blocks: RunBlocks) -> PassRunner:
+        """The runner of one window."""
+        self._windows.append(_WindowMeter(run_blocks))
+        return self._windows[-1]
+
+    def changes(self) -> dict[str, ResidualChanges]:
+        """For each branch the median over the windows, one number a step."""
+        found = {}
+        for name in self._windows[0].rows:
+            rows = torch.stack([torch.stack(window.rows[name]) for window in self._windows])
+            columns = rows.double().cpu().quantile(0.5, dim=0).T.tolist()
+            first = (1.0, 0.0, 0.0, 0.0)
+            found[name] = ResidualChanges(*((a, *c) for a, c in zip(first, columns, strict=True)))
+        return found
+
+
+class _WindowMeter:
+    """`rows`: for each branch, from its second step on, the four figures of `ResidualChanges`."""
+
+    def __init__(self, run_blocks: RunBlocks) -> None:
+        self.rows: dict[str, list[Tensor]] = {}
+        self._run_blocks = run_blocks
+        self._residuals: dict[str, Tensor] = {}
+
+    def runner(self, each: Pass) -> RunBlocks:
+        branch = each.branch.name
+
+        def run_and_compare(tokens: Tensor, inputs: BlockInputs) -> Tensor:
+            after = self._run_blocks(tokens, inputs)
+            residual = after - tokens
+            rows = self.rows.setdefault(branch, [])
+            if branch in self._residuals:
+                rows.append(compare_residuals(residual, self._residuals[branch]))
+            self._residuals[branch] = residual
+            return after
+
+        return run_and_compare
+
+
+def compare_residuals(new: Tensor, old: Tensor) -> Tensor:
+    """Magnitude ratio, its standard deviation, cosine distance and relative L1 change (4,) float32.
+
+    new, old: (B, L, C), any float dtype; computed in float32.
+    """
+    new, old = new.flatten(0, -2), old.flatten(0, -2)
+    ratios, cosines = [], []
+    change = size = torch.zeros((), device=new.device)
+    for a, b in zip(new.split(TOKENS_A_PIECE), old.split(TOKENS_A_PIECE), strict=True):
+        a, b = a.float(), b.float()
+        norm_a, norm_b = a.norm(dim=-1), b.norm(dim=-1)
+        ratios.append(norm_a / norm_b.clamp_min(SMALLEST))
+        cosines.append((a * b).sum(-1) / (norm_a * norm_b).clamp_min(SMALLEST))
+        change = change + (a - b).abs().sum()
+        size = size + b.abs().sum()
+    ratio = torch.cat(ratios)
+    return torch.stack(
+        [
+            ratio.mean(),
+            ratio.std(correction=0),
+            1.0 - torch.cat(cosines).mean(),
+            change / size.clamp_min(SMALLEST),
+        ]
+    )

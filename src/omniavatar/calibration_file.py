@@ -1,0 +1,216 @@
+"""The file of measured step-cache constants: what is in it, where it lies, when it may be used.
+
+`omniavatar calibrate` writes it (`calibrate_run`), by default as `step_cache.json` beside the checkpoint. It
+says which model and which schedule it was measured on; for another model or schedule it is refused, never
+silently left out. Another number of steps of the same schedule is served: magnitude ratios are stretched to
+it, TeaCache's polynomial is a function of the time change and not of the step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from omniavatar.checkpoint.fingerprint import file_fingerprint
+from omniavatar.checkpoint.reader import TensorFiles
+from omniavatar.config import ModelConfig, SamplingConfig
+from omniavatar.errors import CheckpointError, ConfigError
+from omniavatar.model.dit import DiTConfig
+from omniavatar.sampling.cache_constants import CacheConstants, published_constants
+from omniavatar.types import Sampler
+
+NAME = "step_cache.json"
+SIZES = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "text_dim", "audio_dim", "audio_hidden")
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(allow_inf_nan=False, ge=0)]
+Positive = Annotated[float, Field(allow_inf_nan=False, gt=0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Model(_Part):
+    """sizes: those of the DiT. weights: hash of each file's content, by what it is and its name."""
+
+    sizes: dict[str, int]
+    weights: dict[str, str]
+
+
+class MeasuredSchedule(_Part):
+    """Steps and noise levels that were measured; `timesteps` where they were given one by one."""
+
+    steps: int = Field(ge=2)
+    shift: Positive
+    timesteps: tuple[Positive, ...] | None
+    sampler: Sampler
+
+
+class Branch(_Part):
+    """`sampling.calibration.ResidualChanges` of one branch."""
+
+    magnitude_ratios: tuple[Positive, ...]
+    ratio_spread: tuple[Share, ...]
+    cosine_distances: tuple[Number, ...]
+    changes: tuple[Share, ...]
+
+
+class TeaCache(_Part):
+    """`sampling.calibration.TeaCacheFit`."""
+
+    polynomial: tuple[Number, ...] = Field(min_length=1)
+    fitted: tuple[Share, Share]
+    rms_error: Share
+
+
+class Calibration(_Part):
+    """Everything in the file. measured: when, where and with what, for people; nothing reads it.
+
+    time_changes: TeaCache's distances, one a step. magnitude_ratios: those of all branches as one.
+    """
+
+    format: Literal[1] = 1
+    model: Model
+    schedule: MeasuredSchedule
+    measured: dict[str, Any]
+    time_changes: tuple[Share, ...]
+    branches: dict[str, Branch] = Field(min_length=1)
+    magnitude_ratios: tuple[Positive, ...]
+    teacache: TeaCache
+
+    @model_validator(mode="after")
+    def _one_number_a_step(self) -> Calibration:
+        steps = self.schedule.steps
+        rows = [self.time_changes, self.magnitude_ratios]
+        rows += [row for branch in self.branches.values() for row in vars(branch).values()]
+        if any(len(row) != steps for row in rows):
+            raise ValueError(f"not {steps} numbers, one a step, in every row")
+        return self
+
+    def constants(self, source: str) -> CacheConstants:
+        fit = self.teacache
+        return CacheConstants(source, self.magnitude_ratios, fit.polynomial, fit.fitted)
+
+
+def read_calibration(path: Path) -> Calibration:
+    """The file's content. Raises ConfigError when it is missing, CheckpointError when it is damaged."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"step_cache_file: {path} does not exist; make it with `omniavatar calibrate`"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); run `omniavatar calibrate` again") from None
+    try:
+        return Calibration.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        message = f"{place}: {first['msg']}" if place else first["msg"]
+        raise CheckpointError(
+            f"{path}: not a file of `omniavatar calibrate` of this version, or damaged "
+            f"({message.removeprefix('Value error, ')}); run `omniavatar calibrate` again"
+        ) from None
+
+
+def model_identity(model: ModelConfig, dit: DiTConfig) -> Model:
+    """What a measurement belongs to: sizes of the DiT, content of all files its weights come from."""
+    return Model(sizes={name: getattr(dit, name) for name in SIZES}, weights=_weights(model))
+
+
+def _weights(model: ModelConfig) -> dict[str, str]:
+    if model.weights == "random":
+        return {"random weights": model.scale}
+    found = _digests("base", model.dit_path)
+    if model.exp_path is not None:
+        found |= _digests("adapter", [model.exp_path])
+        found["adapter scale"] = f"rank {model.lora_rank}, alpha {model.lora_alpha}"
+    for lora in model.loras:
+        for name, digest in _digests("LoRA", [lora.path]).items():
+            found[f"{name} at {lora.strength:g}"] = digest
+    return found
+
+
+def _digests(kind: str, paths: Any) -> dict[str, str]:
+    with TensorFiles(paths) as files:
+        return {f"{kind} {path.name}": file_fingerprint(path) for path in files.paths}
+
+
+def default_path(model: ModelConfig) -> Path | None:
+    """`step_cache.json` in the adapter's folder, else in the DiT's; None for random weights."""
+    if model.weights == "random" or not model.dit_path:
+        return None
+    place = model.exp_path or model.dit_path[0]
+    return (place if place.is_dir() else place.parent) / NAME
+
+
+def find_constants(
+    model: ModelConfig, sampling: SamplingConfig, dit: DiTConfig, scale: str | None
+) -> CacheConstants | None:
+    """The constants in force: measured where `step_cache_file` leads to a file, else published for `scale`.
+
+    None where there are neither, or no step cache. Raises ConfigError for a file that is missing or of
+    another schedule, CheckpointError for one that is damaged or of another model.
+    """
+    if sampling.cache_policy == "none":
+        return None
+    path: Path | None
+    if isinstance(sampling.step_cache_file, Path):
+        path = sampling.step_cache_file
+    else:
+        path = default_path(model) if sampling.step_cache_file == "auto" else None
+        path = path if path is not None and path.is_file() else None
+    if path is None:
+        return published_constants(scale)
+    calibration = read_calibration(path)
+    _check_model(path, calibration.model, model_identity(model, dit))
+    _check_schedule(path, calibration.schedule, sampling)
+    return calibration.constants(f"measured on this model at {calibration.schedule.steps} steps ({path})")
+
+
+def _check_model(path: Path, then: Model, now: Model) -> None:
+    for old, new in ((then.sizes, now.sizes), (then.weights, now.weights)):
+        change = _first_change(old, new)
+        if change is not None:
+            raise CheckpointError(
+                f"{path}: measured on another model ({change}); "
+                "run `omniavatar calibrate` with this config, or set step_cache_file=none"
+            )
+
+
+def _first_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    for name in dict.fromkeys((*old, *new)):
+        before, after = (_short(each.get(name, "not there")) for each in (old, new))
+        if before != after:
+            return f"{name}: {before} then, {after} now"
+    return None
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else text
+
+
+def _check_schedule(path: Path, then: MeasuredSchedule, sampling: SamplingConfig) -> None:
+    now = measured_schedule(sampling)
+    names = ["sampler", "timesteps", *(["shift"] if now.timesteps is None else [])]
+    for name in names:
+        before, after = getattr(then, name), getattr(now, name)
+        if before != after:
+            raise ConfigError(
+                f"{path}: measured with {name} {json.dumps(before)}, the run has {json.dumps(after)}; "
+                "run `omniavatar calibrate` with this config, or set step_cache_file=none"
+            )
+
+
+def measured_schedule(sampling: SamplingConfig) -> MeasuredSchedule:
+    """The schedule of `sampling` as the file states it."""
+    return MeasuredSchedule(
+        steps=sampling.steps, shift=sampling.shift, timesteps=sampling.timesteps, sampler=sampling.sampler
+    )
