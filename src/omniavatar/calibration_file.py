@@ -147,7 +147,7 @@ def default_path(model: ModelConfig) -> Path | None:
     if model.weights == "random" or not model.dit_path:
         return None
     place = model.exp_path or model.dit_path[0]
-    return (place if place.is_dir() else place.parent) / NAME
+    return (place.parent if place.is_file() else place) / NAME
 
 
 def find_constants(

@@ -1,5 +1,5 @@
 """The command line: `omniavatar generate | plan | config show | download | make-checkpoint | demo | profile |
-benchmark | doctor`.
+benchmark | doctor | calibrate`.
 
 This file only lists the commands; each lives in a `cli_*` file that imports what it runs inside the
 command, so that `--help` answers without loading torch. Exit codes: docs/exit_codes.md.
@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from omniavatar import cli_checkpoint, cli_config, cli_generate, cli_plan, cli_profile
+from omniavatar import cli_calibrate, cli_checkpoint, cli_config, cli_generate, cli_plan, cli_profile
 
 app = typer.Typer(
     name="omniavatar",
@@ -55,6 +55,7 @@ app.command()(cli_generate.demo)
 app.command()(cli_profile.profile)
 app.command()(cli_profile.benchmark)
 app.command()(cli_profile.doctor)
+app.command()(cli_calibrate.calibrate)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,0 +1,257 @@
+"""One calibration: a few windows with every step computed, what was measured, what plans it gives.
+
+The windows run as in any other run, guided at every step (a branch that pauses has no step before to compare
+with); only what stands in for the block stack differs (`accel.residual_meter`). With verification, the first
+window runs once more with every step, for its time, and once by each plan.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from omniavatar import __version__
+from omniavatar.accel.residual_meter import ResidualMeter
+from omniavatar.calibration_file import (
+    Branch,
+    Calibration,
+    TeaCache,
+    default_path,
+    measured_schedule,
+    model_identity,
+)
+from omniavatar.config import PipelineConfig, SamplingConfig
+from omniavatar.errors import ConfigError
+from omniavatar.media.atomic import atomic_write_json, check_writable
+from omniavatar.pipeline import AvatarPipeline, Prepared
+from omniavatar.plan import make_step_plan, model_scale, sampling_schedule
+from omniavatar.profiling.ceilings import device_name
+from omniavatar.profiling.quality import compare
+from omniavatar.profiling.recorder import Listener, RunRecorder, stage_seconds
+from omniavatar.sampling.cache_constants import CacheConstants, published_constants
+from omniavatar.sampling.calibration import (
+    ResidualChanges,
+    estimated_error,
+    fit_teacache,
+    shared_ratios,
+)
+from omniavatar.sampling.step_cache import compute_all, relative_changes
+from omniavatar.types import AvatarRequest, StepPlan, Window
+
+TEACACHE_THRESHOLDS = (0.05, 0.1, 0.14, 0.2, 0.3)
+MAGCACHE_THRESHOLDS = (0.06, 0.12, 0.24)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One policy at one threshold by the measured constants. error: `calibration.estimated_error`.
+
+    notes: what the plan has to say.
+    """
+
+    policy: str
+    threshold: float
+    pattern: str
+    computed: int
+    error: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The first window by one plan, against the same window with every step computed.
+
+    error: relative L2 of the latent. psnr_db: of the decoded frames, None where they are equal. seconds:
+    denoising; full_seconds: with every step.
+    """
+
+    constants: str
+    policy: str
+    threshold: float
+    pattern: str
+    computed: int
+    error: float
+    psnr_db: float | None
+    seconds: float
+    full_seconds: float
+
+
+@dataclass(frozen=True)
+class CalibrationRun:
+    """What was written, where, and what it means; `seconds` of the whole calibration."""
+
+    output: Path
+    calibration: Calibration
+    trials: tuple[Trial, ...]
+    verified: tuple[Verified, ...]
+    seconds: float
+
+
+def calibration_output(config: PipelineConfig, output: Path | None) -> Path:
+    """Where the file goes; its folder exists and can be written. Raises ConfigError, OutputError."""
+    path = output or default_path(config.model)
+    if path is None:
+        raise ConfigError("--output: random weights have no folder of their own; name the file to write")
+    if output is None and not path.parent.is_dir():
+        raise ConfigError(f"exp_path: {path.parent} does not exist; correct it")
+    check_writable(path.absolute().parent)
+    return path
+
+
+def calibrate(
+    config: PipelineConfig,
+    request: AvatarRequest,
+    output: Path | None = None,
+    windows: int = 2,
+    verify: bool = False,
+    listeners: Sequence[Listener] = (),
+) -> CalibrationRun:
+    """Measure `windows` windows of `request` (fewer where it has fewer) and write the constants.
+
+    output: default `step_cache.json` beside the checkpoint. Raises ConfigError for fewer than two steps,
+    OutputError, and what `AvatarPipeline` raises.
+    """
+    started = time.perf_counter()
+    if config.sampling.steps < 2:
+        raise ConfigError("num_steps: one step has none to compare with; use at least 2")
+    path = calibration_output(config, output)
+    recorder = RunRecorder(listeners)
+    whole = {"step_cache": "none", "guidance_interval": (0.0, 1.0)}
+    plain = config.model_copy(update={"sampling": config.sampling.model_copy(update=whole)})
+    pipeline = AvatarPipeline.from_config(plain, recorder=recorder)
+    with pipeline.prepare(request) as ready:
+        chosen = ready.plan.windows[:windows]
+        meter = ResidualMeter()
+        every = compute_all(ready.plan.steps)
+        generator = pipeline.window_generator(ready.sampling, ready.conditioning, every, meter.window)
+        for _ in generator.run(chosen):
+            pass
+        changes = meter.changes()
+        distances = relative_changes(pipeline.components.time_projections(ready.sampling))
+        calibration = _calibration(pipeline, ready, len(chosen), changes, distances)
+        atomic_write_json(path, calibration.model_dump(mode="json"))
+        bench = _Bench(pipeline, recorder, config.sampling, ready, changes)
+        trials = bench.trials(calibration.constants("measured"))
+        verified: tuple[Verified, ...] = ()
+        if verify:
+            verified = tuple(bench.verify(chosen[0], calibration.constants("measured")))
+    return CalibrationRun(path, calibration, trials, verified, time.perf_counter() - started)
+
+
+def _calibration(
+    pipeline: AvatarPipeline,
+    ready: Prepared,
+    windows: int,
+    changes: dict[str, ResidualChanges],
+    distances: np.ndarray,
+) -> Calibration:
+    components, config = pipeline.components, pipeline.config
+    time_changes = tuple(float(d) for d in distances)
+    fit = fit_teacache(time_changes, changes)
+    plan = ready.plan
+    return Calibration(
+        model=model_identity(config.model, components.dit_config),
+        schedule=measured_schedule(ready.sampling),
+        measured={
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "windows": windows,
+            "size": list(plan.size),
+            "window_length": plan.window_length,
+            "tokens": plan.tokens,
+            "seed": ready.sampling.seed,
+            "guidance_scale": ready.sampling.guidance_scale,
+            "audio_scale": ready.sampling.effective_audio_scale,
+            "device": device_name(components.device),
+            "dtype": config.model.dtype,
+            "quantize": config.runtime.quantize,
+            "attention": components.attention_name,
+            "omniavatar": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        time_changes=time_changes,
+        branches={name: Branch(**asdict(each)) for name, each in changes.items()},
+        magnitude_ratios=shared_ratios(changes),
+        teacache=TeaCache(**asdict(fit)),
+    )
+
+
+class _Bench:
+    """Plans by measured constants: what they would do, and what they do."""
+
+    def __init__(
+        self,
+        pipeline: AvatarPipeline,
+        recorder: RunRecorder,
+        sampling: SamplingConfig,
+        ready: Prepared,
+        changes: dict[str, ResidualChanges],
+    ) -> None:
+        self._pipeline, self._recorder = pipeline, recorder
+        self._sampling, self._ready, self._changes = sampling, ready, changes
+
+    def trials(self, constants: CacheConstants) -> tuple[Trial, ...]:
+        rows = [("teacache", threshold) for threshold in TEACACHE_THRESHOLDS]
+        rows += [("magcache", threshold) for threshold in MAGCACHE_THRESHOLDS]
+        schedule = sampling_schedule(self._sampling)
+        found = []
+        for policy, threshold in rows:
+            plan = self._plan(policy, threshold, constants)
+            error = estimated_error(plan, self._changes, schedule)
+            found.append(Trial(policy, threshold, plan.pattern, plan.computed, error, plan.notes))
+        return tuple(found)
+
+    def verify(self, window: Window, measured: CacheConstants) -> list[Verified]:
+        """The configured policy (MagCache where none is) by measured and by published constants."""
+        sampling = self._sampling
+        policy = "teacache" if sampling.cache_policy == "teacache" else "magcache"
+        threshold = sampling.tea_cache_l1_thresh if policy == "teacache" else sampling.magcache_thresh
+        config = self._pipeline.config
+        scale = model_scale(config.model.scale, self._pipeline.components.dit_config.dim)
+        sources = {"measured": measured, "published": published_constants(scale)}
+        full = self._run(compute_all(sampling.steps), window)
+        rows = []
+        for name, constants in sources.items():
+            if constants is None:
+                continue
+            plan = self._plan(policy, threshold, constants)
+            latent, frames, seconds = self._run(plan, window)
+            error = (latent - full[0]).norm() / full[0].norm()
+            psnr = compare(frames, full[1]).psnr_db
+            rows.append(
+                Verified(
+                    name,
+                    policy,
+                    threshold,
+                    plan.pattern,
+                    plan.computed,
+                    float(error),
+                    psnr,
+                    seconds,
+                    full[2],
+                )
+            )
+        return rows
+
+    def _plan(self, policy: str, threshold: float, constants: CacheConstants) -> StepPlan:
+        key = "tea_cache_l1_thresh" if policy == "teacache" else "magcache_thresh"
+        changes = {"step_cache": policy, key: threshold, "teacache_coefficients": "auto"}
+        sampling = self._sampling.model_copy(update=changes)
+        return make_step_plan(
+            sampling, constants, lambda: self._pipeline.components.time_projections(sampling)
+        )
+
+    def _run(self, plan: StepPlan, window: Window) -> tuple[torch.Tensor, np.ndarray, float]:
+        """Latent, frames (N, H, W, 3) uint8, and seconds of denoising."""
+        generator = self._pipeline.window_generator(self._sampling, self._ready.conditioning, plan)
+        before = self._recorder.timings()
+        (result,) = generator.run([window])
+        seconds = stage_seconds(before, self._recorder.timings())["denoise"]
+        return result.latent, np.concatenate(result.frames), seconds

@@ -1,0 +1,127 @@
+"""`omniavatar calibrate`: step-cache constants measured on the model at hand."""
+
+from __future__ import annotations
+
+import sys
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from omniavatar.cli_common import (
+    ConfigOption,
+    HpOption,
+    JsonOption,
+    print_warning,
+    require_one_process,
+    user_errors,
+)
+
+if TYPE_CHECKING:
+    from omniavatar.calibrate_run import CalibrationRun
+
+
+def calibrate(
+    config: ConfigOption,
+    prompt: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
+    image: Annotated[Path | None, typer.Option("--image", "--portrait", help="Portrait.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="Voice; without it the video is silent.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File to write; default: step_cache.json beside the checkpoint."),
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows to measure; their median counts.")] = 2,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Run the first window by the plan too: its error and its seconds."),
+    ] = False,
+    hp: HpOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what TeaCache and MagCache decide by on this model, and keep it beside the checkpoint.
+
+    A real run of a few windows with every step computed; without --prompt and --image it takes the packaged
+    portrait and voice. Later runs of the same model and schedule use the file (step_cache_file: auto).
+    """
+    if (prompt is None) != (image is None):
+        raise typer.BadParameter("give --prompt and --image, or neither for the packaged ones")
+    if prompt is None and audio is not None:
+        raise typer.BadParameter("--audio belongs to --prompt and --image")
+    with user_errors():
+        require_one_process()
+        from omniavatar.calibrate_run import calibrate as run
+        from omniavatar.config_load import load_config
+        from omniavatar.console import make_display
+        from omniavatar.types import AvatarRequest
+
+        loaded = load_config(config, hp or ())
+        for warning in loaded.warnings:
+            print_warning(warning)
+        with as_file(files("omniavatar.assets")) as assets:
+            if prompt is not None and image is not None:
+                request = AvatarRequest(prompt, image, audio)
+            else:
+                request = AvatarRequest("A woman speaks", assets / "portrait.png", assets / "speech.flac")
+            with make_display("rich", as_json, sys.stderr) as display:
+                done = run(loaded.config, request, output, windows, verify, [display])
+        if as_json:
+            import json
+            from dataclasses import asdict
+
+            report = {
+                "output": str(done.output),
+                "seconds": done.seconds,
+                "calibration": done.calibration.model_dump(mode="json"),
+                "trials": [asdict(trial) for trial in done.trials],
+                "verified": [asdict(row) for row in done.verified],
+            }
+            typer.echo(json.dumps(report, indent=2))
+        else:
+            _print(done)
+
+
+def _print(done: CalibrationRun) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    schedule, fit = done.calibration.schedule, done.calibration.teacache
+    count = done.calibration.measured["windows"]
+    console.print(
+        f"{count} window{'s' if count > 1 else ''} of {schedule.steps} steps measured on "
+        f"{done.calibration.measured['device']} in {done.seconds:.1f} s"
+    )
+    for name, branch in done.calibration.branches.items():
+        ratios = branch.magnitude_ratios[1:]
+        console.print(
+            f"{name}: magnitude ratios {min(ratios):.4f} to {max(ratios):.4f}, "
+            f"changes {min(branch.changes[1:]):.3f} to {max(branch.changes):.3f}, "
+            f"cosine distances to {max(branch.cosine_distances):.4f}",
+            soft_wrap=True,
+        )
+    console.print(
+        f"TeaCache: polynomial of degree {len(fit.polynomial) - 1} over time changes "
+        f"{fit.fitted[0]:.4f} to {fit.fitted[1]:.4f}, misses the measured changes by {fit.rms_error:.0%}",
+        soft_wrap=True,
+    )
+    table = Table(box=None, pad_edge=False)
+    for head in ("cache", "threshold", "steps computed", "estimated error", "pattern"):
+        table.add_column(head, justify="left" if head in ("cache", "pattern") else "right")
+    for trial in done.trials:
+        computed = f"{trial.computed} of {schedule.steps}"
+        table.add_row(trial.policy, f"{trial.threshold:g}", computed, f"{trial.error:.1%}", trial.pattern)
+    console.print(table)
+    for note in dict.fromkeys(note for trial in done.trials for note in trial.notes):
+        console.print(f"note: {note}", soft_wrap=True)
+    if done.verified:
+        table = Table(box=None, pad_edge=False, title="the first window, really run", title_justify="left")
+        for head in ("constants", "cache", "threshold", "steps computed", "seconds", "error", "PSNR"):
+            table.add_column(head, justify="left" if head in ("constants", "cache") else "right")
+        table.add_row("-", "none", "-", str(schedule.steps), f"{done.verified[0].full_seconds:.2f}", "-", "-")
+        for row in done.verified:
+            psnr = "equal" if row.psnr_db is None else f"{row.psnr_db:.1f} dB"
+            cells = (f"{row.threshold:g}", str(row.computed), f"{row.seconds:.2f}", f"{row.error:.2%}", psnr)
+            table.add_row(row.constants, row.policy, *cells)
+        console.print(table)
+    console.print(f"constants are in {done.output}", soft_wrap=True)
