@@ -245,7 +245,14 @@ def _print_findings(findings: dict[str, Any]) -> None:
     )
     show("video VAE", [f"auto: {findings['vae']}"])
     show("optional packages", [there(row) for row in findings["optional"]])
-    show("video and sound", [there(row) for row in findings["codecs"]])
+    encoder = findings["encoder"]
+    show(
+        "video and sound",
+        [
+            *(there(row) for row in findings["codecs"]),
+            f"encoder auto: {encoder['auto']} (NVENC: {encoder['nvenc']})",
+        ],
+    )
     show("disk", [f"{size(row['free_bytes'])} free for {row['folder']}" for row in findings["disk"]])
     show(
         "configurations",

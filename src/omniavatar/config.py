@@ -290,12 +290,14 @@ class OutputConfig(_Section):
     """Folder of the videos when no output name is given."""
     naming: Literal["slug", "reference"] = "slug"
     """slug: <output_dir>/<index>_<slug>.mp4; reference: the original's folder naming."""
+    encoder: Literal["auto", "x264", "nvenc"] = "auto"
+    """What makes the H.264; auto: NVENC (the GPU's encoder) where it works, else x264."""
     crf: Whole = Field(18, ge=0, le=51)
-    """Quality of H.264; smaller is better and larger."""
+    """Quality of H.264; smaller is better and larger. For NVENC the constant quantiser."""
     preset: Literal[
         "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"
     ] = "medium"
-    """Speed of H.264."""
+    """Speed of H.264, in x264's names; for NVENC p1 to p7."""
     resume: Flag = True
     """Go on at the last finished window of an interrupted run."""
     keep_job: Flag = False

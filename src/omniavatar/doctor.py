@@ -15,10 +15,11 @@ import torch
 from omniavatar import __version__
 from omniavatar.accel.vae import choose_vae
 from omniavatar.components import DTYPES, choose_device
-from omniavatar.config import OutputConfig, PipelineConfig, RuntimeConfig
+from omniavatar.config import OutputConfig, PipelineConfig, RuntimeConfig, VideoConfig
 from omniavatar.config_load import load_config
 from omniavatar.errors import OmniAvatarError
 from omniavatar.machine import codecs, devices, free_disk, free_memory, optional_packages, versions
+from omniavatar.media.encoders import choose_encoder, try_nvenc
 from omniavatar.memory import estimate_memory
 from omniavatar.ops.attention import available_backends, choose_backend
 from omniavatar.plan import make_plan
@@ -35,6 +36,8 @@ def examine(configs: Sequence[Path]) -> dict[str, Any]:
         for name, dtype in DTYPES.items()
     }
     encoders = codecs()
+    size = VideoConfig().sizes[0]
+    nvenc = try_nvenc(size)
     rows = [_config(path, device) for path in configs]
     return {
         "command": "doctor",
@@ -47,6 +50,7 @@ def examine(configs: Sequence[Path]) -> dict[str, Any]:
         "vae": choose_vae("auto", device),
         "optional": optional_packages(),
         "codecs": encoders,
+        "encoder": {"auto": choose_encoder("auto", size, lambda _: nvenc), "nvenc": nvenc or "works"},
         "disk": [
             {"folder": str(folder), "free_bytes": free_disk(folder)}
             for folder in (OutputConfig().output_dir, Path("pretrained_models"), RuntimeConfig().text_cache)

@@ -31,6 +31,7 @@ from omniavatar.errors import InputError, ResumeError
 from omniavatar.job import Job, fingerprint
 from omniavatar.media.atomic import atomic_write_json
 from omniavatar.media.audio import encode_aac_track
+from omniavatar.media.encoders import Encoder
 from omniavatar.media.slug import slugify
 from omniavatar.media.video import GrowingVideo, encode_segment
 from omniavatar.types import AudioInput, AvatarRequest, Recorder, Waveform
@@ -73,14 +74,17 @@ def request_fingerprint(
     request: AvatarRequest,
     image: np.ndarray,
     constants: CacheConstants | None,
+    encoder: Encoder,
 ) -> dict[str, str]:
     """What decides the frames of a request: configuration, weight files, inputs, package version.
 
-    constants: those of the step cache; their numbers count, not the file they come from.
+    constants: those of the step cache; their numbers count, not the file they come from. encoder: what
+    `output.encoder` came to; the segments of one video are all made by it.
     """
     values = result_values(config.model_copy(update={"sampling": sampling}))
     del values["sampling.step_cache_file"]
     values["step cache constants"] = "none" if constants is None else constants.digest
+    values["output.encoder"] = encoder
     values["request.prompt"] = request.prompt
     values["request.image"] = hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()
     values["request.audio"] = _audio_digest(request.audio)
@@ -130,7 +134,9 @@ class VideoWriter:
         audio: AudioInput | None,
         audio_delay_s: Fraction,
         recorder: Recorder,
+        encoder: Encoder,
     ) -> None:
+        self._encoder = encoder
         self._job, self._plan, self._output, self._recorder = job, plan, output, recorder
         self._fps = Fraction(plan.fps)
         track: Path | None = None
@@ -193,6 +199,7 @@ class VideoWriter:
                 crf=self._output.crf,
                 preset=self._output.preset,
                 threads=ENCODER_THREADS,
+                encoder=self._encoder,
             )
             self._job.finish_window(None if given is None else safetensors.torch.save({"given": given}))
             self._growing.append(self._job.segment_path(window.index))

@@ -30,6 +30,7 @@ from omniavatar.generation import WindowGenerator, WindowSampling
 from omniavatar.job import Job
 from omniavatar.media.atomic import check_writable
 from omniavatar.media.audio import decode_mono
+from omniavatar.media.encoders import Encoder, choose_encoder
 from omniavatar.media.image import load_image
 from omniavatar.model.dit import RunBlocks
 from omniavatar.output import VideoWriter, load_given, peak_memory, request_fingerprint, write_sidecar
@@ -71,6 +72,7 @@ class AvatarPipeline:
     def __init__(self, config: PipelineConfig, recorder: RunRecorder | None = None) -> None:
         self.config = config
         self._recorder = recorder or RunRecorder()
+        self._encoders: dict[tuple[int, int], Encoder] = {}
         if config.runtime.threads:
             torch.set_num_threads(config.runtime.threads)
         self.components = Components(config, self._recorder)
@@ -152,7 +154,10 @@ class AvatarPipeline:
         job = Job(_checked_output(Path(output)))
         resume = self.config.output.resume if resume is None else resume
         inputs = self._read(request)
-        identity = request_fingerprint(self.config, inputs.sampling, request, inputs.image, inputs.constants)
+        encoder = self._choose_encoder(inputs.size)
+        identity = request_fingerprint(
+            self.config, inputs.sampling, request, inputs.image, inputs.constants, encoder
+        )
         before = job.finished_before(identity) if resume else None
         if before is not None:
             self._message(f"{job.output} is finished already; use --no-resume to make it again")
@@ -161,7 +166,7 @@ class AvatarPipeline:
             )
         done = job.open(identity, resume)
         try:
-            return self._generate(inputs, job, done, identity, index)
+            return self._generate(inputs, encoder, job, done, identity, index)
         except torch.cuda.OutOfMemoryError as error:
             raise ResourceError(
                 f"max_tokens: {self.config.video.max_tokens} needs more GPU memory than is free "
@@ -172,7 +177,7 @@ class AvatarPipeline:
                 job.discard()
 
     def _generate(
-        self, inputs: _Inputs, job: Job, done: int, identity: dict[str, str], index: int
+        self, inputs: _Inputs, encoder: Encoder, job: Job, done: int, identity: dict[str, str], index: int
     ) -> RunResult:
         started = time.perf_counter()
         timings_before = self._recorder.timings()
@@ -191,7 +196,8 @@ class AvatarPipeline:
             self._message(f"resuming {job.output.name} at window {done + 1} of {len(plan.windows)}")
         delay = Fraction(config.video.silence_duration_s) + Fraction(1) / Fraction(plan.fps)
         step_plan: StepPlan | None = None
-        with VideoWriter(job, plan, config.output, inputs.request.audio, delay, self._recorder) as writer:
+        audio = inputs.request.audio
+        with VideoWriter(job, plan, config.output, audio, delay, self._recorder, encoder) as writer:
             if done < len(plan.windows):
                 conditioning = self._condition(inputs, plan, waveform, job.features_path)
                 step_plan = self._step_plan(inputs.sampling, inputs.constants)
@@ -226,6 +232,7 @@ class AvatarPipeline:
                 **peak_memory(self.components.device),
                 "attention": self.components.attention_name,
                 "vae": self.components.vae_name,
+                "encoder": encoder,
                 "config": flat_values(config.model_copy(update={"sampling": inputs.sampling})),
                 "fingerprint": identity,
             },
@@ -299,6 +306,12 @@ class AvatarPipeline:
         for note in step_plan.notes:
             self._message(note, "warning")
         return step_plan
+
+    def _choose_encoder(self, size: tuple[int, int]) -> Encoder:
+        """The video encoder for frames of `size`; tried once a size."""
+        if size not in self._encoders:
+            self._encoders[size] = choose_encoder(self.config.output.encoder, size)
+        return self._encoders[size]
 
     def _device_name(self) -> str:
         device = self.components.device

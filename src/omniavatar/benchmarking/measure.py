@@ -38,6 +38,7 @@ from omniavatar.encoders.image import prepare_image
 from omniavatar.errors import ConfigError, OmniAvatarError
 from omniavatar.generation import to_uint8
 from omniavatar.machine import free_memory
+from omniavatar.media.encoders import choose_encoder
 from omniavatar.media.video import encode_segment
 from omniavatar.memory import estimate_memory
 from omniavatar.output import ENCODER_THREADS, peak_memory
@@ -255,6 +256,7 @@ class _Measurement:
 
         with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
             output = self._config.output
+            encoder = choose_encoder(output.encoder, plan.size)
 
             def write() -> None:
                 encode_segment(
@@ -265,6 +267,7 @@ class _Measurement:
                     crf=output.crf,
                     preset=output.preset,
                     threads=ENCODER_THREADS,
+                    encoder=encoder,
                 )
 
             return {

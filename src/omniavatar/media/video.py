@@ -9,8 +9,8 @@ its final name. A resumed run appends the same segments again and ends with the 
 How a fragment is made: FFmpeg's muxer writes each append into memory with `frag_discont`, timestamps
 going on where the last one ended, and only its `moof` and `mdat` boxes are added to the file; the first
 append also gives the index, whose edit lists say where picture and sound begin. H.264 packets get decode
-times of (number in decode order - 2) frames, which suits every x264 reorder depth (at most 2), so they
-rise evenly over segments of any length.
+times of (number in decode order - 2) frames, which suits every x264 reorder depth (at most 2; with NVENC
+nothing is reordered), so they rise evenly over segments of any length.
 
 Colour: yuv420p, BT.709 matrix, primaries and transfer, limited range, and tagged so.
 """
@@ -25,18 +25,16 @@ from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
+from typing import cast
 
 import av
 import av.error
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
-from omniavatar.errors import ConfigError, ResumeError
+from omniavatar.errors import ResumeError
 from omniavatar.media.atomic import atomic_path, atomic_write_bytes, translate_os_error
-
-PRESETS = (
-    "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow",
-)  # fmt: skip
+from omniavatar.media.encoders import CODECS, Encoder, encoder_options
 
 _REORDER = 2
 _SCALER = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
@@ -51,31 +49,31 @@ def encode_segment(
     crf: float = 18,
     preset: str = "medium",
     threads: int = 1,
+    encoder: Encoder = "x264",
 ) -> int:
     """Encode blocks of frames (n, H, W, 3) uint8 RGB as one closed H.264 file; return their number.
 
-    size: (H, W), both even. The file appears at `path` whole or not at all. The same frames, settings
-    and threads give the same bytes. Safe to call from any thread. The encoded segment is held in memory
-    until it is written (some MB a window). Raises OutputError, and ConfigError for a bad crf or preset.
+    size: (H, W), both even. threads: of x264. The file appears at `path` whole or not at all. The same
+    frames, settings and threads give the same bytes. Safe to call from any thread. The encoded segment is
+    held in memory until it is written (some MB a window). Raises OutputError, and ConfigError for a bad crf
+    or preset.
     """
     height, width = size
     if height % 2 or width % 2:
         raise ValueError(f"H.264 in yuv420p needs even sizes, not {width}x{height}")
-    if preset not in PRESETS:
-        raise ConfigError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
-    if not 0 <= crf <= 51:
-        raise ConfigError(f"crf: {crf} is not between 0 (lossless) and 51 (worst)")
+    options = encoder_options(encoder, crf, preset)
     buffer = io.BytesIO()
     count = 0
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps)
+        stream = cast(av.VideoStream, container.add_stream(CODECS[encoder], rate=fps))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
         context.time_base = 1 / fps
-        context.thread_count = threads
+        if encoder == "x264":
+            context.thread_count = threads
         context.color_primaries = context.color_trc = context.colorspace = _BT709
         context.color_range = ColorRange.MPEG
-        context.options = {"crf": str(crf), "preset": preset}
+        context.options = options
         for block in frames:
             if block.dtype != np.uint8 or block.shape[1:] != (height, width, 3):
                 raise ValueError(

@@ -1,0 +1,117 @@
+"""The choice of the video encoder, with injected probes and the real one, and what resuming makes of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from fractions import Fraction
+
+import av.error
+import numpy as np
+import pytest
+
+from engine import make_pipeline, request
+from omniavatar import pipeline as pipeline_module
+from omniavatar.errors import ConfigError, ResourceError, ResumeError
+from omniavatar.media import encoders, video
+from omniavatar.media.encoders import choose_encoder, encoder_options, try_nvenc
+from omniavatar.media.video import encode_segment
+
+SIZE = (400, 720)
+
+
+def test_auto_takes_nvenc_where_it_works_and_says_so(caplog) -> None:
+    caplog.set_level(logging.INFO, "omniavatar")
+    asked: list[tuple[int, int]] = []
+
+    def works(size):
+        asked.append(size)
+
+    assert choose_encoder("auto", SIZE, works) == "nvenc" == choose_encoder("nvenc", SIZE, works)
+    assert asked == [SIZE, SIZE]
+    assert choose_encoder("auto", SIZE, lambda size: "no unit") == "x264"
+    assert [record.message for record in caplog.records][-1] == "video encoder: x264 (no unit)"
+    assert sum("NVENC (h264_nvenc)" in record.message for record in caplog.records) == 2
+
+
+def test_named_encoders_are_kept_to(caplog) -> None:
+    def never(size):
+        raise AssertionError("x264 needs no probe")
+
+    assert choose_encoder("x264", SIZE, never) == "x264"
+    with pytest.raises(ResourceError, match=r"nvenc cannot be used \(no unit\).*encoder=x264"):
+        choose_encoder("nvenc", SIZE, lambda size: "no unit")
+    with pytest.raises(ConfigError, match="auto, x264, nvenc"):
+        choose_encoder("vaapi", SIZE, never)
+
+
+def test_the_real_probe_finds_no_nvenc_without_a_gpu() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("a GPU may have NVENC")
+    reason = try_nvenc(SIZE)
+    assert reason is not None and "NVENC does not open here" in reason
+    assert choose_encoder("auto", SIZE) == "x264"
+
+
+def test_an_ffmpeg_without_nvenc_is_no_error(monkeypatch) -> None:
+    monkeypatch.setattr(encoders.av.codec, "codecs_available", {"libx264"})
+    assert try_nvenc(SIZE) == "PyAV's FFmpeg has no h264_nvenc"
+
+
+def test_settings_are_given_in_x264s_terms() -> None:
+    assert encoder_options("x264", 20, "slow") == {"crf": "20", "preset": "slow"}
+    nvenc = encoder_options("nvenc", 20, "slow")
+    assert nvenc == {"rc": "constqp", "qp": "20", "preset": "p5", "bf": "0"}
+    order = [encoder_options("nvenc", 18, preset)["preset"] for preset in encoders.PRESETS]
+    assert order == sorted(order) and order[0] == "p1" and order[-1] == "p7"
+
+
+def test_a_segment_opens_the_encoder_that_was_chosen(tmp_path, monkeypatch) -> None:
+    """NVENC's name goes to FFmpeg; here, without one, opening fails instead of silently using x264."""
+    frames = [np.zeros((3, 64, 64, 3), np.uint8)]
+    if try_nvenc((64, 64)) is not None:
+        with pytest.raises(av.error.FFmpegError, match="h264_nvenc"):
+            encode_segment(frames, tmp_path / "s.mp4", Fraction(25), (64, 64), encoder="nvenc")
+        assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(video, "CODECS", {"nvenc": "mpeg4"})
+    monkeypatch.setattr(video, "encoder_options", lambda *arguments: {})
+    encode_segment(frames, tmp_path / "s.mp4", Fraction(25), (64, 64), encoder="nvenc")
+    with av.open(str(tmp_path / "s.mp4")) as container:
+        assert container.streams.video[0].codec_context.name == "mpeg4"
+
+
+def test_sidecar_names_the_encoder_and_a_job_keeps_it(nano_checkpoint, tmp_path, monkeypatch) -> None:
+    pipe = make_pipeline(nano_checkpoint, tmp_path / "cache")
+    tries: list[str] = []
+
+    def choose(answer):
+        return lambda wanted, size: tries.append(wanted) or answer
+
+    monkeypatch.setattr(pipeline_module, "choose_encoder", choose("x264"))
+    result = pipe.generate(request(0.3), tmp_path / "done.mp4")
+    pipe.generate(request(0.3, prompt="another"), tmp_path / "second.mp4")
+    assert tries == ["auto"], "tried once a size"
+    sidecar = json.loads(result.sidecar.read_text())
+    assert sidecar["encoder"] == "x264" == json.loads(sidecar["fingerprint"]["output.encoder"])
+
+    target = tmp_path / "out.mp4"
+    write = pipeline_module.VideoWriter.submit
+
+    def interrupted(self, result, begun):
+        if result.window.index == 2:
+            raise KeyboardInterrupt
+        write(self, result, begun)
+
+    monkeypatch.setattr(pipeline_module.VideoWriter, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipe.generate(request(1.5), target)
+    monkeypatch.setattr(pipeline_module.VideoWriter, "submit", write)
+    named = make_pipeline(nano_checkpoint, tmp_path / "cache", encoder="x264")
+    other = make_pipeline(nano_checkpoint, tmp_path / "cache")
+    monkeypatch.setattr(pipeline_module, "choose_encoder", choose("nvenc"))
+    with pytest.raises(ResumeError, match=r'output\.encoder: "x264" -> "nvenc"'):
+        other.generate(request(1.5), target)
+    monkeypatch.setattr(pipeline_module, "choose_encoder", choose("x264"))
+    assert named.generate(request(1.5), target).resumed_windows == 2
