@@ -110,7 +110,7 @@ def _print(plan: RunPlan, memory: MemoryEstimate) -> None:
 
     height, width = plan.size
     computed = plan.step_plan.computed if plan.step_plan else None
-    pattern = plan.step_plan.pattern if plan.step_plan else "not known before the weights are there"
+    pattern = _pattern_text(plan) if plan.step_plan else "not known before the weights are there"
     policy = plan.step_plan.policy if plan.step_plan else "teacache"
     rows = [
         (
@@ -144,6 +144,14 @@ def _print(plan: RunPlan, memory: MemoryEstimate) -> None:
         console.print(
             f"note: the weights are not on this disk; memory is that of the {memory.assumed_scale} model"
         )
+
+
+def _pattern_text(plan: RunPlan) -> str:
+    """One pattern where all branches have the same, else each branch's own."""
+    patterns = plan.branch_patterns
+    if len(set(patterns.values())) == 1:
+        return next(iter(patterns.values()))
+    return ", ".join(f"{pattern} ({name})" for name, pattern in patterns.items())
 
 
 def _passes_text(plan: RunPlan) -> str:

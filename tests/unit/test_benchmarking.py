@@ -81,7 +81,17 @@ def test_tips_say_what_saves_and_what_does_not() -> None:
         verdict = found[name].verdict
         assert verdict.startswith("saves") and 40 <= int(verdict.split()[1].rstrip("%")) <= 50
     assert found["smaller overlap"].verdict.startswith("saves")
+    few, none = found["distilled LoRA"], found["no guidance"]
+    assert few.before - few.after == pytest.approx((none.before - none.after) * 96 / 50)
     assert found["fewer max_tokens"].change == "max_tokens 30000 to 20000"
+
+
+def test_guidance_on_half_the_steps_saves_half_of_what_no_guidance_saves() -> None:
+    found = tips(guidance_scale=4.5)
+    half, none = found["guidance on part of the steps"], found["no guidance"]
+    assert half.before == none.before
+    assert half.before - half.after == pytest.approx((none.before - none.after) / 2)
+    assert tips(guidance_scale=1)["guidance on part of the steps"].verdict == "saves nothing"
 
 
 def test_a_tip_that_cannot_be_tried_says_why() -> None:

@@ -21,6 +21,9 @@ from omniavatar.config import (
 from omniavatar.config_load import load_config
 from omniavatar.config_syntax import parse_overrides, parse_value
 from omniavatar.errors import ConfigError
+from omniavatar.plan import make_plan
+from omniavatar.sampling.schedule import make_schedule
+from omniavatar.sampling.step_cache import compute_all
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -98,6 +101,21 @@ def test_shipped_configs_load_without_warnings(path: Path) -> None:
     loaded.config.model.check_files_named()
     assert loaded.config.sampling.negative_prompt == NEGATIVE_PROMPT
     assert loaded.config.model.exp_path is not None
+    step_plan = compute_all(loaded.config.sampling.steps)
+    plan = make_plan(loaded.config, 5 * 60 * 16000, loaded.config.video.sizes[0], step_plan=step_plan)
+    assert plan.forwards == len(plan.windows) * len(plan.branches) * plan.steps > 0
+
+
+@pytest.mark.parametrize("scale", ["14B", "1.3B"])
+def test_few_step_configs_run_four_passes_a_window(scale: str) -> None:
+    config = load_config(CONFIGS / f"inference_{scale}_4steps.yaml").config
+    plan = make_plan(config, 60 * 16000, (400, 720))
+    assert plan.forwards == 4 * len(plan.windows) and plan.steps == 4
+    assert config.sampling.sampler == "renoise" and len(config.model.loras) == 1
+    wanted = make_schedule(4, 5.0).timesteps
+    assert config.sampling.timesteps == pytest.approx(wanted, abs=1e-3)
+    full = load_config(CONFIGS / f"inference{'' if scale == '14B' else '_1.3B'}.yaml").config
+    assert config.model.model_copy(update={"loras": ()}) == full.model
 
 
 @pytest.mark.parametrize(

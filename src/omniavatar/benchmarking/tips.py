@@ -7,14 +7,18 @@ the picture is not said here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from omniavatar.config import PipelineConfig
 from omniavatar.errors import ConfigError
 
 NOTHING = 0.005
+DISTILLED = MappingProxyType(
+    {"timesteps": (1000.0, 937.5, 833.3333, 625.0), "guidance_scale": 1.0, "audio_scale": None}
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def guide_tips(config: PipelineConfig, seconds: Callable[[PipelineConfig], float
     trials = [
         (
             "another step cache",
-            "step_cache: magcache, its published ratios",
+            "step_cache: magcache",
             plain,
             changed(plain, sampling={"step_cache": "magcache"}),
         ),
@@ -72,6 +76,18 @@ def guide_tips(config: PipelineConfig, seconds: Callable[[PipelineConfig], float
             "guidance_scale 4.5 to 1",
             changed(config, sampling={"guidance_scale": 4.5, "audio_scale": None}),
             changed(config, sampling={"guidance_scale": 1.0, "audio_scale": None}),
+        ),
+        (
+            "guidance on part of the steps",
+            "guidance_interval [0, 1] to [0, 0.5]",
+            changed(config, sampling={"guidance_interval": (0.0, 1.0)}),
+            changed(config, sampling={"guidance_interval": (0.0, 0.5)}),
+        ),
+        (
+            "distilled LoRA",
+            "4 timesteps, guidance_scale 1, no step cache",
+            config,
+            changed(plain, sampling=DISTILLED),
         ),
         (
             "shorter seq_len (with audio)",
@@ -100,7 +116,7 @@ def fewer_tokens(config: PipelineConfig) -> int:
     return max(1, config.video.max_tokens * 2 // 3)
 
 
-def changed(config: PipelineConfig, **sections: dict[str, Any]) -> PipelineConfig:
+def changed(config: PipelineConfig, **sections: Mapping[str, Any]) -> PipelineConfig:
     """`config` with some fields of some sections replaced."""
     update = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
     return config.model_copy(update=update)
