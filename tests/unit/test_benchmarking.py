@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from engine import make_pipeline, voice
@@ -17,10 +18,14 @@ from omniavatar.benchmarking.page import bar_chart, html_page
 from omniavatar.benchmarking.run import find_configs, measure_all
 from omniavatar.benchmarking.summary import markdown, measured
 from omniavatar.benchmarking.tips import Tip, fewer_tokens, guide_tips
+from omniavatar.checkpoint.layout import scale_spec
+from omniavatar.config import PipelineConfig
 from omniavatar.config_load import load_config
 from omniavatar.errors import ConfigError
-from omniavatar.plan import make_plan
+from omniavatar.plan import make_plan, make_step_plan
+from omniavatar.profiling.flops import forward_work
 from omniavatar.profiling.projection import Counts, StartCosts, Timing, WindowCosts, video_seconds
+from omniavatar.sampling.cache_constants import published_constants
 from omniavatar.sampling.step_cache import compute_all
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -92,6 +97,23 @@ def test_guidance_on_half_the_steps_saves_half_of_what_no_guidance_saves() -> No
     assert half.before == none.before
     assert half.before - half.after == pytest.approx((none.before - none.after) / 2)
     assert tips(guidance_scale=1)["guidance on part of the steps"].verdict == "saves nothing"
+
+
+def test_the_documented_tips_are_what_the_plan_counts() -> None:
+    """docs/measuring.md: five minutes, configs/inference_1.3B.yaml, operations of the DiT."""
+    dit = scale_spec("1.3B").dit
+
+    def operations(config: PipelineConfig) -> float:
+        if config.sampling.cache_policy == "teacache":
+            raise ConfigError("needs weights")
+        step_plan = make_step_plan(config.sampling, published_constants("1.3B"), lambda: np.zeros(0))
+        plan = make_plan(config, round(300.3 * 16000), (400, 720), step_plan=step_plan)
+        return plan.forwards * forward_work(dit, (plan.latent_frames, 50, 90)).total
+
+    found = guide_tips(load_config(CONFIGS / "inference_1.3B.yaml").config, operations)
+    text = (CONFIGS.parent / "docs" / "measuring.md").read_text()
+    for tip in found[1:]:
+        assert f"| {tip.tip} | {tip.change} | {tip.verdict} |" in text
 
 
 def test_a_tip_that_cannot_be_tried_says_why() -> None:

@@ -20,24 +20,26 @@ from omniavatar.sampling.passes import Pass
 
 TOKENS_A_PIECE = 4096
 SMALLEST = 1e-12
+Rows = dict[str, list[Tensor]]
+"""For each branch, from its second step on, the four figures of `ResidualChanges`."""
 
 
 class ResidualMeter:
     """Give `window` to `WindowGenerator` as `make_cache`; read `changes` when the windows are done."""
 
     def __init__(self) -> None:
-        self._windows: list[_WindowMeter] = []
+        self._windows: list[Rows] = []
 
     def window(self, run_blocks: RunBlocks) -> PassRunner:
         """The runner of one window."""
-        self._windows.append(_WindowMeter(run_blocks))
-        return self._windows[-1]
+        self._windows.append({})
+        return _WindowMeter(run_blocks, self._windows[-1])
 
     def changes(self) -> dict[str, ResidualChanges]:
         """For each branch the median over the windows, one number a step."""
         found = {}
-        for name in self._windows[0].rows:
-            rows = torch.stack([torch.stack(window.rows[name]) for window in self._windows])
+        for name in self._windows[0]:
+            rows = torch.stack([torch.stack(window[name]) for window in self._windows])
             columns = rows.double().cpu().quantile(0.5, dim=0).T.tolist()
             first = (1.0, 0.0, 0.0, 0.0)
             found[name] = ResidualChanges(*((a, *c) for a, c in zip(first, columns, strict=True)))
@@ -45,11 +47,10 @@ class ResidualMeter:
 
 
 class _WindowMeter:
-    """`rows`: for each branch, from its second step on, the four figures of `ResidualChanges`."""
+    """Adds to `rows`; the residuals live as long as the window."""
 
-    def __init__(self, run_blocks: RunBlocks) -> None:
-        self.rows: dict[str, list[Tensor]] = {}
-        self._run_blocks = run_blocks
+    def __init__(self, run_blocks: RunBlocks, rows: Rows) -> None:
+        self._run_blocks, self._rows = run_blocks, rows
         self._residuals: dict[str, Tensor] = {}
 
     def runner(self, each: Pass) -> RunBlocks:
@@ -58,7 +59,7 @@ class _WindowMeter:
         def run_and_compare(tokens: Tensor, inputs: BlockInputs) -> Tensor:
             after = self._run_blocks(tokens, inputs)
             residual = after - tokens
-            rows = self.rows.setdefault(branch, [])
+            rows = self._rows.setdefault(branch, [])
             if branch in self._residuals:
                 rows.append(compare_residuals(residual, self._residuals[branch]))
             self._residuals[branch] = residual
