@@ -28,7 +28,7 @@ import torch
 
 from omniavatar.accel.vae import FastVAEConfig, apply_fast_vae
 from omniavatar.checkpoint.vae import random_vae
-from omniavatar.model.vae import VAEConfig, VideoVAE
+from omniavatar.model.vae import VAEConfig, VideoDecoder, VideoVAE
 
 HEIGHT, WIDTH = 400, 720
 WARM_UP = 2
@@ -82,7 +82,7 @@ def timed(run: Callable[[], object], repeats: int) -> dict[str, float]:
     }
 
 
-def stream(vae: VideoVAE, latent: torch.Tensor) -> None:
+def stream(vae: VideoDecoder, latent: torch.Tensor) -> None:
     for _ in vae.decode_stream(latent):
         pass
 

@@ -53,9 +53,9 @@ def plan(
         if as_json:
             import json
 
-            typer.echo(json.dumps(_report(run_plan, memory), indent=2))
+            typer.echo(json.dumps(_report(run_plan, memory, settings.model.decoder), indent=2))
         else:
-            _print(run_plan, memory)
+            _print(run_plan, memory, settings.model.decoder)
 
 
 def _samples(config: PipelineConfig, audio: Path | None, minutes: float | None) -> int | None:
@@ -98,13 +98,14 @@ def _step_plan(config: PipelineConfig) -> StepPlan | None:
     return make_step_plan(sampling, constants, modulations, not config.runtime.reference_numerics)
 
 
-def _report(plan: RunPlan, memory: MemoryEstimate) -> dict[str, Any]:
+def _report(plan: RunPlan, memory: MemoryEstimate, decoder: str) -> dict[str, Any]:
     from dataclasses import asdict
 
-    return {**plan.as_dict(), "memory": {**asdict(memory), "device_peak": memory.device_peak}}
+    need = {**asdict(memory), "device_peak": memory.device_peak}
+    return {**plan.as_dict(), "decoder": decoder, "memory": need}
 
 
-def _print(plan: RunPlan, memory: MemoryEstimate) -> None:
+def _print(plan: RunPlan, memory: MemoryEstimate, decoder: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -123,6 +124,7 @@ def _print(plan: RunPlan, memory: MemoryEstimate) -> None:
         ("pattern", pattern),
         ("passes a step", _passes_text(plan)),
         ("forwards", f"{plan.forwards} in all ({plan.forwards_skipped} skipped)"),
+        ("decoder", "the VAE's" if decoder == "full" else f"{decoder} (the VAE encodes)"),
         ("DiT weights", _size_text(memory.dit)),
         ("VAE weights", _size_text(memory.vae)),
         ("audio encoder", _size_text(memory.audio_encoder)),

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from omniavatar.accel.apply import AccelConfig, apply_accelerations, weight_form
+from omniavatar.accel.decoder import apply_decoder
 from omniavatar.accel.vae import choose_vae, create_vae
 from omniavatar.calibration_file import find_constants
 from omniavatar.checkpoint.dit import (
@@ -25,6 +27,12 @@ from omniavatar.checkpoint.dit import (
     random_dit,
 )
 from omniavatar.checkpoint.layout import scale_spec, text_tensors
+from omniavatar.checkpoint.tiny_decoder import (
+    light_vae_config,
+    load_tiny_decoder,
+    random_tiny_decoder,
+    tiny_decoder_config,
+)
 from omniavatar.checkpoint.vae import load_vae, random_vae
 from omniavatar.encoders.audio import AudioEncoder
 from omniavatar.encoders.text import TextEncoder, random_text_encoder, sizes_of
@@ -39,7 +47,7 @@ if TYPE_CHECKING:
 
     from omniavatar.config import ModelConfig, PipelineConfig, SamplingConfig
     from omniavatar.model.dit import DiTConfig, WanDiT
-    from omniavatar.model.vae import VideoVAE
+    from omniavatar.model.vae import VAEConfig, VideoDecoder, VideoVAE
     from omniavatar.sampling.cache_constants import CacheConstants
     from omniavatar.types import Recorder, StepPlan
 
@@ -146,15 +154,39 @@ class Components:
 
     @functools.cached_property
     def vae(self) -> VideoVAE:
-        """The video VAE, run as `vae_name` says."""
+        """The video VAE, run as `vae_name` says, with the decoder that `model.decoder` names."""
         model = self.config.model
         with self._recorder.stage("load_vae"):
             if model.weights == "random":
-                vae = random_vae(scale_spec(model.scale).vae, dtype=self.dtype, device=self.device, seed=0)
+                full = random_vae(scale_spec(model.scale).vae, dtype=self.dtype, device=self.device, seed=0)
             else:
                 assert model.vae_path is not None
-                vae = load_vae(model.vae_path, dtype=self.dtype, device=self.device)
-            return create_vae(self.vae_name, vae, self.device)
+                full = load_vae(model.vae_path, dtype=self.dtype, device=self.device)
+            vae = create_vae(self.vae_name, full, self.device)
+            return vae if model.decoder == "full" else apply_decoder(vae, self._load_decoder(full.config))
+
+    def _load_decoder(self, full: VAEConfig) -> VideoDecoder:
+        """The smaller decoder that stands in for the full VAE's."""
+        model, dtype, device = self.config.model, self.dtype, self.device
+        raw = model.decoder == "lighttae"
+        if model.weights == "random":
+            if model.decoder == "lightvae":
+                light = random_vae(light_vae_config(full), dtype=dtype, device=device, seed=1)
+                return create_vae(self.vae_name, light, device)
+            config = replace(tiny_decoder_config(full), raw_latents=raw)
+            return random_tiny_decoder(config, dtype=dtype, device=device, seed=1)
+        assert model.decoder_path is not None
+        if model.decoder == "lightvae":
+            light = load_vae(model.decoder_path, dtype=dtype, device=device)
+            if light.config.z_dim != full.z_dim:
+                raise CheckpointError(
+                    f"{model.decoder_path}: decodes latents of {light.config.z_dim} channels, "
+                    f"not {full.z_dim}; use the file for Wan 2.1"
+                )
+            return create_vae(self.vae_name, light, device)
+        return load_tiny_decoder(
+            model.decoder_path, raw_latents=raw, z_dim=full.z_dim, dtype=dtype, device=device
+        )
 
     @functools.cached_property
     def audio_encoder(self) -> AudioEncoder:

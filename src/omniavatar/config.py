@@ -113,6 +113,10 @@ class ModelConfig(_Section):
     """Base DiT: one file or all shards; a list, a comma-separated text or a pattern."""
     vae_path: FilePath | None = None
     """Wan 2.1 VAE (`Wan2.1_VAE.pth`)."""
+    decoder: Literal["full", "lightvae", "taehv", "lighttae"] = "full"
+    """What makes pixels of latents: the VAE itself, or a smaller decoder (faster, softer)."""
+    decoder_path: FilePath | None = None
+    """File of the smaller decoder (`lightvaew2_1.pth`, `taew2_1.pth`, `lighttaew2_1.pth`)."""
     text_encoder_path: FilePath | None = None
     """UMT5-XXL encoder (`models_t5_umt5-xxl-enc-bf16.pth`)."""
     tokenizer_path: FilePath | None = None
@@ -149,7 +153,8 @@ class ModelConfig(_Section):
         """Raise `ConfigError` naming the paths that `weights: files` needs and the config leaves out."""
         if self.weights == "random":
             return
-        needed = ("dit_path", "vae_path", "text_encoder_path", "wav2vec_path")
+        decoder = () if self.decoder == "full" else ("decoder_path",)
+        needed = ("dit_path", "vae_path", *decoder, "text_encoder_path", "wav2vec_path")
         missing = [name for name in needed if not getattr(self, name)]
         if missing:
             raise ConfigError(
@@ -158,7 +163,11 @@ class ModelConfig(_Section):
             )
 
     @model_validator(mode="after")
-    def _random_needs_scale(self) -> ModelConfig:
+    def _combinations(self) -> ModelConfig:
+        if self.decoder == "full" and self.decoder_path is not None:
+            raise FieldError(
+                "is not used by decoder: full; set decoder to lightvae, taehv or lighttae", "decoder_path"
+            )
         if self.weights == "random" and self.scale == "auto":
             raise FieldError(
                 "random weights need a scale; set scale to nano, 1.3B or 14B", "weights", "scale"

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING
 from omniavatar.checkpoint.dit import keep_float32
 from omniavatar.checkpoint.layout import Shape, dit_tensors, scale_spec, text_tensors, wav2vec_tensors
 from omniavatar.checkpoint.layout_vae import vae_tensors
+from omniavatar.checkpoint.tiny_decoder import light_vae_config, tiny_decoder_config, tiny_decoder_tensors
 from omniavatar.config import PipelineConfig
 from omniavatar.plan import RunPlan
 from omniavatar.weights_preview import assumed_scale, find_dit_config
 
 if TYPE_CHECKING:
     from omniavatar.model.dit import DiTConfig
+    from omniavatar.model.vae import VAEConfig
 
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _TEXT_TOKENS = 512
@@ -57,7 +59,7 @@ def estimate_memory(config: PipelineConfig, plan: RunPlan, has_audio: bool) -> M
         dit=sum(
             math.prod(shape) * (_FLOAT if keep_float32(key) else size) for key, shape in dit_tensors(dit)
         ),
-        vae=_count(vae_tensors(spec.vae)) * size,
+        vae=(_count(vae_tensors(spec.vae)) + _decoder_weights(model.decoder, spec.vae)) * size,
         audio_encoder=_count(wav2vec_tensors(spec.wav2vec)) * _FLOAT,
         text_encoder=_count(text_tensors(spec.text)) * size,
         activations=max(
@@ -71,6 +73,15 @@ def estimate_memory(config: PipelineConfig, plan: RunPlan, has_audio: bool) -> M
 
 def _count(tensors: Iterable[tuple[str, Shape]]) -> int:
     return sum(math.prod(shape) for _, shape in tensors)
+
+
+def _decoder_weights(decoder: str, vae: VAEConfig) -> int:
+    """Weights of a smaller decoder beside the full VAE, which stays for encoding."""
+    if decoder == "full":
+        return 0
+    if decoder == "lightvae":
+        return _count(vae_tensors(light_vae_config(vae)))
+    return _count(tiny_decoder_tensors(tiny_decoder_config(vae)))
 
 
 def _dit_activations(dit: DiTConfig, plan: RunPlan, size: int) -> int:

@@ -90,7 +90,7 @@ def request_fingerprint(
     values["request.audio"] = _audio_digest(request.audio)
     values["omniavatar"] = __version__
     model = config.model
-    named = (model.vae_path, model.text_encoder_path, model.wav2vec_path, model.exp_path)
+    named = (model.vae_path, model.decoder_path, model.text_encoder_path, model.wav2vec_path, model.exp_path)
     for path in (*model.dit_path, *named, *(lora.path for lora in model.loras)):
         if path is not None and path.exists():
             values[f"file.{path.name}"] = _file_identity(path)

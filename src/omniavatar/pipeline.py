@@ -232,6 +232,7 @@ class AvatarPipeline:
                 **peak_memory(self.components.device),
                 "attention": self.components.attention_name,
                 "vae": self.components.vae_name,
+                "decoder": config.model.decoder,
                 "encoder": encoder,
                 "config": flat_values(config.model_copy(update={"sampling": inputs.sampling})),
                 "fingerprint": identity,

@@ -34,7 +34,6 @@ from omniavatar.sampling.windows import plan_windows
 from omniavatar.types import RunResult
 
 FOLDER = "profile"
-RELEASED_VAES = ("plain", "fast")
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def profile_requests(
     if taker is not None:
         taker.stop()
     components = pipeline.components
-    models = Models(components.dit_config, _vae_sizes(config.model, components.vae_name))
+    models = Models(components.dit_config, _vae_sizes(config.model))
     report = build_report(
         recorder.spans(), recorder.timings(), figures, models, ceiling, fp8_ceilings(device), seconds
     )
@@ -91,15 +90,16 @@ def profile_requests(
         "attention": components.attention_name,
         "quantize": config.runtime.quantize,
         "vae": components.vae_name,
+        "decoder": config.model.decoder,
         "kernel_trace_window": None if taker is None else taker.window,
         "peak_memory": peak_memory(components.device),
     }
     return ProfiledRun({**about, **report}, chrome_trace(recorder.spans()))
 
 
-def _vae_sizes(model: ModelConfig, name: str) -> VAEConfig | None:
-    """Sizes of the released VAE where it is what ran."""
-    if name not in RELEASED_VAES:
+def _vae_sizes(model: ModelConfig) -> VAEConfig | None:
+    """Sizes of the VAE where it is what decoded."""
+    if model.decoder != "full":
         return None
     if model.weights == "random":
         return scale_spec(model.scale).vae

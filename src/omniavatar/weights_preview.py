@@ -32,6 +32,7 @@ def missing_files(model: ModelConfig) -> list[Path]:
         return []
     named = (
         model.vae_path,
+        model.decoder_path,
         model.text_encoder_path,
         model.tokenizer_folder,
         model.wav2vec_path,

@@ -193,6 +193,7 @@ class _Measurement:
             "attention": components.attention_name,
             "quantize": config.runtime.quantize,
             "vae": components.vae_name,
+            "decoder": config.model.decoder,
             "size": list(plan.size),
             "window_length": plan.window_length,
             "tokens": plan.tokens,

@@ -100,12 +100,16 @@ class Decoder(nn.Module):
         return _apply_head(self.head, x, state)
 
 
-class VideoVAE(Protocol):
-    """What the pipeline asks of a video VAE; `WanVAE` says what the shapes are."""
-
-    def encode(self, video: Tensor) -> Tensor: ...
+class VideoDecoder(Protocol):
+    """Makes pixels of latents; `WanVAE` says what the shapes are."""
 
     def decode_stream(self, latent: Tensor) -> Iterator[Tensor]: ...
+
+
+class VideoVAE(VideoDecoder, Protocol):
+    """What the pipeline asks of a video VAE."""
+
+    def encode(self, video: Tensor) -> Tensor: ...
 
 
 class WanVAE(nn.Module):

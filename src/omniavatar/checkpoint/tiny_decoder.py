@@ -1,0 +1,96 @@
+"""The decoder half of a TAEHV file (`taew2_1.pth`, `lighttaew2_1.pth`, or safetensors of the same names)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from omniavatar.checkpoint.initial import fill_random
+from omniavatar.checkpoint.layout import Shape
+from omniavatar.checkpoint.reader import PathLike, TensorFiles
+from omniavatar.checkpoint.strict import file_sources, load_strict
+from omniavatar.errors import CheckpointError
+from omniavatar.model.tiny_decoder import TinyDecoder, TinyDecoderConfig
+from omniavatar.model.vae import VAEConfig
+
+RELEASED_VAE_DIM = 96
+LIGHT_DIVISOR = 4
+SMALLEST_WIDTH = 8
+
+
+def load_tiny_decoder(
+    path: PathLike, *, raw_latents: bool, z_dim: int, dtype: torch.dtype, device: torch.device | str
+) -> TinyDecoder:
+    """The decoder on `device`, without gradients; sizes come from the shapes, the encoder half is left out.
+
+    Raises CheckpointError for a missing, damaged or unfitting file.
+    """
+    with TensorFiles(path) as files:
+        with torch.device("meta"):
+            model = TinyDecoder(replace(_config(files, z_dim), raw_latents=raw_latents))
+        sources = file_sources(files, lambda key: None if key.startswith("encoder.") else key)
+        load_strict(model, sources, dtype=dtype, device=device, origin=files.origin)
+    return model.eval()
+
+
+def random_tiny_decoder(
+    config: TinyDecoderConfig, *, dtype: torch.dtype, device: torch.device | str, seed: int
+) -> TinyDecoder:
+    """A decoder with random weights made on `device` (see `initial`)."""
+    with torch.device("meta"):
+        model = TinyDecoder(config)
+    fill_random(model, dtype=dtype, device=device, seed=seed)
+    return model.eval()
+
+
+def light_vae_config(vae: VAEConfig) -> VAEConfig:
+    """Sizes of LightVAE beside a full VAE of these sizes: a quarter of the channels."""
+    return replace(vae, dim=max(SMALLEST_WIDTH, vae.dim // LIGHT_DIVISOR))
+
+
+def tiny_decoder_config(vae: VAEConfig) -> TinyDecoderConfig:
+    """Sizes of TAEHV beside a full VAE of these sizes: the released ones, in proportion for a smaller VAE."""
+    first, second, third, last = (
+        max(SMALLEST_WIDTH, width * vae.dim // RELEASED_VAE_DIM) for width in TinyDecoderConfig().widths
+    )
+    return TinyDecoderConfig((first, second, third, last), vae.z_dim)
+
+
+def tiny_decoder_tensors(config: TinyDecoderConfig) -> Iterator[tuple[str, Shape]]:
+    """Names and shapes of the decoder half of a file as a pure function of its sizes (see `layout`)."""
+    widths = config.widths
+    yield from _conv("decoder.1", widths[0], config.z_dim)
+    number = 3
+    for width, following, stride in zip(widths, widths[1:], (1, 2, 2), strict=False):
+        for block in range(number, number + 3):
+            yield from _conv(f"decoder.{block}.conv.0", width, 2 * width)
+            yield from _conv(f"decoder.{block}.conv.2", width, width)
+            yield from _conv(f"decoder.{block}.conv.4", width, width)
+        yield f"decoder.{number + 4}.conv.weight", (stride * width, width, 1, 1)
+        yield f"decoder.{number + 5}.weight", (following, width, 3, 3)
+        number += 6
+    yield from _conv("decoder.22", 3, widths[3])
+
+
+def _conv(name: str, outputs: int, inputs: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (outputs, inputs, 3, 3)
+    yield f"{name}.bias", (outputs,)
+
+
+def _config(files: TensorFiles, z_dim: int) -> TinyDecoderConfig:
+    """Widths from the convolutions between the stages."""
+    links = [f"decoder.{number}.weight" for number in (1, 8, 14, 20)]
+    if any(key not in files or len(files.shape(key)) != 4 for key in links):
+        raise CheckpointError(
+            f"{files.origin}: no {', '.join(links)}; this is not a TAEHV decoder "
+            "(a Wan VAE with fewer channels is decoder=lightvae)"
+        )
+    found = files.shape(links[0])[1]
+    if found != z_dim:
+        raise CheckpointError(
+            f"{files.origin}: decodes latents of {found} channels, not {z_dim}; use the file for Wan 2.1"
+        )
+    first, second, third, last = (files.shape(key)[0] for key in links)
+    return TinyDecoderConfig((first, second, third, last), z_dim)
