@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import time
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from engine import make_pipeline, request
+from engine import make_pipeline
+from engine import request as speech
 from omniavatar.generation import WindowGenerator
 from omniavatar.ops.transfer import arrival, download, upload
 from omniavatar.profiling.clocks import DeviceClock
@@ -17,10 +20,18 @@ pytestmark = pytest.mark.gpu
 SLEEP_CYCLES = 1_000_000_000
 
 
-@pytest.fixture(scope="module")
-def pipeline(nano_checkpoint, tmp_path_factory):
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"quantize": "fp8", "guidance_scale": 1.0},
+    {"sampler": "renoise", "guidance_scale": 1.0, "num_steps": 4},
+    {"step_cache": "magcache", "scale": "1.3B", "num_steps": 8, "magcache_thresh": 0.2},
+]
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=["plain", "fp8", "renoise", "magcache"])
+def pipeline(request, nano_checkpoint, tmp_path_factory):
     cache = tmp_path_factory.mktemp("text-cache")
-    return make_pipeline(nano_checkpoint, cache, device="cuda", dtype="bf16")
+    return make_pipeline(nano_checkpoint, cache, device="cuda", dtype="bf16", **request.param)
 
 
 def test_the_windows_queue_without_a_synchronising_call(pipeline, monkeypatch):
@@ -38,17 +49,17 @@ def test_the_windows_queue_without_a_synchronising_call(pipeline, monkeypatch):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    list(pipeline.stream(request(1.5)))
+    list(pipeline.stream(speech(1.5)))
     monkeypatch.setattr(WindowGenerator, "run", checked)
-    list(pipeline.stream(request(1.5)))
+    list(pipeline.stream(speech(1.5)))
     assert len(results) >= 3
 
 
 def test_running_ahead_changes_no_byte(pipeline, monkeypatch):
-    waited = np.concatenate([chunk.frames for chunk in pipeline.stream(request(1.5))])
+    waited = np.concatenate([chunk.frames for chunk in pipeline.stream(speech(1.5))])
     run = WindowGenerator.run
     monkeypatch.setattr(WindowGenerator, "run", lambda self, *rest: iter(list(run(self, *rest))))
-    ahead = np.concatenate([chunk.frames for chunk in pipeline.stream(request(1.5))])
+    ahead = np.concatenate([chunk.frames for chunk in pipeline.stream(speech(1.5))])
     assert np.array_equal(waited, ahead)
 
 
@@ -77,3 +88,12 @@ def test_a_stage_lasts_as_long_as_the_device_needs():
     assert time.perf_counter() - begun < 0.2
     seconds = clock.seconds(start, end)
     assert seconds == pytest.approx(time.perf_counter() - begun, rel=0.1)
+
+
+def test_the_sidecars_stages_are_those_of_the_device(pipeline, tmp_path):
+    """Stages of one stream do not overlap, so their sum is no longer than the run."""
+    result = pipeline.generate(speech(1.5), tmp_path / "out.mp4")
+    stages = json.loads(result.sidecar.read_text())["stages"]
+    queued = ("denoise", "vae_decode", "vae_encode")
+    assert all(stages[name] > 0 for name in queued)
+    assert sum(stages[name] for name in queued) <= result.seconds

@@ -2,9 +2,8 @@
 
 `NullRecorder` does nothing. `RunRecorder` adds up the wall-clock time of each named stage, with and
 without the stages nested in it, and hands every event to its listeners (progress bars, JSON lines).
-Times are the host's, until `use_clock` names another clock for the thread that made the recorder (a run on
-a GPU queues its work ahead and is timed on the GPU's own timeline). A stage costs some microseconds; each
-thread nests its own stages.
+Times are the host's, unless a thread names another clock by `use_clock` (a run on a GPU queues its work ahead
+and is timed on the GPU's own timeline). A stage costs some microseconds; each thread nests its own stages.
 """
 
 from __future__ import annotations
@@ -58,19 +57,17 @@ class RunRecorder:
         self._times: dict[str, StageTime] = {}
         self._ended: list[_Stage] = []
         self._host = HostClock()
-        self._clock: Clock = self._host
-        self._owner = threading.get_ident()
         self._lock = threading.RLock()
         self._local = threading.local()
 
     def use_clock(self, clock: Clock) -> None:
-        """Time stages of the thread that made this recorder by `clock` from now on."""
-        self._clock = clock
+        """Time the stages of the calling thread by `clock` from now on."""
+        self._local.clock = clock
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time the body under `name`; also when it raises."""
-        clock = self._clock if self._is_owner() else self._host
+        clock: Clock = getattr(self._local, "clock", self._host)
         stack = self._nested()
         stage = _Stage(name, clock, clock.mark())
         stack.append(stage)
@@ -120,9 +117,6 @@ class RunRecorder:
         if stack is None:
             stack = self._local.nested = []
         return stack
-
-    def _is_owner(self) -> bool:
-        return threading.get_ident() == self._owner
 
 
 def stage_seconds(before: Mapping[str, StageTime], after: Mapping[str, StageTime]) -> dict[str, float]:

@@ -53,6 +53,7 @@ class TraceRecorder(RunRecorder):
     def __init__(self, listeners: Sequence[Listener] = (), wait: Callable[[], None] | None = None) -> None:
         super().__init__(listeners)
         self._wait = wait
+        self._owner = threading.get_ident()
         self._spans: list[Span] = []
         self._step_start: float | None = None
         self._request: int | None = None
@@ -116,6 +117,9 @@ class TraceRecorder(RunRecorder):
     def _settle(self) -> None:
         if self._wait is not None and self._is_owner():
             self._wait()
+
+    def _is_owner(self) -> bool:
+        return threading.get_ident() == self._owner
 
 
 def chrome_trace(spans: Sequence[Span]) -> dict[str, Any]:
