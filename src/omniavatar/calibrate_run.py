@@ -132,7 +132,7 @@ def calibrate(
         every = compute_all(ready.plan.steps)
         generator = pipeline.window_generator(ready.sampling, ready.conditioning, every, meter.window)
         for _ in generator.run(chosen):
-            pass
+            meter.keep()
         changes = meter.changes()
         distances = relative_changes(pipeline.components.time_projections(ready.sampling))
         calibration = _calibration(pipeline, ready, len(chosen), changes, distances)

@@ -25,18 +25,23 @@ Rows = dict[str, list[Tensor]]
 
 
 class ResidualMeter:
-    """Give `window` to `WindowGenerator` as `make_cache`; read `changes` when the windows are done."""
+    """Give `window` to `WindowGenerator` as `make_cache`, `keep` each window that is done, read `changes`."""
 
     def __init__(self) -> None:
+        self._begun: Rows = {}
         self._windows: list[Rows] = []
 
     def window(self, run_blocks: RunBlocks) -> PassRunner:
-        """The runner of one window."""
-        self._windows.append({})
-        return _WindowMeter(run_blocks, self._windows[-1])
+        """The runner of one window. What was measured of a window that was not kept is forgotten."""
+        self._begun = {}
+        return _WindowMeter(run_blocks, self._begun)
+
+    def keep(self) -> None:
+        """The window begun last has come to its end: it counts."""
+        self._windows.append(self._begun)
 
     def changes(self) -> dict[str, ResidualChanges]:
-        """For each branch the median over the windows, one number a step."""
+        """For each branch the median over the kept windows, one number a step."""
         found = {}
         for name in self._windows[0]:
             rows = torch.stack([torch.stack(window[name]) for window in self._windows])
