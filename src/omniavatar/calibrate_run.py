@@ -28,7 +28,7 @@ from omniavatar.calibration_file import (
     model_identity,
 )
 from omniavatar.config import PipelineConfig, SamplingConfig
-from omniavatar.errors import ConfigError
+from omniavatar.errors import ConfigError, OutputError
 from omniavatar.media.atomic import atomic_write_json, check_writable
 from omniavatar.pipeline import AvatarPipeline, Prepared
 from omniavatar.plan import make_step_plan, model_scale, sampling_schedule
@@ -101,7 +101,10 @@ def calibration_output(config: PipelineConfig, output: Path | None) -> Path:
         raise ConfigError("--output: random weights have no folder of their own; name the file to write")
     if output is None and not path.parent.is_dir():
         raise ConfigError(f"exp_path: {path.parent} does not exist; correct it")
-    check_writable(path.absolute().parent)
+    try:
+        check_writable(path.absolute().parent)
+    except OutputError as error:
+        raise OutputError(f"{error}, or name another file with --output") from None
     return path
 
 

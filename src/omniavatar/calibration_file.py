@@ -155,10 +155,11 @@ def find_constants(
 ) -> CacheConstants | None:
     """The constants in force: measured where `step_cache_file` leads to a file, else published for `scale`.
 
-    None where there are neither, or no step cache. Raises ConfigError for a file that is missing or of
+    None where there are neither, no step cache, or coefficients in the configuration. Raises ConfigError for a file that is missing or of
     another schedule, CheckpointError for one that is damaged or of another model.
     """
-    if sampling.cache_policy == "none":
+    policy = sampling.cache_policy
+    if policy == "none" or (policy == "teacache" and sampling.teacache_coefficients != "auto"):
         return None
     path: Path | None
     if isinstance(sampling.step_cache_file, Path):

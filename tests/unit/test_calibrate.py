@@ -252,6 +252,8 @@ def test_auto_finds_the_file_and_none_does_not(done, folder, cache):
     assert constants(folder, cache, step_cache_file=str(done.output)).digest == found.digest
     assert constants(folder, cache, step_cache="none") is None
     assert constants(folder, cache, num_steps=20).digest == found.digest
+    own = {"step_cache": "teacache", "tea_cache_l1_thresh": 0.1, "teacache_coefficients": [1.0, 0.0]}
+    assert constants(folder, cache, **own, shift=3.0) is None, "own coefficients need no file"
 
 
 @pytest.mark.parametrize(
@@ -441,7 +443,7 @@ def test_command_refuses_before_anything_heavy(folder, cache, tmp_path):
     assert one.exit_code == ConfigError.exit_code and "num_steps" in one.stderr
     (tmp_path / "file").write_text("")
     blocked = invoke("calibrate", "-c", NANO, "--hp", hp(folder, cache), "-o", str(tmp_path / "file" / "x"))
-    assert blocked.exit_code == OutputError.exit_code and "error: " in blocked.stderr
+    assert blocked.exit_code == OutputError.exit_code and "another file with --output" in blocked.stderr
     gone = invoke("calibrate", "-c", NANO, "--hp", hp(folder, cache, exp_path=str(tmp_path / "none")))
     assert gone.exit_code == ConfigError.exit_code and "does not exist" in gone.stderr
     assert not (tmp_path / "none").exists()

@@ -152,6 +152,8 @@ class _Measurement:
         plan = self._plan(config, 60.0)
         if config.model.weights == "random" and config.sampling.cache_policy == "teacache":
             self._notes.append(f"{NO_TEACACHE}, and the all-in figure is not that of the real model")
+        if plan.step_plan is not None and plan.step_plan.source:
+            self._notes.append(f"step cache by constants {plan.step_plan.source}")
         timings = self._window_timings(plan)
         shorter = changed(config, video={"max_tokens": fewer_tokens(config)})
         costs = {config.video.max_tokens: _costs(timings)}
