@@ -155,8 +155,9 @@ def find_constants(
 ) -> CacheConstants | None:
     """The constants in force: measured where `step_cache_file` leads to a file, else published for `scale`.
 
-    None where there are neither, no step cache, or coefficients in the configuration. Raises ConfigError for a file that is missing or of
-    another schedule, CheckpointError for one that is damaged or of another model.
+    None where there are neither, no step cache, or TeaCache by coefficients of the configuration. Raises
+    ConfigError for a file that is missing or of another schedule, CheckpointError for one that is damaged or
+    of another model.
     """
     policy = sampling.cache_policy
     if policy == "none" or (policy == "teacache" and sampling.teacache_coefficients != "auto"):
