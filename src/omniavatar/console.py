@@ -3,7 +3,8 @@
 Each display is a listener of `RunRecorder` and reads the pipeline's events:
 `request_started{index, name, frames, windows, steps, resumed_windows}`, `window_started{window, windows}`,
 `step{window, step, steps, action}`, `window_finished{window, windows, frames_done, seconds}`,
-`message{text, level}`, `request_finished{output, seconds, frames}`. JSON lines hold one event each:
+`message{text, level}`, `request_finished{output, seconds, frames}`. On a GPU a step is reported when its
+work is queued, a window when it is written. JSON lines hold one event each:
 `{"event": name, "time": seconds since 1970, ...fields}`.
 """
 

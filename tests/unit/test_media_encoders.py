@@ -15,7 +15,8 @@ from omniavatar import pipeline as pipeline_module
 from omniavatar.errors import ConfigError, ResourceError, ResumeError
 from omniavatar.media import encoders, video
 from omniavatar.media.encoders import choose_encoder, encoder_options, try_nvenc
-from omniavatar.media.video import encode_segment
+from omniavatar.media.inspect import read_frames
+from omniavatar.media.video import GrowingVideo, encode_segment
 
 SIZE = (400, 720)
 
@@ -115,3 +116,24 @@ def test_sidecar_names_the_encoder_and_a_job_keeps_it(nano_checkpoint, tmp_path,
         other.generate(request(1.5), target)
     monkeypatch.setattr(pipeline_module, "choose_encoder", choose("x264"))
     assert named.generate(request(1.5), target).resumed_windows == 2
+
+
+def test_nvenc_segments_grow_into_a_video(tmp_path) -> None:
+    """Only where NVENC works: sizes, order and pictures survive, and segments may be appended."""
+    size = (400, 720)
+    reason = try_nvenc(size)
+    if reason is not None:
+        pytest.skip(reason)
+    rows, columns = np.meshgrid(np.arange(size[0]), np.arange(size[1]), indexing="ij")
+    frames = np.stack([np.stack([rows // 2, columns // 3, 0 * rows + 5 * n], -1) for n in range(40)])
+    frames = frames.astype(np.uint8)
+    parts = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
+    for part, piece in zip(parts, (frames[:25], frames[25:]), strict=True):
+        encode_segment([piece], part, Fraction(25), size, encoder="nvenc")
+    with GrowingVideo(tmp_path / "p.mp4", tmp_path / "out.mp4", Fraction(25)) as growing:
+        for part in parts:
+            growing.append(part)
+        growing.finish()
+    shown = np.stack(list(read_frames(tmp_path / "out.mp4")))
+    assert shown.shape == frames.shape
+    assert np.abs(shown.astype(int) - frames).mean() < 3
