@@ -3,8 +3,8 @@
     python benchmarks/decoders.py [--repeats 5]
 
 Released sizes, random weights, bf16, 400x720: decode of 105 and of 53 frames as a stream, warm-up 2, median,
-fastest and slowest. TAEHV also with other numbers of latents a pass, and in the order of the published file
-without channels-last. Error: relative L2 of 53 frames against the same weights in float32 (rounding only:
+fastest and slowest. TAEHV also with other numbers of latents a pass, and with weights that are not
+channels-last. Error: relative L2 of 53 frames against the same weights in float32 (rounding only:
 how the decoders differ from the full one can be told with trained weights alone).
 A table, then one line of JSON.
 """
