@@ -34,10 +34,11 @@ HEIGHT, WIDTH = 400, 720
 WARM_UP = 2
 LATENTS = {"decode_105": 27, "decode_53": 14}
 
-FIRST = FastVAEConfig("eager", False, False, False, latents_at_once=1, frames_at_once=4)
+FIRST = FastVAEConfig("eager", False, False, False, False, latents_at_once=1, frames_at_once=4)
 TRITON = replace(FIRST, kernels="triton")
 MATMUL = replace(TRITON, matmul_attention=True)
 MERGED = replace(MATMUL, merged_upsample=True)
+PAIRED = replace(MERGED, paired_columns=True)
 DEFAULT = FastVAEConfig()
 WITHOUT_SEARCH: dict[str, FastVAEConfig | None] = {
     "plain": None,
@@ -46,13 +47,14 @@ WITHOUT_SEARCH: dict[str, FastVAEConfig | None] = {
     "+ Triton kernel": TRITON,
     "+ attention by products": MATMUL,
     "+ merged upsampling (1 latent)": MERGED,
+    "+ paired columns (1 latent)": PAIRED,
     "3 latents": replace(DEFAULT, latents_at_once=3),
     "4 latents": replace(DEFAULT, latents_at_once=4),
     "plain, weights channels-last": None,
 }
 WITH_SEARCH: dict[str, FastVAEConfig | None] = {
     "cuDNN search, default": replace(DEFAULT, search_convolutions=True),
-    "cuDNN search, 1 latent": replace(MERGED, search_convolutions=True),
+    "cuDNN search, 1 latent": replace(PAIRED, search_convolutions=True),
     "cuDNN search, 3 latents": replace(DEFAULT, search_convolutions=True, latents_at_once=3),
 }
 

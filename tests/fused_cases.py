@@ -61,6 +61,8 @@ def compare(
         b = slow.rms_rotate(strided, weight, 1e-6, angles.cos(), angles.sin(), heads, kind)
         assert a.dtype == kind and a.is_contiguous()
         close(a, b, fp8_tolerance if kind == FP8 else tolerance)
+    wide, bias = random(2 * width, width) / width**0.5, random(2 * width)
+    close(fast.linear_gelu(x, wide, bias), slow.linear_gelu(x, wide, bias))
     for gelu in (False, True):
         close(fast.quantize(x, gelu=gelu), slow.quantize(x, gelu=gelu), fp8_tolerance)
     values = strided.unflatten(-1, (heads, -1))

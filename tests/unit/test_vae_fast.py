@@ -19,7 +19,7 @@ from omniavatar.checkpoint.vae import random_vae
 from omniavatar.errors import ResourceError
 from omniavatar.model.vae import VAEConfig
 from omniavatar.model.vae_layers import ChannelRMSNorm
-from omniavatar.ops.channel_norm import add_norm, merge_phases, phase_weight
+from omniavatar.ops.channel_norm import add_norm, merge_phases, pair_weight, phase_weight
 
 CPU = torch.device("cpu")
 
@@ -68,6 +68,15 @@ def test_add_norm_equals_the_plain_layers(activate):
     assert (window[:2] == 7.0).all()
 
 
+def test_pairs_of_columns_are_the_same_convolution():
+    weight, frames = random(5, 3, 3, 3, 3), random(4, 6, 8, 3, seed=1)
+    expected = F.conv3d(frames.permute(3, 0, 1, 2)[None], weight, padding=(0, 1, 1))[0].permute(1, 2, 3, 0)
+    pairs = F.pad(frames, (0, 0, 1, 1)).view(4, 6, 5, 6)
+    out = F.conv3d(pairs.permute(3, 0, 1, 2)[None], pair_weight(weight), padding=(0, 1, 0))
+    got = out[0].permute(1, 2, 3, 0).unflatten(3, (2, 5)).flatten(2, 3)
+    assert largest_difference(got, expected) <= 1e-5
+
+
 def test_sum_may_overwrite_its_parts():
     value, residual = random(1, 3, 4, 8), random(1, 3, 4, 8, seed=1)
     expected = value + residual
@@ -99,7 +108,9 @@ def test_attention_twins():
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3])
-@pytest.mark.parametrize("options", [{}, {"merged_upsample": False, "matmul_attention": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"merged_upsample": False, "matmul_attention": False, "paired_columns": False}]
+)
 def test_equals_the_plain_vae(plain, at_once, options):
     vae, video, latent, encoded, decoded = plain
     config = FastVAEConfig("eager", latents_at_once=at_once, frames_at_once=4 * at_once, **options)
@@ -186,8 +197,8 @@ def compare_twins(device: str, dtype: torch.dtype, widths: tuple[int, ...], tole
     """Both `add_norm`s on every combination of arguments."""
     from omniavatar.ops import channel_norm_triton
 
-    flags = itertools.product(widths, *[(False, True)] * 6)
-    for channels, biased, added, kept, normed, activate, phases in flags:
+    flags = itertools.product(widths, *[(False, True)] * 7)
+    for channels, biased, added, kept, normed, activate, phases, border in flags:
         if not (kept or normed):
             continue
         shape, source = (2, 4, 6, channels), (2, 3, 4, 4 * channels)
@@ -198,20 +209,31 @@ def compare_twins(device: str, dtype: torch.dtype, widths: tuple[int, ...], tole
         results = []
         for twin in (add_norm, channel_norm_triton.add_norm):
             total = torch.zeros(shape, device=device, dtype=dtype)
-            window = torch.zeros(4, *shape[1:], device=device, dtype=dtype)
+            window = torch.zeros(4, 4, 6 + 2 * border, channels, device=device, dtype=dtype)
+            out = window[2:, :, border : 6 + border]
             twin(
                 value,
                 bias,
                 residual,
                 total=total if kept else None,
                 gamma=gamma,
-                out=window[2:] if normed else None,
+                out=out if normed else None,
                 activate=activate,
                 phases=phases,
             )
-            results.append(torch.cat([total, window]).float())
+            results.append(torch.cat([total.flatten(), window.flatten()]).float())
         difference = largest_difference(results[1], results[0])
-        assert difference <= tolerance, (channels, biased, added, kept, normed, activate, phases, difference)
+        assert difference <= tolerance, (
+            channels,
+            biased,
+            added,
+            kept,
+            normed,
+            activate,
+            phases,
+            border,
+            difference,
+        )
 
 
 if __name__ == "__main__":

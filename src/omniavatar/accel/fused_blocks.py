@@ -118,13 +118,12 @@ class FusedBlock(nn.Module):
 
         x, rows = ops.norm(x, scale_f, shift_f, eps, update_BLC=attended, quantize=_float8(up))
         del attended
-        hidden = up(rows)
+        hidden: Rows
+        if _float8(down):
+            hidden = ops.quantize(up(rows), gelu=True)
+        else:
+            hidden = ops.linear_gelu(cast(Tensor, rows), up.weight, cast(Tensor, up.bias))
         del rows
-        hidden = (
-            ops.quantize(hidden, gelu=True)
-            if _float8(down)
-            else torch.ops.aten.gelu_(hidden, approximate="tanh")
-        )
         fed = down(hidden)
         del hidden
         return ops.add_gated(x, fed, gate_f)

@@ -2,8 +2,8 @@
 
 What changes: frames are channels-last; bias, residual sum, norm and SiLU are one kernel that writes straight
 into the next convolution's input (`vae_frames`, `ops.channel_norm`); nearest doubling and the convolution
-after it are one 2x2 convolution with four output phases; 1x1 convolutions and the attention of a frame are
-matrix products; several latents go at a time.
+after it are one 2x2 convolution with four output phases; narrow convolutions take two columns at once; 1x1
+convolutions and the attention of a frame are matrix products; several latents go at a time.
 What it loses: nothing but rounding. Sums are rounded less often than in the plain modules; with
 `merged_upsample` the added weights are rounded once more in bf16.
 Limits: one clip after the other (batches are loops); memory grows with `latents_at_once`: about 1.2 GiB of
@@ -44,6 +44,8 @@ class FastVAEConfig:
     """Doubling and the convolution after it as one 2x2 convolution of four phases."""
     matmul_attention: bool = True
     """Attention of a frame as two matrix products, else PyTorch's scaled_dot_product_attention."""
+    paired_columns: bool = True
+    """Convolutions of up to 96 channels over pairs of neighbouring columns."""
     search_convolutions: bool = False
     """Let cuDNN choose kernels by timing them, once a process for each shape. Two processes may choose
     differently and then round differently, so a resumed video would not be the same to the byte."""
@@ -95,7 +97,9 @@ class FastVAE:
             raise ValueError("frames_at_once is a multiple of 4 and latents_at_once at least 1")
         self.plain = vae
         self.config = config
-        self._layers = FrameLayers(_kernels(config), config.merged_upsample, config.matmul_attention)
+        self._layers = FrameLayers(
+            _kernels(config), config.merged_upsample, config.matmul_attention, config.paired_columns
+        )
         self._layers.prepare(vae)
 
     @property

@@ -26,10 +26,12 @@ from omniavatar.model.vae_layers import (
     ResidualBlock,
     Upsample,
 )
-from omniavatar.ops.channel_norm import AddNorm, phase_weight
+from omniavatar.ops.channel_norm import AddNorm, pair_weight, phase_weight
 from omniavatar.ops.conv3d import Triple, conv3d
 
 CHANNEL_MULTIPLE = 8
+PAIRED_CHANNELS = 96
+"""Convolutions of at most so many channels run over pairs of columns (`pair_weight`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +76,15 @@ class Clip:
 class FrameLayers:
     """Runs the plain VAE's modules on frames. `derived` holds weights made from theirs, by module."""
 
-    def __init__(self, add_norm: AddNorm, merged_upsample: bool, matmul_attention: bool) -> None:
+    def __init__(
+        self, add_norm: AddNorm, merged_upsample: bool, matmul_attention: bool, paired_columns: bool
+    ) -> None:
         self._add_norm = add_norm
+        self._paired_columns = paired_columns
         self._merged_upsample = merged_upsample
         self._matmul_attention = matmul_attention
         self._derived: dict[nn.Module, Tensor] = {}
+        self._paired: dict[nn.Module, Tensor] = {}
 
     def prepare(self, vae: nn.Module) -> None:
         """Bring the convolution weights to channels-last in place, and derive those that differ in shape."""
@@ -87,9 +93,13 @@ class FrameLayers:
                 weight = module.weight.data
                 module.weight.data = weight.contiguous(memory_format=torch.channels_last_3d)
                 rows, columns = (-size % CHANNEL_MULTIPLE for size in weight.shape[:2])
-                if module.kernel_size == (3, 3, 3) and (rows or columns):
+                if module.kernel_size == (3, 3, 3):
                     wider = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, columns, 0, rows))
-                    self._derived[module] = wider.contiguous(memory_format=torch.channels_last_3d)
+                    if rows or columns:
+                        self._derived[module] = wider.contiguous(memory_format=torch.channels_last_3d)
+                    if self._paired_columns and max(weight.shape[:2]) <= PAIRED_CHANNELS:
+                        pairs = pair_weight(wider)
+                        self._paired[module] = pairs.contiguous(memory_format=torch.channels_last_3d)
             elif isinstance(module, nn.Conv2d):
                 weight = module.weight.data
                 module.weight.data = weight.contiguous(memory_format=torch.channels_last)
@@ -100,8 +110,9 @@ class FrameLayers:
     def stem(self, conv: CausalConv3d, x: Tensor, clip: Clip) -> Pending:
         """A network's first convolution; missing channels of `x` (pixels have three) are zeros."""
         window = self._window(conv, clip, (*x.shape[:3], x.shape[3] + -x.shape[3] % CHANNEL_MULTIPLE))
-        window[conv.history :, ..., : x.shape[3]] = x
-        window[conv.history :, ..., x.shape[3] :] = 0
+        inside = self._inside(conv, window)
+        inside[..., : x.shape[3]] = x
+        inside[..., x.shape[3] :] = 0
         return Pending(self._convolve(conv, window, clip), conv.bias)
 
     def head(self, layers: nn.Sequential, x: Pending, clip: Clip) -> Tensor:
@@ -182,7 +193,7 @@ class FrameLayers:
     def _double_frames(self, conv: CausalConv3d, x: Pending, clip: Clip) -> Tensor:
         frames, height, width, channels = x.shape
         window = self._window(conv, clip, x.shape)
-        self._settle(x, window[conv.history :])
+        self._settle(x, self._inside(conv, window))
         pairs = self._convolve(conv, window, clip).unflatten(3, (2, channels)).permute(0, 3, 1, 2, 4)
         assert conv.bias is not None
         out = window.new_empty(frames, 2, height, width, channels)
@@ -200,7 +211,7 @@ class FrameLayers:
             x.residual,
             total=None if x.settled else total,
             gamma=norm.gamma,
-            out=window[conv.history :],
+            out=self._inside(conv, window),
             activate=True,
             phases=x.phases,
         )
@@ -224,9 +235,15 @@ class FrameLayers:
         return target
 
     def _window(self, conv: CausalConv3d, clip: Clip, shape: tuple[int, int, int, int]) -> Tensor:
-        """Input (history + T, H, W, C) of a causal convolution: the past, and room for T new frames."""
-        frames, *rest = shape
-        window = conv.weight.new_empty(conv.history + frames, *rest)
+        """Input (history + T, H, W, C) of a causal convolution: the past, and room for T new frames.
+
+        Where columns are paired, a column of zeros lies on either side (W + 2).
+        """
+        frames, height, width, channels = shape
+        border = 2 if self._pairs(conv, width) else 0
+        window = conv.weight.new_empty(conv.history + frames, height, width + border, channels)
+        if border:
+            window[:, :, :: width + 1].zero_()
         past = clip.past.get(conv)
         if past is None:
             window[: conv.history].zero_()
@@ -234,9 +251,21 @@ class FrameLayers:
             window[: conv.history] = past
         return window
 
+    def _pairs(self, conv: CausalConv3d, width: int) -> bool:
+        return conv in self._paired and width % 2 == 0
+
+    def _inside(self, conv: CausalConv3d, window: Tensor) -> Tensor:
+        """The new frames' place in the window."""
+        new = window[conv.history :]
+        return new[:, :, 1:-1] if self._pairs(conv, window.shape[2]) else new
+
     def _convolve(self, conv: CausalConv3d, window: Tensor, clip: Clip) -> Tensor:
         """The convolution without its bias (T, H, W, C'); the window's end becomes the past."""
         clip.past[conv] = window[-conv.history :].clone()
+        if self._pairs(conv, window.shape[2]):
+            pairs = window.view(*window.shape[:2], -1, 2 * window.shape[3])
+            out = _convolve_frames(pairs, self._paired[conv], (1, 1, 1), (0, 1, 0))
+            return out.unflatten(3, (2, -1)).flatten(2, 3)
         weight = self._derived.get(conv, conv.weight)
         return _convolve_frames(window, weight, conv.stride, conv.padding)
 

@@ -6,9 +6,10 @@ slice of the next convolution's input behind the frames of the past. Plain layer
 precision after each of these steps; here once, at the end. These are the eager twins, in plain PyTorch, of
 `channel_norm_triton` (same signature).
 
-Shapes: T frames, H W pixels, C channels; frames are (T, H, W, C), contiguous. `out` must not share memory
-with another argument; `total` may be `value` or `residual` itself. With `phases`, `value` is
-(T, H/2 + 1, W/2 + 1, 4C), what `phase_weight` convolves to: pixel (2i+p, 2j+q) is phase 2p+q at (i+p, j+q).
+Shapes: T frames, H W pixels, C channels; frames are (T, H, W, C), contiguous; `out` may be part of wider
+rows. `out` must not share memory with another argument; `total` may be `value` or `residual` itself. With
+`phases`, `value` is (T, H/2 + 1, W/2 + 1, 4C), what `phase_weight` convolves to: pixel (2i+p, 2j+q) is phase
+2p+q at (i+p, j+q).
 """
 
 from __future__ import annotations
@@ -76,6 +77,22 @@ def phase_weight(weight: Tensor) -> Tensor:
         parts.append(torch.stack([left, middle + right], 3))
         parts.append(torch.stack([left + middle, right], 3))
     return torch.cat(parts).to(weight.dtype)
+
+
+def pair_weight(weight: Tensor) -> Tensor:
+    """A 3x3x3 convolution as one over pairs of neighbouring columns: (O, C, 3, 3, 3) -> (2O, 2C, 3, 3, 2).
+
+    In rows with one column of zeros on either side, pixels 2i and 2i+1 of the result need columns 2i to 2i+3:
+    the pairs i and i+1. Memory stays as it is: a pair of columns is 2C channels side by side. A quarter of
+    the products are with zeros, yet for 96 channels cuDNN's kernels for 192 are 1.7 times as fast (H100).
+    """
+    outputs, inputs, *kernel = weight.shape
+    wide = weight.new_zeros(2, outputs, 2, inputs, *kernel[:2], 2)
+    for to in range(2):
+        for tap in range(3):
+            pair, half = divmod(to + tap, 2)
+            wide[to, :, half, :, :, :, pair] = weight[..., tap]
+    return wide.reshape(2 * outputs, 2 * inputs, *kernel[:2], 2)
 
 
 def merge_phases(value: Tensor) -> Tensor:

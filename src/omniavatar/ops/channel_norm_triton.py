@@ -1,7 +1,8 @@
 """`channel_norm.add_norm` as one Triton kernel: each number is read once and written once.
 
-A program takes some pixels with all their channels; the channel axis is padded to a power of two and masked.
-Sums, norm and SiLU are float32. Import this file only where CUDA is used: it needs triton.
+`out` may be a part of wider rows (frames inside a border). A program takes some pixels with all their
+channels; the channel axis is padded to a power of two and masked. Sums, norm and SiLU are float32. Import
+this file only where CUDA is used: it needs triton.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ def add_norm(
     source = (frames, height // 2 + 1, width // 2 + 1, 4 * channels) if phases else target.shape
     wanted = {"value": (value, source), "residual": (residual, target.shape), "total": (total, target.shape)}
     for name, (tensor, shape) in (*wanted.items(), ("out", (out, target.shape))):
-        if tensor is not None and (tensor.shape != shape or not tensor.is_contiguous()):
+        if tensor is None:
+            continue
+        rows = tensor.is_contiguous() or (tensor is out and tensor[0, 0].is_contiguous())
+        if tensor.shape != shape or not rows:
             raise ValueError(f"add_norm: {name} is not contiguous with shape {tuple(shape)}")
     pixels = frames * height * width
     padded = triton.next_power_of_2(channels)
@@ -51,16 +55,19 @@ def add_norm(
             pixels,
             height,
             width,
+            width * channels if out is None else out.stride(1),
+            height * width * channels if out is None else out.stride(0),
             C=channels,
             BLOCK_C=padded,
             BLOCK_P=block,
             ACTIVATE=activate,
             PHASES=phases,
+            WHOLE=out is None or out.is_contiguous(),
             num_warps=4,
         )
 
 
-@triton.jit(do_not_specialize=["pixels", "height", "width"])
+@triton.jit(do_not_specialize=["pixels", "height", "width", "row_step", "frame_step"])
 def _add_norm_kernel(
     value,
     bias,
@@ -71,11 +78,14 @@ def _add_norm_kernel(
     pixels,
     height,
     width,
+    row_step,
+    frame_step,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     ACTIVATE: tl.constexpr,
     PHASES: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     channel = tl.arange(0, BLOCK_C)
@@ -104,4 +114,8 @@ def _add_norm_kernel(
         normed = added / length[:, None] * scale * gain[None, :]
         if ACTIVATE:
             normed = normed * tl.sigmoid(normed)
+        if not WHOLE:
+            first = (pixel // (height * width)).to(tl.int64) * frame_step
+            first += pixel // width % height * row_step + pixel % width * C
+            place = first[:, None] + channel[None, :]
         tl.store(out + place, normed.to(out.dtype.element_ty), mask=inside)

@@ -79,6 +79,10 @@ class FusedOps(Protocol):
         """RMS norm, then rotation of interleaved pairs by the tables (L, D/2); (B, L, H, D) in `dtype`."""
         ...
 
+    def linear_gelu(self, x_BLC: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """`gelu(x @ weight.T + bias)` with the tanh GELU, (B, L, C) -> (B, L, O)."""
+        ...
+
     def quantize(self, x_BLC: Tensor, *, gelu: bool = False) -> QuantRows:
         """Rows in float8, after a tanh GELU if asked."""
         ...
@@ -148,6 +152,9 @@ class EagerOps:
         if dtype == FP8:
             turned = turned.clamp(-FP8_MAX, FP8_MAX)
         return turned.to(dtype)
+
+    def linear_gelu(self, x_BLC: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_(F.linear(x_BLC, weight, bias), approximate="tanh")
 
     def quantize(self, x_BLC: Tensor, *, gelu: bool = False) -> QuantRows:
         wide = x_BLC.float()
