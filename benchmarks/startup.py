@@ -65,8 +65,8 @@ def make_files(root: Path, scale: str, quantize: str) -> dict[str, str]:
     }
 
 
-def start(settings: dict[str, str], out: Path) -> dict[str, float]:
-    """Seconds from the start of a process to each event of the first window."""
+def start(settings: dict[str, str], out: Path, finish: bool = False) -> dict[str, float]:
+    """Seconds from the start of a process to each event of the first window; it may `finish` its video."""
     config = out.with_name("run.yaml")
     config.write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
     command = [
@@ -90,7 +90,7 @@ def start(settings: dict[str, str], out: Path) -> dict[str, float]:
             event = json.loads(line) if line.startswith("{") else {}
             if event.get("event") in ("request_started", "window_started", "step"):
                 seen.setdefault(event["event"], event["time"] - begun)
-            if event.get("event") == "step":
+            if event.get("event") == "step" and not finish:
                 process.kill()
                 break
     if "step" not in seen:
@@ -114,6 +114,8 @@ def main() -> None:
         print(f"files made in {time.perf_counter() - begun:.0f} s", flush=True)
         cold = start(settings, root / "video.mp4")
         runs = [start(settings, root / "video.mp4") for _ in range(arguments.repeats)]
+        start(settings, root / "whole.mp4", finish=True)
+        stages = json.loads((root / "whole.json").read_text())["stages"]
         size = Path(settings["dit_path"]).stat().st_size
     report = {
         "benchmark": "startup",
@@ -124,7 +126,9 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "repeats": arguments.repeats,
+        "stages_s": {name: round(seconds, 2) for name, seconds in stages.items()},
     }
+    print({name: seconds for name, seconds in report["stages_s"].items() if seconds})
     for event in ("request_started", "window_started", "step"):
         values = sorted(run[event] for run in runs)
         report[event] = {
