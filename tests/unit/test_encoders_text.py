@@ -131,6 +131,28 @@ def test_random_encoder_depends_on_the_seed(encoder: TextEncoder) -> None:
     assert not torch.equal(other.encode(["a"]), embedding)
 
 
+def test_layer_by_layer_gives_the_same_embeddings(
+    encoder: TextEncoder, encoder_file: Path, tokenizer_folder: Path
+) -> None:
+    """Each layer's weights are elsewhere while it computes and back at home afterwards."""
+    streamed = random_text_encoder("cpu", torch.float32, seed=1, sizes=SIZES, layer_by_layer=True)
+    at_home = {name: weight.data_ptr() for name, weight in streamed.stack.named_parameters()}
+    away: list[str] = []
+
+    def look(*_: object) -> None:
+        away.extend(name for name, w in streamed.stack.named_parameters() if w.data_ptr() != at_home[name])
+
+    for block in streamed.stack.block:
+        block.layer[1].register_forward_hook(look)
+    prompts = ["a face", "two people talk"]
+    assert torch.equal(streamed.encode(prompts), encoder.encode(prompts))
+    assert set(away) == {name for name in at_home if name.startswith("block.")}
+    assert {name: weight.data_ptr() for name, weight in streamed.stack.named_parameters()} == at_home
+    files = encoder_file, tokenizer_folder, "cpu", torch.float32
+    streamed, resident = TextEncoder.load(*files, layer_by_layer=True), TextEncoder.load(*files)
+    assert torch.equal(streamed.encode(prompts), resident.encode(prompts))
+
+
 def test_load_is_strict(encoder_file: Path, tokenizer_folder: Path) -> None:
     loaded = TextEncoder.load(encoder_file, tokenizer_folder, "cpu", torch.bfloat16)
     assert loaded.encode(["a"]).dtype == torch.bfloat16

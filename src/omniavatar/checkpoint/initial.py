@@ -58,17 +58,21 @@ def fill_random(
     dtype: torch.dtype | Callable[[str], torch.dtype],
     device: torch.device | str,
     seed: int,
+    place: torch.device | str | None = None,
 ) -> None:
     """Give a module made on meta random weights directly on `device`, without a copy elsewhere.
 
     dtype: of all weights, or a function of the weight's name. Numbers depend on seed, device and dtype.
+    place: where each weight goes once it is made, `device` if None.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
     for name, parameter in list(module.named_parameters()):
         chosen = dtype if isinstance(dtype, torch.dtype) else dtype(name)
         value = random_weight(name, tuple(parameter.shape), chosen, generator)
         parent, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
+        setattr(
+            module.get_submodule(parent), leaf, nn.Parameter(value.to(place or device), requires_grad=False)
+        )
     left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if left:
         raise RuntimeError(f"{type(module).__name__} keeps tensors on meta: {left}")

@@ -5,6 +5,9 @@ table of relative positions for each layer, 32 buckets up to distance 128, and d
 UMT5 does (Chung et al. 2023). Only tokens are computed, not padding: no token sees the padding, whose
 embeddings are zero by definition.
 
+Where the device has no room for 11 GB the weights stay in host memory and each layer visits the device for
+its turn (`layer_by_layer`): the same computation, so the same embeddings to the bit, some seconds slower.
+
 Limits: attention is computed plainly (64 heads x 512 x 512 scores), which is small beside the weights.
 """
 
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from omniavatar.checkpoint.initial import fill_random
 from omniavatar.checkpoint.reader import TensorFiles
@@ -88,11 +92,15 @@ def sizes_of(shapes: Mapping[str, tuple[int, ...]], source: str) -> dict[str, in
 
 
 class TextEncoder:
-    """UMT5 on its device. Embeddings come in the dtype of the weights."""
+    """UMT5 computing on `device`. Embeddings come in the dtype of the weights.
 
-    def __init__(self, stack: UMT5Stack, tokenizer: Tokenizer) -> None:
+    stack: on the device, or in host memory with layers that visit it.
+    """
+
+    def __init__(self, stack: UMT5Stack, tokenizer: Tokenizer, device: torch.device | str) -> None:
         self.stack, self.tokenizer = stack, tokenizer
         self.width: int = stack.config.d_model
+        self._device = torch.device(device)
 
     @classmethod
     def load(
@@ -101,18 +109,20 @@ class TextEncoder:
         tokenizer_path: Path,
         device: torch.device | str,
         dtype: torch.dtype = torch.bfloat16,
+        layer_by_layer: bool = False,
     ) -> TextEncoder:
         """The released encoder file and tokenizer folder, strictly: every key used once.
 
-        Raises `CheckpointError` for a missing or unfit file.
+        layer_by_layer: the weights stay in host memory. Raises `CheckpointError` for a missing or unfit file.
         """
         tokenizer = FolderTokenizer(Path(tokenizer_path))
         with TensorFiles(encoder_path) as files:
             shapes = {key: files.shape(key) for key in files.keys()}  # noqa: SIM118  (not a dict)
             stack = _stack(sizes_of(shapes, files.origin))
             sources = file_sources(files, library_key)
-            load_strict(stack, sources, dtype=dtype, device=device, origin=files.origin)
-        return cls(_frozen(stack), tokenizer)
+            place = "cpu" if layer_by_layer else device
+            load_strict(stack, sources, dtype=dtype, device=place, origin=files.origin)
+        return cls(_frozen(stack, torch.device(device), layer_by_layer), tokenizer, device)
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:
@@ -133,10 +143,12 @@ class TextEncoder:
 
         `mask` (n, length) is 1 on a row's tokens, which come first, and 0 on its padding.
         """
-        weight = self.stack.embed_tokens.weight
-        ids, mask = ids.to(weight.device), mask.to(weight.device)
         longest = int(mask.sum(1).max())
-        hidden = self.stack(input_ids=ids[:, :longest], attention_mask=mask[:, :longest]).last_hidden_state
+        rows = self.stack.embed_tokens(ids[:, :longest].to(self.stack.embed_tokens.weight.device))
+        mask = mask.to(self._device)
+        hidden = self.stack(
+            inputs_embeds=rows.to(self._device), attention_mask=mask[:, :longest]
+        ).last_hidden_state
         embeddings = hidden.new_zeros(*ids.shape, self.width)
         embeddings[:, :longest] = hidden * mask[:, :longest, None].to(hidden.dtype)
         return embeddings
@@ -147,17 +159,20 @@ def random_text_encoder(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     sizes: Mapping[str, int] = UMT5_XXL,
+    layer_by_layer: bool = False,
 ) -> TextEncoder:
     """An encoder of random weights made on the device, without disk; `sizes` as from `sizes_of`.
 
     Numbers depend on seed, device and dtype; queries are small, since UMT5 does not scale its scores.
+    layer_by_layer: each weight goes to host memory once it is made.
     Prompts are tokenized by `ByteTokenizer`. Needs a vocabulary of at least 259.
     """
     stack = _stack(sizes)
-    fill_random(stack, dtype=dtype, device=device, seed=seed)
+    place = "cpu" if layer_by_layer else None
+    fill_random(stack, dtype=dtype, device=device, seed=seed, place=place)
     for block in stack.block:
         block.layer[0].SelfAttention.q.weight.mul_(sizes["d_kv"] ** -0.5)
-    return TextEncoder(_frozen(stack), ByteTokenizer())
+    return TextEncoder(_frozen(stack, torch.device(device), layer_by_layer), ByteTokenizer(), device)
 
 
 def _stack(sizes: Mapping[str, int]) -> UMT5Stack:
@@ -175,5 +190,25 @@ def _stack(sizes: Mapping[str, int]) -> UMT5Stack:
         return UMT5EncoderModel(config).encoder
 
 
-def _frozen(stack: UMT5Stack) -> UMT5Stack:
+def _frozen(stack: UMT5Stack, device: torch.device, layer_by_layer: bool) -> UMT5Stack:
+    if layer_by_layer:
+        stack.final_layer_norm.to(device)
+        for block in stack.block:
+            _visit(block, device)
     return stack.eval().requires_grad_(False)
+
+
+def _visit(layer: nn.Module, device: torch.device) -> None:
+    """Have a layer's weights on `device` while it computes, and only then."""
+    at_home = {parameter: parameter.data for parameter in layer.parameters()}
+
+    def arrive(*_: object) -> None:
+        for parameter, data in at_home.items():
+            parameter.data = data.to(device, copy=True)
+
+    def leave(*_: object) -> None:
+        for parameter, data in at_home.items():
+            parameter.data = data
+
+    layer.register_forward_pre_hook(arrive)
+    layer.register_forward_hook(leave, always_call=True)
