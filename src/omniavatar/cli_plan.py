@@ -11,6 +11,7 @@ from omniavatar.cli_common import ConfigOption, HpOption, JsonOption, print_warn
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from omniavatar.config import PipelineConfig
     from omniavatar.memory import MemoryEstimate
@@ -49,13 +50,24 @@ def plan(
         samples = _samples(settings, audio, minutes)
         size = _size(settings, image)
         run_plan = make_plan(settings, samples, size, step_plan=_step_plan(settings))
-        memory = estimate_memory(settings, run_plan, samples is not None)
+        memory = estimate_memory(settings, run_plan, samples is not None, _device(settings))
         if as_json:
             import json
 
             typer.echo(json.dumps(_report(run_plan, memory, settings.model.decoder), indent=2))
         else:
             _print(run_plan, memory, settings.model.decoder)
+
+
+def _device(config: PipelineConfig) -> torch.device:
+    """The configured device, or the CPU where it is not on this machine."""
+    from omniavatar.components import choose_device
+    from omniavatar.errors import ResourceError
+
+    try:
+        return choose_device(config.runtime.device)
+    except ResourceError:
+        return choose_device("cpu")
 
 
 def _samples(config: PipelineConfig, audio: Path | None, minutes: float | None) -> int | None:
@@ -101,7 +113,7 @@ def _step_plan(config: PipelineConfig) -> StepPlan | None:
 def _report(plan: RunPlan, memory: MemoryEstimate, decoder: str) -> dict[str, Any]:
     from dataclasses import asdict
 
-    need = {**asdict(memory), "device_peak": memory.device_peak}
+    need = {**asdict(memory), "device_peak": memory.device_peak, "choice": memory.choice}
     return {**plan.as_dict(), "decoder": decoder, "memory": need}
 
 
@@ -130,7 +142,11 @@ def _print(plan: RunPlan, memory: MemoryEstimate, decoder: str) -> None:
         ("audio encoder", _size_text(memory.audio_encoder)),
         ("text encoder", f"{_size_text(memory.text_encoder)}, only while new prompts are embedded"),
         ("activations", f"about {_size_text(memory.activations)}"),
-        ("device memory", f"about {_size_text(memory.device_peak)} at its peak"),
+        (
+            "device memory",
+            f"about {_size_text(memory.device_peak)} at its peak with everything on the device",
+        ),
+        ("on this machine", memory.choice.removeprefix("memory: ")),
         ("audio features", f"{_size_text(memory.audio_features_file)} on disk"),
     ]
     table = Table(show_header=False, pad_edge=False, box=None)

@@ -244,6 +244,7 @@ def _print_findings(findings: dict[str, Any]) -> None:
         ],
     )
     show("video VAE", [f"auto: {findings['vae']}"])
+    show("memory: auto", [f"{scale}: {line}" for scale, line in findings["memory_auto"].items()])
     show("optional packages", [there(row) for row in findings["optional"]])
     encoder = findings["encoder"]
     show(

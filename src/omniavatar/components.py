@@ -1,22 +1,28 @@
 """The models of a pipeline, each loaded when it is first needed, from the files the configuration names.
 
 The text encoder is loaded only for prompts whose embedding is not cached, and released at once: it is the
-largest thing beside the DiT and is needed for seconds. Everything else stays on the device.
+largest thing beside the DiT and is needed for seconds. The DiT is loaded as the request's `Placement` says
+(`adopt`): streamed blocks go to host memory as they are read and never lie on the device together. Later
+requests and `make_room` may send more blocks there; none come back. Everything else stays on the device.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import gc
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from omniavatar.accel.apply import AccelConfig, apply_accelerations, weight_form
+from omniavatar.accel.apply import AccelConfig, Quantize, apply_accelerations, weight_form
 from omniavatar.accel.decoder import apply_decoder
-from omniavatar.accel.vae import choose_vae, create_vae
+from omniavatar.accel.memory_plan import fewer_resident
+from omniavatar.accel.offload import OffloadConfig, Offloader, streamed_blocks
+from omniavatar.accel.vae import FastVAE, choose_vae, create_vae
 from omniavatar.calibration_file import find_constants
 from omniavatar.checkpoint.dit import (
     DiTFiles,
@@ -40,6 +46,7 @@ from omniavatar.encoders.text_cache import TextCache, encode_cached, encoder_ide
 from omniavatar.errors import CheckpointError, ResourceError
 from omniavatar.ops.attention import create_attention
 from omniavatar.ops.fused import create_fused
+from omniavatar.placement import QUANTIZE_FIELD, Placement, Request, device_limit, enforce_limit, place
 from omniavatar.plan import make_step_plan, model_scale, sampling_schedule
 
 if TYPE_CHECKING:
@@ -47,10 +54,12 @@ if TYPE_CHECKING:
 
     from omniavatar.config import ModelConfig, PipelineConfig, SamplingConfig
     from omniavatar.model.dit import DiTConfig, WanDiT
-    from omniavatar.model.vae import VAEConfig, VideoDecoder, VideoVAE
+    from omniavatar.model.vae import VAEConfig, VideoDecoder, VideoVAE, WanVAE
     from omniavatar.sampling.cache_constants import CacheConstants
     from omniavatar.types import Recorder, StepPlan
 
+TEXT_ROOM = 1.1
+"""Memory of the text encoder at work over that of its weights."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -98,6 +107,71 @@ class Components:
             config.model.check_files_named()
         self.dit_config = self._inspect()
         self._embeddings: dict[str, Tensor] = {}
+        self._offloader: Offloader | None = None
+        self._fast_vaes: list[FastVAE] = []
+        self.placement: Placement | None = None
+        enforce_limit(config.runtime.memory, self.device)
+
+    @property
+    def quantize(self) -> Quantize:
+        """Precision of the DiT's linear layers: what the last placement says, else the configuration."""
+        if self.placement is not None:
+            return self.placement.quantize
+        configured = self.config.runtime.quantize
+        return "none" if configured == "auto" else configured
+
+    @property
+    def placed(self) -> Placement:
+        """The placement of the request at hand, once one is adopted."""
+        assert self.placement is not None
+        return self.placement
+
+    def place(self, request: Request, kept: Mapping[str, str | int]) -> Placement:
+        """Where the models lie for a request; changes nothing yet.
+
+        kept: values of `Placement.identity` of the run that is resumed. What is loaded stays as it is.
+        Raises ResourceError when the request does not fit.
+        """
+        limit = device_limit(self.config.runtime.memory, self.device)
+        if self._offloader is not None:
+            kept = {**kept, QUANTIZE_FIELD: self.quantize}
+        placement = place(self.config, self.dit_config, request, self.vae_name, self.device, limit, kept)
+        if self._offloader is None or self.placement is None:
+            return placement
+        resident = self.placement.memory.resident_blocks
+        memory = fewer_resident(placement.memory, resident, placement.dit, placement.run)
+        return replace(placement, memory=memory)
+
+    def adopt(self, placement: Placement) -> None:
+        """Bring what is loaded into these places; what is not loaded yet will go there."""
+        before, self.placement = self.placement, placement
+        if before is None or before.describe() != placement.describe():
+            self._recorder.event("message", text=placement.describe(), level="info")
+        self._arrange()
+
+    def make_room(self, reason: str) -> None:
+        """One step down after an allocation failed; everything computed stays equal to the bit, except that
+        the last step changes the VAE's passes. Raises ResourceError at the end."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        smaller = None if self.placement is None else self.placement.step_down()
+        if smaller is None:
+            raise ResourceError(
+                f"max_tokens: {self.config.video.max_tokens} needs more GPU memory than is free ({reason}); "
+                "lower max_tokens, use quantize=fp8 or the 1.3B model"
+            )
+        self.placement = smaller
+        text = f"{reason}: once more with less. {smaller.describe()}"
+        self._recorder.event("message", text=text, level="warning")
+        self._arrange()
+
+    def _arrange(self) -> None:
+        memory = self.placed.memory
+        if self._offloader is not None:
+            self._offloader.apply(OffloadConfig(memory.resident_blocks, memory.ring))
+        for vae in self._fast_vaes:
+            vae.use_pass(self.placed.vae_latents)
 
     def _inspect(self) -> DiTConfig:
         """The DiT's sizes from file headers, checked against what the configuration promises."""
@@ -131,14 +205,28 @@ class Components:
         """The merged diffusion transformer, with the configured optimisations applied."""
         runtime = self.config.runtime
         fuse = self.device.type == "cuda" if runtime.fuse is None else runtime.fuse
-        accel, ops = AccelConfig(runtime.quantize, fuse), create_fused(self.device)
+        accel, ops = AccelConfig(self.quantize, fuse), create_fused(self.device)
         with self._recorder.stage("load_dit"):
             dit = self._load_dit(weight_form(accel, ops, self.device))
             apply_accelerations(dit, accel, ops)
+            offloader = Offloader(dit, self.device)
+            if self.placement is not None:
+                memory = self.placement.memory
+                offloader.apply(OffloadConfig(memory.resident_blocks, memory.ring))
+        self._offloader = offloader
         return dit
 
     def _load_dit(self, form: WeightForm | None) -> WanDiT:
         model = self.config.model
+        layers = self.dit_config.num_layers
+        resident = layers if self.placement is None else self.placement.memory.resident_blocks
+        streamed = set(streamed_blocks(layers, resident))
+
+        def home(key: str) -> torch.device:
+            """Host memory for what will be streamed, else the device."""
+            match = re.match(r"blocks\.(\d+)\.", key)
+            return torch.device("cpu") if match and int(match[1]) in streamed else self.device
+
         if model.weights == "random":
             return random_dit(
                 self.dit_config,
@@ -147,9 +235,15 @@ class Components:
                 device=self.device,
                 seed=0,
                 form=form,
+                place=home,
             )
         return load_dit(
-            dit_files(model), attention=self._attention, dtype=self.dtype, device=self.device, form=form
+            dit_files(model),
+            attention=self._attention,
+            dtype=self.dtype,
+            device=self.device,
+            form=form,
+            place=home,
         )
 
     @functools.cached_property
@@ -162,7 +256,7 @@ class Components:
             else:
                 assert model.vae_path is not None
                 full = load_vae(model.vae_path, dtype=self.dtype, device=self.device)
-            vae = create_vae(self.vae_name, full, self.device)
+            vae = self._create_vae(full)
             return vae if model.decoder == "full" else apply_decoder(vae, self._load_decoder(full.config))
 
     def _load_decoder(self, full: VAEConfig) -> VideoDecoder:
@@ -172,7 +266,7 @@ class Components:
         if model.weights == "random":
             if model.decoder == "lightvae":
                 light = random_vae(light_vae_config(full), dtype=dtype, device=device, seed=1)
-                return create_vae(self.vae_name, light, device)
+                return self._create_vae(light)
             config = replace(tiny_decoder_config(full), raw_latents=raw)
             return random_tiny_decoder(config, dtype=dtype, device=device, seed=1)
         assert model.decoder_path is not None
@@ -183,10 +277,19 @@ class Components:
                     f"{model.decoder_path}: decodes latents of {light.config.z_dim} channels, "
                     f"not {full.z_dim}; use the file for Wan 2.1"
                 )
-            return create_vae(self.vae_name, light, device)
+            return self._create_vae(light)
         return load_tiny_decoder(
             model.decoder_path, raw_latents=raw, z_dim=full.z_dim, dtype=dtype, device=device
         )
+
+    def _create_vae(self, vae: WanVAE) -> VideoVAE:
+        """What runs `vae`, in passes of the placement's size."""
+        running = create_vae(self.vae_name, vae, self.device)
+        if isinstance(running, FastVAE):
+            self._fast_vaes.append(running)
+            if self.placement is not None:
+                running.use_pass(self.placement.vae_latents)
+        return running
 
     @functools.cached_property
     def audio_encoder(self) -> AudioEncoder:
@@ -242,11 +345,23 @@ class Components:
 
     def _embed(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings (n, 512, text_dim), from the cache on disk or a text encoder loaded for them."""
+        if self._text_encoder_fits():
+            try:
+                return self._embed_with(prompts, layer_by_layer=False)
+            except torch.OutOfMemoryError:
+                self._recorder.event(
+                    "message", text="the text encoder does not fit: layer by layer", level="warning"
+                )
+        return self._embed_with(prompts, layer_by_layer=True)
+
+    def _embed_with(self, prompts: Sequence[str], layer_by_layer: bool) -> Tensor:
         model = self.config.model
         if model.weights == "random":
             with self._recorder.stage("load_text_encoder"):
                 sizes = sizes_of(dict(text_tensors(scale_spec(model.scale).text)), "random weights")
-                encoder = random_text_encoder(self.device, self.dtype, seed=0, sizes=sizes)
+                encoder = random_text_encoder(
+                    self.device, self.dtype, seed=0, sizes=sizes, layer_by_layer=layer_by_layer
+                )
             return encoder.encode(prompts)
         encoder_path, tokenizer_path = model.text_encoder_path, model.tokenizer_folder
         assert encoder_path is not None and tokenizer_path is not None
@@ -254,7 +369,15 @@ class Components:
         def load() -> TextEncoder:
             self._recorder.event("message", text="loading the text encoder (new prompt)", level="info")
             with self._recorder.stage("load_text_encoder"):
-                return TextEncoder.load(encoder_path, tokenizer_path, self.device, self.dtype)
+                return TextEncoder.load(encoder_path, tokenizer_path, self.device, self.dtype, layer_by_layer)
 
         identity = encoder_identity(encoder_path, tokenizer_path, self.dtype)
         return encode_cached(prompts, TextCache(self.config.runtime.text_cache, identity), load)
+
+    def _text_encoder_fits(self) -> bool:
+        """Whether the text encoder fits beside what is on the device now; it computes the same either way."""
+        limit = device_limit(self.config.runtime.memory, self.device)
+        if limit is None or self.placement is None:
+            return True
+        held = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+        return held + self.placement.run.text_encoder * TEXT_ROOM <= limit

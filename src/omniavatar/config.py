@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from omniavatar.config_values import (
+    NEGATIVE_PROMPT,
     FieldError,
     FilePath,
     FilePaths,
@@ -32,6 +33,7 @@ from omniavatar.config_values import (
     device_name,
     dtype_name,
     lora_entry,
+    memory_limit,
     rising_fractions,
     scale_name,
 )
@@ -39,20 +41,10 @@ from omniavatar.errors import ConfigError
 from omniavatar.sampling.windows import window_length
 from omniavatar.types import Sampler, StepCache
 
-NEGATIVE_PROMPT = (
-    "Vivid color tones, background/camera moving quickly, screen switching, subtitles and special effects, "
-    "mutation, overexposed, static, blurred details, subtitles, style, work, painting, image, still, "
-    "overall grayish, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra "
-    "fingers, poorly drawn hands, poorly drawn face, deformed, disfigured, malformed limbs, fingers "
-    "merging, motionless image, chaotic background, three legs, crowded background with many people, "
-    "walking backward"
-)
-
 IGNORED_KEYS: Mapping[str, str] = MappingProxyType(
     {
         "reload_cfg": "the checkpoint's config.json is always read",
         "image_encoder_path": "the text-to-video base has no image encoder",
-        "num_persistent_param_in_dit": "offloading is not in this version: all weights stay on the device",
         "random_prefix_frames": "a training setting",
         "train_architecture": "the checkpoint's own keys tell LoRA pairs from whole weights",
         "lora_target_modules": "the checkpoint's own keys tell which layers its LoRA touches",
@@ -73,6 +65,8 @@ NEUTRAL_FIELDS = frozenset(
         "output.resume",
         "output.keep_job",
         "runtime.device",
+        "runtime.memory",
+        "runtime.num_persistent_param_in_dit",
         "runtime.text_cache_dir",
         "runtime.threads",
     }
@@ -322,8 +316,14 @@ class RuntimeConfig(_Section):
     """Attention backend by name (`omniavatar doctor` lists them), or auto: the fastest exact one there."""
     fuse: Flag | None = None
     """Element-wise work of the blocks in single passes; unset: on CUDA. Nothing lost but rounding."""
-    quantize: Literal["none", "fp8"] = "none"
-    """fp8: float8 linear layers (Ada, Hopper and later): faster, half the memory, some error a forward."""
+    quantize: Literal["none", "fp8", "auto"] = "none"
+    """fp8: float8 linear layers (Ada, Hopper and later): faster, half the memory, some error a forward;
+    auto: fp8 only where exact weights would have to be streamed."""
+    memory: Annotated[Literal["auto"] | float, BeforeValidator(memory_limit)] = "auto"
+    """Device memory to get by with: a number of GB (10^9 bytes), or auto: what is free. Where the weights
+    exceed it, blocks are streamed from host memory; the video stays the same to the bit."""
+    num_persistent_param_in_dit: Whole | None = Field(None, ge=0)
+    """Parameters of the DiT that stay on the device, the others are streamed; unset: as memory allows."""
     vae: Literal["auto", "plain", "fast"] = "auto"
     """How the video VAE runs; auto: fast on CUDA, plain elsewhere."""
     reference_numerics: Flag = False
@@ -344,6 +344,16 @@ class RuntimeConfig(_Section):
             return self.text_cache_dir
         places = {"darwin": "Library/Caches", "win32": "AppData/Local"}
         return Path.home() / places.get(sys.platform, ".cache") / "omniavatar"
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> RuntimeConfig:
+        if self.memory != "auto" and self.num_persistent_param_in_dit is not None:
+            raise FieldError(
+                "memory and num_persistent_param_in_dit both decide what stays on the device; set one",
+                "memory",
+                "num_persistent_param_in_dit",
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_process(self) -> RuntimeConfig:

@@ -6,12 +6,23 @@ are strict: true is not 1 and "5" is not 5, but 3e4 is the whole number 30000.
 
 from __future__ import annotations
 
+import math
 import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
+
+NEGATIVE_PROMPT = (
+    "Vivid color tones, background/camera moving quickly, screen switching, subtitles and special effects, "
+    "mutation, overexposed, static, blurred details, subtitles, style, work, painting, image, still, "
+    "overall grayish, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra "
+    "fingers, poorly drawn hands, poorly drawn face, deformed, disfigured, malformed limbs, fingers "
+    "merging, motionless image, chaotic background, three legs, crowded background with many people, "
+    "walking backward"
+)
+"""The original's."""
 
 
 class FieldError(ValueError):
@@ -78,6 +89,14 @@ def choice_or_path(value: Any) -> Any:
 
 def lora_entry(value: Any) -> Any:
     return {"path": value} if isinstance(value, str | Path) else value
+
+
+def memory_limit(value: Any) -> Any:
+    if value == "auto":
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError("must be auto or a number of GB above 0, such as 10")
+    return float(value)
 
 
 _DTYPES = {

@@ -15,6 +15,7 @@ from omniavatar.checkpoint.dit import open_dit, random_weights
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.components import DTYPES, choose_device, dit_files
 from omniavatar.config import PipelineConfig
+from omniavatar.errors import ConfigError
 from omniavatar.ops.fused import create_fused
 
 
@@ -36,6 +37,8 @@ def convert_checkpoint(
     ResourceError.
     """
     model, quantize = config.model, config.runtime.quantize
+    if quantize == "auto":
+        raise ConfigError("quantize: auto depends on the machine that runs it; convert with none or fp8")
     device, dtype = choose_device(config.runtime.device), DTYPES[model.dtype]
     form = weight_form(AccelConfig(quantize), create_fused(device), device)
     stored = None if form is None else form.name

@@ -15,12 +15,12 @@ import torch
 from omniavatar import __version__
 from omniavatar.accel.vae import choose_vae
 from omniavatar.components import DTYPES, choose_device
-from omniavatar.config import OutputConfig, PipelineConfig, RuntimeConfig, VideoConfig
+from omniavatar.config import ModelConfig, OutputConfig, PipelineConfig, RuntimeConfig, VideoConfig
 from omniavatar.config_load import load_config
 from omniavatar.errors import OmniAvatarError
 from omniavatar.machine import codecs, devices, free_disk, free_memory, optional_packages, versions
 from omniavatar.media.encoders import choose_encoder, try_nvenc
-from omniavatar.memory import estimate_memory
+from omniavatar.memory import MemoryEstimate, estimate_memory
 from omniavatar.ops.attention import available_backends, choose_backend
 from omniavatar.plan import make_plan
 from omniavatar.weights_preview import missing_files
@@ -55,6 +55,7 @@ def examine(configs: Sequence[Path]) -> dict[str, Any]:
             {"folder": str(folder), "free_bytes": free_disk(folder)}
             for folder in (OutputConfig().output_dir, Path("pretrained_models"), RuntimeConfig().text_cache)
         ],
+        "memory_auto": {scale: _choice(scale, device) for scale in ("1.3B", "14B")},
         "configs": rows,
         "problems": _problems(encoders, rows),
     }
@@ -65,23 +66,32 @@ def _config(path: Path, device: torch.device) -> dict[str, Any]:
     try:
         config = load_config(path).config
         missing = missing_files(config.model)
-        need = _need(config)
+        memory = _estimate(config, device)
     except OmniAvatarError as error:
         return {"config": str(path), "ready": False, "error": str(error)}
-    free = free_memory(device)
+    need = memory.device_peak
+    fits = memory.placement is not None and (device.type == "cuda" or need <= free_memory(device))
     return {
         "config": str(path),
-        "ready": not missing and need <= free,
+        "ready": not missing and fits,
         "error": None,
         "missing": [str(each) for each in missing],
         "needs_bytes": need,
-        "fits": need <= free,
+        "fits": fits,
+        "placed": memory.placement is not None,
+        "memory": memory.choice,
     }
 
 
-def _need(config: PipelineConfig) -> int:
+def _choice(scale: str, device: torch.device) -> str:
+    """What `memory: auto` would choose here for a model with the original's settings."""
+    model = ModelConfig.model_validate({"weights": "random", "scale": scale})
+    return _estimate(PipelineConfig(model=model), device).choice
+
+
+def _estimate(config: PipelineConfig, device: torch.device) -> MemoryEstimate:
     plan = make_plan(config, config.video.sample_rate, config.video.sizes[0])
-    return estimate_memory(config, plan, has_audio=True).device_peak
+    return estimate_memory(config, plan, has_audio=True, device=device)
 
 
 def _problems(encoders: Sequence[dict[str, Any]], configs: Sequence[dict[str, Any]]) -> list[str]:
@@ -99,8 +109,7 @@ def _problems(encoders: Sequence[dict[str, Any]], configs: Sequence[dict[str, An
                 f"{row['config']}: {row['missing'][0]}{more} not on this disk; omniavatar download gets them"
             )
         elif not row["fits"]:
-            problems.append(
-                f"{row['config']}: needs about {row['needs_bytes'] / 2**30:.1f} GiB, more than is free; "
-                "lower max_tokens or use a smaller model"
-            )
+            needs = f"needs about {row['needs_bytes'] / 2**30:.1f} GiB, more than is free"
+            remedy = f"{needs}; lower max_tokens or use a smaller model"
+            problems.append(f"{row['config']}: {remedy if row['placed'] else row['memory']}")
     return problems

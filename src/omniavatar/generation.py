@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from omniavatar.accel.room import MakeRoom, no_room, with_room
 from omniavatar.accel.step_cache import PassRunner, ResidualCache
 from omniavatar.model.dit import AudioState, RunBlocks, WanDiT
 from omniavatar.model.vae import VideoVAE
@@ -118,6 +120,7 @@ class WindowGenerator:
         convert: Callable[[Tensor], np.ndarray] = to_uint8,
         draw_noise: Callable[[Window, tuple[int, ...]], DrawNoise] | None = None,
         make_cache: Callable[[RunBlocks], PassRunner] = ResidualCache,
+        make_room: MakeRoom = no_room,
     ) -> None:
         self._dit, self._vae = dit, vae
         self._sampling, self._recorder, self._convert = sampling, recorder, convert
@@ -125,7 +128,7 @@ class WindowGenerator:
         self._draw_noise = draw_noise or self._seeded_noise
         self._reference = conditioning.reference_latent
         self._audio = conditioning.audio
-        self._make_cache = make_cache
+        self._make_cache, self._make_room = make_cache, make_room
         self._passes = plan_passes(
             sampling.step_plan,
             sampling.branches,
@@ -142,22 +145,33 @@ class WindowGenerator:
     def run(
         self, windows: Sequence[Window], first: int = 0, given: Tensor | None = None
     ) -> Iterator[WindowResult]:
-        """Yield the results of `windows[first:]`; `given` are window `first`'s given latents if first > 0."""
+        """Yield the results of `windows[first:]`; `given` are window `first`'s given latents if first > 0.
+
+        A window for which the device's memory does not suffice is begun anew, with the same noise, after
+        `make_room`.
+        """
         known = self._reference if given is None else given.to(self._device)
         for window in windows[first:]:
             self._recorder.event("window_started", window=window.index, windows=len(windows))
-            with self._recorder.stage("denoise"):
-                latent = self.denoise(window, known)
             last = window.index == len(windows) - 1
             overlap = 0 if last else windows[window.index + 1].given_frames
-            with self._recorder.stage("vae_decode"):
-                frames, tail = self._decode(latent, window, overlap)
-            next_given = None
-            if tail is not None:
-                with self._recorder.stage("vae_encode"):
-                    known = self._encode(tail)
-                    next_given = download(known)
-            yield WindowResult(window, latent, frames, next_given, arrival(self._device))
+            compute = partial(self._compute, window, known, overlap)
+            result, following = with_room(compute, self._make_room)
+            known = known if following is None else following
+            yield result
+
+    def _compute(self, window: Window, known: Tensor, overlap: int) -> tuple[WindowResult, Tensor | None]:
+        """One window, and the given latents of the next one on the device."""
+        with self._recorder.stage("denoise"):
+            latent = self.denoise(window, known)
+        with self._recorder.stage("vae_decode"):
+            frames, tail = self._decode(latent, window, overlap)
+        following = next_given = None
+        if tail is not None:
+            with self._recorder.stage("vae_encode"):
+                following = self._encode(tail)
+                next_given = download(following)
+        return WindowResult(window, latent, frames, next_given, arrival(self._device)), following
 
     def _seeded_noise(self, window: Window, shape: tuple[int, ...]) -> DrawNoise:
         return WindowNoise(self._sampling.seed, window.index, shape, self._device).draw

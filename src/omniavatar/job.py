@@ -56,14 +56,14 @@ class Job:
         self.sidecar = output.with_suffix(".json")
         self.done = 0
         self._state = self.folder / "job.json"
-        self._fingerprint: dict[str, str] = {}
+        self.fingerprint: dict[str, str] = {}
 
     def open(self, values: dict[str, str], resume: bool) -> int:
         """Begin or continue; returns how many windows are done.
 
         Raises ResumeError when the folder belongs to another request or configuration.
         """
-        self._fingerprint = values
+        self.fingerprint = values
         if self._state.exists() and resume:
             state = self._read_state()
             changes = describe_change(state["fingerprint"], values)
@@ -79,6 +79,22 @@ class Job:
                 self.folder.mkdir(parents=True)
             self._write_state()
         return self.done
+
+    def recorded(self, *names: str) -> dict[str, Any]:
+        """The named values that the unfinished run in the folder began with, or else the finished video.
+
+        Values that are not there are left out.
+        """
+        path = self._state if self._state.exists() else self.sidecar
+        try:
+            printed = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+            return {name: json.loads(printed[name]) for name in names if name in printed}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    def amend(self, changes: Mapping[str, str]) -> None:
+        """Windows from now on are made with these values of the fingerprint."""
+        self.fingerprint = {**self.fingerprint, **changes}
 
     def finish_window(self, given: bytes | None) -> None:
         """Record that the next window's segment lies on disk; `given`: what the one after starts from."""
@@ -135,5 +151,5 @@ class Job:
         return state
 
     def _write_state(self) -> None:
-        state = {"format": FORMAT, "done": self.done, "fingerprint": self._fingerprint}
+        state = {"format": FORMAT, "done": self.done, "fingerprint": self.fingerprint}
         atomic_write_json(self._state, state)

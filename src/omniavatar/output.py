@@ -44,6 +44,7 @@ except ImportError:  # Windows
 if TYPE_CHECKING:
     from omniavatar.config import OutputConfig, PipelineConfig, SamplingConfig
     from omniavatar.generation import WindowResult
+    from omniavatar.placement import Placement
     from omniavatar.plan import RunPlan
     from omniavatar.sampling.cache_constants import CacheConstants
 
@@ -75,16 +76,19 @@ def request_fingerprint(
     image: np.ndarray,
     constants: CacheConstants | None,
     encoder: Encoder,
+    placement: Placement,
 ) -> dict[str, str]:
     """What decides the frames of a request: configuration, weight files, inputs, package version.
 
     constants: those of the step cache; their numbers count, not the file they come from. encoder: what
-    `output.encoder` came to; the segments of one video are all made by it.
+    `output.encoder` came to; the segments of one video are all made by it. placement: what was chosen for
+    the memory there is.
     """
     values = result_values(config.model_copy(update={"sampling": sampling}))
     del values["sampling.step_cache_file"]
     values["step cache constants"] = "none" if constants is None else constants.digest
     values["output.encoder"] = encoder
+    values |= placement.identity()
     values["request.prompt"] = request.prompt
     values["request.image"] = hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()
     values["request.audio"] = _audio_digest(request.audio)

@@ -9,31 +9,34 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from omniavatar.accel.room import MakeRoom, with_room
 from omniavatar.accel.step_cache import PassRunner, ResidualCache
 from omniavatar.components import Components
 from omniavatar.config import PipelineConfig, SamplingConfig, flat_values
 from omniavatar.config_load import Overrides, load_config
 from omniavatar.encoders.audio import open_features
 from omniavatar.encoders.image import choose_bucket, prepare_image
-from omniavatar.errors import InputError, OutputError, ResourceError
+from omniavatar.errors import InputError, OutputError
 from omniavatar.generation import WindowGenerator, WindowSampling
-from omniavatar.job import Job
+from omniavatar.job import Job, fingerprint
 from omniavatar.media.atomic import check_writable
 from omniavatar.media.audio import decode_mono
 from omniavatar.media.encoders import Encoder, choose_encoder
 from omniavatar.media.image import load_image
 from omniavatar.model.dit import RunBlocks
 from omniavatar.output import VideoWriter, load_given, peak_memory, request_fingerprint, write_sidecar
+from omniavatar.placement import PASS_FIELD, QUANTIZE_FIELD, Placement, Request
 from omniavatar.plan import RunPlan, effective_sampling, make_plan, sampling_schedule
 from omniavatar.profiling.clocks import DeviceClock
 from omniavatar.profiling.recorder import RunRecorder, stage_seconds
@@ -96,7 +99,8 @@ class AvatarPipeline:
     def stream(self, request: AvatarRequest) -> Iterator[VideoChunk]:
         """Yield the frames of each window as it finishes; nothing stays on disk."""
         with self.prepare(request) as ready:
-            step_plan = self._step_plan(ready.sampling, ready.constants)
+            make_room = self.components.make_room
+            step_plan = with_room(partial(self._step_plan, ready.sampling, ready.constants), make_room)
             generator = self.window_generator(ready.sampling, ready.conditioning, step_plan)
             for result in generator.run(ready.plan.windows):
                 yield VideoChunk(
@@ -112,9 +116,11 @@ class AvatarPipeline:
         """Read and encode the request's inputs, for as long as the body runs; the caller runs its windows."""
         self._use_device_clock()
         inputs = self._read(request)
+        self.components.adopt(self._place(inputs, {}))
         with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
             waveform, plan = self._plan(inputs, Path(folder) / "audio.f32")
-            conditioning = self._condition(inputs, plan, waveform, Path(folder) / "audio_features.npy")
+            condition = partial(self._condition, inputs, plan, waveform, Path(folder) / "audio_features.npy")
+            conditioning = with_room(condition, self.components.make_room)
             yield Prepared(inputs.sampling, plan, conditioning, inputs.constants)
 
     def window_generator(
@@ -123,8 +129,12 @@ class AvatarPipeline:
         conditioning: Conditioning,
         step_plan: StepPlan,
         make_cache: Callable[[RunBlocks], PassRunner] = ResidualCache,
+        make_room: MakeRoom | None = None,
     ) -> WindowGenerator:
-        """What denoises and decodes the windows of a prepared request by `step_plan`."""
+        """What denoises and decodes the windows of a prepared request by `step_plan`.
+
+        make_room: what to do when memory does not suffice, `Components.make_room` if None.
+        """
         branches = guidance_branches(
             sampling.guidance_scale, sampling.effective_audio_scale, conditioning.audio is not None
         )
@@ -137,9 +147,20 @@ class AvatarPipeline:
             sampling.guidance_interval,
         )
         components = self.components
-        return WindowGenerator(
-            components.dit, components.vae, conditioning, windows, self._recorder, make_cache=make_cache
-        )
+        make_room = make_room or components.make_room
+
+        def generator() -> WindowGenerator:
+            return WindowGenerator(
+                components.dit,
+                components.vae,
+                conditioning,
+                windows,
+                self._recorder,
+                make_cache=make_cache,
+                make_room=make_room,
+            )
+
+        return with_room(generator, make_room)
 
     def generate(
         self, request: AvatarRequest, output: str | Path, resume: bool | None = None, index: int = 0
@@ -154,8 +175,9 @@ class AvatarPipeline:
         resume = self.config.output.resume if resume is None else resume
         inputs = self._read(request)
         encoder = self._choose_encoder(inputs.size)
+        placement = self._place(inputs, job.recorded(QUANTIZE_FIELD, PASS_FIELD) if resume else {})
         identity = request_fingerprint(
-            self.config, inputs.sampling, request, inputs.image, inputs.constants, encoder
+            self.config, inputs.sampling, request, inputs.image, inputs.constants, encoder, placement
         )
         before = job.finished_before(identity) if resume else None
         if before is not None:
@@ -165,19 +187,13 @@ class AvatarPipeline:
             )
         done = job.open(identity, resume)
         try:
-            return self._generate(inputs, encoder, job, done, identity, index)
-        except torch.cuda.OutOfMemoryError as error:
-            raise ResourceError(
-                f"max_tokens: {self.config.video.max_tokens} needs more GPU memory than is free "
-                f"({str(error).split('.')[0]}); lower max_tokens or use the 1.3B model"
-            ) from None
+            self.components.adopt(placement)
+            return self._generate(inputs, encoder, job, done, index)
         finally:
             if not job.done:
                 job.discard()
 
-    def _generate(
-        self, inputs: _Inputs, encoder: Encoder, job: Job, done: int, identity: dict[str, str], index: int
-    ) -> RunResult:
+    def _generate(self, inputs: _Inputs, encoder: Encoder, job: Job, done: int, index: int) -> RunResult:
         self._use_device_clock()
         started = time.perf_counter()
         timings_before = self._recorder.timings()
@@ -197,11 +213,19 @@ class AvatarPipeline:
         delay = Fraction(config.video.silence_duration_s) + Fraction(1) / Fraction(plan.fps)
         step_plan: StepPlan | None = None
         audio = inputs.request.audio
+
+        def make_room(reason: str) -> None:
+            self.components.make_room(reason)
+            job.amend(fingerprint(self.components.placed.identity()))
+
         with VideoWriter(job, plan, config.output, audio, delay, self._recorder, encoder) as writer:
             if done < len(plan.windows):
-                conditioning = self._condition(inputs, plan, waveform, job.features_path)
-                step_plan = self._step_plan(inputs.sampling, inputs.constants)
-                generator = self.window_generator(inputs.sampling, conditioning, step_plan)
+                condition = partial(self._condition, inputs, plan, waveform, job.features_path)
+                conditioning = with_room(condition, make_room)
+                step_plan = with_room(partial(self._step_plan, inputs.sampling, inputs.constants), make_room)
+                generator = self.window_generator(
+                    inputs.sampling, conditioning, step_plan, make_room=make_room
+                )
                 plan = make_plan(
                     config,
                     None if waveform is None else len(waveform),
@@ -234,8 +258,10 @@ class AvatarPipeline:
                 "vae": self.components.vae_name,
                 "decoder": config.model.decoder,
                 "encoder": encoder,
+                "quantize": self.components.quantize,
+                "memory": self.components.placed.memory.as_dict(),
                 "config": flat_values(config.model_copy(update={"sampling": inputs.sampling})),
-                "fingerprint": identity,
+                "fingerprint": job.fingerprint,
             },
         )
         if not config.output.keep_job:
@@ -255,6 +281,12 @@ class AvatarPipeline:
         height, width = image.shape[:2]
         size = choose_bucket(height, width, self.config.video.sizes)
         return _Inputs(request, sampling, image, size, self.components.cache_constants(sampling))
+
+    def _place(self, inputs: _Inputs, kept: Mapping[str, str | int]) -> Placement:
+        """Where the models lie for this request; kept: what a resumed run was begun with."""
+        samples = None if inputs.request.audio is None else 0
+        plan = make_plan(self.config, samples, inputs.size, inputs.sampling)
+        return self.components.place(Request(plan, inputs.sampling.cache_policy != "none"), kept)
 
     def _plan(self, inputs: _Inputs, waveform_path: Path) -> tuple[np.ndarray | None, RunPlan]:
         """The 16 kHz waveform with its leading silence (memory-mapped), and the plan of windows."""

@@ -177,8 +177,21 @@ def test_the_originals_notation_is_understood(tmp_path: Path) -> None:
 
 
 def test_ignored_key_with_a_value_is_reported() -> None:
-    loaded = load_config(None, ["num_persistent_param_in_dit=100000000"])
-    assert "stays on the device" in loaded.warnings[0] or "stay on the device" in loaded.warnings[0]
+    loaded = load_config(None, ["random_prefix_frames=true"])
+    assert "training setting" in loaded.warnings[0]
+
+
+def test_memory_is_auto_or_a_number_and_the_originals_key_keeps_its_meaning() -> None:
+    assert hp("").runtime.memory == "auto" and hp("memory=10").runtime.memory == 10.0
+    assert hp("num_persistent_param_in_dit=100000000").runtime.num_persistent_param_in_dit == 10**8
+    assert hp("num_persistent_param_in_dit=").runtime.num_persistent_param_in_dit is None
+    for wrong in ("memory=0", "memory=lots", "memory=true", "num_persistent_param_in_dit=-1"):
+        with pytest.raises(ConfigError, match=wrong.split("=")[0]):
+            hp(wrong)
+    with pytest.raises(ConfigError, match="set one"):
+        hp("memory=10,num_persistent_param_in_dit=0")
+    assert config_hash(hp("memory=10")) == config_hash(hp("num_persistent_param_in_dit=0"))
+    assert config_hash(hp("quantize=auto")) != config_hash(hp(""))
 
 
 def test_sections_flat_and_dotted_keys_are_the_same(tmp_path: Path) -> None:

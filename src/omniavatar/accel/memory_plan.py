@@ -1,12 +1,13 @@
 """What stays on the device, what visits it: a pure function from sizes and a limit to a `MemoryPlan`.
 
 First the VAE's pass is made as large as it can be with every block streamed, then as many blocks stay
-resident as fit beside the larger of denoising and decoding. Streaming is nearly free where a block computes
-longer than its copy takes, so blocks give way before anything else does.
+resident as fit beside the larger of denoising and coding. Streaming is nearly free where a block computes
+longer than its copy takes, so blocks give way before anything else does. Precision is never touched here.
 
-Weights are exact; activations are fitted to peaks measured on an H100 (14B and 1.3B, 15,750 and 30,375
-tokens: 13.8 widths and 2.2 feed-forward widths a token, of the model's dtype) with 15 % on top; the VAE's are
-those of `accel.vae`. What the estimate misses, `smaller` takes up: one step less after an allocation failed.
+Weights are exact. Activations of the fused blocks are counted: 8 widths of the tokens, or 3 and one of the
+feed-forward layer; those of the plain ones and of the VAE (at 400x720) are fitted to peaks measured on an
+H100. 15 % and HEADROOM of the limit are left for scratch memory and for holes in the allocator. What the
+estimate misses, `smaller` takes up: one step less after an allocation failed.
 """
 
 from __future__ import annotations
@@ -17,19 +18,21 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from omniavatar.accel.float8 import QUANTIZED
+from omniavatar.accel.vae import frames_of_pass
 from omniavatar.checkpoint.dit import keep_float32
 from omniavatar.checkpoint.layout import Shape, dit_tensors
 from omniavatar.errors import ResourceError
 from omniavatar.model.dit import DiTConfig
 
-GIB = 2**30
+GB = 10**9
 RING = 2
-LATENTS_AT_ONCE = 2
 STEPS_DOWN = 8
 TEXT_TOKENS = 512
 FLOAT = 4
 SLACK = 1.15
-TextPlace = Literal["device", "device before the DiT", "host"]
+HEADROOM = 0.04
+"""Part of the limit that no plan counts on."""
+TextPlace = Literal["whole", "layer by layer"]
 
 
 @dataclass(frozen=True)
@@ -42,30 +45,38 @@ class DiTSizes:
     text_layers: int
     outside: int
 
+    @property
+    def whole(self) -> int:
+        return self.outside + self.blocks * (self.block + self.text_layers)
+
 
 @dataclass(frozen=True)
 class RunSizes:
-    """Bytes of everything else: weights of the other models, and what is alive while denoising or decoding.
+    """Bytes of everything else.
 
-    A decoding pass of n latents takes `decode + n * decode_latent`.
+    held: text keys and values, alive in every window. denoise: alive in a forward. coding: alive while the
+    VAE works, for each size its passes may have, the largest first.
     """
 
     vae: int
     audio_encoder: int
     text_encoder: int
+    held: int
     denoise: int
-    decode: int
-    decode_latent: int
+    coding: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What is where. `peak`: the estimate in bytes; `limit`: what it was made for, None without one."""
+    """What is where. `peak`: the estimate in bytes; `limit`: what it was made for, None without one.
+
+    coding_pass: which of the VAE's pass sizes, 0 the largest. text_encoder: how it computes, if it must.
+    """
 
     blocks: int
     resident_blocks: int
     ring: int
-    latents_at_once: int
+    coding_pass: int
     text_encoder: TextPlace
     peak: int
     limit: int | None
@@ -74,23 +85,29 @@ class MemoryPlan:
     def streams(self) -> bool:
         return self.resident_blocks < self.blocks
 
+    @property
+    def fits(self) -> bool:
+        return self.limit is None or self.peak <= self.limit * (1 - HEADROOM)
+
     def as_dict(self) -> dict[str, Any]:
         """For the sidecar and JSON output."""
         return asdict(self)
 
     def describe(self) -> str:
         """One line for the user."""
-        blocks = (
-            f"{self.resident_blocks} of {self.blocks} blocks on the device, the others streamed "
-            f"through {self.ring} buffers"
-            if self.streams
-            else "all blocks on the device"
-        )
-        limit = "" if self.limit is None else f" of {self.limit / GIB:.1f}"
-        return (
-            f"memory: {blocks}; VAE {self.latents_at_once} latents a pass; text encoder on the "
-            f"{self.text_encoder}; about {self.peak / GIB:.1f}{limit} GiB"
-        )
+        parts = ["all blocks on the device"]
+        if self.streams:
+            buffers = "one buffer" if self.ring == 1 else f"{self.ring} buffers"
+            streamed = self.blocks - self.resident_blocks
+            parts = [f"{self.resident_blocks} of {self.blocks} blocks stay on the device, {streamed} stream "]
+            parts[0] += f"from host memory through {buffers}"
+        if self.coding_pass:
+            parts.append("VAE in small passes")
+        if self.text_encoder == "layer by layer":
+            parts.append("text encoder layer by layer")
+        limit = "" if self.limit is None else f" of {self.limit / GB:.1f}"
+        parts.append(f"about {self.peak / GB:.1f}{limit} GB")
+        return f"memory: {'; '.join(parts)}"
 
 
 def dit_sizes(config: DiTConfig, dtype_bytes: int, float8: bool) -> DiTSizes:
@@ -112,18 +129,36 @@ def dit_sizes(config: DiTConfig, dtype_bytes: int, float8: bool) -> DiTSizes:
     return DiTSizes(layers, block // layers, text_layers // layers, outside)
 
 
-def denoise_bytes(config: DiTConfig, tokens: int, dtype_bytes: int, branches: int, cached: bool) -> int:
-    """What is alive in a forward, the text's keys and values, and the residuals of a step cache."""
-    activations = SLACK * tokens * dtype_bytes * (13.8 * config.dim + 2.2 * config.ffn_dim)
-    text = 2 * config.num_layers * 2 * TEXT_TOKENS * config.dim * dtype_bytes
-    residuals = branches * tokens * config.dim * dtype_bytes if cached else 0
-    return int(activations) + text + residuals
+def denoise_bytes(
+    config: DiTConfig, tokens: int, dtype_bytes: int, fused: bool, branches: int, cached: bool
+) -> int:
+    """What is alive in a forward, the residuals of a step cache included."""
+    width, hidden = tokens * config.dim * dtype_bytes, tokens * config.ffn_dim * dtype_bytes
+    counted = max(8 * width, 3 * width + hidden) if fused else max(12 * width, 5 * width + 2 * hidden)
+    residuals = (branches + 2) * width if cached else 0
+    return int(SLACK * counted) + residuals
 
 
-def decode_bytes(channels: int, height: int, width: int, dtype_bytes: int, fast: bool) -> tuple[int, int]:
-    """(always, a latent of the pass) of decoding at this size; the plain VAE's passes are fixed."""
+def held_bytes(config: DiTConfig, texts: int, dtype_bytes: int) -> int:
+    """Keys and values of this many texts in every block."""
+    return texts * config.num_layers * 2 * TEXT_TOKENS * config.dim * dtype_bytes
+
+
+def coding_bytes(
+    channels: int, size: tuple[int, int], dtype_bytes: int, latents: int, overlap: int, fast: bool
+) -> int:
+    """What is alive while the VAE decodes `latents` a pass, or encodes the hand-over of `overlap` frames.
+
+    In frames of the last stage: 24 past ones and 3.5 for each new one, encoding 8 and 5.5 (fast); the scores
+    of a frame's attention are float32 and there twice.
+    """
+    height, width = size
     frame = height * width * channels * dtype_bytes
-    return (24 * frame, 14 * frame) if fast else (28 * frame, 0)
+    if not fast:
+        return 28 * frame
+    scores = 2 * latents * (height // 8 * width // 8) ** 2 * FLOAT
+    encoded = min(overlap - 1, frames_of_pass(latents))
+    return int(max(24 * frame + max(14 * latents * frame, scores), (8 + 5.5 * encoded) * frame))
 
 
 def tensor_bytes(tensors: Iterable[tuple[str, Shape]], dtype_bytes: int) -> int:
@@ -131,29 +166,36 @@ def tensor_bytes(tensors: Iterable[tuple[str, Shape]], dtype_bytes: int) -> int:
     return sum(math.prod(shape) for _, shape in tensors) * dtype_bytes
 
 
-def plan_memory(dit: DiTSizes, run: RunSizes, limit: int | None) -> MemoryPlan:
+def plan_memory(dit: DiTSizes, run: RunSizes, limit: int | None, passes: range | None = None) -> MemoryPlan:
     """The plan with most resident blocks that fits into `limit` bytes (None: everything resident).
 
-    Raises ResourceError when not even one streamed block at a time fits.
+    passes: the VAE's pass sizes it may choose from, all if None. Raises ResourceError when not even one
+    streamed block at a time fits.
     """
-    best = _plan(dit, run, limit, dit.blocks, RING, LATENTS_AT_ONCE)
-    if limit is None or best.peak <= limit:
-        return best
-    for ring, latents in ((RING, LATENTS_AT_ONCE), (RING, 1), (1, 1)):
+    passes = passes or range(len(run.coding))
+    whole = _plan(dit, run, limit, dit.blocks, RING, passes[0])
+    if whole.fits:
+        return whole
+    for ring, coding in ((RING, passes[0]), (RING, passes[-1]), (1, passes[-1])):
         for resident in range(dit.blocks - 1, -1, -1):
-            plan = _plan(dit, run, limit, resident, ring, latents)
-            if plan.peak <= limit:
+            plan = _plan(dit, run, limit, resident, ring, coding)
+            if plan.fits:
                 return plan
-    least = _plan(dit, run, limit, 0, 1, 1).peak
+    assert limit is not None
+    least = _plan(dit, run, limit, 0, 1, passes[-1]).peak / (1 - HEADROOM)
     raise ResourceError(
-        f"memory: about {least / GIB:.1f} GiB are needed with every block streamed, {limit / GIB:.1f} GiB "
-        "are there; lower max_tokens, use quantize=fp8 or the 1.3B model"
+        f"memory: about {least / GB:.1f} GB are needed with every block streamed, {limit / GB:.1f} GB are "
+        "there; lower max_tokens, use quantize=fp8 or the 1.3B model, or free memory on the device"
     )
 
 
-def plan_parameters(dit: DiTSizes, run: RunSizes, resident: int, limit: int | None) -> MemoryPlan:
-    """The plan with this many resident blocks, whatever `limit` is (it places the text encoder)."""
-    return _plan(dit, run, limit, resident, RING, LATENTS_AT_ONCE)
+def plan_parameters(
+    dit: DiTSizes, run: RunSizes, resident: int, limit: int | None, passes: range | None = None
+) -> MemoryPlan:
+    """The plan with this many resident blocks, whether or not it fits; the VAE's pass is chosen to fit."""
+    passes = passes or range(len(run.coding))
+    plans = [_plan(dit, run, limit, resident, RING, coding) for coding in passes]
+    return next((plan for plan in plans if plan.fits), plans[-1])
 
 
 def resident_blocks(config: DiTConfig, parameters: int) -> int:
@@ -165,31 +207,38 @@ def resident_blocks(config: DiTConfig, parameters: int) -> int:
     return min(max(parameters - counts[0], 0) // block, config.num_layers)
 
 
+def fewer_resident(plan: MemoryPlan, resident: int, dit: DiTSizes, run: RunSizes) -> MemoryPlan:
+    """`plan` with at most `resident` blocks on the device."""
+    count = min(plan.resident_blocks, resident)
+    return _plan(dit, run, plan.limit, count, plan.ring, plan.coding_pass)
+
+
 def smaller(plan: MemoryPlan, dit: DiTSizes, run: RunSizes) -> MemoryPlan | None:
-    """One step down: fewer resident blocks, then smaller VAE passes, then one buffer; None at the end."""
+    """One step down: fewer resident blocks, then one buffer, then smaller VAE passes; None at the end."""
     step = max(1, math.ceil(plan.blocks / STEPS_DOWN))
     if plan.resident_blocks:
         fewer = plan.resident_blocks - step - (0 if plan.streams else plan.ring)
         changed = replace(plan, resident_blocks=max(fewer, 0))
-    elif plan.latents_at_once > 1:
-        changed = replace(plan, latents_at_once=1)
     elif plan.ring > 1:
         changed = replace(plan, ring=1)
+    elif plan.coding_pass + 1 < len(run.coding):
+        changed = replace(plan, coding_pass=plan.coding_pass + 1)
     else:
         return None
-    return _plan(dit, run, plan.limit, changed.resident_blocks, changed.ring, changed.latents_at_once)
+    return _plan(dit, run, plan.limit, changed.resident_blocks, changed.ring, changed.coding_pass)
 
 
 def _plan(
-    dit: DiTSizes, run: RunSizes, limit: int | None, resident: int, ring: int, latents: int
+    dit: DiTSizes, run: RunSizes, limit: int | None, resident: int, ring: int, coding: int
 ) -> MemoryPlan:
     streamed = dit.blocks - resident
     weights = dit.outside + resident * (dit.block + dit.text_layers) + min(ring, streamed) * dit.block
     beside = run.vae + run.audio_encoder
-    peak = weights + beside + max(run.denoise, run.decode + latents * run.decode_latent)
-    text: TextPlace = "device"
-    if limit is not None and beside + run.text_encoder > limit:
-        text = "host"
-    elif limit is not None and weights + beside + run.text_encoder > limit:
-        text = "device before the DiT"
-    return MemoryPlan(dit.blocks, resident, ring, latents, text, peak, limit)
+    peak = weights + beside + run.held + max(run.denoise, run.coding[coding])
+    alone = beside + run.text_encoder
+    text: TextPlace = "whole"
+    if limit is not None and alone > limit * (1 - HEADROOM):
+        text = "layer by layer"
+    return MemoryPlan(
+        dit.blocks, resident, ring, coding, text, max(peak, alone if text == "whole" else 0), limit
+    )

@@ -19,7 +19,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -62,6 +62,19 @@ def available_vaes(device: torch.device) -> list[str]:
     return ["plain", "fast"]
 
 
+def pass_sizes(chosen: str) -> tuple[int, ...]:
+    """Latents a decoding pass may have, the largest first; one entry where passes are fixed.
+
+    Another size may round differently, since the convolution library chooses its kernels by shape.
+    """
+    return (2, 1) if chosen == "fast" else (1,)
+
+
+def frames_of_pass(latents: int) -> int:
+    """Frames encoded at once where so many latents are decoded at once."""
+    return 8 * latents - 4
+
+
 def choose_vae(name: str, device: torch.device) -> str:
     """The name `name` stands for on this device; `auto` is fast on CUDA with triton, plain elsewhere.
 
@@ -101,6 +114,11 @@ class FastVAE:
             _kernels(config), config.merged_upsample, config.matmul_attention, config.paired_columns
         )
         self._layers.prepare(vae)
+
+    def use_pass(self, latents: int) -> None:
+        """From the next clip on decode so many latents at once, and encode as many frames as go with them."""
+        frames = frames_of_pass(latents)
+        self.config = replace(self.config, latents_at_once=latents, frames_at_once=frames)
 
     @property
     def spatial_factor(self) -> int:

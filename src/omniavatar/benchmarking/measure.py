@@ -43,6 +43,7 @@ from omniavatar.media.video import encode_segment
 from omniavatar.memory import estimate_memory
 from omniavatar.output import ENCODER_THREADS, peak_memory
 from omniavatar.pipeline import AvatarPipeline
+from omniavatar.placement import Request
 from omniavatar.plan import RunPlan, make_plan
 from omniavatar.profiling.ceilings import ceilings, device_name
 from omniavatar.profiling.flops import forward_work
@@ -110,13 +111,14 @@ def measure(options: Options) -> dict[str, Any]:
 def _not_possible(config: PipelineConfig, device: torch.device, options: Options) -> str | None:
     """Why the configuration is not worth starting here, or None."""
     plan = make_plan(config, config.video.sample_rate, config.video.sizes[0])
-    memory = estimate_memory(config, plan, has_audio=True)
+    memory = estimate_memory(config, plan, has_audio=True, device=device)
+    if memory.placement is None:
+        return memory.problem
     models = memory.dit + memory.vae + memory.audio_encoder
     need = memory.device_peak if options.full else models + memory.activations
     free = free_memory(device)
-    if need > free:
-        where = "the GPU" if device.type == "cuda" else "this machine"
-        return f"needs about {need / 2**30:.1f} GiB, {where} has {free / 2**30:.1f} GiB free"
+    if device.type != "cuda" and need > free:
+        return f"needs about {need / 2**30:.1f} GiB, this machine has {free / 2**30:.1f} GiB free"
     dit, _ = find_dit_config(config.model)
     limits = ceilings(device, DTYPES[config.model.dtype])
     least = limits.floor_seconds(forward_work(dit, _latent(plan)))
@@ -145,6 +147,8 @@ class _Measurement:
 
     def run(self) -> dict[str, Any]:
         config, options, components = self._config, self._options, self._components
+        whole = make_plan(config, config.video.sample_rate, self._size)
+        components.adopt(components.place(Request(whole, config.sampling.cache_policy != "none"), {}))
         begun = time.perf_counter()
         components.dit, components.vae, components.audio_encoder  # noqa: B018  (loads them)
         self._wait()
@@ -193,7 +197,8 @@ class _Measurement:
         counts = counts_of(plan)
         row: dict[str, Any] = {
             "attention": components.attention_name,
-            "quantize": config.runtime.quantize,
+            "quantize": components.quantize,
+            "memory": components.placed.memory.as_dict(),
             "vae": components.vae_name,
             "decoder": config.model.decoder,
             "size": list(plan.size),

@@ -1,0 +1,325 @@
+"""A run under a memory limit: the same video to the byte, what it says, what it does when memory fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import make_pipeline, request
+from omniavatar import placement
+from omniavatar.accel.memory_plan import GB
+from omniavatar.accel.offload import StreamedBlock
+from omniavatar.accel.vae import FastVAE
+from omniavatar.config import PipelineConfig
+from omniavatar.config_load import load_config
+from omniavatar.errors import ConfigError, ResourceError, ResumeError
+from omniavatar.placement import Request, device_limit, enforce_limit, place
+from omniavatar.plan import make_plan
+from omniavatar.profiling.recorder import RunRecorder
+
+CPU = torch.device("cpu")
+SECONDS = 0.9
+TIGHT = 0.04
+"""GB in which some of the nano model's blocks have to be streamed."""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("text-cache")
+
+
+@pytest.fixture(scope="module")
+def whole(nano_checkpoint, cache, tmp_path_factory):
+    """The video made with everything on the device."""
+    output = tmp_path_factory.mktemp("whole") / "out.mp4"
+    make_pipeline(nano_checkpoint, cache).generate(request(SECONDS), output)
+    return output
+
+
+class Messages:
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.recorder = RunRecorder([self])
+
+    def __call__(self, name, fields) -> None:
+        if name == "message":
+            self.texts.append(fields["text"])
+
+    def about_memory(self) -> list[str]:
+        return [text for text in self.texts if "memory:" in text]
+
+
+def streamed(pipe) -> int:
+    return sum(isinstance(block, StreamedBlock) for block in pipe.components.dit.blocks)
+
+
+def sidecar(output: Path) -> dict:
+    return json.loads(output.with_suffix(".json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"memory": TIGHT}, range(1, 6)),
+        ({"num_persistent_param_in_dit": 0}, [6]),
+        ({"num_persistent_param_in_dit": 3_000_000}, [3, 4]),
+        ({"num_persistent_param_in_dit": 10**9}, [0]),
+    ],
+    ids=str,
+)
+def test_streamed_video_is_the_same_to_the_byte(nano_checkpoint, cache, whole, tmp_path, change, expected):
+    messages = Messages()
+    pipe = make_pipeline(nano_checkpoint, cache, messages.recorder, **change)
+    pipe.generate(request(SECONDS), tmp_path / "out.mp4")
+    assert streamed(pipe) in expected
+    assert (tmp_path / "out.mp4").read_bytes() == whole.read_bytes()
+    said, kept = sidecar(tmp_path / "out.mp4"), sidecar(whole)
+    assert said["memory"]["resident_blocks"] == 6 - streamed(pipe)
+    assert said["fingerprint"] == kept["fingerprint"]
+    assert len(messages.about_memory()) == 1
+    assert (f"{6 - streamed(pipe)} of 6 blocks" in messages.about_memory()[0]) == (streamed(pipe) > 0)
+
+
+def test_weights_of_streamed_blocks_go_to_host_memory_as_they_are_read(nano_checkpoint, cache, monkeypatch):
+    """Asked of the function that the loader places weights by: on a CPU all places are alike."""
+    from omniavatar import components
+
+    asked: list[str] = []
+    loads = components.load_dit
+
+    def load(files, *, place, **options):
+        monkeypatch.setattr(pipe.components, "device", torch.device("meta"))
+        keys = [f"blocks.{i}.{name}" for i in range(6) for name in ("ffn.0.weight", "modulation")]
+        for key in (*keys, "head.head.weight", "audio_proj.proj.bias"):
+            asked.append(f"{place(key).type} {key}")
+        monkeypatch.setattr(pipe.components, "device", CPU)
+        return loads(files, place=place, **options)
+
+    monkeypatch.setattr(components, "load_dit", load)
+    pipe = make_pipeline(nano_checkpoint, cache, num_persistent_param_in_dit=3_000_000)
+    next(iter(pipe.stream(request(0.2))))
+    streaming = [i for i, block in enumerate(pipe.components.dit.blocks) if isinstance(block, StreamedBlock)]
+    on_host = sorted(key.removeprefix("cpu ") for key in asked if key.startswith("cpu "))
+    assert on_host == sorted(f"blocks.{i}.{n}" for i in streaming for n in ("ffn.0.weight", "modulation"))
+
+
+def failing(function, calls: list[int], at: set[int]):
+    """`function`, but the calls whose numbers are in `at` run out of memory."""
+
+    def run(*args, **options):
+        calls.append(len(calls))
+        if calls[-1] in at:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return function(*args, **options)
+
+    return run
+
+
+@pytest.mark.parametrize("where", ["denoise", "decode", "encode"])
+def test_a_window_that_ran_out_of_memory_is_made_again(nano_checkpoint, cache, whole, tmp_path, where):
+    messages = Messages()
+    pipe = make_pipeline(nano_checkpoint, cache, messages.recorder)
+    calls: list[int] = []
+    components = pipe.components
+    if where == "denoise":
+        components.dit.attention = failing(components.dit.attention, calls, {60, 61})
+    else:
+        name = "decode_stream" if where == "decode" else "encode"
+        setattr(components.vae, name, failing(getattr(components.vae, name), calls, {1, 2}))
+    pipe.generate(request(SECONDS), tmp_path / "out.mp4")
+    assert (tmp_path / "out.mp4").read_bytes() == whole.read_bytes()
+    again = [text for text in messages.texts if "once more with less" in text]
+    assert len(again) == 2 and "Tried to allocate" not in again[0] and "CUDA out of memory" in again[0]
+    assert streamed(pipe) == 4  # two steps down: three blocks at first, since two go to the ring, then one
+    assert sidecar(tmp_path / "out.mp4")["memory"]["resident_blocks"] == 2
+
+
+def test_out_of_memory_while_loading_and_preparing(nano_checkpoint, cache, whole, tmp_path):
+    pipe = make_pipeline(nano_checkpoint, cache)
+    calls: list[int] = []
+    pipe.components._load_dit = failing(pipe.components._load_dit, calls, {0})
+    pipe.generate(request(SECONDS), tmp_path / "out.mp4")
+    assert len(calls) == 2 and streamed(pipe) == 3
+    assert (tmp_path / "out.mp4").read_bytes() == whole.read_bytes()
+
+
+def test_text_encoder_that_does_not_fit_computes_layer_by_layer(nano_checkpoint, whole, tmp_path):
+    messages = Messages()
+    pipe = make_pipeline(nano_checkpoint, tmp_path / "cache", messages.recorder)
+    calls: list[int] = []
+    pipe.components._embed_with = failing(pipe.components._embed_with, calls, {0})
+    pipe.generate(request(SECONDS), tmp_path / "out.mp4")
+    assert len(calls) == 2 and any("layer by layer" in text for text in messages.texts)
+    assert (tmp_path / "out.mp4").read_bytes() == whole.read_bytes()
+
+
+def test_the_end_of_the_ladder_is_one_clear_error(nano_checkpoint, cache, tmp_path):
+    pipe = make_pipeline(nano_checkpoint, cache)
+    calls: list[int] = []
+    pipe.components.dit.attention = failing(pipe.components.dit.attention, calls, set(range(1000)))
+    with pytest.raises(ResourceError, match=r"max_tokens: 56 needs more GPU memory than is free .*fp8"):
+        pipe.generate(request(SECONDS), tmp_path / "out.mp4")
+    assert streamed(pipe) == 6 and len(calls) == 6
+
+
+def test_a_limit_that_nothing_fits_is_refused_before_anything_is_loaded(nano_checkpoint, cache, tmp_path):
+    pipe = make_pipeline(nano_checkpoint, cache, memory=0.001)
+    with pytest.raises(ResourceError, match=r"memory: about 0\.0 GB are needed"):
+        pipe.generate(request(SECONDS), tmp_path / "out.mp4")
+    assert "dit" not in vars(pipe.components) and not list(tmp_path.iterdir())
+
+
+def test_later_requests_keep_streamed_blocks_and_may_stream_more(nano_checkpoint, cache, tmp_path, whole):
+    pipe = make_pipeline(nano_checkpoint, cache)
+    pipe.generate(request(SECONDS), tmp_path / "a.mp4")
+    assert streamed(pipe) == 0
+    limit = [TIGHT * GB]
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr("omniavatar.components.device_limit", lambda memory, device: int(limit[0]))
+    try:
+        pipe.generate(request(SECONDS), tmp_path / "b.mp4")
+        tight = streamed(pipe)
+        limit[0] = 80 * GB
+        pipe.generate(request(SECONDS), tmp_path / "c.mp4")
+    finally:
+        monkey.undo()
+    assert 0 < tight == streamed(pipe)
+    for name in "abc":
+        assert (tmp_path / f"{name}.mp4").read_bytes() == whole.read_bytes()
+
+
+def settings(**changes) -> PipelineConfig:
+    return load_config(None, {"weights": "random", "scale": "14B", **changes}).config
+
+
+def placed(limit_gb: float | None, kept=None, **changes):
+    config = settings(fuse=True, **changes)
+    dit = placement.SCALES[-1].dit
+    plan = make_plan(config, 0, (400, 720))
+    limit = None if limit_gb is None else int(limit_gb * GB)
+    return place(config, dit, Request(plan, False), "fast", CPU, limit, kept)
+
+
+@pytest.fixture
+def with_float8(monkeypatch):
+    monkeypatch.setattr(placement, "_has_float8", lambda device: True)
+
+
+def test_auto_quantises_only_what_would_be_streamed(with_float8):
+    assert placed(80, quantize="auto").quantize == "none"
+    tight = placed(30, quantize="auto")
+    assert tight.quantize == "fp8" and not tight.memory.streams
+    assert "float8 layers (quantize=auto" in tight.describe()
+    assert placed(8, quantize="auto").quantize == "fp8"
+    assert placed(30).quantize == "none" and placed(80, quantize="fp8").quantize == "fp8"
+
+
+def test_exact_weights_that_are_streamed_come_with_a_hint(with_float8):
+    assert "with quantize=fp8 40 of 40 would stay" in placed(30).describe()
+    assert "quantize" not in placed(80).describe()
+
+
+def test_auto_stays_exact_where_float8_is_missing():
+    assert placed(30, quantize="auto").quantize == "none"
+
+
+def test_precision_and_passes_are_part_of_the_identity_and_kept(with_float8):
+    small = placed(6.3, quantize="fp8")
+    assert small.memory.coding_pass == 1
+    assert small.identity() == {"runtime.quantize": "fp8", "runtime.vae_latents_a_pass": 1}
+    kept = placed(80, kept=small.identity(), quantize="auto")
+    assert kept.identity() == small.identity()
+    assert placed(80, kept={"runtime.quantize": "none"}, quantize="auto").quantize == "none"
+    assert placed(30, kept={"runtime.quantize": "none"}, quantize="auto").memory.streams
+    assert placed(80, kept={"runtime.quantize": "fp8"}, quantize="none").quantize == "none"
+
+
+def test_parameters_of_the_original_decide_the_blocks():
+    assert placed(80, num_persistent_param_in_dit=100_000_000).memory.resident_blocks == 0
+    assert placed(80, num_persistent_param_in_dit=7_000_000_000).memory.resident_blocks == 19
+    assert placed(None, num_persistent_param_in_dit=20_000_000_000).memory.resident_blocks == 40
+
+
+def test_limit_of_a_device(monkeypatch):
+    assert device_limit("auto", CPU) is None and device_limit(10, CPU) == 10 * GB
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * GB, 24 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GB)
+    fraction = [1.0]
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction[0])
+    assert device_limit("auto", cuda) == 22.5 * GB  # free, and held already, less the margin
+    assert device_limit(10, cuda) == 10 * GB and device_limit(23, cuda) == 22.5 * GB
+    fraction[0] = 0.25
+    assert device_limit("auto", cuda) == device_limit(10, cuda) == 6 * GB
+
+
+def test_a_number_is_enforced_on_cuda_and_auto_leaves_the_allocator_alone(monkeypatch):
+    set_to: list[float] = []
+    properties = type("Properties", (), {"total_memory": 40 * GB})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: set_to.append(fraction)
+    )
+    for memory in ("auto", 10, 100):
+        enforce_limit(memory, torch.device("cuda"))
+    enforce_limit(10, CPU)
+    assert set_to == [0.25, 1.0]
+
+
+def test_resumed_run_keeps_the_precision_it_began_with(nano_checkpoint, cache, tmp_path, monkeypatch):
+    """Begun when memory was short (float8), resumed when it is not: the same precision, the same video."""
+    monkeypatch.setattr(placement, "_has_float8", lambda device: True)
+    monkeypatch.setattr("omniavatar.components.device_limit", lambda memory, device: int(TIGHT * GB))
+    expected = tmp_path / "whole.mp4"
+    make_pipeline(nano_checkpoint, cache, quantize="auto").generate(request(SECONDS), expected)
+    assert sidecar(expected)["quantize"] == "fp8"
+
+    def stop(name, fields):
+        if name == "step" and fields["window"] == 2:
+            raise KeyboardInterrupt
+
+    output = tmp_path / "out.mp4"
+    pipe = make_pipeline(nano_checkpoint, cache, RunRecorder([stop]), quantize="auto")
+    with pytest.raises(KeyboardInterrupt):
+        pipe.generate(request(SECONDS), output)
+    monkeypatch.setattr("omniavatar.components.device_limit", lambda memory, device: None)
+    exact = make_pipeline(nano_checkpoint, cache, quantize="none")
+    with pytest.raises(ResumeError, match=r'runtime.quantize: "fp8" -> "none"'):
+        exact.generate(request(SECONDS), output)
+    result = make_pipeline(nano_checkpoint, cache, quantize="auto").generate(request(SECONDS), output)
+    assert result.resumed_windows and output.read_bytes() == expected.read_bytes()
+
+
+def test_the_last_step_changes_the_vaes_passes_and_the_record_says_so(nano_checkpoint, cache, tmp_path):
+    messages = Messages()
+    pipe = make_pipeline(nano_checkpoint, cache, messages.recorder, vae="fast")
+    vae = pipe.components.vae
+    assert isinstance(vae, FastVAE)
+    calls: list[int] = []
+    sizes: list[int] = []
+    decode = vae.decode_stream
+
+    def decode_stream(latent):
+        calls.append(len(calls))
+        if len(calls) < 7:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(vae.config.latents_at_once)
+        return decode(latent)
+
+    vae.decode_stream = decode_stream
+    pipe.generate(request(SECONDS), tmp_path / "out.mp4")
+    assert set(sizes) == {1} and vae.config.frames_at_once == 4
+    said = sidecar(tmp_path / "out.mp4")
+    assert said["fingerprint"]["runtime.vae_latents_a_pass"] == "1"
+    assert "VAE in small passes" in messages.about_memory()[-1]
+
+
+def test_auto_precision_cannot_be_converted(tmp_path):
+    from omniavatar.conversion import convert_checkpoint
+
+    config = load_config(None, {"weights": "random", "scale": "nano", "quantize": "auto"}).config
+    with pytest.raises(ConfigError, match="quantize: auto depends on the machine"):
+        convert_checkpoint(config, tmp_path / "x.safetensors")
