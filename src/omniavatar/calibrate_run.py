@@ -173,7 +173,7 @@ def _calibration(
             "audio_scale": ready.sampling.effective_audio_scale,
             "device": device_name(components.device),
             "dtype": config.model.dtype,
-            "quantize": config.runtime.quantize,
+            "quantize": components.quantize,
             "attention": components.attention_name,
             "omniavatar": __version__,
             "torch": torch.__version__,

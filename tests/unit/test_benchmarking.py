@@ -112,7 +112,8 @@ def test_the_documented_tips_are_what_the_plan_counts() -> None:
 
     found = guide_tips(load_config(CONFIGS / "inference_1.3B.yaml").config, operations)
     text = (CONFIGS.parent / "docs" / "measuring.md").read_text()
-    for tip in found[1:]:
+    assert found[-1].tip == "few persistent parameters", "measured, not counted"
+    for tip in found[1:-1]:
         assert f"| {tip.tip} | {tip.change} | {tip.verdict} |" in text
 
 
@@ -157,10 +158,34 @@ def test_missing_weights_become_random_ones_and_the_row_says_so(nano_row: dict[s
     assert [each["minutes"] for each in nano_row["projections"]] == [1.0, 5.0, 10.0]
     assert all(each["seconds"] == each["baseline_seconds"] > 0 for each in nano_row["projections"])
     assert nano_row["timings"]["skipped_forward"]["median"] < nano_row["timings"]["forward"]["median"]
+    assert nano_row["tips"][-1]["verdict"] == "saves nothing", "all of nano is less than the guide's number"
     cache = nano_row["tips"][0]
     assert cache["tip"] == "step cache" and cache["verdict"] == "not tried"
     assert "random" in cache["note"], "TeaCache's plan of random weights would be called useless"
     json.dumps(nano_row)
+
+
+def test_streaming_is_tried_last_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    from omniavatar.benchmarking import tips as tips_module
+    from omniavatar.benchmarking.measure import _Measurement
+
+    monkeypatch.setattr(tips_module, "PERSISTENT", 0)
+    resident: list[int] = []
+    real = _Measurement._forward_timings
+
+    def timed(self: _Measurement, plan: Any) -> dict[str, Timing]:
+        resident.append(self._components.placed.memory.resident_blocks)
+        found = real(self, plan)
+        factor = 3.0 if resident[-1] == 0 else 1.0
+        return {name: replace(timing, median=timing.median * factor) for name, timing in found.items()}
+
+    monkeypatch.setattr(_Measurement, "_forward_timings", timed)
+    settings = "weights=random,scale=nano,device=cpu,max_tokens=56,image_sizes_720=[[64,64]]"
+    row = measure(Options(str(CONFIGS / "nano.yaml"), "", (settings,), 0, 1, forward_limit=1e6))
+    assert resident == [6, 6, 0]
+    tip = row["tips"][-1]
+    assert tip["change"].startswith("num_persistent_param_in_dit to 0") and tip["after"] > tip["before"]
+    assert row["memory"]["resident_blocks"] == 6
 
 
 def test_whole_videos_with_and_without_the_step_cache(nano_checkpoint: Path, tmp_path: Path) -> None:

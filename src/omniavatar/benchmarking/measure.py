@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -43,7 +43,7 @@ from omniavatar.media.video import encode_segment
 from omniavatar.memory import estimate_memory
 from omniavatar.output import ENCODER_THREADS, peak_memory
 from omniavatar.pipeline import AvatarPipeline
-from omniavatar.placement import Request
+from omniavatar.placement import QUANTIZE_FIELD, Request, device_limit, place
 from omniavatar.plan import RunPlan, make_plan
 from omniavatar.profiling.ceilings import ceilings, device_name
 from omniavatar.profiling.flops import forward_work
@@ -181,6 +181,11 @@ class _Measurement:
         def tried(changes: PipelineConfig) -> float:
             if changes.model.weights == "random" and changes.sampling.cache_policy == "teacache":
                 raise ConfigError(NO_TEACACHE)
+            if changes.runtime != config.runtime:
+                forward = self._forward_elsewhere(changes, plan, timings["forward"])
+                costs[changes.video.max_tokens] = replace(
+                    costs[changes.video.max_tokens], forward=forward.median
+                )
             return seconds(changes)
 
         baseline = changed(config, sampling={"step_cache": "none"})
@@ -218,14 +223,26 @@ class _Measurement:
                 "write": timings["write"].median,
             },
             "projections": projections,
-            "tips": [tip.as_dict() for tip in guide_tips(config, tried)],
             "peak_memory": peak_memory(self._device),
         }
         if options.full:
             with as_file(files("omniavatar.assets")) as assets:
                 voice = assets / "speech.flac"
                 row["full"] = measure_full(self._pipeline, voice, lambda audio: seconds(config, audio / 60))
-        return row
+        return {**row, "tips": [tip.as_dict() for tip in guide_tips(config, tried)]}
+
+    def _forward_elsewhere(self, config: PipelineConfig, plan: RunPlan, known: Timing) -> Timing:
+        """A forward with the blocks where `config` puts them; `known`, if that is where they are."""
+        components = self._components
+        request = Request(plan, config.sampling.cache_policy != "none")
+        limit = device_limit(config.runtime.memory, self._device)
+        kept = {QUANTIZE_FIELD: components.quantize}
+        dit, vae = components.dit_config, components.vae_name
+        placement = place(config, dit, request, vae, self._device, limit, kept)
+        if placement.memory.resident_blocks >= components.placed.memory.resident_blocks:
+            return known
+        components.adopt(placement)
+        return self._forward_timings(plan)["forward"]
 
     def _plan(self, config: PipelineConfig, audio_seconds: float) -> RunPlan:
         video = config.video
@@ -234,29 +251,39 @@ class _Measurement:
         step_plan = self._components.step_plan(config.sampling, constants)
         return make_plan(config, samples, self._size, step_plan=step_plan)
 
+    def _noise(self, *sizes: int) -> Tensor:
+        return torch.randn(
+            *sizes, generator=torch.Generator(self._device).manual_seed(0), device=self._device
+        )
+
     @torch.inference_mode()
-    def _window_timings(self, plan: RunPlan) -> dict[str, Timing]:
-        """Forward, skipped forward, decode, encode and write of a window of `plan`."""
-        dit, vae, device = self._components.dit, self._components.vae, self._device
-        shape = _latent(plan)
-        random = torch.Generator(device).manual_seed(0)
-
-        def noise(*sizes: int) -> Tensor:
-            return torch.randn(*sizes, generator=random, device=device)
-
+    def _forward_timings(self, plan: RunPlan) -> dict[str, Timing]:
+        """A computed forward and a skipped one, of a window of `plan`."""
+        dit, shape, noise = self._components.dit, _latent(plan), self._noise
         sample, y = noise(1, 16, *shape), noise(1, 17, *shape)
         text = dit.prepare_text(noise(1, 512, dit.config.text_dim))
         width = dit.config.audio_dim
         audio = dit.prepare_audio(noise(1, plan.window_length, width) if width else None)
-        timestep = torch.tensor([800.0], device=device)
-        frames = _moving_portrait(plan.size, plan.window_length - plan.overlap)
-        tail = noise(1, 3, plan.overlap, *plan.size).clamp_(-1, 1)
+        timestep = torch.tensor([800.0], device=self._device)
         residual: list[Tensor] = []
 
         def skip(tokens: Tensor, _: object) -> Tensor:
             if not residual:
                 residual.append(torch.zeros_like(tokens))
             return tokens + residual[0]
+
+        return {
+            "forward": self._timed(lambda: dit(sample, y, timestep, text, audio)),
+            "skipped_forward": self._timed(lambda: dit(sample, y, timestep, text, audio, run_blocks=skip)),
+        }
+
+    @torch.inference_mode()
+    def _window_timings(self, plan: RunPlan) -> dict[str, Timing]:
+        """Forward, skipped forward, decode, encode and write of a window of `plan`."""
+        vae, noise = self._components.vae, self._noise
+        sample = noise(1, 16, *_latent(plan))
+        frames = _moving_portrait(plan.size, plan.window_length - plan.overlap)
+        tail = noise(1, 3, plan.overlap, *plan.size).clamp_(-1, 1)
 
         def decode() -> None:
             for piece in vae.decode_stream(sample):
@@ -279,10 +306,7 @@ class _Measurement:
                 )
 
             return {
-                "forward": self._timed(lambda: dit(sample, y, timestep, text, audio)),
-                "skipped_forward": self._timed(
-                    lambda: dit(sample, y, timestep, text, audio, run_blocks=skip)
-                ),
+                **self._forward_timings(plan),
                 "decode": self._timed(decode),
                 "encode": self._timed(lambda: vae.encode(tail)),
                 "write": self._timed(write),

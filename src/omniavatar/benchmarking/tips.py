@@ -16,6 +16,8 @@ from omniavatar.config import PipelineConfig
 from omniavatar.errors import ConfigError
 
 NOTHING = 0.005
+PERSISTENT = 100_000_000
+"""Parameters that the guide's fast configuration leaves on the device."""
 DISTILLED = MappingProxyType(
     {"timesteps": (1000.0, 937.5, 833.3333, 625.0), "guidance_scale": 1.0, "audio_scale": None}
 )
@@ -47,7 +49,8 @@ class Tip:
 def guide_tips(config: PipelineConfig, seconds: Callable[[PipelineConfig], float]) -> list[Tip]:
     """The tips, tried on `config`.
 
-    seconds: a configuration's time for the video; max_tokens may be the configured or `fewer_tokens`.
+    seconds: a configuration's time for the video; max_tokens may be the configured or `fewer_tokens`. The
+    last one tried streams blocks, which cannot come back to the device.
     """
     plain = changed(config, sampling={"step_cache": "none"})
     sampling, video = config.sampling, config.video
@@ -106,6 +109,12 @@ def guide_tips(config: PipelineConfig, seconds: Callable[[PipelineConfig], float
             "overlap_frame 13 to 5",
             changed(config, video={"overlap_frame": 13}),
             changed(config, video={"overlap_frame": 5}),
+        ),
+        (
+            "few persistent parameters",
+            f"num_persistent_param_in_dit to {PERSISTENT}, the rest streamed",
+            config,
+            changed(config, runtime={"memory": "auto", "num_persistent_param_in_dit": PERSISTENT}),
         ),
     ]
     return [_cache_tip(config, plain, seconds), *(_try(*trial, seconds) for trial in trials)]
