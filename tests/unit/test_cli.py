@@ -143,6 +143,19 @@ def test_plan_of_the_large_model_counts_its_weights() -> None:
     assert report["pattern"] == "C" * 50 and report["forwards"] == 100 * report["windows"]
 
 
+def test_plan_says_what_lies_where() -> None:
+    large = ("--config", config("inference"), "--minutes", "0.1", "--hp")
+    tight = plan(*large, "memory=10,fuse=true,vae=plain")["memory"]
+    placed = tight["placement"]["memory"]
+    assert 0 < placed["resident_blocks"] < 40 and placed["peak"] < 10e9
+    assert f"{placed['resident_blocks']} of 40 blocks stay" in tight["choice"]
+    table = run("plan", *large, "memory=10,fuse=true,vae=plain").stdout
+    assert "of 10.0 GB" in " ".join(table.split())
+    assert plan(*large, "num_persistent_param_in_dit=0")["memory"]["choice"].startswith("memory: 0 of 40")
+    impossible = plan(*large, "memory=2")["memory"]
+    assert impossible["placement"] is None and "GB are needed" in impossible["choice"]
+
+
 def test_plan_of_a_silent_video_and_of_files() -> None:
     assert plan("--config", NANO)["frames"] == 50
     report = plan("--config", NANO, "--audio", SPEECH, "--image", PORTRAIT)

@@ -119,6 +119,8 @@ def test_doctor_knows_the_machine(nano_checkpoint: Path, tmp_path: Path) -> None
     assert found["encoder"]["auto"] == ("nvenc" if found["encoder"]["nvenc"] == "works" else "x264")
     assert found["configs"][0]["missing"] == ["nowhere.safetensors"] and not found["configs"][0]["ready"]
     assert "nowhere.safetensors" in found["problems"][0]
+    assert set(found["memory_auto"]) == {"1.3B", "14B"}
+    assert all(line.startswith("memory: ") for line in found["memory_auto"].values())
     text = invoke("doctor", "--configs", str(config)).stdout
     assert "not ready" in text and "attention backends" in text and "torch" in text
 

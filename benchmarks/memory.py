@@ -1,0 +1,206 @@
+"""Forwards and VAE passes of full-size models under enforced memory limits: peak, seconds, ratio to resident.
+
+    python benchmarks/memory.py [--scales 14B,1.3B] [--repeats 3]
+
+Random weights are made once a model, all on the device; then the limits fall (GB, 10^9 bytes, held by
+`torch.cuda.set_per_process_memory_fraction`) and blocks go to host memory as the planner says, as in a run.
+400x720, 105 frames (30,375 tokens), two texts. With the DiT lie the VAE and as many bytes as the audio
+encoder takes; the text encoder has left before the DiT comes. Every forward is compared with the resident
+one to the bit. `steps_down`: how often an allocation failed and the planner's next smaller plan was taken.
+A table, then one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import platform
+import statistics
+import time
+from functools import partial
+
+import torch
+from forward import inputs
+from timing import timed
+
+from omniavatar.accel.apply import AccelConfig, apply_accelerations, weight_form
+from omniavatar.accel.memory_plan import GB
+from omniavatar.accel.offload import OffloadConfig, Offloader
+from omniavatar.accel.room import with_room
+from omniavatar.accel.vae import create_vae
+from omniavatar.checkpoint.dit import random_dit
+from omniavatar.checkpoint.layout import scale_spec
+from omniavatar.checkpoint.vae import random_vae
+from omniavatar.config_load import load_config
+from omniavatar.ops.attention import create_attention
+from omniavatar.ops.fused import create_fused
+from omniavatar.placement import Request, place
+from omniavatar.plan import make_plan
+
+DEVICE, DTYPE, SIZE, GRID = torch.device("cuda"), torch.bfloat16, (400, 720), (27, 50, 90)
+CASES = (
+    ("14B", "none", (None, 40, 24, 16, 10, 8)),
+    ("14B", "fp8", (None, 24, 16, 10, 8)),
+    ("1.3B", "none", (None, 6, 5, 4)),
+)
+
+
+class Model:
+    """One DiT and the VAE, with the blocks where the last placement wants them."""
+
+    def __init__(self, scale: str, quantize: str) -> None:
+        self.config = load_config(None, {"weights": "random", "scale": scale, "quantize": quantize}).config
+        spec, ops, accel = scale_spec(scale), create_fused(DEVICE), AccelConfig(quantize, True)
+        self.attention, attention = create_attention("auto", DEVICE, DTYPE)
+        form = weight_form(accel, ops, DEVICE)
+        self.dit = random_dit(spec.dit, attention=attention, dtype=DTYPE, device=DEVICE, seed=0, form=form)
+        apply_accelerations(self.dit, accel, ops)
+        self.vae = create_vae("fast", random_vae(spec.vae, dtype=DTYPE, device=DEVICE, seed=0), DEVICE)
+        self.offloader = Offloader(self.dit, DEVICE)
+        self.args = inputs(self.dit, GRID)
+        self.second_text = self.dit.prepare_text(torch.zeros(1, 512, spec.dit.text_dim, device=DEVICE))
+        request = Request(make_plan(self.config, 0, SIZE), cached=False)
+        self.placed = partial(place, self.config, spec.dit, request, "fast", DEVICE)
+        self.ballast = torch.empty(self.placed(None).run.audio_encoder, dtype=torch.uint8, device=DEVICE)
+        self.steps_down = 0
+
+    def go_to(self, limit: int | None) -> None:
+        """Blocks where the plan for `limit` bytes wants them; from then on the allocator keeps to it."""
+        self.placement, self.steps_down = self.placed(limit), 0
+        self.arrange()
+        total = torch.cuda.get_device_properties(DEVICE).total_memory
+        torch.cuda.set_per_process_memory_fraction(1.0 if limit is None else limit / total, DEVICE)
+
+    def arrange(self) -> None:
+        memory = self.placement.memory
+        self.offloader.apply(OffloadConfig(memory.resident_blocks, memory.ring))
+        self.vae.use_pass(self.placement.vae_latents)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def step_down(self, reason: str) -> None:
+        smaller = self.placement.step_down()
+        if smaller is None:
+            raise SystemExit(f"error: {self.placement.describe()}: {reason}")
+        self.placement, self.steps_down = smaller, self.steps_down + 1
+        self.arrange()
+
+
+def decode(vae, latent) -> str:
+    """Digest of the pixels, which leave the device piece by piece as in a run."""
+    digest = hashlib.sha256()
+    for piece in vae.decode_stream(latent):
+        digest.update(piece.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def decode_only(vae, latent) -> None:
+    for _ in vae.decode_stream(latent):
+        pass
+
+
+@torch.inference_mode()
+def measure(scale: str, quantize: str, limits, repeats: int) -> list[dict]:
+    begun = time.perf_counter()
+    model = Model(scale, quantize)
+    print(f"{scale} {quantize}: made in {time.perf_counter() - begun:.1f} s", flush=True)
+    sample, y, timestep, text, audio = model.args
+    latent = torch.randn(1, 16, *GRID, generator=torch.Generator(DEVICE).manual_seed(1), device=DEVICE)
+    tail = torch.zeros(1, 3, 13, *SIZE, device=DEVICE)
+    texts = torch.randn(1, 512, model.dit.config.text_dim, device=DEVICE)
+    expected = resident = pixels = None
+    keys = None
+    rows = []
+    for limit in limits:
+        begun = time.perf_counter()
+        model.go_to(None if limit is None else limit * GB)
+        moving = time.perf_counter() - begun
+        torch.cuda.reset_peak_memory_stats()
+        forward = partial(model.dit, sample, y, timestep, text, audio)
+        times = with_room(partial(timed, forward, repeats), model.step_down)
+        out = forward().cpu()
+        forward_peak = torch.cuda.max_memory_allocated()
+        these_keys = torch.stack([k for k, _ in model.dit.prepare_text(texts)]).cpu()
+        torch.cuda.reset_peak_memory_stats()
+        coding = with_room(partial(timed, partial(decode_only, model.vae, latent), 1), model.step_down)
+        digest = decode(model.vae, latent)
+        with_room(partial(model.vae.encode, tail), model.step_down)
+        coding_peak = torch.cuda.max_memory_allocated()
+        if expected is None:
+            expected, resident, pixels, keys = out, statistics.median(times), digest, these_keys
+            model.vae.use_pass(1)
+            small_pass_equal = decode(model.vae, latent) == pixels
+        rows.append(
+            {
+                "scale": scale,
+                "quantize": quantize,
+                "limit_gb": limit,
+                "plan": model.placement.describe(),
+                "resident_blocks": model.placement.memory.resident_blocks,
+                "latents_a_pass": model.placement.vae_latents,
+                "steps_down": model.steps_down,
+                "planned_gb": model.placement.memory.peak / GB,
+                "forward_peak_gb": forward_peak / GB,
+                "coding_peak_gb": coding_peak / GB,
+                "reserved_gb": torch.cuda.memory_stats()["reserved_bytes.all.peak"] / GB,
+                "seconds": statistics.median(times),
+                "spread": [min(times), max(times)],
+                "ratio": statistics.median(times) / resident,
+                "decode_seconds": coding[0],
+                "moving_seconds": moving,
+                "attention": model.attention,
+                "bits_equal": torch.equal(out, expected) and torch.equal(these_keys, keys),
+                "pixels_equal": digest == pixels,
+                "small_pass_pixels_equal": small_pass_equal,
+            }
+        )
+        print(rows[-1], flush=True)
+    torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scales", default="14B,1.3B")
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    rows = []
+    for scale, quantize, limits in CASES:
+        if scale in arguments.scales.split(","):
+            rows += measure(scale, quantize, limits, arguments.repeats)
+            gc.collect()
+            torch.cuda.empty_cache()
+    print(
+        "| model | limit, GB | blocks resident | forward peak, GB | VAE peak | s a forward | ratio | equal |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        name = f"{row['scale']}{' fp8' if row['quantize'] == 'fp8' else ''}"
+        spread = f"{row['seconds']:.3f} ({row['spread'][0]:.3f}..{row['spread'][1]:.3f})"
+        cells = (
+            name,
+            row["limit_gb"] or "-",
+            row["resident_blocks"],
+            f"{row['forward_peak_gb']:.1f}",
+            f"{row['coding_peak_gb']:.1f}",
+            spread,
+            f"{row['ratio']:.3f}",
+            row["bits_equal"],
+        )
+        print(f"| {' | '.join(str(cell) for cell in cells)} |")
+    where = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    print(json.dumps({"benchmark": "memory", "repeats": arguments.repeats, **where, "rows": rows}))
+    if not all(row["bits_equal"] for row in rows):
+        raise SystemExit("error: a streamed forward differs from the resident one")
+
+
+if __name__ == "__main__":
+    main()
