@@ -235,6 +235,25 @@ def test_a_plan_that_computes_every_step_is_verified_as_equal(folder, cache):
     assert measured.computed == 3 and measured.error == 0 and measured.psnr_db is None
 
 
+def test_streamed_blocks_and_a_failed_allocation_give_the_same_constants(done, folder, cache, monkeypatch):
+    settings = overrides(folder, cache, num_steps=STEPS, num_persistent_param_in_dit=0)
+    real = residual_meter.compare_residuals
+    calls: list[int] = []
+
+    def fails_once(new, old):
+        calls.append(1)
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return real(new, old)
+
+    monkeypatch.setattr(residual_meter, "compare_residuals", fails_once)
+    monkeypatch.setattr("omniavatar.components.Components.make_room", lambda self, reason: None)
+    run = calibrate(load_config(None, settings).config, request(), folder / "streamed.json")
+    assert len(calls) == 5 + 2 * 2 * (STEPS - 1), "the first window was begun anew"
+    assert run.calibration.branches == done.calibration.branches
+    assert run.calibration.teacache == done.calibration.teacache
+
+
 def test_published_constants_are_verified_beside_the_measured(folder, cache):
     settings = overrides(folder, cache, num_steps=4, scale="1.3B", tea_cache_l1_thresh=0.14)
     run = calibrate(
