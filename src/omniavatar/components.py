@@ -22,6 +22,8 @@ from omniavatar.accel.apply import AccelConfig, Quantize, apply_accelerations, w
 from omniavatar.accel.decoder import apply_decoder
 from omniavatar.accel.memory_plan import fewer_resident
 from omniavatar.accel.offload import OffloadConfig, Offloader, streamed_blocks
+from omniavatar.accel.pinned import check_host_room
+from omniavatar.accel.room import with_room
 from omniavatar.accel.vae import FastVAE, choose_vae, create_vae
 from omniavatar.calibration_file import find_constants
 from omniavatar.checkpoint.dit import (
@@ -147,7 +149,7 @@ class Components:
         before, self.placement = self.placement, placement
         if before is None or before.describe() != placement.describe():
             self._recorder.event("message", text=placement.describe(), level="info")
-        self._arrange()
+        with_room(self._arrange, self.make_room)
 
     def make_room(self, reason: str) -> None:
         """One step down after an allocation failed; everything computed stays equal to the bit, except that
@@ -164,7 +166,7 @@ class Components:
         self.placement = smaller
         text = f"{reason}: once more with less. {smaller.describe()}"
         self._recorder.event("message", text=text, level="warning")
-        self._arrange()
+        with_room(self._arrange, self.make_room)
 
     def _arrange(self) -> None:
         memory = self.placed.memory
@@ -206,6 +208,8 @@ class Components:
         runtime = self.config.runtime
         fuse = self.device.type == "cuda" if runtime.fuse is None else runtime.fuse
         accel, ops = AccelConfig(self.quantize, fuse), create_fused(self.device)
+        if self.placement is not None and self.device.type == "cuda":
+            check_host_room(self.placement.streamed_bytes)
         with self._recorder.stage("load_dit"):
             dit = self._load_dit(weight_form(accel, ops, self.device))
             apply_accelerations(dit, accel, ops)

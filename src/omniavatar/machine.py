@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from omniavatar.accel.pinned import host_memory
+
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "av", "pydantic")
 OPTIONAL: Mapping[str, str] = MappingProxyType(
     {
@@ -39,16 +41,6 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return host_memory()[0]
-
-
-def host_memory() -> tuple[int, int]:
-    """(available, total) bytes of the host; available is the total where /proc/meminfo is missing."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return total, total
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-    return int(fields["MemAvailable"].split()[0]) * 1024, total
 
 
 def free_disk(folder: Path) -> int:

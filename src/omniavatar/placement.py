@@ -66,6 +66,12 @@ class Placement:
         """Latents a decoding pass."""
         return self.vae_passes[self.memory.coding_pass]
 
+    @property
+    def streamed_bytes(self) -> int:
+        """Host memory that streamed blocks take."""
+        streamed = self.memory.blocks - self.memory.resident_blocks
+        return streamed * (self.dit.block + self.dit.text_layers)
+
     def identity(self) -> dict[str, str | int]:
         """What of it decides the frames."""
         values: dict[str, str | int] = {QUANTIZE_FIELD: self.quantize}

@@ -11,7 +11,7 @@ import torch
 from engine import make_pipeline, request
 from omniavatar import placement
 from omniavatar.accel.memory_plan import GB
-from omniavatar.accel.offload import StreamedBlock
+from omniavatar.accel.offload import Offloader, StreamedBlock
 from omniavatar.accel.vae import FastVAE
 from omniavatar.config import PipelineConfig
 from omniavatar.config_load import load_config
@@ -146,6 +146,17 @@ def test_out_of_memory_while_loading_and_preparing(nano_checkpoint, cache, whole
     assert (tmp_path / "out.mp4").read_bytes() == whole.read_bytes()
 
 
+def test_out_of_memory_while_making_room(nano_checkpoint, cache, whole, tmp_path, monkeypatch):
+    """The ring's buffers are allocated too: when they fail, the next step down is taken."""
+    pipe = make_pipeline(nano_checkpoint, cache)
+    attached, failed = [], []
+    monkeypatch.setattr(Offloader, "_attach", failing(Offloader._attach, attached, {0, 1}))
+    pipe.components.dit.attention = failing(pipe.components.dit.attention, failed, {30})
+    pipe.generate(request(SECONDS), tmp_path / "out.mp4")
+    assert len(attached) == 3 and streamed(pipe) == 5
+    assert (tmp_path / "out.mp4").read_bytes() == whole.read_bytes()
+
+
 def test_text_encoder_that_does_not_fit_computes_layer_by_layer(nano_checkpoint, whole, tmp_path):
     messages = Messages()
     pipe = make_pipeline(nano_checkpoint, tmp_path / "cache", messages.recorder)
@@ -254,6 +265,17 @@ def test_limit_of_a_device(monkeypatch):
     assert device_limit(10, cuda) == 10 * GB and device_limit(23, cuda) == 22.5 * GB
     fraction[0] = 0.25
     assert device_limit("auto", cuda) == device_limit(10, cuda) == 6 * GB
+
+
+def test_host_without_room_for_streamed_blocks_is_an_error_and_not_a_kill(monkeypatch):
+    from omniavatar.accel import pinned
+
+    need = placed(10).streamed_bytes
+    assert 20 * GB < need < 28.2 * GB and placed(80).streamed_bytes == 0
+    monkeypatch.setattr(pinned, "host_memory", lambda: (16 * GB, 32 * GB))
+    with pytest.raises(ResourceError, match=r"host memory for streamed weights .*quantize=fp8"):
+        pinned.check_host_room(need)
+    pinned.check_host_room(0)
 
 
 def test_a_number_is_enforced_on_cuda_and_auto_leaves_the_allocator_alone(monkeypatch):

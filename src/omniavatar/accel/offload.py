@@ -194,6 +194,7 @@ class Offloader:
         self._dit, self._device = dit, device
         self._copies = copies
         self._hosts: dict[int, _HostBlock] = {}
+        self._applied: OffloadConfig | None = None
         self.ring: BlockRing | None = None
 
     @torch.inference_mode(False)
@@ -205,6 +206,9 @@ class Offloader:
         """
         if config.ring < 1:
             raise ValueError("a ring has at least one buffer")
+        if config == self._applied:
+            return
+        self._applied = None
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._detach()
@@ -219,6 +223,7 @@ class Offloader:
             torch.cuda.empty_cache()
         if self._hosts:
             self._attach(min(config.ring, len(self._hosts)))
+        self._applied = config
 
     def _send(self, index: int) -> None:
         block = self._dit.blocks[index]

@@ -8,7 +8,9 @@ goes. Host to device on an H100: 55 GB/s against 3.9 GB/s from pageable memory.
 from __future__ import annotations
 
 import mmap
+import os
 import weakref
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -44,12 +46,29 @@ def host_copy(tensor: Tensor, device: torch.device) -> Tensor:
     return buffer.view(source.dtype).view(source.shape).copy_(source)
 
 
+def host_memory() -> tuple[int, int]:
+    """(available, total) bytes of the host; available is the total where /proc/meminfo is missing."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return total, total
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    return int(fields["MemAvailable"].split()[0]) * 1024, total
+
+
+def check_host_room(size: int) -> None:
+    """Raise ResourceError where the host has less than `size` bytes: it would be killed, not refused."""
+    available = host_memory()[0]
+    if size > available:
+        raise ResourceError(_refusal(size, f"{available / 2**30:.2f} GiB are available"))
+
+
 def _unregister(address: int) -> None:
     torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
 
 
 def _refusal(size: int, reason: str) -> str:
     return (
-        f"memory: {size / 2**30:.2f} GiB of host memory for streamed weights cannot be locked ({reason}); "
+        f"memory: {size / 2**30:.2f} GiB of host memory for streamed weights cannot be had ({reason}); "
         "raise memory (or num_persistent_param_in_dit), use quantize=fp8, or free host memory"
     )
