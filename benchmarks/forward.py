@@ -1,6 +1,6 @@
 """One forward of the full-size DiT with random weights: each optimisation added to the ones before it.
 
-    python benchmarks/forward.py [--scales 14B,1.3B] [--repeats 5] [--profile]
+    python benchmarks/forward.py [--scales 14B,1.3B] [--repeats 5] [--profile] [--variants fused] [--backends fa3]
 
 Times at 400x720 with 27 and 14 latent frames (30,375 and 15,750 tokens) and at 480x832 with 21 (32,760).
 Error: relative L2 of the output against the same weights run block by block in float32, at 5 latent frames.
@@ -79,7 +79,7 @@ def profile(dit, grid, rows=18):
 
 
 @torch.inference_mode()
-def measure(scale, repeats, with_profile, variants):
+def measure(scale, repeats, with_profile, variants, only):
     spec, ops = scale_spec(scale), create_fused(DEVICE)
     there = available_backends(DEVICE)
     expected, rows = None, []
@@ -93,6 +93,8 @@ def measure(scale, repeats, with_profile, variants):
         apply_accelerations(dit, config, ops)
         torch.cuda.empty_cache()
         for backend in backends:
+            if only and backend not in only:
+                continue
             if backend not in there:
                 print(f"{backend} is not there: skipped")
                 continue
@@ -125,11 +127,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--variants", default=",".join(name for name, _, _ in LADDER))
+    parser.add_argument("--backends", default="", help="attention backends; all of the variant's if empty")
     arguments = parser.parse_args()
     variants = arguments.variants.split(",")
+    only = [name for name in arguments.backends.split(",") if name]
     rows = []
     for scale in arguments.scales.split(","):
-        rows += measure(scale, arguments.repeats, arguments.profile, variants)
+        rows += measure(scale, arguments.repeats, arguments.profile, variants, only)
     print("| model | variant | attention | error | " + " | ".join(f"{n:,}" for n in GRIDS) + " | peak GiB |")
     print("|---|---|---|---|" + "---|" * (len(GRIDS) + 1))
     for row in rows:

@@ -55,8 +55,8 @@ def add_norm(
             pixels,
             height,
             width,
-            width * channels if out is None else out.stride(1),
-            height * width * channels if out is None else out.stride(0),
+            width if out is None else out.stride(1) // channels,
+            height * width if out is None else out.stride(0) // channels,
             C=channels,
             BLOCK_C=padded,
             BLOCK_P=block,
@@ -67,7 +67,7 @@ def add_norm(
         )
 
 
-@triton.jit(do_not_specialize=["pixels", "height", "width", "row_step", "frame_step"])
+@triton.jit(do_not_specialize=["pixels", "height", "width", "row_pixels", "frame_pixels"])
 def _add_norm_kernel(
     value,
     bias,
@@ -78,8 +78,8 @@ def _add_norm_kernel(
     pixels,
     height,
     width,
-    row_step,
-    frame_step,
+    row_pixels,
+    frame_pixels,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -115,7 +115,7 @@ def _add_norm_kernel(
         if ACTIVATE:
             normed = normed * tl.sigmoid(normed)
         if not WHOLE:
-            first = (pixel // (height * width)).to(tl.int64) * frame_step
-            first += pixel // width % height * row_step + pixel % width * C
-            place = first[:, None] + channel[None, :]
+            target = pixel // (height * width) * frame_pixels + pixel // width % height * row_pixels
+            target = (target + pixel % width).to(tl.int64)
+            place = target[:, None] * C + channel[None, :]
         tl.store(out + place, normed.to(out.dtype.element_ty), mask=inside)

@@ -78,9 +78,10 @@ def norm_kernel(
             largest = tl.maximum(largest, tl.max(tl.abs(y), 0))
         step = tl.maximum(largest / FP8_LIMIT, 1e-12)
         tl.store(out_scale_ptr + row, step)
-        x /= step
+        inverse = 1.0 / step
+        x *= inverse
         if REST:
-            y /= step
+            y *= inverse
     tl.store(out_ptr + start + first, x.to(out_ptr.dtype.element_ty))
     if REST:
         tl.store(out_ptr + start + second, y.to(out_ptr.dtype.element_ty), inside)
@@ -194,9 +195,10 @@ def quantize_kernel(
         largest = tl.maximum(largest, tl.max(tl.abs(y), 0))
     step = tl.maximum(largest / FP8_LIMIT, 1e-12)
     tl.store(out_scale_ptr + row, step)
-    tl.store(out_ptr + first, (x / step).to(out_ptr.dtype.element_ty))
+    inverse = 1.0 / step
+    tl.store(out_ptr + first, (x * inverse).to(out_ptr.dtype.element_ty))
     if REST:
-        tl.store(out_ptr + second, (y / step).to(out_ptr.dtype.element_ty), inside)
+        tl.store(out_ptr + second, (y * inverse).to(out_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
