@@ -1,6 +1,6 @@
 """One forward of the full-size DiT with random weights: each optimisation added to the ones before it.
 
-    python benchmarks/forward.py [--scales 14B,1.3B] [--repeats 5] [--profile] [--variants fused] [--backends fa3]
+    python benchmarks/forward.py [--scales 14B] [--repeats 5] [--profile] [--variants fused] [--backends fa3]
 
 Times at 400x720 with 27 and 14 latent frames (30,375 and 15,750 tokens) and at 480x832 with 21 (32,760).
 Error: relative L2 of the output against the same weights run block by block in float32, at 5 latent frames.
