@@ -128,13 +128,14 @@ def run_sizes(
     size = DTYPE_BYTES[config.model.dtype]
     fused = device.type == "cuda" if config.runtime.fuse is None else config.runtime.fuse
     plan, branches = request.plan, request.plan.branches
+    float8 = config.runtime.quantize != "none"
     return RunSizes(
         vae=tensor_bytes(vae_tensors(spec.vae), size)
         + tensor_bytes(_decoder_tensors(config, spec.vae), size),
         audio_encoder=tensor_bytes(wav2vec_tensors(spec.wav2vec), FLOAT),
         text_encoder=tensor_bytes(text_tensors(spec.text), size),
         held=held_bytes(dit, len({branch.text for branch in branches}), size),
-        denoise=denoise_bytes(dit, plan.tokens, size, fused, len(branches), request.cached),
+        denoise=denoise_bytes(dit, plan.tokens, size, fused, len(branches), request.cached, float8),
         coding=tuple(
             coding_bytes(spec.vae.dim, plan.size, size, latents, plan.overlap, vae_name == "fast")
             for latents in pass_sizes(vae_name)

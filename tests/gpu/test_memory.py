@@ -153,9 +153,11 @@ def test_text_encoder_layer_by_layer():
     assert torch.equal(embeddings, whole.encode(["a person speaks", "another one"]))
 
 
+@pytest.mark.parametrize("variant", [AccelConfig(fuse=True), AccelConfig("fp8", True)], ids=str)
 @torch.inference_mode()
-def test_estimate_covers_a_forward_and_is_not_far_off():
-    dit = model(AccelConfig(fuse=True), "1.3B")
+def test_estimate_covers_a_forward_and_is_not_far_off(variant):
+    float8 = variant.quantize == "fp8"
+    dit = model(variant, "1.3B")
     args = inputs(dit, (14, 50, 90))
     dit(*args)
     before = torch.cuda.memory_allocated()
@@ -163,10 +165,10 @@ def test_estimate_covers_a_forward_and_is_not_far_off():
     dit(*args)
     alive = torch.cuda.max_memory_allocated() - before
     config = dit.config
-    estimate = denoise_bytes(config, 15750, 2, True, 1, False)
+    estimate = denoise_bytes(config, 15750, 2, True, 1, False, float8)
     assert 0.75 * estimate <= alive <= estimate
     weights = sum(t.numel() * t.itemsize for t in dit.state_dict().values())
-    assert weights == dit_sizes(config, 2, False).whole
+    assert weights == dit_sizes(config, 2, float8).whole
     assert sum(t.numel() * 2 for pair in args[3] for t in pair) == held_bytes(config, 1, 2)
 
 

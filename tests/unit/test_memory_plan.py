@@ -142,6 +142,13 @@ def test_the_wanted_limits_hold_14b_and_1_3b():
         assert plan.fits and plan.ring == 2
 
 
+def test_float8_rows_beside_a_wide_feed_forward_layer_are_counted():
+    small, large = scale_spec("1.3B").dit, scale_spec("14B").dit
+    for config, more in ((small, True), (large, False)):
+        exact, float8 = (denoise_bytes(config, 30375, 2, True, 1, False, each) for each in (False, True))
+        assert (float8 > exact) == more
+
+
 def test_parameters_of_the_original():
     config = scale_spec("14B").dit
     assert resident_blocks(config, 0) == 0 and resident_blocks(config, 10**12) == 40

@@ -130,10 +130,21 @@ def dit_sizes(config: DiTConfig, dtype_bytes: int, float8: bool) -> DiTSizes:
 
 
 def denoise_bytes(
-    config: DiTConfig, tokens: int, dtype_bytes: int, fused: bool, branches: int, cached: bool
+    config: DiTConfig,
+    tokens: int,
+    dtype_bytes: int,
+    fused: bool,
+    branches: int,
+    cached: bool,
+    float8: bool = False,
 ) -> int:
-    """What is alive in a forward, the residuals of a step cache included."""
+    """What is alive in a forward, the residuals of a step cache included.
+
+    float8: the feed-forward layer's result is there twice for a moment, the second time in float8.
+    """
     width, hidden = tokens * config.dim * dtype_bytes, tokens * config.ffn_dim * dtype_bytes
+    if float8:
+        hidden += tokens * config.ffn_dim
     counted = max(8 * width, 3 * width + hidden) if fused else max(12 * width, 5 * width + 2 * hidden)
     residuals = (branches + 2) * width if cached else 0
     return int(SLACK * counted) + residuals
