@@ -244,7 +244,8 @@ def _print_findings(findings: dict[str, Any]) -> None:
         ],
     )
     show("video VAE", [f"auto: {findings['vae']}"])
-    show("memory: auto", [f"{scale}: {line}" for scale, line in findings["memory_auto"].items()])
+    choices = findings["memory_auto"].items()
+    show("memory: auto", [f"{scale}: {line.removeprefix('memory: ')}" for scale, line in choices])
     show("optional packages", [there(row) for row in findings["optional"]])
     encoder = findings["encoder"]
     show(
