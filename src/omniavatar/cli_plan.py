@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from omniavatar.benchmarking.deadline import Proposal
     from omniavatar.config import PipelineConfig
     from omniavatar.memory import MemoryEstimate
     from omniavatar.plan import RunPlan
@@ -29,6 +30,13 @@ def plan(
         Path | None,
         typer.Option(help="Portrait that decides the size; without it the first configured size."),
     ] = None,
+    deadline: Annotated[
+        str | None,
+        typer.Option(
+            help="With --minutes: time a few forwards here and propose the best-looking settings that finish "
+            "in this time, such as 20min."
+        ),
+    ] = None,
     hp: HpOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -38,6 +46,12 @@ def plan(
     """
     if audio is not None and minutes is not None:
         raise typer.BadParameter("give --audio or --minutes, not both")
+    if deadline is not None:
+        if minutes is None:
+            raise typer.BadParameter("--deadline needs --minutes, the length of the video")
+        with user_errors():
+            _propose(config, hp, minutes, deadline, as_json)
+        return
     with user_errors():
         from omniavatar.config_load import load_config
         from omniavatar.memory import estimate_memory
@@ -57,6 +71,58 @@ def plan(
             typer.echo(json.dumps(_report(run_plan, memory, settings.model.decoder), indent=2))
         else:
             _print(run_plan, memory, settings.model.decoder)
+
+
+def _propose(config: Path, hp: list[str] | None, minutes: float, deadline: str, as_json: bool) -> None:
+    """Print the proposal; ends with ResourceError where nothing meets the deadline."""
+    from omniavatar.benchmarking.deadline import parse_duration, propose
+    from omniavatar.config_load import load_config
+    from omniavatar.errors import ResourceError
+
+    seconds = parse_duration(deadline)
+    found = propose(load_config(config, hp or ()).config, minutes, seconds)
+    if as_json:
+        import json
+        from dataclasses import asdict
+
+        typer.echo(json.dumps(asdict(found), indent=2))
+    else:
+        _print_proposal(found)
+    if found.chosen is None:
+        fastest = found.others[0]
+        raise ResourceError(
+            f"deadline: {minutes:g} minutes of video cannot be had in {_duration(seconds)} here; the fastest "
+            f"settings take {_duration(fastest.seconds)}: --hp {fastest.override}"
+        )
+
+
+def _print_proposal(found: Proposal) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("settings (--hp)", "predicted", "forwards", "points lost", pad_edge=False, box=None)
+    rows = [("as configured", found.as_configured)]
+    rows += [(f"misses: {each.override}", each) for each in found.others if each.settings]
+    if found.chosen is not None and found.chosen.settings:
+        rows.append((f"[bold]{found.chosen.override}[/]", found.chosen))
+    for text, choice in rows:
+        table.add_row(text, _duration(choice.seconds), str(choice.forwards), f"{choice.points:.1f}")
+    console = Console(highlight=False)
+    console.print(table)
+    for note in found.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    if found.chosen is not None:
+        console.print(
+            f"{found.minutes:g} minutes of video within {_duration(found.deadline)}: "
+            f"{'--hp ' + found.chosen.override if found.chosen.settings else 'the configuration as it is'}, "
+            f"predicted {_duration(found.chosen.seconds)} ({found.loading:.0f} s of it loading)",
+            soft_wrap=True,
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(seconds, 60)
+    return f"{minutes:.0f} min {rest:.0f} s" if minutes else f"{rest:.1f} s"
 
 
 def _device(config: PipelineConfig) -> torch.device:

@@ -13,8 +13,9 @@ import pytest
 
 from engine import make_pipeline, voice
 from omniavatar.benchmarking.full import measure_full
-from omniavatar.benchmarking.measure import Options, counts_of, measure
+from omniavatar.benchmarking.measure import Options, measure
 from omniavatar.benchmarking.page import bar_chart, html_page
+from omniavatar.benchmarking.parts import counts_of
 from omniavatar.benchmarking.run import find_configs, measure_all
 from omniavatar.benchmarking.summary import markdown, measured
 from omniavatar.benchmarking.tips import Tip, fewer_tokens, guide_tips
@@ -167,18 +168,18 @@ def test_missing_weights_become_random_ones_and_the_row_says_so(nano_row: dict[s
 
 def test_streaming_is_tried_last_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     from omniavatar.benchmarking import tips as tips_module
-    from omniavatar.benchmarking.measure import _Measurement
+    from omniavatar.benchmarking.parts import PartTimer
 
     monkeypatch.setattr(tips_module, "PERSISTENT", 0)
     resident: list[int] = []
-    real = _Measurement._forward_timings
+    real = PartTimer.forward_timings
 
-    def timed(self: _Measurement, plan: Any) -> dict[str, Timing]:
-        resident.append(self._components.placed.memory.resident_blocks)
+    def timed(self: PartTimer, plan: Any) -> dict[str, Timing]:
+        resident.append(self.components.placed.memory.resident_blocks)
         seconds = 3.0 if resident[-1] == 0 else 1.0
         return {name: replace(timing, median=seconds) for name, timing in real(self, plan).items()}
 
-    monkeypatch.setattr(_Measurement, "_forward_timings", timed)
+    monkeypatch.setattr(PartTimer, "forward_timings", timed)
     settings = "weights=random,scale=nano,device=cpu,max_tokens=56,image_sizes_720=[[64,64]]"
     row = measure(Options(str(CONFIGS / "nano.yaml"), "", (settings,), 0, 1, forward_limit=1e6))
     assert resident == [6, 6, 0]

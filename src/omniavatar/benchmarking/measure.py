@@ -15,48 +15,41 @@ import json
 import os
 import platform
 import sys
-import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from omniavatar import __version__
-from omniavatar.benchmarking.full import measure_full, packaged_portrait
+from omniavatar.benchmarking.full import measure_full
+from omniavatar.benchmarking.parts import (
+    PartTimer,
+    counts_of,
+    latent_shape,
+    start_costs,
+    window_costs,
+    with_weights,
+)
 from omniavatar.benchmarking.tips import changed, fewer_tokens, guide_tips
 from omniavatar.components import DTYPES, choose_device
 from omniavatar.config import PipelineConfig
 from omniavatar.config_load import load_config
-from omniavatar.encoders.image import prepare_image
 from omniavatar.errors import ConfigError, OmniAvatarError
-from omniavatar.generation import to_uint8
 from omniavatar.machine import free_memory
-from omniavatar.media.encoders import choose_encoder
-from omniavatar.media.video import encode_segment
 from omniavatar.memory import estimate_memory
-from omniavatar.output import ENCODER_THREADS, peak_memory
-from omniavatar.pipeline import AvatarPipeline
+from omniavatar.output import peak_memory
 from omniavatar.placement import QUANTIZE_FIELD, Request, device_limit, place
 from omniavatar.plan import RunPlan, make_plan
 from omniavatar.profiling.ceilings import ceilings, device_name
 from omniavatar.profiling.flops import forward_work
 from omniavatar.profiling.projection import (
-    Counts,
-    StartCosts,
     Timing,
-    WindowCosts,
     denoise_seconds,
     video_seconds,
 )
-from omniavatar.profiling.report import decoded_latents
-from omniavatar.weights_preview import assumed_scale, find_dit_config, missing_files
+from omniavatar.weights_preview import assumed_scale, find_dit_config
 
 AUDIO_SECONDS = 10
 TIP_MINUTES = 5.0
@@ -80,10 +73,7 @@ class Options:
 def measure(options: Options) -> dict[str, Any]:
     """The row of one configuration. Raises OmniAvatarError for one that cannot be used."""
     config = load_config(options.config, options.overrides).config
-    missing = missing_files(config.model)
-    if missing:
-        scale = assumed_scale(config.model)
-        config = changed(config, model={"weights": "random", "scale": scale, "loras": ()})
+    config, missing = with_weights(config)
     device = choose_device(config.runtime.device)
     row: dict[str, Any] = {
         "config": options.config,
@@ -97,7 +87,7 @@ def measure(options: Options) -> dict[str, Any]:
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "notes": [f"weights are not on this disk ({missing[0]}): random ones"] if missing else [],
+        "notes": [missing] if missing else [],
     }
     reason = _not_possible(config, device, options)
     if reason is not None:
@@ -121,17 +111,13 @@ def _not_possible(config: PipelineConfig, device: torch.device, options: Options
         return f"needs about {need / 2**30:.1f} GiB, this machine has {free / 2**30:.1f} GiB free"
     dit, _ = find_dit_config(config.model)
     limits = ceilings(device, DTYPES[config.model.dtype])
-    least = limits.floor_seconds(forward_work(dit, _latent(plan)))
+    least = limits.floor_seconds(forward_work(dit, latent_shape(plan)))
     if least > options.forward_limit:
         return (
             f"one forward would take about {least:,.0f} s on {limits.device} "
             f"({limits.matrix:.2g} TFLOP/s, {limits.source}); limit {options.forward_limit:g} s"
         )
     return None
-
-
-def _latent(plan: RunPlan) -> tuple[int, int, int]:
-    return plan.latent_frames, plan.size[0] // 8, plan.size[1] // 8
 
 
 class _Measurement:
@@ -141,37 +127,30 @@ class _Measurement:
         self, config: PipelineConfig, device: torch.device, options: Options, notes: list[str]
     ) -> None:
         self._config, self._device, self._options, self._notes = config, device, options, notes
-        self._size = config.video.sizes[0]
-        self._pipeline = AvatarPipeline.from_config(config)
-        self._components = self._pipeline.components
+        self._parts = PartTimer(config, options.warm_up, options.repeats)
+        self._components = self._parts.components
 
     def run(self) -> dict[str, Any]:
         config, options, components = self._config, self._options, self._components
-        whole = make_plan(config, config.video.sample_rate, self._size)
-        components.adopt(components.place(Request(whole, config.sampling.cache_policy != "none"), {}))
-        begun = time.perf_counter()
-        components.dit, components.vae, components.audio_encoder  # noqa: B018  (loads them)
-        self._wait()
-        loading = time.perf_counter() - begun
-        plan = self._plan(config, 60.0)
+        loading = self._parts.load()
+        plan = self._parts.plan(config, 60.0)
         if config.model.weights == "random" and config.sampling.cache_policy == "teacache":
             self._notes.append(f"{NO_TEACACHE}, and the all-in figure is not that of the real model")
         if plan.step_plan is not None and plan.step_plan.source:
             self._notes.append(f"step cache by constants {plan.step_plan.source}")
-        timings = self._window_timings(plan)
+        timings = self._parts.window_timings(plan)
         shorter = changed(config, video={"max_tokens": fewer_tokens(config)})
-        costs = {config.video.max_tokens: _costs(timings)}
+        costs = {config.video.max_tokens: window_costs(timings)}
         try:
-            costs[shorter.video.max_tokens] = _costs(self._window_timings(self._plan(shorter, 60.0)))
+            short_plan = self._parts.plan(shorter, 60.0)
+            costs[shorter.video.max_tokens] = window_costs(self._parts.window_timings(short_plan))
         except ConfigError as error:
             self._notes.append(f"no shorter window: {error}")
-        start_timings = self._start_timings()
-        start = StartCosts(
-            start_timings["portrait"].median, start_timings["audio_features"].median / AUDIO_SECONDS
-        )
+        start_timings = self._parts.start_timings()
+        start = start_costs(start_timings)
 
         def seconds(changes: PipelineConfig, minutes: float = TIP_MINUTES) -> float:
-            run_plan = self._plan(changes, minutes * 60)
+            run_plan = self._parts.plan(changes, minutes * 60)
             if changes.video.max_tokens not in costs:
                 raise ConfigError(
                     f"max_tokens: {changes.video.max_tokens} leaves no window beside the overlap"
@@ -192,7 +171,7 @@ class _Measurement:
         projections = [
             {
                 "minutes": minutes,
-                "windows": len(self._plan(config, minutes * 60).windows),
+                "windows": len(self._parts.plan(config, minutes * 60).windows),
                 "seconds": seconds(config, minutes),
                 "baseline_seconds": seconds(baseline, minutes),
             }
@@ -228,7 +207,9 @@ class _Measurement:
         if options.full:
             with as_file(files("omniavatar.assets")) as assets:
                 voice = assets / "speech.flac"
-                row["full"] = measure_full(self._pipeline, voice, lambda audio: seconds(config, audio / 60))
+                row["full"] = measure_full(
+                    self._parts.pipeline, voice, lambda audio: seconds(config, audio / 60)
+                )
         return {**row, "tips": [tip.as_dict() for tip in guide_tips(config, tried)]}
 
     def _forward_elsewhere(self, config: PipelineConfig, plan: RunPlan, known: Timing) -> Timing:
@@ -242,125 +223,7 @@ class _Measurement:
         if placement.memory.resident_blocks >= components.placed.memory.resident_blocks:
             return known
         components.adopt(placement)
-        return self._forward_timings(plan)["forward"]
-
-    def _plan(self, config: PipelineConfig, audio_seconds: float) -> RunPlan:
-        video = config.video
-        samples = round((audio_seconds + video.silence_duration_s) * video.sample_rate)
-        constants = self._components.cache_constants(config.sampling)
-        step_plan = self._components.step_plan(config.sampling, constants)
-        return make_plan(config, samples, self._size, step_plan=step_plan)
-
-    def _noise(self, *sizes: int) -> Tensor:
-        return torch.randn(
-            *sizes, generator=torch.Generator(self._device).manual_seed(0), device=self._device
-        )
-
-    @torch.inference_mode()
-    def _forward_timings(self, plan: RunPlan) -> dict[str, Timing]:
-        """A computed forward and a skipped one, of a window of `plan`."""
-        dit, shape, noise = self._components.dit, _latent(plan), self._noise
-        sample, y = noise(1, 16, *shape), noise(1, 17, *shape)
-        text = dit.prepare_text(noise(1, 512, dit.config.text_dim))
-        width = dit.config.audio_dim
-        audio = dit.prepare_audio(noise(1, plan.window_length, width) if width else None)
-        timestep = torch.tensor([800.0], device=self._device)
-        residual: list[Tensor] = []
-
-        def skip(tokens: Tensor, _: object) -> Tensor:
-            if not residual:
-                residual.append(torch.zeros_like(tokens))
-            return tokens + residual[0]
-
-        return {
-            "forward": self._timed(lambda: dit(sample, y, timestep, text, audio)),
-            "skipped_forward": self._timed(lambda: dit(sample, y, timestep, text, audio, run_blocks=skip)),
-        }
-
-    @torch.inference_mode()
-    def _window_timings(self, plan: RunPlan) -> dict[str, Timing]:
-        """Forward, skipped forward, decode, encode and write of a window of `plan`."""
-        vae, noise = self._components.vae, self._noise
-        sample = noise(1, 16, *_latent(plan))
-        frames = _moving_portrait(plan.size, plan.window_length - plan.overlap)
-        tail = noise(1, 3, plan.overlap, *plan.size).clamp_(-1, 1)
-
-        def decode() -> None:
-            for piece in vae.decode_stream(sample):
-                to_uint8(piece.add_(1.0).div_(2.0).clamp_(0.0, 1.0))
-
-        with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
-            output = self._config.output
-            encoder = choose_encoder(output.encoder, plan.size)
-
-            def write() -> None:
-                encode_segment(
-                    iter([frames]),
-                    Path(folder) / "segment.mp4",
-                    fps=Fraction(plan.fps),
-                    size=plan.size,
-                    crf=output.crf,
-                    preset=output.preset,
-                    threads=ENCODER_THREADS,
-                    encoder=encoder,
-                )
-
-            return {
-                **self._forward_timings(plan),
-                "decode": self._timed(decode),
-                "encode": self._timed(lambda: vae.encode(tail)),
-                "write": self._timed(write),
-            }
-
-    @torch.inference_mode()
-    def _start_timings(self) -> dict[str, Timing]:
-        video = self._config.video
-        pixels = prepare_image(packaged_portrait(self._size), self._size).to(self._device)[:, :, None]
-        wave = np.random.default_rng(0).standard_normal(AUDIO_SECONDS * video.sample_rate).astype(np.float32)
-        with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
-            out = Path(folder) / "features.npy"
-            frames = AUDIO_SECONDS * video.fps
-            return {
-                "portrait": self._timed(lambda: self._components.vae.encode(pixels)),
-                "audio_features": self._timed(
-                    lambda: self._components.audio_encoder.encode(wave * 0.1, frames, video.fps, out)
-                ),
-            }
-
-    def _timed(self, run: Callable[[], object]) -> Timing:
-        for _ in range(self._options.warm_up):
-            run()
-        times = []
-        for _ in range(self._options.repeats):
-            self._wait()
-            begun = time.perf_counter()
-            run()
-            self._wait()
-            times.append(time.perf_counter() - begun)
-        return Timing.of(times)
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
-
-def counts_of(plan: RunPlan) -> Counts:
-    """What the projection needs of a plan whose steps are known."""
-    assert plan.step_plan is not None
-    windows = len(plan.windows)
-    last = decoded_latents(plan.windows[-1], last=True) / plan.latent_frames
-    computed, skipped = plan.forwards // windows, plan.forwards_skipped // windows
-    return Counts(windows, computed, skipped, last, plan.duration_s)
-
-
-def _costs(timings: dict[str, Timing]) -> WindowCosts:
-    return WindowCosts(**{name: timing.median for name, timing in timings.items()})
-
-
-def _moving_portrait(size: tuple[int, int], count: int) -> np.ndarray:
-    """(count, H, W, 3) uint8: the packaged portrait drifting sideways, about as hard to encode as a face."""
-    still = packaged_portrait(size)
-    return np.stack([np.roll(still, shift, axis=1) for shift in range(count)])
+        return self._parts.forward_timings(plan)["forward"]
 
 
 def main() -> None:

@@ -1,0 +1,192 @@
+"""The best-looking configuration that makes a video of some minutes before a deadline, on this device.
+
+The parts of a window are timed with the configured model, in its own precision and in float8 where the
+device has it; every combination of the settings below is then counted, not run. Which one looks better is
+an order of preference, stated as points and not measured: float8 layers 1; a step cache 1, 2 or 4 by its
+threshold; guidance on three quarters of the steps 1, on half of them 2; fewer steps 6 for each halving.
+The fewest points that meet the deadline win, and among equals the fastest. Sizes, windows, overlap, seed and
+prompts stay as configured, and so does the number of steps where `timesteps` are given.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from omniavatar.accel.float8 import check_float8
+from omniavatar.benchmarking.parts import PartTimer, counts_of, start_costs, window_costs, with_weights
+from omniavatar.benchmarking.tips import changed
+from omniavatar.components import choose_device
+from omniavatar.config import PipelineConfig
+from omniavatar.errors import ConfigError, ResourceError
+from omniavatar.plan import RunPlan
+from omniavatar.profiling.projection import video_seconds
+
+STEPS = (50, 40, 30, 25, 20, 15, 12, 10, 8)
+CACHES = ((0.06, 1), (0.12, 2), (0.24, 4))
+INTERVALS = ((0.75, 1), (0.5, 2))
+HALVING = 6.0
+MARGIN = 0.05
+"""Part of the deadline that is left free: what a prediction may be off."""
+_UNITS = {"h": 3600.0, "min": 60.0, "m": 60.0, "s": 1.0}
+_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(h|min|m|s)")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One combination of settings (by flat key), its points, and the predicted seconds with loading."""
+
+    settings: Mapping[str, Any]
+    points: float
+    seconds: float
+    forwards: int
+
+    @property
+    def override(self) -> str:
+        """The settings as one `--hp` value; empty for the configuration as it is."""
+        return ",".join(f"{key}={_text(value)}" for key, value in self.settings.items())
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """chosen: None where nothing meets the deadline. others: better-looking ones that miss it, nearest first,
+    then the fastest of all. as_configured: the configuration unchanged."""
+
+    minutes: float
+    deadline: float
+    loading: float
+    as_configured: Choice
+    chosen: Choice | None
+    others: tuple[Choice, ...]
+    notes: tuple[str, ...]
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `20min`, `1h30m`, `90s`, or a bare number of minutes. Raises ConfigError."""
+    compact = text.strip().lower()
+    if re.fullmatch(r"\d+(\.\d+)?", compact):
+        seconds = float(compact) * 60
+    elif compact and not _PART.sub("", compact).strip():
+        seconds = sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(compact))
+    else:
+        raise ConfigError(f"deadline: {text!r} is no duration; write 20min, 1h30m or 90s")
+    if seconds <= 0:
+        raise ConfigError(f"deadline: {text!r} is no time at all; write 20min, 1h30m or 90s")
+    return seconds
+
+
+def propose(config: PipelineConfig, minutes: float, deadline: float, repeats: int = 5) -> Proposal:
+    """Time the parts and choose; missing weights are replaced by random ones. deadline: seconds.
+
+    Raises ConfigError, CheckpointError, ResourceError as loading the pipeline does.
+    """
+    config, note = with_weights(config)
+    notes = [note] if note else []
+    choices: list[Choice] = []
+    loading = 0.0
+    for quantize in _precisions(config):
+        timed = changed(config, runtime={"quantize": quantize})
+        parts = PartTimer(timed, warm_up=2, repeats=repeats)
+        loading = max(loading, parts.load())
+        base = parts.plan(changed(timed, sampling={"step_cache": "none"}), minutes * 60)
+        costs, start = window_costs(parts.window_timings(base)), start_costs(parts.start_timings())
+
+        def seconds(plan: RunPlan, costs: Any = costs, start: Any = start) -> float:
+            return video_seconds(costs, start, counts_of(plan))
+
+        choices += _count(timed, parts.plan, seconds, minutes, quantize, config.runtime.quantize)
+        del parts
+        gc.collect()
+        torch.cuda.empty_cache()
+    choices = [Choice(each.settings, each.points, each.seconds + loading, each.forwards) for each in choices]
+    return choose(choices, minutes, deadline, loading, notes)
+
+
+def choose(
+    choices: list[Choice], minutes: float, deadline: float, loading: float, notes: list[str]
+) -> Proposal:
+    """The choice with the fewest points within the deadline less its margin."""
+    ranked = sorted(choices, key=lambda each: (each.points, each.seconds))
+    fitting = [each for each in ranked if each.seconds <= deadline * (1 - MARGIN)]
+    chosen = fitting[0] if fitting else None
+    limit = math.inf if chosen is None else chosen.points
+    missing = sorted((each for each in ranked if each.points < limit), key=lambda each: each.seconds)
+    fastest = min(ranked, key=lambda each: each.seconds)
+    others = missing[:3] if chosen is not None else [fastest]
+    as_configured = next(each for each in ranked if not each.settings)
+    return Proposal(minutes, deadline, loading, as_configured, chosen, tuple(others), tuple(notes))
+
+
+def _precisions(config: PipelineConfig) -> list[str]:
+    """The configured precision, and float8 where it is another one that runs faster here."""
+    configured = config.runtime.quantize
+    device = choose_device(config.runtime.device)
+    if configured == "fp8" or device.type != "cuda":
+        return [configured]
+    try:
+        check_float8(device)
+    except ResourceError:
+        return [configured]
+    return [configured, "fp8"]
+
+
+def _count(
+    config: PipelineConfig,
+    plan: Callable[[PipelineConfig, float], RunPlan],
+    seconds: Callable[[RunPlan], float],
+    minutes: float,
+    quantize: str,
+    configured: str,
+) -> Iterator[Choice]:
+    precision = ({}, 0.0) if quantize == configured else ({"quantize": quantize}, 1.0)
+    for combination in itertools.product(_steps(config), _caches(config), _intervals(config)):
+        settings: dict[str, Any] = dict(precision[0])
+        points = precision[1]
+        for change, cost in combination:
+            settings |= change
+            points += cost
+        sampling = {key: value for key, value in settings.items() if key != "quantize"}
+        try:
+            counted = plan(changed(config, sampling=sampling), minutes * 60)
+        except ConfigError:
+            continue
+        yield Choice(settings, points, seconds(counted), counted.forwards)
+
+
+Axis = list[tuple[dict[str, Any], float]]
+
+
+def _steps(config: PipelineConfig) -> Axis:
+    steps = config.sampling.steps
+    if config.sampling.timesteps is not None:
+        return [({}, 0.0)]
+    fewer = [count for count in STEPS if count < steps]
+    return [({}, 0.0), *(({"num_steps": count}, HALVING * math.log2(steps / count)) for count in fewer)]
+
+
+def _caches(config: PipelineConfig) -> Axis:
+    if config.sampling.cache_policy != "none" or config.sampling.timesteps is not None:
+        return [({}, 0.0)]
+    return [
+        ({}, 0.0),
+        *(({"step_cache": "magcache", "magcache_thresh": limit}, float(cost)) for limit, cost in CACHES),
+    ]
+
+
+def _intervals(config: PipelineConfig) -> Axis:
+    sampling = config.sampling
+    guided = sampling.guidance_scale != 1 or sampling.effective_audio_scale != 1
+    if not guided or sampling.guidance_interval != (0.0, 1.0):
+        return [({}, 0.0)]
+    return [({}, 0.0), *(({"guidance_interval": (0.0, end)}, float(cost)) for end, cost in INTERVALS)]
+
+
+def _text(value: Any) -> str:
+    return f"[{','.join(f'{each:g}' for each in value)}]" if isinstance(value, tuple) else str(value)

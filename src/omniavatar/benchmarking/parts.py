@@ -1,0 +1,196 @@
+"""Times the parts of one pipeline's windows on its device: forwards, decode, encode, writing, audio features.
+
+Synchronised, with warm-up; inputs are noise of the right sizes, a drifting portrait for the video encoder.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omniavatar.benchmarking.full import packaged_portrait
+from omniavatar.benchmarking.tips import changed
+from omniavatar.config import PipelineConfig
+from omniavatar.encoders.image import prepare_image
+from omniavatar.generation import to_uint8
+from omniavatar.media.encoders import choose_encoder
+from omniavatar.media.video import encode_segment
+from omniavatar.output import ENCODER_THREADS
+from omniavatar.pipeline import AvatarPipeline
+from omniavatar.placement import Request
+from omniavatar.plan import RunPlan, make_plan
+from omniavatar.profiling.projection import Counts, StartCosts, Timing, WindowCosts
+from omniavatar.profiling.report import decoded_latents
+from omniavatar.weights_preview import assumed_scale, missing_files
+
+AUDIO_SECONDS = 10
+
+
+class PartTimer:
+    """One loaded pipeline and how long its parts take."""
+
+    def __init__(self, config: PipelineConfig, warm_up: int, repeats: int) -> None:
+        self._config, self._warm_up, self._repeats = config, warm_up, repeats
+        self._size = config.video.sizes[0]
+        self._pipeline = AvatarPipeline.from_config(config)
+        self.components = self._components = self._pipeline.components
+        self._device = self._components.device
+
+    @property
+    def pipeline(self) -> AvatarPipeline:
+        return self._pipeline
+
+    def load(self) -> float:
+        """Load every model a window needs, where the configured memory wants them; seconds."""
+        config, components = self._config, self._components
+        whole = make_plan(config, config.video.sample_rate, self._size)
+        components.adopt(components.place(Request(whole, config.sampling.cache_policy != "none"), {}))
+        begun = time.perf_counter()
+        components.dit, components.vae, components.audio_encoder  # noqa: B018  (loads them)
+        self.wait()
+        return time.perf_counter() - begun
+
+    def plan(self, config: PipelineConfig, audio_seconds: float) -> RunPlan:
+        video = config.video
+        samples = round((audio_seconds + video.silence_duration_s) * video.sample_rate)
+        constants = self._components.cache_constants(config.sampling)
+        step_plan = self._components.step_plan(config.sampling, constants)
+        return make_plan(config, samples, self._size, step_plan=step_plan)
+
+    def _noise(self, *sizes: int) -> Tensor:
+        return torch.randn(
+            *sizes, generator=torch.Generator(self._device).manual_seed(0), device=self._device
+        )
+
+    @torch.inference_mode()
+    def forward_timings(self, plan: RunPlan) -> dict[str, Timing]:
+        """A computed forward and a skipped one, of a window of `plan`."""
+        dit, shape, noise = self._components.dit, latent_shape(plan), self._noise
+        sample, y = noise(1, 16, *shape), noise(1, 17, *shape)
+        text = dit.prepare_text(noise(1, 512, dit.config.text_dim))
+        width = dit.config.audio_dim
+        audio = dit.prepare_audio(noise(1, plan.window_length, width) if width else None)
+        timestep = torch.tensor([800.0], device=self._device)
+        residual: list[Tensor] = []
+
+        def skip(tokens: Tensor, _: object) -> Tensor:
+            if not residual:
+                residual.append(torch.zeros_like(tokens))
+            return tokens + residual[0]
+
+        return {
+            "forward": self._timed(lambda: dit(sample, y, timestep, text, audio)),
+            "skipped_forward": self._timed(lambda: dit(sample, y, timestep, text, audio, run_blocks=skip)),
+        }
+
+    @torch.inference_mode()
+    def window_timings(self, plan: RunPlan) -> dict[str, Timing]:
+        """Forward, skipped forward, decode, encode and write of a window of `plan`."""
+        vae, noise = self._components.vae, self._noise
+        sample = noise(1, 16, *latent_shape(plan))
+        frames = _moving_portrait(plan.size, plan.window_length - plan.overlap)
+        tail = noise(1, 3, plan.overlap, *plan.size).clamp_(-1, 1)
+
+        def decode() -> None:
+            for piece in vae.decode_stream(sample):
+                to_uint8(piece.add_(1.0).div_(2.0).clamp_(0.0, 1.0))
+
+        with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
+            output = self._config.output
+            encoder = choose_encoder(output.encoder, plan.size)
+
+            def write() -> None:
+                encode_segment(
+                    iter([frames]),
+                    Path(folder) / "segment.mp4",
+                    fps=Fraction(plan.fps),
+                    size=plan.size,
+                    crf=output.crf,
+                    preset=output.preset,
+                    threads=ENCODER_THREADS,
+                    encoder=encoder,
+                )
+
+            return {
+                **self.forward_timings(plan),
+                "decode": self._timed(decode),
+                "encode": self._timed(lambda: vae.encode(tail)),
+                "write": self._timed(write),
+            }
+
+    @torch.inference_mode()
+    def start_timings(self) -> dict[str, Timing]:
+        video = self._config.video
+        pixels = prepare_image(packaged_portrait(self._size), self._size).to(self._device)[:, :, None]
+        wave = np.random.default_rng(0).standard_normal(AUDIO_SECONDS * video.sample_rate).astype(np.float32)
+        with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
+            out = Path(folder) / "features.npy"
+            frames = AUDIO_SECONDS * video.fps
+            return {
+                "portrait": self._timed(lambda: self._components.vae.encode(pixels)),
+                "audio_features": self._timed(
+                    lambda: self._components.audio_encoder.encode(wave * 0.1, frames, video.fps, out)
+                ),
+            }
+
+    def _timed(self, run: Callable[[], object]) -> Timing:
+        for _ in range(self._warm_up):
+            run()
+        times = []
+        for _ in range(self._repeats):
+            self.wait()
+            begun = time.perf_counter()
+            run()
+            self.wait()
+            times.append(time.perf_counter() - begun)
+        return Timing.of(times)
+
+    def wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def with_weights(config: PipelineConfig) -> tuple[PipelineConfig, str | None]:
+    """The configuration, with random weights of the same sizes where files are missing; and a note if so."""
+    missing = missing_files(config.model)
+    if not missing:
+        return config, None
+    model = {"weights": "random", "scale": assumed_scale(config.model), "loras": ()}
+    return changed(config, model=model), f"weights are not on this disk ({missing[0]}): random ones"
+
+
+def latent_shape(plan: RunPlan) -> tuple[int, int, int]:
+    """(T, h, w) of a window's latent."""
+    return plan.latent_frames, plan.size[0] // 8, plan.size[1] // 8
+
+
+def counts_of(plan: RunPlan) -> Counts:
+    """What the projection needs of a plan whose steps are known."""
+    assert plan.step_plan is not None
+    windows = len(plan.windows)
+    last = decoded_latents(plan.windows[-1], last=True) / plan.latent_frames
+    computed, skipped = plan.forwards // windows, plan.forwards_skipped // windows
+    return Counts(windows, computed, skipped, last, plan.duration_s)
+
+
+def window_costs(timings: dict[str, Timing]) -> WindowCosts:
+    """Medians of `PartTimer.window_timings`."""
+    return WindowCosts(**{name: timing.median for name, timing in timings.items()})
+
+
+def start_costs(timings: dict[str, Timing]) -> StartCosts:
+    """Medians of `PartTimer.start_timings`."""
+    return StartCosts(timings["portrait"].median, timings["audio_features"].median / AUDIO_SECONDS)
+
+
+def _moving_portrait(size: tuple[int, int], count: int) -> np.ndarray:
+    """(count, H, W, 3) uint8: the packaged portrait drifting sideways, about as hard to encode as a face."""
+    still = packaged_portrait(size)
+    return np.stack([np.roll(still, shift, axis=1) for shift in range(count)])

@@ -1,0 +1,119 @@
+"""Choosing settings for a deadline: parsing, ranking, what is counted, and one measured on nano."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from omniavatar.benchmarking.deadline import Choice, _count, choose, parse_duration, propose
+from omniavatar.benchmarking.tips import changed
+from omniavatar.cli import app
+from omniavatar.config_load import load_config
+from omniavatar.errors import ConfigError
+from omniavatar.plan import compute_all, make_plan
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SMALL = "weights=random,scale=nano,device=cpu,max_tokens=56,image_sizes_720=[[64,64]],num_steps=4"
+
+
+@given(st.integers(0, 30), st.integers(0, 59), st.integers(0, 59))
+def test_durations(hours: int, minutes: int, seconds: int) -> None:
+    total = hours * 3600 + minutes * 60 + seconds
+    for text in (f"{hours}h{minutes}m{seconds}s", f"{hours} h {minutes} min {seconds} s"):
+        if total:
+            assert parse_duration(text) == total
+        else:
+            with pytest.raises(ConfigError, match="no time at all"):
+                parse_duration(text)
+
+
+@pytest.mark.parametrize("text", ["", "soon", "20 minutes!", "-5min", "5x", "min"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no duration; write 20min"):
+        parse_duration(text)
+    assert parse_duration("1.5") == 90
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.1, 20), st.floats(1, 1000)), min_size=1, max_size=30),
+    st.floats(1, 2000),
+    st.floats(0, 1500),
+)
+def test_the_fewest_points_within_the_deadline(pairs, deadline, as_is) -> None:
+    choices = [Choice({}, 0.0, as_is, 1), *(Choice({"num_steps": 1}, p, s, 1) for p, s in pairs)]
+    found = choose(choices, 5, deadline, 0.0, [])
+    fitting = [each for each in choices if each.seconds <= deadline * 0.95]
+    assert found.as_configured == choices[0]
+    if not fitting:
+        assert found.chosen is None and found.others[0].seconds == min(each.seconds for each in choices)
+    else:
+        assert found.chosen in fitting
+        assert found.chosen.points == min(each.points for each in fitting)
+        assert all(each.seconds > deadline * 0.95 for each in found.others)
+
+
+def test_what_is_counted() -> None:
+    config = load_config(CONFIGS / "inference_1.3B_optimized.yaml", {"tea_cache_l1_thresh": 0}).config
+
+    def plan(changes, seconds):
+        if changes.sampling.cache_policy == "magcache":
+            raise ConfigError("no constants")
+        return make_plan(
+            changes, round(seconds * 16000), (400, 720), step_plan=compute_all(changes.sampling.steps)
+        )
+
+    choices = list(_count(config, plan, lambda each: float(each.forwards), 5, "none", "none"))
+    assert choices[0].settings == {} and choices[0].points == 0
+    assert all("magcache" not in each.override for each in choices)
+    steps = {each.settings.get("num_steps", 15) for each in choices}
+    assert steps == {15, 12, 10, 8}
+    half = next(each for each in choices if each.override == "num_steps=8,guidance_interval=[0,0.5]")
+    windows = choices[0].forwards // 30
+    assert half.forwards == windows * (4 * 2 + 4)
+    again = load_config(CONFIGS / "inference_1.3B_optimized.yaml", ["tea_cache_l1_thresh=0", half.override])
+    assert again.config.sampling.num_steps == 8 and again.config.sampling.guidance_interval == (0.0, 0.5)
+    float8 = list(_count(config, plan, lambda each: 1.0, 5, "fp8", "none"))
+    assert float8[0].settings == {"quantize": "fp8"} and float8[0].points == 1
+    distilled = changed(
+        config, sampling={"timesteps": (1000.0, 500.0), "guidance_scale": 1.0, "audio_scale": None}
+    )
+    assert [each.settings for each in _count(distilled, plan, lambda each: 1.0, 5, "none", "none")] == [{}]
+
+
+def test_prediction_agrees_with_the_run(tmp_path: Path) -> None:
+    """Loosely: other work shares these cores. Loading is left out of both."""
+    import time
+
+    from tests.engine import portrait, voice
+
+    from omniavatar import AvatarPipeline, AvatarRequest
+
+    config = load_config(CONFIGS / "nano.yaml", [SMALL]).config
+    found = propose(config, minutes=0.1, deadline=1e6, repeats=2)
+    assert found.chosen == found.as_configured and not found.chosen.settings
+    pipeline = AvatarPipeline.from_config(config)
+    request = AvatarRequest("a person", portrait(), voice(6.0))
+    pipeline.generate(request, tmp_path / "warm.mp4")
+    begun = time.perf_counter()
+    pipeline.generate(request, tmp_path / "video.mp4", resume=False)
+    taken = time.perf_counter() - begun
+    assert 0.3 < (found.chosen.seconds - found.loading) / taken < 3
+
+
+def test_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = CliRunner()
+    base = ["plan", "-c", str(CONFIGS / "nano.yaml"), "--hp", SMALL, "--minutes", "0.1"]
+    met = run.invoke(app, [*base, "--deadline", "5h", "--json"])
+    assert met.exit_code == 0, met.output
+    assert json.loads(met.stdout)["chosen"]["settings"] == {}
+    missed = run.invoke(app, [*base, "--deadline", "0.01s"])
+    assert missed.exit_code == 7
+    assert "cannot be had in 0.0 s here; the fastest settings take" in " ".join(missed.output.split())
+    assert run.invoke(app, [*base[:-2], "--deadline", "5h"]).exit_code == 2
+    wrong = run.invoke(app, [*base, "--deadline", "soon"])
+    assert wrong.exit_code == 2 and "is no duration" in wrong.output
