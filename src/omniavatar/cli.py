@@ -1,5 +1,5 @@
-"""The command line: `omniavatar generate | plan | config show | download | make-checkpoint | demo | profile |
-benchmark | doctor | calibrate`.
+"""The command line: `omniavatar generate | batch | plan | config show | download | make-checkpoint | demo |
+profile | benchmark | doctor | calibrate`.
 
 This file only lists the commands; each lives in a `cli_*` file that imports what it runs inside the
 command, so that `--help` answers without loading torch. Exit codes: docs/exit_codes.md.
@@ -13,7 +13,15 @@ from typing import Annotated
 
 import typer
 
-from omniavatar import cli_calibrate, cli_checkpoint, cli_config, cli_generate, cli_plan, cli_profile
+from omniavatar import (
+    cli_batch,
+    cli_calibrate,
+    cli_checkpoint,
+    cli_config,
+    cli_generate,
+    cli_plan,
+    cli_profile,
+)
 
 app = typer.Typer(
     name="omniavatar",
@@ -45,6 +53,7 @@ def _options(
 
 
 app.command()(cli_generate.generate)
+app.command()(cli_batch.batch)
 app.command()(cli_plan.plan)
 config_app.command("show")(cli_config.show)
 app.add_typer(config_app, name="config")

@@ -42,7 +42,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from omniavatar.config import OutputConfig, PipelineConfig, SamplingConfig
+    from omniavatar.config import ModelConfig, OutputConfig, PipelineConfig, SamplingConfig
     from omniavatar.generation import WindowResult
     from omniavatar.placement import Placement
     from omniavatar.plan import RunPlan
@@ -93,12 +93,14 @@ def request_fingerprint(
     values["request.image"] = hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()
     values["request.audio"] = _audio_digest(request.audio)
     values["omniavatar"] = __version__
-    model = config.model
+    return fingerprint({**values, **weight_identities(config.model)})
+
+
+def weight_identities(model: ModelConfig) -> dict[str, str]:
+    """Size and time of every weight file there is, as `file.<name>`."""
     named = (model.vae_path, model.decoder_path, model.text_encoder_path, model.wav2vec_path, model.exp_path)
-    for path in (*model.dit_path, *named, *(lora.path for lora in model.loras)):
-        if path is not None and path.exists():
-            values[f"file.{path.name}"] = _file_identity(path)
-    return fingerprint(values)
+    paths = (*model.dit_path, *named, *(lora.path for lora in model.loras))
+    return {f"file.{path.name}": _file_identity(path) for path in paths if path is not None and path.exists()}
 
 
 def _file_identity(path: Path) -> str:

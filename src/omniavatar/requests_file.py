@@ -51,9 +51,8 @@ class RequestLine:
 
     def target(self, config: PipelineConfig) -> Path:
         """Where the video goes."""
-        if self.output is not None:
-            return config.output.output_dir / self.output
-        return output_path(config.output, config.sampling, self.index, self.prompt)
+        usual = output_path(config.output, config.sampling, self.index, self.prompt)
+        return usual if self.output is None else usual.with_name(self.output)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,48 @@
+"""What a batch has come to so far: the state of every item, and what each worker slot has done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omniavatar.errors import OmniAvatarError
+from omniavatar.parallel.batch.items import Task, WorkerInfo
+from omniavatar.parallel.batch.run_folder import ItemState
+
+
+@dataclass
+class Slot:
+    """A place for a worker, and what the workers there have done so far. Times are in seconds."""
+
+    number: int
+    info: WorkerInfo | None = None
+    known: WorkerInfo | None = None
+    task: Task | None = None
+    starts: int = 0
+    false_starts: int = 0
+    closed: str = ""
+    ready_since: float = 0.0
+    present: float = 0.0
+    busy: float = 0.0
+    done: int = 0
+    failed: int = 0
+    lost: int = 0
+    video_seconds: float = 0.0
+    last_ended: float | None = None
+    gaps: int = 0
+    gap_seconds: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"worker {self.number}" if self.info is None else f"{self.info.host}:{self.info.pid}"
+
+
+@dataclass
+class Ledger:
+    """What a batch has come to."""
+
+    states: dict[str, ItemState]
+    skipped: set[str] = field(default_factory=set)
+    slots: list[Slot] = field(default_factory=list)
+    wall: float = 0.0
+    error: OmniAvatarError | None = None
+    interrupted: bool = False

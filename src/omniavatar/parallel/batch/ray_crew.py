@@ -1,0 +1,225 @@
+"""Workers as Ray actors; the only file that imports Ray.
+
+On one machine Ray is started here and stopped at the end: no dashboard, no usage report, a token of its own,
+a temporary folder of its own with a short name (Unix sockets allow about 100 letters). With an address a
+running cluster is joined; where its workers run, what happens when a node dies, and how many nodes there are
+is Ray's business. A worker that dies is not restarted by Ray but reported, since the scheduler knows which
+item it had.
+Source: Ray's actor, fault tolerance and fractional GPU documentation.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from omniavatar.errors import ConfigError, ResourceError
+from omniavatar.parallel.batch.crew import Answered, Lost, News, Started
+from omniavatar.parallel.batch.destination import Destination
+from omniavatar.parallel.batch.items import EngineFactory, Outcome, Place, Progress, Task, WorkerInfo
+from omniavatar.parallel.batch.worker import Worker
+
+_OBJECT_STORE_BYTES = 100 * 2**20
+_SHORT = 40
+
+
+@dataclass(frozen=True)
+class Seats:
+    """What workers run on.
+
+    gpus: GPUs of this machine by number as `CUDA_VISIBLE_DEVICES` has them, () for the CPU or with `address`.
+    gpus_per_worker: 0 for the CPU, below 1 to share a GPU. cpus_per_worker: threads of a worker.
+    address: of a running cluster (`ray://host:10001`, `host:6379`, `auto`); None starts Ray here.
+    """
+
+    gpus: tuple[str, ...]
+    gpus_per_worker: float
+    cpus_per_worker: int
+    address: str | None = None
+
+    @property
+    def place(self) -> Place:
+        if self.gpus_per_worker == 0:
+            return Place(("cpu",))
+        return Place(tuple(f"cuda:{index}" for index in range(max(1, round(self.gpus_per_worker)))))
+
+
+class RayCrew:
+    """A `Crew` of Ray actors; `close` it at the end.
+
+    workers: how many it is for; None: as many as the cluster has room for. Raises ResourceError when Ray is
+    missing or cannot be reached, ConfigError when the cluster has no room.
+    """
+
+    def __init__(
+        self, seats: Seats, workers: int | None, factory: EngineFactory, destination: Destination
+    ) -> None:
+        try:
+            for name, value in _environment(seats.address).items():
+                os.environ.setdefault(name, value)
+            import ray
+        except ImportError:
+            raise ResourceError(
+                "omniavatar batch: the package ray is missing; pip install 'omniavatar[batch]'"
+            ) from None
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        self._ray, self._seats = ray, seats
+        self._arguments = (factory, seats.place, destination, os.getcwd())
+        self._folder: str | None = None
+        if seats.address is None:
+            self._start_here(workers or 1)
+        else:
+            self._join(seats.address)
+        self._workers = workers or self._fitting()
+        self._actor = ray.remote(Worker)
+        self._actors: dict[int, Any] = {}
+        self._refs: dict[Any, tuple[int, str]] = {}
+        self._asked: dict[int, Any] = {}
+        self._progress: dict[int, Progress] = {}
+
+    def _start_here(self, workers: int) -> None:
+        seats = self._seats
+        folder = tempfile.gettempdir()
+        self._folder = tempfile.mkdtemp(prefix="oa-", dir=folder if len(folder) < _SHORT else "/tmp")
+        before = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(seats.gpus)
+        try:
+            self._ray.init(
+                num_cpus=workers * seats.cpus_per_worker,
+                num_gpus=len(seats.gpus),
+                object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=self._folder,
+            )
+        except Exception as error:
+            self.close()
+            raise ResourceError(
+                f"Ray does not start on this machine ({_one_line(error)}); see `ray stop`"
+            ) from error
+        finally:
+            if before is None:
+                del os.environ["CUDA_VISIBLE_DEVICES"]
+            else:
+                os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+    def _join(self, address: str) -> None:
+        try:
+            self._ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except ImportError as error:
+            raise ResourceError(
+                f"--ray-address {address}: {_one_line(error)}; pip install 'omniavatar[batch]'"
+            ) from None
+        except Exception as error:
+            raise ResourceError(
+                f"--ray-address {address}: cannot join ({_one_line(error)}); check that a cluster runs "
+                "there, with the same versions of Ray and Python"
+            ) from error
+
+    def _fitting(self) -> int:
+        """Workers for which the cluster has room now."""
+        there = self._ray.cluster_resources()
+        seats = self._seats
+        on_gpu = seats.gpus_per_worker > 0
+        kind, share = ("GPU", seats.gpus_per_worker) if on_gpu else ("CPU", seats.cpus_per_worker)
+        free = there.get(kind, 0)
+        workers = int(free / share + 1e-6)
+        if not workers:
+            raise ConfigError(
+                f"--ray-address {seats.address}: has {free:g} {kind}s now, {share:g} are needed; "
+                "give --workers for a cluster that grows on demand"
+            )
+        return workers
+
+    @property
+    def workers(self) -> int:
+        return self._workers
+
+    def hire(self, slot: int) -> None:
+        seats = self._seats
+        actor = self._actor.options(
+            num_cpus=seats.cpus_per_worker, num_gpus=seats.gpus_per_worker, max_restarts=0, max_concurrency=2
+        ).remote(*self._arguments)
+        self._actors[slot] = actor
+        self._refs[actor.start.remote()] = (slot, "start")
+
+    def give(self, slot: int, task: Task) -> None:
+        self._progress.pop(slot, None)
+        self._refs[self._actors[slot].run.remote(task)] = (slot, "run")
+
+    def dismiss(self, slot: int) -> None:
+        actor = self._actors.pop(slot, None)
+        self._refs = {ref: what for ref, what in self._refs.items() if what[0] != slot}
+        self._asked.pop(slot, None)
+        self._progress.pop(slot, None)
+        if actor is not None:
+            with suppress(Exception):  # it may be gone already, or the connection to the cluster
+                self._ray.kill(actor, no_restart=True)
+
+    def wait(self, seconds: float) -> Sequence[News]:
+        if not self._refs:
+            time.sleep(seconds)
+            return []
+        refs = list(self._refs)
+        ready, _ = self._ray.wait(refs, num_returns=1, timeout=seconds)
+        if ready and len(refs) > 1:
+            ready, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0)
+        return [self._news(ref) for ref in ready]
+
+    def _news(self, ref: Any) -> News:
+        slot, what = self._refs.pop(ref)
+        try:
+            answer: WorkerInfo | Outcome = self._ray.get(ref)
+        except self._ray.exceptions.RayError as error:
+            return Lost(slot, _one_line(error))
+        if what == "start":
+            return Started(slot, answer)
+        assert isinstance(answer, Outcome)
+        return Answered(slot, answer)
+
+    def progress(self) -> Mapping[int, Progress]:
+        for slot, ref in list(self._asked.items()):
+            if self._ray.wait([ref], timeout=0)[0]:
+                del self._asked[slot]
+                with suppress(self._ray.exceptions.RayError):  # its death is reported by `wait`
+                    self._progress[slot] = self._ray.get(ref)
+        for slot, what in self._refs.values():
+            if what == "run" and slot not in self._asked:
+                self._asked[slot] = self._actors[slot].progress.remote()
+        return dict(self._progress)
+
+    def close(self) -> None:
+        """End every worker, and Ray where it was started here."""
+        for slot in list(getattr(self, "_actors", {})):
+            self.dismiss(slot)
+        self._ray.shutdown()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _environment(address: str | None) -> dict[str, str]:
+    """Settings Ray reads from the environment when it is imported or starts its processes."""
+    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    if address is not None:
+        return quiet
+    return {
+        **quiet,
+        "RAY_enable_metrics_collection": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    detail = next((line for line in lines if "exit" in line.lower() and "detail" in line.lower()), None)
+    return (detail or (lines[0] if lines else type(error).__name__))[:300]

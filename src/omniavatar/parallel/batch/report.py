@@ -1,0 +1,62 @@
+"""What a batch came to, as plain values: the content of `summary.json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omniavatar.parallel.batch.ledger import Ledger, Slot
+
+
+def summary(ledger: Ledger) -> dict[str, Any]:
+    """Counts, real-time factor, use of every worker, scheduling overhead, failures.
+
+    real_time_factor: wall seconds of the batch for a second of video made. use: share of a worker's time
+    (from being ready to its end) in which it was at an item. gap_seconds: mean pause of a worker between two
+    items that lay ready, overhead: those pauses as a share of pauses and work.
+    """
+    states = ledger.states
+    counts = {name: 0 for name in ("queued", "running", "done", "failed")}
+    for state in states.values():
+        counts[state.state] += 1
+    video = sum(slot.video_seconds for slot in ledger.slots)
+    busy = sum(slot.busy for slot in ledger.slots)
+    gaps = sum(slot.gaps for slot in ledger.slots)
+    paused = sum(slot.gap_seconds for slot in ledger.slots)
+    return {
+        "items": len(states),
+        "done": counts["done"] - len(ledger.skipped),
+        "skipped": len(ledger.skipped),
+        "failed": counts["failed"],
+        "left": counts["queued"] + counts["running"],
+        "wall_seconds": ledger.wall,
+        "video_seconds": video,
+        "real_time_factor": ledger.wall / video if video else None,
+        "gap_seconds": paused / gaps if gaps else None,
+        "overhead": paused / (paused + busy) if gaps else None,
+        "stopped_by": "interrupted" if ledger.interrupted else str(ledger.error) if ledger.error else None,
+        "workers": [_worker(slot) for slot in ledger.slots],
+        "failures": [
+            {"item": state.key, "line": state.line, "class": state.error_class, "error": state.error}
+            for state in states.values()
+            if state.state == "failed"
+        ],
+    }
+
+
+def _worker(slot: Slot) -> dict[str, Any]:
+    known = slot.known
+    return {
+        "worker": slot.number,
+        "host": known.host if known else None,
+        "device": known.device if known else None,
+        "gpus": known.gpus if known else None,
+        "done": slot.done,
+        "failed": slot.failed,
+        "starts": slot.starts,
+        "lost": slot.lost,
+        "busy_seconds": slot.busy,
+        "present_seconds": slot.present,
+        "use": slot.busy / slot.present if slot.present else None,
+        "video_seconds": slot.video_seconds,
+        "closed": slot.closed or None,
+    }

@@ -1,0 +1,51 @@
+"""One batch from its items to its summary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omniavatar.parallel.batch.crew import Crew
+from omniavatar.parallel.batch.destination import Destination
+from omniavatar.parallel.batch.items import Item
+from omniavatar.parallel.batch.ledger import Ledger
+from omniavatar.parallel.batch.report import summary
+from omniavatar.parallel.batch.run_folder import RunFolder
+from omniavatar.parallel.batch.scheduler import Event, Rules, Scheduler
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """ledger: what happened. summary: the content of `path`."""
+
+    ledger: Ledger
+    summary: dict[str, Any]
+    path: Path
+
+
+def run_batch(
+    items: Sequence[Item],
+    open_crew: Callable[[], Crew],
+    destination: Destination,
+    folder: Path,
+    rules: Rules,
+    event: Event,
+) -> BatchResult:
+    """Make the items that aren't done yet and write `summary.json` into the run folder.
+
+    open_crew: makes the workers; called only if there is something to do. event: called as
+    `event(name, **fields)` for every step. An error that ended the batch early is in `BatchResult.ledger`.
+    Raises OutputError when another driver runs the same folder, or where nothing can be written.
+    """
+    run = RunFolder(folder)
+    with run.own():
+        destination.prepare()
+        try:
+            ledger = Scheduler(open_crew, run, rules, event).run(items, run.states(), destination.sizes())
+        finally:
+            destination.close()
+        figures = summary(ledger)
+        event("batch_finished", **figures)
+        return BatchResult(ledger, figures, run.write_summary(figures))

@@ -1,0 +1,349 @@
+"""One queue, some workers: who does what next, and what to do when something breaks.
+
+Workers pull: an item is handed out only to a worker that is free, so a long one holds up nobody. An item cut
+by the death of its worker goes to the front of the queue, since its finished windows lie on disk. Nothing
+here knows Ray, torch or processes; time comes in as a function.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from omniavatar.errors import OmniAvatarError, OutputError, ResourceError
+from omniavatar.parallel.batch.crew import Answered, Crew, Lost, News, Started
+from omniavatar.parallel.batch.items import Item, Outcome, Task, Verdict, WorkerInfo, as_error
+from omniavatar.parallel.batch.ledger import Ledger, Slot
+from omniavatar.parallel.batch.run_folder import ItemState, RunFolder, first_state
+
+Event = Callable[..., None]
+FALSE_STARTS = 3
+"""Workers of one slot that may die in a row before they are ready."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a batch is run.
+
+    retries: further attempts at an item after its first. fresh: start finished and half-done items over.
+    retry_wait_s: pause before the second attempt after an error, doubled for each further one.
+    busy_wait_s: pause before looking again at an item another process works on. poll_s: how often progress is
+    read. start_limit_s: how long to wait for a first worker.
+    """
+
+    retries: int = 2
+    fresh: bool = False
+    retry_wait_s: float = 2.0
+    busy_wait_s: float = 5.0
+    poll_s: float = 1.0
+    start_limit_s: float = 900.0
+
+
+class Scheduler:
+    """Runs the items of one batch to their end."""
+
+    def __init__(
+        self,
+        open_crew: Callable[[], Crew],
+        folder: RunFolder,
+        rules: Rules,
+        event: Event,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._open_crew, self._folder, self._rules = open_crew, folder, rules
+        self._event, self._clock = event, clock
+        self._crew: Crew
+        self._queue: deque[Item] = deque()
+        self._later: list[tuple[float, int, Item]] = []
+        self._put_off = 0
+        self._attempts: dict[str, int] = {}
+        self._waiting: set[str] = set()
+        self._storage_errors: set[str] = set()
+        self._unsaved = False
+
+    def run(self, items: Sequence[Item], before: Mapping[str, ItemState], sizes: Mapping[str, int]) -> Ledger:
+        """Make every item that isn't done yet; Ctrl-C and errors that would hit every item end it early.
+
+        before: states an earlier run left. sizes: bytes of the videos that lie at the destination, by name.
+        """
+        ledger = Ledger({item.key: self._first(item, before.get(item.key), sizes) for item in items})
+        for item in items:
+            state = ledger.states[item.key].state
+            if state == "done":
+                ledger.skipped.add(item.key)
+            elif state == "queued":
+                self._queue.append(item)
+        began = self._clock()
+        self._event(
+            "batch_started",
+            items=len(items),
+            queued=len(self._queue),
+            skipped=len(ledger.skipped),
+            failed=len(items) - len(self._queue) - len(ledger.skipped),
+        )
+        if self._queue:
+            self._work(ledger)
+        ledger.wall = self._clock() - began
+        return ledger
+
+    def _work(self, ledger: Ledger) -> None:
+        try:
+            self._crew = self._open_crew()
+        except OmniAvatarError as error:
+            ledger.error = error
+            return
+        ledger.slots = [Slot(number) for number in range(min(self._crew.workers, len(self._queue)))]
+        try:
+            for slot in ledger.slots:
+                self._hire(slot)
+            self._loop(ledger)
+        except OmniAvatarError as error:
+            ledger.error = error
+        except KeyboardInterrupt:
+            ledger.interrupted = True
+        finally:
+            for slot in ledger.slots:
+                if slot.task is not None:
+                    self._save(ledger, slot.task.item, state="queued")
+                self._end(slot)
+            self._crew.close()
+
+    def _first(self, item: Item, old: ItemState | None, sizes: Mapping[str, int]) -> ItemState:
+        """Where an item stands at the beginning; written unless it stays what it was."""
+        same = old is not None and old.identity == item.identity
+        state = first_state(item)
+        if old is not None and same and not self._rules.fresh:
+            if old.state != "done":
+                state = replace(state, window=old.window, windows=old.windows)
+            elif sizes.get(item.name) == old.bytes:
+                return old
+        if item.problem is not None:
+            state = replace(state, state="failed", error=item.problem, error_class="InputError")
+            self._event("item_failed", item=item.key, line=item.line, error=item.problem, attempts=0)
+        self._write(state)
+        return state
+
+    def _loop(self, ledger: Ledger) -> None:
+        started = self._clock()
+        next_poll = started
+        while self._queue or self._later or any(slot.task is not None for slot in ledger.slots):
+            now = self._clock()
+            while self._later and self._later[0][0] <= now:
+                self._queue.append(heapq.heappop(self._later)[2])
+            for slot in ledger.slots:
+                if self._queue and slot.info is not None and slot.task is None:
+                    self._give(ledger, slot, self._queue.popleft())
+            if all(slot.info is None for slot in ledger.slots):
+                self._check_start(ledger, now - started)
+            else:
+                started = now
+            until = min([next_poll, *([self._later[0][0]] if self._later else [])])
+            for news in self._crew.wait(max(0.0, until - now)):
+                self._hear(ledger, news)
+            if self._clock() >= next_poll:
+                self._look(ledger)
+                next_poll = self._clock() + self._rules.poll_s
+
+    def _check_start(self, ledger: Ledger, waited: float) -> None:
+        closed = [slot.closed for slot in ledger.slots if slot.closed]
+        if len(closed) == len(ledger.slots):
+            raise ResourceError(f"no worker is left: {_last_line(closed[-1])}")
+        if waited > self._rules.start_limit_s:
+            raise ResourceError(
+                f"no worker could be started within {waited:.0f} s; fewer --gpus or --workers, "
+                "or see `ray status` for what the cluster lacks"
+            )
+
+    def _hire(self, slot: Slot) -> None:
+        slot.starts += 1
+        self._crew.hire(slot.number)
+
+    def _end(self, slot: Slot) -> None:
+        """Send the slot's worker away, if there is one."""
+        self._crew.dismiss(slot.number)
+        if slot.info is not None:
+            slot.present += self._clock() - slot.ready_since
+        slot.task, slot.info, slot.last_ended = None, None, None
+
+    def _give(self, ledger: Ledger, slot: Slot, item: Item) -> None:
+        attempts = self._attempts[item.key] = self._attempts.get(item.key, 0) + 1
+        slot.task = Task(item, self._rules.fresh and attempts == 1)
+        self._save(
+            ledger, item, state="running", attempts=attempts, worker=slot.name, error="", error_class=""
+        )
+        self._event("item_started", item=item.key, worker=slot.number, attempt=attempts)
+        self._crew.give(slot.number, slot.task)
+
+    def _hear(self, ledger: Ledger, news: News) -> None:
+        slot = ledger.slots[news.slot]
+        match news:
+            case Started(answer=WorkerInfo() as info):
+                slot.info = slot.known = info
+                slot.ready_since, slot.false_starts = self._clock(), 0
+                self._event(
+                    "worker_ready", worker=slot.number, host=info.host, device=info.device, gpus=info.gpus
+                )
+            case Started(answer=Outcome() as outcome):
+                self._end(slot)
+                self._close(slot, outcome.error)
+                if all(other.closed for other in ledger.slots) and outcome.verdict is not Verdict.broken:
+                    raise as_error(outcome)
+            case Answered(outcome=outcome):
+                self._answered(ledger, slot, outcome)
+            case Lost(reason=reason):
+                self._lost(ledger, slot, reason)
+
+    def _close(self, slot: Slot, reason: str) -> None:
+        slot.closed = reason
+        self._event("worker_closed", worker=slot.number, reason=_last_line(reason))
+
+    def _answered(self, ledger: Ledger, slot: Slot, outcome: Outcome) -> None:
+        assert slot.task is not None
+        item, slot.task = slot.task.item, None
+        slot.busy += outcome.ended - outcome.began
+        if slot.last_ended is not None:
+            slot.gaps += 1
+            slot.gap_seconds += outcome.began - slot.last_ended
+        slot.last_ended = outcome.ended if self._queue else None
+        match outcome.verdict:
+            case Verdict.done:
+                self._done(ledger, slot, item, outcome)
+            case Verdict.busy:
+                self._attempts[item.key] -= 1
+                self._save(ledger, item, state="queued", attempts=self._attempts[item.key])
+                if item.key not in self._waiting:
+                    self._waiting.add(item.key)
+                    self._event("item_waiting", item=item.key, reason=outcome.error)
+                self._put_back(item, self._rules.busy_wait_s)
+            case Verdict.fatal:
+                self._fail(ledger, slot, item, outcome.error, outcome.error_class)
+                raise as_error(outcome)
+            case Verdict.failed:
+                self._fail(ledger, slot, item, outcome.error, outcome.error_class)
+            case Verdict.retry | Verdict.broken:
+                if outcome.verdict is Verdict.broken:
+                    self._end(slot)
+                    self._hire(slot)
+                self._again(ledger, slot, item, outcome.error, outcome.error_class, at_once=False)
+                self._check_storage(ledger, item, outcome)
+
+    def _done(self, ledger: Ledger, slot: Slot, item: Item, outcome: Outcome) -> None:
+        self._storage_errors.clear()
+        made = outcome.made
+        frames, seconds, windows = (made.frames, made.video_seconds, made.windows) if made else (0, 0.0, 0)
+        slot.done += 1
+        slot.video_seconds += seconds
+        spent = outcome.ended - outcome.began
+        self._save(
+            ledger,
+            item,
+            state="done",
+            window=windows,
+            windows=windows,
+            frames=frames,
+            video_seconds=seconds,
+            seconds=spent,
+            bytes=outcome.size,
+        )
+        resumed = made.resumed_windows if made else 0
+        self._event(
+            "item_done",
+            item=item.key,
+            name=item.name,
+            worker=slot.number,
+            frames=frames,
+            resumed_windows=resumed,
+            seconds=spent,
+        )
+
+    def _lost(self, ledger: Ledger, slot: Slot, reason: str) -> None:
+        task, started = slot.task, slot.info is not None
+        slot.lost += 1
+        self._end(slot)
+        self._event("worker_lost", worker=slot.number, reason=reason)
+        slot.false_starts = 0 if started else slot.false_starts + 1
+        if slot.false_starts < FALSE_STARTS:
+            self._hire(slot)
+        else:
+            self._close(slot, reason)
+        if task is not None:
+            self._again(ledger, slot, task.item, f"its worker died: {reason}", "WorkerDied", at_once=True)
+
+    def _again(
+        self, ledger: Ledger, slot: Slot, item: Item, error: str, error_class: str, *, at_once: bool
+    ) -> None:
+        """Put an item back for another attempt, or fail it when it has had all of them."""
+        attempts = self._attempts[item.key]
+        if attempts > self._rules.retries:
+            self._fail(ledger, slot, item, error, error_class)
+            return
+        self._save(ledger, item, state="queued", error=error, error_class=error_class)
+        self._event("item_retried", item=item.key, attempt=attempts, error=_last_line(error))
+        if at_once:
+            self._queue.appendleft(item)
+        else:
+            self._put_back(item, self._rules.retry_wait_s * 2 ** (attempts - 1))
+
+    def _put_back(self, item: Item, seconds: float) -> None:
+        self._put_off += 1
+        heapq.heappush(self._later, (self._clock() + seconds, self._put_off, item))
+
+    def _fail(self, ledger: Ledger, slot: Slot, item: Item, error: str, error_class: str) -> None:
+        slot.failed += 1
+        self._save(ledger, item, state="failed", error=error, error_class=error_class)
+        self._event(
+            "item_failed",
+            item=item.key,
+            line=item.line,
+            error=_last_line(error),
+            attempts=self._attempts[item.key],
+        )
+
+    def _check_storage(self, ledger: Ledger, item: Item, outcome: Outcome) -> None:
+        """End the batch when nothing can be written any more, before every item is spent on it."""
+        if outcome.error_class != OutputError.__name__:
+            return
+        self._storage_errors.add(item.key)
+        if len(self._storage_errors) > 2 * len(ledger.slots) + 1:
+            raise OutputError(
+                f"the last {len(self._storage_errors)} items could not be written: {outcome.error}"
+            )
+
+    def _look(self, ledger: Ledger) -> None:
+        """Note the windows that were finished since the last look."""
+        for number, progress in self._crew.progress().items():
+            task = ledger.slots[number].task
+            if task is None or task.item.key != progress.key or not progress.windows:
+                continue
+            old = ledger.states[task.item.key]
+            if (old.window, old.windows) != (progress.window, progress.windows):
+                self._save(ledger, task.item, window=progress.window, windows=progress.windows)
+                self._event(
+                    "item_window",
+                    item=task.item.key,
+                    worker=number,
+                    window=progress.window,
+                    windows=progress.windows,
+                )
+
+    def _save(self, ledger: Ledger, item: Item, **changes: Any) -> None:
+        state = ledger.states[item.key] = replace(ledger.states[item.key], **changes)
+        self._write(state)
+
+    def _write(self, state: ItemState) -> None:
+        """A state is a memory, so a full disk costs the memory and not the batch."""
+        try:
+            self._folder.write(state)
+        except OutputError as error:
+            if not self._unsaved:
+                self._unsaved = True
+                self._event("message", text=f"states are not kept: {error}", level="warning")
+
+
+def _last_line(error: str) -> str:
+    """The telling line of an error: a traceback's last."""
+    return error.strip().splitlines()[-1] if error.strip() else "no reason given"
