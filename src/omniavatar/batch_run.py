@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from omniavatar import __version__
+from omniavatar.calibration_file import default_path
 from omniavatar.config import PipelineConfig, result_values
 from omniavatar.errors import ConfigError, InputError, ResourceError
 from omniavatar.output import output_path, weight_identities
@@ -78,6 +79,7 @@ def make_items(lines: Sequence[RequestLine | BadLine], config: PipelineConfig) -
         "omniavatar": __version__,
         **result_values(config),
         **weight_identities(config.model),
+        "step cache": _constants_file(config),
     }
     items: list[Item] = []
     lines_of: dict[str, int] = {}
@@ -110,6 +112,13 @@ def _item(line: RequestLine, config: PipelineConfig, common: Mapping[str, Any]) 
     text = json.dumps(values, sort_keys=True, default=str)
     identity = hashlib.sha256(text.encode()).hexdigest()
     return Item(Path(name).stem, name, line.line, line.prompt, identity, line.request())
+
+
+def _constants_file(config: PipelineConfig) -> str | None:
+    """The file of measured step-cache constants, where there is one."""
+    wanted = config.sampling.step_cache_file
+    path = wanted if isinstance(wanted, Path) else default_path(config.model) if wanted == "auto" else None
+    return _file(path) if path is not None and path.is_file() else None
 
 
 def _file(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 The displays are listeners of the scheduler's events: `batch_started{items, queued, skipped, failed}`,
 `worker_ready{worker, host, device, gpus}`, `worker_lost{worker, reason}`, `worker_closed{worker, reason}`,
-`item_started{item, worker, attempt}`, `item_window{item, worker, window, windows}`, `item_done{item, name,
+`item_started{item, worker, attempt}`, `item_window{item, worker, window, windows}`, `item_done{item, video,
 worker, frames, resumed_windows, seconds}`, `item_retried{item, attempt, error}`, `item_failed{item, line,
 error, attempts}`, `item_waiting{item, reason}`, `message{text, level}`, `batch_finished{...}`.
 """
@@ -84,7 +84,7 @@ class BatchView:
                 self._end_item(row)
                 row.done += 1
                 self._line(
-                    f"[green]{escape(fields['name'])}[/]: "
+                    f"[green]{escape(fields['video'])}[/]: "
                     f"{fields['frames']} frames in {fields['seconds']:.1f} s"
                 )
             case "item_failed":
@@ -119,7 +119,7 @@ class BatchView:
         for row in self._rows.values():
             window = f"{row.window} of {row.windows}" if row.windows else ""
             spent = _clock(now - row.since) if row.item else ""
-            table.add_row(row.where, row.item[:48], window, spent, str(row.done))
+            table.add_row(escape(row.where), escape(row.item[:48]), window, spent, str(row.done))
         progress = self._ended + partly
         elapsed = now - self._began if self._began is not None else 0.0
         left = _clock(elapsed / progress * (self._left - progress)) if progress else "?"

@@ -13,25 +13,23 @@ import json
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from omniavatar.errors import ConfigError, OutputError, ResourceError
-from omniavatar.media.atomic import atomic_write_json, check_writable, translate_os_error
+from omniavatar.media.atomic import atomic_write_json, check_writable
+from omniavatar.parallel.batch.lease import try_lease
 
 
 class Destination(Protocol):
     """Where videos go; the same value is used by the driver and, pickled, by the workers."""
 
-    def prepare(self) -> None:
-        """Driver, before the first worker starts: make sure that it can be written. Raises OutputError."""
-        ...
-
-    def close(self) -> None:
-        """Driver, at the end."""
+    def prepared(self) -> AbstractContextManager[None]:
+        """Driver, around the whole batch: make sure that it can be written. Raises OutputError."""
         ...
 
     def check(self) -> None:
@@ -66,13 +64,16 @@ class FolderDestination:
     def _probe(self) -> Path:
         return self.folder / f".batch-{self.token}"
 
-    def prepare(self) -> None:
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
         check_writable(self.folder)
-        with translate_os_error(self._probe):
-            self._probe.touch()
-
-    def close(self) -> None:
-        self._probe.unlink(missing_ok=True)
+        for left in (*self.folder.glob(".batch-*"), *self.folder.glob(".*.mp4.lock")):
+            if (stale := try_lease(left)) is not None:  # of a process that was killed
+                stale.release()
+        lease = try_lease(self._probe)
+        assert lease is not None
+        with lease:
+            yield
 
     def check(self) -> None:
         if not self._probe.exists():
@@ -103,13 +104,12 @@ class RemoteDestination:
     tries: int = 5
     wait_s: float = 1.0
 
-    def prepare(self) -> None:
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
         system, root = self._open()
         self._try("cannot make the folder", lambda: system.makedirs(root, exist_ok=True))
         check_writable(self.staging)
-
-    def close(self) -> None:
-        return None
+        yield
 
     def check(self) -> None:
         check_writable(self.staging)

@@ -44,8 +44,11 @@ class Lease:
 
 def try_lease(path: Path) -> Lease | None:
     """The lease on `path`, or None while another process has it. Raises OutputError."""
-    with translate_os_error(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with translate_os_error(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise OutputError(f"{path.parent}: is a file, not a folder; choose another folder") from None
     while True:
         with translate_os_error(path):
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

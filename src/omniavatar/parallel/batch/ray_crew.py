@@ -14,6 +14,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ from omniavatar.parallel.batch.worker import Worker
 
 _OBJECT_STORE_BYTES = 100 * 2**20
 _SHORT = 40
+_CONNECT_S = 10
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class RayCrew:
                 os.environ["CUDA_VISIBLE_DEVICES"] = before
 
     def _join(self, address: str) -> None:
+        _check_listening(address)
         try:
             self._ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except ImportError as error:
@@ -208,7 +211,11 @@ class RayCrew:
 
 def _environment(address: str | None) -> dict[str, str]:
     """Settings Ray reads from the environment when it is imported or starts its processes."""
-    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    quiet = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_DEDUP_LOGS_SKIP_REGEX": "^",  # no line of Ray's own on the driver's stdout
+    }
     if address is not None:
         return quiet
     return {
@@ -219,7 +226,21 @@ def _environment(address: str | None) -> dict[str, str]:
     }
 
 
+def _check_listening(address: str) -> None:
+    """Raise ResourceError if nothing answers there: Ray itself would wait for minutes, or for ever."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():  # `auto`, or a session of Ray Client without a port
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ResourceError(
+            f"--ray-address {address}: nothing answers there ({error}); start one with `ray start --head`"
+        ) from None
+
+
 def _one_line(error: Exception) -> str:
+    """What Ray's many lines come to: how the process ended, or the last line, which is the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     detail = next((line for line in lines if "exit" in line.lower() and "detail" in line.lower()), None)
-    return (detail or (lines[0] if lines else type(error).__name__))[:300]
+    return (detail or (lines[-1] if lines else type(error).__name__))[:300]

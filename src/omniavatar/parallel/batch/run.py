@@ -41,11 +41,8 @@ def run_batch(
     """
     run = RunFolder(folder)
     with run.own():
-        destination.prepare()
-        try:
+        with destination.prepared():
             ledger = Scheduler(open_crew, run, rules, event).run(items, run.states(), destination.sizes())
-        finally:
-            destination.close()
         figures = summary(ledger)
         event("batch_finished", **figures)
         return BatchResult(ledger, figures, run.write_summary(figures))

@@ -82,7 +82,7 @@ class RunFolder:
                 values: Any = json.loads(path.read_text(encoding="utf-8"))
                 if values.pop("format") == FORMAT and set(values) == names and values["key"] == path.stem:
                     found[path.stem] = ItemState(**values)
-            except (OSError, ValueError, AttributeError, KeyError):
+            except (OSError, ValueError, AttributeError, KeyError, TypeError):
                 continue
         return found
 

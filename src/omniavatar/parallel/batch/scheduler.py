@@ -172,11 +172,10 @@ class Scheduler:
     def _give(self, ledger: Ledger, slot: Slot, item: Item) -> None:
         attempts = self._attempts[item.key] = self._attempts.get(item.key, 0) + 1
         slot.task = Task(item, self._rules.fresh and attempts == 1)
-        self._save(
-            ledger, item, state="running", attempts=attempts, worker=slot.name, error="", error_class=""
-        )
-        self._event("item_started", item=item.key, worker=slot.number, attempt=attempts)
         self._crew.give(slot.number, slot.task)
+        changes = {"attempts": attempts, "worker": slot.name, "error": "", "error_class": ""}
+        self._save(ledger, item, state="running", **changes)
+        self._event("item_started", item=item.key, worker=slot.number, attempt=attempts)
 
     def _hear(self, ledger: Ledger, news: News) -> None:
         slot = ledger.slots[news.slot]
@@ -236,7 +235,8 @@ class Scheduler:
         made = outcome.made
         frames, seconds, windows = (made.frames, made.video_seconds, made.windows) if made else (0, 0.0, 0)
         slot.done += 1
-        slot.video_seconds += seconds
+        if made is not None and made.resumed_windows < made.windows:
+            slot.video_seconds += seconds
         spent = outcome.ended - outcome.began
         self._save(
             ledger,
@@ -253,7 +253,7 @@ class Scheduler:
         self._event(
             "item_done",
             item=item.key,
-            name=item.name,
+            video=item.name,
             worker=slot.number,
             frames=frames,
             resumed_windows=resumed,

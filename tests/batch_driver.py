@@ -1,0 +1,51 @@
+"""A driver of a batch as a process of its own: tests kill it. `python batch_driver.py '{"folder": ...}'`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from batch_stub import StubEngines, make_items
+from omniavatar.parallel.batch.destination import make_destination
+from omniavatar.parallel.batch.ray_crew import RayCrew, Seats
+from omniavatar.parallel.batch.run import BatchResult, run_batch
+from omniavatar.parallel.batch.scheduler import Rules
+
+
+def drive(
+    folder: Path,
+    prompts: list[str],
+    *,
+    engines: Any = None,
+    workers: int | None = 2,
+    address: str | None = None,
+    output: str | None = None,
+    event: Any = None,
+    **rules: Any,
+) -> BatchResult:
+    """One run of a batch of stub items in `folder`: videos in out/, states in run/, notes in notes/."""
+    (folder / "notes").mkdir(parents=True, exist_ok=True)
+    destination = make_destination(output or str(folder / "out"), folder / "run" / "work")
+    engines = engines or StubEngines(folder / "notes")
+    rules = {"retry_wait_s": 0.05, "busy_wait_s": 0.2, "poll_s": 0.1, **rules}
+    return run_batch(
+        make_items(prompts),
+        lambda: RayCrew(Seats((), 0, 1, address), workers, engines, destination),
+        destination,
+        folder / "run",
+        Rules(**rules),
+        event or (lambda name, **fields: None),
+    )
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.argv[1])
+    path = Path(asked.pop("folder"))
+    settings = asked.pop("engine", {})
+
+    def show(name: str, **fields: Any) -> None:
+        print(json.dumps({"event": name, **fields}), flush=True)
+
+    drive(path, asked.pop("prompts"), engines=StubEngines(path / "notes", **settings), event=show, **asked)

@@ -1,0 +1,145 @@
+"""An engine for tests of the batch runner: known duration, known bytes, and trouble on demand.
+
+It keeps the promises of an engine: windows are appended to `<output>.job`, a cut one goes on after its last
+whole window, and the video gets its name by rename. What it does is noted in `<notes>/log`. The prompt says
+what goes wrong: `bad`, `oom`, `bug`, `weights`, `full` (while `<notes>/full` exists), `slow`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from omniavatar.errors import CheckpointError, InputError, OutputError, ResourceError
+from omniavatar.parallel.batch.items import Engine, Item, Made, Place
+from omniavatar.types import AvatarRequest
+
+BYTES = 64
+
+
+class FlakyFileSystem(LocalFileSystem):
+    """`flaky://`: the local disk, failing while the file `FLAKY_FAILURES` holds a number above 0."""
+
+    protocol = "flaky"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).removeprefix("flaky://"))
+
+    def put_file(self, lpath, rpath, **kwargs):
+        counter = Path(os.environ["FLAKY_FAILURES"])
+        left = int(counter.read_text())
+        if left:
+            counter.write_text(str(left - 1))
+            Path(rpath).write_bytes(Path(lpath).read_bytes()[:7])
+            raise TimeoutError("the network went away")
+        super().put_file(lpath, rpath, **kwargs)
+
+
+fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
+
+
+@dataclass(frozen=True)
+class StubEngines:
+    """Engines whose every window takes `seconds`."""
+
+    notes: Path
+    windows: int = 4
+    seconds: float = 0.01
+
+    def __call__(self, place: Place) -> Engine:
+        if (self.notes / "no_engine").exists():
+            raise CheckpointError("weights.pt: missing shard; fetch it again")
+        return StubEngine(self)
+
+
+class StubEngine:
+    def __init__(self, settings: StubEngines) -> None:
+        self.settings = settings
+        self.note("engine", "-")
+
+    def device(self) -> str:
+        return "stub"
+
+    def note(self, what: str, name: str) -> None:
+        line = f"{what} {name} {os.getpid()} {time.time()}\n"
+        with (self.settings.notes / "log").open("a") as file:
+            file.write(line)
+
+    def run(
+        self, request: AvatarRequest, output: Path, fresh: bool, on_window: Callable[[int, int], None]
+    ) -> Made:
+        notes, windows = self.settings.notes, self.settings.windows
+        with (notes / f"{output.name}.alone").open("w") as alone:
+            try:
+                fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                self.note("collision", output.name)
+                raise
+            self.note("begin", output.name)
+            trouble = request.prompt.split()[0]
+            if trouble == "bad":
+                raise InputError(f"image {request.image}: is broken; give another")
+            if trouble == "weights":
+                raise CheckpointError("weights.pt: missing shard; fetch it again")
+            sidecar = output.with_suffix(".json")
+            if not fresh and output.exists() and sidecar.exists():
+                return Made(windows, windows, windows, float(windows))
+            job = output.with_name(output.name + ".job")
+            done = 0 if fresh or not job.exists() else job.stat().st_size // BYTES
+            on_window(done, windows)
+            for window in range(done, windows):
+                time.sleep(self.settings.seconds)
+                if window == 1:
+                    self.fail(trouble, notes)
+                with job.open("r+b" if job.exists() else "wb") as file:
+                    file.seek(window * BYTES)
+                    file.write(window_bytes(request.prompt, window))
+                self.note("window", output.name)
+                on_window(window + 1, windows)
+            os.replace(job, output)
+            sidecar.write_text(json.dumps({"bytes": output.stat().st_size}))
+            self.note("end", output.name)
+            return Made(windows, windows, done, float(windows))
+
+    def fail(self, trouble: str, notes: Path) -> None:
+        if trouble == "oom":
+            raise ResourceError("max_tokens: 30000 needs more GPU memory than is free; lower max_tokens")
+        if trouble == "full" and (notes / "full").exists():
+            raise OutputError("cannot write x.mp4: the disk is full; free some space")
+        if trouble == "bug":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if trouble == "slow":
+            time.sleep(1.5)
+
+
+def window_bytes(prompt: str, window: int) -> bytes:
+    return hashlib.sha512(f"{prompt}{window}".encode()).digest()
+
+
+def video_bytes(prompt: str, windows: int = 4) -> bytes:
+    """The whole video of an uninterrupted run."""
+    return b"".join(window_bytes(prompt, window) for window in range(windows))
+
+
+def make_items(prompts: list[str]) -> list[Item]:
+    return [
+        Item(f"{i:05d}", f"{i:05d}.mp4", i + 1, prompt, prompt, AvatarRequest(prompt, "face.png"))
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def noted(notes: Path, what: str) -> list[str]:
+    """Names of the videos of which `what` is in the log, in order."""
+    path = notes / "log"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line.split()[1] for line in lines if line.split()[0] == what]

@@ -1,0 +1,308 @@
+"""The parts of the batch runner alone: leases, destinations, the worker, what the options mean."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from batch_stub import StubEngines, make_items, noted, video_bytes
+from omniavatar import cli_batch
+from omniavatar.cli_batch import Wish, choose_seats
+from omniavatar.errors import ConfigError, OutputError, ResourceError
+from omniavatar.parallel.batch.destination import FolderDestination, RemoteDestination, make_destination
+from omniavatar.parallel.batch.items import Outcome, Place, Task, Verdict, WorkerInfo
+from omniavatar.parallel.batch.lease import holder_of, try_lease
+from omniavatar.parallel.batch.ray_crew import Seats
+from omniavatar.parallel.batch.worker import Worker
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from omniavatar.parallel.batch.lease import try_lease
+lease = try_lease(Path(sys.argv[1]))
+print("held" if lease else "busy", flush=True)
+time.sleep(60)
+"""
+
+
+def hold(path: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+# leases
+
+
+def test_lease_is_for_one_and_comes_back_when_its_holder_is_killed(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.lock"
+    process = hold(path)
+    assert try_lease(path) is None
+    assert holder_of(path).startswith(f"process {process.pid} on ")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    lease = try_lease(path)
+    assert lease is not None
+    with lease:
+        assert try_lease(path) is None and f"process {os.getpid()}" in holder_of(path)
+    assert not path.exists() and try_lease(path) is not None
+
+
+def test_lease_on_a_name_that_was_taken_over_does_not_count(tmp_path: Path, monkeypatch) -> None:
+    """Between opening and locking, the holder gives back and another takes the name with a new file."""
+    import omniavatar.parallel.batch.lease as module
+
+    path = tmp_path / "a.lock"
+    real, steps = module.fcntl.flock, []
+
+    def flock(handle: int, how: int) -> None:
+        if not steps:
+            steps.append("the old file goes, another has the name")
+            path.unlink()
+            steps.append(path.open("w"))
+            real(steps[-1], module.fcntl.LOCK_EX)
+        real(handle, how)
+
+    monkeypatch.setattr(module.fcntl, "flock", flock)
+    assert try_lease(path) is None
+
+
+def test_lease_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError):
+        try_lease(tmp_path / "file" / "a.lock")
+
+
+# destinations
+
+
+def test_folder_clears_what_killed_processes_left_and_nothing_else(tmp_path: Path) -> None:
+    process = hold(tmp_path / ".00001.mp4.lock")
+    for name in (".00000.mp4.lock", ".batch-0123", ".own.lock", "a.mp4"):
+        (tmp_path / name).touch()
+    destination = FolderDestination(tmp_path)
+    with destination.prepared():
+        destination.check()
+        there = {path.name for path in tmp_path.iterdir()}
+        assert {".00001.mp4.lock", ".own.lock", "a.mp4"} < there and len(there) == 4
+        elsewhere = FolderDestination(tmp_path / "not_shared", destination.token)
+        with pytest.raises(OutputError, match="does not see this folder"):
+            elsewhere.check()
+    assert {path.name for path in tmp_path.iterdir()} == {".00001.mp4.lock", ".own.lock", "a.mp4"}
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def flaky(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    counter = tmp_path / "failures"
+    counter.write_text("0")
+    monkeypatch.setenv("FLAKY_FAILURES", str(counter))
+    return counter
+
+
+def remote(tmp_path: Path) -> RemoteDestination:
+    return RemoteDestination(f"flaky://{tmp_path}/far", tmp_path / "work", tries=3, wait_s=0.001)
+
+
+def staged(destination: RemoteDestination) -> None:
+    destination.local("a.mp4").write_bytes(b"video")
+    destination.local("a.json").write_text("{}")
+
+
+def test_delivery_over_a_failing_network(tmp_path: Path, flaky: Path) -> None:
+    destination = remote(tmp_path)
+    with destination.prepared():
+        staged(destination)
+        flaky.write_text("2")
+        assert destination.deliver("a.mp4", "one") == 5
+        assert {path.name for path in (tmp_path / "far").iterdir()} == {"a.mp4", "a.json"}
+        assert destination.sizes() == {"a.mp4": 5, "a.json": 2}
+        assert not destination.local("a.mp4").exists()
+        assert destination.delivered("a.mp4", "one") == 5
+        assert destination.delivered("a.mp4", "two") is None
+        (tmp_path / "far" / "a.mp4").write_bytes(b"cut")
+        assert destination.delivered("a.mp4", "one") is None
+
+
+def test_failed_delivery_keeps_the_video_and_delivers_nothing_half(tmp_path: Path, flaky: Path) -> None:
+    destination = remote(tmp_path)
+    with destination.prepared():
+        staged(destination)
+        flaky.write_text("3")
+        with pytest.raises(OutputError, match=r"a\.mp4 cannot be delivered .*the network went away.*3 tries"):
+            destination.deliver("a.mp4", "one")
+        assert destination.local("a.mp4").read_bytes() == b"video"
+        assert list((tmp_path / "far").iterdir()) == []
+        assert destination.deliver("a.mp4", "one") == 5
+
+
+def test_unknown_protocol_is_one_line(tmp_path: Path) -> None:
+    destination = make_destination("nothing9://bucket/folder", tmp_path)
+    with pytest.raises(ConfigError, match="--output nothing9://bucket/folder"), destination.prepared():
+        pass
+    assert isinstance(make_destination("out", tmp_path), FolderDestination)
+
+
+# the worker
+
+
+def worker(tmp_path: Path) -> Worker:
+    (tmp_path / "notes").mkdir(exist_ok=True)
+    made = Worker(
+        StubEngines(tmp_path / "notes"), Place(("cpu",)), FolderDestination(tmp_path), str(Path.cwd())
+    )
+    return made
+
+
+def test_worker_makes_an_item_and_leaves_one_that_another_is_at(tmp_path: Path) -> None:
+    first = worker(tmp_path)
+    with FolderDestination.prepared(first._destination):
+        info = first.start()
+    assert isinstance(info, WorkerInfo) and (info.device, info.gpus) == ("stub", "")
+    one, two, three = (Task(item, False) for item in make_items(["one", "two", "bad three"]))
+    outcome = first.run(one)
+    assert outcome.verdict is Verdict.done and outcome.size == len(video_bytes("one"))
+    assert (tmp_path / "00000.mp4").read_bytes() == video_bytes("one")
+    process = hold(tmp_path / ".00001.mp4.lock")
+    busy = first.run(two)
+    assert busy.verdict is Verdict.busy and f"process {process.pid}" in busy.error
+    process.kill()
+    process.communicate()
+    assert first.run(two).verdict is Verdict.done
+    failed = first.run(three)
+    assert (failed.verdict, failed.error_class) == (Verdict.failed, "InputError")
+    assert first.progress().key is None
+    assert not list(tmp_path.glob(".*")), "no lease stays"
+
+
+def test_worker_says_why_it_cannot_start(tmp_path: Path) -> None:
+    gone = Worker(StubEngines(tmp_path), Place(("cpu",)), FolderDestination(tmp_path), str(tmp_path / "gone"))
+    answer = gone.start()
+    assert isinstance(answer, Outcome) and answer.error_class == "ConfigError"
+    assert "does not have the folder the batch was started in" in answer.error
+    blind = Worker(StubEngines(tmp_path), Place(("cpu",)), FolderDestination(tmp_path), str(Path.cwd()))
+    answer = blind.start()
+    assert isinstance(answer, Outcome) and "does not see" in answer.error
+
+
+def test_video_delivered_just_before_a_kill_is_not_made_again(tmp_path: Path, flaky: Path) -> None:
+    destination = remote(tmp_path)
+    (tmp_path / "notes").mkdir()
+    with destination.prepared():
+        made = Worker(StubEngines(tmp_path / "notes"), Place(("cpu",)), destination, str(Path.cwd()))
+        made.start()
+        task = Task(make_items(["one"])[0], False)
+        assert made.run(task).verdict is Verdict.done
+        again = made.run(task)
+        assert again.verdict is Verdict.done and again.made is None
+        assert noted(tmp_path / "notes", "end") == ["00000.mp4"]
+        assert made.run(Task(task.item, True)).made is not None
+
+
+# what the options mean
+
+
+@pytest.fixture
+def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_batch, "_visible_gpus", lambda: ("4", "5", "6", "7"))
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+
+
+@pytest.mark.parametrize(
+    ("wish", "seats", "workers"),
+    [
+        (Wish(), Seats(("4", "5", "6", "7"), 1.0, 4), 4),
+        (Wish("all"), Seats(("4", "5", "6", "7"), 1.0, 4), 4),
+        (Wish("0,3", split_input=True), Seats(("4", "7"), 1.0, 8), 2),
+        (Wish("1,2"), Seats(("5",), 1.0, 16), 1),
+        (Wish("0", per_gpu_jobs=2), Seats(("4",), 0.5, 8), 2),
+        (Wish("cpu"), Seats((), 0, 1), 1),
+        (Wish("cpu", workers=3), Seats((), 0, 1), 3),
+        (Wish(ray_address="ray://h:1"), Seats((), 1.0, 1, "ray://h:1"), None),
+        (Wish("cpu", ray_address="auto", workers=5), Seats((), 0, 1, "auto"), 5),
+    ],
+)
+def test_seats(four_gpus: None, wish: Wish, seats: Seats, workers: int | None) -> None:
+    choice = choose_seats(wish)
+    assert (choice.seats, choice.workers) == (seats, workers)
+    assert bool(choice.notes) == (wish.gpus == "1,2"), "idle GPUs are told"
+
+
+@pytest.mark.parametrize(
+    ("wish", "error", "text"),
+    [
+        (Wish("0,9", split_input=True), ResourceError, "there is no GPU 9, there are 4"),
+        (Wish("0,0"), ConfigError, "different numbers"),
+        (Wish("none"), ConfigError, "all, cpu, or different numbers"),
+        (Wish("0", workers=2), ConfigError, "--workers"),
+        (Wish("cpu", per_gpu_jobs=2), ConfigError, "--per_gpu_jobs"),
+        (Wish("0,1", ray_address="auto"), ConfigError, "no numbers"),
+        (Wish(gpus_per_job=2), ConfigError, "--gpus-per-job"),
+    ],
+)
+def test_options_that_do_not_fit(four_gpus: None, wish: Wish, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        choose_seats(wish)
+
+
+def test_without_a_gpu_the_cpu_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_batch, "_visible_gpus", lambda: ())
+    with pytest.raises(ResourceError, match="use --gpus cpu --workers N"):
+        choose_seats(Wish("0"))
+
+
+def test_place_of_a_worker() -> None:
+    assert Seats((), 0, 1).place.devices == ("cpu",)
+    assert Seats(("0",), 0.5, 1).place.devices == ("cuda:0",)
+    assert Seats(("0", "1"), 2, 1).place.devices == ("cuda:0", "cuda:1")
+
+
+def test_view_shows_workers_windows_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    from rich.console import Console
+
+    from omniavatar.console_batch import BatchView
+
+    console = Console(file=io.StringIO(), width=120, highlight=False)
+    view = BatchView(console)
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    view("batch_started", {"items": 5, "queued": 4, "skipped": 1, "failed": 0})
+    view("worker_ready", {"worker": 0, "host": "node", "device": "H100", "gpus": "3"})
+    view("item_started", {"item": "a", "worker": 0, "attempt": 1})
+    now[0] += 60
+    view("item_done", {"item": "a", "video": "a.mp4", "worker": 0, "frames": 50, "seconds": 60.0})
+    view("item_started", {"item": "b [x]", "worker": 0, "attempt": 1})
+    view("item_window", {"item": "b [x]", "worker": 0, "window": 1, "windows": 2})
+    now[0] += 30
+    with console.capture() as captured:
+        console.print(view._render())
+    text = captured.get()
+    assert "1 of 4 items, 0 failed, 0:02:30 left" in text, text
+    assert "node GPU 3 H100" in text and "b [x]" in text and "1 of 2" in text and "0:00:30" in text
+    view("item_failed", {"item": "b", "line": 2, "error": "image: [red] broken", "attempts": 1})
+    assert "image: [red] broken" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_missing_ray_is_one_line(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['ray'] = None\nfrom omniavatar.cli import main\nmain(sys.argv[1:])\n"
+    (tmp_path / "face.png").touch()
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "a", "image": "face.png"}))
+    arguments = ["batch", "--config", "configs/nano.yaml", "--input_file", str(tmp_path / "in.jsonl")]
+    arguments += ["--gpus", "cpu", "--quiet", "--output", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 7
+    assert done.stderr == (
+        "error: omniavatar batch: the package ray is missing; pip install 'omniavatar[batch]'\n"
+    )
