@@ -66,7 +66,7 @@ def test_import_loads_neither_torch_nor_pydantic() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["generate", "plan", "config show", "download", "make-checkpoint", "demo", "calibrate"],
+    ["generate", "batch", "plan", "config show", "download", "make-checkpoint", "demo", "calibrate"],
 )
 def test_every_command_has_help(command: str) -> None:
     result = run(*command.split(), "--help")

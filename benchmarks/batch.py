@@ -1,0 +1,171 @@
+"""Throughput and overhead of `omniavatar batch`: one worker against several, and a stub engine's known time.
+
+python benchmarks/batch.py overhead [--items 10000] [--workers 32] [--seconds 1.0]
+python benchmarks/batch.py throughput --config configs/nano.yaml --hp weights=random,scale=nano --workers 1,2
+python benchmarks/batch.py throughput --config configs/inference_1.3B_optimized.yaml --gpus 0,1 --workers 1,2
+
+overhead: items that only sleep. Lost is the share of the workers' time between the first start of an item
+and the last end in which they were at none: 1 - items * seconds / (workers * span); what the end of the queue
+loses (the last round isn't full) is in it. throughput: the same requests with each number of workers; the
+time of a run goes from the moment its first item starts, so that loading is left out, to its last end; each
+worker has made one item before it counts. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from omniavatar.parallel.batch.destination import FolderDestination
+from omniavatar.parallel.batch.items import Engine, EngineFactory, Item, Made, Place
+from omniavatar.parallel.batch.ray_crew import RayCrew, Seats
+from omniavatar.parallel.batch.run import BatchResult, run_batch
+from omniavatar.parallel.batch.scheduler import Rules
+from omniavatar.types import AvatarRequest
+
+
+@dataclass(frozen=True)
+class Sleepers:
+    """Engines whose items take `seconds` of sleep and write one small file."""
+
+    seconds: float
+
+    def __call__(self, place: Place) -> Engine:
+        return _Sleeper(self.seconds)
+
+
+class _Sleeper:
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def run(
+        self, request: AvatarRequest, output: Path, fresh: bool, on_window: Callable[[int, int], None]
+    ) -> Made:
+        time.sleep(self._seconds)
+        output.touch()
+        return Made(1, 1, 0, self._seconds)
+
+    def device(self) -> str:
+        return "sleep"
+
+
+@dataclass
+class _Watch:
+    """Start and end of every item as the driver hears of them."""
+
+    started: list[float]
+    ended: list[float]
+
+    def __call__(self, name: str, **fields: Any) -> None:
+        if name == "item_started":
+            self.started.append(time.monotonic())
+        elif name == "item_done":
+            self.ended.append(time.monotonic())
+        elif name in ("item_failed", "item_retried", "worker_lost", "worker_closed"):
+            print(name, fields, flush=True)
+
+
+def measure(
+    items: list[Item], engines: EngineFactory, seats: Seats, workers: int
+) -> tuple[BatchResult, _Watch]:
+    with tempfile.TemporaryDirectory(prefix="oa-bench-") as folder:
+        watch = _Watch([], [])
+        destination = FolderDestination(Path(folder) / "out")
+        crew = lambda: RayCrew(seats, workers, engines, destination)  # noqa: E731
+        result = run_batch(items, crew, destination, Path(folder) / "run", Rules(), watch)
+        if result.ledger.error is not None:
+            raise result.ledger.error
+        return result, watch
+
+
+def overhead(count: int, workers: int, seconds: float) -> dict[str, Any]:
+    items = [
+        Item(f"{i:06d}", f"{i:06d}.mp4", i, f"p{i}", "", AvatarRequest("p", "face.png")) for i in range(count)
+    ]
+    result, watch = measure(items, Sleepers(seconds), Seats((), 0, 1), workers)
+    span = watch.ended[-1] - watch.started[workers - 1]
+    lost = 1 - (count * seconds) / (workers * span)
+    figures = {
+        "items": count,
+        "workers": workers,
+        "item_seconds": seconds,
+        "span_seconds": span,
+        "lost": lost,
+        "gap_seconds": result.summary["gap_seconds"],
+        "wall_seconds": result.summary["wall_seconds"],
+    }
+    print(
+        f"{count} items of {seconds:g} s, {workers} workers: {span:.1f} s, {100 * lost:.2f} % lost, "
+        f"pause between two items {1000 * figures['gap_seconds']:.2f} ms"
+    )
+    return figures
+
+
+def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
+    from omniavatar.batch_run import AvatarEngines, make_items
+    from omniavatar.config_load import load_config
+    from omniavatar.requests_file import RequestLine
+
+    config = load_config(arguments.config, arguments.hp).config
+    gpus = tuple(arguments.gpus.split(",")) if arguments.gpus else ()
+    runs: dict[int, list[float]] = {count: [] for count in arguments.workers}
+    with as_file(files("omniavatar.assets")) as assets:
+        voice = assets / "speech.flac" if config.model.use_audio else None
+        lines = [
+            RequestLine(i, i, f"A woman speaks, take {i}", assets / "portrait.png", voice)
+            for i in range(arguments.items)
+        ]
+        for _ in range(arguments.repeats):
+            for count in arguments.workers:
+                seats = Seats(gpus[:count], 1.0 if gpus else 0, arguments.threads)
+                _, watch = measure(make_items(lines, config), AvatarEngines(config), seats, count)
+                begun, ended = watch.ended[count - 1], watch.ended[-1]
+                runs[count].append((arguments.items - count) / (ended - begun))
+                print(f"{count} workers: {runs[count][-1]:.4f} items/s after each one's first", flush=True)
+    one = statistics.median(runs[min(runs)]) / min(runs)
+    rows = [
+        {
+            "workers": count,
+            "items_per_second": statistics.median(rates),
+            "spread": [min(rates), max(rates)],
+            "of_linear": statistics.median(rates) / (one * count),
+        }
+        for count, rates in runs.items()
+    ]
+    return {"config": str(arguments.config), "hp": arguments.hp, "items": arguments.items, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    what = parser.add_subparsers(dest="what", required=True)
+    sleepy = what.add_parser("overhead")
+    sleepy.add_argument("--items", type=int, default=10_000)
+    sleepy.add_argument("--workers", type=int, default=32)
+    sleepy.add_argument("--seconds", type=float, default=1.0)
+    real = what.add_parser("throughput")
+    real.add_argument("--config", type=Path, required=True)
+    real.add_argument("--hp", action="append", default=[])
+    real.add_argument("--gpus", default="")
+    real.add_argument("--threads", type=int, default=1, help="CPU threads of a worker")
+    real.add_argument("--items", type=int, default=16)
+    real.add_argument("--repeats", type=int, default=3)
+    real.add_argument("--workers", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])
+    arguments = parser.parse_args()
+    if arguments.what == "overhead":
+        figures = overhead(arguments.items, arguments.workers, arguments.seconds)
+    else:
+        figures = throughput(arguments)
+    print(json.dumps({"benchmark": f"batch {arguments.what}", "machine": platform.node(), **figures}))
+
+
+if __name__ == "__main__":
+    main()
