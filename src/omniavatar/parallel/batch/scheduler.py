@@ -210,8 +210,6 @@ class Scheduler:
         slot.last_ended = outcome.ended if self._queue else None
         match outcome.verdict:
             case Verdict.done:
-                if self._queue:  # the worker first, the books after
-                    self._give(ledger, slot, self._queue.popleft())
                 self._done(ledger, slot, item, outcome)
             case Verdict.busy:
                 self._attempts[item.key] -= 1
