@@ -132,12 +132,15 @@ class Head:
         return torch.nn.functional.normalize(total, dim=-1, eps=1e-12)
 
     def mouth_opening(self, shape: Tensor, coefficients: Tensor) -> Tensor:
-        """(B,): gap between the inner lips over the distance of the eyes; the ground truth of lip sync."""
-        upper, lower = self.lip_pair
-        pair = self.actions[:, self.lip_pair]
-        lips = shape[:, self.lip_pair] + torch.einsum("bk,kvc->bvc", coefficients, pair)
+        """(B,): what the gap of the inner lips exceeds that of the face at rest by, over the distance of the eyes.
+
+        The ground truth of lip sync, for neutral shapes (B, mesh vertices, 3) and ARKit coefficients (B, 52).
+        """
+        rest = shape[:, self.lip_pair]
+        lips = rest + torch.einsum("bk,kvc->bvc", coefficients, self.actions[:, self.lip_pair])
         apart = shape[:, self.left_eye].mean(1) - shape[:, self.right_eye].mean(1)
-        return (lips[:, 0] - lips[:, 1]).norm(dim=-1) / apart.norm(dim=-1)
+        gap = (lips[:, 0] - lips[:, 1]).norm(dim=-1) - (rest[:, 0] - rest[:, 1]).norm(dim=-1)
+        return gap.clamp_min(0) / apart.norm(dim=-1)
 
 
 def hair_line(points: Tensor) -> Tensor:
