@@ -12,10 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from training.phones import FPS, Phone, mouth_coefficients, smooth_articulate
-from training.render import Performance
 
 EXPRESSIONS = {
     "neutral": ("neutral", "with a neutral expression", "calm and serious", "serious"),
@@ -100,12 +98,12 @@ def _gaze_track(rng: np.random.Generator, frames: int, strength: float) -> np.nd
 def perform(
     names: list[str], phones: list[Phone], frames: int, manner: Manner, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """Tracks of one performance of `frames` video frames, frame 0 the portrait: the fields of `Performance`
-    as (T, n) arrays. names: the ARKit shapes. phones: times in the audio that frame 1 begins to hear."""
+    """Tracks of one performance of `frames` video frames, frame 0 the portrait: the fields of
+    `render.Performance` as (T, n) arrays. names: the ARKit shapes. phones: times in the audio that frame 1 begins to hear."""
     strength = STRENGTH[manner.motion]
     ease = _ease(frames)
     smile = rng.uniform(0.7, 1.0) if manner.expression == "smiling" else 0.0
-    shape = smooth_articulate(phones, frames) * rng.uniform(0.92, 1.1)
+    shape = smooth_articulate(phones, frames) * rng.uniform(0.95, 1.08)
     coefficients = mouth_coefficients(shape, names, smile)
 
     def add(name: str, track: np.ndarray | float) -> None:
@@ -132,10 +130,3 @@ def perform(
     sway = (sway - sway[0]) * (0.035, 0.015) * strength * ease[:, None]
     tracks = {"coefficients": np.clip(coefficients, 0, 1.2), "head": head, "gaze": gaze, "sway": sway}
     return {name: track.astype(np.float32) for name, track in tracks.items()}
-
-
-def gather(tracks: list[dict[str, np.ndarray]], device: torch.device) -> Performance:
-    """Performances of one length in one batch on `device`."""
-    return Performance(
-        **{name: torch.from_numpy(np.stack([track[name] for track in tracks])).to(device) for name in tracks[0]}
-    )

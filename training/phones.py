@@ -15,7 +15,7 @@ import numpy as np
 
 FPS = 25
 ARTICULATORS = ("jaw", "close", "wide", "round", "funnel", "upper", "lower", "bite", "tongue", "press")
-REACH = (0.050, 0.022, 0.060, 0.085, 0.070, 0.045, 0.045, 0.026, 0.030, 0.026)  # seconds
+REACH = (0.042, 0.022, 0.055, 0.080, 0.065, 0.040, 0.040, 0.026, 0.028, 0.026)  # seconds
 SILENCE = "SIL"
 
 # phone: (targets, strengths); an articulator left out has target 0 and strength 0.35
@@ -162,8 +162,8 @@ def mouth_coefficients(shape: np.ndarray, names: list[str], smile: float = 0.0) 
         "mouthLowerDown": 0.9 * value["lower"],
     }
     single = {
-        "jawOpen": value["jaw"],
-        "mouthClose": value["close"] * value["jaw"],
+        "jawOpen": 1.35 * value["jaw"],
+        "mouthClose": 1.35 * value["close"] * value["jaw"],
         "mouthRollLower": 0.22 * value["close"] + 0.7 * value["bite"],
         "mouthRollUpper": 0.18 * value["close"],
         "mouthShrugLower": 0.25 * value["bite"],

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
@@ -39,6 +40,13 @@ class Performance:
         return self.coefficients.flatten(0, 1), Pose(
             self.head.flatten(0, 1), self.gaze.flatten(0, 1), self.sway.flatten(0, 1)
         )
+
+
+def gather(tracks: list[dict[str, np.ndarray]], device: torch.device) -> Performance:
+    """Performances of one length in one batch on `device`."""
+    return Performance(
+        **{name: torch.from_numpy(np.stack([track[name] for track in tracks])).to(device) for name in tracks[0]}
+    )
 
 
 class Renderer:

@@ -111,6 +111,20 @@ class SpeechSet:
         return cls(from_mu_law(arrays["codes"]), arrays["utterances"], arrays["phones"], arrays["voices"])
 
 
+    def keep(self, folder: Path) -> Path:
+        """Write plain arrays that several processes can map; returns `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("samples", "utterances", "phones", "voices"):
+            np.save(folder / f"{name}.npy", getattr(self, name))
+        return folder
+
+    @classmethod
+    def open(cls, folder: Path) -> SpeechSet:
+        """What `keep` wrote, its samples mapped from the file."""
+        rest = (np.load(folder / f"{name}.npy") for name in ("utterances", "phones", "voices"))
+        return cls(np.load(folder / "samples.npy", mmap_mode="r"), *rest)
+
+
 def mu_law(samples: np.ndarray) -> np.ndarray:
     """int16 to uint8 by ITU-T G.711's curve in its continuous form."""
     value = samples.astype(np.float32) / 32768

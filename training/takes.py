@@ -1,0 +1,139 @@
+"""Takes: a stretch of sound with the face that speaks it, everything but the pixels; made on CPU cores.
+
+A take begins with a short silence, then speech of one voice with pauses, some of it entered in the middle of a
+sentence; speed and pitch vary together. A few takes hold no speech but hum, noise or chords, with the mouth at
+rest, so that the model learns what not to say. A take depends on its seed and the speech alone.
+
+Shapes: T video frames (frame 0 the portrait), 640 samples a frame from frame 1 on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from training.motion import Manner, draw_manner, perform
+from training.phones import FPS, Phone, frame_phones, smooth_articulate
+from training.speech import SAMPLE_RATE, SpeechSet, resample
+
+SAMPLES_A_FRAME = SAMPLE_RATE // FPS
+NO_SPEECH_ODDS = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class Take:
+    """sound: ((T-1)*640,) int16. phones: (T,) index in PHONES. shape: (T, A) articulators. tracks: of `perform`."""
+
+    sound: np.ndarray
+    phones: np.ndarray
+    shape: np.ndarray
+    manner: Manner
+    tracks: dict[str, np.ndarray]
+
+
+def make_take(speech: SpeechSet, names: list[str], frames: int, seed: int) -> Take:
+    """The take of `frames` video frames that `seed` stands for. names: the ARKit shapes, in order."""
+    rng = np.random.default_rng((seed, 77))
+    total = (frames - 1) * SAMPLES_A_FRAME
+    if rng.random() < NO_SPEECH_ODDS:
+        sound, phones = _no_speech(rng, total), []
+    else:
+        sound, phones = _speak(speech, rng, total)
+    manner = draw_manner(rng)
+    return Take(
+        sound=sound,
+        phones=frame_phones(phones, frames),
+        shape=smooth_articulate(phones, frames).astype(np.float32),
+        manner=manner,
+        tracks=perform(names, phones, frames, manner, rng),
+    )
+
+
+def _speak(speech: SpeechSet, rng: np.random.Generator, total: int) -> tuple[np.ndarray, list[Phone]]:
+    voice = speech.voices[rng.integers(len(speech))]
+    same = np.flatnonzero(speech.voices == voice)
+    speed = np.exp(rng.uniform(np.log(0.86), np.log(1.16)))
+    sound = np.zeros(total, np.float32)
+    phones: list[Phone] = []
+    place = int(rng.uniform(0.1, 0.45) * SAMPLE_RATE)
+    enter_middle = rng.random() < 0.5
+    while place < total:
+        samples, spoken = speech.utterance(int(rng.choice(same)))
+        start = 0.0
+        if enter_middle and len(spoken) > 8:
+            start = spoken[int(rng.integers(1, len(spoken) - 4))].start
+            enter_middle = False
+        piece = resample(samples[int(start * SAMPLE_RATE) :].astype(np.float32), SAMPLE_RATE * speed)
+        if start:
+            piece[:80] *= np.linspace(0, 1, 80)
+        piece = piece[: total - place]
+        sound[place : place + len(piece)] = piece
+        shift = place / SAMPLE_RATE
+        phones += [
+            Phone(phone.name, (phone.start - start) / speed + shift, (phone.end - start) / speed + shift)
+            for phone in spoken
+            if phone.start >= start - 1e-6 and (phone.start - start) / speed + shift < total / SAMPLE_RATE
+        ]
+        place += len(piece) + int(rng.exponential(0.25) * SAMPLE_RATE)
+    return np.clip(sound, -32768, 32767).astype(np.int16), phones
+
+
+def _no_speech(rng: np.random.Generator, total: int) -> np.ndarray:
+    """Silence with a hiss, a hum, coloured noise or a few chords."""
+    time = np.arange(total) / SAMPLE_RATE
+    kind = rng.integers(3)
+    if kind == 0:
+        sound = rng.normal(0, 1, total) * np.exp(rng.uniform(np.log(3), np.log(3000)))
+    elif kind == 1:
+        steps = np.cumsum(rng.normal(0, 1, total))
+        sound = (steps - np.convolve(steps, np.ones(400) / 400, "same")) * rng.uniform(20, 300)
+    else:
+        sound = np.zeros(total)
+        begin = 0
+        while begin < total:
+            stop = begin + int(rng.uniform(0.15, 0.6) * SAMPLE_RATE)
+            root = 110 * 2 ** rng.uniform(0, 3)
+            for ratio in (1, 1.25, 1.5, 2):
+                tone = np.sin(2 * np.pi * root * ratio * time[begin:stop])
+                sound[begin:stop] += tone * rng.uniform(300, 2500) * np.exp(-3 * (time[begin:stop] - time[begin]))
+            begin = stop
+    return np.clip(sound, -32768, 32767).astype(np.int16)
+
+
+@functools.lru_cache(1)
+def _open_speech(folder: Path) -> SpeechSet:
+    return SpeechSet.open(folder)
+
+
+def _work(folder: Path, names: list[str], frames: int, seeds: list[int]) -> list[Take]:
+    speech = _open_speech(folder)
+    return [make_take(speech, names, frames, seed) for seed in seeds]
+
+
+class TakeFactory:
+    """Takes in the order of their seeds, made ahead by `workers` processes from the speech in `folder`."""
+
+    def __init__(self, folder: Path, names: list[str], workers: int) -> None:
+        self.folder, self.names, self.workers = folder, names, workers
+        self.pool = ProcessPoolExecutor(workers, get_context("spawn"))
+
+    def stream(self, frames: int, first_seed: int, chunk: int = 8) -> Iterator[Take]:
+        """Takes first_seed, first_seed + 1, ... without end; at most `2 * workers` chunks lie ready."""
+        waiting = []
+        seed = first_seed
+        while True:
+            while len(waiting) < 2 * self.workers:
+                seeds = list(range(seed, seed + chunk))
+                waiting.append(self.pool.submit(_work, self.folder, self.names, frames, seeds))
+                seed += chunk
+            yield from waiting.pop(0).result()
+
+    def close(self) -> None:
+        """End the workers."""
+        self.pool.shutdown(cancel_futures=True)
