@@ -63,8 +63,8 @@ class Renderer:
         self.eye_radius = float(spread.norm(dim=1).mean())
 
     @torch.no_grad()
-    def frames(self, looks: Looks, performance: Performance) -> Tensor:
-        """uint8 (N, T, 3, H, W) of N looks and their performances."""
+    def frames(self, looks: Looks, performance: Performance) -> tuple[Tensor, Tensor]:
+        """uint8 (N, T, 3, H, W) of N looks and their performances, and where the mouth is, (N, T, 2) pixels."""
         count, length = performance.coefficients.shape[:2]
         coefficients, pose = performance.flat()
         owner = torch.arange(count, device=self.head.device).repeat_interleave(length)
@@ -75,9 +75,12 @@ class Renderer:
         ):
             part = Pose(pose.head[rows], pose.gaze[rows], pose.sway[rows])
             pieces.append(self._piece(looks, shapes, owner[rows], coefficients[rows], part))
-        return torch.cat(pieces).unflatten(0, (count, length))
+        pictures, mouths = (torch.cat(part).unflatten(0, (count, length)) for part in zip(*pieces, strict=True))
+        return pictures, mouths
 
-    def _piece(self, looks: Looks, shapes: Tensor, owner: Tensor, coefficients: Tensor, pose: Pose) -> Tensor:
+    def _piece(
+        self, looks: Looks, shapes: Tensor, owner: Tensor, coefficients: Tensor, pose: Pose
+    ) -> tuple[Tensor, Tensor]:
         head = self.head
         first = int(owner[0])
         looks, shapes = looks.select(slice(first, int(owner[-1]) + 1)), shapes[first : int(owner[-1]) + 1]
@@ -86,6 +89,7 @@ class Renderer:
             shapes[owner], coefficients, pose, looks.thickness[owner], looks.swell[owner]
         )
         points = self._project(vertices, looks.camera[owner])
+        mouth = points[:, head.lip_pair, :2].mean(1) / SUPERSAMPLE
         for hidden, shown in ((head.lashes, looks.lashes), (head.long_hair, looks.long_hair)):
             keep = torch.ones(len(owner), points.shape[1], dtype=torch.bool, device=points.device)
             keep[:, : head.mesh_vertices] = ~hidden[None] | (shown[owner][:, None] > 0)
@@ -97,7 +101,7 @@ class Renderer:
         image[hits.pixel] = torch.cat([colours, torch.ones_like(colours[:, :1])], 1)
         image = avg_pool2d(image.view(len(owner), scaled, scaled, 4).permute(0, 3, 1, 2), SUPERSAMPLE)
         final = image[:, :3] + (1 - image[:, 3:]) * looks.background[owner]
-        return (final.clamp(0, 1) * 255).round().to(torch.uint8)
+        return (final.clamp(0, 1) * 255).round().to(torch.uint8), mouth
 
     def _project(self, vertices: Tensor, camera: Tensor) -> Tensor:
         height, centre_x, centre_y, distance = camera[:, :, None].unbind(1)

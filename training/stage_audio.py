@@ -1,0 +1,97 @@
+"""Stage 2, the audio encoder: wav2vec 2.0 learns to name each frame's phone and to place its articulators.
+
+Speech is roughened anew for every step (`augment`), so that rooms, microphones and noise do not matter. The two
+heads are thrown away; the DiT hears the hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from training.augment import roughen
+from training.loop import Budget, Log, Optimiser, Pool
+from training.nets import AudioTrainer, normalise_sound
+from training.phones import ARTICULATORS
+from training.settings import AudioSettings
+from training.takes import Take
+
+
+def clip_of(takes: list[Take], device: torch.device) -> dict[str, Tensor]:
+    """Sound and labels of the frames after the portrait."""
+    arrays = {
+        "sound": np.stack([take.sound for take in takes]),
+        "phones": np.stack([take.phones[1:] for take in takes]),
+        "shape": np.stack([take.shape[1:] for take in takes]),
+    }
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+
+
+def audio_loss(net: AudioTrainer, clips: dict[str, Tensor], sound: Tensor, weight: float) -> tuple[Tensor, ...]:
+    """Loss, frame accuracy and squared error of the articulators for normalised sound (B, S)."""
+    frames = clips["phones"].shape[1]
+    states = net.states(sound, frames)
+    hidden = states[-1]
+    named = net.phones(hidden).float()
+    placed = net.shapes(hidden).float()
+    cross = F.cross_entropy(named.flatten(0, 1), clips["phones"].flatten())
+    square = (placed - clips["shape"]).square().mean()
+    accuracy = (named.argmax(-1) == clips["phones"]).float().mean()
+    return cross + weight * square, accuracy, square
+
+
+@torch.no_grad()
+def measure(net: AudioTrainer, clips: dict[str, Tensor]) -> dict[str, float]:
+    """Accuracy of phones and median correlation of the jaw on clips as they are."""
+    sound = normalise_sound(clips["sound"].float() / 32768)
+    hidden = net.states(sound, clips["phones"].shape[1])[-1]
+    jaw = net.shapes(hidden)[..., ARTICULATORS.index("jaw")].float()
+    truth = clips["shape"][..., ARTICULATORS.index("jaw")]
+    centred = [value - value.mean(1, keepdim=True) for value in (jaw, truth)]
+    r = (centred[0] * centred[1]).sum(1) / (centred[0].norm(dim=1) * centred[1].norm(dim=1)).clamp_min(1e-6)
+    accuracy = (net.phones(hidden).argmax(-1) == clips["phones"]).float().mean()
+    return {"accuracy": float(accuracy), "jaw_r": float(r.median())}
+
+
+def train_audio(
+    net: AudioTrainer, takes: Iterator[Take], held_out: list[Take], settings: AudioSettings, budget: Budget,
+    log: Log, device: torch.device, seed: int,
+) -> int:  # fmt: skip
+    """Train until the budget is over; leaves the averaged weights in `net`; returns how many takes were used."""
+    generator = torch.Generator(device).manual_seed(seed)
+    optimiser = Optimiser({"audio": net}, settings, budget)
+    pool = Pool(settings.pool)
+    used = 0
+
+    def make(count: int) -> dict[str, Tensor]:
+        nonlocal used
+        used += count
+        return clip_of([next(takes) for _ in range(count)], device)
+
+    pool.fill(make, 64, budget, settings.fill_share)
+    test = clip_of(held_out, device)
+    log.add("audio", budget, 0, clips=pool.filled)
+    measured = budget.spent
+    while True:
+        clips = pool.draw(settings.batch, generator)
+        sound = normalise_sound(roughen(clips["sound"].float() / 32768, generator))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss, accuracy, square = audio_loss(net, clips, sound, settings.shape)
+        optimiser.step(loss)
+        if settings.fresh and optimiser.steps % settings.fresh_every == 0:
+            pool.add(make(settings.fresh))
+        if (budget.spent - measured) * 60 > settings.measure_seconds or budget.over or optimiser.steps == 1:
+            measured = budget.spent
+            optimiser.average.swap()
+            reached = measure(net, test)
+            optimiser.average.swap()
+            values = {"loss": loss.item(), "train_accuracy": accuracy.item(), "square": square.item()}
+            log.add("audio", budget, optimiser.steps, **values, **reached)
+        if budget.over:
+            break
+    optimiser.average.swap()
+    return used

@@ -1,0 +1,195 @@
+"""Stage 3, the diffusion transformer with the prompt encoder: flow matching on latents of talking heads.
+
+A clip in the pool is a story: the portrait, sound and prompt, and windows of the story as latents, the first from
+the portrait on, the others from anywhere, each coded as a clip of its own, as the engine's hand-over does. In a
+later window the given latents are often disturbed (noise, and an offset and gain a channel), so that the model
+learns to come back to the portrait instead of drifting on. Speech and prompt are left out at random for guidance:
+speech as zero vectors, the prompt as the empty one. Noise levels follow the engine's schedule of shift 5.
+
+Shapes: B stories, W windows a story, T latent frames, N = 4T-3 video frames, D audio width, h w latent pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from omniavatar.model.dit import WanDiT
+from training.augment import roughen
+from training.loop import Budget, Log, Optimiser, Pool
+from training.nets import Nets, PromptEncoder, normalise_sound, normalised_latents
+from training.scale import LATENTS, SIZE, WINDOW
+from training.settings import DitSettings
+from training.stage_vae import to_pixels
+from training.studio import Film, Studio, mouth_weight
+
+SHIFT = 5.0
+PROMPT_TOKENS = 160
+GIVEN_ODDS = (0.15, 0.60, 0.15, 0.10)
+
+
+@torch.no_grad()
+def stories_of(film: Film, nets: Nets, windows: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """What the pool keeps of a film: latents (B, W, 16, T, h, w), loss weights (B, W, T, h, w), the windows'
+    first frames, audio vectors of the whole sound (B, frames - 1, D), prompt tokens."""
+    frames = film.frames.shape[1]
+    device = film.frames.device
+    count = len(film.frames)
+    spare = frames - WINDOW
+    starts = torch.randint(1, spare + 1, (count, windows), generator=generator, device=device)
+    starts[:, 0] = 0
+    rows = starts[..., None] + torch.arange(WINDOW, device=device)
+    picked = film.frames[torch.arange(count, device=device)[:, None, None], rows].flatten(0, 1)
+    mouths = film.mouth[torch.arange(count, device=device)[:, None, None], rows].flatten(0, 1)
+    pieces = [
+        normalised_latents(nets.vae, to_pixels(part)).half() for part in picked.split(8 if device.type == "cuda" else 1)
+    ]
+    groups = torch.cat([mouths[:, :1].expand(-1, 3, -1), mouths], 1).unflatten(1, (LATENTS, 4)).mean(2)
+    weight = mouth_weight(groups, (SIZE // 8, SIZE // 8), 1 / 8, 1.0, 20.0) - 1
+    sound = normalise_sound(roughen(film.sound, generator))
+    ids, mask = nets.text.tokens(list(film.prompts))
+    if ids.shape[1] > PROMPT_TOKENS:
+        raise ValueError(f"a prompt of {ids.shape[1]} tokens; at most {PROMPT_TOKENS}")
+    room = (0, PROMPT_TOKENS - ids.shape[1])
+    return {
+        "latents": torch.cat(pieces).unflatten(0, (count, windows)),
+        "weight": weight.half().unflatten(0, (count, windows)),
+        "starts": starts,
+        "audio": nets.audio.features(sound, frames - 1).half(),
+        "ids": torch.nn.functional.pad(ids, room).to(device),
+        "mask": torch.nn.functional.pad(mask, room).to(device),
+    }
+
+
+def window_audio(audio: Tensor, starts: Tensor) -> Tensor:
+    """Vectors (B, N, D) of windows that begin at frames `starts` (B,): frame f hears row f-1, the portrait zeros."""
+    padded = torch.cat([torch.zeros_like(audio[:, :1]), audio], 1)
+    rows = starts[:, None] + torch.arange(WINDOW, device=audio.device)
+    return padded.gather(1, rows[..., None].expand(-1, -1, audio.shape[-1])).float()
+
+
+def disturb(given: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Given latents (B, 16, G, h, w), most of them with noise and an offset and gain a channel."""
+    batch, channels = given.shape[:2]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, device=given.device, generator=generator)
+
+    hit = (torch.rand(batch, 1, 1, 1, 1, device=given.device, generator=generator) < share).float()
+    strength = hit * torch.rand(batch, 1, 1, 1, 1, device=given.device, generator=generator)
+    coarse = torch.nn.functional.interpolate(
+        normal(channels * given.shape[2], 6, 6), size=given.shape[-2:], mode="bilinear"
+    ).view_as(given)
+    fine = torch.randn(given.shape, device=given.device, generator=generator)
+    offset, gain = normal(channels, 1, 1, 1), normal(channels, 1, 1, 1)
+    return given * (1 + 0.08 * strength * gain) + strength * (0.1 * offset + 0.12 * fine + 0.12 * coarse)
+
+
+def dit_batch(
+    stories: dict[str, Tensor], settings: DitSettings, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """One training example a story: noisy sample, y, timestep, target and its weight, audio, prompt tokens."""
+    batch, windows = stories["starts"].shape
+    device = stories["starts"].device
+
+    def uniform() -> Tensor:
+        return torch.rand(batch, device=device, generator=generator)
+
+    every = torch.arange(batch, device=device)
+    which = torch.randint(windows, (batch,), device=device, generator=generator)
+    clean = stories["latents"][every, which].float()
+    starts = stories["starts"][every, which]
+    reference = stories["latents"][:, 0, :, :1].float()
+    given = 1 + torch.multinomial(
+        torch.tensor(GIVEN_ODDS, device=device), batch, replacement=True, generator=generator
+    )
+    given = torch.where(starts == 0, 1, given)
+    u = uniform()
+    sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
+    noise = torch.randn(clean.shape, device=device, generator=generator)
+    level = sigma.view(-1, 1, 1, 1, 1)
+    known = (torch.arange(clean.shape[2], device=device)[None] < given[:, None])[:, None, :, None, None]
+    later = (starts > 0).view(-1, 1, 1, 1, 1)
+    shown = torch.where(later, disturb(clean, settings.corrupt, generator), clean)
+    sample = torch.where(known, shown, (1 - level) * clean + level * noise)
+    mask = (~known).float().expand(-1, -1, -1, *clean.shape[3:])
+    y = torch.cat([reference.expand_as(clean), mask], 1)
+    weight = (1 + settings.mouth * stories["weight"][every, which].float())[:, None] * mask
+    heard = (uniform() >= settings.drop_audio).float()[:, None, None]
+    told = uniform() >= settings.drop_text
+    nothing = torch.zeros_like(stories["ids"])
+    nothing[:, 0] = 1
+    first = torch.zeros_like(stories["mask"])
+    first[:, 0] = 1
+    return {
+        "sample": sample,
+        "y": y,
+        "timestep": 1000 * sigma,
+        "target": noise - clean,
+        "weight": weight / weight.mean(),
+        "audio": window_audio(stories["audio"], starts) * heard,
+        "ids": torch.where(told[:, None], stories["ids"], nothing),
+        "mask": torch.where(told[:, None], stories["mask"], first),
+    }
+
+
+def dit_loss(dit: WanDiT, text: PromptEncoder, batch: dict[str, Tensor]) -> Tensor:
+    """Weighted squared error of the velocity."""
+    embedding = text(batch["ids"], batch["mask"])
+    made = dit(
+        batch["sample"], batch["y"], batch["timestep"], dit.prepare_text(embedding), dit.prepare_audio(batch["audio"])
+    )
+    return ((made - batch["target"]).square() * batch["weight"]).mean()
+
+
+@torch.no_grad()
+def measure(nets: Nets, stories: dict[str, Tensor], settings: DitSettings, device: torch.device) -> float:
+    """Loss on held-out stories with the same noise every time."""
+    generator = torch.Generator(device).manual_seed(5)
+    total = 0.0
+    for _ in range(4):
+        batch = dit_batch(stories, settings, generator)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            total += float(dit_loss(nets.dit, nets.text, batch)) / 4
+    return total
+
+
+def train_dit(
+    nets: Nets, studio: Studio, held_out: Film, settings: DitSettings, budget: Budget, log: Log, seed: int
+) -> None:
+    """Train the DiT and the prompt encoder until the budget is over; leaves the averaged weights in `nets`."""
+    device = studio.device
+    generator = torch.Generator(device).manual_seed(seed)
+    nets.vae.eval()
+    nets.audio.eval()
+    optimiser = Optimiser({"dit": nets.dit, "text": nets.text}, settings, budget)
+    if settings.compile:
+        for block in nets.dit.blocks:
+            block.compile()
+    pool = Pool(settings.pool)
+
+    def make(count: int) -> dict[str, Tensor]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            return stories_of(studio.film(count), nets, settings.windows, generator)
+
+    pool.fill(make, 8, budget, settings.fill_share)
+    test = stories_of(held_out, nets, settings.windows, torch.Generator(device).manual_seed(6))
+    log.add("dit", budget, 0, clips=pool.filled)
+    measured, mean = budget.spent, 0.0
+    while True:
+        batch = dit_batch(pool.draw(settings.batch, generator), settings, generator)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = dit_loss(nets.dit, nets.text, batch)
+        optimiser.step(loss)
+        mean = loss.item() if optimiser.steps == 1 else mean + 0.02 * (loss.item() - mean)
+        if settings.fresh and optimiser.steps % settings.fresh_every == 0:
+            pool.add(make(settings.fresh))
+        if (budget.spent - measured) * 60 > settings.measure_seconds or budget.over or optimiser.steps == 1:
+            measured = budget.spent
+            optimiser.average.swap()
+            reached = measure(nets, test, settings, device)
+            optimiser.average.swap()
+            log.add("dit", budget, optimiser.steps, loss=mean, held_out=reached)
+        if budget.over:
+            break
+    optimiser.average.swap()

@@ -1,0 +1,116 @@
+"""Stage 1, the video VAE: L1 and its spatial differences, more of both around the mouth, and a small KL term.
+
+The KL is taken in the released VAE's normalisation, so a stage that goes on after `set_latent_statistics` sees the
+same latents. Clips are random crops, mirrored half of the time; measurements are on whole held-out frames.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from omniavatar.model.vae import LATENT_STD, WanVAE, normalise
+from training.loop import Budget, Log, Optimiser, Pool
+from training.nets import normalised_latents, pixels_of, set_latent_statistics, vae_decode, vae_encode
+from training.settings import VaeSettings
+from training.studio import Film, Studio, mouth_weight
+
+
+def to_pixels(frames: Tensor) -> Tensor:
+    """uint8 (N, T, 3, H, W) to (N, 3, T, H, W) in [-1, 1]."""
+    return frames.transpose(1, 2).float() / 127.5 - 1
+
+
+def clips_of(studio: Studio, count: int, settings: VaeSettings) -> dict[str, Tensor]:
+    """New clips from a random place of their takes."""
+    start = int(torch.randint(settings.frames - settings.clip + 1, ()))
+    film = studio.film(count, slice(start, start + settings.clip))
+    return {"frames": film.frames, "mouth": film.mouth}
+
+
+def vae_loss(vae: WanVAE, pixels: Tensor, weight: Tensor, settings: VaeSettings) -> tuple[Tensor, Tensor]:
+    """Loss and mean absolute error of clips (B, 3, T, H, W) with weights (B, T, H, W)."""
+    mean, log_variance = vae_encode(vae, pixels)
+    latent = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+    made = vae_decode(vae, latent)
+    error = (made - pixels).abs()
+    weight = weight[:, None]
+    loss = (error * weight).mean()
+    for axis in (-1, -2):
+        slope = (made.diff(dim=axis) - pixels.diff(dim=axis)).abs()
+        loss = loss + settings.gradient * (slope * weight.narrow(axis, 0, slope.shape[axis])).mean()
+    std = torch.tensor(LATENT_STD, device=mean.device).view(1, -1, 1, 1, 1)
+    variance = log_variance - 2 * std.log()
+    kl = 0.5 * (normalise(mean).square() + variance.exp() - variance - 1).mean()
+    return loss + settings.kl * kl, error.mean()
+
+
+@torch.no_grad()
+def psnr(vae: WanVAE, frames: Tensor) -> float:
+    """Mean over clips of the reconstruction's peak signal-to-noise ratio in dB, of uint8 (N, T, 3, H, W)."""
+    values = []
+    for clip in frames:
+        pixels = to_pixels(clip[None])
+        made = pixels_of(vae, normalised_latents(vae, pixels)).clamp(-1, 1)
+        values.append(10 * math.log10(4 / max(float((made - pixels).square().mean()), 1e-9)))
+    return sum(values) / len(values)
+
+
+def train_vae(
+    vae: WanVAE, studio: Studio, held_out: Film, settings: VaeSettings, budget: Budget, log: Log, seed: int
+) -> None:
+    """Train until the budget is over; leaves the averaged weights, with unit latents, in `vae`."""
+    device = studio.device
+    generator = torch.Generator(device).manual_seed(seed)
+    if device.type == "cuda":
+        vae.to(memory_format=torch.channels_last_3d)
+    optimiser = Optimiser({"vae": vae}, settings, budget)
+    pool = Pool(settings.pool)
+    pool.fill(lambda count: clips_of(studio, count, settings), 16, budget, settings.fill_share)
+    log.add("vae", budget, 0, clips=pool.filled)
+    measured = budget.spent
+    while True:
+        clips = pool.draw(settings.batch, generator)
+        size = clips["frames"].shape[-1]
+        left, top = (int(n) for n in torch.randint(size - settings.crop + 1, (2,)))
+        crop = clips["frames"][..., top : top + settings.crop, left : left + settings.crop]
+        mouth = clips["mouth"] - torch.tensor([left, top], device=device)
+        weight = mouth_weight(mouth, (settings.crop, settings.crop), 1.0, settings.mouth, 18.0)
+        pixels = to_pixels(crop)
+        if optimiser.steps % 2:
+            pixels, weight = pixels.flip(-1), weight.flip(-1)
+        if device.type == "cuda":
+            pixels = pixels.contiguous(memory_format=torch.channels_last_3d)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss, error = vae_loss(vae, pixels, weight, settings)
+        optimiser.step(loss)
+        if settings.fresh and optimiser.steps % settings.fresh_every == 0:
+            pool.add(clips_of(studio, settings.fresh, settings))
+        if (budget.spent - measured) * 60 > settings.measure_seconds or budget.over or optimiser.steps == 1:
+            measured = budget.spent
+            optimiser.average.swap()
+            reached = psnr(vae, held_out.frames)
+            optimiser.average.swap()
+            log.add("vae", budget, optimiser.steps, loss=loss.item(), error=error.item(), psnr=reached)
+        if budget.over:
+            break
+    optimiser.average.swap()
+    unit_latents(vae, pool, settings.batch, generator)
+    log.add("vae", budget, optimiser.steps, psnr=psnr(vae, held_out.frames), done=1)
+
+
+@torch.no_grad()
+def unit_latents(vae: WanVAE, pool: Pool, batch: int, generator: torch.Generator, batches: int = 16) -> None:
+    """Give the latents of the pool's clips the released VAE's mean and deviation."""
+    total = torch.zeros(2, 16, dtype=torch.float64)
+    count = 0
+    for _ in range(batches):
+        latents = vae_encode(vae, to_pixels(pool.draw(min(batch, 4), generator)["frames"]))[0].double().cpu()
+        total += torch.stack([latents.sum((0, 2, 3, 4)), latents.square().sum((0, 2, 3, 4))])
+        count += latents[:, 0].numel()
+    mean, square = total / count
+    std = (square - mean.square()).clamp_min(1e-8).sqrt()
+    device = next(vae.parameters()).device
+    set_latent_statistics(vae, mean.float().to(device), std.float().to(device))
