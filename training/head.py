@@ -1,8 +1,9 @@
 """The parametric head: identity and expression coefficients, gaze and head pose to vertices.
 
-Linear in everything but rotation: mean + identity axes + 52 ARKit shapes; eyeballs turn about their centres, the
-head about its joint with a weight that fades down the neck. A hair shell is grown from the scalp: copies of the
-scalp's vertices, moved along their normals by a thickness of each identity's own (see `looks`).
+Linear in everything but rotation: mean + identity axes + 52 ARKit shapes; eyeballs turn about their
+centres, the head about its joint with a weight that fades down the neck. A hair shell is grown from the
+scalp: copies of the scalp's vertices, moved along their normals by a thickness of each identity's own (see
+`looks`).
 
 Coordinates as in `head_asset`. Shapes: B frames, V vertices (mesh, then hair shell), K identity axes.
 """
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.head_asset import ASSET, EYE, HAIR, LASH, MOUTH, SKIN, TEETH, TONGUE
+from training.head_asset import ASSET, HAIR, LASH, MOUTH, SKIN, TEETH, TONGUE
 
 SHELL, CLOTH = 7, 8
 HEAD_JOINT = (0.0, -0.35, -0.95)
@@ -28,8 +29,8 @@ DOUBLE = (TEETH, LASH, HAIR, TONGUE)
 
 @dataclass(frozen=True, eq=False)
 class Pose:
-    """Rigid motion a frame, radians and decimetres: head yaw, pitch, roll (B, 3), gaze right-left and up (B, 2),
-    sway of the whole body (B, 2)."""
+    """Rigid motion a frame, radians and decimetres: head yaw, pitch, roll (B, 3), gaze right-left and up
+    (B, 2), sway of the whole body (B, 2)."""
 
     head: Tensor
     gaze: Tensor
@@ -99,7 +100,8 @@ class Head:
     def deform(
         self, shape: Tensor, coefficients: Tensor, pose: Pose, thickness: Tensor, swell: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Vertices and normals (B, V, 3) of neutral shapes (B, mesh vertices, 3) with ARKit `coefficients` (B, 52).
+        """Vertices and normals (B, V, 3) of neutral shapes (B, mesh vertices, 3) with ARKit `coefficients`
+        (B, 52).
 
         thickness: (B, scalp vertices) of the hair shell. swell: (B, mesh vertices) moves skin along its rest
         normal (clothes).
@@ -120,7 +122,8 @@ class Head:
         return vertices, self.normals(vertices)
 
     def normals(self, vertices: Tensor) -> Tensor:
-        """Unit normals (B, V, 3), area-weighted means of the triangles around; V with or without the shell."""
+        """Unit normals (B, V, 3), area-weighted means of the triangles around; V with or without the
+        shell."""
         triangles = self.triangles
         if vertices.shape[1] == self.mesh_vertices:
             triangles = triangles[(triangles < self.mesh_vertices).all(1)]
@@ -132,7 +135,8 @@ class Head:
         return torch.nn.functional.normalize(total, dim=-1, eps=1e-12)
 
     def mouth_opening(self, shape: Tensor, coefficients: Tensor) -> Tensor:
-        """(B,): what the gap of the inner lips exceeds that of the face at rest by, over the distance of the eyes.
+        """(B,): what the gap of the inner lips exceeds that of the face at rest by, over the distance of
+        the eyes.
 
         The ground truth of lip sync, for neutral shapes (B, mesh vertices, 3) and ARKit coefficients (B, 52).
         """
@@ -144,7 +148,8 @@ class Head:
 
 
 def hair_line(points: Tensor) -> Tensor:
-    """Height in decimetres above the hairline of points (..., 3) of the mean head: positive where hair grows."""
+    """Height in decimetres above the hairline of points (..., 3) of the mean head: positive where hair
+    grows."""
     y, z = points[..., 1], points[..., 2]
     line = torch.full_like(y, HAIR_LINE[0][1])
     for (start, low), (stop, high) in itertools.pairwise(HAIR_LINE):

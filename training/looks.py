@@ -1,7 +1,7 @@
 """What a person, a room and a camera look like: everything that stays the same during one performance.
 
-`draw_looks` draws independent looks from a seed; all numbers are per identity tensors, so that one shading pass
-serves any mixture of people. Hair styles are thicknesses of the scalp's shell (and the long-hair mesh);
+`draw_looks` draws independent looks from a seed; all numbers are per identity tensors, so that one shading
+pass serves any mixture of people. Hair styles are thicknesses of the scalp's shell (and the long-hair mesh);
 skin marks, brows and beards are functions of the position on the mean head (see `render`).
 
 Shapes: N identities, S scalp vertices, V mesh vertices, H W pixels.
@@ -28,7 +28,13 @@ HAIR_TONES = (
     (0.06, 0.05, 0.05), (0.12, 0.08, 0.06), (0.25, 0.15, 0.09), (0.40, 0.25, 0.14), (0.62, 0.45, 0.25),
     (0.80, 0.66, 0.42), (0.55, 0.24, 0.12), (0.62, 0.62, 0.62), (0.85, 0.85, 0.84),
 )  # fmt: skip
-IRIS_TONES = ((0.20, 0.11, 0.06), (0.30, 0.18, 0.09), (0.35, 0.30, 0.14), (0.24, 0.38, 0.30), (0.30, 0.45, 0.60))
+IRIS_TONES = (
+    (0.20, 0.11, 0.06),
+    (0.30, 0.18, 0.09),
+    (0.35, 0.30, 0.14),
+    (0.24, 0.38, 0.30),
+    (0.30, 0.45, 0.60),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +103,9 @@ class _Draw:
 
     def kind(self, odds: tuple[float, ...]) -> Tensor:
         weights = torch.tensor(odds)
-        return torch.multinomial(weights, self.count, replacement=True, generator=self.generator).to(self.device)
+        return torch.multinomial(weights, self.count, replacement=True, generator=self.generator).to(
+            self.device
+        )
 
 
 def draw_looks(head: Head, count: int, seed: int, size: int = 192) -> Looks:
@@ -110,7 +118,9 @@ def draw_looks(head: Head, count: int, seed: int, size: int = 192) -> Looks:
     tone = draw.uniform(0, len(SKIN_TONES) - 1.001)
     tones = torch.tensor(SKIN_TONES, device=head.device)
     below, part = tone.long(), (tone - tone.floor())[:, None]
-    skin = (tones[below] * (1 - part) + tones[below + 1] * part) * (1 + 0.04 * draw.normal(1) + 0.012 * draw.normal(3))
+    skin = (tones[below] * (1 - part) + tones[below + 1] * part) * (
+        1 + 0.04 * draw.normal(1) + 0.012 * draw.normal(3)
+    )
     style = draw.kind(STYLE_ODDS)
     hair = draw.pick(HAIR_TONES) * draw.uniform(0.85, 1.15, 1) + 0.015 * draw.normal(3)
     dyed = draw.chance(0.06)[:, None]
@@ -119,12 +129,21 @@ def draw_looks(head: Head, count: int, seed: int, size: int = 192) -> Looks:
     rosy = torch.tensor([0.86, 0.52, 0.52], device=head.device)
     painted = draw.chance(0.2)[:, None]
     lip = (skin * rosy * draw.uniform(0.9, 1.15, 1) + 0.06) * (1 - painted)
-    lip = lip + painted * torch.stack([draw.uniform(0.5, 0.85), draw.uniform(0.08, 0.3), draw.uniform(0.15, 0.4)], 1)
+    lip = lip + painted * torch.stack(
+        [draw.uniform(0.5, 0.85), draw.uniform(0.08, 0.3), draw.uniform(0.15, 0.4)], 1
+    )
     bearded = draw.chance(0.28)
     brow = torch.stack(
-        [draw.uniform(0.235, 0.30), draw.uniform(0.02, 0.09), draw.uniform(-0.06, 0.05), draw.uniform(0.022, 0.05),
-         draw.uniform(0.55, 0.95), draw.uniform(0.50, 0.60)], 1,
-    )  # fmt: skip
+        [
+            draw.uniform(0.235, 0.30),
+            draw.uniform(0.02, 0.09),
+            draw.uniform(-0.06, 0.05),
+            draw.uniform(0.022, 0.05),
+            draw.uniform(0.55, 0.95),
+            draw.uniform(0.50, 0.60),
+        ],
+        1,
+    )
     beard = torch.stack(
         [bearded * draw.uniform(0.12, 0.85), bearded * draw.uniform(0.1, 0.8), draw.uniform(-1.35, -1.15)], 1
     )
@@ -150,16 +169,27 @@ def draw_looks(head: Head, count: int, seed: int, size: int = 192) -> Looks:
         cloth=draw.uniform(0.06, 0.92, 3),
         cloth_other=draw.uniform(0.06, 0.92, 3),
         cloth_form=torch.stack(
-            [draw.uniform(-1.72, -1.36), draw.chance(0.4) * draw.uniform(0.1, 0.5),
-             draw.chance(0.35) * draw.uniform(2, 7), draw.uniform(-1.2, 1.2)], 1,
-        ),  # fmt: skip
+            [
+                draw.uniform(-1.72, -1.36),
+                draw.chance(0.4) * draw.uniform(0.1, 0.5),
+                draw.chance(0.35) * draw.uniform(2, 7),
+                draw.uniform(-1.2, 1.2),
+            ],
+            1,
+        ),
         waves=torch.cat(
             [draw.normal(8, 3) * draw.uniform(2, 10, 8, 1), draw.uniform(0, 2 * math.pi, 8, 1)], 2
         ),
         **_lights(draw),
         background=_backgrounds(draw, size),
         camera=torch.stack(
-            [draw.uniform(2.75, 3.2), 0.05 * draw.normal(), -0.16 + 0.05 * draw.normal(), draw.uniform(8, 14)], 1
+            [
+                draw.uniform(2.75, 3.2),
+                0.05 * draw.normal(),
+                -0.16 + 0.05 * draw.normal(),
+                draw.uniform(8, 14),
+            ],
+            1,
         ),
     )
 
@@ -208,7 +238,8 @@ def _lights(draw: _Draw) -> dict[str, Tensor]:
 
 
 def _backgrounds(draw: _Draw, size: int) -> Tensor:
-    """(N, 3, size, size): a gradient, soft discs and boxes on it, often a room's line of floor and wall, blur."""
+    """(N, 3, size, size): a gradient, soft discs and boxes on it, often a room's line of floor and wall,
+    blur."""
     axis = torch.linspace(-1, 1, size, device=draw.device)
     y, x = axis[:, None], axis[None, :]
 

@@ -41,7 +41,8 @@ class Budget:
 
 
 class Log:
-    """Rows of numbers of one run, printed as they come. A row has a stage, minutes, a step and measurements."""
+    """Rows of numbers of one run, printed as they come. A row has a stage, minutes, a step and
+    measurements."""
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.rows = rows
@@ -54,7 +55,8 @@ class Log:
 
 
 class Optimiser:
-    """AdamW over some modules with warm-up, cosine by time, clipped gradients and an average of the weights."""
+    """AdamW over some modules with warm-up, cosine by time, clipped gradients and an average of the
+    weights."""
 
     def __init__(self, modules: dict[str, nn.Module], settings: StageSettings, budget: Budget) -> None:
         self.parameters = [weight for module in modules.values() for weight in module.parameters()]
@@ -102,7 +104,9 @@ class Pool:
         self.place = (self.place + count) % self.capacity
         self.filled = min(self.capacity, self.filled + count)
 
-    def fill(self, make: Callable[[int], dict[str, Tensor]], at_once: int, budget: Budget, share: float) -> None:
+    def fill(
+        self, make: Callable[[int], dict[str, Tensor]], at_once: int, budget: Budget, share: float
+    ) -> None:
         """Fill the pool with `make(n)`, for at most a share of the budget, but never leave it empty."""
         while self.filled < self.capacity and (not self.filled or budget.spent < share * budget.minutes):
             self.add(make(min(at_once, self.capacity - self.filled)))

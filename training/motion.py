@@ -1,8 +1,9 @@
-"""What a face does besides speaking: blinks, brows, gaze, head motion, expression; and the prompt that says so.
+"""What a face does besides speaking: blinks, brows, gaze, head motion, expression; and the prompt that
+says so.
 
-Everything is drawn from one seed. A performance begins in the portrait's pose with the mouth at rest and eases into
-motion over the first second. Prompts name an expression and an amount of motion in one of several wordings, and
-now and then leave one out, which means the default (neutral, moderate).
+Everything is drawn from one seed. A performance begins in the portrait's pose with the mouth at rest and
+eases into motion over the first second. Prompts name an expression and an amount of motion in one of
+several wordings, and now and then leave one out, which means the default (neutral, moderate).
 
 Shapes: T video frames.
 """
@@ -26,9 +27,13 @@ MOTIONS = {
 }
 STRENGTH = {"still": 0.12, "moderate": 0.55, "lively": 1.25}
 _OPENINGS = (
-    "A person is talking to the camera", "A realistic video of a person speaking directly to the camera",
-    "A talking head", "A portrait of someone speaking", "Someone talks", "A man or a woman speaks to the viewer",
-)  # fmt: skip
+    "A person is talking to the camera",
+    "A realistic video of a person speaking directly to the camera",
+    "A talking head",
+    "A portrait of someone speaking",
+    "Someone talks",
+    "A man or a woman speaks to the viewer",
+)
 _CLOSINGS = ("", "in front of a plain background", "in soft light", "the background is blurred", "close-up")
 
 
@@ -70,7 +75,8 @@ def _ease(frames: int, seconds: float = 1.0) -> np.ndarray:
 
 
 def blink_track(rng: np.random.Generator, frames: int) -> np.ndarray:
-    """(T,) lid closure 0..1: a blink of 0.2 to 0.3 s every two to six seconds, never in the first half second."""
+    """(T,) lid closure 0..1: a blink of 0.2 to 0.3 s every two to six seconds, never in the first half
+    second."""
     closure = np.zeros(frames)
     moment = 0.5 + rng.exponential(1.5)
     time = np.arange(frames) / FPS
@@ -99,7 +105,8 @@ def perform(
     names: list[str], phones: list[Phone], frames: int, manner: Manner, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
     """Tracks of one performance of `frames` video frames, frame 0 the portrait: the fields of
-    `render.Performance` as (T, n) arrays. names: the ARKit shapes. phones: times in the audio that frame 1 begins to hear."""
+    `render.Performance` as (T, n) arrays. names: the ARKit shapes. phones: times in the audio that frame 1
+    begins to hear."""
     strength = STRENGTH[manner.motion]
     ease = _ease(frames)
     smile = rng.uniform(0.7, 1.0) if manner.expression == "smiling" else 0.0

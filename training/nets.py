@@ -34,7 +34,8 @@ TOKENS = 512
 
 
 def make_vae() -> WanVAE:
-    """A VAE whose residual branches and latent noise begin small, its latents about where the released ones are."""
+    """A VAE whose residual branches and latent noise begin small, its latents about where the released
+    ones are."""
     vae = WanVAE(POCKET.vae)
     channels = POCKET.vae.z_dim
     for bias in (vae.conv1.bias, vae.conv2.bias):
@@ -71,8 +72,9 @@ def pixels_of(vae: WanVAE, latent: Tensor) -> Tensor:
 
 @torch.no_grad()
 def set_latent_statistics(vae: WanVAE, mean: Tensor, std: Tensor) -> None:
-    """Fold an affine map into the two 1x1x1 layers, so that latents of measured `mean` and `std` (16,) get the
-    mean and deviation of the released VAE's, which the engine divides out; reconstructions stay the same."""
+    """Fold an affine map into the two 1x1x1 layers, so that latents of measured `mean` and `std` (16,) get
+    the mean and deviation of the released VAE's, which the engine divides out; reconstructions stay the
+    same."""
     scale = torch.tensor(LATENT_STD, device=mean.device) / std
     offset = torch.tensor(LATENT_MEAN, device=mean.device) - mean * scale
     channels = len(mean)
@@ -143,9 +145,7 @@ def make_dit() -> WanDiT:
     for name, weight in dit.named_parameters():
         if name.endswith(("self_attn.o.weight", "cross_attn.o.weight", "ffn.2.weight")):
             weight.data.mul_(0.3)
-        elif name == "head.head.weight":
-            weight.data.zero_()
-        elif name.endswith(".bias"):
+        elif name == "head.head.weight" or name.endswith(".bias"):
             weight.data.zero_()
     return dit
 
@@ -160,12 +160,19 @@ class PromptEncoder(nn.Module):
         spec = POCKET.text
         self.stack = UMT5EncoderModel(
             UMT5Config(
-                vocab_size=spec.vocab, d_model=spec.dim, d_kv=spec.dim_attn // spec.num_heads, d_ff=spec.dim_ffn,
-                num_layers=spec.num_layers, num_heads=spec.num_heads, relative_attention_max_distance=MAX_DISTANCE,
-                relative_attention_num_buckets=spec.num_buckets, feed_forward_proj="gated-gelu", dropout_rate=0.0,
+                vocab_size=spec.vocab,
+                d_model=spec.dim,
+                d_kv=spec.dim_attn // spec.num_heads,
+                d_ff=spec.dim_ffn,
+                num_layers=spec.num_layers,
+                num_heads=spec.num_heads,
+                relative_attention_max_distance=MAX_DISTANCE,
+                relative_attention_num_buckets=spec.num_buckets,
+                feed_forward_proj="gated-gelu",
+                dropout_rate=0.0,
                 attn_implementation="eager",
             )
-        ).encoder  # fmt: skip
+        ).encoder
         self.tokenizer: Any = AutoTokenizer.from_pretrained(
             tokenizer_folder, local_files_only=True, padding_side="right"
         )
@@ -225,7 +232,9 @@ class Average:
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         weights = dict(self._weights())
         torch._foreach_lerp_(
-            [self.values[name] for name in weights], [weight.detach() for weight in weights.values()], 1 - decay
+            [self.values[name] for name in weights],
+            [weight.detach() for weight in weights.values()],
+            1 - decay,
         )
 
     @torch.no_grad()
@@ -238,7 +247,8 @@ class Average:
 
 
 def save_state(nets: Nets, facts: dict[str, Any], folder: Path) -> None:
-    """Write all weights in float16 as `pocket-000k.safetensors` of at most 15 MiB each, and `facts` as JSON."""
+    """Write all weights in float16 as `pocket-000k.safetensors` of at most 15 MiB each, and `facts` as
+    JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
     held = 0
@@ -263,7 +273,11 @@ def load_state(nets: Nets, folder: Path) -> dict[str, Any]:
     for path in sorted(folder.glob("pocket-*.safetensors")):
         held.update(load_file(path))
     for prefix, module in nets.modules().items():
-        part = {key.partition(".")[2]: value.float() for key, value in held.items() if key.startswith(prefix + ".")}
+        part = {
+            key.partition(".")[2]: value.float()
+            for key, value in held.items()
+            if key.startswith(prefix + ".")
+        }
         module.load_state_dict(part)
     facts: dict[str, Any] = json.loads((folder / "state.json").read_text())
     return facts

@@ -1,8 +1,9 @@
 """Phones in time to mouth shapes: targets for each ARPABET phone, blended by dominance.
 
-Every phone pulls ten articulators towards its targets with a strength of its own; a pull holds inside the phone's
-core and dies away around it, slowly for rounding (which is anticipated), fast for lip closure. The shape at a moment
-is the mean of all targets weighted by their pulls (Cohen and Massaro 1993). Targets are ours, set by eye.
+Every phone pulls ten articulators towards its targets with a strength of its own; a pull holds inside the
+phone's core and dies away around it, slowly for rounding (which is anticipated), fast for lip closure. The
+shape at a moment is the mean of all targets weighted by their pulls (Cohen and Massaro 1993). Targets are
+ours, set by eye.
 
 Shapes: S phones, T moments, A articulators.
 """
@@ -35,7 +36,10 @@ _TARGETS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
     "F": ({"jaw": 0.08, "bite": 0.9, "upper": 0.12}, {"jaw": 1.0, "bite": 4.0, "lower": 1.5}),
     "TH": ({"jaw": 0.17, "tongue": 0.5, "lower": 0.12}, {"jaw": 0.8, "tongue": 2.0}),
     "T": ({"jaw": 0.11, "wide": 0.12, "lower": 0.14}, {"jaw": 0.7, "lower": 0.5}),
-    "S": ({"jaw": 0.05, "wide": 0.22, "lower": 0.28, "upper": 0.16}, {"jaw": 1.5, "lower": 1.0, "upper": 1.0}),
+    "S": (
+        {"jaw": 0.05, "wide": 0.22, "lower": 0.28, "upper": 0.16},
+        {"jaw": 1.5, "lower": 1.0, "upper": 1.0},
+    ),
     "L": ({"jaw": 0.22, "tongue": 0.12, "lower": 0.10}, {"jaw": 0.5}),
     "SH": (
         {"jaw": 0.07, "funnel": 0.62, "round": 0.16, "lower": 0.22, "upper": 0.2},
@@ -48,8 +52,8 @@ _TARGETS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
     "HH": ({"jaw": 0.24}, {"jaw": 0.25}),
 }  # fmt: skip
 _ALIKE = {
-    "P": "B", "M": "B", "V": "F", "DH": "TH", "D": "T", "N": "T", "Z": "S", "ZH": "SH", "CH": "SH", "JH": "SH",
-    "G": "K", "NG": "K", "AX": "AH", "DX": "T", "AXR": "ER",
+    "P": "B", "M": "B", "V": "F", "DH": "TH", "D": "T", "N": "T", "Z": "S", "ZH": "SH", "CH": "SH",
+    "JH": "SH", "G": "K", "NG": "K", "AX": "AH", "DX": "T", "AXR": "ER",
 }  # fmt: skip
 _GLIDES = {"AW": ("AA", "UH"), "AY": ("AA", "IH"), "OY": ("AO", "IH"), "EY": ("EH", "IY"), "OW": ("AO", "UW")}
 VOWELS = frozenset({"AA", "AE", "AH", "AO", "EH", "ER", "IH", "IY", "UH", "UW", *_GLIDES})
@@ -91,7 +95,8 @@ def _tables() -> tuple[dict[str, int], np.ndarray, np.ndarray]:
 
 
 def articulate(phones: list[Phone], times: np.ndarray) -> np.ndarray:
-    """Articulators (T, A) at `times` (T,) seconds; before the first and after the last phone there is silence."""
+    """Articulators (T, A) at `times` (T,) seconds; before the first and after the last phone there is
+    silence."""
     rows, targets, strengths = _tables()
     pieces = [(SILENCE, -10.0, phones[0].start if phones else 1e9)]
     for phone in phones:
@@ -123,7 +128,8 @@ def articulate(phones: list[Phone], times: np.ndarray) -> np.ndarray:
 
 
 def frame_times(frames: int) -> np.ndarray:
-    """Audio time (seconds) that each video frame shows: frame 0 is the portrait, frame f the middle of row f-1."""
+    """Audio time (seconds) that each video frame shows: frame 0 is the portrait, frame f the middle of row
+    f-1."""
     return (np.arange(frames) - 0.5) / FPS
 
 
@@ -148,7 +154,8 @@ def smooth_articulate(phones: list[Phone], frames: int, oversample: int = 4) -> 
 
 
 def mouth_coefficients(shape: np.ndarray, names: list[str], smile: float = 0.0) -> np.ndarray:
-    """ARKit coefficients (T, 52) in the order `names` of articulators (T, A); smile 0..1 is added to speech."""
+    """ARKit coefficients (T, 52) in the order `names` of articulators (T, A); smile 0..1 is added to
+    speech."""
     value = dict(zip(ARTICULATORS, shape.T, strict=True))
     rounded = np.clip(value["round"] + value["funnel"], 0, 1)
     grin = smile * (1 - 0.65 * rounded)

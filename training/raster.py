@@ -1,12 +1,12 @@
 """A batched triangle rasteriser in plain PyTorch: exact z-buffer, no loop over triangles or frames.
 
-Every triangle is scattered over the pixel centres of its bounding box; those inside write (depth, triangle) as one
-int64 into a z-buffer with an atomic minimum. Depth and barycentric coordinates are affine in screen space, so a
-pixel needs only its triangle's plane coefficients. Attributes are interpolated affinely too: with the long lens
-of a portrait the perspective error is below a tenth of a pixel.
+Every triangle is scattered over the pixel centres of its bounding box; those inside write (depth,
+triangle) as one int64 into a z-buffer with an atomic minimum. Depth and barycentric coordinates are affine
+in screen space, so a pixel needs only its triangle's plane coefficients. Attributes are interpolated
+affinely too: with the long lens of a portrait the perspective error is below a tenth of a pixel.
 
-Limits: pixel centres only (supersample for smooth edges), no clipping at the near plane (all vertices must lie in
-front of the camera). Memory: about 120 bytes a candidate pixel; give it a few dozen frames at a time.
+Limits: pixel centres only (supersample for smooth edges), no clipping at the near plane (all vertices must
+lie in front of the camera). Memory: about 120 bytes a candidate pixel; give it a few dozen frames at a time.
 
 Shapes: B frames, V vertices, F triangles, H W pixels, P covered pixels of all frames.
 """
@@ -38,8 +38,8 @@ class Hits:
 def rasterise(points: Tensor, triangles: Tensor, two_sided: Tensor, size: tuple[int, int]) -> Hits:
     """Visible triangles of vertices `points` (B, V, 3): x right and y down in pixels, z > 0 the distance.
 
-    triangles: (F, 3) int64, counter-clockwise when seen from the front with y up. two_sided: (F,) bool; the others
-    are dropped when seen from behind.
+    triangles: (F, 3) int64, counter-clockwise when seen from the front with y up. two_sided: (F,) bool;
+    the others are dropped when seen from behind.
     """
     height, width = size
     batch, faces = points.shape[0], triangles.shape[0]

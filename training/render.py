@@ -2,8 +2,8 @@
 
 Shading is by material. What is painted on the skin (brows, beard, freckles, blush, lids, lips, neckline) is a
 function of the place on the mean head, which is interpolated over the triangles and so moves with the face.
-Light: a sky-ground ambient, a key and a fill without cast shadows; darkness under the chin, at the hairline and
-deep in the mouth is painted too.
+Light: a sky-ground ambient, a key and a fill without cast shadows; darkness under the chin, at the
+hairline and deep in the mouth is painted too.
 
 Shapes: N identities, T frames each, H W pixels, P covered samples.
 """
@@ -28,7 +28,8 @@ FRAMES_AT_ONCE = {"cuda": 96, "cpu": 4}
 
 @dataclass(frozen=True, eq=False)
 class Performance:
-    """Motion of N people over T frames: ARKit coefficients (N, T, 52), head (N, T, 3), gaze and sway (N, T, 2)."""
+    """Motion of N people over T frames: ARKit coefficients (N, T, 52), head (N, T, 3), gaze and sway (N,
+    T, 2)."""
 
     coefficients: Tensor
     head: Tensor
@@ -45,7 +46,10 @@ class Performance:
 def gather(tracks: list[dict[str, np.ndarray]], device: torch.device) -> Performance:
     """Performances of one length in one batch on `device`."""
     return Performance(
-        **{name: torch.from_numpy(np.stack([track[name] for track in tracks])).to(device) for name in tracks[0]}
+        **{
+            name: torch.from_numpy(np.stack([track[name] for track in tracks])).to(device)
+            for name in tracks[0]
+        }
     )
 
 
@@ -64,7 +68,8 @@ class Renderer:
 
     @torch.no_grad()
     def frames(self, looks: Looks, performance: Performance) -> tuple[Tensor, Tensor]:
-        """uint8 (N, T, 3, H, W) of N looks and their performances, and where the mouth is, (N, T, 2) pixels."""
+        """uint8 (N, T, 3, H, W) of N looks and their performances, and where the mouth is, (N, T, 2)
+        pixels."""
         count, length = performance.coefficients.shape[:2]
         coefficients, pose = performance.flat()
         owner = torch.arange(count, device=self.head.device).repeat_interleave(length)
@@ -75,7 +80,9 @@ class Renderer:
         ):
             part = Pose(pose.head[rows], pose.gaze[rows], pose.sway[rows])
             pieces.append(self._piece(looks, shapes, owner[rows], coefficients[rows], part))
-        pictures, mouths = (torch.cat(part).unflatten(0, (count, length)) for part in zip(*pieces, strict=True))
+        pictures, mouths = (
+            torch.cat(part).unflatten(0, (count, length)) for part in zip(*pieces, strict=True)
+        )
         return pictures, mouths
 
     def _piece(
@@ -130,9 +137,15 @@ class Renderer:
         facing = normal * torch.where(normal[:, 2:] < -0.2, -1.0, 1.0)
         colours = torch.empty_like(place)
         for kinds, paint in (
-            ((SKIN,), self._skin), ((EYE,), self._eye), ((TEETH,), self._teeth), ((TONGUE,), self._tongue),
-            ((MOUTH,), self._mouth), ((LASH,), self._lash), ((HAIR, HAIR + 1), self._hair), ((CLOTH,), self._cloth),
-        ):  # fmt: skip
+            ((SKIN,), self._skin),
+            ((EYE,), self._eye),
+            ((TEETH,), self._teeth),
+            ((TONGUE,), self._tongue),
+            ((MOUTH,), self._mouth),
+            ((LASH,), self._lash),
+            ((HAIR, HAIR + 1), self._hair),
+            ((CLOTH,), self._cloth),
+        ):
             chosen = material == kinds[0]
             for kind in kinds[1:]:
                 chosen |= material == kind
@@ -140,7 +153,9 @@ class Renderer:
             colours[rows] = paint(looks, who[rows], place[rows], marks[rows], facing[rows])
         return colours
 
-    def _light(self, looks: Looks, who: Tensor, normal: Tensor, wrap: float, shine: float, power: float) -> Tensor:
+    def _light(
+        self, looks: Looks, who: Tensor, normal: Tensor, wrap: float, shine: float, power: float
+    ) -> Tensor:
         """(2, P, 3): what albedo is multiplied by, and the highlight that is added."""
         sky = looks.ground[who] + (looks.sky[who] - looks.ground[who]) * (0.5 + 0.5 * normal[:, 1:2])
         key_direction = looks.key_direction[who]
@@ -199,7 +214,11 @@ class Renderer:
         side = x.abs()
         jaw = smoothstep(-(y + 0.62 - 0.55 * side), 0.0, 0.18) * smoothstep(y - edge, 0.0, 0.15)
         jaw = jaw * smoothstep(z, -0.85, -0.6)
-        upper = smoothstep(y, -0.68, -0.62) * (1 - smoothstep(y, -0.55, -0.49)) * (1 - smoothstep(side, 0.24, 0.34))
+        upper = (
+            smoothstep(y, -0.68, -0.62)
+            * (1 - smoothstep(y, -0.55, -0.49))
+            * (1 - smoothstep(side, 0.24, 0.34))
+        )
         cover = torch.maximum(full * jaw, moustache * upper * (z > 0))
         grain = 0.8 + 0.2 * self._noise(looks, who, place, 9.0)
         return cover * grain * (1 - smoothstep(marks[:, 0], 0.05, 0.3))

@@ -1,4 +1,5 @@
-"""Train OmniAvatar-Pocket: a list of stages, each for some minutes, going on from files of an earlier session.
+"""Train OmniAvatar-Pocket: a list of stages, each for some minutes, going on from files of an earlier
+session.
 
 `python -m training.run --stages vae=5 audio=3 dit=12 --resume DIR --out DIR` in the repository root with
 `PYTHONPATH=src:.`. Speech is synthesised first (all cores, under a minute). Writes `pocket-*.safetensors` and
@@ -24,7 +25,7 @@ from training.head import Head
 from training.loop import Budget, Log
 from training.nets import Nets, load_state, save_state
 from training.sample import sample, sheet
-from training.scale import OVERLAP, WINDOW
+from training.scale import WINDOW
 from training.settings import Settings, StageSettings, read_settings
 from training.speech import SpeechSet, synthesise
 from training.stage_audio import train_audio
@@ -50,13 +51,17 @@ def parse_stages(words: list[str]) -> list[tuple[str, float]]:
 
 
 def gather_speech(settings: Settings, session: int, workers: int, folder: Path) -> SpeechSet:
-    """Speech of this session below `folder`, mapped from its files; each session synthesises other sentences."""
+    """Speech of this session below `folder`, mapped from its files; each session synthesises other
+    sentences."""
     began = time.monotonic()
     speech = synthesise(settings.speech.utterances, settings.seed + 1 + session, workers)
     if settings.speech.recorded:
         speech = SpeechSet.join([speech, SpeechSet.load(Path(settings.speech.recorded))])
     taken = time.monotonic() - began
-    print(f"speech: {len(speech)} utterances, {speech.seconds / 60:.1f} minutes, made in {taken:.0f} s", flush=True)
+    print(
+        f"speech: {len(speech)} utterances, {speech.seconds / 60:.1f} minutes, made in {taken:.0f} s",
+        flush=True,
+    )
     return SpeechSet.open(speech.keep(folder))
 
 
@@ -76,7 +81,8 @@ class Session:
         self.names = Head("cpu").names
         self.factory = TakeFactory(folder, self.names, self.workers)
         self.held_out = [
-            make_take(self.speech, self.names, 2 * WINDOW, seed) for seed in range(HELD_OUT_CLIPS[device.type])
+            make_take(self.speech, self.names, 2 * WINDOW, seed)
+            for seed in range(HELD_OUT_CLIPS[device.type])
         ]
         self.seeds = itertools.count(HELD_OUT_SEEDS * (1 + 10 * self.facts["sessions"]), HELD_OUT_SEEDS)
 
@@ -86,10 +92,13 @@ class Session:
         stage: StageSettings = getattr(settings, name)
         budget = Budget(minutes, stage.planned_minutes, self.facts["minutes"][name])
         seed = next(self.seeds)
+        torch.manual_seed(seed)
         takes = self.factory.stream(stage.frames, seed)  # type: ignore[attr-defined]
         studio = Studio(takes, seed, self.device)
         if name == "audio":
-            held_out = [make_take(self.speech, self.names, settings.audio.frames, 1000 + n) for n in range(32)]
+            held_out = [
+                make_take(self.speech, self.names, settings.audio.frames, 1000 + n) for n in range(32)
+            ]
             train_audio(self.nets.audio, takes, held_out, settings.audio, budget, self.log, self.device, seed)
         elif name == "vae":
             film = studio.film_takes(self.held_out, 0, slice(20, 20 + settings.vae.clip))
@@ -109,7 +118,9 @@ class Session:
             film = studio.film_takes([still(take) for take in self.held_out], 0)
             for scale in (1.0, 2.0):
                 sampled = sample(self.nets, film, steps, scale)
-                print(f"samples: {steps} steps, audio scale {scale}: mouth_r {sampled.mouth_r:.3f}", flush=True)
+                print(
+                    f"samples: {steps} steps, audio scale {scale}: mouth_r {sampled.mouth_r:.3f}", flush=True
+                )
                 sheet(sampled).save(out / f"sheet_{scale:g}.jpg", quality=80)
         self.factory.close()
 
@@ -133,7 +144,9 @@ def _draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
             for x, y in points
         ]
         draw.line(place, fill="navy", width=2)
-        draw.text((number * width + 15, 4), f"{stage} {name} {low:.3g}..{high:.3g}, {right:.1f} min", fill="black")
+        draw.text(
+            (number * width + 15, 4), f"{stage} {name} {low:.3g}..{high:.3g}, {right:.1f} min", fill="black"
+        )
     image.save(path)
 
 
@@ -148,7 +161,6 @@ def main() -> None:
     stages = parse_stages(arguments.stages)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")
     with tempfile.TemporaryDirectory() as folder:
         session = Session(read_settings(arguments.config), arguments.resume, device, Path(folder))
         for name, minutes in stages:

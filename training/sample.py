@@ -1,7 +1,8 @@
 """What the trained networks make of held-out stories: two windows in a row, sampled as the engine does it.
 
 For measuring between sessions without the engine's files: a sheet of frames (made above true) and the mouth's
-correlation, read as the darkness of the pixels around the mouth's known place. The real judge reads landmarks.
+correlation, read as the darkness of the pixels around the mouth's known place. The real judge reads
+landmarks.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from training.studio import Film
 
 @dataclass(frozen=True, eq=False)
 class Sampled:
-    """made, true: uint8 (N, F, 3, H, W) of two windows. mouth_r: median correlation of the mouth's darkness."""
+    """made, true: uint8 (N, F, 3, H, W) of two windows. mouth_r: median correlation of the mouth's
+    darkness."""
 
     made: Tensor
     true: Tensor

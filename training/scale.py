@@ -17,9 +17,7 @@ WAV2VEC = Wav2VecSpec(
 )
 POCKET = ScaleSpec(
     name="pocket",
-    dit=DiTConfig(
-        256, 768, 4, 10, text_dim=96, freq_dim=256, audio_dim=WAV2VEC.audio_dim, audio_hidden=64
-    ),
+    dit=DiTConfig(256, 768, 4, 10, text_dim=96, freq_dim=256, audio_dim=WAV2VEC.audio_dim, audio_hidden=64),
     text=TextSpec(vocab=384, dim=96, dim_ffn=192, num_heads=4, num_layers=2, dim_attn=96),
     vae=VAEConfig(dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=1),
     wav2vec=WAV2VEC,

@@ -101,6 +101,7 @@ def _build(kind: Any, table: Any, where: str) -> Any:
     given = set(table) if isinstance(table, dict) else set()
     if given != wanted:
         raise ValueError(
-            f"{where}: missing {sorted(wanted - given) or 'nothing'}, unknown {sorted(given - wanted) or 'nothing'}"
+            f"{where}: missing {sorted(wanted - given) or 'nothing'}, "
+            f"unknown {sorted(given - wanted) or 'nothing'}"
         )
     return kind(**table)

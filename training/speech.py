@@ -31,29 +31,87 @@ SAMPLE_RATE = 16000
 TOOLS = Path(__file__).parent / "build" / "tts"
 FLITE_VOICES = ("slt", "rms", "awb", "kal16")
 ACCENTS = ("en-us", "en-us", "en-gb-x-rp", "en-gb-scotland", "en-029", "en-us-nyc", "en-gb-x-gbclan")
-VARIANTS = ("m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "f1", "f2", "f3", "f4", "f5", "klatt", "klatt2", "klatt3",
-            "Alex", "Andy", "Annie", "Gene", "Lee", "Mario", "Michael", "Mike", "Reed", "adam", "anika", "antonio",
-            "belinda", "benjamin", "boris", "caleb", "david", "ed", "grandma", "grandpa", "ian", "iven", "john",
-            "linda", "marcelo", "max", "michel", "norbert", "pablo", "paul", "quincy", "rob", "robert", "sandro",
-            "shelby", "steph", "travis", "victor", "zac")  # fmt: skip
+VARIANTS = tuple(
+    [
+        "m1",
+        "m2",
+        "m3",
+        "m4",
+        "m5",
+        "m6",
+        "m7",
+        "m8",
+        "f1",
+        "f2",
+        "f3",
+        "f4",
+        "f5",
+        "klatt",
+        "klatt2",
+        "klatt3",
+        "Alex",
+        "Andy",
+        "Annie",
+        "Gene",
+        "Lee",
+        "Mario",
+        "Michael",
+        "Mike",
+        "Reed",
+        "adam",
+        "anika",
+        "antonio",
+        "belinda",
+        "benjamin",
+        "boris",
+        "caleb",
+        "david",
+        "ed",
+        "grandma",
+        "grandpa",
+        "ian",
+        "iven",
+        "john",
+        "linda",
+        "marcelo",
+        "max",
+        "michel",
+        "norbert",
+        "pablo",
+        "paul",
+        "quincy",
+        "rob",
+        "robert",
+        "sandro",
+        "shelby",
+        "steph",
+        "travis",
+        "victor",
+        "zac",
+    ]
+)
 _ESPEAK_PHONES = {
-    "@": "AH", "@2": "AH", "@L": "AH L", "3": "ER", "3:": "ER", "a": "AE", "aa": "AE", "A": "AA", "A:": "AA", "A@": "AA R",
-    "0": "AA", "O": "AO", "O:": "AO", "O@": "AO R", "o@": "AO R", "o": "OW", "oU": "OW", "aU": "AW", "aI": "AY", "aI2": "AY",
-    "aI3": "AY", "aI@": "AY AH", "aU@": "AW AH", "OI": "OY", "eI": "EY", "e": "EH", "E": "EH", "E2": "EH", "e@": "EH R",
-    "I": "IH", "I2": "IH", "I#": "IH", "IR": "ER", "i": "IY", "i:": "IY", "i@": "IY AH", "i@3": "IY R", "U": "UH", "u": "UW",
-    "u:": "UW", "U@": "UH R", "V": "AH", "VR": "ER", "V3": "ER", "a#": "AH", "ju:": "Y UW", "D": "DH", "T": "TH", "S": "SH",
-    "Z": "ZH", "tS": "CH", "dZ": "JH", "N": "NG", "j": "Y", "h": "HH", "t#": "T", "t2": "T", "w#": "W", "n-": "N", "l-": "L",
-    "L": "L", "r-": "R", "R": "R", "x": "K", "C": "HH", "?": "", ";": "", "_": SILENCE, "_:": SILENCE, "_|": "", "_^_": "",
-    "p": "P", "b": "B", "t": "T", "d": "D", "k": "K", "g": "G", "f": "F", "v": "V", "s": "S", "z": "Z", "m": "M",
-    "n": "N", "l": "L", "r": "R", "w": "W", "r/": "R", "aI#": "AY", "E#": "EH", "O2": "AO", "i2": "IY", "3r": "ER",
-    "e:": "EY", "o:": "OW", "Y": "UW", "E:": "EH", "u2": "UW", "I3": "IH", "I@": "IH AH", "t[": "T", "@5": "AH",
+    "@": "AH", "@2": "AH", "@L": "AH L", "3": "ER", "3:": "ER", "a": "AE", "aa": "AE", "A": "AA",
+    "A:": "AA", "A@": "AA R", "0": "AA", "O": "AO", "O:": "AO", "O@": "AO R", "o@": "AO R", "o": "OW",
+    "oU": "OW", "aU": "AW", "aI": "AY", "aI2": "AY", "aI3": "AY", "aI@": "AY AH", "aU@": "AW AH",
+    "OI": "OY", "eI": "EY", "e": "EH", "E": "EH", "E2": "EH", "e@": "EH R", "I": "IH", "I2": "IH",
+    "I#": "IH", "IR": "ER", "i": "IY", "i:": "IY", "i@": "IY AH", "i@3": "IY R", "U": "UH", "u": "UW",
+    "u:": "UW", "U@": "UH R", "V": "AH", "VR": "ER", "V3": "ER", "a#": "AH", "ju:": "Y UW", "D": "DH",
+    "T": "TH", "S": "SH", "Z": "ZH", "tS": "CH", "dZ": "JH", "N": "NG", "j": "Y", "h": "HH", "t#": "T",
+    "t2": "T", "w#": "W", "n-": "N", "l-": "L", "L": "L", "r-": "R", "R": "R", "x": "K", "C": "HH",
+    "?": "", ";": "", "_": SILENCE, "_:": SILENCE, "_|": "", "_^_": "", "p": "P", "b": "B", "t": "T",
+    "d": "D", "k": "K", "g": "G", "f": "F", "v": "V", "s": "S", "z": "Z", "m": "M", "n": "N", "l": "L",
+    "r": "R", "w": "W", "r/": "R", "aI#": "AY", "E#": "EH", "O2": "AO", "i2": "IY", "3r": "ER",
+    "e:": "EY", "o:": "OW", "Y": "UW", "E:": "EH", "u2": "UW", "I3": "IH", "I@": "IH AH", "t[": "T",
+    "@5": "AH",
 }  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class SpeechSet:
-    """samples: (S,) int16. utterances: (U, 4) int64 first sample, samples, first phone, phones. phones: (P, 3)
-    float32 index in PHONES, start and end in seconds from the utterance's start. voices: (U,) names."""
+    """samples: (S,) int16. utterances: (U, 4) int64 first sample, samples, first phone, phones. phones:
+    (P, 3) float32 index in PHONES, start and end in seconds from the utterance's start. voices: (U,)
+    names."""
 
     samples: np.ndarray
     utterances: np.ndarray
@@ -93,15 +151,18 @@ class SpeechSet:
     @classmethod
     def join(cls, sets: Iterable[SpeechSet]) -> SpeechSet:
         """All utterances of several sets."""
-        parts = [
-            (str(each.voices[row]), *each.utterance(row)) for each in sets for row in range(len(each))
-        ]
+        parts = [(str(each.voices[row]), *each.utterance(row)) for each in sets for row in range(len(each))]
         return cls.of(parts)
 
     def save(self, path: Path) -> None:
-        """Write an `.npz`; samples as 8-bit mu-law, half the size and of no consequence after augmentation."""
+        """Write an `.npz`; samples as 8-bit mu-law, half the size and of no consequence after
+        augmentation."""
         np.savez_compressed(
-            path, codes=mu_law(self.samples), utterances=self.utterances, phones=self.phones, voices=self.voices
+            path,
+            codes=mu_law(self.samples),
+            utterances=self.utterances,
+            phones=self.phones,
+            voices=self.voices,
         )
 
     @classmethod
@@ -109,7 +170,6 @@ class SpeechSet:
         """What `save` wrote."""
         arrays = np.load(path)
         return cls(from_mu_law(arrays["codes"]), arrays["utterances"], arrays["phones"], arrays["voices"])
-
 
     def keep(self, folder: Path) -> Path:
         """Write plain arrays that several processes can map; returns `folder`."""
@@ -150,10 +210,21 @@ def speak_flite(text: str, voice: str, stretch: float) -> tuple[np.ndarray, list
     """int16 samples and phones. Raises CalledProcessError where flite does not run."""
     with tempfile.TemporaryDirectory() as folder:
         sound = Path(folder) / "a.wav"
-        command = [str(TOOLS / "flite"), "-voice", voice, "--setf", f"duration_stretch={stretch:.3f}", "-psdur"]
+        command = [
+            str(TOOLS / "flite"),
+            "-voice",
+            voice,
+            "--setf",
+            f"duration_stretch={stretch:.3f}",
+            "-psdur",
+        ]
         environment = {**os.environ, "LD_LIBRARY_PATH": str(TOOLS / "lib")}
         done = subprocess.run(
-            [*command, "-t", text, "-o", str(sound)], capture_output=True, text=True, env=environment, check=True
+            [*command, "-t", text, "-o", str(sound)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=True,
         )
         with wave.open(str(sound)) as file:
             rate = file.getframerate()
@@ -210,7 +281,9 @@ class Espeak:
             number += 1
         return 0
 
-    def speak(self, text: str, voice: str, rate: int, pitch: int, span: int) -> tuple[np.ndarray, list[Phone]]:
+    def speak(
+        self, text: str, voice: str, rate: int, pitch: int, span: int
+    ) -> tuple[np.ndarray, list[Phone]]:
         """int16 samples at 16 kHz and phones. Raises ValueError for a voice that is not there."""
         if self.library.espeak_SetVoiceByName(voice.encode()):
             raise ValueError(f"eSpeak NG has no voice {voice!r}")
@@ -260,7 +333,8 @@ def _espeak_batch(job: tuple[int, int]) -> list[tuple[str, np.ndarray, list[Phon
 
 
 def synthesise(utterances: int, seed: int, workers: int, batch: int = 40) -> SpeechSet:
-    """`utterances` sentences, half by flite and half by eSpeak NG, determined by `seed` whatever the workers."""
+    """`utterances` sentences, half by flite and half by eSpeak NG, determined by `seed` whatever the
+    workers."""
     jobs = [(seed * 100003 + number, batch) for number in range(max(1, utterances // (2 * batch)))]
     parts = []
     with ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=1) as pool:

@@ -1,7 +1,7 @@
 """Stage 2, the audio encoder: wav2vec 2.0 learns to name each frame's phone and to place its articulators.
 
-Speech is roughened anew for every step (`augment`), so that rooms, microphones and noise do not matter. The two
-heads are thrown away; the DiT hears the hidden states.
+Speech is roughened anew for every step (`augment`), so that rooms, microphones and noise do not matter.
+The two heads are thrown away; the DiT hears the hidden states.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def clip_of(takes: list[Take], device: torch.device) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
-def audio_loss(net: AudioTrainer, clips: dict[str, Tensor], sound: Tensor, weight: float) -> tuple[Tensor, ...]:
+def audio_loss(
+    net: AudioTrainer, clips: dict[str, Tensor], sound: Tensor, weight: float
+) -> tuple[Tensor, ...]:
     """Loss, frame accuracy and squared error of the articulators for normalised sound (B, S)."""
     frames = clips["phones"].shape[1]
     states = net.states(sound, frames)
@@ -58,10 +60,17 @@ def measure(net: AudioTrainer, clips: dict[str, Tensor]) -> dict[str, float]:
 
 
 def train_audio(
-    net: AudioTrainer, takes: Iterator[Take], held_out: list[Take], settings: AudioSettings, budget: Budget,
-    log: Log, device: torch.device, seed: int,
-) -> int:  # fmt: skip
-    """Train until the budget is over; leaves the averaged weights in `net`; returns how many takes were used."""
+    net: AudioTrainer,
+    takes: Iterator[Take],
+    held_out: list[Take],
+    settings: AudioSettings,
+    budget: Budget,
+    log: Log,
+    device: torch.device,
+    seed: int,
+) -> int:
+    """Train until the budget is over; leaves the averaged weights in `net`; returns how many takes were
+    used."""
     generator = torch.Generator(device).manual_seed(seed)
     optimiser = Optimiser({"audio": net}, settings, budget)
     pool = Pool(settings.pool)

@@ -1,12 +1,14 @@
 """Stage 3, the diffusion transformer with the prompt encoder: flow matching on latents of talking heads.
 
-A clip in the pool is a story: the portrait, sound and prompt, and windows of the story as latents, the first from
-the portrait on, the others from anywhere, each coded as a clip of its own, as the engine's hand-over does. In a
-later window the given latents are often disturbed (noise, and an offset and gain a channel), so that the model
-learns to come back to the portrait instead of drifting on. Speech and prompt are left out at random for guidance:
-speech as zero vectors, the prompt as the empty one. Noise levels follow the engine's schedule of shift 5.
+A clip in the pool is a story: the portrait, sound and prompt, and windows of the story as latents, the
+first from the portrait on, the others from anywhere, each coded as a clip of its own, as the engine's
+hand-over does. In a later window the given latents are often disturbed (noise, and an offset and gain a
+channel), so that the model learns to come back to the portrait instead of drifting on. Speech and prompt
+are left out at random for guidance: speech as zero vectors, the prompt as the empty one. Noise levels
+follow the engine's schedule of shift 5.
 
-Shapes: B stories, W windows a story, T latent frames, N = 4T-3 video frames, D audio width, h w latent pixels.
+Shapes: B stories, W windows a story, T latent frames, N = 4T-3 video frames, D audio width, h w latent
+pixels.
 """
 
 from __future__ import annotations
@@ -41,9 +43,11 @@ def stories_of(film: Film, nets: Nets, windows: int, generator: torch.Generator)
     rows = starts[..., None] + torch.arange(WINDOW, device=device)
     picked = film.frames[torch.arange(count, device=device)[:, None, None], rows].flatten(0, 1)
     mouths = film.mouth[torch.arange(count, device=device)[:, None, None], rows].flatten(0, 1)
-    pieces = [
-        normalised_latents(nets.vae, to_pixels(part)).half() for part in picked.split(8 if device.type == "cuda" else 1)
-    ]
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        pieces = [
+            normalised_latents(nets.vae, to_pixels(part)).half()
+            for part in picked.split(8 if device.type == "cuda" else 1)
+        ]
     groups = torch.cat([mouths[:, :1].expand(-1, 3, -1), mouths], 1).unflatten(1, (LATENTS, 4)).mean(2)
     weight = mouth_weight(groups, (SIZE // 8, SIZE // 8), 1 / 8, 1.0, 20.0) - 1
     sound = normalise_sound(roughen(film.sound, generator))
@@ -62,7 +66,8 @@ def stories_of(film: Film, nets: Nets, windows: int, generator: torch.Generator)
 
 
 def window_audio(audio: Tensor, starts: Tensor) -> Tensor:
-    """Vectors (B, N, D) of windows that begin at frames `starts` (B,): frame f hears row f-1, the portrait zeros."""
+    """Vectors (B, N, D) of windows that begin at frames `starts` (B,): frame f hears row f-1, the portrait
+    zeros."""
     padded = torch.cat([torch.zeros_like(audio[:, :1]), audio], 1)
     rows = starts[:, None] + torch.arange(WINDOW, device=audio.device)
     return padded.gather(1, rows[..., None].expand(-1, -1, audio.shape[-1])).float()
@@ -88,7 +93,8 @@ def disturb(given: Tensor, share: float, generator: torch.Generator) -> Tensor:
 def dit_batch(
     stories: dict[str, Tensor], settings: DitSettings, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """One training example a story: noisy sample, y, timestep, target and its weight, audio, prompt tokens."""
+    """One training example a story: noisy sample, y, timestep, target and its weight, audio, prompt
+    tokens."""
     batch, windows = stories["starts"].shape
     device = stories["starts"].device
 
@@ -137,7 +143,11 @@ def dit_loss(dit: WanDiT, text: PromptEncoder, batch: dict[str, Tensor]) -> Tens
     """Weighted squared error of the velocity."""
     embedding = text(batch["ids"], batch["mask"])
     made = dit(
-        batch["sample"], batch["y"], batch["timestep"], dit.prepare_text(embedding), dit.prepare_audio(batch["audio"])
+        batch["sample"],
+        batch["y"],
+        batch["timestep"],
+        dit.prepare_text(embedding),
+        dit.prepare_audio(batch["audio"]),
     )
     return ((made - batch["target"]).square() * batch["weight"]).mean()
 
@@ -157,7 +167,8 @@ def measure(nets: Nets, stories: dict[str, Tensor], settings: DitSettings, devic
 def train_dit(
     nets: Nets, studio: Studio, held_out: Film, settings: DitSettings, budget: Budget, log: Log, seed: int
 ) -> None:
-    """Train the DiT and the prompt encoder until the budget is over; leaves the averaged weights in `nets`."""
+    """Train the DiT and the prompt encoder until the budget is over; leaves the averaged weights in
+    `nets`."""
     device = studio.device
     generator = torch.Generator(device).manual_seed(seed)
     nets.vae.eval()
@@ -169,8 +180,7 @@ def train_dit(
     pool = Pool(settings.pool)
 
     def make(count: int) -> dict[str, Tensor]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return stories_of(studio.film(count), nets, settings.windows, generator)
+        return stories_of(studio.film(count), nets, settings.windows, generator)
 
     pool.fill(make, 8, budget, settings.fill_share)
     test = stories_of(held_out, nets, settings.windows, torch.Generator(device).manual_seed(6))

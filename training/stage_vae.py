@@ -1,7 +1,8 @@
 """Stage 1, the video VAE: L1 and its spatial differences, more of both around the mouth, and a small KL term.
 
-The KL is taken in the released VAE's normalisation, so a stage that goes on after `set_latent_statistics` sees the
-same latents. Clips are random crops, mirrored half of the time; measurements are on whole held-out frames.
+The KL is taken in the released VAE's normalisation, so a stage that goes on after `set_latent_statistics`
+sees the same latents. Clips are random crops, mirrored half of the time; measurements are on whole
+held-out frames.
 """
 
 from __future__ import annotations

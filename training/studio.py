@@ -47,7 +47,8 @@ class Film:
 
 
 class Studio:
-    """A renderer and a supply of takes. Looks and takes below HELD_OUT_SEEDS are for measuring, never for training."""
+    """A renderer and a supply of takes. Looks and takes below HELD_OUT_SEEDS are for measuring, never for
+    training."""
 
     def __init__(self, takes: Iterator[Take], first_seed: int, device: torch.device) -> None:
         self.head = Head(device)
@@ -89,13 +90,17 @@ class Studio:
 
 def still(take: Take) -> Take:
     """The same take without head motion, sway and gaze: for measuring the mouth where it is known to be."""
-    calm = {name: track * 0 if name in ("head", "sway", "gaze") else track for name, track in take.tracks.items()}
+    calm = {
+        name: track * 0 if name in ("head", "sway", "gaze") else track for name, track in take.tracks.items()
+    }
     return replace(take, tracks=calm)
 
 
-def mouth_weight(mouth: Tensor, size: tuple[int, int], scale: float, strength: float, spread: float) -> Tensor:
-    """(..., H, W): 1 plus a bump of `strength` around mouths (..., 2) given in pixels; `scale` is grid cells a
-    pixel, `spread` the bump's radius in pixels."""
+def mouth_weight(
+    mouth: Tensor, size: tuple[int, int], scale: float, strength: float, spread: float
+) -> Tensor:
+    """(..., H, W): 1 plus a bump of `strength` around mouths (..., 2) given in pixels; `scale` is grid
+    cells a pixel, `spread` the bump's radius in pixels."""
     rows = (torch.arange(size[0], device=mouth.device) + 0.5) / scale
     columns = (torch.arange(size[1], device=mouth.device) + 0.5) / scale
     away_x = (columns - mouth[..., :1]) / (1.3 * spread)

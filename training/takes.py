@@ -1,8 +1,8 @@
 """Takes: a stretch of sound with the face that speaks it, everything but the pixels; made on CPU cores.
 
-A take begins with a short silence, then speech of one voice with pauses, some of it entered in the middle of a
-sentence; speed and pitch vary together. A few takes hold no speech but hum, noise or chords, with the mouth at
-rest, so that the model learns what not to say. A take depends on its seed and the speech alone.
+A take begins with a short silence, then speech of one voice with pauses, some of it entered in the middle
+of a sentence; speed and pitch vary together. A few takes hold no speech but hum, noise or chords, with the
+mouth at rest, so that the model learns what not to say. A take depends on its seed and the speech alone.
 
 Shapes: T video frames (frame 0 the portrait), 640 samples a frame from frame 1 on.
 """
@@ -28,7 +28,8 @@ NO_SPEECH_ODDS = 0.05
 
 @dataclass(frozen=True, eq=False)
 class Take:
-    """sound: ((T-1)*640,) int16. phones: (T,) index in PHONES. shape: (T, A) articulators. tracks: of `perform`."""
+    """sound: ((T-1)*640,) int16. phones: (T,) index in PHONES. shape: (T, A) articulators. tracks: of
+    `perform`."""
 
     sound: np.ndarray
     phones: np.ndarray
@@ -101,7 +102,9 @@ def _no_speech(rng: np.random.Generator, total: int) -> np.ndarray:
             root = 110 * 2 ** rng.uniform(0, 3)
             for ratio in (1, 1.25, 1.5, 2):
                 tone = np.sin(2 * np.pi * root * ratio * time[begin:stop])
-                sound[begin:stop] += tone * rng.uniform(300, 2500) * np.exp(-3 * (time[begin:stop] - time[begin]))
+                sound[begin:stop] += (
+                    tone * rng.uniform(300, 2500) * np.exp(-3 * (time[begin:stop] - time[begin]))
+                )
             begin = stop
     return np.clip(sound, -32768, 32767).astype(np.int16)
 

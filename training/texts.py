@@ -1,7 +1,7 @@
 """Sentences to be spoken: a small grammar over word lists, so that training never runs out of new ones.
 
-Every word and pattern here was written for this project. All phones of English occur; numbers, names, questions
-and short answers vary rhythm and length.
+Every word and pattern here was written for this project. All phones of English occur; numbers, names,
+questions and short answers vary rhythm and length.
 """
 
 from __future__ import annotations
@@ -11,27 +11,36 @@ import re
 import numpy as np
 
 _LISTS = {
-    "name": "Anna Peter Ruth George Maya Oliver Zoe Thomas Fay Victor Joyce Hugh Leah Mark Judith Paul Sheila Boris "
+    "name": "Anna Peter Ruth George Maya Oliver Zoe Thomas Fay Victor Joyce Hugh Leah Mark Judith Paul "
+    "Sheila Boris "
     "Vivian Chuck Theo Naomi Walter Yvonne Quentin Beth",
     "person": "teacher baker farmer judge neighbor sailor nurse painter child stranger doctor uncle cousin "
     "shepherd tailor pilot guard poet mother father brother fisherman carpenter watchmaker",
-    "thing": "book bottle bicycle basket mirror blanket hammer letter candle piano kettle window umbrella wagon "
+    "thing": "book bottle bicycle basket mirror blanket hammer letter candle piano kettle window umbrella "
+    "wagon "
     "jacket shovel garden engine puzzle lantern feather village orchard bridge telephone ship ladder "
     "machine treasure photograph toothbrush vegetable mushroom fountain thermometer violin",
     "animal": "fox dog horse goat sheep rabbit bird pigeon whale frog beaver mouse chicken bear zebra moth "
     "giraffe thrush",
-    "food": "bread butter cheese soup apples fish pie honey porridge potatoes mushrooms jam chowder coffee beef "
+    "food": "bread butter cheese soup apples fish pie honey porridge potatoes mushrooms jam chowder coffee "
+    "beef "
     "garlic yoghurt plums",
-    "place": "house forest harbor market valley kitchen beach river church mountain station field library theatre "
+    "place": "house forest harbor market valley kitchen beach river church mountain station field library "
+    "theatre "
     "office cellar shore pathway zoo",
-    "adjective": "old small bright heavy quiet broken yellow foolish gentle smooth thick narrow brave curious "
-    "purple enormous fresh warm empty usual strange rough cheap thin wooden beautiful shiny joyful vague cozy",
+    "adjective": "old small bright heavy quiet broken yellow foolish gentle smooth thick narrow brave "
+    "curious "
+    "purple enormous fresh warm empty usual strange rough cheap thin wooden beautiful shiny joyful vague "
+    "cozy",
     "verb": "found carried painted bought watched sold borrowed washed pushed polished measured followed "
     "forgot described moved chose offered lifted brought showed remembered threw hid cooked shaved",
-    "moves": "walked jumped ran sailed climbed slipped hurried marched wandered crept rushed galloped drove moved "
+    "moves": "walked jumped ran sailed climbed slipped hurried marched wandered crept rushed galloped "
+    "drove moved "
     "rode turned flew",
-    "adverb": "slowly quickly quietly very_carefully with_great_joy without_a_word almost_every_day once_more "
-    "before_breakfast after_the_storm all_by_herself in_the_evening this_morning by_mistake on_purpose twice_a_week",
+    "adverb": "slowly quickly quietly very_carefully with_great_joy without_a_word almost_every_day "
+    "once_more "
+    "before_breakfast after_the_storm all_by_herself in_the_evening this_morning by_mistake on_purpose "
+    "twice_a_week",
     "where": "over under behind through above beside across around near beyond toward",
     "number": "two three four five six seven eight nine ten eleven twelve fifteen twenty thirty forty fifty "
     "a_hundred a_thousand",

@@ -1,0 +1,229 @@
+"""Training's forwards are the engine's, its batches are what the engine will ask, its losses fall."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training import nets as training_nets
+from training.augment import roughen
+from training.export import export
+from training.loop import Budget, Optimiser, Pool
+from training.run import parse_stages
+from training.scale import LATENTS, POCKET, WINDOW
+from training.settings import read_settings
+from training.stage_audio import audio_loss
+from training.stage_dit import disturb, dit_batch, dit_loss, window_audio
+from training.stage_vae import vae_loss
+
+from omniavatar.checkpoint.layout_files import TOKENIZER
+from omniavatar.encoders.audio import AudioEncoder
+from omniavatar.encoders.text import TextEncoder
+from omniavatar.generation import audio_slice
+from omniavatar.model.vae import normalise
+from omniavatar.types import Window
+
+ROOT = Path(training_nets.__file__).parent
+CHECK = ROOT / "configs" / "check.yaml"
+
+
+@pytest.fixture(scope="module")
+def nets():
+    return training_nets.Nets.fresh(0, ROOT / "assets" / TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return read_settings(CHECK)
+
+
+def test_exported_files_load_in_the_engine_and_agree(nets, tmp_path):
+    torch.manual_seed(0)
+    size = export(nets, tmp_path)
+    assert size < 32 * 2**20
+    sound = torch.randn(40 * 640) * 0.1
+    encoder = AudioEncoder.load(tmp_path / "wav2vec", "cpu")
+    heard = encoder.encode(sound.numpy(), 40, 25, tmp_path / "features.npy")
+    rounded = copy.deepcopy(nets.audio)
+    rounded.load_state_dict(
+        {name: value.bfloat16().float() for name, value in nets.audio.state_dict().items()}
+    )
+    with torch.no_grad():
+        wanted = rounded.eval().features(training_nets.normalise_sound(sound[None]), 40)[0]
+    assert heard.shape == (40, POCKET.dit.audio_dim)
+    np.testing.assert_allclose(heard, wanted.numpy(), atol=2e-4)
+    prompt = "A talking head, smiling"
+    text = TextEncoder.load(
+        tmp_path / "text_encoder.safetensors", tmp_path / TOKENIZER, "cpu", torch.float32
+    ).encode([prompt])
+    with torch.no_grad():
+        trained = nets.text(*nets.text.tokens([prompt]))
+    assert text.shape == trained.shape
+    torch.testing.assert_close(text, trained, atol=0.05, rtol=0.05)
+
+
+def test_latent_statistics_fold_in_without_changing_the_pictures(nets):
+    vae = copy.deepcopy(nets.vae)
+    video = torch.rand(1, 3, 5, 32, 32) * 2 - 1
+    with torch.no_grad():
+        mean, _ = training_nets.vae_encode(vae, video)
+        before = training_nets.vae_decode(vae, mean)
+        axes = (0, 2, 3, 4)
+        training_nets.set_latent_statistics(vae, mean.mean(axes), mean.std(axes))
+        latents = training_nets.normalised_latents(vae, video)
+        after = training_nets.pixels_of(vae, latents)
+    torch.testing.assert_close(latents.mean(axes), torch.zeros(16), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std(axes), torch.ones(16), atol=1e-3, rtol=0)
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
+    torch.testing.assert_close(normalise(training_nets.vae_encode(vae, video)[0]), vae.encode(video))
+
+
+def test_state_files_are_small_and_come_back(nets, tmp_path):
+    training_nets.save_state(nets, {"sessions": 3}, tmp_path)
+    sizes = [path.stat().st_size for path in tmp_path.iterdir()]
+    assert max(sizes) < 16 * 2**20
+    other = training_nets.Nets.fresh(1, ROOT / "assets" / TOKENIZER)
+    assert training_nets.load_state(other, tmp_path) == {"sessions": 3}
+    name = "blocks.3.ffn.0.weight"
+    assert torch.equal(other.dit.state_dict()[name], nets.dit.state_dict()[name].half().float())
+
+
+def test_windows_hear_what_the_engine_gives_them():
+    audio = torch.randn(1, 80, 6)
+    for start, given in ((0, 1), (36, 5)):
+        window = Window(
+            index=start, start=start, length=WINDOW, given_frames=given, new_frames=WINDOW - given
+        )
+        wanted = audio_slice(audio[0].numpy(), window)
+        torch.testing.assert_close(window_audio(audio, torch.tensor([start])), wanted)
+
+
+def stories(count=2, cells=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    ids = torch.zeros(count, 160, dtype=torch.int64)
+    ids[:, :3] = 5
+    return {
+        "latents": normal(count, 2, 16, LATENTS, cells, cells).half(),
+        "weight": torch.rand(count, 2, LATENTS, cells, cells, generator=generator).half(),
+        "starts": torch.tensor([[0, 9]] * count),
+        "audio": normal(count, 52, POCKET.dit.audio_dim).half(),
+        "ids": ids,
+        "mask": (ids > 0).long(),
+    }
+
+
+def test_a_batch_shows_given_latents_and_counts_the_others(settings):
+    pool = stories(64)
+    batch = dit_batch(pool, settings.dit, torch.Generator().manual_seed(1))
+    mask = batch["y"][:, 16:]
+    known = mask == 0
+    given = known[:, 0, :, 0, 0].sum(1)
+    assert set(given.tolist()) <= {1, 2, 3, 4}
+    assert ((batch["weight"] == 0) == known.expand_as(batch["weight"])).all()
+    assert batch["weight"].mean() == pytest.approx(1, abs=1e-5)
+    portraits = pool["latents"][:, 0, :, :1].float()
+    torch.testing.assert_close(batch["y"][:, :16], portraits.expand(-1, -1, LATENTS, -1, -1))
+    first = (batch["sample"][:, :, 0] == portraits[:, :, 0]).flatten(1).all(1)
+    assert (given[first] == 1).all()
+    assert 10 < first.sum() < 54
+    silent = (batch["audio"] == 0).flatten(1).all(1)
+    assert 0 < silent.sum() < 20
+    sigma = (batch["timestep"] / 1000).view(-1, 1, 1, 1, 1)
+    clean = batch["sample"] - sigma * batch["target"]
+    again = clean + batch["target"]
+    rest = ~known.expand_as(batch["sample"])
+    noise = batch["sample"] + (1 - sigma) * batch["target"]
+    torch.testing.assert_close(again[rest], noise[rest])
+    assert noise[rest].std() == pytest.approx(1, abs=0.02)
+
+
+def test_disturbing_is_mild_and_leaves_some_alone():
+    given = torch.randn(200, 16, 2, 6, 6)
+    moved = disturb(given, 0.7, torch.Generator().manual_seed(0)) - given
+    size = moved.square().mean((1, 2, 3, 4)).sqrt()
+    assert 30 < (size == 0).sum() < 90
+    assert size.max() < 0.5
+
+
+def falls(modules, stage, steps, loss_of):
+    optimiser = Optimiser(modules, stage, Budget(1e9, 1e9, 0.0))
+    first = float(loss_of().detach())
+    for _ in range(steps):
+        optimiser.step(loss_of())
+    return float(loss_of().detach()) / first
+
+
+@pytest.mark.slow
+def test_the_dit_learns_one_batch(nets, settings):
+    torch.manual_seed(0)
+    dit, text = copy.deepcopy(nets.dit), copy.deepcopy(nets.text)
+    batch = dit_batch(stories(), settings.dit, torch.Generator().manual_seed(2))
+    ratio = falls({"dit": dit, "text": text}, settings.dit, 25, lambda: dit_loss(dit, text, batch))
+    assert ratio < 0.8
+
+
+def test_the_audio_encoder_learns_one_batch(nets, settings):
+    torch.manual_seed(0)
+    net = copy.deepcopy(nets.audio)
+    labels = (torch.arange(24) // 6 % 4).expand(2, -1)
+    pitch = (labels + 1).repeat_interleave(640, 1) * 200
+    sound = training_nets.normalise_sound(torch.sin(2 * torch.pi * pitch * torch.arange(24 * 640) / 16000))
+    clips = {"phones": labels, "shape": torch.zeros(2, 24, 10)}
+    ratio = falls({"audio": net}, settings.audio, 25, lambda: audio_loss(net, clips, sound, 20.0)[0])
+    assert ratio < 0.5
+
+
+@pytest.mark.slow
+def test_the_vae_learns_one_clip(nets, settings):
+    torch.manual_seed(0)
+    vae = copy.deepcopy(nets.vae)
+    axis = torch.linspace(-1, 1, 32)
+    pixels = (axis[:, None] * axis).expand(1, 3, 5, 32, 32) * torch.linspace(0.5, 1, 5).view(1, 1, 5, 1, 1)
+    weight = torch.ones(1, 5, 32, 32)
+    ratio = falls({"vae": vae}, settings.vae, 25, lambda: vae_loss(vae, pixels, weight, settings.vae)[0])
+    assert ratio < 0.6
+
+
+def test_the_average_follows_and_swaps(nets):
+    layer = torch.nn.Linear(2, 2)
+    average = training_nets.Average({"layer": layer}, 0.9)
+    before = layer.weight.detach().clone()
+    layer.weight.data += 1
+    for _ in range(200):
+        average.update()
+    average.swap()
+    torch.testing.assert_close(layer.weight.detach(), before + 1, atol=1e-3, rtol=0)
+
+
+def test_a_pool_keeps_the_newest():
+    pool = Pool(4)
+    for value in range(6):
+        pool.add({"x": torch.tensor([[value]])})
+    assert sorted(pool.tensors["x"].flatten().tolist()) == [2, 3, 4, 5]
+    assert pool.filled == 4
+
+
+def test_rough_sound_is_still_in_time():
+    generator = torch.Generator().manual_seed(0)
+    sound = torch.zeros(8, 16000)
+    sound[:, 8000:8400] = torch.randn(8, 400) * 0.3
+    made = roughen(sound, generator)
+    power = made.square().unflatten(1, (40, 400)).mean(2)
+    assert (power[:, 20] > 3 * power[:, :19].amax(1)).float().mean() > 0.8
+    assert made.isfinite().all()
+
+
+def test_settings_are_strict(tmp_path):
+    wrong = tmp_path / "a.yaml"
+    wrong.write_text(CHECK.read_text().replace("crop:", "corp:"))
+    with pytest.raises(ValueError, match=r"crop.*corp"):
+        read_settings(wrong)
+    assert read_settings(ROOT / "configs" / "pocket.yaml").dit.compile
+    assert parse_stages(["vae=5", "dit=0.5"]) == [("vae", 5.0), ("dit", 0.5)]
+    with pytest.raises(ValueError, match=r"vea=5"):
+        parse_stages(["vea=5"])

@@ -1,0 +1,112 @@
+"""The trained networks as the files the engine loads: bfloat16 safetensors under the released names.
+
+`python -m training.export STATE_DIR OUT_DIR` writes `dit.safetensors` (merged, 33 channels, with audio
+layers), `vae.safetensors`, `text_encoder.safetensors`, `google/umt5-xxl/` (tokenizer), `wav2vec/` (weights
+and `config.json`) and `config.yaml` for `omniavatar generate --config`. Every file is checked against the
+layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from omniavatar.checkpoint.layout import Shape, dit_tensors, text_tensors, wav2vec_tensors
+from omniavatar.checkpoint.layout_files import TOKENIZER
+from omniavatar.checkpoint.layout_vae import vae_tensors
+from omniavatar.checkpoint.synthetic import wav2vec_config
+from omniavatar.encoders.audio import RENAMED
+from omniavatar.encoders.text import BLOCK_KEYS, WHOLE_MODEL_KEYS
+from training.nets import Nets, load_state
+from training.scale import OVERLAP, POCKET, SIZE, WINDOW
+
+ASSETS = Path(__file__).parent / "assets"
+CONFIG = f"""\
+# OmniAvatar-Pocket, as trained by training/
+dit_path: {{folder}}/dit.safetensors
+vae_path: {{folder}}/vae.safetensors
+text_encoder_path: {{folder}}/text_encoder.safetensors
+tokenizer_path: {{folder}}/{TOKENIZER}
+wav2vec_path: {{folder}}/wav2vec
+model_config:
+  in_dim: 33
+  audio_hidden_size: {POCKET.dit.audio_hidden}
+  num_heads: {POCKET.dit.num_heads}
+use_audio: true
+image_sizes_720: [[{SIZE}, {SIZE}]]
+max_tokens: {-(-WINDOW * SIZE * SIZE // 1024)}
+overlap_frame: {OVERLAP}
+num_steps: 12
+guidance_scale: 1.0
+negative_prompt: ""
+dtype: fp32
+"""
+
+
+def text_names() -> dict[str, str]:
+    """Released name of each of the prompt encoder's tensors by its name in transformers."""
+    names = {library: released for released, library in WHOLE_MODEL_KEYS.items()}
+    for block in range(POCKET.text.num_layers):
+        names |= {f"block.{block}.{library}": f"blocks.{block}.{key}" for key, library in BLOCK_KEYS.items()}
+    return names
+
+
+def released(nets: Nets) -> dict[str, tuple[dict[str, Tensor], Iterable[tuple[str, Shape]]]]:
+    """Weights of each file under their released names, beside the layout they must have."""
+    names = text_names()
+    old_names = {library: key for key, library in RENAMED.items()}
+    wav2vec = {
+        f"wav2vec2.{old_names.get(name, name)}": value
+        for name, value in nets.audio.wav2vec.state_dict().items()
+    }
+    heard = [(key, shape) for key, shape in wav2vec_tensors(POCKET.wav2vec) if not key.startswith("lm_head")]
+    return {
+        "dit": (dict(nets.dit.state_dict()), dit_tensors(POCKET.dit)),
+        "vae": (dict(nets.vae.state_dict()), vae_tensors(POCKET.vae)),
+        "text_encoder": (
+            {names[name]: value for name, value in nets.text.stack.state_dict().items()},
+            text_tensors(POCKET.text),
+        ),
+        "wav2vec/model": (wav2vec, heard),
+    }
+
+
+def export(nets: Nets, out: Path) -> int:
+    """Write all files below `out`; returns their bytes. Raises ValueError for a tensor the layout has
+    otherwise."""
+    for name, (weights, layout) in released(nets).items():
+        wanted = dict(layout)
+        found = {key: tuple(value.shape) for key, value in weights.items()}
+        if found != wanted:
+            raise ValueError(
+                f"{name}: differs from the layout in {sorted(set(found.items()) ^ set(wanted.items()))[:4]}"
+            )
+        path = out / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.to(torch.bfloat16).contiguous() for key, value in weights.items()}, path)
+    (out / "wav2vec" / "config.json").write_text(json.dumps(wav2vec_config(POCKET.wav2vec), indent=2) + "\n")
+    shutil.copytree(ASSETS / TOKENIZER, out / TOKENIZER, dirs_exist_ok=True)
+    (out / "config.yaml").write_text(CONFIG.format(folder=out))
+    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("state", type=Path, help="folder that training.run wrote")
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    nets = Nets.fresh(0, ASSETS / TOKENIZER)
+    facts = load_state(nets, arguments.state)
+    size = export(nets, arguments.out)
+    print(f"{arguments.out}: {size / 2**20:.1f} MiB, trained for {facts['minutes']} minutes")
+
+
+if __name__ == "__main__":
+    main()
