@@ -39,7 +39,7 @@ from omniavatar.ops.fused import create_fused
 from omniavatar.placement import Request, place
 from omniavatar.plan import make_plan
 
-DEVICE, DTYPE, SIZE, GRID = torch.device("cuda"), torch.bfloat16, (400, 720), (27, 50, 90)
+DEVICE, DTYPE, SIZE, GRID = torch.device("cuda", 0), torch.bfloat16, (400, 720), (27, 50, 90)
 CASES = (
     ("14B", "none", (None, 40, 24, 16, 10, 8)),
     ("14B", "fp8", (None, 24, 16, 10, 8)),

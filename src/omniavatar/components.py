@@ -78,9 +78,12 @@ def dit_files(model: ModelConfig) -> DiTFiles:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is CUDA when there is one. Raises ResourceError if it is missing."""
+    """The device called `name`, a CUDA device with its number; `auto` is CUDA when there is one.
+
+    Raises ResourceError if it is missing.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
@@ -90,6 +93,8 @@ def choose_device(name: str) -> torch.device:
                 f"device: {name} does not exist, there are {torch.cuda.device_count()} CUDA devices; "
                 "choose a lower number"
             )
+        if device.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

@@ -23,7 +23,7 @@ from omniavatar.placement import device_limit
 from omniavatar.profiling.recorder import RunRecorder
 
 pytestmark = pytest.mark.gpu
-CUDA = torch.device("cuda")
+CUDA = torch.device("cuda", 0)
 VARIANTS = [AccelConfig(), AccelConfig(fuse=True), AccelConfig("fp8", True)]
 LATE = 20_000_000
 """Clock cycles a stream is held up, about 10 ms: far longer than a copy or a block here takes."""

@@ -13,6 +13,7 @@ from omniavatar import placement
 from omniavatar.accel.memory_plan import GB
 from omniavatar.accel.offload import Offloader, StreamedBlock
 from omniavatar.accel.vae import FastVAE
+from omniavatar.components import choose_device
 from omniavatar.config import PipelineConfig
 from omniavatar.config_load import load_config
 from omniavatar.errors import ConfigError, ResourceError, ResumeError
@@ -345,3 +346,12 @@ def test_auto_precision_cannot_be_converted(tmp_path):
     config = load_config(None, {"weights": "random", "scale": "nano", "quantize": "auto"}).config
     with pytest.raises(ConfigError, match="quantize: auto depends on the machine"):
         convert_checkpoint(config, tmp_path / "x.safetensors")
+
+
+def test_a_cuda_device_has_its_number(monkeypatch):
+    """Some functions of torch take a device with a number only."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 1)
+    assert choose_device("cuda:0") == torch.device("cuda", 0)
