@@ -85,7 +85,7 @@ class Model:
         if smaller is None:
             raise SystemExit(f"error: {self.placement.describe()}: {reason}")
         self.placement, self.steps_down = smaller, self.steps_down + 1
-        self.arrange()
+        with_room(self.arrange, self.step_down)
 
 
 def decode(vae, latent) -> str:
