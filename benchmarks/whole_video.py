@@ -8,7 +8,8 @@ before it loads the models and compiles the kernels (`ready_s`, not counted). Co
 wav2vec 2.0, every window, encoding and writing, until the file has its name. With `--windows N` a shorter
 video of N windows is made, and the whole is projected: what it took, and for each window left out the median
 of its windows after the first. The file is checked: frames, length of both streams. Noise costs x264 five
-times what a face does, so the random decoder's contrast is cut to a hundredth (noise of one level). One line of JSON.
+times what a face does, so the random decoder's contrast is cut to a hundredth, noise of one level. One line
+of JSON.
 """
 
 from __future__ import annotations
