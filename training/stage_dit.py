@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from omniavatar.model.dit import WanDiT
+from omniavatar.model.dit import RunBlocks, WanDiT
+from omniavatar.model.layers import BlockInputs
 from training.augment import roughen
 from training.loop import Budget, Log, Optimiser, Pool
 from training.nets import Nets, PromptEncoder, normalise_sound, normalised_latents
@@ -139,7 +140,21 @@ def dit_batch(
     }
 
 
-def dit_loss(dit: WanDiT, text: PromptEncoder, batch: dict[str, Tensor]) -> Tensor:
+def compiled_blocks(dit: WanDiT) -> RunBlocks:
+    """`WanDiT.run_blocks` with each block compiled: two graphs, with audio and without."""
+    blocks = [torch.compile(block) for block in dit.blocks]
+
+    def run_blocks(tokens: Tensor, inputs: BlockInputs) -> Tensor:
+        for block, text, audio in zip(blocks, inputs.text, inputs.audio, strict=True):
+            tokens = block(tokens, inputs.modulation, inputs.rope, text, audio, dit.attention)
+        return tokens
+
+    return run_blocks
+
+
+def dit_loss(
+    dit: WanDiT, text: PromptEncoder, batch: dict[str, Tensor], run_blocks: RunBlocks | None = None
+) -> Tensor:
     """Weighted squared error of the velocity."""
     embedding = text(batch["ids"], batch["mask"])
     made = dit(
@@ -148,6 +163,7 @@ def dit_loss(dit: WanDiT, text: PromptEncoder, batch: dict[str, Tensor]) -> Tens
         batch["timestep"],
         dit.prepare_text(embedding),
         dit.prepare_audio(batch["audio"]),
+        run_blocks,
     )
     return ((made - batch["target"]).square() * batch["weight"]).mean()
 
@@ -174,9 +190,7 @@ def train_dit(
     nets.vae.eval()
     nets.audio.eval()
     optimiser = Optimiser({"dit": nets.dit, "text": nets.text}, settings, budget)
-    if settings.compile:
-        for block in nets.dit.blocks:
-            block.compile()
+    run_blocks = compiled_blocks(nets.dit) if settings.compile else None
     pool = Pool(settings.pool)
 
     def make(count: int) -> dict[str, Tensor]:
@@ -189,7 +203,7 @@ def train_dit(
     while True:
         batch = dit_batch(pool.draw(settings.batch, generator), settings, generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = dit_loss(nets.dit, nets.text, batch)
+            loss = dit_loss(nets.dit, nets.text, batch, run_blocks)
         optimiser.step(loss)
         mean = loss.item() if optimiser.steps == 1 else mean + 0.02 * (loss.item() - mean)
         if settings.fresh and optimiser.steps % settings.fresh_every == 0:
