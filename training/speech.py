@@ -1,6 +1,6 @@
 """Training speech with phone times: two synthesisers, many voices, made on all cores in seconds.
 
-- flite (CMU, free licence): four voices, three of them built from recorded speech; it prints its phones.
+- flite (CMU, free licence): four voices, three of them built from recorded speech; it knows its phones.
 - eSpeak NG (a program under GPL 3; its output is not): formant synthesis, dozens of variants and accents; it
   reports phones as events.
 Both lie below `build/tts` (see `fetch_tools.sh`), so that a machine without network or packages can run them.
@@ -12,10 +12,6 @@ A `SpeechSet` is utterances end to end: 16 kHz int16 samples and phones as (inde
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
-import tempfile
-import wave
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -206,37 +202,69 @@ def resample(samples: np.ndarray, rate: float, to: float = SAMPLE_RATE) -> np.nd
     return (np.fft.irfft(spectrum[: count // 2 + 1], count) * (count / len(samples))).astype(np.float32)
 
 
-def speak_flite(text: str, voice: str, stretch: float) -> tuple[np.ndarray, list[Phone]]:
-    """int16 samples and phones. Raises CalledProcessError where flite does not run."""
-    with tempfile.TemporaryDirectory() as folder:
-        sound = Path(folder) / "a.wav"
-        command = [
-            str(TOOLS / "flite"),
-            "-voice",
-            voice,
-            "--setf",
-            f"duration_stretch={stretch:.3f}",
-            "-psdur",
-        ]
-        environment = {**os.environ, "LD_LIBRARY_PATH": str(TOOLS / "lib")}
-        done = subprocess.run(
-            [*command, "-t", text, "-o", str(sound)],
-            capture_output=True,
-            text=True,
-            env=environment,
-            check=True,
-        )
-        with wave.open(str(sound)) as file:
-            rate = file.getframerate()
-            samples = np.frombuffer(file.readframes(file.getnframes()), np.int16)
-    phones, start = [], 0.0
-    for token in done.stdout.split():
-        name, end = token.split(":")
-        phones.append(Phone(canonical(name), start, float(end)))
-        start = float(end)
-    if rate != SAMPLE_RATE:
-        samples = resample(samples.astype(np.float32), rate).round().astype(np.int16)
-    return samples, phones
+class _Wave(ctypes.Structure):
+    _fields_ = (
+        ("type", ctypes.c_char_p),
+        ("rate", ctypes.c_int),
+        ("count", ctypes.c_int),
+        ("channels", ctypes.c_int),
+        ("samples", ctypes.POINTER(ctypes.c_short)),
+    )
+
+
+class _Voice(ctypes.Structure):
+    _fields_ = (("name", ctypes.c_char_p), ("features", ctypes.c_void_p))
+
+
+class Flite:
+    """libflite in this process with one voice. `duration_stretch` is set on the voice before each sentence."""
+
+    def __init__(self, voice: str, folder: Path = TOOLS / "lib") -> None:
+        for name in ("asound.so.2", "flite.so.1", "flite_usenglish.so.1", "flite_cmulex.so.1"):
+            loaded = ctypes.CDLL(str(folder / f"lib{name}"), ctypes.RTLD_GLOBAL)
+            if name == "flite.so.1":
+                self.library = loaded
+        voices = ctypes.CDLL(str(folder / f"libflite_cmu_us_{voice}.so.1"), ctypes.RTLD_GLOBAL)
+        library = self.library
+        pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_float
+        for name, result, arguments in (
+            ("feat_set_float", None, (pointer, text, number)),
+            ("flite_synth_text", pointer, (text, pointer)),
+            ("utt_wave", ctypes.POINTER(_Wave), (pointer,)),
+            ("utt_relation", pointer, (pointer, text)),
+            ("relation_head", pointer, (pointer,)),
+            ("item_next", pointer, (pointer,)),
+            ("item_feat_string", text, (pointer, text)),
+            ("item_feat_float", number, (pointer, text)),
+            ("delete_utterance", None, (pointer,)),
+        ):
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+        library.flite_init()
+        register = getattr(voices, f"register_cmu_us_{voice}")
+        register.restype, register.argtypes = ctypes.POINTER(_Voice), (pointer,)
+        self.voice = register(None)
+
+    def speak(self, text: str, stretch: float) -> tuple[np.ndarray, list[Phone]]:
+        """int16 samples at 16 kHz and phones."""
+        library = self.library
+        library.feat_set_float(self.voice.contents.features, b"duration_stretch", stretch)
+        utterance = library.flite_synth_text(text.encode(), ctypes.cast(self.voice, ctypes.c_void_p))
+        wave = library.utt_wave(utterance).contents
+        samples = np.ctypeslib.as_array(wave.samples, (wave.count,)).copy()
+        phones, start = [], 0.0
+        item = library.relation_head(library.utt_relation(utterance, b"Segment"))
+        while item:
+            name = library.item_feat_string(item, b"name").decode()
+            end = float(library.item_feat_float(item, b"end"))
+            phones.append(Phone(canonical(name), start, end))
+            start = end
+            item = library.item_next(item)
+        rate = wave.rate
+        library.delete_utterance(utterance)
+        if rate != SAMPLE_RATE:
+            samples = resample(samples.astype(np.float32), rate).round().astype(np.int16)
+        return samples, phones
 
 
 class _Id(ctypes.Union):
@@ -313,11 +341,9 @@ def _bare(name: str) -> str:
 def _flite_batch(job: tuple[int, int]) -> list[tuple[str, np.ndarray, list[Phone]]]:
     seed, count = job
     rng = np.random.default_rng((seed, 1))
-    parts = []
-    for _ in range(count):
-        voice = str(rng.choice(FLITE_VOICES, p=(0.3, 0.3, 0.3, 0.1)))
-        parts.append((f"flite-{voice}", *speak_flite(sentence(rng), voice, rng.uniform(0.8, 1.3))))
-    return parts
+    voice = str(rng.choice(FLITE_VOICES, p=(0.3, 0.3, 0.3, 0.1)))
+    flite = Flite(voice)
+    return [(f"flite-{voice}", *flite.speak(sentence(rng), rng.uniform(0.8, 1.3))) for _ in range(count)]
 
 
 def _espeak_batch(job: tuple[int, int]) -> list[tuple[str, np.ndarray, list[Phone]]]:
