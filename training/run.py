@@ -56,7 +56,9 @@ def gather_speech(settings: Settings, session: int, workers: int, folder: Path) 
     began = time.monotonic()
     speech = synthesise(settings.speech.utterances, settings.seed + 1 + session, workers)
     if settings.speech.recorded:
-        speech = SpeechSet.join([speech, SpeechSet.load(Path(settings.speech.recorded))])
+        speech = SpeechSet.join(
+            [speech, *[SpeechSet.load(Path(settings.speech.recorded))] * settings.speech.copies]
+        )
     taken = time.monotonic() - began
     print(
         f"speech: {len(speech)} utterances, {speech.seconds / 60:.1f} minutes, made in {taken:.0f} s",

