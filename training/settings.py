@@ -19,6 +19,8 @@ class SpeechSettings:
     """A `SpeechSet` file to add, such as `record` makes, below the repository root; or empty."""
     copies: int
     """How often it is added, since it is small beside the synthesised speech."""
+    held_out: str
+    """A `SpeechSet` file of real speech that is only measured on, never trained on; or empty."""
 
 
 @dataclass(frozen=True)

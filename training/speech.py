@@ -217,7 +217,8 @@ class _Voice(ctypes.Structure):
 
 
 class Flite:
-    """libflite in this process with one voice. `duration_stretch` is set on the voice before each sentence."""
+    """libflite in this process with one voice. `duration_stretch` is set on the voice before each
+    sentence."""
 
     def __init__(self, voice: str, folder: Path = TOOLS / "lib") -> None:
         for name in ("asound.so.2", "flite.so.1", "flite_usenglish.so.1", "flite_cmulex.so.1"):

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from training.augment import roughen
 from training.loop import Budget, Log, Optimiser, Pool
 from training.nets import AudioTrainer, normalise_sound
-from training.phones import ARTICULATORS
+from training.phones import ARTICULATORS, frame_phones, smooth_articulate
 from training.settings import AudioSettings
-from training.takes import Take
+from training.speech import SpeechSet
+from training.takes import SAMPLES_A_FRAME, Take
 
 
 def clip_of(takes: list[Take], device: torch.device) -> dict[str, Tensor]:
@@ -59,10 +60,33 @@ def measure(net: AudioTrainer, clips: dict[str, Tensor]) -> dict[str, float]:
     return {"accuracy": float(accuracy), "jaw_r": float(r.median())}
 
 
+@torch.no_grad()
+def measure_speech(net: AudioTrainer, speech: SpeechSet) -> dict[str, float]:
+    """The same for whole utterances of people, each by itself: mean accuracy, median correlation of the
+    jaw."""
+    device = next(net.parameters()).device
+    accuracies, correlations = [], []
+    for number in range(len(speech)):
+        samples, phones = speech.utterance(number)
+        frames = len(samples) // SAMPLES_A_FRAME
+        clip = {
+            "sound": samples[None, : frames * SAMPLES_A_FRAME],
+            "phones": frame_phones(phones, frames + 1)[None, 1:],
+            "shape": smooth_articulate(phones, frames + 1)[None, 1:].astype(np.float32),
+        }
+        reached = measure(
+            net, {name: torch.from_numpy(array.copy()).to(device) for name, array in clip.items()}
+        )
+        accuracies.append(reached["accuracy"])
+        correlations.append(reached["jaw_r"])
+    return {"real_accuracy": float(np.mean(accuracies)), "real_jaw_r": float(np.median(correlations))}
+
+
 def train_audio(
     net: AudioTrainer,
     takes: Iterator[Take],
     held_out: list[Take],
+    real: SpeechSet | None,
     settings: AudioSettings,
     budget: Budget,
     log: Log,
@@ -97,6 +121,8 @@ def train_audio(
             measured = budget.spent
             optimiser.average.swap()
             reached = measure(net, test)
+            if real is not None:
+                reached |= measure_speech(net, real)
             optimiser.average.swap()
             values = {"loss": loss.item(), "train_accuracy": accuracy.item(), "square": square.item()}
             log.add("audio", budget, optimiser.steps, **values, **reached)
