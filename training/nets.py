@@ -49,6 +49,15 @@ def make_vae() -> WanVAE:
     return vae
 
 
+def channels_last(vae: WanVAE) -> None:
+    """Convolution weights in the memory format that cuDNN is fastest in; call before an optimiser is made."""
+    for module in vae.modules():
+        if isinstance(module, nn.Conv3d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+        elif isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+
+
 def vae_encode(vae: WanVAE, video: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and log variance (B, 16, T, h, w), not normalised, of pixels (B, 3, N, H, W) in [-1, 1]."""
     mean, log_variance = vae.conv1(vae.encoder(video, {})).float().chunk(2, dim=1)

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from omniavatar.model.vae import LATENT_STD, WanVAE, normalise
 from training.loop import Budget, Log, Optimiser, Pool
-from training.nets import normalised_latents, pixels_of, set_latent_statistics, vae_decode, vae_encode
+from training.nets import (
+    channels_last,
+    normalised_latents,
+    pixels_of,
+    set_latent_statistics,
+    vae_decode,
+    vae_encode,
+)
 from training.settings import VaeSettings
 from training.studio import Film, Studio, mouth_weight
 
@@ -66,7 +73,7 @@ def train_vae(
     device = studio.device
     generator = torch.Generator(device).manual_seed(seed)
     if device.type == "cuda":
-        vae.to(memory_format=torch.channels_last_3d)
+        channels_last(vae)
     optimiser = Optimiser({"vae": vae}, settings, budget)
     pool = Pool(settings.pool)
     pool.fill(lambda count: clips_of(studio, count, settings), 16, budget, settings.fill_share)

@@ -79,6 +79,15 @@ def test_latent_statistics_fold_in_without_changing_the_pictures(nets):
     torch.testing.assert_close(normalise(training_nets.vae_encode(vae, video)[0]), vae.encode(video))
 
 
+def test_memory_format_changes_nothing(nets):
+    vae = copy.deepcopy(nets.vae)
+    video = torch.rand(1, 3, 5, 32, 32) * 2 - 1
+    with torch.no_grad():
+        before = training_nets.normalised_latents(vae, video)
+        training_nets.channels_last(vae)
+        torch.testing.assert_close(training_nets.normalised_latents(vae, video), before, atol=1e-4, rtol=1e-4)
+
+
 def test_state_files_are_small_and_come_back(nets, tmp_path):
     training_nets.save_state(nets, {"sessions": 3}, tmp_path)
     sizes = [path.stat().st_size for path in tmp_path.iterdir()]
