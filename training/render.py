@@ -187,11 +187,11 @@ class Renderer:
         tone = tone * (1 - red * torch.tensor([0.05, 0.45, 0.40], device=x.device))
         lid = (smoothstep(marks[:, 1], 0.2, 0.8) * looks.shadow_strength[who])[:, None]
         tone = torch.lerp(tone, looks.shadow[who], lid)
-        tone = torch.lerp(tone, looks.hair[who] * 0.8, self._beard(looks, who, place, marks)[:, None])
+        face_hair = torch.where(looks.hat[who][:, None] > 0, looks.skin[who] * 0.25, looks.hair[who] * 0.75)
+        tone = torch.lerp(tone, face_hair, self._beard(looks, who, place, marks)[:, None])
         lip = smoothstep(marks[:, 0], 0.25, 0.65)[:, None]
         tone = torch.lerp(tone, looks.lip[who], lip)
-        brow_tone = torch.where(looks.hat[who][:, None] > 0, looks.skin[who] * 0.25, looks.hair[who] * 0.75)
-        tone = torch.lerp(tone, brow_tone, self._brow(looks, who, place)[:, None])
+        tone = torch.lerp(tone, face_hair, self._brow(looks, who, place)[:, None])
         shade = 1 - 0.38 * smoothstep(-y, 1.0, 1.35) * smoothstep(-z, -0.2, 0.35) * smoothstep(y, -2.3, -1.6)
         shade = shade * (1 - 0.85 * smoothstep(marks[:, 2], 0.3, 0.9))
         diffuse, glint = self._light(looks, who, normal, 0.25, 0.10, 16.0)
