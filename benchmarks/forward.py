@@ -3,7 +3,9 @@
     python benchmarks/forward.py [--scales 14B] [--repeats 5] [--profile] [--variants fused] [--backends fa3]
 
 Times at 400x720 with 27 and 14 latent frames (30,375 and 15,750 tokens) and at 480x832 with 21 (32,760).
-Error: relative L2 of the output against the same weights run block by block in float32, at 5 latent frames.
+Error: relative L2 of the output against the same weights run block by block in float32, at 5 latent frames;
+twin: against the same blocks with the eager passes and PyTorch's own attention, which round where the kernels
+round and add up in float32.
 A table, then one line of JSON.
 """
 
@@ -23,7 +25,7 @@ from omniavatar.accel.apply import AccelConfig, apply_accelerations
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.ops.attention import available_backends, create_attention
-from omniavatar.ops.fused import create_fused
+from omniavatar.ops.fused import EagerOps, create_fused
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 GRIDS = {30375: (27, 50, 90), 15750: (14, 50, 90), 32760: (21, 60, 104)}
@@ -63,6 +65,24 @@ def reference(dit):
     return dit(*args, run_blocks=run_blocks)
 
 
+def twin(dit, ops):
+    """Output with eager passes and attention in the kernels' place."""
+    _, attention = create_attention("efficient", DEVICE, DTYPE)
+    fast, dit.attention = dit.attention, attention
+    use(dit, EagerOps())
+    out = dit(*inputs(dit, ERROR_GRID))
+    use(dit, ops)
+    dit.attention = fast
+    return out
+
+
+def use(dit, ops):
+    """Give every fused block and float8 layer these passes."""
+    for module in dit.modules():
+        if "_ops" in vars(module):
+            module._ops = ops
+
+
 def relative_l2(a, b):
     return ((a - b).norm() / b.norm()).item()
 
@@ -100,7 +120,9 @@ def measure(scale, repeats, with_profile, variants, only):
                 continue
             dit.attention = create_attention(backend, DEVICE, DTYPE)[1]
             row = {"scale": scale, "variant": name, "attention": backend}
-            row["error"] = relative_l2(dit(*inputs(dit, ERROR_GRID)), expected)
+            out = dit(*inputs(dit, ERROR_GRID))
+            row["error"] = relative_l2(out, expected)
+            row["twin_error"] = relative_l2(out, twin(dit, ops))
             for tokens, grid in GRIDS.items():
                 if tokens == 32760 and (scale != "14B" or name == "plain"):
                     continue
@@ -134,8 +156,12 @@ def main() -> None:
     rows = []
     for scale in arguments.scales.split(","):
         rows += measure(scale, arguments.repeats, arguments.profile, variants, only)
-    print("| model | variant | attention | error | " + " | ".join(f"{n:,}" for n in GRIDS) + " | peak GiB |")
-    print("|---|---|---|---|" + "---|" * (len(GRIDS) + 1))
+    print(
+        "| model | variant | attention | error | twin | "
+        + " | ".join(f"{n:,}" for n in GRIDS)
+        + " | peak GiB |"
+    )
+    print("|---|---|---|---|---|" + "---|" * (len(GRIDS) + 1))
     for row in rows:
         cells = [
             f"{row[str(n)]:.3f} ({row[f'{n}_spread'][0]:.3f}..{row[f'{n}_spread'][1]:.3f})"
@@ -143,7 +169,7 @@ def main() -> None:
             else "-"
             for n in GRIDS
         ]
-        head = f"| {row['scale']} | {row['variant']} | {row['attention']} | {row['error']:.2e} | "
+        head = f"| {row['scale']} | {row['variant']} | {row['attention']} | {row['error']:.2e} | {row['twin_error']:.2e} | "
         print(head + " | ".join(cells) + f" | {row['30375_peak_gib']:.1f} |")
     where = {
         "device": torch.cuda.get_device_name(),
