@@ -169,7 +169,8 @@ def main() -> None:
             else "-"
             for n in GRIDS
         ]
-        head = f"| {row['scale']} | {row['variant']} | {row['attention']} | {row['error']:.2e} | {row['twin_error']:.2e} | "
+        errors = f"{row['error']:.2e} | {row['twin_error']:.2e}"
+        head = f"| {row['scale']} | {row['variant']} | {row['attention']} | {errors} | "
         print(head + " | ".join(cells) + f" | {row['30375_peak_gib']:.1f} |")
     where = {
         "device": torch.cuda.get_device_name(),
