@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -140,10 +144,21 @@ def test_killed_worker_costs_only_the_window_it_was_at(tmp_path: Path) -> None:
     assert sorted(state["attempts"] for state in states(tmp_path).values()) == [1] * 7 + [2]
 
 
-def start_driver(folder: Path, **asked: Any) -> subprocess.Popen[str]:
+def start_driver(
+    folder: Path, environment: dict[str, str] | None = None, **asked: Any
+) -> subprocess.Popen[str]:
     (folder / "notes").mkdir(exist_ok=True)
     arguments = [sys.executable, str(TESTS / "batch_driver.py"), json.dumps({"folder": str(folder), **asked})]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    variables = {name: text for name, text in os.environ.items() if not name.startswith("RAY_AUTH")}
+    variables |= environment or {}
+    return subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=variables,
+        start_new_session=True,
+    )
 
 
 def test_killed_driver_takes_its_workers_along_and_a_second_run_finishes(tmp_path: Path) -> None:
@@ -168,7 +183,7 @@ def test_killed_driver_takes_its_workers_along_and_a_second_run_finishes(tmp_pat
 def test_ctrl_c_keeps_finished_windows(tmp_path: Path) -> None:
     driver = start_driver(tmp_path, prompts=["slow p"], engine={"windows": 30, "seconds": 0.1}, workers=1)
     wait_for(lambda: len(noted(tmp_path / "notes", "window")) >= 3)
-    driver.send_signal(signal.SIGINT)
+    os.killpg(driver.pid, signal.SIGINT)  # a terminal sends it to Ray's processes too
     output, errors = driver.communicate(timeout=60)
     assert driver.returncode == 0, errors
     last = json.loads(output.splitlines()[-1])
@@ -216,6 +231,59 @@ def test_killed_node_of_a_cluster(tmp_path: Path) -> None:
     assert result.summary["done"] == 12 and result.summary["failed"] == 0
     assert sum(row["lost"] for row in result.summary["workers"]) == 1
     check_videos(tmp_path, prompts, windows=6)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_joining_a_cluster_by_ray_client(tmp_path: Path) -> None:
+    """`ray start --head` as a process, and a driver that joins with `ray://` and the cluster's token."""
+    port = free_port()
+    folder = tempfile.mkdtemp(prefix="oa-", dir="/tmp")
+    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "ab" * 32}
+    arguments = ["start", "--head", "--block", "--num-cpus=1", "--include-dashboard=false"]
+    arguments += [f"--port={free_port()}", f"--ray-client-server-port={port}", f"--temp-dir={folder}"]
+    ray = str(Path(sys.executable).with_name("ray"))
+    with subprocess.Popen(
+        [ray, *arguments],
+        env={**os.environ, **quiet},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as head:
+        try:
+            wait_for(lambda: psutil.Process(head.pid).children() and answers(port))
+            driver = start_driver(
+                tmp_path,
+                prompts=["a", "bad b", "c"],
+                workers=None,
+                address=f"ray://127.0.0.1:{port}",
+                environment={"RAY_AUTH_TOKEN": quiet["RAY_AUTH_TOKEN"]},
+            )
+            output, errors = driver.communicate(timeout=90)
+        finally:
+            family = psutil.Process(head.pid).children(recursive=True)
+            head.terminate()
+            psutil.wait_procs(family, timeout=20)
+            for process in family:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            shutil.rmtree(folder, ignore_errors=True)
+    assert driver.returncode == 0, errors
+    last = json.loads(output.splitlines()[-1])
+    assert (last["done"], last["failed"], last["left"], len(last["workers"])) == (2, 1, 0, 1), last
+    assert (tmp_path / "out" / "00002.mp4").read_bytes() == video_bytes("c")
+
+
+def answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        return True
+    except OSError:
+        return False
 
 
 def test_weights_that_cannot_be_used_end_the_batch_with_their_error(tmp_path: Path) -> None:

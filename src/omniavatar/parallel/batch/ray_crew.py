@@ -20,6 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omniavatar.errors import ConfigError, ResourceError
@@ -125,7 +126,7 @@ class RayCrew:
         except Exception as error:
             raise ResourceError(
                 f"--ray-address {address}: cannot join ({_one_line(error)}); check that a cluster runs "
-                "there, with the same versions of Ray and Python"
+                "there, the same Ray and Python, its token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
             ) from error
 
     def _fitting(self) -> int:
@@ -217,7 +218,9 @@ def _environment(address: str | None) -> dict[str, str]:
         "RAY_DEDUP_LOGS_SKIP_REGEX": "^",  # no line of Ray's own on the driver's stdout
     }
     if address is not None:
-        return quiet
+        kept = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+        kept = kept or (Path.home() / ".ray" / "auth_token").is_file()
+        return {**quiet, "RAY_AUTH_MODE": "token"} if kept else quiet  # Ray 2.60 does not do so by itself
     return {
         **quiet,
         "RAY_enable_metrics_collection": "0",
