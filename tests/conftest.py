@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+
+
+def pytest_configure() -> None:
+    """One token for every Ray that this process starts: Ray reads it once."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", "5eed" * 16)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

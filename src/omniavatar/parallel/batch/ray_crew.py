@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -66,8 +67,9 @@ class RayCrew:
         self, seats: Seats, workers: int | None, factory: EngineFactory, destination: Destination
     ) -> None:
         try:
-            for name, value in _environment(seats.address).items():
-                os.environ.setdefault(name, value)
+            if "ray" not in sys.modules:  # it reads them when it is imported, its processes when they start
+                for name, value in _environment(seats.address).items():
+                    os.environ.setdefault(name, value)
             import ray
         except ImportError:
             raise ResourceError(
@@ -211,7 +213,7 @@ class RayCrew:
 
 
 def _environment(address: str | None) -> dict[str, str]:
-    """Settings Ray reads from the environment when it is imported or starts its processes."""
+    """Settings for Ray: quiet, no reports, and a token for its ports that only this batch knows."""
     quiet = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
