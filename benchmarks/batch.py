@@ -8,7 +8,8 @@ overhead: items that only sleep. Lost is the share of the workers' time between 
 and the last end in which they were at none: 1 - items * seconds / (workers * span); what the end of the queue
 loses (the last round isn't full) is in it. throughput: the same requests with each number of workers; the
 time of a run goes from the moment its first item starts, so that loading is left out, to its last end; each
-worker has made one item before it counts. The last line is JSON.
+worker has made one item before it counts; pauses: the workers' time between two items that lay ready. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
     config = load_config(arguments.config, arguments.hp).config
     gpus = tuple(arguments.gpus.split(",")) if arguments.gpus else ()
     runs: dict[int, list[float]] = {count: [] for count in arguments.workers}
+    pauses: dict[int, list[float]] = {count: [] for count in arguments.workers}
     with as_file(files("omniavatar.assets")) as assets:
         voice = assets / "speech.flac" if config.model.use_audio else None
         lines = [
@@ -127,16 +129,22 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
         for _ in range(arguments.repeats):
             for count in arguments.workers:
                 seats = Seats(gpus[:count], 1.0 if gpus else 0, arguments.threads)
-                _, watch = measure(make_items(lines, config), AvatarEngines(config), seats, count)
+                result, watch = measure(make_items(lines, config), AvatarEngines(config), seats, count)
                 begun, ended = watch.ended[count - 1], watch.ended[-1]
                 runs[count].append((arguments.items - count) / (ended - begun))
-                print(f"{count} workers: {runs[count][-1]:.4f} items/s after each one's first", flush=True)
+                pauses[count].append(result.summary["overhead"] or 0.0)
+                print(
+                    f"{count} workers: {runs[count][-1]:.4f} items/s after each one's first, "
+                    f"{100 * pauses[count][-1]:.2f} % pauses",
+                    flush=True,
+                )
     one = statistics.median(runs[min(runs)]) / min(runs)
     rows = [
         {
             "workers": count,
             "items_per_second": statistics.median(rates),
             "spread": [min(rates), max(rates)],
+            "pauses": statistics.median(pauses[count]),
             "of_linear": statistics.median(rates) / (one * count),
         }
         for count, rates in runs.items()
