@@ -306,3 +306,13 @@ def test_missing_ray_is_one_line(tmp_path: Path) -> None:
     assert done.stderr == (
         "error: omniavatar batch: the package ray is missing; pip install 'omniavatar[batch]'\n"
     )
+
+
+def test_the_guides_command_says_what_is_missing_here() -> None:
+    script = Path(__file__).resolve().parents[2] / "scripts" / "parallel_inference.py"
+    arguments = ["--config", "configs/inference_1.3B_optimized.yaml", "--input_file", "your_prompts.txt"]
+    command = [sys.executable, str(script), *arguments, "--gpus", "0,1,2,3", "--split_input"]
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=hidden)
+    assert (done.returncode, done.stdout) == (7, "")
+    assert done.stderr == "error: --gpus: no CUDA device here; use --gpus cpu --workers N\n"

@@ -79,16 +79,20 @@ class RayCrew:
         self._ray, self._seats = ray, seats
         self._arguments = (factory, seats.place, destination, os.getcwd())
         self._folder: str | None = None
-        if seats.address is None:
-            self._start_here(workers or 1)
-        else:
-            self._join(seats.address)
-        self._workers = workers or self._fitting()
-        self._actor = ray.remote(Worker)
         self._actors: dict[int, Any] = {}
         self._refs: dict[Any, tuple[int, str]] = {}
         self._asked: dict[int, Any] = {}
         self._progress: dict[int, Progress] = {}
+        try:
+            if seats.address is None:
+                self._start_here(workers or 1)
+            else:
+                self._join(seats.address)
+            self._workers = workers or self._fitting()
+        except BaseException:
+            self.close()
+            raise
+        self._actor = ray.remote(Worker)
 
     def _start_here(self, workers: int) -> None:
         seats = self._seats
@@ -107,7 +111,6 @@ class RayCrew:
                 _temp_dir=self._folder,
             )
         except Exception as error:
-            self.close()
             raise ResourceError(
                 f"Ray does not start on this machine ({_one_line(error)}); see `ray stop`"
             ) from error
@@ -205,7 +208,7 @@ class RayCrew:
 
     def close(self) -> None:
         """End every worker, and Ray where it was started here."""
-        for slot in list(getattr(self, "_actors", {})):
+        for slot in list(self._actors):
             self.dismiss(slot)
         self._ray.shutdown()
         if self._folder is not None:
