@@ -2,8 +2,10 @@
 says so.
 
 Everything is drawn from one seed. A performance begins in the portrait's pose with the mouth at rest and
-eases into motion over the first second. Prompts name an expression and an amount of motion in one of
-several wordings, and now and then leave one out, which means the default (neutral, moderate).
+eases into motion over the first second. The portrait's expression is drawn by itself and turns into the
+wanted one within a second, so that the prompt cannot be read off the portrait. Prompts name an expression
+and an amount of motion in one of several wordings, and now and then leave one out, which means the default
+(neutral, moderate).
 
 Shapes: T video frames.
 """
@@ -109,7 +111,11 @@ def perform(
     begins to hear."""
     strength = STRENGTH[manner.motion]
     ease = _ease(frames)
-    smile = rng.uniform(0.7, 1.0) if manner.expression == "smiling" else 0.0
+    begin, end = (
+        rng.uniform(0.7, 1.0) if smiling else 0.0
+        for smiling in (rng.random() < 0.4, manner.expression == "smiling")
+    )
+    smile = begin + (end - begin) * _ease(frames, rng.uniform(0.4, 0.9))
     shape = smooth_articulate(phones, frames) * rng.uniform(0.95, 1.08)
     coefficients = mouth_coefficients(shape, names, smile)
 

@@ -153,9 +153,9 @@ def smooth_articulate(phones: list[Phone], frames: int, oversample: int = 4) -> 
     return values[4 * oversample : (frames + 4) * oversample : oversample]
 
 
-def mouth_coefficients(shape: np.ndarray, names: list[str], smile: float = 0.0) -> np.ndarray:
-    """ARKit coefficients (T, 52) in the order `names` of articulators (T, A); smile 0..1 is added to
-    speech."""
+def mouth_coefficients(shape: np.ndarray, names: list[str], smile: np.ndarray | float = 0.0) -> np.ndarray:
+    """ARKit coefficients (T, 52) in the order `names` of articulators (T, A); a smile of 0..1, one or (T,),
+    is added to speech."""
     value = dict(zip(ARTICULATORS, shape.T, strict=True))
     rounded = np.clip(value["round"] + value["funnel"], 0, 1)
     grin = smile * (1 - 0.65 * rounded)

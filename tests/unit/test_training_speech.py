@@ -81,8 +81,13 @@ def test_expression_and_motion_show_in_the_tracks():
             manner = Manner(expression, motion, "")
             made[expression, motion] = perform(names, WORD, 75, manner, np.random.default_rng(3))
     smile = names.index("mouthSmileLeft")
-    assert made["smiling", "still"]["coefficients"][0, smile] > 0.4
-    assert made["neutral", "still"]["coefficients"][0, smile] == 0
+    assert made["smiling", "still"]["coefficients"][30:, smile].min() > 0.15
+    assert made["neutral", "still"]["coefficients"][-10:, smile].max() == 0
+    portraits = [
+        perform(names, WORD, 30, Manner("smiling", "still", ""), np.random.default_rng(seed))["coefficients"]
+        for seed in range(20)
+    ]
+    assert 4 < sum(tracks[0, smile] > 0.4 for tracks in portraits) < 14
     spread = {motion: made["neutral", motion]["head"].std(0).sum() for motion in MOTIONS}
     assert spread["still"] < 0.3 * spread["moderate"] < 0.3 * spread["lively"]
 
