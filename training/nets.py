@@ -34,18 +34,20 @@ TOKENS = 512
 
 
 def make_vae() -> WanVAE:
-    """A VAE whose residual branches and latent noise begin small, its latents about where the released
-    ones are."""
+    """A VAE whose signals keep their size from layer to layer; residual branches and latent noise begin
+    small."""
     vae = WanVAE(POCKET.vae)
-    channels = POCKET.vae.z_dim
-    for bias in (vae.conv1.bias, vae.conv2.bias):
-        assert bias is not None
-        bias.data.zero_()
-    vae.conv1.weight.data[channels:] *= 0.1
-    vae.conv1.bias.data[channels:] = -5.0
     for name, weight in vae.named_parameters():
-        if name.endswith(("residual.6.weight", "proj.weight")):
-            weight.data.mul_(0.2)
+        if name.endswith("bias"):
+            nn.init.zeros_(weight)
+        elif not name.endswith("gamma"):
+            branch = 0.2 if name.endswith(("residual.6.weight", "proj.weight")) else 1.0
+            nn.init.normal_(weight, std=branch / math.sqrt(weight[0].numel()))
+    channels = POCKET.vae.z_dim
+    assert vae.conv1.bias is not None
+    with torch.no_grad():
+        vae.conv1.weight[channels:] *= 0.1
+        vae.conv1.bias[channels:] = -5.0
     return vae
 
 

@@ -66,6 +66,17 @@ def psnr(vae: WanVAE, frames: Tensor) -> float:
     return sum(values) / len(values)
 
 
+def examples(
+    pool: Pool, settings: VaeSettings, single: bool, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Clips of the pool, or four times as many single frames of them."""
+    clips = pool.draw(settings.batch * (4 if single else 1), generator)
+    if not single:
+        return clips
+    number = int(torch.randint(settings.clip, ()))
+    return {name: value[:, number : number + 1] for name, value in clips.items()}
+
+
 def train_vae(
     vae: WanVAE, studio: Studio, held_out: Film, settings: VaeSettings, budget: Budget, log: Log, seed: int
 ) -> None:
@@ -80,7 +91,7 @@ def train_vae(
     log.add("vae", budget, 0, clips=pool.filled)
     measured = budget.spent
     while True:
-        clips = pool.draw(settings.batch, generator)
+        clips = examples(pool, settings, budget.progress < settings.still_share, generator)
         size = clips["frames"].shape[-1]
         left, top = (int(n) for n in torch.randint(size - settings.crop + 1, (2,)))
         crop = clips["frames"][..., top : top + settings.crop, left : left + settings.crop]

@@ -10,8 +10,8 @@ from training import nets as training_nets
 from training.augment import roughen
 from training.export import export
 from training.loop import Budget, Optimiser, Pool
-from training.run import parse_stages
 from training.scale import LATENTS, POCKET, WINDOW
+from training.session import parse_stages
 from training.settings import read_settings
 from training.stage_audio import audio_loss
 from training.stage_dit import disturb, dit_batch, dit_loss, window_audio

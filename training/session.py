@@ -1,0 +1,178 @@
+"""One call of `training.run`: a list of stages, each for some minutes, going on from an earlier call's files.
+
+Speech is synthesised first, on all cores. Written are `pocket-*.safetensors` and `state.json` (what
+`--resume` reads, log included), `curves.png` and, once there is a DiT, sheets of samples, all small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+
+from omniavatar.checkpoint.layout_files import TOKENIZER
+from training.head import Head
+from training.loop import Budget, Log
+from training.nets import Nets, load_state, save_state
+from training.sample import sample, sheet
+from training.scale import WINDOW
+from training.settings import Settings, StageSettings, read_settings
+from training.speech import SpeechSet, synthesise
+from training.stage_audio import train_audio
+from training.stage_dit import train_dit
+from training.stage_vae import train_vae
+from training.studio import HELD_OUT_SEEDS, Studio, still
+from training.takes import TakeFactory, make_take
+
+HERE = Path(__file__).parent
+STAGES = ("vae", "audio", "dit")
+HELD_OUT_CLIPS = {"cuda": 8, "cpu": 1}
+
+
+def parse_stages(words: list[str]) -> list[tuple[str, float]]:
+    """`name=minutes` words. Raises ValueError for another form or name."""
+    stages = []
+    for word in words:
+        name, _, minutes = word.partition("=")
+        if name not in STAGES or not minutes:
+            raise ValueError(f"--stages: {word!r} is not NAME=MINUTES with a name of {', '.join(STAGES)}")
+        stages.append((name, float(minutes)))
+    return stages
+
+
+def gather_speech(settings: Settings, session: int, workers: int, folder: Path) -> SpeechSet:
+    """Speech of this session below `folder`, mapped from its files; each session synthesises other
+    sentences."""
+    began = time.monotonic()
+    speech = synthesise(settings.speech.utterances, settings.seed + 1 + session, workers)
+    if settings.speech.recorded:
+        speech = SpeechSet.join(
+            [speech, *[SpeechSet.load(Path(settings.speech.recorded))] * settings.speech.copies]
+        )
+    taken = time.monotonic() - began
+    print(
+        f"speech: {len(speech)} utterances, {speech.seconds / 60:.1f} minutes, made in {taken:.0f} s",
+        flush=True,
+    )
+    return SpeechSet.open(speech.keep(folder))
+
+
+class Session:
+    """One call of the script: the networks, what earlier sessions did, and the stages of this one."""
+
+    def __init__(self, settings: Settings, resume: Path | None, device: torch.device, folder: Path) -> None:
+        self.settings, self.device = settings, device
+        self.nets = Nets.fresh(settings.seed, HERE / "assets" / TOKENIZER)
+        self.facts: dict[str, Any] = {"sessions": 0, "minutes": dict.fromkeys(STAGES, 0.0), "log": []}
+        if resume is not None:
+            self.facts = load_state(self.nets, resume)
+        self.nets.to(device)
+        self.log = Log(self.facts["log"])
+        self.workers = max(1, (os.cpu_count() or 2) - 1)
+        self.speech = gather_speech(settings, self.facts["sessions"], self.workers, folder)
+        self.names = Head("cpu").names
+        self.factory = TakeFactory(folder, self.names, self.workers)
+        self.held_out = [
+            make_take(self.speech, self.names, 2 * WINDOW, seed)
+            for seed in range(HELD_OUT_CLIPS[device.type])
+        ]
+        self.seeds = itertools.count(HELD_OUT_SEEDS * (1 + 10 * self.facts["sessions"]), HELD_OUT_SEEDS)
+
+    def run(self, name: str, minutes: float) -> None:
+        """One stage for `minutes`. Raises ValueError where it would change what the DiT has learnt to
+        read."""
+        settings = self.settings
+        if name != "dit" and self.facts["minutes"]["dit"]:
+            raise ValueError(
+                f"{name}: the DiT was trained on this one's output; begin it anew without --resume"
+            )
+        stage: StageSettings = getattr(settings, name)
+        budget = Budget(minutes, stage.planned_minutes, self.facts["minutes"][name])
+        seed = next(self.seeds)
+        torch.manual_seed(seed)
+        takes = self.factory.stream(stage.frames, seed)  # type: ignore[attr-defined]
+        studio = Studio(takes, seed, self.device)
+        if name == "audio":
+            held_out = [
+                make_take(self.speech, self.names, settings.audio.frames, 1000 + n) for n in range(32)
+            ]
+            held_out_file = settings.speech.held_out
+            real = SpeechSet.load(Path(held_out_file)) if held_out_file else None
+            net, device = self.nets.audio, self.device
+            train_audio(net, takes, held_out, real, settings.audio, budget, self.log, device, seed)
+        elif name == "vae":
+            film = studio.film_takes(self.held_out, 0, slice(20, 20 + settings.vae.clip))
+            train_vae(self.nets.vae, studio, film, settings.vae, budget, self.log, seed)
+        else:
+            film = studio.film_takes(self.held_out, 0)
+            train_dit(self.nets, studio, film, settings.dit, budget, self.log, seed)
+        self.facts["minutes"][name] += budget.spent
+
+    def finish(self, out: Path, steps: int) -> None:
+        """Write the state, the curves and, once there is a DiT, a sheet of samples."""
+        self.facts["sessions"] += 1
+        save_state(self.nets, self.facts, out)
+        _draw_curves(self.log.rows, out / "curves.png")
+        if self.facts["minutes"]["dit"]:
+            studio = Studio(iter(()), 0, self.device)
+            film = studio.film_takes([still(take) for take in self.held_out], 0)
+            for scale in (1.0, 2.0):
+                sampled = sample(self.nets, film, steps, scale)
+                print(
+                    f"samples: {steps} steps, audio scale {scale}: mouth_r {sampled.mouth_r:.3f}", flush=True
+                )
+                sheet(sampled).save(out / f"sheet_{scale:g}.jpg", quality=80)
+        self.factory.close()
+
+
+def _draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """One small plot a measurement, from its least to its greatest value over the stage's minutes."""
+    shown = (("vae", "psnr"), ("audio", "accuracy"), ("audio", "jaw_r"), ("dit", "loss"), ("dit", "held_out"))
+    width, height = 260, 160
+    image = Image.new("RGB", (width * len(shown), height + 30), "white")
+    draw = ImageDraw.Draw(image)
+    for number, (stage, name) in enumerate(shown):
+        points = [(row["minutes"], row[name]) for row in rows if row["stage"] == stage and name in row]
+        if len(points) < 2:
+            continue
+        (left, right), (low, high) = ((min(values), max(values)) for values in zip(*points, strict=True))
+        place = [
+            (
+                number * width + 15 + (width - 30) * (x - left) / max(right - left, 1e-9),
+                25 + height - (height - 20) * (y - low) / max(high - low, 1e-9),
+            )
+            for x, y in points
+        ]
+        draw.line(place, fill="navy", width=2)
+        draw.text(
+            (number * width + 15, 4), f"{stage} {name} {low:.3g}..{high:.3g}, {right:.1f} min", fill="black"
+        )
+    image.save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stages", nargs="+", required=True, help="such as vae=5 audio=3 dit=12 (minutes)")
+    parser.add_argument("--config", type=Path, default=HERE / "configs" / "pocket.yaml")
+    parser.add_argument("--resume", type=Path, help="folder an earlier session wrote")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sample-steps", type=int, default=12)
+    arguments = parser.parse_args()
+    stages = parse_stages(arguments.stages)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.benchmark = True
+    with tempfile.TemporaryDirectory() as folder:
+        session = Session(read_settings(arguments.config), arguments.resume, device, Path(folder))
+        for name, minutes in stages:
+            session.run(name, minutes)
+            save_state(session.nets, session.facts, arguments.out)
+        session.finish(arguments.out, arguments.sample_steps)
+    print(json.dumps({"minutes": session.facts["minutes"], "sessions": session.facts["sessions"]}))
