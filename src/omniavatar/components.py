@@ -46,7 +46,7 @@ from omniavatar.encoders.audio import AudioEncoder
 from omniavatar.encoders.text import TextEncoder, random_text_encoder, sizes_of
 from omniavatar.encoders.text_cache import TextCache, encode_cached, encoder_identity
 from omniavatar.errors import CheckpointError, ResourceError
-from omniavatar.ops.attention import create_attention
+from omniavatar.ops.attention_timing import choose_attention
 from omniavatar.ops.fused import create_fused
 from omniavatar.placement import QUANTIZE_FIELD, Placement, Request, device_limit, enforce_limit, place
 from omniavatar.plan import make_step_plan, model_scale, sampling_schedule
@@ -106,13 +106,16 @@ class Components:
         self.device = choose_device(config.runtime.device)
         self.dtype = DTYPES[config.model.dtype]
         self._recorder = recorder
-        self.attention_name, self._attention = create_attention(
-            config.runtime.attention, self.device, self.dtype
-        )
         self.vae_name = choose_vae(config.runtime.vae, self.device)
         if config.model.weights == "files":
             config.model.check_files_named()
         self.dit_config = self._inspect()
+        dit = self.dit_config
+        self.attention_name, self._attention, measured = choose_attention(
+            config.runtime.attention, self.device, self.dtype, dit.num_heads, dit.dim // dit.num_heads
+        )
+        if measured is not None:
+            recorder.event("message", text=measured, level="info")
         self._embeddings: dict[str, Tensor] = {}
         self._offloader: Offloader | None = None
         self._fast_vaes: list[FastVAE] = []

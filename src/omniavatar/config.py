@@ -313,7 +313,8 @@ class RuntimeConfig(_Section):
     device: Annotated[str, AfterValidator(device_name)] = "auto"
     """auto (cuda when there is one), cpu, cuda or cuda:N."""
     attention: str = "auto"
-    """Attention backend by name (`omniavatar doctor` lists them), or auto: the fastest exact one there."""
+    """Attention backend by name (`omniavatar doctor` lists them); auto: the fastest exact one by our table;
+    fastest: by measurement here."""
     fuse: Flag | None = None
     """Element-wise work of the blocks in single passes; unset: on CUDA. Nothing lost but rounding."""
     quantize: Literal["none", "fp8", "auto"] = "none"

@@ -77,17 +77,19 @@ def request_fingerprint(
     constants: CacheConstants | None,
     encoder: Encoder,
     placement: Placement,
+    attention: str,
 ) -> dict[str, str]:
     """What decides the frames of a request: configuration, weight files, inputs, package version.
 
     constants: those of the step cache; their numbers count, not the file they come from. encoder: what
     `output.encoder` came to; the segments of one video are all made by it. placement: what was chosen for
-    the memory there is.
+    the memory there is. attention: the backend that `runtime.attention` came to.
     """
     values = result_values(config.model_copy(update={"sampling": sampling}))
     del values["sampling.step_cache_file"]
     values["step cache constants"] = "none" if constants is None else constants.digest
     values["output.encoder"] = encoder
+    values["runtime.attention"] = attention
     values |= placement.identity()
     values["request.prompt"] = request.prompt
     values["request.image"] = hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()

@@ -177,7 +177,14 @@ class AvatarPipeline:
         encoder = self._choose_encoder(inputs.size)
         placement = self._place(inputs, job.recorded(QUANTIZE_FIELD, PASS_FIELD) if resume else {})
         identity = request_fingerprint(
-            self.config, inputs.sampling, request, inputs.image, inputs.constants, encoder, placement
+            self.config,
+            inputs.sampling,
+            request,
+            inputs.image,
+            inputs.constants,
+            encoder,
+            placement,
+            self.components.attention_name,
         )
         before = job.finished_before(identity) if resume else None
         if before is not None:

@@ -13,6 +13,7 @@ from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.generation import WindowGenerator, WindowSampling
 from omniavatar.ops.attention import available_backends, create_attention
+from omniavatar.ops.attention_timing import attention_seconds, pick
 from omniavatar.ops.float8 import scaled_linear_eager
 from omniavatar.ops.fused import create_fused, quantize_rows
 from omniavatar.profiling.recorder import NullRecorder
@@ -138,3 +139,26 @@ def test_accelerated_forward(config, limit):
     dit, _ = nano("cuda", torch.bfloat16, "cudnn")
     apply_accelerations(dit, config, create_fused(torch.device("cuda")))
     assert relative_l2(forward(dit, "cuda", torch.bfloat16), exact) < limit
+
+
+@pytest.mark.parametrize(("backend", "limit"), [("flex", 1e-2), ("sage", 8e-2)])
+def test_other_attention(backend, limit):
+    device = torch.device("cuda", 0)
+    if backend not in available_backends(device):
+        pytest.skip(f"{backend} is not installed")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1300, 4, 128, generator=generator).to(device).bfloat16() for _ in range(3))
+    exact = create_attention("math", device, torch.float32)[1](q.float(), k.float(), v.float())
+    fast = create_attention(backend, device, torch.bfloat16)[1](q, k.clone(), v)
+    assert relative_l2(fast, exact) < limit
+    text = k[:, :512]
+    before = text.clone()
+    create_attention(backend, device, torch.bfloat16)[1](q, text, v[:, :512])
+    assert torch.equal(text, before)
+
+
+def test_measured_attention_is_exact_and_there():
+    device = torch.device("cuda", 0)
+    seconds = attention_seconds(device, torch.bfloat16, 12, 128)
+    assert {"cudnn", "flash"} <= set(seconds) <= set(available_backends(device))
+    assert seconds[pick(seconds)] <= min(seconds.values()) * 1.03

@@ -46,6 +46,11 @@ _TORCH_BACKENDS: dict[str, SDPBackend | None] = {
 }
 _CUDA_ONLY = frozenset({"efficient", "cudnn"})
 _FA3 = ("fa3", "fa3_fp8")
+_HINTS = {
+    **dict.fromkeys(_FA3, " (FlashAttention-3 needs a Hopper GPU and `pip install fa3-fwd`)"),
+    "sage": " (SageAttention needs an Ampere GPU or later and `pip install sageattention`)",
+    "flex": " (FlexAttention needs a CUDA GPU and triton)",
+}
 
 
 def takes_float8(attention: AttentionFn) -> bool:
@@ -58,7 +63,15 @@ def takes_float8(attention: AttentionFn) -> bool:
 def available_backends(device: torch.device) -> list[str]:
     """Names `create_attention` accepts on this device, besides `auto`."""
     names = [name for name in _TORCH_BACKENDS if device.type == "cuda" or name not in _CUDA_ONLY]
+    if device.type == "cuda" and _installed("triton"):
+        names.append("flex")
+        if _installed("sageattention") and torch.cuda.get_device_capability(device)[0] >= 8:
+            names.append("sage")
     return [*names, *_FA3] if _has_fa3(device) else names
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def _is_hopper(device: torch.device) -> bool:
@@ -66,7 +79,7 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def _has_fa3(device: torch.device) -> bool:
-    return _is_hopper(device) and importlib.util.find_spec("fa3_fwd_interface") is not None
+    return _is_hopper(device) and _installed("fa3_fwd_interface")
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
@@ -88,10 +101,14 @@ def create_attention(name: str, device: torch.device, dtype: torch.dtype) -> tup
     chosen = choose_backend(device, dtype) if name == "auto" else name
     there = available_backends(device)
     if chosen not in there:
-        hint = " (FlashAttention-3 needs a Hopper GPU and `pip install fa3-fwd`)" if chosen in _FA3 else ""
         raise ResourceError(
-            f"attention: {chosen!r} cannot run on {device.type}{hint}; use one of: auto, {', '.join(there)}"
+            f"attention: {chosen!r} cannot run on {device.type}{_HINTS.get(chosen, '')}; use one of: auto, "
+            f"fastest, {', '.join(there)}"
         )
+    if chosen in ("sage", "flex"):
+        from omniavatar.ops.attention_packages import FlexAttention, SageAttention
+
+        return chosen, SageAttention() if chosen == "sage" else FlexAttention()
     if chosen in _FA3:
         from omniavatar.ops.attention_fa3 import Fa3Attention, Fa3Float8Attention
 

@@ -1,0 +1,107 @@
+"""Attention backends: names, the measured choice, and packages that are not there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine import make_pipeline, request
+from omniavatar.errors import ResourceError
+from omniavatar.ops.attention import create_attention
+from omniavatar.ops.attention_packages import SageAttention
+from omniavatar.ops.attention_timing import NEAR, PREFERENCE, attention_seconds, choose_attention, pick
+
+CPU = torch.device("cpu")
+
+
+@given(st.dictionaries(st.sampled_from(PREFERENCE), st.floats(1e-4, 1.0), min_size=1))
+def test_the_fastest_or_a_preferred_one_as_good(seconds):
+    chosen, best = pick(seconds), min(seconds.values())
+    assert seconds[chosen] <= best * NEAR
+    earlier = PREFERENCE[: PREFERENCE.index(chosen)]
+    assert all(name not in seconds or seconds[name] > best * NEAR for name in earlier)
+
+
+def test_measured_on_the_cpu():
+    seconds = attention_seconds(CPU, torch.float32, heads=2, head_dim=16)
+    assert set(seconds) == {"flash", "sdpa"} and all(value > 0 for value in seconds.values())
+    name, attention, line = choose_attention("fastest", CPU, torch.float32, 2, 16)
+    assert name in seconds and line is not None and f"attention: {name} (measured at 2 heads x 512" in line
+    q = torch.randn(1, 5, 2, 16)
+    exact = create_attention("math", CPU, torch.float32)[1](q, q, q)
+    torch.testing.assert_close(attention(q, q, q), exact)
+    assert choose_attention("math", CPU, torch.float32, 2, 16)[2] is None
+
+
+def test_a_backend_that_refuses_is_left_out(monkeypatch):
+    from omniavatar.ops import attention_timing
+
+    def refusing(name, device, dtype):
+        def attention(q, k, v):
+            if name == "flash":
+                raise RuntimeError("No available kernel")
+            return q
+
+        return name, attention
+
+    monkeypatch.setattr(attention_timing, "create_attention", refusing)
+    assert set(attention_seconds(CPU, torch.float32, 1, 8)) == {"sdpa"}
+
+
+def test_the_choice_is_said_and_kept_with_the_video(nano_checkpoint, tmp_path):
+    from omniavatar.profiling.recorder import RunRecorder
+
+    said: list[str] = []
+    recorder = RunRecorder([lambda name, fields: said.append(str(fields.get("text")))])
+    pipeline = make_pipeline(nano_checkpoint, tmp_path / "cache", recorder, attention="fastest")
+    result = pipeline.generate(request(0.3), tmp_path / "a.mp4")
+    sidecar = json.loads(result.sidecar.read_text())
+    name = pipeline.components.attention_name
+    assert sidecar["attention"] == name and name in ("flash", "sdpa")
+    assert any(line.startswith(f"attention: {name} (measured") for line in said)
+    same = make_pipeline(nano_checkpoint, tmp_path / "cache", attention=name)
+    assert same.generate(request(0.3), tmp_path / "a.mp4").seconds == 0.0, "finished by the same backend"
+    other = make_pipeline(nano_checkpoint, tmp_path / "cache", attention="math")
+    assert other.generate(request(0.3), tmp_path / "a.mp4").seconds > 0.0, (
+        "another backend rounds differently"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("sage", "pip install sageattention"), ("flex", "needs a CUDA GPU"), ("fa3", "pip install fa3-fwd")],
+)
+def test_what_is_not_there_names_the_remedy(name, hint):
+    with pytest.raises(
+        ResourceError, match=f"'{name}' cannot run on cpu .*{hint}.*use one of: auto, fastest"
+    ):
+        create_attention(name, CPU, torch.float32)
+
+
+def test_sage_takes_long_keys_only(monkeypatch):
+    """Keys of the text are kept for the prompt, and the package changes keys in place."""
+    calls: list[tuple[int, ...]] = []
+
+    def sageattn(q, k, v, tensor_layout, is_causal):
+        assert tensor_layout == "NHD" and not is_causal
+        calls.append(tuple(k.shape))
+        k -= k.mean(1, keepdim=True)
+        return q
+
+    module = ModuleType("sageattention")
+    module.sageattn = sageattn
+    monkeypatch.setitem(sys.modules, "sageattention", module)
+    attention = SageAttention()
+    q, text = torch.randn(1, 7, 2, 16), torch.randn(1, 512, 2, 16)
+    before = text.clone()
+    exact = create_attention("math", CPU, torch.float32)[1](q, text, text)
+    torch.testing.assert_close(attention(q, text, text), exact)
+    assert torch.equal(text, before) and not calls
+    long = torch.randn(1, 1024, 2, 16)
+    assert torch.equal(attention(q, long, long.clone()), q) and calls == [(1, 1024, 2, 16)]
