@@ -33,21 +33,28 @@ SHARD_BYTES = 15 * 2**20
 TOKENS = 512
 
 
+@torch.no_grad()
 def make_vae() -> WanVAE:
-    """A VAE whose signals keep their size from layer to layer; residual branches and latent noise begin
-    small."""
+    """A VAE that begins as a codec of single frames: convolutions look at the newest frame only,
+    resampling in time repeats frames or takes the newer one. Signals keep their size from layer to layer;
+    residual branches and latent noise begin small."""
     vae = WanVAE(POCKET.vae)
     for name, weight in vae.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(weight)
+        elif name.endswith("time_conv.weight"):
+            nn.init.zeros_(weight)
+            same = torch.eye(weight.shape[1]).repeat(weight.shape[0] // weight.shape[1], 1)
+            weight[:, :, -1, 0, 0] = same
         elif not name.endswith("gamma"):
+            newest = weight[:, :, -1:] if weight.dim() == 5 else weight
             branch = 0.2 if name.endswith(("residual.6.weight", "proj.weight")) else 1.0
-            nn.init.normal_(weight, std=branch / math.sqrt(weight[0].numel()))
+            nn.init.zeros_(weight)
+            nn.init.normal_(newest, std=branch / math.sqrt(newest[0].numel()))
     channels = POCKET.vae.z_dim
     assert vae.conv1.bias is not None
-    with torch.no_grad():
-        vae.conv1.weight[channels:] *= 0.1
-        vae.conv1.bias[channels:] = -5.0
+    vae.conv1.weight[channels:] *= 0.1
+    vae.conv1.bias[channels:] = -5.0
     return vae
 
 

@@ -79,6 +79,17 @@ def test_latent_statistics_fold_in_without_changing_the_pictures(nets):
     torch.testing.assert_close(normalise(training_nets.vae_encode(vae, video)[0]), vae.encode(video))
 
 
+def test_a_new_vae_codes_frame_by_frame(nets):
+    """A still clip decodes to one picture repeated, so single frames are a fair beginning for clips."""
+    still = torch.rand(1, 3, 1, 32, 32).expand(-1, -1, 9, -1, -1) * 2 - 1
+    with torch.no_grad():
+        latent = training_nets.vae_encode(nets.vae, still)[0]
+        made = training_nets.vae_decode(nets.vae, latent)
+    torch.testing.assert_close(latent, latent[:, :, :1].expand_as(latent), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(made, made[:, :, :1].expand_as(made), atol=1e-4, rtol=1e-4)
+    assert made.std() > 0.1
+
+
 def test_memory_format_changes_nothing(nets):
     vae = copy.deepcopy(nets.vae)
     video = torch.rand(1, 3, 5, 32, 32) * 2 - 1
