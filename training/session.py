@@ -52,11 +52,11 @@ def gather_speech(settings: Settings, session: int, workers: int, folder: Path) 
     """Speech of this session below `folder`, mapped from its files; each session synthesises other
     sentences."""
     began = time.monotonic()
-    speech = synthesise(settings.speech.utterances, settings.seed + 1 + session, workers)
-    if settings.speech.recorded:
-        speech = SpeechSet.join(
-            [speech, *[SpeechSet.load(Path(settings.speech.recorded))] * settings.speech.copies]
-        )
+    wanted = settings.speech
+    sets = [SpeechSet.load(Path(wanted.recorded))] * wanted.copies if wanted.recorded else []
+    if wanted.utterances:
+        sets.insert(0, synthesise(wanted.utterances, settings.seed + 1 + session, workers))
+    speech = SpeechSet.join(sets)
     taken = time.monotonic() - began
     print(
         f"speech: {len(speech)} utterances, {speech.seconds / 60:.1f} minutes, made in {taken:.0f} s",

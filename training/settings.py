@@ -14,7 +14,7 @@ class SpeechSettings:
     """What is synthesised before the stages begin."""
 
     utterances: int
-    """Sentences, half by each synthesiser; a thousand are about 55 minutes."""
+    """Sentences, half by each synthesiser; a thousand are about 53 minutes. 0: only what is recorded."""
     recorded: str
     """A `SpeechSet` file to add, such as `record` makes, below the repository root; or empty."""
     copies: int
