@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from omniavatar.ops.fused import FP8, EagerOps, QuantRows
+from omniavatar.ops.fused import FP8, EagerOps, QuantRows, quantize_rows
+from omniavatar.ops.scaled import rescale
 
 
 def rows(value) -> torch.Tensor:
@@ -15,7 +16,7 @@ def compare(
     fast, device: str, dtype: torch.dtype, width: int, heads: int, tolerance: float, fp8_tolerance: float
 ) -> None:
     """Every pass of `fast` against the eager twin on the same inputs."""
-    slow = EagerOps()
+    slow = EagerOps(fast.row_dtype)
     generator = torch.Generator().manual_seed(width)
 
     def random(*shape: int, kind: torch.dtype = dtype, scale: float = 1.0) -> torch.Tensor:
@@ -69,3 +70,17 @@ def compare(
     a, b = fast.quantize_heads(values), slow.quantize_heads(values)
     close(a[1], b[1])
     close(a[0], b[0], fp8_tolerance)
+
+
+def compare_rescale(device: str, dtype: torch.dtype, tolerance: float) -> None:
+    """The pass after an integer product against the same in float64."""
+    generator = torch.Generator().manual_seed(0)
+    rows = quantize_rows(torch.randn(37, 64, generator=generator), torch.int8)
+    weight = quantize_rows(torch.randn(1100, 64, generator=generator), torch.int8)
+    bias = torch.randn(1100, generator=generator)
+    sums = (rows.data.int() @ weight.data.int().t()).to(device)
+    for added in (None, bias.to(device, dtype)):
+        out = rescale(sums, rows.scale.to(device), weight.scale.to(device), added, dtype).double().cpu()
+        exact = rows.dequantize().double() @ weight.dequantize().double().t()
+        exact = exact if added is None else exact + added.double().cpu()
+        assert ((out - exact).norm() / exact.norm()).item() <= tolerance

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from omniavatar.accel.apply import AccelConfig, Quantize, apply_accelerations, weight_form
+from omniavatar.accel.apply import AccelConfig, Quantize, apply_accelerations, row_dtype, weight_form
 from omniavatar.accel.decoder import apply_decoder
 from omniavatar.accel.memory_plan import fewer_resident
 from omniavatar.accel.offload import OffloadConfig, Offloader, streamed_blocks
@@ -215,7 +215,7 @@ class Components:
         """The merged diffusion transformer, with the configured optimisations applied."""
         runtime = self.config.runtime
         fuse = self.device.type == "cuda" if runtime.fuse is None else runtime.fuse
-        accel, ops = AccelConfig(self.quantize, fuse), create_fused(self.device)
+        accel, ops = AccelConfig(self.quantize, fuse), create_fused(self.device, row_dtype(self.quantize))
         if self.placement is not None and self.device.type == "cuda":
             check_host_room(self.placement.streamed_bytes)
         with self._recorder.stage("load_dit"):

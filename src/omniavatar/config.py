@@ -317,9 +317,9 @@ class RuntimeConfig(_Section):
     fastest: by measurement here."""
     fuse: Flag | None = None
     """Element-wise work of the blocks in single passes; unset: on CUDA. Nothing lost but rounding."""
-    quantize: Literal["none", "fp8", "auto"] = "none"
-    """fp8: float8 linear layers (Ada, Hopper and later): faster, half the memory, some error a forward;
-    auto: fp8 only where exact weights would have to be streamed."""
+    quantize: Literal["none", "fp8", "int8", "auto"] = "none"
+    """fp8 (Ada, Hopper and later) or int8 (Ampere) linear layers: faster, half the memory, some error a
+    forward; auto: one of them only where exact weights would have to be streamed."""
     memory: Annotated[Literal["auto"] | float, BeforeValidator(memory_limit)] = "auto"
     """Device memory to get by with: a number of GB (10^9 bytes), or auto: what is free. Where the weights
     exceed it, blocks are streamed from host memory; the video stays the same to the bit."""

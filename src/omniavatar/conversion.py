@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from omniavatar import __version__
-from omniavatar.accel.apply import AccelConfig, weight_form
+from omniavatar.accel.apply import AccelConfig, row_dtype, weight_form
 from omniavatar.checkpoint.convert import convert_dit
 from omniavatar.checkpoint.dit import open_dit, random_weights
 from omniavatar.checkpoint.layout import scale_spec
@@ -40,7 +40,7 @@ def convert_checkpoint(
     if quantize == "auto":
         raise ConfigError("quantize: auto depends on the machine that runs it; convert with none or fp8")
     device, dtype = choose_device(config.runtime.device), DTYPES[model.dtype]
-    form = weight_form(AccelConfig(quantize), create_fused(device), device)
+    form = weight_form(AccelConfig(quantize), create_fused(device, row_dtype(quantize)), device)
     stored = None if form is None else form.name
     made_from: dict[str, object] = {"omniavatar": __version__, "dtype": model.dtype, "quantize": quantize}
     placeholder = torch.nn.functional.scaled_dot_product_attention

@@ -62,7 +62,7 @@ def estimate_memory(
         problem = str(error)
     quantize = placement.quantize if placement else config.runtime.quantize
     return MemoryEstimate(
-        dit=dit_sizes(dit, DTYPE_BYTES[config.model.dtype], quantize == "fp8").whole,
+        dit=dit_sizes(dit, DTYPE_BYTES[config.model.dtype], quantize != "none").whole,
         vae=run.vae,
         audio_encoder=run.audio_encoder,
         text_encoder=run.text_encoder,

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from omniavatar.accel.float8 import check_float8
 from omniavatar.accel.memory_plan import (
     FLOAT,
     GB,
@@ -31,6 +30,7 @@ from omniavatar.accel.memory_plan import (
     smaller,
     tensor_bytes,
 )
+from omniavatar.accel.quantized import best_quantize
 from omniavatar.accel.vae import pass_sizes
 from omniavatar.checkpoint.layout import SCALES, Shape, text_tensors, wav2vec_tensors
 from omniavatar.checkpoint.layout_vae import vae_tensors
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 CONTEXT_BYTES = GB // 2
 """Left free under `memory: auto`, for CUDA modules that are loaded later and for other programs."""
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+QUANTIZED_FORMS: tuple[Quantize, ...] = ("fp8", "int8")
 QUANTIZE_FIELD, PASS_FIELD = "runtime.quantize", "runtime.vae_latents_a_pass"
 
 
@@ -174,7 +175,7 @@ def place(
         passes = range(index, index + 1)
 
     def placed(quantize: Quantize) -> Placement:
-        sizes = dit_sizes(dit, DTYPE_BYTES[config.model.dtype], quantize == "fp8")
+        sizes = dit_sizes(dit, DTYPE_BYTES[config.model.dtype], quantize != "none")
         if runtime.num_persistent_param_in_dit is not None:
             resident = resident_blocks(dit, runtime.num_persistent_param_in_dit)
             memory = plan_parameters(sizes, run, resident, limit, passes)
@@ -183,14 +184,15 @@ def place(
         return Placement(quantize, memory, sizes, run, vae_passes)
 
     wanted = kept.get(QUANTIZE_FIELD) if runtime.quantize == "auto" else runtime.quantize
-    if wanted == "fp8":
-        return placed("fp8")
-    can_quantize = _has_float8(device)
-    if wanted == "none" or not can_quantize:
+    for form in QUANTIZED_FORMS:
+        if wanted == form:
+            return placed(form)
+    best = best_quantize(device)
+    if wanted == "none" or best is None:
         exact = placed("none")
-        if exact.memory.streams and can_quantize and runtime.num_persistent_param_in_dit is None:
-            stay = placed("fp8").memory.resident_blocks
-            note = f"; with quantize=fp8 {stay} of {exact.memory.blocks} would stay, at some loss"
+        if exact.memory.streams and best is not None and runtime.num_persistent_param_in_dit is None:
+            stay = placed(best).memory.resident_blocks
+            note = f"; with quantize={best} {stay} of {exact.memory.blocks} would stay, at some loss"
             return replace(exact, note=note)
         return exact
     try:
@@ -199,15 +201,4 @@ def place(
             return exact
     except ResourceError:
         pass
-    return replace(placed("fp8"), note="; float8 layers (quantize=auto: exact ones would be streamed)")
-
-
-def _has_float8(device: torch.device) -> bool:
-    """Whether the device multiplies float8; the CPU's slow twin does not count."""
-    if device.type != "cuda":
-        return False
-    try:
-        check_float8(device)
-    except ResourceError:
-        return False
-    return True
+    return replace(placed(best), note=f"; {best} layers (quantize=auto: exact ones would be streamed)")

@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_cases import compare
+from fused_cases import compare, compare_rescale
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
-from omniavatar.accel.float8 import Float8Linear
+from omniavatar.accel.quantized import QuantLinear
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.generation import WindowGenerator, WindowSampling
 from omniavatar.ops.attention import available_backends, create_attention
 from omniavatar.ops.attention_timing import attention_seconds, pick
-from omniavatar.ops.float8 import scaled_linear_eager
 from omniavatar.ops.fused import create_fused, quantize_rows
+from omniavatar.ops.scaled import scaled_linear_eager
 from omniavatar.profiling.recorder import NullRecorder
 from omniavatar.sampling.guidance import guidance_branches
 from omniavatar.sampling.schedule import make_schedule
@@ -112,11 +112,27 @@ def test_float8_product():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 40, 256, generator=generator).cuda().bfloat16()
     linear = torch.nn.Linear(256, 384).cuda().bfloat16()
-    layer = Float8Linear.from_linear(linear, create_fused(torch.device("cuda")))
+    layer = QuantLinear.from_linear(linear, create_fused(torch.device("cuda")))
     rows = quantize_rows(x.float())
     slow = scaled_linear_eager(rows, layer.weight, layer.weight_scale, layer.bias, torch.float32)
     assert relative_l2(layer(rows), slow) < 1e-2
     assert relative_l2(layer(x), linear(x)) < 6e-2
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_int8_product(tokens):
+    device = torch.device("cuda", 0)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, tokens, 256, generator=generator).to(device).bfloat16()
+    linear = torch.nn.Linear(256, 384).to(device).bfloat16()
+    ops = create_fused(device, torch.int8)
+    layer = QuantLinear.from_linear(linear, ops)
+    rows = quantize_rows(x.float(), torch.int8)
+    slow = scaled_linear_eager(rows, layer.weight, layer.weight_scale, layer.bias, torch.float32)
+    assert relative_l2(layer(rows), slow) < 1e-2
+    assert relative_l2(layer(x), linear(x)) < 3e-2
+    compare(ops, "cuda", torch.bfloat16, 1536, 12, 5e-3, 1e-2)
+    compare_rescale("cuda", torch.bfloat16, 5e-3)
 
 
 @pytest.mark.parametrize("backend", ["fa3", "fa3_fp8"])

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tests.engine import make_pipeline, overrides, request
 
-from omniavatar.accel.apply import AccelConfig, weight_form
-from omniavatar.accel.float8 import Float8Linear, apply_float8
+from omniavatar.accel.apply import AccelConfig, row_dtype, weight_form
+from omniavatar.accel.quantized import QuantLinear, apply_quantization
 from omniavatar.checkpoint.dit import (
     FORM_KEY,
     HEADS_KEY,
@@ -67,7 +67,7 @@ def test_float8_while_loading_quantises_the_float32_sum(nano_checkpoint):
     exact = load(files_of(nano_checkpoint), torch.float32).state_dict()
     quantised = load(files_of(nano_checkpoint), form=FLOAT8)
     layer = quantised.blocks[1].ffn[2]
-    assert isinstance(layer, Float8Linear) and layer.dtype == torch.bfloat16
+    assert isinstance(layer, QuantLinear) and layer.dtype == torch.bfloat16
     rows = quantize_rows(exact["blocks.1.ffn.2.weight"])
     assert torch.equal(layer.weight.float(), rows.data.float())
     assert torch.equal(layer.weight_scale, rows.scale)
@@ -78,7 +78,7 @@ def test_random_float8_weights_are_those_of_the_plain_model():
     spec = scale_spec("nano").dit
     options = {"attention": ATTENTION, "dtype": torch.bfloat16, "device": "cpu", "seed": 0}
     plain = random_dit(spec, **options)
-    apply_float8(plain, EagerOps())
+    apply_quantization(plain, EagerOps())
     assert same_weights(random_dit(spec, form=FLOAT8, **options), plain)
 
 
@@ -94,17 +94,17 @@ def test_every_weight_asks_for_its_place(nano_checkpoint):
     assert "blocks.1.ffn.0.weight_scale" in asked
 
 
-@pytest.mark.parametrize("quantize", ["none", "fp8"])
+@pytest.mark.parametrize("quantize", ["none", "fp8", "int8"])
 def test_converted_file_is_the_merged_model(nano_checkpoint, tmp_path, quantize):
     out = converted(
         nano_checkpoint, tmp_path / "new" / "one.safetensors", tmp_path, quantize=quantize, dtype="bf16"
     )
-    form = FLOAT8 if quantize == "fp8" else None
+    form = weight_form(AccelConfig(quantize), EagerOps(row_dtype(quantize)), CPU)
     assert same_weights(load(DiTFiles(out), form=form), load(files_of(nano_checkpoint), form=form))
     assert inspect_dit(out) == scale_spec("nano").dit
     with safe_open(out, "pt") as file:
         metadata = file.metadata()
-    assert metadata.get(FORM_KEY) == (None if form is None else "fp8")
+    assert metadata.get(FORM_KEY) == (None if form is None else quantize)
     assert json.loads(metadata["omniavatar.sources"])["adapter"] == "OmniAvatar-nano"
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from omniavatar.accel.float8 import QUANTIZED, Float8Linear, apply_float8
 from omniavatar.accel.fused_blocks import apply_fused_blocks
+from omniavatar.accel.quantized import QUANTIZED, QuantLinear, apply_quantization
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.ops.attention import create_attention
@@ -52,22 +52,40 @@ def test_fused_equals_plain(dtype, limit, with_audio):
     assert all(torch.equal(dit.state_dict()[key], value) for key, value in keys.items())
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_int8_is_close_and_not_equal(fused):
+    exact = forward(nano())
+    dit, ops = nano(), EagerOps(torch.int8)
+    apply_quantization(dit, ops)
+    assert dit.blocks[0].ffn[0].weight.dtype == torch.int8
+    if fused:
+        apply_fused_blocks(dit, ops)
+    assert 1e-4 < relative_l2(forward(dit), exact) < 3e-2
+
+
+def test_int8_rows_reach_the_ends():
+    rows = torch.tensor([[-254.0, 3.0, 127.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    quantised = quantize_rows(rows, torch.int8)
+    assert quantised.data.tolist() == [[-127, 2, 64, 1], [0, 0, 0, 0]]
+    assert quantised.scale[0].item() == 2.0
+
+
 def test_float8_is_close_and_not_equal():
     exact = forward(nano())
     for fused in (False, True):
         dit = nano()
-        apply_float8(dit, EagerOps())
+        apply_quantization(dit, EagerOps())
         if fused:
             apply_fused_blocks(dit, EagerOps())
         assert 1e-4 < relative_l2(forward(dit), exact) < 6e-2
     for name in QUANTIZED:
-        assert isinstance(dit.blocks[0].get_submodule(name), Float8Linear)
+        assert isinstance(dit.blocks[0].get_submodule(name), QuantLinear)
 
 
 def test_float8_fused_equals_float8_plain():
     plain, fused = nano(), nano()
     for dit in (plain, fused):
-        apply_float8(dit, EagerOps())
+        apply_quantization(dit, EagerOps())
     apply_fused_blocks(fused, EagerOps())
     # rows are rounded to the residual's dtype before quantising in the plain block only: float32, so equal
     assert relative_l2(forward(fused), forward(plain)) < 5e-3
@@ -87,11 +105,13 @@ def test_row_quantisation_uses_the_whole_range():
 INTERPRETED = """
 import sys; sys.path.insert(0, sys.argv[1])
 import torch
-from fused_cases import compare
+from fused_cases import compare, compare_rescale
 from omniavatar.ops.fused_triton import TritonOps
 for width, heads in ((256, 2), (192, 3), (320, 5)):
     compare(TritonOps(), "cpu", torch.float32, width, heads, 1e-5, 0.12)  # the interpreter cuts float8 off
 compare(TritonOps(), "cpu", torch.bfloat16, 256, 2, 6e-3, 0.12)
+compare(TritonOps(row_dtype=torch.int8), "cpu", torch.float32, 192, 3, 1e-5, 0.12)
+compare_rescale("cpu", torch.float32, 1e-5)
 """
 
 

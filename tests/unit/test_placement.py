@@ -217,7 +217,7 @@ def placed(limit_gb: float | None, kept=None, **changes):
 
 @pytest.fixture
 def with_float8(monkeypatch):
-    monkeypatch.setattr(placement, "_has_float8", lambda device: True)
+    monkeypatch.setattr(placement, "best_quantize", lambda device: "fp8")
 
 
 def test_auto_quantises_only_what_would_be_streamed(with_float8):
@@ -294,7 +294,7 @@ def test_a_number_is_enforced_on_cuda_and_auto_leaves_the_allocator_alone(monkey
 
 def test_resumed_run_keeps_the_precision_it_began_with(nano_checkpoint, cache, tmp_path, monkeypatch):
     """Begun when memory was short (float8), resumed when it is not: the same precision, the same video."""
-    monkeypatch.setattr(placement, "_has_float8", lambda device: True)
+    monkeypatch.setattr(placement, "best_quantize", lambda device: "fp8")
     monkeypatch.setattr("omniavatar.components.device_limit", lambda memory, device: int(TIGHT * GB))
     expected = tmp_path / "whole.mp4"
     make_pipeline(nano_checkpoint, cache, quantize="auto").generate(request(SECONDS), expected)
@@ -355,3 +355,18 @@ def test_a_cuda_device_has_its_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 1)
     assert choose_device("cuda:0") == torch.device("cuda", 0)
+
+
+def test_which_form_a_card_takes(monkeypatch):
+    from omniavatar.accel.quantized import best_quantize, check_quantize
+
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    for capability, best in (((9, 0), "fp8"), ((8, 9), "fp8"), ((8, 6), "int8"), ((7, 5), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert best_quantize(card) == best
+    with pytest.raises(ResourceError, match=r"a card has no int8 products .*8.0.; use quantize=none"):
+        check_quantize("int8", card)
+    with pytest.raises(ResourceError, match=r"no fp8 products .*8.9.; use quantize=int8 or none"):
+        check_quantize("fp8", card)
+    assert best_quantize(CPU) is None

@@ -7,29 +7,37 @@ from typing import Literal
 
 import torch
 
-from omniavatar.accel.float8 import Float8Form, apply_float8, check_float8, is_float8
 from omniavatar.accel.fused_blocks import apply_fused_blocks
+from omniavatar.accel.quantized import QuantForm, apply_quantization, check_quantize, is_quantized
 from omniavatar.checkpoint.dit import WeightForm
 from omniavatar.model.dit import WanDiT
-from omniavatar.ops.fused import FusedOps
+from omniavatar.ops.fused import FP8, FusedOps
 
-Quantize = Literal["none", "fp8"]
+Quantize = Literal["none", "fp8", "int8"]
 
 
 @dataclass(frozen=True)
 class AccelConfig:
-    """quantize: float8 linear layers, or none (exact). fuse: element-wise work in single passes."""
+    """quantize: float8 or int8 linear layers, or none (exact). fuse: element-wise work in single passes."""
 
     quantize: Quantize = "none"
     fuse: bool = False
 
 
 def weight_form(config: AccelConfig, ops: FusedOps, device: torch.device) -> WeightForm | None:
-    """The form weights take while they are loaded. Raises ResourceError for what the device cannot do."""
+    """The form weights take while they are loaded; `ops` are made for its rows (`row_dtype`).
+
+    Raises ResourceError for what the device cannot do.
+    """
     if config.quantize == "none":
         return None
-    check_float8(device)
-    return Float8Form(ops)
+    check_quantize(config.quantize, device)
+    return QuantForm(ops)
+
+
+def row_dtype(quantize: Quantize) -> torch.dtype:
+    """What rows are quantised to; float8 where nothing is."""
+    return torch.int8 if quantize == "int8" else FP8
 
 
 def apply_accelerations(dit: WanDiT, config: AccelConfig, ops: FusedOps) -> None:
@@ -37,7 +45,7 @@ def apply_accelerations(dit: WanDiT, config: AccelConfig, ops: FusedOps) -> None
 
     Raises ResourceError for what the device cannot do.
     """
-    if config.quantize == "fp8" and not is_float8(dit):
-        apply_float8(dit, ops)
+    if config.quantize != "none" and not is_quantized(dit):
+        apply_quantization(dit, ops)
     if config.fuse:
         apply_fused_blocks(dit, ops)

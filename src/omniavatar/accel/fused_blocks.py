@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omniavatar.accel.float8 import Float8Linear
+from omniavatar.accel.quantized import QuantLinear
 from omniavatar.model.dit import WanDiT
 from omniavatar.model.layers import Block
 from omniavatar.model.rope import RopeTable
 from omniavatar.ops.attention import AttentionFn, takes_float8
-from omniavatar.ops.float8 import scaled_linear
 from omniavatar.ops.fused import FP8, FusedOps, QuantRows, Rows
+from omniavatar.ops.scaled import scaled_linear
 
-Layer = nn.Linear | Float8Linear
+Layer = nn.Linear | QuantLinear
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,17 +45,15 @@ class PackedProjection:
         sizes = [layer.weight.shape[0] for layer in layers]
         weight = torch.cat([layer.weight.detach() for layer in layers])
         for layer, part in zip(layers, weight.split(sizes), strict=True):
-            layer.weight = (
-                part if isinstance(layer, Float8Linear) else nn.Parameter(part, requires_grad=False)
-            )
+            layer.weight = part if isinstance(layer, QuantLinear) else nn.Parameter(part, requires_grad=False)
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-        scales = [layer.weight_scale for layer in layers if isinstance(layer, Float8Linear)]
+        scales = [layer.weight_scale for layer in layers if isinstance(layer, QuantLinear)]
         first = layers[0]
         return cls(
             weight,
             torch.cat(biases) if biases else None,
             torch.cat(scales) if scales else None,
-            first.dtype if isinstance(first, Float8Linear) else weight.dtype,
+            first.dtype if isinstance(first, QuantLinear) else weight.dtype,
         )
 
     def __call__(self, rows: Rows) -> Tensor:
@@ -130,7 +128,7 @@ class FusedBlock(nn.Module):
 
 
 def _float8(layer: nn.Module) -> bool:
-    return isinstance(layer, Float8Linear)
+    return isinstance(layer, QuantLinear)
 
 
 def _vectors(modulation: Tensor, time_B6C: Tensor) -> list[Tensor]:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from omniavatar.accel.float8 import QUANTIZED
+from omniavatar.accel.quantized import QUANTIZED
 from omniavatar.accel.vae import frames_of_pass
 from omniavatar.checkpoint.dit import keep_float32
 from omniavatar.checkpoint.layout import Shape, dit_tensors

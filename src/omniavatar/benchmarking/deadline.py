@@ -1,9 +1,9 @@
 """The best-looking configuration that makes a video of some minutes before a deadline, on this device.
 
-The parts of a window are timed with the configured model, in its own precision and in float8 where the
-device has it; every combination of the settings below is then counted, not run. Which one looks better is
-an order of preference, stated as points and not measured: float8 layers 1; a step cache 1, 2 or 4 by its
-threshold; guidance on three quarters of the steps 1, on half of them 2; fewer steps 6 for each halving.
+The parts of a window are timed with the configured model, in its own precision and in float8 (int8 where
+that is missing); every combination of the settings below is then counted, not run. Which one looks better is
+an order of preference, stated as points and not measured: float8 or int8 layers 1; a step cache 1, 2 or 4 by
+its threshold; guidance on three quarters of the steps 1, on half of them 2; fewer steps 6 for each halving.
 The fewest points that meet the deadline win, and among equals the fastest. Sizes, windows, overlap, seed and
 prompts stay as configured, and so does the number of steps where `timesteps` are given.
 """
@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from omniavatar.accel.float8 import check_float8
+from omniavatar.accel.quantized import best_quantize
 from omniavatar.benchmarking.parts import PartTimer, counts_of, start_costs, window_costs, with_weights
 from omniavatar.benchmarking.tips import changed
 from omniavatar.components import choose_device
 from omniavatar.config import PipelineConfig
-from omniavatar.errors import ConfigError, ResourceError
+from omniavatar.errors import ConfigError
 from omniavatar.plan import RunPlan
 from omniavatar.profiling.projection import video_seconds
 
@@ -125,16 +125,10 @@ def choose(
 
 
 def _precisions(config: PipelineConfig) -> list[str]:
-    """The configured precision, and float8 where it is another one that runs faster here."""
+    """The configured precision, and float8 or int8 where that is another one and runs faster here."""
     configured = config.runtime.quantize
-    device = choose_device(config.runtime.device)
-    if configured == "fp8" or device.type != "cuda":
-        return [configured]
-    try:
-        check_float8(device)
-    except ResourceError:
-        return [configured]
-    return [configured, "fp8"]
+    best = best_quantize(choose_device(config.runtime.device))
+    return [configured] if best is None or configured == best else [configured, best]
 
 
 def _count(

@@ -24,7 +24,7 @@ FP8_MAX = 448.0
 
 @dataclass(frozen=True, eq=False)
 class QuantRows:
-    """Rows in float8 (.., C) with a float32 scale each (.., 1)."""
+    """Rows in float8 or int8 (.., C) with a float32 scale each (.., 1)."""
 
     data: Tensor
     scale: Tensor
@@ -33,12 +33,18 @@ class QuantRows:
         return (self.data.float() * self.scale).to(dtype)
 
 
+ROW_LIMITS = {FP8: FP8_MAX, torch.int8: 127.0}
 Rows = Tensor | QuantRows
 """What a norm hands to the next linear layer: rows in the residual's dtype, or quantised ones."""
 
 
 class FusedOps(Protocol):
-    """The passes a block needs. `quantize` asks for `QuantRows` where the next linear layer takes them."""
+    """The passes a block needs. `quantize` asks for `QuantRows` where the next linear layer takes them.
+
+    row_dtype: what rows are quantised to, float8 or int8.
+    """
+
+    row_dtype: torch.dtype
 
     def norm(
         self,
@@ -84,7 +90,7 @@ class FusedOps(Protocol):
         ...
 
     def quantize(self, x_BLC: Tensor, *, gelu: bool = False) -> QuantRows:
-        """Rows in float8, after a tanh GELU if asked."""
+        """Rows in `row_dtype`, after a tanh GELU if asked."""
         ...
 
     def quantize_heads(self, x_BLHD: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,6 +110,9 @@ def head_scales(x_BLHD: Tensor) -> Tensor:
 
 class EagerOps:
     """Plain PyTorch: the slow twin, on any device."""
+
+    def __init__(self, row_dtype: torch.dtype = FP8) -> None:
+        self.row_dtype = row_dtype
 
     def norm(
         self,
@@ -128,7 +137,7 @@ class EagerOps:
             x_BLC = wide.to(x_BLC.dtype)
         normed = F.layer_norm(x_BLC.float(), x_BLC.shape[-1:], eps=eps)
         rows = torch.addcmul(shift, normed, scale)
-        return x_BLC, quantize_rows(rows) if quantize else rows.to(x_BLC.dtype)
+        return x_BLC, quantize_rows(rows, self.row_dtype) if quantize else rows.to(x_BLC.dtype)
 
     def add_gated(self, x_BLC: Tensor, update_BLC: Tensor, gate: Tensor) -> Tensor:
         return torch.addcmul(x_BLC.float(), update_BLC.float(), gate).to(x_BLC.dtype)
@@ -158,7 +167,7 @@ class EagerOps:
 
     def quantize(self, x_BLC: Tensor, *, gelu: bool = False) -> QuantRows:
         wide = x_BLC.float()
-        return quantize_rows(F.gelu(wide, approximate="tanh") if gelu else wide)
+        return quantize_rows(F.gelu(wide, approximate="tanh") if gelu else wide, self.row_dtype)
 
     def quantize_heads(self, x_BLHD: Tensor) -> tuple[Tensor, Tensor]:
         scales = head_scales(x_BLHD)
@@ -166,10 +175,11 @@ class EagerOps:
         return scaled.clamp(-FP8_MAX, FP8_MAX).to(FP8).contiguous(), scales
 
 
-def quantize_rows(rows: Tensor) -> QuantRows:
-    """Float8 rows whose largest value is at float8's maximum."""
-    scale = (rows.abs().amax(-1, keepdim=True) / FP8_MAX).clamp_min(1e-12)
-    return QuantRows((rows / scale).to(FP8), scale)
+def quantize_rows(rows: Tensor, dtype: torch.dtype = FP8) -> QuantRows:
+    """Float8 or int8 rows whose largest value is at that type's maximum."""
+    scale = (rows.abs().amax(-1, keepdim=True) / ROW_LIMITS[dtype]).clamp_min(1e-12)
+    scaled = rows / scale
+    return QuantRows((scaled if dtype == FP8 else (scaled + 0.5).floor()).to(dtype), scale)
 
 
 def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -177,10 +187,10 @@ def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
 
 
-def create_fused(device: torch.device) -> FusedOps:
+def create_fused(device: torch.device, row_dtype: torch.dtype = FP8) -> FusedOps:
     """The passes for a device: Triton kernels on CUDA, the eager twins elsewhere."""
     if device.type != "cuda":
-        return EagerOps()
+        return EagerOps(row_dtype)
     from omniavatar.ops.fused_triton import TritonOps
 
-    return TritonOps()
+    return TritonOps(row_dtype=row_dtype)

@@ -32,6 +32,14 @@ def _summed(
 
 
 @triton.jit
+def _stepped(x, inverse, WHOLE: tl.constexpr):
+    x = x * inverse
+    if WHOLE:
+        x = tl.floor(x + 0.5)
+    return x
+
+
+@triton.jit
 def _affine(x, scale_ptr, shift_ptr, column, inside):
     return x * tl.load(scale_ptr + column, inside, 0.0) + tl.load(shift_ptr + column, inside, 0.0)
 
@@ -41,7 +49,7 @@ def norm_kernel(
     x_ptr, update_ptr, gate_ptr, frame_ptr, scale_ptr, shift_ptr, sum_ptr, out_ptr, out_scale_ptr,
     width, tokens, tokens_per_frame, gate_step, scale_step, eps,
     HAS_UPDATE: tl.constexpr, HAS_GATE: tl.constexpr, HAS_FRAME: tl.constexpr, QUANTIZE: tl.constexpr,
-    FP8_LIMIT: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    LIMIT: tl.constexpr, WHOLE: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch = row // tokens
@@ -76,12 +84,12 @@ def norm_kernel(
         largest = tl.max(tl.abs(x), 0)
         if REST:
             largest = tl.maximum(largest, tl.max(tl.abs(y), 0))
-        step = tl.maximum(largest / FP8_LIMIT, 1e-12)
+        step = tl.maximum(largest / LIMIT, 1e-12)
         tl.store(out_scale_ptr + row, step)
         inverse = 1.0 / step
-        x *= inverse
+        x = _stepped(x, inverse, WHOLE)
         if REST:
-            y *= inverse
+            y = _stepped(y, inverse, WHOLE)
     tl.store(out_ptr + start + first, x.to(out_ptr.dtype.element_ty))
     if REST:
         tl.store(out_ptr + start + second, y.to(out_ptr.dtype.element_ty), inside)
@@ -179,7 +187,7 @@ def _activated(x_ptr, column, inside, GELU: tl.constexpr):
 
 @triton.jit
 def quantize_kernel(
-    x_ptr, out_ptr, out_scale_ptr, width, GELU: tl.constexpr, FP8_LIMIT: tl.constexpr,
+    x_ptr, out_ptr, out_scale_ptr, width, GELU: tl.constexpr, LIMIT: tl.constexpr, WHOLE: tl.constexpr,
     MAIN: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -193,12 +201,12 @@ def quantize_kernel(
         inside = second < width
         y = _activated(x_ptr, second, inside, GELU)
         largest = tl.maximum(largest, tl.max(tl.abs(y), 0))
-    step = tl.maximum(largest / FP8_LIMIT, 1e-12)
+    step = tl.maximum(largest / LIMIT, 1e-12)
     tl.store(out_scale_ptr + row, step)
     inverse = 1.0 / step
-    tl.store(out_ptr + first, (x * inverse).to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + first, _stepped(x, inverse, WHOLE).to(out_ptr.dtype.element_ty))
     if REST:
-        tl.store(out_ptr + second, (y * inverse).to(out_ptr.dtype.element_ty), inside)
+        tl.store(out_ptr + second, _stepped(y, inverse, WHOLE).to(out_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -213,4 +221,19 @@ def quantize_heads_kernel(
     x = tl.load(x_ptr + batch * batch_step + (row % tokens) * row_step + column, inside, 0.0).to(tl.float32)
     step = tl.load(scale_ptr + batch * heads + column // HEAD_DIM, inside, 1.0)
     x = tl.minimum(tl.maximum(x / step, -FP8_LIMIT), FP8_LIMIT)
+    tl.store(out_ptr + row * width + column, x.to(out_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def rescale_kernel(
+    sum_ptr, row_scale_ptr, column_scale_ptr, bias_ptr, out_ptr, width,
+    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    x = tl.load(sum_ptr + row * width + column, inside, 0).to(tl.float32)
+    x = x * tl.load(row_scale_ptr + row) * tl.load(column_scale_ptr + column, inside, 0.0)
+    if HAS_BIAS:
+        x += tl.load(bias_ptr + column, inside, 0.0).to(tl.float32)
     tl.store(out_ptr + row * width + column, x.to(out_ptr.dtype.element_ty), inside)

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from omniavatar.ops.fused import FP8, FP8_MAX, QuantRows, Rows, head_scales
+from omniavatar.ops.fused import FP8, FP8_MAX, ROW_LIMITS, QuantRows, Rows, head_scales
 from omniavatar.ops.fused_kernels import (
     add_gated_kernel,
     norm_kernel,
@@ -28,8 +28,9 @@ class TritonOps:
     values_per_warp decides the warps of a row's program: row width / values_per_warp, 1 to 16.
     """
 
-    def __init__(self, values_per_warp: int = 1024) -> None:
+    def __init__(self, values_per_warp: int = 1024, row_dtype: torch.dtype = FP8) -> None:
         self._values_per_warp = values_per_warp
+        self.row_dtype = row_dtype
 
     def _warps(self, block: int) -> int:
         return max(1, min(16, block // self._values_per_warp))
@@ -49,7 +50,7 @@ class TritonOps:
         batch, tokens, width = x_BLC.shape
         adds = update_BLC is not None or frame_BTC is not None
         total = torch.empty_like(x_BLC) if adds else x_BLC
-        out = torch.empty_like(x_BLC, dtype=FP8 if quantize else x_BLC.dtype)
+        out = torch.empty_like(x_BLC, dtype=self.row_dtype if quantize else x_BLC.dtype)
         row_scale = x_BLC.new_empty(batch, tokens, 1, dtype=torch.float32) if quantize else scale
         frames = 1 if frame_BTC is None else frame_BTC.shape[1]
         main, rest = _parts(width)
@@ -73,7 +74,8 @@ class TritonOps:
             HAS_GATE=gate is not None,
             HAS_FRAME=frame_BTC is not None,
             QUANTIZE=quantize,
-            FP8_LIMIT=FP8_MAX,
+            LIMIT=ROW_LIMITS[self.row_dtype],
+            WHOLE=self.row_dtype == torch.int8,
             MAIN=main,
             REST=rest,
             num_warps=self._warps(main),
@@ -159,7 +161,7 @@ class TritonOps:
     def quantize(self, x_BLC: Tensor, *, gelu: bool = False) -> QuantRows:
         x = x_BLC.contiguous()
         width = x.shape[-1]
-        out = torch.empty_like(x, dtype=FP8)
+        out = torch.empty_like(x, dtype=self.row_dtype)
         scale = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
         main, rest = _parts(width)
         quantize_kernel[(scale.numel(),)](
@@ -168,7 +170,8 @@ class TritonOps:
             scale,
             width,
             GELU=gelu,
-            FP8_LIMIT=FP8_MAX,
+            LIMIT=ROW_LIMITS[self.row_dtype],
+            WHOLE=self.row_dtype == torch.int8,
             MAIN=main,
             REST=rest,
             num_warps=self._warps(main),
