@@ -224,7 +224,7 @@ def test_auto_quantises_only_what_would_be_streamed(with_float8):
     assert placed(80, quantize="auto").quantize == "none"
     tight = placed(30, quantize="auto")
     assert tight.quantize == "fp8" and not tight.memory.streams
-    assert "float8 layers (quantize=auto" in tight.describe()
+    assert "fp8 layers (quantize=auto" in tight.describe()
     assert placed(8, quantize="auto").quantize == "fp8"
     assert placed(30).quantize == "none" and placed(80, quantize="fp8").quantize == "fp8"
 
