@@ -69,7 +69,8 @@ app.command()(cli_calibrate.calibrate)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line with `arguments` (default: the process's own) and exit with its code."""
-    app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="omniavatar")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    app(args=given, prog_name="omniavatar", obj=given)
 
 
 if __name__ == "__main__":

@@ -93,8 +93,8 @@ def require_one_process() -> None:
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
         raise ConfigError(
-            f"torchrun started {processes} processes, but one video on several GPUs is not in this version; "
-            "use --nproc_per_node=1"
+            f"torchrun started {processes} processes, but this command runs in one; use --nproc_per_node=1, "
+            "or generate to make one video on several GPUs"
         )
 
 

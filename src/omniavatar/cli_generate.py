@@ -7,6 +7,7 @@ reported and the next one runs; an error that would hit every line (weights, dev
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,14 +25,17 @@ from omniavatar.cli_common import (
     require_one_process,
     user_errors,
 )
+from omniavatar.cli_ranks import one_of_several, parse_gpus, spread, start_ranks, team_of
 
 if TYPE_CHECKING:
     from omniavatar.config_load import LoadedConfig
+    from omniavatar.parallel.team import Team
     from omniavatar.profiling.recorder import RunRecorder
     from omniavatar.requests_file import BadLine, RequestLine
 
 
 def generate(
+    context: typer.Context,
     config: ConfigOption,
     prompt: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
     image: Annotated[Path | None, typer.Option(help="Portrait (any image file).")] = None,
@@ -57,6 +61,13 @@ def generate(
     no_resume: Annotated[
         bool, typer.Option("--no-resume", help="Start over instead of continuing an interrupted run.")
     ] = False,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0,1,...|all",
+            help="Make each video on these GPUs together. With device=cpu the numbers only count processes.",
+        ),
+    ] = None,
 ) -> None:
     """Make one video (--prompt, --image, --audio) or one for each line of --input_file.
 
@@ -69,12 +80,24 @@ def generate(
     if prompt is not None and image is None:
         raise typer.BadParameter("--image is missing: the model needs a portrait")
     overrides = [*(hp or ()), *([] if seed is None else [f"seed={seed}"])]
-    with reporting(log_format, quiet) as (recorder, report), user_errors(report, INTERRUPT_NOTE):
-        require_one_process()
+    with one_of_several(log_format, quiet) as (recorder, report, process):
         from omniavatar.config_load import load_config
         from omniavatar.requests_file import RequestLine, read_requests
 
         loaded = load_config(config, overrides)
+        numbers = None if gpus is None else parse_gpus(gpus)
+        mine = spread(loaded.config, numbers, process)
+        if numbers is not None and len(numbers) > process.world:
+            start_ranks(context.obj, numbers)
+            return
+        loaded = replace(loaded, config=mine)
+        if not process.leads:
+            from omniavatar.following import follow
+            from omniavatar.pipeline import AvatarPipeline
+
+            with team_of(mine, process) as team:
+                follow(AvatarPipeline.from_config(mine, recorder=recorder, team=team))
+            return
         lines: Sequence[RequestLine | BadLine]
         if input_file is not None:
             lines = read_requests(input_file, loaded.config.sampling)
@@ -82,7 +105,9 @@ def generate(
             assert prompt is not None and image is not None
             lines = [RequestLine(0, 0, prompt, image, audio)]
         resume = False if no_resume else None
-        failed = _run(loaded, lines, output, resume, recorder, report, quiet, many=input_file is not None)
+        many = input_file is not None
+        with team_of(mine, process) as team:
+            failed = _run(loaded, lines, output, resume, recorder, report, quiet, many=many, team=team)
         if failed:
             report(f"{failed} of {len(lines)} lines of {input_file} failed")
             raise typer.Exit(SOME_FAILED)
@@ -128,7 +153,7 @@ def demo(
                 assets / "portrait.png",
                 assets / "speech.flac",
             )
-            _run(loaded, [request], output, None, recorder, report, quiet, many=False)
+            _run(loaded, [request], output, None, recorder, report, quiet, many=False, team=None)
         if config is None:
             text = "the weights of this demo are random, so the picture is noise; sound and timing are real"
             recorder.event("message", text=text, level="info")
@@ -159,8 +184,12 @@ def _run(
     quiet: bool,
     *,
     many: bool,
+    team: Team | None,
 ) -> int:
-    """Generate every line; returns how many failed. With `many`, a line's own errors do not end the run."""
+    """Generate every line; returns how many failed. With `many`, a line's own errors do not end the run.
+
+    The pipeline is made before the first line if other processes wait for it, else for the first good line.
+    """
     from omniavatar.errors import InputError, ResumeError
     from omniavatar.pipeline import AvatarPipeline
     from omniavatar.requests_file import RequestLine
@@ -169,6 +198,8 @@ def _run(
         recorder.event("message", text=warning, level="warning")
     config = loaded.config
     pipeline: AvatarPipeline | None = None
+    if team is not None and team.size > 1:
+        pipeline = AvatarPipeline.from_config(config, recorder=recorder, team=team)
     failed = 0
     for line in lines:
         if not isinstance(line, RequestLine):

@@ -24,6 +24,7 @@ from omniavatar.accel.memory_plan import fewer_resident
 from omniavatar.accel.offload import OffloadConfig, Offloader, streamed_blocks
 from omniavatar.accel.pinned import check_host_room
 from omniavatar.accel.room import with_room
+from omniavatar.accel.shard_weights import apply_shared_weights
 from omniavatar.accel.vae import FastVAE, choose_vae, create_vae
 from omniavatar.calibration_file import find_constants
 from omniavatar.checkpoint.dit import (
@@ -42,16 +43,21 @@ from omniavatar.checkpoint.tiny_decoder import (
     tiny_decoder_config,
 )
 from omniavatar.checkpoint.vae import load_vae, random_vae
-from omniavatar.encoders.audio import AudioEncoder
+from omniavatar.encoders.audio import AudioEncoder, open_features
 from omniavatar.encoders.text import TextEncoder, random_text_encoder, sizes_of
 from omniavatar.encoders.text_cache import TextCache, encode_cached, encoder_identity
 from omniavatar.errors import CheckpointError, ResourceError
 from omniavatar.ops.attention_timing import choose_attention
+from omniavatar.ops.device import choose_device
 from omniavatar.ops.fused import create_fused
+from omniavatar.parallel.layout import Layout
+from omniavatar.parallel.team import ONE, Team
 from omniavatar.placement import QUANTIZE_FIELD, Placement, Request, device_limit, enforce_limit, place
 from omniavatar.plan import make_step_plan, model_scale, sampling_schedule
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
 
     from omniavatar.config import ModelConfig, PipelineConfig, SamplingConfig
@@ -77,32 +83,11 @@ def dit_files(model: ModelConfig) -> DiTFiles:
     )
 
 
-def choose_device(name: str) -> torch.device:
-    """The device called `name`, a CUDA device with its number; `auto` is CUDA when there is one.
-
-    Raises ResourceError if it is missing.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ResourceError("device: no CUDA device here; use device=cpu or device=auto")
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise ResourceError(
-                f"device: {name} does not exist, there are {torch.cuda.device_count()} CUDA devices; "
-                "choose a lower number"
-            )
-        if device.index is None:
-            return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
 class Components:
-    """The models one configuration names, on one device."""
+    """The models one configuration names, on one device; `team`: the processes of one video."""
 
-    def __init__(self, config: PipelineConfig, recorder: Recorder) -> None:
-        self.config = config
+    def __init__(self, config: PipelineConfig, recorder: Recorder, team: Team = ONE) -> None:
+        self.config, self.team = config, team
         self.device = choose_device(config.runtime.device)
         self.dtype = DTYPES[config.model.dtype]
         self._recorder = recorder
@@ -116,6 +101,7 @@ class Components:
         )
         if measured is not None:
             recorder.event("message", text=measured, level="info")
+        team.arrange(Layout(config.runtime.cfg_parallel, config.runtime.sp_size, dit.num_heads))
         self._embeddings: dict[str, Tensor] = {}
         self._offloader: Offloader | None = None
         self._fast_vaes: list[FastVAE] = []
@@ -165,7 +151,9 @@ class Components:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        smaller = None if self.placement is None else self.placement.step_down()
+        smaller = None
+        if self.placement is not None and not self.config.runtime.use_fsdp:
+            smaller = self.placement.step_down()
         if smaller is None:
             raise ResourceError(
                 f"max_tokens: {self.config.video.max_tokens} needs more GPU memory than is free ({reason}); "
@@ -221,6 +209,10 @@ class Components:
         with self._recorder.stage("load_dit"):
             dit = self._load_dit(weight_form(accel, ops, self.device))
             apply_accelerations(dit, accel, ops)
+            self.team.apply(dit)
+            peers = self.team.weight_peers() if runtime.use_fsdp else None
+            if peers is not None:
+                apply_shared_weights(dit, peers, self.device)
             offloader = Offloader(dit, self.device)
             if self.placement is not None:
                 memory = self.placement.memory
@@ -228,14 +220,19 @@ class Components:
         self._offloader = offloader
         return dit
 
+    def load_dit(self) -> None:
+        """Load the DiT if it is not loaded yet, with less on the device if need be."""
+        with_room(lambda: self.dit, self.make_room)
+
     def _load_dit(self, form: WeightForm | None) -> WanDiT:
         model = self.config.model
         layers = self.dit_config.num_layers
         resident = layers if self.placement is None else self.placement.memory.resident_blocks
+        resident = 0 if self.config.runtime.use_fsdp else resident
         streamed = set(streamed_blocks(layers, resident))
 
         def home(key: str) -> torch.device:
-            """Host memory for what will be streamed, else the device."""
+            """Host memory for what will be streamed or shared out, else the device."""
             match = re.match(r"blocks\.(\d+)\.", key)
             return torch.device("cpu") if match and int(match[1]) in streamed else self.device
 
@@ -328,6 +325,12 @@ class Components:
                 f"{self.dit_config.audio_dim}; use the wav2vec folder the checkpoint was trained with"
             )
         return encoder
+
+    def audio_features(self, waveform: np.ndarray, frames: int, path: Path) -> np.ndarray:
+        """One audio vector a video frame, (frames, D), from the file at `path` or else encoded into it."""
+        if path.is_file() and len(features := open_features(path)) == frames:
+            return features
+        return self.audio_encoder.encode(waveform, frames, self.config.video.fps, path)
 
     def cache_constants(self, sampling: SamplingConfig) -> CacheConstants | None:
         """What the step cache decides by (`calibration_file.find_constants`); reads no whole weight file."""

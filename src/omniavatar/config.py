@@ -3,7 +3,7 @@
 Leaf names are unique over the whole tree, so the original's flat key (`num_steps`) and the dotted one
 (`sampling.num_steps`) name the same field. `config_load.load_config` fills the tree from a YAML file,
 the checkpoint's `config.json` and `--hp` overrides; only the command line and the pipeline import it.
-Keys of the original that an inference engine has no use for are in `IGNORED_KEYS` and are reported.
+Keys of the original that an inference engine has no use for are listed in `config_values` and reported.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -41,23 +39,6 @@ from omniavatar.errors import ConfigError
 from omniavatar.sampling.windows import window_length
 from omniavatar.types import Sampler, StepCache
 
-IGNORED_KEYS: Mapping[str, str] = MappingProxyType(
-    {
-        "reload_cfg": "the checkpoint's config.json is always read",
-        "image_encoder_path": "the text-to-video base has no image encoder",
-        "random_prefix_frames": "a training setting",
-        "train_architecture": "the checkpoint's own keys tell LoRA pairs from whole weights",
-        "lora_target_modules": "the checkpoint's own keys tell which layers its LoRA touches",
-        "i2v": "a checkpoint takes a portrait if its patch embedding has 33 channels",
-        "init_lora_weights": "a training setting",
-        "use_checkpoint": "a training setting (gradient checkpointing)",
-        "train_log": "a training setting",
-        "debug": "has no effect on inference",
-        "infer": "has no effect on inference",
-    }
-)
-"""Keys of the original that are accepted and have no effect, each with the reason."""
-
 NEUTRAL_FIELDS = frozenset(
     {
         "output.output_dir",
@@ -69,9 +50,13 @@ NEUTRAL_FIELDS = frozenset(
         "runtime.num_persistent_param_in_dit",
         "runtime.text_cache_dir",
         "runtime.threads",
+        "runtime.sp_size",
+        "runtime.cfg_parallel",
+        "runtime.use_fsdp",
     }
 )
-"""Fields that do not change the video; they may differ between an interrupted run and its resumption."""
+"""Fields that do not change the video, or only by rounding (how many GPUs share a forward); they may differ
+between an interrupted run and its resumption."""
 
 
 class _Section(BaseModel):
@@ -331,12 +316,20 @@ class RuntimeConfig(_Section):
     """Reproduce the original's numeric quirks (for comparison with its recordings)."""
     text_cache_dir: FilePath | None = None
     """Folder of cached text embeddings; unset: `omniavatar` in the user's cache folder."""
-    sp_size: Whole = 1
-    """GPUs of one video; only 1 in this version."""
+    sp_size: Whole = Field(1, ge=1)
+    """GPUs that share the tokens of each forward (sequence parallelism)."""
+    cfg_parallel: Whole = Field(1, ge=1, le=3)
+    """Groups of `sp_size` GPUs over which the branches of guidance are spread. The run has sp_size x
+    cfg_parallel processes, started by torchrun or by --gpus."""
     use_fsdp: Flag = False
-    """Shard the weights over GPUs; not in this version."""
+    """Share the weights of the blocks out among the `sp_size` GPUs, for models that do not fit on one."""
     threads: Whole | None = Field(None, ge=1)
     """CPU threads of torch; unset: its own choice."""
+
+    @property
+    def processes(self) -> int:
+        """Processes that make one video."""
+        return self.sp_size * self.cfg_parallel
 
     @property
     def text_cache(self) -> Path:
@@ -357,11 +350,19 @@ class RuntimeConfig(_Section):
         return self
 
     @model_validator(mode="after")
-    def _one_process(self) -> RuntimeConfig:
-        if self.sp_size != 1:
-            raise FieldError("sequence parallelism is not in this version; use sp_size: 1", "sp_size")
-        if self.use_fsdp:
-            raise FieldError("sharding is not in this version; use use_fsdp: false", "use_fsdp")
+    def _sharing(self) -> RuntimeConfig:
+        if self.use_fsdp and self.sp_size == 1:
+            raise FieldError(
+                "the weights are shared out among sp_size GPUs; set sp_size to 2 or more",
+                "use_fsdp",
+                "sp_size",
+            )
+        if self.use_fsdp and self.num_persistent_param_in_dit is not None:
+            raise FieldError(
+                "use_fsdp and num_persistent_param_in_dit both decide where weights lie; set one",
+                "use_fsdp",
+                "num_persistent_param_in_dit",
+            )
         return self
 
 

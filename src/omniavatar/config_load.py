@@ -18,9 +18,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from omniavatar.config import IGNORED_KEYS, DitOverrides, PipelineConfig, flat_values
+from omniavatar.config import DitOverrides, PipelineConfig, flat_values
 from omniavatar.config_syntax import Entry, parse_overrides, read_yaml
-from omniavatar.config_values import FieldError
+from omniavatar.config_values import IGNORED_KEYS, FieldError
 from omniavatar.errors import ConfigError
 
 Overrides = Sequence[str] | Mapping[str, Any]

@@ -8,11 +8,30 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
+
+IGNORED_KEYS: Mapping[str, str] = MappingProxyType(
+    {
+        "reload_cfg": "the checkpoint's config.json is always read",
+        "image_encoder_path": "the text-to-video base has no image encoder",
+        "random_prefix_frames": "a training setting",
+        "train_architecture": "the checkpoint's own keys tell LoRA pairs from whole weights",
+        "lora_target_modules": "the checkpoint's own keys tell which layers its LoRA touches",
+        "i2v": "a checkpoint takes a portrait if its patch embedding has 33 channels",
+        "init_lora_weights": "a training setting",
+        "use_checkpoint": "a training setting (gradient checkpointing)",
+        "train_log": "a training setting",
+        "debug": "has no effect on inference",
+        "infer": "has no effect on inference",
+    }
+)
+"""Keys of the original that are accepted and have no effect, each with the reason."""
 
 NEGATIVE_PROMPT = (
     "Vivid color tones, background/camera moving quickly, screen switching, subtitles and special effects, "

@@ -14,7 +14,7 @@ import torch
 
 from omniavatar import __version__
 from omniavatar.accel.vae import choose_vae
-from omniavatar.components import DTYPES, choose_device
+from omniavatar.components import DTYPES
 from omniavatar.config import ModelConfig, OutputConfig, PipelineConfig, RuntimeConfig, VideoConfig
 from omniavatar.config_load import load_config
 from omniavatar.errors import OmniAvatarError
@@ -22,6 +22,7 @@ from omniavatar.machine import codecs, devices, free_disk, free_memory, optional
 from omniavatar.media.encoders import choose_encoder, try_nvenc
 from omniavatar.memory import MemoryEstimate, estimate_memory
 from omniavatar.ops.attention import available_backends, choose_backend
+from omniavatar.ops.device import choose_device
 from omniavatar.plan import make_plan
 from omniavatar.weights_preview import missing_files
 

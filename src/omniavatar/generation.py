@@ -6,6 +6,9 @@ waits for it. So the next window is queued while this one is computed, copied, e
 The hand-over goes through pixels: the last `overlap` frames of a window, clipped to [0, 1] and kept as
 floats, are encoded again and become the next window's given latents (a latent from the middle of a clip
 cannot serve, because the causal VAE codes a clip's first frame alone).
+
+Several processes (`parallel.team`) denoise a window together; only the leader has a VAE, and shares what is
+made of it.
 Source: OmniAvatar (arXiv 2506.18866).
 
 Shapes: T latent frames, h w latent pixels, N video frames, H W pixels, D audio width.
@@ -26,10 +29,11 @@ from omniavatar.accel.step_cache import PassRunner, ResidualCache
 from omniavatar.model.dit import AudioState, RunBlocks, WanDiT
 from omniavatar.model.vae import VideoVAE
 from omniavatar.ops.transfer import arrival, download, upload
+from omniavatar.parallel.team import ONE, Team
 from omniavatar.sampling.denoise import denoise as denoise_window
 from omniavatar.sampling.guidance import Branch
 from omniavatar.sampling.noise import WindowNoise
-from omniavatar.sampling.passes import plan_passes
+from omniavatar.sampling.passes import Pass, plan_passes
 from omniavatar.sampling.schedule import Schedule
 from omniavatar.types import Conditioning, Recorder, Sampler, StepPlan, Window
 
@@ -108,12 +112,15 @@ def image_condition(reference_latent: Tensor, window: Window) -> Tensor:
 
 
 class WindowGenerator:
-    """Generates the windows of one request with models that are already on their device."""
+    """Generates the windows of one request with models that are already on their device.
+
+    vae, and the rows of the conditioning's audio: the leader's only; its results alone have frames.
+    """
 
     def __init__(
         self,
         dit: WanDiT,
-        vae: VideoVAE,
+        vae: VideoVAE | None,
         conditioning: Conditioning,
         sampling: WindowSampling,
         recorder: Recorder,
@@ -121,6 +128,7 @@ class WindowGenerator:
         draw_noise: Callable[[Window, tuple[int, ...]], DrawNoise] | None = None,
         make_cache: Callable[[RunBlocks], PassRunner] = ResidualCache,
         make_room: MakeRoom = no_room,
+        team: Team = ONE,
     ) -> None:
         self._dit, self._vae = dit, vae
         self._sampling, self._recorder, self._convert = sampling, recorder, convert
@@ -128,13 +136,14 @@ class WindowGenerator:
         self._draw_noise = draw_noise or self._seeded_noise
         self._reference = conditioning.reference_latent
         self._audio = conditioning.audio
-        self._make_cache, self._make_room = make_cache, make_room
+        self._make_cache, self._make_room, self._team = make_cache, make_room, team
         self._passes = plan_passes(
             sampling.step_plan,
             sampling.branches,
             has_audio=conditioning.audio is not None,
             interval=sampling.guidance_interval,
         )
+        self._velocities = team.velocities(self._passes)
         self._timesteps = torch.tensor(sampling.schedule.timesteps, dtype=torch.float32, device=self._device)
         self._branches = {each.branch for row in self._passes for each in row}
         with torch.inference_mode():
@@ -164,12 +173,16 @@ class WindowGenerator:
         """One window, and the given latents of the next one on the device."""
         with self._recorder.stage("denoise"):
             latent = self.denoise(window, known)
-        with self._recorder.stage("vae_decode"):
-            frames, tail = self._decode(latent, window, overlap)
-        following = next_given = None
-        if tail is not None:
+        frames: list[np.ndarray] = []
+        following = next_given = tail = None
+        if self._vae is not None:
+            with self._recorder.stage("vae_decode"):
+                frames, tail = self._decode(self._vae, latent, window, overlap)
+        if overlap:
             with self._recorder.stage("vae_encode"):
-                following = self._encode(tail)
+                encoded = None if self._vae is None or tail is None else self._encode(self._vae, tail)
+                shape = (1, latent.shape[1], (overlap + 3) // 4, *latent.shape[3:])
+                following = self._team.share(encoded, shape, self._device)
                 next_given = download(following)
         return WindowResult(window, latent, frames, next_given, arrival(self._device)), following
 
@@ -186,7 +199,8 @@ class WindowGenerator:
             silence = torch.zeros(1, window.length, width, device=self._device)
             states["silence"] = self._dit.prepare_audio(silence)
         if "speech" in needed and self._audio is not None:
-            speech = upload(audio_slice(self._audio, window), self._device)
+            rows = upload(audio_slice(self._audio, window), self._device) if self._team.leads else None
+            speech = self._team.share(rows, (1, window.length, width), self._device)
             states["speech"] = self._dit.prepare_audio(speech)
         return states
 
@@ -200,18 +214,20 @@ class WindowGenerator:
         timesteps = self._timesteps
 
         def velocity(sample: Tensor, step: int) -> Tensor:
-            total = torch.zeros_like(sample)
-            for each in self._passes[step]:
-                branch = each.branch
-                predicted = dit(
+            def predict(each: Pass) -> Tensor:
+                return dit(
                     sample,
                     y,
                     timesteps[step : step + 1],
-                    self._text[branch.text],
-                    audio[branch.audio],
-                    run_blocks=cache.runner(each),
+                    self._text[each.branch.text],
+                    audio[each.branch.audio],
+                    run_blocks=self._team.shard(cache.runner(each)),
                 )
-                total = total.add_(predicted, alpha=branch.weight)
+
+            row = self._passes[step]
+            total = torch.zeros_like(sample)
+            for each, predicted in zip(row, self._velocities(row, predict, sample), strict=True):
+                total = total.add_(predicted, alpha=each.branch.weight)
             return total
 
         def on_step(step: int) -> None:
@@ -231,14 +247,16 @@ class WindowGenerator:
         )
 
     @torch.inference_mode()
-    def _decode(self, latent: Tensor, window: Window, overlap: int) -> tuple[list[np.ndarray], Tensor | None]:
+    def _decode(
+        self, vae: VideoVAE, latent: Tensor, window: Window, overlap: int
+    ) -> tuple[list[np.ndarray], Tensor | None]:
         """New frames of the window, converted piece by piece, and its last `overlap` frames as floats."""
         skip = 0 if window.index == 0 else window.given_frames
         stop = skip + window.new_frames
         frames: list[np.ndarray] = []
         tail: list[Tensor] = []
         done = 0
-        for piece in self._vae.decode_stream(latent):
+        for piece in vae.decode_stream(latent):
             pixels = piece.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
             count = pixels.shape[2]
             low, high = max(skip - done, 0), min(stop - done, count)
@@ -252,5 +270,5 @@ class WindowGenerator:
         return frames, torch.cat(tail, dim=2) if tail else None
 
     @torch.inference_mode()
-    def _encode(self, tail: Tensor) -> Tensor:
-        return self._vae.encode(tail * 2.0 - 1.0)
+    def _encode(self, vae: VideoVAE, tail: Tensor) -> Tensor:
+        return vae.encode(tail * 2.0 - 1.0)

@@ -27,9 +27,9 @@ from torch import Tensor
 from omniavatar import __version__
 from omniavatar.calibration_file import NAME as STEP_CACHE
 from omniavatar.config import result_values
-from omniavatar.errors import InputError, ResumeError
+from omniavatar.errors import InputError, OutputError, ResumeError
 from omniavatar.job import Job, fingerprint
-from omniavatar.media.atomic import atomic_write_json
+from omniavatar.media.atomic import atomic_write_json, check_writable
 from omniavatar.media.audio import encode_aac_track
 from omniavatar.media.encoders import Encoder
 from omniavatar.media.slug import slugify
@@ -67,6 +67,16 @@ def output_path(output: OutputConfig, sampling: SamplingConfig, index: int, prom
     if sampling.audio_scale is not None:
         settings += f"_audio{sampling.audio_scale:g}"
     return output.output_dir / settings / f"result_{index:03d}.mp4"
+
+
+def checked_output(output: Path) -> Path:
+    """`output` if a video can be written there. Raises OutputError."""
+    if output.suffix.lower() != ".mp4":
+        raise OutputError(f"{output}: the video is written as .mp4; give the output that ending")
+    check_writable(output.parent)
+    if output.is_dir():
+        raise OutputError(f"{output}: is a folder; choose another output name")
+    return output
 
 
 def request_fingerprint(

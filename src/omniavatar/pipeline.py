@@ -3,6 +3,8 @@
 `AvatarPipeline` serves many requests with models loaded once. `stream` hands out frames as windows finish;
 `generate` writes a video that grows on disk, survives a crash and gets its final name when it is whole.
 A request's result depends on its inputs, its seed and the configuration alone, not on what ran before.
+
+Of several processes that make one video the first runs this; the others run `omniavatar.following`.
 """
 
 from __future__ import annotations
@@ -20,29 +22,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omniavatar.accel.room import MakeRoom, with_room
+from omniavatar.accel.room import MakeRoom, no_room, with_room
 from omniavatar.accel.step_cache import PassRunner, ResidualCache
 from omniavatar.components import Components
 from omniavatar.config import PipelineConfig, SamplingConfig, flat_values
 from omniavatar.config_load import Overrides, load_config
-from omniavatar.encoders.audio import open_features
 from omniavatar.encoders.image import choose_bucket, prepare_image
-from omniavatar.errors import InputError, OutputError
-from omniavatar.generation import WindowGenerator, WindowSampling
+from omniavatar.errors import ConfigError, InputError
+from omniavatar.generation import WindowGenerator, WindowResult, WindowSampling
 from omniavatar.job import Job, fingerprint
-from omniavatar.media.atomic import check_writable
 from omniavatar.media.audio import decode_mono
 from omniavatar.media.encoders import Encoder, choose_encoder
 from omniavatar.media.image import load_image
 from omniavatar.model.dit import RunBlocks
-from omniavatar.output import VideoWriter, load_given, peak_memory, request_fingerprint, write_sidecar
+from omniavatar.ops.device import device_name
+from omniavatar.orders import PlaceOrder, WindowsOrder
+from omniavatar.output import (
+    VideoWriter,
+    checked_output,
+    load_given,
+    peak_memory,
+    request_fingerprint,
+    write_sidecar,
+)
+from omniavatar.parallel.team import ONE, Team
 from omniavatar.placement import PASS_FIELD, QUANTIZE_FIELD, Placement, Request
 from omniavatar.plan import RunPlan, effective_sampling, make_plan, sampling_schedule
 from omniavatar.profiling.clocks import DeviceClock
 from omniavatar.profiling.recorder import RunRecorder, stage_seconds
 from omniavatar.sampling.cache_constants import CacheConstants
 from omniavatar.sampling.guidance import guidance_branches
-from omniavatar.types import AvatarRequest, Conditioning, RunResult, StepPlan, VideoChunk
+from omniavatar.types import AvatarRequest, Conditioning, RunResult, StepPlan, VideoChunk, Window
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,13 +82,19 @@ class Prepared:
 class AvatarPipeline:
     """One portrait, one voice, one prompt -> a talking-avatar video, as often as asked."""
 
-    def __init__(self, config: PipelineConfig, recorder: RunRecorder | None = None) -> None:
-        self.config = config
+    def __init__(self, config: PipelineConfig, recorder: RunRecorder | None = None, team: Team = ONE) -> None:
+        wanted = config.runtime.processes
+        if team.size != wanted:
+            raise ConfigError(
+                f"sp_size, cfg_parallel: {wanted} processes make one video, {team.size} runs; start "
+                f"them with torchrun --nproc_per_node={wanted} or omniavatar generate --gpus, or set both to 1"
+            )
+        self.config, self.team = config, team
         self._recorder = recorder or RunRecorder()
         self._encoders: dict[tuple[int, int], Encoder] = {}
         if config.runtime.threads:
             torch.set_num_threads(config.runtime.threads)
-        self.components = Components(config, self._recorder)
+        self.components = Components(config, self._recorder, team)
 
     @classmethod
     def from_config(
@@ -86,6 +102,7 @@ class AvatarPipeline:
         config: str | Path | PipelineConfig,
         overrides: Overrides = (),
         recorder: RunRecorder | None = None,
+        team: Team = ONE,
     ) -> AvatarPipeline:
         """A pipeline from a YAML file (with `--hp` style overrides) or a ready configuration.
 
@@ -94,15 +111,14 @@ class AvatarPipeline:
         """
         if not isinstance(config, PipelineConfig):
             config = load_config(config, overrides).config
-        return cls(config, recorder)
+        return cls(config, recorder, team)
 
     def stream(self, request: AvatarRequest) -> Iterator[VideoChunk]:
         """Yield the frames of each window as it finishes; nothing stays on disk."""
         with self.prepare(request) as ready:
             make_room = self.components.make_room
             step_plan = with_room(partial(self._step_plan, ready.sampling, ready.constants), make_room)
-            generator = self.window_generator(ready.sampling, ready.conditioning, step_plan)
-            for result in generator.run(ready.plan.windows):
+            for result in self._windows(ready.sampling, ready.conditioning, step_plan, ready.plan.windows):
                 yield VideoChunk(
                     np.concatenate(result.frames),
                     result.window.first_new_frame,
@@ -116,7 +132,7 @@ class AvatarPipeline:
         """Read and encode the request's inputs, for as long as the body runs; the caller runs its windows."""
         self._use_device_clock()
         inputs = self._read(request)
-        self.components.adopt(self._place(inputs, {}))
+        self._adopt(inputs, self._place(inputs, {}))
         with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
             waveform, plan = self._plan(inputs, Path(folder) / "audio.f32")
             condition = partial(self._condition, inputs, plan, waveform, Path(folder) / "audio_features.npy")
@@ -133,7 +149,8 @@ class AvatarPipeline:
     ) -> WindowGenerator:
         """What denoises and decodes the windows of a prepared request by `step_plan`.
 
-        make_room: what to do when memory does not suffice, `Components.make_room` if None.
+        make_room: what to do when memory does not suffice, `Components.make_room` if None. A window that
+        several processes denoise is not begun anew: too little memory on one of them is an error.
         """
         branches = guidance_branches(
             sampling.guidance_scale, sampling.effective_audio_scale, conditioning.audio is not None
@@ -147,17 +164,18 @@ class AvatarPipeline:
             sampling.guidance_interval,
         )
         components = self.components
-        make_room = make_room or components.make_room
+        make_room = no_room if self.team.size > 1 else make_room or components.make_room
 
         def generator() -> WindowGenerator:
             return WindowGenerator(
                 components.dit,
-                components.vae,
+                components.vae if self.team.leads else None,
                 conditioning,
                 windows,
                 self._recorder,
                 make_cache=make_cache,
                 make_room=make_room,
+                team=self.team,
             )
 
         return with_room(generator, make_room)
@@ -171,7 +189,7 @@ class AvatarPipeline:
         is left as it is, unless `resume` is False (default: the configuration's). `index` numbers the request
         in events. Raises InputError, OutputError, ResumeError, CheckpointError, ResourceError.
         """
-        job = Job(_checked_output(Path(output)))
+        job = Job(checked_output(Path(output)))
         resume = self.config.output.resume if resume is None else resume
         inputs = self._read(request)
         encoder = self._choose_encoder(inputs.size)
@@ -194,7 +212,7 @@ class AvatarPipeline:
             )
         done = job.open(identity, resume)
         try:
-            self.components.adopt(placement)
+            self._adopt(inputs, placement)
             return self._generate(inputs, encoder, job, done, index)
         finally:
             if not job.done:
@@ -230,9 +248,6 @@ class AvatarPipeline:
                 condition = partial(self._condition, inputs, plan, waveform, job.features_path)
                 conditioning = with_room(condition, make_room)
                 step_plan = with_room(partial(self._step_plan, inputs.sampling, inputs.constants), make_room)
-                generator = self.window_generator(
-                    inputs.sampling, conditioning, step_plan, make_room=make_room
-                )
                 plan = make_plan(
                     config,
                     None if waveform is None else len(waveform),
@@ -242,7 +257,9 @@ class AvatarPipeline:
                 )
                 given = load_given(job.given_path(done)) if done else None
                 begun = time.perf_counter()
-                for result in generator.run(plan.windows, done, given):
+                for result in self._windows(
+                    inputs.sampling, conditioning, step_plan, plan.windows, done, given, make_room
+                ):
                     writer.submit(result, begun)
             writer.finish()
         seconds = time.perf_counter() - started
@@ -259,7 +276,8 @@ class AvatarPipeline:
                 "seconds": seconds,
                 "stages": stage_seconds(timings_before, self._recorder.timings()),
                 "plan": plan.as_dict(),
-                "device": self._device_name(),
+                "device": device_name(self.components.device),
+                "processes": self.team.size,
                 **peak_memory(self.components.device),
                 "attention": self.components.attention_name,
                 "vae": self.components.vae_name,
@@ -276,6 +294,28 @@ class AvatarPipeline:
         self._recorder.event("request_finished", output=str(job.output), seconds=seconds, frames=plan.frames)
         return RunResult(job.output, job.sidecar, plan.frames, len(plan.windows), done, seconds)
 
+    def _windows(
+        self,
+        sampling: SamplingConfig,
+        conditioning: Conditioning,
+        step_plan: StepPlan,
+        windows: tuple[Window, ...],
+        first: int = 0,
+        given: Tensor | None = None,
+        make_room: MakeRoom | None = None,
+    ) -> Iterator[WindowResult]:
+        """`windows[first:]`, made by all processes."""
+        self.components.load_dit()
+        self.team.order(WindowsOrder.of(sampling, conditioning, step_plan, windows, first, given))
+        self.team.meet()
+        generator = self.window_generator(sampling, conditioning, step_plan, make_room=make_room)
+        return generator.run(windows, first, given)
+
+    def _adopt(self, inputs: _Inputs, placement: Placement) -> None:
+        request = self._request(inputs.sampling, inputs.size, inputs.request.audio is not None)
+        self.team.order(PlaceOrder(request, placement.identity()))
+        self.components.adopt(placement)
+
     def _read(self, request: AvatarRequest) -> _Inputs:
         if not request.prompt.strip():
             raise InputError("prompt: is empty; describe the person and the scene in a sentence")
@@ -291,9 +331,12 @@ class AvatarPipeline:
 
     def _place(self, inputs: _Inputs, kept: Mapping[str, str | int]) -> Placement:
         """Where the models lie for this request; kept: what a resumed run was begun with."""
-        samples = None if inputs.request.audio is None else 0
-        plan = make_plan(self.config, samples, inputs.size, inputs.sampling)
-        return self.components.place(Request(plan, inputs.sampling.cache_policy != "none"), kept)
+        request = self._request(inputs.sampling, inputs.size, inputs.request.audio is not None)
+        return self.components.place(request, kept)
+
+    def _request(self, sampling: SamplingConfig, size: tuple[int, int], has_audio: bool) -> Request:
+        plan = make_plan(self.config, 0 if has_audio else None, size, sampling)
+        return Request(plan, sampling.cache_policy != "none")
 
     def _plan(self, inputs: _Inputs, waveform_path: Path) -> tuple[np.ndarray | None, RunPlan]:
         """The 16 kHz waveform with its leading silence (memory-mapped), and the plan of windows."""
@@ -316,19 +359,10 @@ class AvatarPipeline:
         features: np.ndarray | None = None
         if waveform is not None:
             with recorder.stage("audio"):
-                features = self._audio_features(waveform, plan, features_path)
+                features = components.audio_features(waveform, plan.padded_audio_frames, features_path)
         with recorder.stage("image"):
             reference = self._encode_portrait(inputs)
         return Conditioning(positive, negative, reference, features)
-
-    def _audio_features(self, waveform: np.ndarray, plan: RunPlan, path: Path) -> np.ndarray:
-        if path.is_file():
-            features = open_features(path)
-            if len(features) == plan.padded_audio_frames:
-                return features
-        return self.components.audio_encoder.encode(
-            waveform, plan.padded_audio_frames, self.config.video.fps, path
-        )
 
     @torch.inference_mode()
     def _encode_portrait(self, inputs: _Inputs) -> Tensor:
@@ -358,10 +392,6 @@ class AvatarPipeline:
         if self.components.device.type == "cuda":
             self._recorder.use_clock(DeviceClock(self.components.device))
 
-    def _device_name(self) -> str:
-        device = self.components.device
-        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
     def _message(self, text: str, level: str = "info") -> None:
         self._recorder.event("message", text=text, level=level)
 
@@ -374,12 +404,3 @@ def generate(
 ) -> RunResult:
     """One video from one call; for several, keep an `AvatarPipeline` so that models load once."""
     return AvatarPipeline.from_config(config, overrides).generate(request, output)
-
-
-def _checked_output(output: Path) -> Path:
-    if output.suffix.lower() != ".mp4":
-        raise OutputError(f"{output}: the video is written as .mp4; give the output that ending")
-    check_writable(output.parent)
-    if output.is_dir():
-        raise OutputError(f"{output}: is a folder; choose another output name")
-    return output

@@ -27,6 +27,7 @@ from omniavatar.accel.memory_plan import (
     plan_memory,
     plan_parameters,
     resident_blocks,
+    shared_out,
     smaller,
     tensor_bytes,
 )
@@ -176,11 +177,18 @@ def place(
 
     def placed(quantize: Quantize) -> Placement:
         sizes = dit_sizes(dit, DTYPE_BYTES[config.model.dtype], quantize != "none")
+        if runtime.use_fsdp:
+            sizes = shared_out(sizes, runtime.sp_size)
         if runtime.num_persistent_param_in_dit is not None:
             resident = resident_blocks(dit, runtime.num_persistent_param_in_dit)
             memory = plan_parameters(sizes, run, resident, limit, passes)
         else:
             memory = plan_memory(sizes, run, limit, passes)
+        if runtime.use_fsdp and memory.streams:
+            raise ResourceError(
+                f"use_fsdp: the weights do not fit on {runtime.sp_size} GPUs together; raise sp_size, or set "
+                "use_fsdp to false so that blocks are streamed from host memory"
+            )
         return Placement(quantize, memory, sizes, run, vae_passes)
 
     wanted = kept.get(QUANTIZE_FIELD) if runtime.quantize == "auto" else runtime.quantize

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omniavatar.config import (
-    IGNORED_KEYS,
     NEGATIVE_PROMPT,
     NEUTRAL_FIELDS,
     PipelineConfig,
@@ -20,6 +19,7 @@ from omniavatar.config import (
 )
 from omniavatar.config_load import load_config
 from omniavatar.config_syntax import parse_overrides, parse_value
+from omniavatar.config_values import IGNORED_KEYS
 from omniavatar.errors import ConfigError
 from omniavatar.plan import make_plan
 from omniavatar.sampling.schedule import make_schedule
@@ -313,8 +313,10 @@ def test_unreadable_files_give_one_line(tmp_path: Path) -> None:
         ("timesteps=[1001,5]", "timesteps: must descend"),
         ("timesteps=[5,0]", "timesteps: must descend"),
         ("sample_rate=8000", "sample_rate: must be 16000"),
-        ("sp_size=2", "sp_size: sequence parallelism is not in this version"),
-        ("use_fsdp=true", "use_fsdp: sharding is not in this version"),
+        ("sp_size=0", "sp_size: must be greater"),
+        ("cfg_parallel=4", "cfg_parallel: must be less"),
+        ("use_fsdp=true", "use_fsdp: .*set sp_size to 2 or more"),
+        ("use_fsdp=true,sp_size=2,num_persistent_param_in_dit=0", "use_fsdp.*set one"),
         ("dtype=int8", "dtype: must be 'bf16'"),
         ("device=tpu", "device: must be auto"),
         ("sampler=heun", "sampler: must be 'euler' or 'renoise'"),

@@ -13,10 +13,10 @@ from omniavatar import placement
 from omniavatar.accel.memory_plan import GB
 from omniavatar.accel.offload import Offloader, StreamedBlock
 from omniavatar.accel.vae import FastVAE
-from omniavatar.components import choose_device
 from omniavatar.config import PipelineConfig
 from omniavatar.config_load import load_config
 from omniavatar.errors import ConfigError, ResourceError, ResumeError
+from omniavatar.ops.device import choose_device
 from omniavatar.placement import Request, device_limit, enforce_limit, place
 from omniavatar.plan import make_plan
 from omniavatar.profiling.recorder import RunRecorder

@@ -88,6 +88,7 @@ class FusedBlock(nn.Module):
         text: tuple[Tensor, Tensor],
         audio_BTC: Tensor | None,
         attention: AttentionFn,
+        text_attention: AttentionFn | None = None,
     ) -> Tensor:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = _vectors(self.modulation, modulation_B6C)
         ops, own, cross, eps, heads = self._ops, self.self_attn, self.cross_attn, self.eps, self.num_heads
@@ -110,7 +111,7 @@ class FusedBlock(nn.Module):
         del attended
         q = ops.rms(cross.q(rows), cross.norm_q.weight, eps).unflatten(-1, (heads, -1))
         del rows
-        attended = attention(q, *text)
+        attended = (text_attention or attention)(q, *text)
         del q
         attended = cross.o(attended.flatten(-2))
 

@@ -129,6 +129,13 @@ def dit_sizes(config: DiTConfig, dtype_bytes: int, float8: bool) -> DiTSizes:
     return DiTSizes(layers, block // layers, text_layers // layers, outside)
 
 
+def shared_out(sizes: DiTSizes, ranks: int) -> DiTSizes:
+    """What one of `ranks` holds when they share the blocks: its part of each, and RING whole ones."""
+    block, text = -(-sizes.block // ranks), -(-sizes.text_layers // ranks)
+    whole = RING * sizes.block + sizes.text_layers
+    return DiTSizes(sizes.blocks, block, text, sizes.outside + whole)
+
+
 def denoise_bytes(
     config: DiTConfig,
     tokens: int,

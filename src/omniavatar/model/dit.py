@@ -71,12 +71,15 @@ class Head(nn.Module):
 
 
 class WanDiT(nn.Module):
-    """Predicts the flow-matching velocity of a window. `attention` is any `ops.attention.AttentionFn`."""
+    """Predicts the flow-matching velocity of a window. `attention` is any `ops.attention.AttentionFn`.
+
+    Sequence parallelism wraps `attention`, which is among the video tokens; `text_attention` stays as it is.
+    """
 
     def __init__(self, config: DiTConfig, attention: AttentionFn) -> None:
         super().__init__()
         self.config = config
-        self.attention = attention
+        self.attention = self.text_attention = attention
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
         self.text_embedding = nn.Sequential(
@@ -130,7 +133,15 @@ class WanDiT(nn.Module):
     def run_blocks(self, tokens_BLC: Tensor, inputs: BlockInputs) -> Tensor:
         """All blocks in order; the seam that caches, shards and offloaders wrap."""
         for block, text, audio in zip(self.blocks, inputs.text, inputs.audio, strict=True):
-            tokens_BLC = block(tokens_BLC, inputs.modulation, inputs.rope, text, audio, self.attention)
+            tokens_BLC = block(
+                tokens_BLC,
+                inputs.modulation,
+                inputs.rope,
+                text,
+                audio,
+                self.attention,
+                self.text_attention,
+            )
         return tokens_BLC
 
     def forward(

@@ -6,6 +6,7 @@ Tokens travel in the dtype of the weights; norms, modulation, rotation and gates
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,13 +22,13 @@ class BlockInputs:
     """What every block of one forward sees besides the tokens.
 
     modulation: (B, 6, C) float32, the time projection. rope: table of the L tokens.
-    text: for each block keys and values (B, S, H, D). audio: for each block None or (B, T, C).
+    text: for each block keys and values (B, S, H, D). audio: for each block None or (B, T, C), T dividing L.
     """
 
     modulation: Tensor
     rope: RopeTable
     text: tuple[tuple[Tensor, Tensor], ...]
-    audio: tuple[Tensor | None, ...]
+    audio: Sequence[Tensor | None]
 
 
 class RMSNorm(nn.Module):
@@ -100,7 +101,10 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Audio add, modulated self-attention, cross-attention, modulated feed-forward."""
+    """Audio add, modulated self-attention, cross-attention, modulated feed-forward.
+
+    `text_attention` attends to the text; `attention` does if it is None.
+    """
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -121,6 +125,7 @@ class Block(nn.Module):
         text: tuple[Tensor, Tensor],
         audio_BTC: Tensor | None,
         attention: AttentionFn,
+        text_attention: AttentionFn | None = None,
     ) -> Tensor:
         if audio_BTC is not None:
             x_BLC = add_per_frame(x_BLC, audio_BTC)
@@ -129,7 +134,7 @@ class Block(nn.Module):
         ).chunk(6, dim=1)
         attended = self.self_attn(modulate(x_BLC, shift_a, scale_a, self.eps), rope, attention)
         x_BLC = add_gated(x_BLC, attended, gate_a)
-        x_BLC = x_BLC + self.cross_attn(self._norm3(x_BLC), text, attention)
+        x_BLC = x_BLC + self.cross_attn(self._norm3(x_BLC), text, text_attention or attention)
         fed = self.ffn(modulate(x_BLC, shift_f, scale_f, self.eps))
         return add_gated(x_BLC, fed, gate_f)
 

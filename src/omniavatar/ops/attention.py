@@ -54,10 +54,8 @@ _HINTS = {
 
 
 def takes_float8(attention: AttentionFn) -> bool:
-    """Whether the backend wants q and k in float8."""
-    from omniavatar.ops.attention_fa3 import Fa3Float8Attention
-
-    return isinstance(attention, Fa3Float8Attention)
+    """Whether the backend, or the one it wraps, wants q and k in float8 (attribute `takes_float8`)."""
+    return getattr(attention, "takes_float8", False)
 
 
 def available_backends(device: torch.device) -> list[str]:

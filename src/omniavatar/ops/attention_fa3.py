@@ -34,6 +34,8 @@ class Fa3Attention:
 class Fa3Float8Attention(Fa3Attention):
     """Self-attention in float8; q and k may come in float8 already."""
 
+    takes_float8 = True
+
     def __init__(self, ops: FusedOps) -> None:
         super().__init__()
         self._ops = ops

@@ -1,0 +1,126 @@
+"""Blocks whose weights are shared out among ranks: each keeps a piece of every block, and gathers it whole.
+
+What changes: a block's tensors are one run of bytes (`accel.block_storage`), of which each rank keeps one
+N-th. The ring of `accel.offload` holds the blocks that compute; it is filled by an all-gather among the ranks
+instead of a copy from host memory, the next block's behind the computation of this one. Whatever the weights
+are (packed, float8), they arrive equal to the bit. Layers for the text's keys and values are shared out too
+and gathered for each prompt.
+What it loses: nothing but time where a gather outlasts a block; memory falls to 1/N of the blocks and RING
+whole ones. Loading passes through host memory, whole for each rank.
+
+All ranks that share must run the same blocks in the same order.
+Source: ZeRO stage 3 (arXiv 1910.02054), FSDP (arXiv 2304.11277).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from omniavatar.accel.block_storage import block_tensors, fill, layout_of, rebuilt
+from omniavatar.accel.offload import PARKED, BlockRing, Slot, StreamedBlock
+from omniavatar.model.dit import WanDiT
+
+RING = 2
+EMPTY = torch.device("meta")
+
+
+class WeightGroup(Protocol):
+    """The ranks that share. index: this rank's place among `size`."""
+
+    group: dist.ProcessGroup
+    index: int
+    size: int
+
+
+class GatherCopies:
+    """Fills a ring's slots by all-gathers; on CUDA they run on the communicator's stream."""
+
+    def __init__(self, peers: WeightGroup) -> None:
+        self._peers = peers
+        self._works: dict[int, dist.Work] = {}
+
+    def copy(self, slot: Slot, host: Tensor) -> None:
+        """Begin to gather all pieces; `host` is this rank's. Behind what is queued: it may read the slot."""
+        work = dist.all_gather_into_tensor(slot.buffer, host, group=self._peers.group, async_op=True)
+        assert work is not None
+        self._works[id(slot)] = work
+
+    def wait(self, slot: Slot) -> None:
+        work = self._works.pop(id(slot), None)
+        if work is not None:
+            work.wait()
+
+    def computed(self, slot: Slot) -> None:
+        pass
+
+
+class SharedLinear(nn.Module):
+    """A linear layer of which each rank keeps one N-th; gathered for each call."""
+
+    def __init__(self, layer: nn.Linear, peers: WeightGroup, device: torch.device) -> None:
+        super().__init__()
+        weight = layer.weight.detach()
+        self._shape, self._peers = weight.shape, peers
+        flat = weight.contiguous().flatten().view(torch.uint8)
+        self.weight = nn.Parameter(weight.new_empty(0, device=device), requires_grad=False)
+        self._piece = own_piece(flat, peers).to(device)
+        self.bias = nn.Parameter(layer.bias.detach().to(device), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = torch.empty(len(self._piece) * self._peers.size, dtype=torch.uint8, device=self._piece.device)
+        dist.all_gather_into_tensor(whole, self._piece, group=self._peers.group)
+        size = self._shape.numel() * self.bias.dtype.itemsize
+        return F.linear(x, whole[:size].view(self.bias.dtype).view(self._shape), self.bias)
+
+
+def own_piece(run: Tensor, peers: WeightGroup) -> Tensor:
+    """This rank's N-th of a run of bytes that is filled up to a multiple of N."""
+    size = -(-len(run) // (peers.size * 256)) * 256
+    piece = run[peers.index * size : (peers.index + 1) * size]
+    return F.pad(piece, (0, size - len(piece))) if len(piece) < size else piece.clone()
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def apply_shared_weights(dit: WanDiT, peers: WeightGroup, device: torch.device) -> BlockRing:
+    """Share out the blocks of `dit`, which may lie in host memory, in place; after fusing.
+
+    What is not in a block stays whole on every rank. Raises ValueError for blocks of different layouts.
+    """
+    pieces: dict[int, Tensor] = {}
+    slots: list[Slot] = []
+    layout = None
+    for index, block in enumerate(dit.blocks):
+        cross = block.get_submodule("cross_attn")
+        for name in PARKED:
+            setattr(cross, name, SharedLinear(cast(nn.Linear, cross.get_submodule(name)), peers, device))
+        norm = cross.get_submodule("norm_k")
+        norm.weight = nn.Parameter(norm.get_parameter("weight").to(device), requires_grad=False)
+        stays = [*norm.parameters()]
+        for name in PARKED:
+            layer = cross.get_submodule(name)
+            stays += [*layer.parameters(), layer._piece]  # type: ignore[list-item]
+        tensors = block_tensors(block, {id(tensor) for tensor in stays})
+        found = layout_of(tensors)
+        if layout is not None and found != layout:
+            raise ValueError(f"block {index} is laid out unlike the blocks before it")
+        layout = found
+        run = torch.empty(layout.size, dtype=torch.uint8, device=tensors[0].device)
+        fill(run, tensors, layout)
+        pieces[index] = own_piece(run, peers).to(device)
+        shared = [*stays, *(cross.get_submodule(name) for name in PARKED)]
+        shared += [vars(module)["_ops"] for module in block.modules() if "_ops" in vars(module)]
+        if len(slots) < min(RING, len(dit.blocks)):
+            buffer = torch.empty(len(pieces[index]) * peers.size, dtype=torch.uint8, device=device)
+            slots.append(Slot(buffer, rebuilt(block, tensors, layout, buffer, shared)[0]))
+        hollow, _ = rebuilt(block, tensors, layout, run.new_empty(layout.size, device=EMPTY), shared)
+        dit.blocks[index] = StreamedBlock(hollow, index)
+    ring = BlockRing(pieces, slots, GatherCopies(peers))
+    for block in dit.blocks:
+        block.ring = ring  # type: ignore[assignment]
+    return ring

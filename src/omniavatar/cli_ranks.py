@@ -1,0 +1,168 @@
+"""How `omniavatar generate` becomes several processes: under torchrun, or by `--gpus`.
+
+Every process runs the same command. Rank 0 reads, decides, reports and writes; the others follow. A failure
+of all (a wrong configuration) is reported by rank 0, since the others wait a moment and are ended meanwhile;
+a failure of one is reported by that one.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+from omniavatar.cli_common import INTERRUPT_NOTE, LogFormat, reporting, user_errors
+from omniavatar.errors import ConfigError, ResourceError
+
+if TYPE_CHECKING:
+    from omniavatar.config import PipelineConfig
+    from omniavatar.parallel.process import Process
+    from omniavatar.parallel.team import Team
+    from omniavatar.profiling.recorder import RunRecorder
+
+OWN_GRACE_S = 3.0
+"""For rank 0 to report what all ranks ran into."""
+LOST_GRACE_S = 8.0
+"""For a supervisor to end a process whose peer died, before it complains itself."""
+
+
+@contextmanager
+def one_of_several(
+    log_format: LogFormat, quiet: bool
+) -> Iterator[tuple[RunRecorder, Callable[[str], None], Process]]:
+    """`reporting` and `user_errors` for a process that may be one of several."""
+    from omniavatar.parallel.process import Process
+
+    process = Process.from_environment()
+    with reporting(log_format, quiet or not process.leads) as (recorder, report):
+
+        def say(text: str) -> None:
+            time.sleep(OWN_GRACE_S)
+            report(f"rank {process.rank}: {text}")
+
+        speak = report if process.leads else say
+        with _hard_exit(process, speak), user_errors(speak, INTERRUPT_NOTE):
+            yield recorder, speak, process
+
+
+@contextmanager
+def _hard_exit(process: Process, speak: Callable[[str], None]) -> Iterator[None]:
+    """Once the processes are connected, leaving with an error ends this one at once."""
+    try:
+        yield
+    except Exception as error:
+        if process.world == 1:
+            raise
+        from omniavatar.parallel.process import exit_now, is_connected, lost_another
+
+        if not is_connected():
+            raise
+        code = 1
+        if isinstance(error, typer.Exit):
+            code = error.exit_code
+        elif lost_another(error):
+            time.sleep(LOST_GRACE_S)
+            speak(f"lost contact with another process ({str(error).splitlines()[0][:200]}); run it again")
+            code = ResourceError.exit_code
+        else:
+            if not process.leads:
+                time.sleep(OWN_GRACE_S)
+            traceback.print_exc()
+        exit_now(code)
+
+
+def parse_gpus(text: str) -> list[int]:
+    """`0,1` or `all` as device numbers. Raises ConfigError."""
+    if text.strip() == "all":
+        import torch
+
+        return list(range(torch.cuda.device_count())) or [0]
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
+        raise ConfigError(f"--gpus: {text!r} is not a list of different device numbers; give 0,1 or all")
+    return numbers
+
+
+def spread(config: PipelineConfig, gpus: Sequence[int] | None, process: Process) -> PipelineConfig:
+    """`config` for this process: its device, and with `gpus` a way to share the work if none is configured.
+
+    Raises ConfigError when the number of processes is not the configured one.
+    """
+    runtime = config.runtime
+    changes: dict[str, object] = {}
+    if gpus is not None and runtime.processes == 1:
+        groups = _guidance_groups(config, len(gpus))
+        changes |= {"cfg_parallel": groups, "sp_size": len(gpus) // groups}
+    elif gpus is not None and runtime.processes != len(gpus):
+        raise ConfigError(
+            f"--gpus: {len(gpus)} named, but sp_size x cfg_parallel is {runtime.processes}; "
+            "name as many, or leave sp_size and cfg_parallel out"
+        )
+    elif gpus is None and runtime.processes != process.world:
+        started = f"torchrun started {process.world} processes" if process.world > 1 else "one process runs"
+        raise ConfigError(
+            f"sp_size: {started}, but sp_size x cfg_parallel is {runtime.processes}; use "
+            f"--nproc_per_node={runtime.processes} or --hp=sp_size={process.world}"
+        )
+    if (gpus is not None or process.world > 1) and runtime.device != "cpu":
+        if runtime.device not in ("auto", "cuda"):
+            raise ConfigError(f"device: {runtime.device} names one GPU of several; use auto, or --gpus")
+        if gpus is not None and process.world not in (1, len(gpus)):
+            raise ConfigError(f"--gpus: names {len(gpus)} for {process.world} processes; leave it out")
+        changes["device"] = _device(gpus, process.local_rank)
+    return config.model_copy(update={"runtime": runtime.model_copy(update=changes)}) if changes else config
+
+
+def _device(gpus: Sequence[int] | None, local_rank: int) -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{gpus[local_rank] if gpus is not None else local_rank}"
+
+
+def _guidance_groups(config: PipelineConfig, count: int) -> int:
+    """Guidance over groups needs next to no exchange, but every branch at every step to keep all busy."""
+    from omniavatar.sampling.guidance import guidance_branches
+
+    sampling = config.sampling
+    branches = len(guidance_branches(sampling.guidance_scale, sampling.effective_audio_scale, has_audio=True))
+    return branches if count % branches == 0 and sampling.guidance_interval == (0.0, 1.0) else 1
+
+
+def start_ranks(arguments: Sequence[str], gpus: Sequence[int]) -> None:
+    """Run this command once a GPU. Raises typer.Exit with the code of the first to fail."""
+    from omniavatar.parallel.launch import launch
+
+    names = [f"rank {rank} (GPU {gpu})" for rank, gpu in enumerate(gpus)]
+    code = launch([sys.executable, "-m", "omniavatar.cli", *arguments], names)
+    if code:
+        raise typer.Exit(code)
+
+
+@contextmanager
+def team_of(config: PipelineConfig, process: Process) -> Iterator[Team]:
+    """The processes of a video, connected; the leader dismisses the others at the end."""
+    from omniavatar.parallel.team import ONE
+
+    if process.world == 1:
+        yield ONE
+        return
+    from omniavatar.ops.device import choose_device
+    from omniavatar.orders import EndOrder
+    from omniavatar.parallel.process import connect, disconnect
+
+    team = connect(process, choose_device(config.runtime.device))
+    yield team
+    if team.leads:
+        team.order(EndOrder())
+    team.meet()
+    disconnect()

@@ -1,0 +1,38 @@
+"""What every process but the first does when several make one video: wait, load the DiT, denoise along.
+
+Inputs, decisions, decoding and writing are the leader's (`omniavatar.pipeline`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from omniavatar.orders import EndOrder, PlaceOrder, WindowsOrder
+from omniavatar.pipeline import AvatarPipeline
+from omniavatar.types import Conditioning
+
+
+def follow(pipeline: AvatarPipeline) -> None:
+    """Carry out the leader's orders until the last. Raises CheckpointError, ResourceError."""
+    components = pipeline.components
+    while not isinstance(order := pipeline.team.next_order(), EndOrder):
+        if isinstance(order, PlaceOrder):
+            components.adopt(components.place(order.request, order.identity))
+            components.load_dit()
+        else:
+            _denoise(pipeline, order)
+
+
+def _denoise(pipeline: AvatarPipeline, order: WindowsOrder) -> None:
+    device = pipeline.components.device
+    width = order.audio_width
+    conditioning = Conditioning(
+        order.text_positive.to(device),
+        order.text_negative.to(device),
+        order.reference_latent.to(device),
+        None if width is None else np.empty((0, width), dtype=np.float32),
+    )
+    pipeline.team.meet()
+    generator = pipeline.window_generator(order.sampling, conditioning, order.step_plan)
+    for _ in generator.run(order.windows, order.first, order.given):
+        pass

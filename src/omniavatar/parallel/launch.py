@@ -1,0 +1,87 @@
+"""Starts the processes of one video on this machine and ends them together, as torchrun does.
+
+The first process that fails ends the others: it has said why, or died without a word, and then this says so.
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from omniavatar.errors import ResourceError
+
+POLL_S = 0.1
+INTERRUPT_S = 30.0
+"""After Ctrl-C, for the leader to put down what is finished; and for the others once the leader is done."""
+TERM_S = 5.0
+
+
+def launch(command: Sequence[str], names: Sequence[str]) -> int:
+    """Run `command` once for each of `names` (as in errors) and return the exit code of the first to fail.
+
+    Each learns its place from RANK, LOCAL_RANK and WORLD_SIZE. Raises ResourceError when one is killed.
+    """
+    with tempfile.TemporaryDirectory(prefix="omniavatar-ranks-") as folder:
+        shared = {"WORLD_SIZE": str(len(names)), "OMNIAVATAR_STORE": str(Path(folder) / "store")}
+        processes: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank in range(len(names)):
+                place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                processes.append(subprocess.Popen(command, env={**os.environ, **shared, **place}))
+            return _supervise(processes, names)
+        except KeyboardInterrupt:
+            _wait(processes[:1], INTERRUPT_S)
+            raise
+        finally:
+            _end(processes)
+
+
+def _supervise(processes: Sequence[subprocess.Popen[bytes]], names: Sequence[str]) -> int:
+    done: float | None = None
+    while True:
+        codes = [process.poll() for process in processes]
+        for code, name in zip(codes, names, strict=True):
+            if code is not None and code < 0:
+                raise ResourceError(
+                    f"{name}: its process was ended by {_signal(-code)} (host memory?); "
+                    "finished windows are kept, and the same command continues after them"
+                )
+            if code:
+                return code
+        if all(code == 0 for code in codes):
+            return 0
+        if codes[0] == 0:
+            done = done or time.monotonic()
+            if time.monotonic() - done > INTERRUPT_S:
+                return 0
+        time.sleep(POLL_S)
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and any(process.poll() is None for process in processes):
+        time.sleep(POLL_S)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    _wait(processes, TERM_S)
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()

@@ -1,0 +1,94 @@
+"""One of several processes that make a video: who it is, how it joins the others, how it leaves.
+
+torchrun and `parallel.launch` say who a process is by environment variables. A process that fails ends at
+once and hard: the others may be waiting for it inside an exchange, and its supervisor ends them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from omniavatar.parallel.team import STEP_TIMEOUT, Ranks
+
+STORE_VARIABLE = "OMNIAVATAR_STORE"
+"""File through which processes started by `parallel.launch` find each other."""
+POLL_S = 1.0
+_SIGNS = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "socket")
+
+
+@dataclass(frozen=True)
+class Process:
+    """rank of `world` processes, `local_rank` on its machine; store: set by `parallel.launch`."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world: int = 1
+    store: str | None = None
+
+    @classmethod
+    def from_environment(cls) -> Process:
+        """What RANK, LOCAL_RANK and WORLD_SIZE say."""
+        rank, local, world = (
+            int(os.environ.get(name, default))
+            for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+        )
+        return cls(rank, local, world, os.environ.get(STORE_VARIABLE))
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+
+def connect(process: Process, device: torch.device) -> Ranks:
+    """Join the other processes, on NCCL for tensors on CUDA and on gloo for others."""
+    if process.store is not None:
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    if not process.leads:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=None if process.store is None else dist.FileStore(process.store, process.world),
+        rank=process.rank,
+        world_size=process.world,
+        timeout=STEP_TIMEOUT,
+    )
+    return Ranks()
+
+
+def disconnect() -> None:
+    """Leave the others in peace, after the last exchange."""
+    dist.destroy_process_group()
+
+
+def is_connected() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether an exchange failed because another process is gone or silent."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
+
+
+def exit_now(code: int) -> None:
+    """End this process without waiting for its threads, its queues or the other processes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(POLL_S)
+    os._exit(1)

@@ -1,0 +1,174 @@
+"""What the main path sees of the processes that make one video together: a `Team`.
+
+`ONE` is a single process, for which everything here does nothing. Otherwise rank 0 leads: it alone reads
+inputs, decides, decodes and writes. The others wait for its orders (Python objects, between videos only; see
+`omniavatar.following`) and run the same denoising loop, in which only tensors travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from omniavatar.model.dit import RunBlocks, WanDiT
+from omniavatar.parallel.guidance import GuidanceParallel, Predict
+from omniavatar.parallel.layout import Layout
+from omniavatar.parallel.peers import Peers
+from omniavatar.parallel.sequence import SequenceParallel
+from omniavatar.sampling.passes import Pass, Passes
+
+StepVelocities = Callable[[Sequence[Pass], Predict, Tensor], Iterable[Tensor]]
+PATIENCE = timedelta(days=7)
+"""How long a rank waits for the next order; a rank that died is noticed by its supervisor, not by this."""
+STEP_TIMEOUT = timedelta(minutes=10)
+"""Longest wait inside a video, for a window's decoding or a full writer."""
+
+
+class Team(Protocol):
+    """The processes of one video. leads: this one reads inputs and writes the video."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def leads(self) -> bool: ...
+
+    def arrange(self, layout: Layout) -> None:
+        """Form the groups; once, by all ranks, before anything below."""
+
+    def apply(self, dit: WanDiT) -> None:
+        """Make self-attention span the ranks of a forward; after the optimisations, before offloading."""
+
+    def shard(self, run_blocks: RunBlocks) -> RunBlocks:
+        """`run_blocks` on this rank's tokens. A step cache belongs inside: it keeps local residuals."""
+
+    def velocities(self, passes: Passes) -> StepVelocities:
+        """What gives the velocities of a step's passes."""
+
+    def share(self, values: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """The leader's float32 `values` on every rank; the others pass None."""
+
+    def order(self, what: Any) -> None:
+        """Tell the other ranks what comes next; by the leader."""
+
+    def next_order(self) -> Any:
+        """The leader's next order; by the others."""
+
+    def meet(self) -> None:
+        """Wait until all ranks are here, however long it takes."""
+
+    def weight_peers(self) -> Peers | None:
+        """The ranks that may share the weights among them: they run the same blocks in the same order."""
+
+
+class OneProcess:
+    """A team of one."""
+
+    size = 1
+    leads = True
+
+    def arrange(self, layout: Layout) -> None:
+        pass
+
+    def apply(self, dit: WanDiT) -> None:
+        pass
+
+    def shard(self, run_blocks: RunBlocks) -> RunBlocks:
+        return run_blocks
+
+    def velocities(self, passes: Passes) -> StepVelocities:
+        return _all_here
+
+    def share(self, values: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        assert values is not None
+        return values
+
+    def order(self, what: Any) -> None:
+        pass
+
+    def next_order(self) -> Any:
+        return None
+
+    def meet(self) -> None:
+        pass
+
+    def weight_peers(self) -> Peers | None:
+        return None
+
+
+def _all_here(row: Sequence[Pass], predict: Predict, like: Tensor) -> Iterator[Tensor]:
+    return map(predict, row)
+
+
+ONE = OneProcess()
+
+
+class Ranks:
+    """A team of the processes of torch's default group, which is initialised already."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._orders = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._sequence: SequenceParallel | None = None
+        self._guidance: GuidanceParallel | None = None
+        self._weights: Peers | None = None
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def arrange(self, layout: Layout) -> None:
+        if layout.size != self.size:
+            raise ValueError(f"a layout of {layout.size} ranks for {self.size} processes")
+        sequence = self._peers(layout.sequence_peers())
+        heads, rows = self._peers(layout.head_peers()), self._peers(layout.row_peers())
+        guidance = self._peers(layout.guidance_peers())
+        self._weights = self._peers(layout.sequence_peers()) if layout.sequence > 1 else None
+        self._sequence = SequenceParallel(sequence, heads, rows) if layout.sequence > 1 else None
+        self._guidance = GuidanceParallel(guidance) if layout.guidance > 1 else None
+
+    def _peers(self, lists: list[list[int]]) -> Peers:
+        """This rank's group of `lists`; every rank makes all of them, in the same order."""
+        mine: Peers | None = None
+        for ranks in lists:
+            group = dist.new_group(ranks, timeout=STEP_TIMEOUT)
+            if self.rank in ranks:
+                mine = Peers(group, ranks.index(self.rank), len(ranks))
+        assert mine is not None
+        return mine
+
+    def apply(self, dit: WanDiT) -> None:
+        if self._sequence is not None:
+            dit.attention = self._sequence.attention(dit.attention)
+
+    def shard(self, run_blocks: RunBlocks) -> RunBlocks:
+        return run_blocks if self._sequence is None else self._sequence.shard(run_blocks)
+
+    def velocities(self, passes: Passes) -> StepVelocities:
+        return (ONE if self._guidance is None else self._guidance).velocities(passes)
+
+    def share(self, values: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        if values is None:
+            values = torch.empty(shape, dtype=torch.float32, device=device)
+        values = values.to(device=device, dtype=torch.float32).contiguous()
+        dist.broadcast(values, src=0)
+        return values
+
+    def order(self, what: Any) -> None:
+        dist.broadcast_object_list([what], src=0, group=self._orders, device=torch.device("cpu"))
+
+    def next_order(self) -> Any:
+        box: list[Any] = [None]
+        dist.broadcast_object_list(box, src=0, group=self._orders, device=torch.device("cpu"))
+        return box[0]
+
+    def meet(self) -> None:
+        dist.barrier(group=self._orders)
+
+    def weight_peers(self) -> Peers | None:
+        return self._weights
