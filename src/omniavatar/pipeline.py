@@ -87,7 +87,7 @@ class AvatarPipeline:
         if team.size != wanted:
             raise ConfigError(
                 f"sp_size, cfg_parallel: {wanted} processes make one video, {team.size} runs; start "
-                f"them with torchrun --nproc_per_node={wanted} or omniavatar generate --gpus, or set both to 1"
+                f"them with torchrun --nproc_per_node={wanted} or generate --gpus, or set both to 1"
             )
         self.config, self.team = config, team
         self._recorder = recorder or RunRecorder()

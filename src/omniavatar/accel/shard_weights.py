@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from omniavatar.accel.block_storage import block_tensors, fill, layout_of, rebuilt
 from omniavatar.accel.offload import PARKED, BlockRing, Slot, StreamedBlock
 from omniavatar.model.dit import WanDiT
+from omniavatar.ops.gather import gather_into
 
 RING = 2
 EMPTY = torch.device("meta")
@@ -46,7 +47,7 @@ class GatherCopies:
 
     def copy(self, slot: Slot, host: Tensor) -> None:
         """Begin to gather all pieces; `host` is this rank's. Behind what is queued: it may read the slot."""
-        work = dist.all_gather_into_tensor(slot.buffer, host, group=self._peers.group, async_op=True)
+        work = gather_into(slot.buffer, host, self._peers.group, wait=False)
         assert work is not None
         self._works[id(slot)] = work
 
@@ -73,7 +74,7 @@ class SharedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         whole = torch.empty(len(self._piece) * self._peers.size, dtype=torch.uint8, device=self._piece.device)
-        dist.all_gather_into_tensor(whole, self._piece, group=self._peers.group)
+        gather_into(whole, self._piece, self._peers.group)
         size = self._shape.numel() * self.bias.dtype.itemsize
         return F.linear(x, whole[:size].view(self.bias.dtype).view(self._shape), self.bias)
 

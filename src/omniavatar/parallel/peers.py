@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from omniavatar.ops.gather import gather_into
+
 
 class Pending:
     """Rows on their way; on CUDA `wait` makes the current stream wait, not the host."""
@@ -48,7 +50,7 @@ class Peers:
             rows = torch.cat([rows, rows.new_zeros((most - len(rows), *rows.shape[1:]))])
         rows = rows.contiguous()
         out = rows.new_empty((self.size * most, *rows.shape[1:]))
-        dist.all_gather_into_tensor(_bytes(out), _bytes(rows), group=self.group)
+        gather_into(_bytes(out), _bytes(rows), self.group)
         if min(counts) == most:
             return out
         parts = out.split(most)

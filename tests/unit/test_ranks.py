@@ -1,0 +1,179 @@
+"""`generate` as several processes: the same video, how work is shared, and failures that end all of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import yaml
+
+from engine import overrides, portrait
+from omniavatar.cli_ranks import parse_gpus, spread
+from omniavatar.config import PipelineConfig
+from omniavatar.config_load import load_config
+from omniavatar.errors import ConfigError, ResourceError
+from omniavatar.media.inspect import probe_video
+from omniavatar.parallel.launch import launch
+from omniavatar.parallel.process import Process, lost_another
+from omniavatar.pipeline import AvatarPipeline
+
+LIMIT_S = 30
+LONG = "import time; time.sleep(60)"
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", f"import os, sys; rank = int(os.environ['RANK'])\n{code}"]
+
+
+def test_launch_waits_for_all_and_tells_each_its_place(tmp_path: Path) -> None:
+    note = f"open(os.path.join({str(tmp_path)!r}, os.environ['RANK'] + 'of' + os.environ['WORLD_SIZE']), 'w')"
+    assert launch(python(note), ["a", "b", "c"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0of3", "1of3", "2of3"]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failure_ends_the_others_with_its_code(failing: int) -> None:
+    begun = time.monotonic()
+    assert launch(python(f"sys.exit(5) if rank == {failing} else None\n{LONG}"), ["a", "b"]) == 5
+    assert time.monotonic() - begun < 10
+
+
+def test_a_killed_process_is_named() -> None:
+    begun = time.monotonic()
+    kill = "import signal; os.kill(os.getpid(), signal.SIGKILL)"
+    with pytest.raises(ResourceError, match=r"rank 1 \(GPU 3\): its process was ended by SIGKILL"):
+        launch(python(f"if rank: {kill}\n{LONG}"), ["rank 0 (GPU 2)", "rank 1 (GPU 3)"])
+    assert time.monotonic() - begun < 10
+
+
+def config(**changes: object) -> PipelineConfig:
+    return load_config(None, {"weights": "random", "scale": "nano", "device": "cpu", **changes}).config
+
+
+def test_gpus_are_shared_by_guidance_first() -> None:
+    def shares(count: int, **changes: object) -> tuple[int, int]:
+        runtime = spread(config(**changes), list(range(count)), Process()).runtime
+        return runtime.cfg_parallel, runtime.sp_size
+
+    assert shares(1) == (1, 1)
+    assert shares(2) == (2, 1) and shares(4) == (2, 2) and shares(3) == (1, 3)
+    assert shares(3, audio_scale=3.0) == (3, 1)
+    assert shares(2, guidance_scale=1.0) == (1, 2)
+    assert shares(2, guidance_interval=[0.0, 0.5]) == (1, 2)
+    assert shares(2, sp_size=2) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpus", "world", "message"),
+    [
+        ({}, None, 2, "torchrun started 2 processes, .* is 1; use --nproc_per_node=1 or --hp=sp_size=2"),
+        ({"sp_size": 4}, None, 2, "is 4; use --nproc_per_node=4"),
+        ({"sp_size": 2}, None, 1, "one process runs, .* is 2"),
+        ({"sp_size": 2, "cfg_parallel": 2}, [0, 1], 1, "--gpus: 2 named, .* is 4"),
+        ({"sp_size": 2, "device": "cuda:1"}, None, 2, "device: cuda:1 names one GPU of several"),
+    ],
+)
+def test_a_wrong_number_of_processes_is_an_error(
+    changes: dict[str, object], gpus: list[int] | None, world: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        spread(config(**changes), gpus, Process(world=world))
+
+
+@pytest.mark.parametrize("text", ["0,0", "a", "", "0,-1", "1;2"])
+def test_gpu_lists_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="--gpus"):
+        parse_gpus(text)
+
+
+def test_a_pipeline_of_several_processes_is_not_made_by_one() -> None:
+    with pytest.raises(ConfigError, match="2 processes make one video, 1 runs"):
+        AvatarPipeline(config(sp_size=2))
+
+
+def test_only_errors_of_an_exchange_blame_another_process() -> None:
+    assert lost_another(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
+    assert not lost_another(RuntimeError("shape mismatch")) and not lost_another(ValueError("NCCL"))
+
+
+@pytest.fixture
+def command(nano_checkpoint: Path, tmp_path: Path) -> list[str]:
+    import PIL.Image
+
+    PIL.Image.fromarray(portrait()).save(tmp_path / "face.png")
+    settings = overrides(nano_checkpoint, tmp_path / "cache", seq_len=26, crf=0)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
+    return [
+        "generate",
+        "--config",
+        str(tmp_path / "c.yaml"),
+        "--prompt",
+        "a",
+        "--image",
+        str(tmp_path / "face.png"),
+    ]
+
+
+def frames(path: Path) -> np.ndarray:
+    with av.open(str(path)) as file:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]).astype(int)
+
+
+def test_a_video_made_by_two_processes_is_that_of_one(command: list[str], tmp_path: Path) -> None:
+    one, two = tmp_path / "one.mp4", tmp_path / "two.mp4"
+    program = [sys.executable, "-m", "omniavatar.cli", *command, "--quiet"]
+    shared = ["--gpus", "0,1", "--hp=sp_size=2,use_fsdp=true", "--output", str(two)]
+    made = subprocess.run([*program, *shared], capture_output=True, text=True, timeout=120)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout == f"{two}\n" and "error" not in made.stderr
+    again = subprocess.run([*program, "--output", str(one)], capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert probe_video(two).frames == 26 and np.abs(frames(one) - frames(two)).max() <= 1
+    sidecars = [json.loads(path.with_suffix(".json").read_text()) for path in (one, two)]
+    assert [sidecar["processes"] for sidecar in sidecars] == [1, 2]
+    assert sidecars[0]["fingerprint"] == sidecars[1]["fingerprint"]  # one may go on where the other stopped
+
+
+FAULTS = {
+    "memory": (
+        "raise torch.OutOfMemoryError('CUDA out of memory. Tried')",
+        "rank 1: max_tokens: needs more GPU memory than is free (CUDA out of memory)",
+    ),
+    "death": ("os.kill(os.getpid(), signal.SIGKILL)", "its process was ended by SIGKILL"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_rank_that_fails_in_a_forward_ends_the_run(fault: str, command: list[str], tmp_path: Path) -> None:
+    """The fault strikes rank 1 while rank 0 is inside an exchange with it."""
+    act, message = FAULTS[fault]
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import os, signal, sys\nimport torch\nfrom omniavatar.cli import main\n"
+        "from omniavatar.model.dit import WanDiT\ndone = []\nusual = WanDiT.run_blocks\n"
+        "def run_blocks(self, tokens, inputs):\n    done.append(1)\n"
+        f"    if os.environ['RANK'] == '1' and len(done) > 3:\n        {act}\n"
+        "    return usual(self, tokens, inputs)\n"
+        "WanDiT.run_blocks = run_blocks\nmain(sys.argv[1:])\n"
+    )
+    arguments = [*command, "--output", str(tmp_path / "x.mp4"), "--hp=sp_size=2"]
+    launcher = (
+        "import sys\nfrom omniavatar.cli_common import user_errors\nfrom omniavatar.parallel.launch import launch\n"
+        f"with user_errors():\n    sys.exit(launch({[sys.executable, str(worker), *arguments]!r}, ['rank 0', 'rank 1']))"
+    )
+    begun = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", launcher], capture_output=True, text=True, timeout=120)
+    assert time.monotonic() - begun < LIMIT_S
+    errors = [line for line in ended.stderr.splitlines() if "error" in line.lower()]
+    if fault == "memory":
+        assert ended.returncode == 7
+        assert len(errors) == 1 and message in errors[0]
+    else:
+        assert message in ended.stderr and "lost contact" not in ended.stderr
+    assert not (tmp_path / "x.mp4").exists()
