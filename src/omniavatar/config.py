@@ -55,8 +55,7 @@ NEUTRAL_FIELDS = frozenset(
         "runtime.use_fsdp",
     }
 )
-"""Fields that do not change the video, or only by rounding (how many GPUs share a forward); they may differ
-between an interrupted run and its resumption."""
+"""Fields that change the video not at all or by rounding (number of GPUs); a resumed run may have others."""
 
 
 class _Section(BaseModel):

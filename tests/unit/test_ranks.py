@@ -163,9 +163,12 @@ def test_a_rank_that_fails_in_a_forward_ends_the_run(fault: str, command: list[s
         "WanDiT.run_blocks = run_blocks\nmain(sys.argv[1:])\n"
     )
     arguments = [*command, "--output", str(tmp_path / "x.mp4"), "--hp=sp_size=2"]
+    program = [sys.executable, str(worker), *arguments]
     launcher = (
-        "import sys\nfrom omniavatar.cli_common import user_errors\nfrom omniavatar.parallel.launch import launch\n"
-        f"with user_errors():\n    sys.exit(launch({[sys.executable, str(worker), *arguments]!r}, ['rank 0', 'rank 1']))"
+        "import sys\n"
+        "from omniavatar.cli_common import user_errors\n"
+        "from omniavatar.parallel.launch import launch\n"
+        f"with user_errors():\n    sys.exit(launch({program!r}, ['rank 0', 'rank 1']))"
     )
     begun = time.monotonic()
     ended = subprocess.run([sys.executable, "-c", launcher], capture_output=True, text=True, timeout=120)

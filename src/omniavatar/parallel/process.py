@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from omniavatar.parallel.team import STEP_TIMEOUT, Ranks
 
@@ -57,7 +58,7 @@ def connect(process: Process, device: torch.device) -> Ranks:
         torch.cuda.set_device(device)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=None if process.store is None else dist.FileStore(process.store, process.world),
+        store=None if process.store is None else FileStore(process.store, process.world),
         rank=process.rank,
         world_size=process.world,
         timeout=STEP_TIMEOUT,
