@@ -318,8 +318,7 @@ class RuntimeConfig(_Section):
     sp_size: Whole = Field(1, ge=1)
     """GPUs that share the tokens of each forward (sequence parallelism)."""
     cfg_parallel: Whole = Field(1, ge=1, le=3)
-    """Groups of `sp_size` GPUs over which the branches of guidance are spread. The run has sp_size x
-    cfg_parallel processes, started by torchrun or by --gpus."""
+    """Groups of `sp_size` GPUs, over which guidance's branches are spread; processes: the product of both."""
     use_fsdp: Flag = False
     """Share the weights of the blocks out among the `sp_size` GPUs, for models that do not fit on one."""
     threads: Whole | None = Field(None, ge=1)

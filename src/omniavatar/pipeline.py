@@ -28,7 +28,7 @@ from omniavatar.components import Components
 from omniavatar.config import PipelineConfig, SamplingConfig, flat_values
 from omniavatar.config_load import Overrides, load_config
 from omniavatar.encoders.image import choose_bucket, prepare_image
-from omniavatar.errors import ConfigError, InputError
+from omniavatar.errors import InputError
 from omniavatar.generation import WindowGenerator, WindowResult, WindowSampling
 from omniavatar.job import Job, fingerprint
 from omniavatar.media.audio import decode_mono
@@ -45,7 +45,7 @@ from omniavatar.output import (
     request_fingerprint,
     write_sidecar,
 )
-from omniavatar.parallel.team import ONE, Team
+from omniavatar.parallel.team import ONE, Team, check_size
 from omniavatar.placement import PASS_FIELD, QUANTIZE_FIELD, Placement, Request
 from omniavatar.plan import RunPlan, effective_sampling, make_plan, sampling_schedule
 from omniavatar.profiling.clocks import DeviceClock
@@ -83,12 +83,7 @@ class AvatarPipeline:
     """One portrait, one voice, one prompt -> a talking-avatar video, as often as asked."""
 
     def __init__(self, config: PipelineConfig, recorder: RunRecorder | None = None, team: Team = ONE) -> None:
-        wanted = config.runtime.processes
-        if team.size != wanted:
-            raise ConfigError(
-                f"sp_size, cfg_parallel: {wanted} processes make one video, {team.size} runs; start "
-                f"them with torchrun --nproc_per_node={wanted} or generate --gpus, or set both to 1"
-            )
+        check_size(team, config.runtime.processes)
         self.config, self.team = config, team
         self._recorder = recorder or RunRecorder()
         self._encoders: dict[tuple[int, int], Encoder] = {}
@@ -149,8 +144,7 @@ class AvatarPipeline:
     ) -> WindowGenerator:
         """What denoises and decodes the windows of a prepared request by `step_plan`.
 
-        make_room: what to do when memory does not suffice, `Components.make_room` if None. A window that
-        several processes denoise is not begun anew: too little memory on one of them is an error.
+        make_room: for too little memory, `Components.make_room` if None; an error with several processes.
         """
         branches = guidance_branches(
             sampling.guidance_scale, sampling.effective_audio_scale, conditioning.audio is not None

@@ -105,6 +105,16 @@ def test_a_forward_shared_by_ranks_is_the_forward_of_one(
         assert differs(each, expected) < 1e-5
 
 
+def test_the_comparison_would_notice_a_missing_exchange(pools: dict[int, RankPool]) -> None:
+    expected = velocity(small_dit(), ONE)
+    assert all(differs(each, expected) > 1e-3 for each in pools[2].run(forward_without_exchange))
+
+
+def forward_without_exchange(team: Ranks) -> Tensor:
+    team.arrange(Layout(1, team.size, 4))
+    return velocity(small_dit(), team)
+
+
 def test_shared_weights_leave_a_rank_its_part(pools: dict[int, RankPool]) -> None:
     whole = sum(tensor.numel() * 4 for tensor in small_dit().blocks.parameters())
     for held, buffers in pools[4].run(held_bytes):

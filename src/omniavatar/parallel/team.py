@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from omniavatar.errors import ConfigError
 from omniavatar.model.dit import RunBlocks, WanDiT
 from omniavatar.parallel.guidance import GuidanceParallel, Predict
 from omniavatar.parallel.layout import Layout
@@ -172,3 +173,12 @@ class Ranks:
 
     def weight_peers(self) -> Peers | None:
         return self._weights
+
+
+def check_size(team: Team, wanted: int) -> None:
+    """Raise ConfigError unless the team has `wanted` processes."""
+    if team.size != wanted:
+        raise ConfigError(
+            f"sp_size, cfg_parallel: {wanted} processes make one video, {team.size} runs; start them with "
+            f"torchrun --nproc_per_node={wanted} or generate --gpus, or set both to 1"
+        )

@@ -1,0 +1,161 @@
+"""One forward and one guided step of the full-size DiT with random weights on several GPUs.
+
+    torchrun --standalone --nproc_per_node=2 benchmarks/scaling.py [--scale 14B] [--cfg 2] [--fsdp]
+
+The processes are cfg groups of sp = N / cfg ranks. In one run: the forward of one GPU (every rank alone, at
+the same time), of sp ranks, the same with exchanges that move nothing (the difference is what they cost),
+the exchanges alone, and a step of two branches, in series on one GPU and on all ranks. Error: relative L2
+of the shared forward against the same rank's own. Rank 0 prints a table, then one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+
+import torch
+from forward import GRIDS, inputs
+from timing import timed
+
+from omniavatar.accel.apply import AccelConfig, apply_accelerations
+from omniavatar.accel.shard_weights import apply_shared_weights
+from omniavatar.checkpoint.dit import random_dit
+from omniavatar.checkpoint.layout import scale_spec
+from omniavatar.ops.attention import create_attention
+from omniavatar.ops.fused import create_fused
+from omniavatar.parallel.layout import Layout, deal
+from omniavatar.parallel.peers import Peers, Pending
+from omniavatar.parallel.process import Process, connect, disconnect
+from omniavatar.sampling.guidance import guidance_branches
+from omniavatar.sampling.passes import plan_passes
+from omniavatar.types import StepPlan
+
+
+class SilentPeers(Peers):
+    """Gives this rank's own rows back in the right shapes; moves nothing."""
+
+    def all_to_all(self, rows, send, receive):
+        rows, count = rows.contiguous(), sum(receive)
+        return Pending(
+            torch.cat([rows, rows[: count - len(rows)]]) if count > len(rows) else rows[:count], None
+        )
+
+    def gather(self, rows, counts):
+        return torch.cat([rows] * self.size + [rows])[: sum(counts)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--scale", default="14B")
+    parser.add_argument("--tokens", type=int, default=30375, choices=sorted(GRIDS))
+    parser.add_argument("--cfg", type=int, default=1)
+    parser.add_argument("--fsdp", action="store_true")
+    parser.add_argument("--quantize", default="none", choices=["none", "fp8"])
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    process = Process.from_environment()
+    device = torch.device("cuda", process.local_rank)
+    team = connect(process, device)
+    spec = scale_spec(options.scale).dit
+    layout = Layout(options.cfg, team.size // options.cfg, spec.num_heads)
+    team.arrange(layout)
+    name, attention = create_attention(options.attention, device, torch.bfloat16)
+    dit = random_dit(spec, attention=attention, dtype=torch.bfloat16, device=device, seed=0)
+    ops = create_fused(device)
+    apply_accelerations(dit, AccelConfig(options.quantize, True), ops)
+    args = inputs(dit, GRIDS[options.tokens])
+    found = {}
+
+    def measure(label, run):
+        team.meet()
+        times = timed(run, options.repeats)
+        found[label] = [statistics.median(times), min(times), max(times)]
+        return found[label][0]
+
+    def forward():
+        return dit(*args, run_blocks=team.shard(dit.run_blocks))
+
+    passes = plan_passes(StepPlan((True,)), guidance_branches(4.5, 4.5, True), True)
+    velocities = team.velocities(passes)
+
+    def step():
+        return list(velocities(passes[0], lambda each: forward(), args[0]))
+
+    with torch.inference_mode():
+        alone = dit(*args)
+        one = measure("forward, one GPU", lambda: dit(*args))
+        measure("step, one GPU", lambda: [dit(*args) for _ in passes[0]])
+        team.apply(dit)
+        if options.fsdp:
+            apply_shared_weights(dit, team.weight_peers(), device)
+            torch.cuda.empty_cache()
+        error = float((forward() - alone).norm() / alone.norm())
+        shared = measure("forward, sp", forward)
+        measure("step, sp x cfg", step)
+        if layout.sequence > 1:
+            sequence = team._sequence
+            real = sequence.whole, sequence.heads, sequence.rows
+            sequence.whole, sequence.heads, sequence.rows = (
+                SilentPeers(each.group, each.index, each.size) for each in real
+            )
+            silent = measure("forward, sp, nothing moved", forward)
+            sequence.whole, sequence.heads, sequence.rows = real
+            exchanges = measure("exchanges alone", lambda: exchange(sequence, spec, device))
+            found["share of the exchanges hidden"] = 1 - (shared - silent) / exchanges
+    found["peak GB"] = torch.cuda.max_memory_allocated(device) / 1e9
+    if team.leads:
+        steps = found["step, one GPU"][0] / found["step, sp x cfg"][0]
+        print(f"{options.scale}, {options.tokens} tokens, {name}, {options.quantize}, {layout}")
+        for label, values in found.items():
+            text = (
+                f"{values:.4f}" if isinstance(values, float) else "{:.4f} ({:.4f}..{:.4f}) s".format(*values)
+            )
+            print(f"{label:32} {text}")
+        print(f"forward {one / shared:.3f} times, step {steps:.3f} times one GPU; error {error:.2e}")
+        print(
+            json.dumps(
+                {
+                    **vars(options),
+                    "gpus": team.size,
+                    "attention": name,
+                    "seconds": found,
+                    "forward_speedup": one / shared,
+                    "step_speedup": steps,
+                    "error": error,
+                    "device": torch.cuda.get_device_name(device),
+                    "torch": torch.__version__,
+                    "nccl_env": {key: value for key, value in os.environ.items() if key.startswith("NCCL_")},
+                    "python": platform.python_version(),
+                }
+            )
+        )
+    team.meet()
+    disconnect()
+
+
+def exchange(sequence, spec, device):
+    """The exchanges of one forward, one after the other."""
+    peers = sequence.heads
+    counts = sequence.counts[sequence.rows.index * peers.size :][: peers.size]
+    mine, share = counts[peers.index], spec.num_heads // peers.size
+    local = torch.zeros(mine * peers.size, share * spec.head_dim, dtype=torch.bfloat16, device=device)
+    whole = torch.zeros(sum(counts), share * spec.head_dim, dtype=torch.bfloat16, device=device)
+    rows = [sum(part) for part in zip(*[iter(sequence.counts)] * peers.size, strict=True)]
+    for _ in range(spec.num_layers):
+        if peers.size > 1:
+            for _ in range(3):
+                peers.all_to_all(local, [mine] * peers.size, counts).wait()
+            peers.all_to_all(whole, counts, [mine] * peers.size).wait()
+        if sequence.rows.size > 1:
+            sequence.rows.gather(whole, rows)
+            sequence.rows.gather(whole, rows)
+    total = deal(sum(sequence.counts), sequence.whole.size)
+    sequence.whole.gather(local.new_zeros(total[sequence.whole.index], spec.dim), total)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""One video on several ranks: kernels on a rank's tokens, weights gathered by NCCL, two real GPUs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor
+
+from engine import overrides, portrait
+from omniavatar.accel.apply import AccelConfig, apply_accelerations
+from omniavatar.accel.shard_weights import apply_shared_weights
+from omniavatar.checkpoint.dit import random_dit
+from omniavatar.checkpoint.layout import scale_spec
+from omniavatar.model.dit import WanDiT
+from omniavatar.ops.attention import available_backends, create_attention
+from omniavatar.ops.fused import create_fused
+from omniavatar.parallel.layout import Layout
+from omniavatar.parallel.peers import Peers, Pending
+from omniavatar.parallel.sequence import SequenceParallel
+
+pytestmark = pytest.mark.gpu
+GRID = (5, 50, 90)
+
+
+class Board:
+    """Where the ranks of a group, threads of this process, leave rows for each other."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier = threading.Barrier(size)
+        self.left: dict[int, Sequence[Tensor]] = {}
+
+
+class ThreadPeers(Peers):
+    """Exchanges among threads on one device, all of which queue on its default stream."""
+
+    def __init__(self, board: Board, index: int, size: int) -> None:
+        self._board, self.index, self.size = board, index, size
+
+    def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Pending:
+        parts = self._swap(rows.split(list(send)))
+        assert [len(part) for part in parts] == list(receive)
+        return Pending(torch.cat(parts), None)
+
+    def gather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        parts = self._swap([rows] * self.size)
+        assert [len(part) for part in parts] == list(counts)
+        return torch.cat(parts)
+
+    def _swap(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        self._board.left[self.index] = parts
+        self._board.barrier.wait(60)
+        got = [self._board.left[rank][self.index] for rank in range(self.size)]
+        self._board.barrier.wait(60)
+        return got
+
+
+def thread_ranks(layout: Layout, least_rows: int) -> list[SequenceParallel]:
+    def peers(lists: list[list[int]]) -> dict[int, ThreadPeers]:
+        found = {}
+        for ranks in lists:
+            board = Board(len(ranks))
+            found |= {rank: ThreadPeers(board, place, len(ranks)) for place, rank in enumerate(ranks)}
+        return found
+
+    whole, heads, rows = (
+        peers(each) for each in (layout.sequence_peers(), layout.head_peers(), layout.row_peers())
+    )
+    return [SequenceParallel(whole[r], heads[r], rows[r], least_rows) for r in range(layout.size)]
+
+
+def make(device: torch.device, attention: str, quantize: Any, seed: int = 0) -> WanDiT:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    spec = scale_spec("1.3B" if device.type == "cuda" else "nano").dit
+    _, backend = create_attention(attention, device, dtype)
+    dit = random_dit(spec, attention=backend, dtype=dtype, device=device, seed=seed)
+    apply_accelerations(dit, AccelConfig(quantize, True), create_fused(device))
+    return dit
+
+
+def arguments(dit: WanDiT, device: torch.device) -> tuple[Any, ...]:
+    generator = torch.Generator(device).manual_seed(0)
+    x, y, text, audio = (
+        torch.randn(shape, generator=generator, device=device)
+        for shape in (
+            (1, 16, *GRID),
+            (1, 17, *GRID),
+            (1, 512, dit.config.text_dim),
+            (1, 4 * GRID[0] - 3, dit.config.audio_dim),
+        )
+    )
+    return x, y, torch.tensor([800.0], device=device), dit.prepare_text(text), dit.prepare_audio(audio)
+
+
+def shared_forward(
+    device: torch.device, size: int, attention: str, quantize: str
+) -> tuple[Tensor, list[Tensor]]:
+    dit = make(device, attention, quantize)
+    with torch.inference_mode():
+        args = arguments(dit, device)
+        alone = dit(*args)
+    inner = dit.attention
+    current = threading.local()
+    dit.attention = lambda q, k, v: current.attention(q, k, v)
+    dit.attention.takes_float8 = attention == "fa3_fp8"  # type: ignore[attr-defined]
+    ranks = thread_ranks(Layout(1, size, dit.config.num_heads), least_rows=1000)
+    found: dict[int, Tensor] = {}
+
+    def work(rank: int) -> None:
+        current.attention = ranks[rank].attention(inner)
+        with torch.inference_mode():
+            found[rank] = dit(*args, run_blocks=ranks[rank].shard(dit.run_blocks))
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(found) == size
+    return alone, [found[rank] for rank in range(size)]
+
+
+@pytest.mark.parametrize("size", [2, 8])
+@pytest.mark.parametrize(("attention", "quantize"), [("auto", "none"), ("auto", "fp8"), ("fa3_fp8", "fp8")])
+def test_kernels_on_a_ranks_tokens(size: int, attention: str, quantize: str) -> None:
+    device = torch.device("cuda", 0)
+    if attention not in ("auto", *available_backends(device)):
+        pytest.skip("FlashAttention-3 is not here")
+    alone, found = shared_forward(device, size, attention, quantize)
+    for each in found:
+        assert torch.equal(each, found[0])
+        assert (each - alone).norm() / alone.norm() < 1e-2
+
+
+@pytest.mark.parametrize("quantize", ["none", "fp8"])
+def test_weights_gathered_by_nccl_are_the_weights(quantize: str, tmp_path: Path) -> None:
+    device = torch.device("cuda", 0)
+    dit = make(device, "auto", quantize)
+    with torch.inference_mode():
+        args = arguments(dit, device)
+        expected = dit(*args)
+    dist.init_process_group("nccl", store=dist.FileStore(str(tmp_path / "s"), 1), rank=0, world_size=1)
+    try:
+        group = dist.group.WORLD
+        assert group is not None
+        apply_shared_weights(dit, Peers(group, 0, 1), device)
+        with torch.inference_mode():
+            args = arguments(dit, device)
+            for _ in range(3):
+                assert torch.equal(dit(*args), expected)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("shares", ["sp_size=2", "cfg_parallel=2", "sp_size=2,use_fsdp=true"])
+def test_two_gpus_make_the_video_of_one(shares: str, nano_checkpoint: Path, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    import PIL.Image
+
+    PIL.Image.fromarray(portrait()).save(tmp_path / "face.png")
+    settings = overrides(nano_checkpoint, tmp_path / "cache", device="auto", seq_len=26, crf=0)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "omniavatar.cli", "generate", "--config", str(tmp_path / "c.yaml")]
+    command += ["--prompt", "a", "--image", str(tmp_path / "face.png"), "--quiet"]
+    videos = []
+    for name, more in (("one", []), ("two", ["--gpus", "0,1", f"--hp={shares}"])):
+        videos.append(tmp_path / f"{name}.mp4")
+        subprocess.run([*command, "--output", str(videos[-1]), *more], check=True, timeout=300)
+    one, two = (
+        np.stack([frame.to_ndarray(format="rgb24") for frame in av.open(str(path)).decode(video=0)]).astype(
+            int
+        )
+        for path in videos
+    )
+    assert np.abs(one - two).mean() < 1
+    assert json.loads(videos[1].with_suffix(".json").read_text())["processes"] == 2
