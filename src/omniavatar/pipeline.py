@@ -3,8 +3,7 @@
 `AvatarPipeline` serves many requests with models loaded once. `stream` hands out frames as windows finish;
 `generate` writes a video that grows on disk, survives a crash and gets its final name when it is whole.
 A request's result depends on its inputs, its seed and the configuration alone, not on what ran before.
-
-Of several processes that make one video the first runs this; the others run `omniavatar.following`.
+Of several processes that make one video the first runs this, the others `omniavatar.following`.
 """
 
 from __future__ import annotations
