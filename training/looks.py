@@ -184,7 +184,7 @@ def draw_looks(head: Head, count: int, seed: int, size: int = 192) -> Looks:
         background=_backgrounds(draw, size),
         camera=torch.stack(
             [
-                draw.uniform(2.75, 3.2),
+                draw.uniform(2.3, 2.75),
                 0.05 * draw.normal(),
                 -0.16 + 0.05 * draw.normal(),
                 draw.uniform(8, 14),
