@@ -49,7 +49,7 @@ class Process:
 
 
 def connect(process: Process, device: torch.device) -> Ranks:
-    """Join the other processes, on NCCL for tensors on CUDA and on gloo for others."""
+    """Join the other processes. Tensors travel by NCCL on CUDA, by gloo on a CPU; orders by gloo."""
     if process.store is not None:
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     if not process.leads:
@@ -57,7 +57,7 @@ def connect(process: Process, device: torch.device) -> Ranks:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        "nccl" if device.type == "cuda" else "gloo",
         store=None if process.store is None else FileStore(process.store, process.world),
         rank=process.rank,
         world_size=process.world,

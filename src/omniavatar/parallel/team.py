@@ -114,6 +114,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._groups: dict[tuple[tuple[int, ...], ...], Peers] = {}
         self._orders = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._sequence: SequenceParallel | None = None
         self._guidance: GuidanceParallel | None = None
@@ -129,12 +130,19 @@ class Ranks:
         sequence = self._peers(layout.sequence_peers())
         heads, rows = self._peers(layout.head_peers()), self._peers(layout.row_peers())
         guidance = self._peers(layout.guidance_peers())
-        self._weights = self._peers(layout.sequence_peers()) if layout.sequence > 1 else None
+        self._weights = self._new_peers(layout.sequence_peers()) if layout.sequence > 1 else None
         self._sequence = SequenceParallel(sequence, heads, rows) if layout.sequence > 1 else None
         self._guidance = GuidanceParallel(guidance) if layout.guidance > 1 else None
 
     def _peers(self, lists: list[list[int]]) -> Peers:
-        """This rank's group of `lists`; every rank makes all of them, in the same order."""
+        """This rank's group of `lists`, made once."""
+        key = tuple(map(tuple, lists))
+        if key not in self._groups:
+            self._groups[key] = self._new_peers(lists)
+        return self._groups[key]
+
+    def _new_peers(self, lists: list[list[int]]) -> Peers:
+        """A communicator of its own; every rank makes all of `lists`, in the same order."""
         mine: Peers | None = None
         for ranks in lists:
             group = dist.new_group(ranks, timeout=STEP_TIMEOUT)
