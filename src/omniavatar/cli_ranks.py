@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from omniavatar.cli_common import INTERRUPT_NOTE, LogFormat, reporting, user_errors
+from omniavatar.cli_common import INTERRUPT_NOTE, INTERRUPTED, LogFormat, reporting, user_errors
 from omniavatar.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
@@ -143,7 +143,10 @@ def start_ranks(arguments: Sequence[str], gpus: Sequence[int]) -> None:
     from omniavatar.parallel.launch import launch
 
     names = [f"rank {rank} (GPU {gpu})" for rank, gpu in enumerate(gpus)]
-    code = launch([sys.executable, "-m", "omniavatar.cli", *arguments], names)
+    try:
+        code = launch([sys.executable, "-m", "omniavatar.cli", *arguments], names)
+    except KeyboardInterrupt:
+        code = INTERRUPTED  # rank 0 was interrupted too and has said so
     if code:
         raise typer.Exit(code)
 

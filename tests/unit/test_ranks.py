@@ -11,10 +11,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import typer
 import yaml
 
 from engine import overrides, portrait
-from omniavatar.cli_ranks import parse_gpus, spread
+from omniavatar.cli_common import user_errors
+from omniavatar.cli_ranks import parse_gpus, spread, start_ranks
 from omniavatar.config import PipelineConfig
 from omniavatar.config_load import load_config
 from omniavatar.errors import ConfigError, ResourceError
@@ -50,6 +52,21 @@ def test_a_killed_process_is_named() -> None:
     with pytest.raises(ResourceError, match=r"rank 1 \(GPU 3\): its process was ended by SIGKILL"):
         launch(python(f"if rank: {kill}\n{LONG}"), ["rank 0 (GPU 2)", "rank 1 (GPU 3)"])
     assert time.monotonic() - begun < 10
+
+
+def test_an_interrupt_is_reported_by_rank_0_alone(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import omniavatar.parallel.launch
+
+    def interrupted(command: list[str], names: list[str]) -> int:
+        assert command[-2:] == ["generate", "x"] and names == ["rank 0 (GPU 2)", "rank 1 (GPU 5)"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(omniavatar.parallel.launch, "launch", interrupted)
+    with user_errors(), pytest.raises(typer.Exit) as leaving:
+        start_ranks(["generate", "x"], [2, 5])
+    assert leaving.value.exit_code == 130 and capfd.readouterr().err == ""
 
 
 def config(**changes: object) -> PipelineConfig:
