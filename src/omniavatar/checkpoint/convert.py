@@ -13,8 +13,8 @@ from pathlib import Path
 from omniavatar.checkpoint.dit import FORM_KEY, HEADS_KEY, DiTWeights
 from omniavatar.checkpoint.layout import TensorEntry
 from omniavatar.checkpoint.strict import check_sources
-from omniavatar.checkpoint.synthetic import Progress, require_space
-from omniavatar.checkpoint.tensor_writer import write_tensors
+from omniavatar.checkpoint.synthetic import require_space
+from omniavatar.checkpoint.tensor_writer import Progress, byte_counter, write_tensors
 from omniavatar.errors import OutputError
 
 SOURCES_KEY = "omniavatar.sources"
@@ -46,16 +46,10 @@ def convert_dit(
         SOURCES_KEY: json.dumps(made_from, sort_keys=True),
         **({} if form is None else {FORM_KEY: form}),
     }
-    done = 0
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
-
     try:
-        write_tensors(out, entries, lambda key: weights.sources[key].load(), metadata, on_bytes)
+        write_tensors(
+            out, entries, lambda key: weights.sources[key].load(), metadata, byte_counter(progress, total)
+        )
     except OSError as error:
         raise OutputError(f"{out}: cannot write the checkpoint ({error.strerror or error})") from error
     return total

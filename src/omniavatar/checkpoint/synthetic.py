@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,10 @@ from omniavatar.checkpoint.layout_files import (
     base_folder,
     checkpoint_layout,
 )
-from omniavatar.checkpoint.tensor_writer import write_random
+from omniavatar.checkpoint.tensor_writer import Progress, byte_counter, write_random
 from omniavatar.errors import OutputError
 
 SIDE_FILES_BYTES = 10_000_000
-Progress = Callable[[int, int], None]
 
 _PIECES = (
     *("the", "and", "ing", "of", "to", "in", "is", "with", "that", "was", "for", "on", "his", "her", "are"),
@@ -53,15 +51,8 @@ def make_checkpoint(scale: str, out: Path, seed: int = 0, progress: Progress | N
     spec = scale_spec(scale)
     layouts = checkpoint_layout(spec)
     total = sum(layout.num_bytes for layout in layouts)
-    done = 0
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
-
     require_space(out, total + SIDE_FILES_BYTES, f"the synthetic {scale} checkpoint")
+    on_bytes = byte_counter(progress, total)
     try:
         for layout in layouts:
             write_random(out, layout, seed, on_bytes)

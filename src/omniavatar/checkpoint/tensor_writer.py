@@ -23,6 +23,7 @@ from omniavatar.checkpoint.initial import initial_spread
 from omniavatar.checkpoint.layout import FileLayout, TensorEntry
 
 CHUNK_ELEMENTS = 1 << 22
+Progress = Callable[[int, int], None]
 DTYPE_NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -45,6 +46,19 @@ def write_random(root: Path, layout: FileLayout, seed: int, on_bytes: Callable[[
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def byte_counter(progress: Progress | None, total: int) -> Callable[[int], None]:
+    """What `on_bytes` is told, added up and passed on as (bytes written, `total`)."""
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    return on_bytes
 
 
 def write_tensors(
