@@ -95,12 +95,13 @@ def _tables() -> tuple[dict[str, int], np.ndarray, np.ndarray]:
 
 
 def articulate(phones: list[Phone], times: np.ndarray) -> np.ndarray:
-    """Articulators (T, A) at `times` (T,) seconds; before the first and after the last phone there is
-    silence."""
+    """Articulators (T, A) at `times` (T,) seconds; before, after and between phones there is silence."""
     rows, targets, strengths = _tables()
     pieces = [(SILENCE, -10.0, phones[0].start if phones else 1e9)]
     for phone in phones:
         name = canonical(phone.name)
+        if phone.start > pieces[-1][2]:
+            pieces.append((SILENCE, pieces[-1][2], phone.start))
         if name in _GLIDES:
             middle = phone.start + 0.55 * (phone.end - phone.start)
             first, second = _GLIDES[name]
