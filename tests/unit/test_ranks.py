@@ -142,16 +142,22 @@ def frames(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]).astype(int)
 
 
-def test_a_video_made_by_two_processes_is_that_of_one(command: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shares", "vae"), [("sp_size=2,use_fsdp=true", "plain"), ("cfg_parallel=2,vae_parallel=true", "fast")]
+)
+def test_a_video_made_by_two_processes_is_that_of_one(
+    shares: str, vae: str, command: list[str], tmp_path: Path
+) -> None:
     one, two = tmp_path / "one.mp4", tmp_path / "two.mp4"
-    program = [sys.executable, "-m", "omniavatar.cli", *command, "--quiet"]
-    shared = ["--gpus", "0,1", "--hp=sp_size=2,use_fsdp=true", "--output", str(two)]
+    program = [sys.executable, "-m", "omniavatar.cli", *command, "--quiet", f"--hp=vae={vae}"]
+    shared = ["--gpus", "0,1", f"--hp={shares}", "--output", str(two)]
     made = subprocess.run([*program, *shared], capture_output=True, text=True, timeout=120)
     assert made.returncode == 0, made.stderr
     assert made.stdout == f"{two}\n" and "error" not in made.stderr
     again = subprocess.run([*program, "--output", str(one)], capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
-    assert probe_video(two).frames == 26 and np.abs(frames(one) - frames(two)).max() <= 1
+    apart = np.abs(frames(one) - frames(two))  # by a level before they became YUV and RGB again
+    assert probe_video(two).frames == 26 and apart.max() <= 4 and (apart > 0).mean() < 1e-3
     sidecars = [json.loads(path.with_suffix(".json").read_text()) for path in (one, two)]
     assert [sidecar["processes"] for sidecar in sidecars] == [1, 2]
     assert sidecars[0]["fingerprint"] == sidecars[1]["fingerprint"]  # one may go on where the other stopped
