@@ -1,8 +1,8 @@
 """What the main path sees of the processes that make one video together: a `Team`.
 
 `ONE` is a single process, for which everything here does nothing. Otherwise rank 0 leads: it alone reads
-inputs, decides, decodes and writes. The others wait for its orders (Python objects, between videos only; see
-`omniavatar.following`) and run the same denoising loop, in which only tensors travel.
+inputs, decides and writes. The others wait for its orders (Python objects, between videos only; see
+`omniavatar.following`) and run the same loop of windows, in which only tensors travel.
 """
 
 from __future__ import annotations
