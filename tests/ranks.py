@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-LONGEST_S = 60
+LONGEST_S = 120
 
 
 class RankPool:

@@ -323,7 +323,7 @@ class RuntimeConfig(_Section):
     use_fsdp: Flag = False
     """Share the weights of the blocks out among the `sp_size` GPUs, for models that do not fit on one."""
     vae_parallel: Flag | None = None
-    """Share the picture's rows out among all GPUs of a video in the VAE; unset: where the fast VAE runs."""
+    """In the VAE, share a picture's rows out among all GPUs of the video; unset: where the fast VAE runs."""
     threads: Whole | None = Field(None, ge=1)
     """CPU threads of torch; unset: its own choice."""
 

@@ -207,7 +207,7 @@ def exact_float32() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 4e-2)])
 def test_the_vae_on_a_ranks_rows(
     size: int, dtype: torch.dtype, tolerance: float, exact_float32: None
 ) -> None:
@@ -250,7 +250,7 @@ def test_two_gpus_share_a_picture(tmp_path: Path) -> None:
         pool.close()
     for here, there, single in zip(*found, alone, strict=True):
         assert torch.equal(here, there)
-        assert (here - single.cpu()).norm() / single.cpu().norm() < 2e-2
+        assert (here - single.cpu()).norm() / single.cpu().norm() < 4e-2
 
 
 @pytest.mark.parametrize(
