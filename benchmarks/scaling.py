@@ -1,11 +1,13 @@
 """One forward and one guided step of the full-size DiT with random weights on several GPUs.
 
     torchrun --standalone --nproc_per_node=2 benchmarks/scaling.py [--scale 14B] [--cfg 2] [--fsdp]
+    torchrun --standalone --nproc_per_node=2 benchmarks/scaling.py --vae
 
 The processes are cfg groups of sp = N / cfg ranks. In one run: the forward of one GPU (every rank alone, at
 the same time), of sp ranks, the same with exchanges that move nothing (the difference is what they cost),
 the exchanges alone, and a step of two branches, in series on one GPU and on all ranks. Error: relative L2
 of the shared forward against the same rank's own. Rank 0 prints a table, then one line of JSON.
+With --vae instead: the released VAE's sizes at 400x720, 105 frames decoded and 13 encoded (`scaling_vae`).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import statistics
 
 import torch
 from forward import GRIDS, inputs
+from scaling_vae import SilentPeers, measure_vae
 from timing import timed
 
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
@@ -27,24 +30,10 @@ from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.ops.attention import create_attention
 from omniavatar.ops.fused import create_fused
 from omniavatar.parallel.layout import Layout, deal
-from omniavatar.parallel.peers import Peers, Pending
 from omniavatar.parallel.process import Process, connect, disconnect
 from omniavatar.sampling.guidance import guidance_branches
 from omniavatar.sampling.passes import plan_passes
 from omniavatar.types import StepPlan
-
-
-class SilentPeers(Peers):
-    """Gives this rank's own rows back in the right shapes; moves nothing."""
-
-    def all_to_all(self, rows, send, receive):
-        rows, count = rows.contiguous(), sum(receive)
-        return Pending(
-            torch.cat([rows, rows[: count - len(rows)]]) if count > len(rows) else rows[:count], None
-        )
-
-    def gather(self, rows, counts):
-        return torch.cat([rows] * self.size + [rows])[: sum(counts)]
 
 
 def main() -> None:
@@ -56,10 +45,16 @@ def main() -> None:
     parser.add_argument("--quantize", default="none", choices=["none", "fp8"])
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--vae", action="store_true")
     options = parser.parse_args()
     process = Process.from_environment()
     device = torch.device("cuda", process.local_rank)
     team = connect(process, device)
+    if options.vae:
+        measure_vae(team, device, options.repeats)
+        team.meet()
+        disconnect()
+        return
     spec = scale_spec(options.scale).dit
     layout = Layout(options.cfg, team.size // options.cfg, spec.num_heads)
     team.arrange(layout)

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from omniavatar import AvatarPipeline, AvatarRequest, Waveform, components
+from omniavatar import AvatarPipeline, AvatarRequest, Waveform, vae_loading
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.config_load import load_config
 from omniavatar.media.audio import decode_mono
@@ -88,7 +88,7 @@ def main() -> None:
         step = whole.windows[1].new_frames
         return (whole.windows[0].new_frames + (windows - 1) * step - 1) / config.video.fps - lead
 
-    components.random_vae = faint_vae
+    vae_loading.random_vae = faint_vae
     watch = Windows()
     pipeline = AvatarPipeline.from_config(config, recorder=RunRecorder([watch]))
     with as_file(files("omniavatar.assets")) as assets, tempfile.TemporaryDirectory() as name:

@@ -1,4 +1,7 @@
-"""A group of worker processes on gloo, kept for a module's tests: a function runs on all of them at once."""
+"""A group of worker processes, kept for a module's tests: a function runs on all of them at once.
+
+On a CPU they exchange by gloo; with `device="cuda"` each has a GPU, and they exchange by NCCL.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,20 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-LONGEST_S = 60
+LONGEST_S = 120
 
 
 class RankPool:
     """`size` processes; `run(function, *args)` calls `function(team, *args)` on each, a `Ranks` team."""
 
-    def __init__(self, size: int, folder: Path) -> None:
+    def __init__(self, size: int, folder: Path, device: str = "cpu") -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["omniavatar.pipeline", "torch.distributed"])
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            arguments = (rank, size, str(folder / f"store{size}"), theirs)
+            arguments = (rank, size, str(folder / f"store{size}"), device, theirs)
             process = context.Process(target=_work, args=arguments, daemon=True)
             process.start()
             self._pipes.append(ours)
@@ -48,13 +51,13 @@ class RankPool:
             process.join()
 
 
-def _work(rank: int, size: int, store: str, pipe: Connection) -> None:
+def _work(rank: int, size: int, store: str, device: str, pipe: Connection) -> None:
     import torch
 
     from omniavatar.parallel.process import Process, connect
 
     torch.set_num_threads(1)
-    team = connect(Process(rank, rank, size, store), torch.device("cpu"))
+    team = connect(Process(rank, rank, size, store), torch.device(device, rank if device == "cuda" else None))
     while True:
         function, arguments = pipe.recv()
         try:

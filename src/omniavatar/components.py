@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from omniavatar.accel.apply import AccelConfig, Quantize, apply_accelerations, row_dtype, weight_form
-from omniavatar.accel.decoder import apply_decoder
 from omniavatar.accel.memory_plan import fewer_resident
 from omniavatar.accel.offload import OffloadConfig, Offloader, streamed_blocks
 from omniavatar.accel.pinned import check_host_room
 from omniavatar.accel.room import with_room
 from omniavatar.accel.shard_weights import apply_shared_weights
+from omniavatar.accel.shared_vae import apply_shared_vae
 from omniavatar.accel.vae import FastVAE, choose_vae, create_vae
 from omniavatar.calibration_file import find_constants
 from omniavatar.checkpoint.dit import (
@@ -36,13 +36,6 @@ from omniavatar.checkpoint.dit import (
     random_dit,
 )
 from omniavatar.checkpoint.layout import scale_spec, text_tensors
-from omniavatar.checkpoint.tiny_decoder import (
-    light_vae_config,
-    load_tiny_decoder,
-    random_tiny_decoder,
-    tiny_decoder_config,
-)
-from omniavatar.checkpoint.vae import load_vae, random_vae
 from omniavatar.encoders.audio import AudioEncoder, open_features
 from omniavatar.encoders.text import TextEncoder, random_text_encoder, sizes_of
 from omniavatar.encoders.text_cache import TextCache, encode_cached, encoder_identity
@@ -52,8 +45,17 @@ from omniavatar.ops.device import choose_device
 from omniavatar.ops.fused import create_fused
 from omniavatar.parallel.layout import Layout
 from omniavatar.parallel.team import ONE, Team
-from omniavatar.placement import QUANTIZE_FIELD, Placement, Request, device_limit, enforce_limit, place
+from omniavatar.placement import (
+    QUANTIZE_FIELD,
+    Placement,
+    Request,
+    device_limit,
+    enforce_limit,
+    place,
+    vae_ranks,
+)
 from omniavatar.plan import make_step_plan, model_scale, sampling_schedule
+from omniavatar.vae_loading import VAELoader
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,7 +64,7 @@ if TYPE_CHECKING:
 
     from omniavatar.config import ModelConfig, PipelineConfig, SamplingConfig
     from omniavatar.model.dit import DiTConfig, WanDiT
-    from omniavatar.model.vae import VAEConfig, VideoDecoder, VideoVAE, WanVAE
+    from omniavatar.model.vae import VideoVAE, WanVAE
     from omniavatar.sampling.cache_constants import CacheConstants
     from omniavatar.types import Recorder, StepPlan
 
@@ -92,6 +94,7 @@ class Components:
         self.dtype = DTYPES[config.model.dtype]
         self._recorder = recorder
         self.vae_name = choose_vae(config.runtime.vae, self.device)
+        self.vae_ranks = vae_ranks(config, self.vae_name)
         if config.model.weights == "files":
             config.model.check_files_named()
         self.dit_config = self._inspect()
@@ -168,8 +171,7 @@ class Components:
         memory = self.placed.memory
         if self._offloader is not None:
             self._offloader.apply(OffloadConfig(memory.resident_blocks, memory.ring))
-        for vae in self._fast_vaes:
-            vae.use_pass(self.placed.vae_latents)
+        self.use_vae_pass(self.placed.vae_latents)
 
     def _inspect(self) -> DiTConfig:
         """The DiT's sizes from file headers, checked against what the configuration promises."""
@@ -220,8 +222,9 @@ class Components:
         self._offloader = offloader
         return dit
 
-    def load_dit(self) -> None:
-        """Load the DiT if it is not loaded yet, with less on the device if need be."""
+    def load_for_windows(self) -> None:
+        """Load what makes the windows and is not loaded yet, with less on the device if need be."""
+        with_room(lambda: self.window_vae, self.make_room)
         with_room(lambda: self.dit, self.make_room)
 
     def _load_dit(self, form: WeightForm | None) -> WanDiT:
@@ -257,39 +260,21 @@ class Components:
 
     @functools.cached_property
     def vae(self) -> VideoVAE:
-        """The video VAE, run as `vae_name` says, with the decoder that `model.decoder` names."""
-        model = self.config.model
+        """The video VAE of this process alone, run as `vae_name` says."""
         with self._recorder.stage("load_vae"):
-            if model.weights == "random":
-                full = random_vae(scale_spec(model.scale).vae, dtype=self.dtype, device=self.device, seed=0)
-            else:
-                assert model.vae_path is not None
-                full = load_vae(model.vae_path, dtype=self.dtype, device=self.device)
-            vae = self._create_vae(full)
-            return vae if model.decoder == "full" else apply_decoder(vae, self._load_decoder(full.config))
+            return VAELoader(self.config.model, self.dtype, self.device, self._create_vae).load()
 
-    def _load_decoder(self, full: VAEConfig) -> VideoDecoder:
-        """The smaller decoder that stands in for the full VAE's."""
-        model, dtype, device = self.config.model, self.dtype, self.device
-        raw = model.decoder == "lighttae"
-        if model.weights == "random":
-            if model.decoder == "lightvae":
-                light = random_vae(light_vae_config(full), dtype=dtype, device=device, seed=1)
-                return self._create_vae(light)
-            config = replace(tiny_decoder_config(full), raw_latents=raw)
-            return random_tiny_decoder(config, dtype=dtype, device=device, seed=1)
-        assert model.decoder_path is not None
-        if model.decoder == "lightvae":
-            light = load_vae(model.decoder_path, dtype=dtype, device=device)
-            if light.config.z_dim != full.z_dim:
-                raise CheckpointError(
-                    f"{model.decoder_path}: decodes latents of {light.config.z_dim} channels, "
-                    f"not {full.z_dim}; use the file for Wan 2.1"
-                )
-            return self._create_vae(light)
-        return load_tiny_decoder(
-            model.decoder_path, raw_latents=raw, z_dim=full.z_dim, dtype=dtype, device=device
-        )
+    @functools.cached_property
+    def window_vae(self) -> VideoVAE | None:
+        """What codes the windows: all processes together, or the leader's VAE and None elsewhere."""
+        if self.vae_ranks > 1:
+            return apply_shared_vae(self.vae, self.team.picture_rows)
+        return self.vae if self.team.leads else None
+
+    def use_vae_pass(self, latents: int) -> None:
+        """Code in passes of so many latents, as the leader does: ranks that share a picture go in step."""
+        for vae in self._fast_vaes:
+            vae.use_pass(latents)
 
     def _create_vae(self, vae: WanVAE) -> VideoVAE:
         """What runs `vae`, in passes of the placement's size."""

@@ -53,6 +53,7 @@ NEUTRAL_FIELDS = frozenset(
         "runtime.sp_size",
         "runtime.cfg_parallel",
         "runtime.use_fsdp",
+        "runtime.vae_parallel",
     }
 )
 """Fields that change the video not at all or by rounding (number of GPUs); a resumed run may have others."""
@@ -321,6 +322,8 @@ class RuntimeConfig(_Section):
     """Groups of `sp_size` GPUs, over which guidance's branches are spread; processes: the product of both."""
     use_fsdp: Flag = False
     """Share the weights of the blocks out among the `sp_size` GPUs, for models that do not fit on one."""
+    vae_parallel: Flag | None = None
+    """In the VAE, share a picture's rows out among all GPUs of the video; unset: where the fast VAE runs."""
     threads: Whole | None = Field(None, ge=1)
     """CPU threads of torch; unset: its own choice."""
 
@@ -332,10 +335,9 @@ class RuntimeConfig(_Section):
     @property
     def text_cache(self) -> Path:
         """Folder of cached text embeddings, the platform's user cache when none is configured."""
-        if self.text_cache_dir is not None:
-            return self.text_cache_dir
         places = {"darwin": "Library/Caches", "win32": "AppData/Local"}
-        return Path.home() / places.get(sys.platform, ".cache") / "omniavatar"
+        default = Path.home() / places.get(sys.platform, ".cache") / "omniavatar"
+        return self.text_cache_dir or default
 
     @model_validator(mode="after")
     def _one_limit(self) -> RuntimeConfig:

@@ -1,6 +1,7 @@
-"""What every process but the first does when several make one video: wait, load the DiT, denoise along.
+"""What every process but the first does when several make one video: wait, load the models, go along.
 
-Inputs, decisions, decoding and writing are the leader's (`omniavatar.pipeline`).
+It denoises, and decodes and encodes where the VAE is shared. Inputs, decisions and writing are the leader's
+(`omniavatar.pipeline`).
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ def follow(pipeline: AvatarPipeline) -> None:
     while not isinstance(order := pipeline.team.next_order(), EndOrder):
         if isinstance(order, PlaceOrder):
             components.adopt(components.place(order.request, order.identity))
-            components.load_dit()
+            components.load_for_windows()
         else:
-            _denoise(pipeline, order)
+            _make_windows(pipeline, order)
 
 
-def _denoise(pipeline: AvatarPipeline, order: WindowsOrder) -> None:
+def _make_windows(pipeline: AvatarPipeline, order: WindowsOrder) -> None:
     device = pipeline.components.device
     width = order.audio_width
     conditioning = Conditioning(
@@ -32,6 +33,7 @@ def _denoise(pipeline: AvatarPipeline, order: WindowsOrder) -> None:
         order.reference_latent.to(device),
         None if width is None else np.empty((0, width), dtype=np.float32),
     )
+    pipeline.components.use_vae_pass(order.vae_latents)
     pipeline.team.meet()
     generator = pipeline.window_generator(order.sampling, conditioning, order.step_plan)
     for _ in generator.run(order.windows, order.first, order.given):

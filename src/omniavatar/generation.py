@@ -7,8 +7,8 @@ The hand-over goes through pixels: the last `overlap` frames of a window, clippe
 floats, are encoded again and become the next window's given latents (a latent from the middle of a clip
 cannot serve, because the causal VAE codes a clip's first frame alone).
 
-Several processes (`parallel.team`) denoise a window together; only the leader has a VAE, and shares what is
-made of it.
+Several processes (`parallel.team`) denoise a window together, and share the VAE's work (`accel.shared_vae`)
+or leave it to the leader, who sends the others what is handed over.
 Source: OmniAvatar (arXiv 2506.18866).
 
 Shapes: T latent frames, h w latent pixels, N video frames, H W pixels, D audio width.
@@ -114,7 +114,8 @@ def image_condition(reference_latent: Tensor, window: Window) -> Tensor:
 class WindowGenerator:
     """Generates the windows of one request with models that are already on their device.
 
-    vae, and the rows of the conditioning's audio: the leader's only; its results alone have frames.
+    vae: None where the leader has the only one. The rows of the conditioning's audio are the leader's, and
+    its results alone have frames.
     """
 
     def __init__(
@@ -182,7 +183,7 @@ class WindowGenerator:
             with self._recorder.stage("vae_encode"):
                 encoded = None if self._vae is None or tail is None else self._encode(self._vae, tail)
                 shape = (1, latent.shape[1], (overlap + 3) // 4, *latent.shape[3:])
-                following = self._team.share(encoded, shape, self._device)
+                following = self._team.share(encoded if self._team.leads else None, shape, self._device)
                 next_given = download(following)
         return WindowResult(window, latent, frames, next_given, arrival(self._device)), following
 
@@ -250,7 +251,7 @@ class WindowGenerator:
     def _decode(
         self, vae: VideoVAE, latent: Tensor, window: Window, overlap: int
     ) -> tuple[list[np.ndarray], Tensor | None]:
-        """New frames of the window, converted piece by piece, and its last `overlap` frames as floats."""
+        """New frames of the window, converted by the leader, and its last `overlap` frames as floats."""
         skip = 0 if window.index == 0 else window.given_frames
         stop = skip + window.new_frames
         frames: list[np.ndarray] = []
@@ -260,7 +261,7 @@ class WindowGenerator:
             pixels = piece.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
             count = pixels.shape[2]
             low, high = max(skip - done, 0), min(stop - done, count)
-            if low < high:
+            if low < high and self._team.leads:
                 frames.append(self._convert(pixels[:, :, low:high]))
             if done + count > window.length - overlap:
                 tail.append(pixels[:, :, max(window.length - overlap - done, 0) :].clone())

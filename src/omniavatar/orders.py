@@ -14,7 +14,7 @@ from omniavatar.types import Conditioning, StepPlan, Window
 
 @dataclass(frozen=True)
 class PlaceOrder:
-    """Load the DiT for this request. identity: what of the leader's placement decides the frames."""
+    """Load the models for this request. identity: what of the leader's placement decides the frames."""
 
     request: Request
     identity: Mapping[str, str | int]
@@ -22,7 +22,10 @@ class PlaceOrder:
 
 @dataclass(frozen=True, eq=False)
 class WindowsOrder:
-    """Denoise `windows[first:]`. Tensors are the leader's, on the host; audio rows come window by window."""
+    """Make `windows[first:]`. Tensors are the leader's, on the host; audio rows come window by window.
+
+    vae_latents: latents of a pass of the VAE, where all share it.
+    """
 
     sampling: SamplingConfig
     text_positive: Tensor
@@ -33,6 +36,7 @@ class WindowsOrder:
     windows: tuple[Window, ...]
     first: int
     given: Tensor | None
+    vae_latents: int
 
     @classmethod
     def of(
@@ -43,6 +47,7 @@ class WindowsOrder:
         windows: tuple[Window, ...],
         first: int,
         given: Tensor | None,
+        vae_latents: int,
     ) -> WindowsOrder:
         return cls(
             sampling,
@@ -54,6 +59,7 @@ class WindowsOrder:
             windows,
             first,
             given,
+            vae_latents,
         )
 
 

@@ -162,7 +162,7 @@ class AvatarPipeline:
         def generator() -> WindowGenerator:
             return WindowGenerator(
                 components.dit,
-                components.vae if self.team.leads else None,
+                components.window_vae,
                 conditioning,
                 windows,
                 self._recorder,
@@ -298,8 +298,9 @@ class AvatarPipeline:
         make_room: MakeRoom | None = None,
     ) -> Iterator[WindowResult]:
         """`windows[first:]`, made by all processes."""
-        self.components.load_dit()
-        self.team.order(WindowsOrder.of(sampling, conditioning, step_plan, windows, first, given))
+        self.components.load_for_windows()
+        passes = self.components.placed.vae_latents
+        self.team.order(WindowsOrder.of(sampling, conditioning, step_plan, windows, first, given, passes))
         self.team.meet()
         generator = self.window_generator(sampling, conditioning, step_plan, make_room=make_room)
         return generator.run(windows, first, given)

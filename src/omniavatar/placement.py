@@ -36,7 +36,7 @@ from omniavatar.accel.vae import pass_sizes
 from omniavatar.checkpoint.layout import SCALES, Shape, text_tensors, wav2vec_tensors
 from omniavatar.checkpoint.layout_vae import vae_tensors
 from omniavatar.checkpoint.tiny_decoder import light_vae_config, tiny_decoder_config, tiny_decoder_tensors
-from omniavatar.errors import ResourceError
+from omniavatar.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
     from omniavatar.accel.apply import Quantize
@@ -49,6 +49,8 @@ CONTEXT_BYTES = GB // 2
 """Left free under `memory: auto`, for CUDA modules that are loaded later and for other programs."""
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 QUANTIZED_FORMS: tuple[Quantize, ...] = ("fp8", "int8")
+SHARED_DECODERS = ("full", "lightvae")
+"""Those that the fast VAE's layers run; the tiny ones take less time than sharing them would save."""
 QUANTIZE_FIELD, PASS_FIELD = "runtime.quantize", "runtime.vae_latents_a_pass"
 
 
@@ -119,6 +121,22 @@ class Request:
     cached: bool
 
 
+def vae_ranks(config: PipelineConfig, vae_name: str) -> int:
+    """Processes that share the VAE's work: all that make a video, or one.
+
+    Raises ConfigError where `vae_parallel` asks for what cannot be.
+    """
+    runtime = config.runtime
+    can = runtime.processes > 1 and vae_name == "fast" and config.model.decoder in SHARED_DECODERS
+    if runtime.vae_parallel and not can:
+        raise ConfigError(
+            f"vae_parallel: needs several processes, vae: fast and one of the decoders "
+            f"{', '.join(SHARED_DECODERS)}, not {runtime.processes}, {vae_name} and {config.model.decoder}; "
+            "leave it out to share the VAE where it can be"
+        )
+    return runtime.processes if can and runtime.vae_parallel is not False else 1
+
+
 def run_sizes(
     config: PipelineConfig, dit: DiTConfig, request: Request, vae_name: str, device: torch.device
 ) -> RunSizes:
@@ -130,6 +148,7 @@ def run_sizes(
     size = DTYPE_BYTES[config.model.dtype]
     fused = device.type == "cuda" if config.runtime.fuse is None else config.runtime.fuse
     plan, branches = request.plan, request.plan.branches
+    ranks = vae_ranks(config, vae_name)
     float8 = config.runtime.quantize != "none"
     return RunSizes(
         vae=tensor_bytes(vae_tensors(spec.vae), size)
@@ -139,7 +158,7 @@ def run_sizes(
         held=held_bytes(dit, len({branch.text for branch in branches}), size),
         denoise=denoise_bytes(dit, plan.tokens, size, fused, len(branches), request.cached, float8),
         coding=tuple(
-            coding_bytes(spec.vae.dim, plan.size, size, latents, plan.overlap, vae_name == "fast")
+            coding_bytes(spec.vae.dim, plan.size, size, latents, plan.overlap, vae_name == "fast", ranks)
             for latents in pass_sizes(vae_name)
         ),
     )

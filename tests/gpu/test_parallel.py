@@ -1,4 +1,4 @@
-"""One video on several ranks: kernels on a rank's tokens, weights gathered by NCCL, two real GPUs."""
+"""One video on several ranks: kernels on a rank's share, weights gathered by NCCL, two real GPUs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,21 @@ from torch import Tensor
 from engine import overrides, portrait
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
 from omniavatar.accel.shard_weights import apply_shared_weights
+from omniavatar.accel.shared_vae import apply_shared_vae
+from omniavatar.accel.vae import FastVAEConfig, SplitRows, apply_fast_vae
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
+from omniavatar.checkpoint.vae import random_vae
 from omniavatar.model.dit import WanDiT
+from omniavatar.model.vae import VAEConfig, VideoVAE
 from omniavatar.ops.attention import available_backends, create_attention
 from omniavatar.ops.fused import create_fused
 from omniavatar.parallel.layout import Layout
 from omniavatar.parallel.peers import Peers, Pending
+from omniavatar.parallel.picture_rows import PictureRows
 from omniavatar.parallel.sequence import SequenceParallel
+from omniavatar.parallel.team import Ranks
+from ranks import RankPool
 
 pytestmark = pytest.mark.gpu
 GRID = (5, 50, 90)
@@ -52,6 +59,9 @@ class ThreadPeers(Peers):
         parts = self._swap(rows.split(list(send)))
         assert [len(part) for part in parts] == list(receive)
         return Pending(torch.cat(parts), None)
+
+    def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        return self.all_to_all(rows, send, receive).wait()
 
     def gather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         parts = self._swap([rows] * self.size)
@@ -78,6 +88,23 @@ def thread_ranks(layout: Layout, least_rows: int) -> list[SequenceParallel]:
         peers(each) for each in (layout.sequence_peers(), layout.head_peers(), layout.row_peers())
     )
     return [SequenceParallel(whole[r], heads[r], rows[r], least_rows) for r in range(layout.size)]
+
+
+def on_threads(size: int, work: Callable[[int], Any]) -> list[Any]:
+    """What `work(rank)` returned on a thread for each rank."""
+    found: dict[int, Any] = {}
+
+    def keep(rank: int) -> None:
+        with torch.inference_mode():
+            found[rank] = work(rank)
+
+    threads = [threading.Thread(target=keep, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(found) == size
+    return [found[rank] for rank in range(size)]
 
 
 def make(device: torch.device, attention: str, quantize: Any, seed: int = 0) -> WanDiT:
@@ -115,20 +142,12 @@ def shared_forward(
     dit.attention = lambda q, k, v: current.attention(q, k, v)
     dit.attention.takes_float8 = attention == "fa3_fp8"  # type: ignore[attr-defined]
     ranks = thread_ranks(Layout(1, size, dit.config.num_heads), least_rows=1000)
-    found: dict[int, Tensor] = {}
 
-    def work(rank: int) -> None:
+    def work(rank: int) -> Tensor:
         current.attention = ranks[rank].attention(inner)
-        with torch.inference_mode():
-            found[rank] = dit(*args, run_blocks=ranks[rank].shard(dit.run_blocks))
+        return dit(*args, run_blocks=ranks[rank].shard(dit.run_blocks))
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert len(found) == size
-    return alone, [found[rank] for rank in range(size)]
+    return alone, on_threads(size, work)
 
 
 @pytest.mark.parametrize("size", [2, 8])
@@ -163,7 +182,80 @@ def test_weights_gathered_by_nccl_are_the_weights(quantize: str, tmp_path: Path)
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("shares", ["sp_size=2", "cfg_parallel=2", "sp_size=2,use_fsdp=true"])
+def coded(
+    device: torch.device, dtype: torch.dtype, split: SplitRows | None
+) -> tuple[Tensor, Tensor, VideoVAE]:
+    """Pixels of 4 latents and latents of 9 frames by the released VAE's sizes, and the VAE."""
+    vae: VideoVAE = apply_fast_vae(
+        random_vae(VAEConfig(), dtype=dtype, device=device, seed=0), FastVAEConfig()
+    )
+    generator = torch.Generator(device).manual_seed(3)
+    latent = torch.randn(1, 16, 4, 25, 20, generator=generator, device=device)
+    video = torch.rand(1, 3, 9, 200, 160, generator=generator, device=device) * 2 - 1
+    if split is not None:
+        vae = apply_shared_vae(vae, split)
+    with torch.inference_mode():
+        return torch.cat(list(vae.decode_stream(latent)), dim=2), vae.encode(video), vae
+
+
+@pytest.fixture
+def exact_float32() -> Iterator[None]:
+    matmul, conv = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, conv
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 4e-2)])
+def test_the_vae_on_a_ranks_rows(
+    size: int, dtype: torch.dtype, tolerance: float, exact_float32: None
+) -> None:
+    device = torch.device("cuda", 0)
+    pixels, latents, _ = coded(device, dtype, None)
+    board = Board(size)
+
+    def work(rank: int) -> tuple[Tensor, ...]:
+        return coded(device, dtype, lambda rows: PictureRows(ThreadPeers(board, rank, size), rows))[:2]
+
+    for found in on_threads(size, work):
+        for there, alone in zip(found, (pixels, latents), strict=True):
+            assert (there - alone).norm() / alone.norm() < tolerance
+
+
+def coded_on_gpu(team: Ranks) -> tuple[Tensor, Tensor]:
+    """The second time no call may make the host wait."""
+    device = torch.device("cuda", team.rank)
+    pixels, latents, vae = coded(device, torch.bfloat16, team.picture_rows)
+    with torch.inference_mode():
+        clip = pixels[:, :, :9].clone()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            again = list(vae.decode_stream(latents))
+            vae.encode(clip)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert sum(piece.shape[2] for piece in again) == 9
+    return pixels.cpu(), latents.cpu()
+
+
+def test_two_gpus_share_a_picture(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    alone = coded(torch.device("cuda", 0), torch.bfloat16, None)[:2]
+    pool = RankPool(2, tmp_path, "cuda")
+    try:
+        found = pool.run(coded_on_gpu)
+    finally:
+        pool.close()
+    for here, there, single in zip(*found, alone, strict=True):
+        assert torch.equal(here, there)
+        assert (here - single.cpu()).norm() / single.cpu().norm() < 4e-2
+
+
+@pytest.mark.parametrize(
+    "shares", ["sp_size=2", "cfg_parallel=2", "sp_size=2,use_fsdp=true", "sp_size=2,vae_parallel=false"]
+)
 def test_two_gpus_make_the_video_of_one(shares: str, nano_checkpoint: Path, tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")

@@ -197,8 +197,8 @@ def compare_twins(device: str, dtype: torch.dtype, widths: tuple[int, ...], tole
     """Both `add_norm`s on every combination of arguments."""
     from omniavatar.ops import channel_norm_triton
 
-    flags = itertools.product(widths, *[(False, True)] * 7)
-    for channels, biased, added, kept, normed, activate, phases, border in flags:
+    flags = itertools.product(widths, *[(False, True)] * 6, ((0, 0), (0, 1), (1, 0), (1, 1)))
+    for channels, biased, added, kept, normed, activate, phases, (rows, columns) in flags:
         if not (kept or normed):
             continue
         shape, source = (2, 4, 6, channels), (2, 3, 4, 4 * channels)
@@ -209,8 +209,8 @@ def compare_twins(device: str, dtype: torch.dtype, widths: tuple[int, ...], tole
         results = []
         for twin in (add_norm, channel_norm_triton.add_norm):
             total = torch.zeros(shape, device=device, dtype=dtype)
-            window = torch.zeros(4, 4, 6 + 2 * border, channels, device=device, dtype=dtype)
-            out = window[2:, :, border : 6 + border]
+            window = torch.zeros(4, 4 + 2 * rows, 6 + 2 * columns, channels, device=device, dtype=dtype)
+            out = window[2:, rows : 4 + rows, columns : 6 + columns]
             twin(
                 value,
                 bias,
@@ -231,7 +231,8 @@ def compare_twins(device: str, dtype: torch.dtype, widths: tuple[int, ...], tole
             normed,
             activate,
             phases,
-            border,
+            rows,
+            columns,
             difference,
         )
 

@@ -163,19 +163,34 @@ def held_bytes(config: DiTConfig, texts: int, dtype_bytes: int) -> int:
 
 
 def coding_bytes(
-    channels: int, size: tuple[int, int], dtype_bytes: int, latents: int, overlap: int, fast: bool
+    channels: int,
+    size: tuple[int, int],
+    dtype_bytes: int,
+    latents: int,
+    overlap: int,
+    fast: bool,
+    ranks: int = 1,
 ) -> int:
     """What is alive while the VAE decodes `latents` a pass, or encodes the hand-over of `overlap` frames.
 
     In frames of the last stage: 24 past ones and 3.5 for each new one, encoding 8 and 5.5 (fast); the scores
-    of a frame's attention are float32 and there twice.
+    of a frame's attention are float32 and there twice. Where ranks share the rows, the largest run of them
+    counts with its border, and what is whole on each: the portrait encoded by the leader, three times the
+    pixels of a pass in float32.
     """
     height, width = size
     frame = height * width * channels * dtype_bytes
     if not fast:
         return 28 * frame
-    scores = 2 * latents * (height // 8 * width // 8) ** 2 * FLOAT
+    rows = height // 8
+    scores = 2 * latents * (rows * width // 8) ** 2 * FLOAT
     encoded = min(overlap - 1, frames_of_pass(latents))
+    if 1 < ranks <= rows:
+        most = -(-rows // ranks)
+        share = frame * (8 * most + 2) // height
+        decoding = 24 * share + max(14 * latents * share, scores * most // rows)
+        pixels = 3 * 4 * latents * height * width * 3 * FLOAT
+        return int(max(decoding + pixels, (8 + 5.5 * encoded) * share, 13.5 * frame))
     return int(max(24 * frame + max(14 * latents * frame, scores), (8 + 5.5 * encoded) * frame))
 
 

@@ -17,7 +17,7 @@ Shapes: B clips, N = 4T-3 frames, T latents, H W pixels, h w = H/8 W/8.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -25,13 +25,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from omniavatar.accel.vae_frames import Clip, FrameLayers, pointwise
+from omniavatar.accel.vae_frames import Clip, FrameLayers, Rows, pointwise
 from omniavatar.errors import ResourceError
 from omniavatar.model.vae import Decoder, Encoder, VideoVAE, WanVAE, denormalise, normalise
 from omniavatar.ops import channel_norm
 from omniavatar.ops.channel_norm import AddNorm
 
 Kernels = Literal["eager", "triton"]
+SplitRows = Callable[[int], Rows | None]
+"""This rank's rows of a picture of so many latent rows, None for all of them (`accel.shared_vae`)."""
+
+
+def whole_picture(rows: int) -> None:
+    """All rows of every picture."""
 
 
 @dataclass(frozen=True)
@@ -126,27 +132,38 @@ class FastVAE:
         return self.plain.spatial_factor
 
     @torch.no_grad()
-    def encode(self, video: Tensor) -> Tensor:
-        """Normalised posterior mean (B, 16, T, h, w) float32 of pixels (B, 3, 4T-3, H, W) in [-1, 1]."""
+    def encode(self, video: Tensor, split: SplitRows = whole_picture) -> Tensor:
+        """Normalised posterior mean (B, 16, T, h, w) float32 of pixels (B, 3, 4T-3, H, W) in [-1, 1].
+
+        split: the rows to compute; the ranks that share a picture all take and give the whole of it.
+        """
         if video.shape[2] % 4 != 1:
             raise ValueError(f"a clip of 1+4n frames, not {video.shape[2]}")
         means: list[Tensor] = []
         for frames in video.to(self.plain.conv1.weight.dtype).permute(0, 2, 3, 4, 1):
-            clip = Clip()
-            pieces = [
-                self._encode_frames(piece, clip) for piece in _passes(frames, self.config.frames_at_once)
-            ]
-            means.append(torch.cat(pieces).chunk(2, dim=-1)[0])
+            clip = Clip(split(frames.shape[1] // self.spatial_factor))
+            passes = _passes(clip.mine(frames), self.config.frames_at_once)
+            pieces = [self._encode_frames(piece, clip) for piece in passes]
+            means.append(clip.whole(torch.cat(pieces).chunk(2, dim=-1)[0]))
         return normalise(torch.stack(means).permute(0, 4, 1, 2, 3).contiguous())
 
     @torch.no_grad()
-    def decode_stream(self, latent: Tensor) -> Iterator[Tensor]:
-        """Yield pixels (B, 3, n, H, W) float32, about [-1, 1], in order; n = 1 first, then 4 a latent."""
+    def decode_stream(self, latent: Tensor, split: SplitRows = whole_picture) -> Iterator[Tensor]:
+        """Yield pixels (B, 3, n, H, W) float32, about [-1, 1], in order; n = 1 first, then 4 a latent.
+
+        split: see `encode`.
+        """
         z = denormalise(latent).to(self.plain.conv2.weight.dtype).permute(0, 2, 3, 4, 1)
-        clips = [Clip() for _ in z]
-        streams = [_passes(frames, self.config.latents_at_once) for frames in z]
+        clips = [Clip(split(z.shape[2])) for _ in z]
+        streams = [
+            _passes(clip.mine(frames), self.config.latents_at_once)
+            for frames, clip in zip(z, clips, strict=True)
+        ]
         for pieces in zip(*streams, strict=True):
-            pixels = [self._decode_latents(piece, clip) for piece, clip in zip(pieces, clips, strict=True)]
+            pixels = [
+                clip.whole(self._decode_latents(piece, clip))
+                for piece, clip in zip(pieces, clips, strict=True)
+            ]
             yield torch.stack(pixels).permute(0, 4, 1, 2, 3)
 
     def decode(self, latent: Tensor) -> Tensor:

@@ -7,12 +7,14 @@ of the plain modules, named by the same keys; only their memory format changes.
 
 Shapes: T frames of this pass, H W pixels of the stage, C channels; frames are (T, H, W, C), contiguous.
 A clip's first pass holds its first frame alone, so temporal resampling never meets it with others.
+Where ranks share a picture (`Clip.rows`) H are this rank's rows, and the input of a 3x3 or 3x3x3 convolution
+has a border row on either side for its neighbours' (past frames keep theirs), instead of padding.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,12 +67,34 @@ class Pending:
         return self.value.new_empty(self.shape) if self.phases else self.value
 
 
+class Rows(Protocol):
+    """One rank's rows of a picture that several ranks share; see `parallel.picture_rows`."""
+
+    def mine(self, frames: Tensor) -> Tensor: ...
+
+    def border(self, window: Tensor, above: bool = True, below: bool = True) -> None: ...
+
+    def gather(self, frames: Tensor) -> Tensor: ...
+
+
 @dataclass(eq=False)
 class Clip:
-    """What the passes over one clip leave to the next: the last input frames of every causal layer."""
+    """What the passes over one clip leave to the next: the last input frames of every causal layer.
 
+    rows: this rank's of the picture, None if it has all of them.
+    """
+
+    rows: Rows | None = None
     past: dict[nn.Module, Tensor] = field(default_factory=dict)
     started: bool = False
+
+    def mine(self, frames: Tensor) -> Tensor:
+        """This rank's rows of whole frames."""
+        return frames if self.rows is None else self.rows.mine(frames)
+
+    def whole(self, frames: Tensor) -> Tensor:
+        """Whole frames of all ranks' rows."""
+        return frames if self.rows is None else self.rows.gather(frames)
 
 
 class FrameLayers:
@@ -110,7 +134,7 @@ class FrameLayers:
     def stem(self, conv: CausalConv3d, x: Tensor, clip: Clip) -> Pending:
         """A network's first convolution; missing channels of `x` (pixels have three) are zeros."""
         window = self._window(conv, clip, (*x.shape[:3], x.shape[3] + -x.shape[3] % CHANNEL_MULTIPLE))
-        inside = self._inside(conv, window)
+        inside = self._inside(conv, window, clip)
         inside[..., : x.shape[3]] = x
         inside[..., x.shape[3] :] = 0
         return Pending(self._convolve(conv, window, clip), conv.bias)
@@ -128,7 +152,7 @@ class FrameLayers:
         if isinstance(layer, ResidualBlock):
             return self._residual_block(layer, x, clip)
         if isinstance(layer, FrameAttention):
-            return self._attention(layer, x)
+            return self._attention(layer, x, clip)
         if isinstance(layer, Downsample):
             return self._downsample(layer, x, clip)
         return self._upsample(cast(Upsample, layer), x, clip)
@@ -145,7 +169,7 @@ class FrameLayers:
         short = pointwise(shortcut, total) if isinstance(shortcut, CausalConv3d) else total
         return Pending(out, conv2.bias, short)
 
-    def _attention(self, layer: FrameAttention, x: Pending) -> Pending:
+    def _attention(self, layer: FrameAttention, x: Pending, clip: Clip) -> Pending:
         total = self._settle(x)
         normed = torch.empty_like(total)
         self._add_norm(
@@ -159,14 +183,21 @@ class FrameLayers:
             phases=False,
         )
         qkv = pointwise(layer.to_qkv, normed.flatten(1, 2))
+        q, k, v = qkv.chunk(3, dim=-1)
+        if clip.rows is not None:
+            keys_values = qkv[..., total.shape[3] :].unflatten(1, total.shape[1:3])
+            k, v = clip.rows.gather(keys_values).flatten(1, 2).chunk(2, dim=-1)
         attend = matmul_attention if self._matmul_attention else fused_attention
-        out = attend(*qkv.chunk(3, dim=-1)).view_as(total)
+        out = attend(q, k, v).view_as(total)
         return Pending(pointwise(layer.proj, out, with_bias=False), layer.proj.bias, total)
 
     def _downsample(self, layer: Downsample, x: Pending, clip: Clip) -> Pending:
         conv = cast(nn.Conv2d, layer.resample[1])
-        padded = F.pad(self._settle(x), (0, 0, 0, 1, 0, 1)).permute(0, 3, 1, 2)
-        small = F.conv2d(padded, conv.weight, conv.bias, (2, 2)).permute(0, 2, 3, 1).contiguous()
+        padded = F.pad(self._settle(x), (0, 0, 0, 1, 0, 1))
+        if clip.rows is not None:
+            clip.rows.border(padded, above=False)
+        small = F.conv2d(padded.permute(0, 3, 1, 2), conv.weight, conv.bias, (2, 2))
+        small = small.permute(0, 2, 3, 1).contiguous()
         if layer.time_conv is None:
             return Pending(small)
         last = small[-1:].clone()
@@ -182,18 +213,23 @@ class FrameLayers:
         frames = (
             self._double_frames(cast(CausalConv3d, layer.time_conv), x, clip) if double else self._settle(x)
         )
+        if clip.rows is not None:
+            frames = F.pad(frames, (0, 0, 0, 0, 1, 1))
+            clip.rows.border(frames)
+        padding = int(clip.rows is None), 1
         images = frames.permute(0, 3, 1, 2)
         if self._merged_upsample:
-            value = F.conv2d(images, self._derived[layer], None, padding=1)
+            value = F.conv2d(images, self._derived[layer], None, padding=padding)
         else:
             doubled = F.interpolate(images, scale_factor=2.0, mode="nearest-exact")
-            value = F.conv2d(doubled, conv.weight, None, padding=1)
+            doubled = doubled if clip.rows is None else doubled[:, :, 1:-1]
+            value = F.conv2d(doubled, conv.weight, None, padding=padding)
         return Pending(value.permute(0, 2, 3, 1).contiguous(), conv.bias, None, self._merged_upsample)
 
     def _double_frames(self, conv: CausalConv3d, x: Pending, clip: Clip) -> Tensor:
         frames, height, width, channels = x.shape
         window = self._window(conv, clip, x.shape)
-        self._settle(x, self._inside(conv, window))
+        self._settle(x, self._inside(conv, window, clip))
         pairs = self._convolve(conv, window, clip).unflatten(3, (2, channels)).permute(0, 3, 1, 2, 4)
         assert conv.bias is not None
         out = window.new_empty(frames, 2, height, width, channels)
@@ -211,7 +247,7 @@ class FrameLayers:
             x.residual,
             total=None if x.settled else total,
             gamma=norm.gamma,
-            out=self._inside(conv, window),
+            out=self._inside(conv, window, clip),
             activate=True,
             phases=x.phases,
         )
@@ -237,11 +273,13 @@ class FrameLayers:
     def _window(self, conv: CausalConv3d, clip: Clip, shape: tuple[int, int, int, int]) -> Tensor:
         """Input (history + T, H, W, C) of a causal convolution: the past, and room for T new frames.
 
-        Where columns are paired, a column of zeros lies on either side (W + 2).
+        Where columns are paired, a column of zeros lies on either side (W + 2), where ranks share the
+        picture a row (H + 2).
         """
         frames, height, width, channels = shape
         border = 2 if self._pairs(conv, width) else 0
-        window = conv.weight.new_empty(conv.history + frames, height, width + border, channels)
+        rows = height if _neighbours(conv, clip) is None else height + 2
+        window = conv.weight.new_empty(conv.history + frames, rows, width + border, channels)
         if border:
             window[:, :, :: width + 1].zero_()
         past = clip.past.get(conv)
@@ -254,20 +292,31 @@ class FrameLayers:
     def _pairs(self, conv: CausalConv3d, width: int) -> bool:
         return conv in self._paired and width % 2 == 0
 
-    def _inside(self, conv: CausalConv3d, window: Tensor) -> Tensor:
+    def _inside(self, conv: CausalConv3d, window: Tensor, clip: Clip) -> Tensor:
         """The new frames' place in the window."""
         new = window[conv.history :]
+        if _neighbours(conv, clip) is not None:
+            new = new[:, 1:-1]
         return new[:, :, 1:-1] if self._pairs(conv, window.shape[2]) else new
 
     def _convolve(self, conv: CausalConv3d, window: Tensor, clip: Clip) -> Tensor:
         """The convolution without its bias (T, H, W, C'); the window's end becomes the past."""
+        rows = _neighbours(conv, clip)
+        if rows is not None:
+            rows.border(window[conv.history :])
+        height = conv.padding[1] if rows is None else 0
         clip.past[conv] = window[-conv.history :].clone()
         if self._pairs(conv, window.shape[2]):
             pairs = window.view(*window.shape[:2], -1, 2 * window.shape[3])
-            out = _convolve_frames(pairs, self._paired[conv], (1, 1, 1), (0, 1, 0))
+            out = _convolve_frames(pairs, self._paired[conv], (1, 1, 1), (0, height, 0))
             return out.unflatten(3, (2, -1)).flatten(2, 3)
         weight = self._derived.get(conv, conv.weight)
-        return _convolve_frames(window, weight, conv.stride, conv.padding)
+        return _convolve_frames(window, weight, conv.stride, (0, height, conv.padding[2]))
+
+
+def _neighbours(conv: CausalConv3d, clip: Clip) -> Rows | None:
+    """What brings the rows beyond this rank's, None if `conv` needs none."""
+    return clip.rows if conv.kernel_size[1] > 1 else None
 
 
 def _convolve_frames(frames: Tensor, weight: Tensor, stride: Triple, padding: Triple) -> Tensor:

@@ -1,8 +1,8 @@
 """What the main path sees of the processes that make one video together: a `Team`.
 
 `ONE` is a single process, for which everything here does nothing. Otherwise rank 0 leads: it alone reads
-inputs, decides, decodes and writes. The others wait for its orders (Python objects, between videos only; see
-`omniavatar.following`) and run the same denoising loop, in which only tensors travel.
+inputs, decides and writes. The others wait for its orders (Python objects, between videos only; see
+`omniavatar.following`) and run the same loop of windows, in which only tensors travel.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from omniavatar.model.dit import RunBlocks, WanDiT
 from omniavatar.parallel.guidance import GuidanceParallel, Predict
 from omniavatar.parallel.layout import Layout
 from omniavatar.parallel.peers import Peers
+from omniavatar.parallel.picture_rows import PictureRows
 from omniavatar.parallel.sequence import SequenceParallel
 from omniavatar.sampling.passes import Pass, Passes
 
@@ -63,6 +64,9 @@ class Team(Protocol):
     def meet(self) -> None:
         """Wait until all ranks are here, however long it takes."""
 
+    def picture_rows(self, rows: int) -> PictureRows | None:
+        """This rank's run of a picture of so many latent rows; None where each has the whole picture."""
+
     def weight_peers(self) -> Peers | None:
         """The ranks that may share the weights among them: they run the same blocks in the same order."""
 
@@ -98,6 +102,9 @@ class OneProcess:
     def meet(self) -> None:
         pass
 
+    def picture_rows(self, rows: int) -> PictureRows | None:
+        return None
+
     def weight_peers(self) -> Peers | None:
         return None
 
@@ -115,6 +122,8 @@ class Ranks:
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._groups: dict[tuple[tuple[int, ...], ...], Peers] = {}
+        assert dist.group.WORLD is not None
+        self._everyone = Peers(dist.group.WORLD, self.rank, self.size)
         self._orders = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._sequence: SequenceParallel | None = None
         self._guidance: GuidanceParallel | None = None
@@ -178,6 +187,9 @@ class Ranks:
 
     def meet(self) -> None:
         dist.barrier(group=self._orders)
+
+    def picture_rows(self, rows: int) -> PictureRows | None:
+        return PictureRows(self._everyone, rows) if rows >= self.size else None
 
     def weight_peers(self) -> Peers | None:
         return self._weights

@@ -1,0 +1,131 @@
+"""What `scaling.py --vae` measures: the VAE's work on one GPU and shared by rows among all of them.
+
+Released sizes, random weights, bf16, 400x720: decode of 105 frames and encode of 13. Each is timed on one GPU
+(every rank alone, at the same time), shared, and shared with exchanges that move nothing (the difference is
+what they cost); "queued" is the host's time to launch it all. Errors: relative L2 of the shared result
+against the same rank's own.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+
+import torch
+from timing import timed
+
+from omniavatar.accel.shared_vae import apply_shared_vae
+from omniavatar.accel.vae import FastVAEConfig, apply_fast_vae
+from omniavatar.checkpoint.vae import random_vae
+from omniavatar.model.vae import VAEConfig
+from omniavatar.parallel.peers import Peers, Pending
+from omniavatar.parallel.picture_rows import PictureRows
+
+HEIGHT, WIDTH = 400, 720
+LATENTS, FRAMES = 27, 13
+
+
+class SilentPeers(Peers):
+    """Gives this rank's own rows back in the right shapes; moves nothing."""
+
+    def all_to_all(self, rows, send, receive):
+        rows, count = rows.contiguous(), sum(receive)
+        return Pending(
+            torch.cat([rows, rows[: count - len(rows)]]) if count > len(rows) else rows[:count], None
+        )
+
+    def exchange(self, rows, send, receive):
+        count = sum(receive)
+        return rows[:count] if count <= len(rows) else rows.new_zeros((count, *rows.shape[1:]))
+
+    def gather(self, rows, counts):
+        return torch.cat([rows] * self.size + [rows])[: sum(counts)]
+
+
+class CountingPeers(Peers):
+    """Counts what leaves this rank."""
+
+    swaps = gathers = sent = 0
+
+    def exchange(self, rows, send, receive):
+        self.swaps += 1
+        self.sent += rows.numel() * rows.itemsize
+        return super().exchange(rows, send, receive)
+
+    def gather(self, rows, counts):
+        self.gathers += 1
+        self.sent += rows.numel() * rows.itemsize * (self.size - 1)
+        return super().gather(rows, counts)
+
+
+def measure_vae(team, device, repeats):
+    """Measure on all ranks; the leader prints a table and one line of JSON."""
+    alone = apply_fast_vae(
+        random_vae(VAEConfig(), dtype=torch.bfloat16, device=device, seed=0), FastVAEConfig()
+    )
+    whole = Peers(torch.distributed.group.WORLD, team.rank, team.size)
+    silent, counting = (kind(whole.group, whole.index, whole.size) for kind in (SilentPeers, CountingPeers))
+    kinds = {
+        "one GPU": alone,
+        "shared": apply_shared_vae(alone, team.picture_rows),
+        "shared, nothing moved": apply_shared_vae(alone, lambda rows: PictureRows(silent, rows)),
+    }
+    generator = torch.Generator(device).manual_seed(1)
+    latent = torch.randn(1, 16, LATENTS, HEIGHT // 8, WIDTH // 8, device=device, generator=generator)
+    video = torch.rand(1, 3, FRAMES, HEIGHT, WIDTH, device=device, generator=generator) * 2 - 1
+
+    def decode(vae):
+        for _ in vae.decode_stream(latent):
+            pass
+
+    found, facts = {}, {}
+    with torch.inference_mode():
+        for name, run in (("decode", decode), ("encode", lambda vae: vae.encode(video))):
+            for kind, vae in kinds.items():
+                team.meet()
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                times = timed(lambda run=run, vae=vae: run(vae), repeats)
+                label = f"{name}, {kind}"
+                found[label] = [statistics.median(times), min(times), max(times)]
+                begun = time.perf_counter()
+                run(vae)
+                facts[f"{label}: queued s"] = time.perf_counter() - begun
+                torch.cuda.synchronize()
+                facts[f"{label}: peak GB"] = torch.cuda.max_memory_allocated(device) / 1e9
+        counted = apply_shared_vae(alone, lambda rows: PictureRows(counting, rows))
+        decode(counted)
+        facts["decode: swaps"], facts["decode: gathers"] = counting.swaps, counting.gathers
+        facts["decode: MB sent by rank 0"] = counting.sent / 1e6
+        facts["decode: error"] = _error(_pixels(kinds["shared"], latent), _pixels(alone, latent))
+        facts["encode: error"] = _error(kinds["shared"].encode(video), alone.encode(video))
+    for name in ("decode", "encode"):
+        facts[f"{name}: times one GPU"] = found[f"{name}, one GPU"][0] / found[f"{name}, shared"][0]
+    if not team.leads:
+        return
+    print(f"VAE, {HEIGHT}x{WIDTH}, {team.size} GPUs: {4 * LATENTS - 3} frames decoded, {FRAMES} encoded")
+    for label, values in found.items():
+        print("{:34} {:.4f} ({:.4f}..{:.4f}) s".format(label, *values))
+    for label, value in facts.items():
+        print(f"{label:42} {value:.4g}")
+    print(
+        json.dumps(
+            {
+                "gpus": team.size,
+                "seconds": found,
+                **facts,
+                "device": torch.cuda.get_device_name(device),
+                "torch": torch.__version__,
+            }
+        )
+    )
+
+
+def _pixels(vae, latent):
+    """The first 53 frames."""
+    return torch.cat(list(vae.decode_stream(latent[:, :, :14])), dim=2)
+
+
+def _error(found, alone):
+    return float((found.double() - alone.double()).norm() / alone.double().norm())
