@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from training.nets import Average, cosine
+from training.ranks import Ranks
 from training.settings import StageSettings
 
 CLIP_NORM = 1.0
@@ -18,11 +19,14 @@ CLIP_NORM = 1.0
 
 @dataclass(eq=False)
 class Budget:
-    """Minutes of one stage in this session, after those of earlier ones."""
+    """Minutes of one stage in this session, after those of earlier ones; it is `over` on all ranks at the
+    same step."""
 
     minutes: float
     planned: float
     before: float
+    ranks: Ranks = field(default_factory=Ranks)
+    over: bool = False
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -30,9 +34,15 @@ class Budget:
         """Minutes since this session's stage began."""
         return (time.monotonic() - self.started) / 60
 
-    @property
-    def over(self) -> bool:
-        return self.spent >= self.minutes
+    def check(self, device: torch.device) -> None:
+        """Once a step: is it over on any rank?"""
+        self.over = self.ranks.any(self.spent >= self.minutes, device)
+
+    def measuring(self, measured: float, seconds: float, steps: int) -> bool:
+        """Whether to measure after `steps` steps, the last time having been at `measured` minutes; the first
+        rank does."""
+        due = (self.spent - measured) * 60 > seconds
+        return self.ranks.leads and (due or self.over or steps == 1)
 
     @property
     def progress(self) -> float:
@@ -41,13 +51,15 @@ class Budget:
 
 
 class Log:
-    """Rows of numbers of one run, printed as they come. A row has a stage, minutes, a step and
-    measurements."""
+    """Rows of numbers of one run, printed as they come, by the first rank. A row has a stage, minutes, a
+    step and measurements."""
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.rows = rows
 
     def add(self, stage: str, budget: Budget, step: int, **values: float) -> None:
+        if not budget.ranks.leads:
+            return
         minutes = round(budget.before + budget.spent, 3)
         self.rows.append({"stage": stage, "minutes": minutes, "step": step, **values})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
@@ -69,9 +81,11 @@ class Optimiser:
         self.average = Average(modules, settings.decay)
 
     def step(self, loss: Tensor) -> None:
-        """One step down `loss`; a step whose gradient is not finite is left out."""
+        """One step down the ranks' mean `loss`; a step whose gradient is not finite is left out."""
         self.adam.zero_grad(set_to_none=True)
         loss.backward()
+        self.budget.ranks.average([weight.grad for weight in self.parameters if weight.grad is not None])
+        self.budget.check(loss.device)
         warm = min(1.0, (self.steps + 1) / self.settings.warmup)
         for group in self.adam.param_groups:
             group["lr"] = self.settings.rate * warm * cosine(self.budget.progress)

@@ -169,16 +169,18 @@ class Renderer:
         glint = (normal * half).sum(1, keepdim=True).clamp_min(0).pow(power) * shine
         return torch.stack([diffuse, glint * looks.key[who]])
 
-    def _noise(self, looks: Looks, who: Tensor, place: Tensor, scale: float) -> Tensor:
+    def _waves(self, looks: Looks, who: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """(P, 8) each: angle at scale 1 without its phase, and the phase, of the person's waves."""
         waves = looks.waves[who]
-        return ((waves[..., :3] * place[:, None]).sum(-1) * scale + waves[..., 3]).sin().mean(1)
+        return (waves[..., :3] * place[:, None]).sum(-1), waves[..., 3]
 
     def _skin(self, looks: Looks, who: Tensor, place: Tensor, marks: Tensor, normal: Tensor) -> Tensor:
         x, y, z = place.unbind(1)
         side = x.abs()
         front = smoothstep(z, -0.5, 0.0)
-        tone = looks.skin[who] * (1 + 0.035 * self._noise(looks, who, place, 1.0))[:, None]
-        spots = smoothstep(self._noise(looks, who, place, 11.0), 0.3, 0.5) * front * smoothstep(-y, 0.0, 0.25)
+        waves = self._waves(looks, who, place)
+        tone = looks.skin[who] * (1 + 0.035 * _noise(waves, 1.0))[:, None]
+        spots = smoothstep(_noise(waves, 11.0), 0.3, 0.5) * front * smoothstep(-y, 0.0, 0.25)
         tone = tone * (1 - looks.freckles[who] * spots)[:, None]
         cheek = torch.exp(-((side - 0.42).square() + (y + 0.38).square()) / 0.05) + 0.6 * torch.exp(
             -(side.square() + (y + 0.42).square()) / 0.02
@@ -188,7 +190,7 @@ class Renderer:
         lid = (smoothstep(marks[:, 1], 0.2, 0.8) * looks.shadow_strength[who])[:, None]
         tone = torch.lerp(tone, looks.shadow[who], lid)
         face_hair = torch.where(looks.hat[who][:, None] > 0, looks.skin[who] * 0.25, looks.hair[who] * 0.75)
-        tone = torch.lerp(tone, face_hair, self._beard(looks, who, place, marks)[:, None])
+        tone = torch.lerp(tone, face_hair, self._beard(looks, who, place, marks, waves)[:, None])
         lip = smoothstep(marks[:, 0], 0.25, 0.65)[:, None]
         tone = torch.lerp(tone, looks.lip[who], lip)
         tone = torch.lerp(tone, face_hair, self._brow(looks, who, place)[:, None])
@@ -208,7 +210,9 @@ class Renderer:
         ends = smoothstep(along, -0.08, 0.08) * (1 - smoothstep(along, 0.9, 1.05))
         return across * ends * opacity * smoothstep(z, -0.3, -0.1)
 
-    def _beard(self, looks: Looks, who: Tensor, place: Tensor, marks: Tensor) -> Tensor:
+    def _beard(
+        self, looks: Looks, who: Tensor, place: Tensor, marks: Tensor, waves: tuple[Tensor, Tensor]
+    ) -> Tensor:
         full, moustache, edge = looks.beard[who].unbind(1)
         x, y, z = place.unbind(1)
         side = x.abs()
@@ -220,7 +224,7 @@ class Renderer:
             * (1 - smoothstep(side, 0.24, 0.34))
         )
         cover = torch.maximum(full * jaw, moustache * upper * (z > 0))
-        grain = 0.8 + 0.2 * self._noise(looks, who, place, 9.0)
+        grain = 0.8 + 0.2 * _noise(waves, 9.0)
         return cover * grain * (1 - smoothstep(marks[:, 0], 0.05, 0.3))
 
     def _eye(self, looks: Looks, who: Tensor, place: Tensor, marks: Tensor, normal: Tensor) -> Tensor:
@@ -282,4 +286,15 @@ class Renderer:
         below = form[:, 0] - form[:, 1] * (1 - (place[:, 0].abs() / 0.55)).clamp_min(0)
         hem = 1 - 0.3 * smoothstep(place[:, 1] - below, -0.06, -0.03)
         diffuse, _ = self._light(looks, who, normal, 0.1, 0.0, 1.0)
-        return colour * diffuse * hem[:, None] * (1 + 0.05 * self._noise(looks, who, place, 1.5))[:, None]
+        return (
+            colour
+            * diffuse
+            * hem[:, None]
+            * (1 + 0.05 * _noise(self._waves(looks, who, place), 1.5))[:, None]
+        )
+
+
+def _noise(waves: tuple[Tensor, Tensor], scale: float) -> Tensor:
+    """(P,): mean of sines within -1..1, finer for a larger scale."""
+    angle, phase = waves
+    return torch.addcmul(phase, angle, angle.new_tensor(scale)).sin().mean(1)

@@ -22,6 +22,7 @@ from omniavatar.checkpoint.layout_files import TOKENIZER
 from training.head import Head
 from training.loop import Budget, Log
 from training.nets import Nets, load_state, save_state
+from training.ranks import Ranks
 from training.sample import sample, sheet
 from training.scale import WINDOW
 from training.settings import Settings, StageSettings, read_settings
@@ -48,14 +49,15 @@ def parse_stages(words: list[str]) -> list[tuple[str, float]]:
     return stages
 
 
-def gather_speech(settings: Settings, session: int, workers: int, folder: Path) -> SpeechSet:
-    """Speech of this session below `folder`, mapped from its files; each session synthesises other
+def gather_speech(settings: Settings, session: int, ranks: Ranks, workers: int, folder: Path) -> SpeechSet:
+    """Speech of this session and rank below `folder`, mapped from its files; each synthesises other
     sentences."""
     began = time.monotonic()
     wanted = settings.speech
     sets = [SpeechSet.load(Path(wanted.recorded))] * wanted.copies if wanted.recorded else []
     if wanted.utterances:
-        sets.insert(0, synthesise(wanted.utterances, settings.seed + 1 + session, workers))
+        seed = settings.seed + 1 + session + 1000 * ranks.index
+        sets.insert(0, synthesise(wanted.utterances // ranks.count, seed, workers))
     speech = SpeechSet.join(sets)
     taken = time.monotonic() - began
     print(
@@ -68,16 +70,18 @@ def gather_speech(settings: Settings, session: int, workers: int, folder: Path) 
 class Session:
     """One call of the script: the networks, what earlier sessions did, and the stages of this one."""
 
-    def __init__(self, settings: Settings, resume: Path | None, device: torch.device, folder: Path) -> None:
-        self.settings, self.device = settings, device
+    def __init__(
+        self, settings: Settings, resume: Path | None, ranks: Ranks, device: torch.device, folder: Path
+    ) -> None:
+        self.settings, self.ranks, self.device = settings, ranks, device
         self.nets = Nets.fresh(settings.seed, HERE / "assets" / TOKENIZER)
         self.facts: dict[str, Any] = {"sessions": 0, "minutes": dict.fromkeys(STAGES, 0.0), "log": []}
         if resume is not None:
             self.facts = load_state(self.nets, resume)
         self.nets.to(device)
         self.log = Log(self.facts["log"])
-        self.workers = max(1, (os.cpu_count() or 2) - 1)
-        self.speech = gather_speech(settings, self.facts["sessions"], self.workers, folder)
+        self.workers = max(1, (os.cpu_count() or 2) // ranks.count - 1)
+        self.speech = gather_speech(settings, self.facts["sessions"], ranks, self.workers, folder)
         self.names = Head("cpu").names
         self.factory = TakeFactory(folder, self.names, self.workers)
         self.held_out = [
@@ -95,8 +99,8 @@ class Session:
                 f"{name}: the DiT was trained on this one's output; begin it anew without --resume"
             )
         stage: StageSettings = getattr(settings, name)
-        budget = Budget(minutes, stage.planned_minutes, self.facts["minutes"][name])
-        seed = next(self.seeds)
+        budget = Budget(minutes, stage.planned_minutes, self.facts["minutes"][name], self.ranks)
+        seed = next(self.seeds) + self.ranks.index * (HELD_OUT_SEEDS // self.ranks.count)
         torch.manual_seed(seed)
         takes = self.factory.stream(stage.frames, seed)  # type: ignore[attr-defined]
         studio = Studio(takes, seed, self.device)
@@ -116,8 +120,13 @@ class Session:
             train_dit(self.nets, studio, film, settings.dit, budget, self.log, seed)
         self.facts["minutes"][name] += budget.spent
 
+    def close(self) -> None:
+        """End the workers and the connection."""
+        self.factory.close()
+        self.ranks.leave()
+
     def finish(self, out: Path, steps: int) -> None:
-        """Write the state, the curves and, once there is a DiT, a sheet of samples."""
+        """Write the state, the curves and, once there is a DiT, a sheet of samples; for the first rank."""
         self.facts["sessions"] += 1
         save_state(self.nets, self.facts, out)
         _draw_curves(self.log.rows, out / "curves.png")
@@ -130,7 +139,6 @@ class Session:
                     f"samples: {steps} steps, audio scale {scale}: mouth_r {sampled.mouth_r:.3f}", flush=True
                 )
                 sheet(sampled).save(out / f"sheet_{scale:g}.jpg", quality=80)
-        self.factory.close()
 
 
 def _draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
@@ -167,12 +175,16 @@ def main() -> None:
     parser.add_argument("--sample-steps", type=int, default=12)
     arguments = parser.parse_args()
     stages = parse_stages(arguments.stages)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ranks, device = Ranks.join()
     torch.backends.cudnn.benchmark = True
     with tempfile.TemporaryDirectory() as folder:
-        session = Session(read_settings(arguments.config), arguments.resume, device, Path(folder))
+        session = Session(read_settings(arguments.config), arguments.resume, ranks, device, Path(folder))
         for name, minutes in stages:
             session.run(name, minutes)
-            save_state(session.nets, session.facts, arguments.out)
-        session.finish(arguments.out, arguments.sample_steps)
-    print(json.dumps({"minutes": session.facts["minutes"], "sessions": session.facts["sessions"]}))
+            if ranks.leads:
+                save_state(session.nets, session.facts, arguments.out)
+        if ranks.leads:
+            session.finish(arguments.out, arguments.sample_steps)
+        session.close()
+    if ranks.leads:
+        print(json.dumps({"minutes": session.facts["minutes"], "sessions": session.facts["sessions"]}))

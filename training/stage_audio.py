@@ -117,7 +117,7 @@ def train_audio(
         optimiser.step(loss)
         if settings.fresh and optimiser.steps % settings.fresh_every == 0:
             pool.add(make(settings.fresh))
-        if (budget.spent - measured) * 60 > settings.measure_seconds or budget.over or optimiser.steps == 1:
+        if budget.measuring(measured, settings.measure_seconds, optimiser.steps):
             measured = budget.spent
             optimiser.average.swap()
             reached = measure(net, test)

@@ -208,7 +208,7 @@ def train_dit(
         mean = loss.item() if optimiser.steps == 1 else mean + 0.02 * (loss.item() - mean)
         if settings.fresh and optimiser.steps % settings.fresh_every == 0:
             pool.add(make(settings.fresh))
-        if (budget.spent - measured) * 60 > settings.measure_seconds or budget.over or optimiser.steps == 1:
+        if budget.measuring(measured, settings.measure_seconds, optimiser.steps):
             measured = budget.spent
             optimiser.average.swap()
             reached = measure(nets, test, settings, device)

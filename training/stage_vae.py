@@ -107,7 +107,7 @@ def train_vae(
         optimiser.step(loss)
         if settings.fresh and optimiser.steps % settings.fresh_every == 0:
             pool.add(clips_of(studio, settings.fresh, settings))
-        if (budget.spent - measured) * 60 > settings.measure_seconds or budget.over or optimiser.steps == 1:
+        if budget.measuring(measured, settings.measure_seconds, optimiser.steps):
             measured = budget.spent
             optimiser.average.swap()
             reached = psnr(vae, held_out.frames)
