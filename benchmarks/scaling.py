@@ -4,9 +4,9 @@
     torchrun --standalone --nproc_per_node=2 benchmarks/scaling.py --vae
 
 The processes are cfg groups of sp = N / cfg ranks. In one run: the forward of one GPU (every rank alone, at
-the same time), of sp ranks, the same with exchanges that move nothing (the difference is what they cost),
-the exchanges alone, and a step of two branches, in series on one GPU and on all ranks. Error: relative L2
-of the shared forward against the same rank's own. Rank 0 prints a table, then one line of JSON.
+the same time), of sp ranks, the same with exchanges that move nothing (the difference is what they cost) and
+the exchanges alone; with --cfg a step of two branches instead, in series on one GPU and on all ranks. Error:
+relative L2 of the shared forward against the same rank's own. Rank 0 prints a table, then one line of JSON.
 With --vae instead: the released VAE's sizes at 400x720, 105 frames decoded and 13 encoded (`scaling_vae`).
 """
 
@@ -80,37 +80,38 @@ def main() -> None:
     def step():
         return list(velocities(passes[0], lambda each: forward(), args[0]))
 
+    what, single, several = "forward", lambda: dit(*args), forward
+    if layout.guidance > 1:
+        what, single, several = "step", lambda: [dit(*args) for _ in passes[0]], step
+
     with torch.inference_mode():
         alone = dit(*args)
-        one = measure("forward, one GPU", lambda: dit(*args))
-        measure("step, one GPU", lambda: [dit(*args) for _ in passes[0]])
+        one = measure(f"{what}, one GPU", single)
         team.apply(dit)
         if options.fsdp:
             apply_shared_weights(dit, team.weight_peers(), device)
             torch.cuda.empty_cache()
         error = float((forward() - alone).norm() / alone.norm())
-        shared = measure("forward, sp", forward)
-        measure("step, sp x cfg", step)
-        if layout.sequence > 1:
+        shared = measure(f"{what}, shared", several)
+        if layout.sequence > 1 and layout.guidance == 1:
             sequence = team._sequence
             real = sequence.whole, sequence.heads, sequence.rows
             sequence.whole, sequence.heads, sequence.rows = (
                 SilentPeers(each.group, each.index, each.size) for each in real
             )
-            silent = measure("forward, sp, nothing moved", forward)
+            silent = measure("forward, shared, nothing moved", forward)
             sequence.whole, sequence.heads, sequence.rows = real
             exchanges = measure("exchanges alone", lambda: exchange(sequence, spec, device))
             found["share of the exchanges hidden"] = 1 - (shared - silent) / exchanges
     found["peak GB"] = torch.cuda.max_memory_allocated(device) / 1e9
     if team.leads:
-        steps = found["step, one GPU"][0] / found["step, sp x cfg"][0]
         print(f"{options.scale}, {options.tokens} tokens, {name}, {options.quantize}, {layout}")
         for label, values in found.items():
             text = (
                 f"{values:.4f}" if isinstance(values, float) else "{:.4f} ({:.4f}..{:.4f}) s".format(*values)
             )
             print(f"{label:32} {text}")
-        print(f"forward {one / shared:.3f} times, step {steps:.3f} times one GPU; error {error:.2e}")
+        print(f"{one / shared:.3f} times one GPU; error {error:.2e}")
         print(
             json.dumps(
                 {
@@ -118,8 +119,7 @@ def main() -> None:
                     "gpus": team.size,
                     "attention": name,
                     "seconds": found,
-                    "forward_speedup": one / shared,
-                    "step_speedup": steps,
+                    "speedup": one / shared,
                     "error": error,
                     "device": torch.cuda.get_device_name(device),
                     "torch": torch.__version__,

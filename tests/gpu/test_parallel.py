@@ -76,7 +76,7 @@ class ThreadPeers(Peers):
         return got
 
 
-def thread_ranks(layout: Layout, least_rows: int) -> list[SequenceParallel]:
+def thread_ranks(layout: Layout, pieces: int) -> list[SequenceParallel]:
     def peers(lists: list[list[int]]) -> dict[int, ThreadPeers]:
         found = {}
         for ranks in lists:
@@ -87,7 +87,7 @@ def thread_ranks(layout: Layout, least_rows: int) -> list[SequenceParallel]:
     whole, heads, rows = (
         peers(each) for each in (layout.sequence_peers(), layout.head_peers(), layout.row_peers())
     )
-    return [SequenceParallel(whole[r], heads[r], rows[r], least_rows) for r in range(layout.size)]
+    return [SequenceParallel(whole[r], heads[r], rows[r], pieces) for r in range(layout.size)]
 
 
 def on_threads(size: int, work: Callable[[int], Any]) -> list[Any]:
@@ -141,7 +141,7 @@ def shared_forward(
     current = threading.local()
     dit.attention = lambda q, k, v: current.attention(q, k, v)
     dit.attention.takes_float8 = attention == "fa3_fp8"  # type: ignore[attr-defined]
-    ranks = thread_ranks(Layout(1, size, dit.config.num_heads), least_rows=1000)
+    ranks = thread_ranks(Layout(1, size, dit.config.num_heads), pieces=2)
 
     def work(rank: int) -> Tensor:
         current.attention = ranks[rank].attention(inner)

@@ -70,12 +70,12 @@ def differs(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def forward_on_ranks(team: Ranks, heads: int, batch: int, fuse: bool, least_rows: int, share: bool) -> Tensor:
+def forward_on_ranks(team: Ranks, heads: int, batch: int, fuse: bool, pieces: int, share: bool) -> Tensor:
     team.arrange(Layout(1, team.size, heads))
     dit = small_dit(heads)
     apply_accelerations(dit, AccelConfig(fuse=fuse), create_fused(CPU))
     team.apply(dit)
-    team._sequence.least_rows = least_rows
+    team._sequence.pieces = pieces
     if share:
         apply_shared_weights(dit, team.weight_peers(), CPU)
     first = velocity(dit, team, batch)
@@ -84,22 +84,22 @@ def forward_on_ranks(team: Ranks, heads: int, batch: int, fuse: bool, least_rows
 
 
 @pytest.mark.parametrize(
-    ("size", "heads", "batch", "fuse", "least_rows", "share"),
+    ("size", "heads", "batch", "fuse", "pieces", "share"),
     [
-        (2, 4, 1, False, 10**9, False),
-        (2, 4, 1, False, 1, False),  # heads in pieces, their exchanges under way together
-        (4, 4, 2, True, 1, False),
-        (4, 6, 1, False, 1, False),  # 2 ranks share the heads, 2 the query tokens
+        (2, 4, 1, False, 1, False),
+        (2, 4, 1, False, 2, False),  # heads in pieces, their exchanges under way together
+        (4, 4, 2, True, 4, False),
+        (4, 6, 1, False, 2, False),  # 2 ranks share the heads, 2 the query tokens
         (2, 3, 2, True, 1, False),  # none divide the heads
-        (4, 6, 1, True, 1, True),
-        (2, 4, 1, False, 1, True),
+        (4, 6, 1, True, 3, True),
+        (2, 4, 1, False, 2, True),
     ],
 )
 def test_a_forward_shared_by_ranks_is_the_forward_of_one(
-    pools: dict[int, RankPool], size: int, heads: int, batch: int, fuse: bool, least_rows: int, share: bool
+    pools: dict[int, RankPool], size: int, heads: int, batch: int, fuse: bool, pieces: int, share: bool
 ) -> None:
     expected = velocity(small_dit(heads), ONE, batch)
-    found = pools[size].run(forward_on_ranks, heads, batch, fuse, least_rows, share)
+    found = pools[size].run(forward_on_ranks, heads, batch, fuse, pieces, share)
     for each in found:
         assert torch.equal(each, found[0])  # ranks go on from the very same sample
         assert differs(each, expected) < 1e-5

@@ -175,8 +175,8 @@ def coding_bytes(
 
     In frames of the last stage: 24 past ones and 3.5 for each new one, encoding 8 and 5.5 (fast); the scores
     of a frame's attention are float32 and there twice. Where ranks share the rows, the largest run of them
-    counts with its border, and what is whole on each: the portrait encoded by the leader, three times the
-    pixels of a pass in float32.
+    counts with its border, times the latents of a pass, which are `ranks` times as many, and what is whole on
+    each: the portrait encoded by the leader, three times the pixels of a pass in float32.
     """
     height, width = size
     frame = height * width * channels * dtype_bytes
@@ -188,8 +188,8 @@ def coding_bytes(
     if 1 < ranks <= rows:
         most = -(-rows // ranks)
         share = frame * (8 * most + 2) // height
-        decoding = 24 * share + max(14 * latents * share, scores * most // rows)
-        pixels = 3 * 4 * latents * height * width * 3 * FLOAT
+        decoding = 24 * share + ranks * max(14 * latents * share, scores * most // rows)
+        pixels = 3 * 4 * ranks * latents * height * width * 3 * FLOAT
         return int(max(decoding + pixels, (8 + 5.5 * encoded) * share, 13.5 * frame))
     return int(max(24 * frame + max(14 * latents * frame, scores), (8 + 5.5 * encoded) * frame))
 

@@ -151,12 +151,13 @@ class FastVAE:
     def decode_stream(self, latent: Tensor, split: SplitRows = whole_picture) -> Iterator[Tensor]:
         """Yield pixels (B, 3, n, H, W) float32, about [-1, 1], in order; n = 1 first, then 4 a latent.
 
-        split: see `encode`.
+        split: see `encode`. Ranks that share a picture take as many latents more at a time as they are, so
+        that a pass is as large as one process's.
         """
         z = denormalise(latent).to(self.plain.conv2.weight.dtype).permute(0, 2, 3, 4, 1)
         clips = [Clip(split(z.shape[2])) for _ in z]
         streams = [
-            _passes(clip.mine(frames), self.config.latents_at_once)
+            _passes(clip.mine(frames), clip.ranks * self.config.latents_at_once)
             for frames, clip in zip(z, clips, strict=True)
         ]
         for pieces in zip(*streams, strict=True):

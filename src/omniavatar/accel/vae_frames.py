@@ -68,7 +68,10 @@ class Pending:
 
 
 class Rows(Protocol):
-    """One rank's rows of a picture that several ranks share; see `parallel.picture_rows`."""
+    """One rank's rows of a picture that `ranks` ranks share; see `parallel.picture_rows`."""
+
+    @property
+    def ranks(self) -> int: ...
 
     def mine(self, frames: Tensor) -> Tensor: ...
 
@@ -87,6 +90,11 @@ class Clip:
     rows: Rows | None = None
     past: dict[nn.Module, Tensor] = field(default_factory=dict)
     started: bool = False
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that share the picture."""
+        return 1 if self.rows is None else self.rows.ranks
 
     def mine(self, frames: Tensor) -> Tensor:
         """This rank's rows of whole frames."""

@@ -28,6 +28,11 @@ class PictureRows:
         self._peers = peers
         self._counts = deal(rows, peers.size)
 
+    @property
+    def ranks(self) -> int:
+        """Ranks that share the picture."""
+        return self._peers.size
+
     def mine(self, frames: Tensor) -> Tensor:
         """This rank's rows (T, h, W, C) of whole frames (T, H, W, C); H is a multiple of the latent rows."""
         factor, rest = divmod(frames.shape[1], sum(self._counts))

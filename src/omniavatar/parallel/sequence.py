@@ -7,8 +7,11 @@ another one turns the result back (Ulysses). Where the ranks do not divide the h
 the query tokens besides, and gather the keys and values of their heads. That is what a ring of partial
 softmaxes computes, with the same bytes moved, but it is exact and runs on every kernel.
 
-On CUDA the exchanges run on a stream of their own. Heads go in a few pieces, so that the exchange of one
-piece hides behind the attention of another; all but the first and the last exchange are hidden.
+On CUDA the exchanges run on a stream of their own, and q, k and v travel side by side. Heads may go in
+`pieces`, so that the exchange of one hides behind the attention of another. On two H100 that loses: NCCL and
+FlashAttention-3 want the same multiprocessors, and fewer heads fill the last wave less (14B, 30,375 tokens, four
+pieces: 173 ms longer than without any exchange, where the exchanges alone take 50). So one piece is the
+default; where a network is slow, more may win.
 What it loses: nothing but the rounding of matrix products of other shapes.
 Sources: DeepSpeed-Ulysses (arXiv 2309.14509), context parallelism of Llama 3 (arXiv 2407.21783).
 
@@ -30,21 +33,17 @@ from omniavatar.ops.attention import AttentionFn, takes_float8
 from omniavatar.parallel.layout import deal, starts
 from omniavatar.parallel.peers import Peers, Pending
 
-LEAST_ROWS = 120_000
-"""Heads times tokens of a piece: fewer do not fill a GPU."""
-MOST_PIECES = 4
-
 
 class SequenceParallel:
     """The share of one rank in every forward.
 
     heads: the ranks it exchanges heads with. rows: the ranks that hold the same heads of other tokens.
-    whole: all ranks of the forward, in the order of their tokens.
+    whole: all ranks of the forward, in the order of their tokens. pieces: see above.
     """
 
-    def __init__(self, whole: Peers, heads: Peers, rows: Peers, least_rows: int = LEAST_ROWS) -> None:
+    def __init__(self, whole: Peers, heads: Peers, rows: Peers, pieces: int = 1) -> None:
         self.whole, self.heads, self.rows = whole, heads, rows
-        self.least_rows = least_rows
+        self.pieces = pieces
         self.counts: list[int] = []
 
     def shard(self, run_blocks: RunBlocks) -> RunBlocks:
@@ -83,7 +82,7 @@ class SequenceAttention:
         counts = team.counts[row * ranks : (row + 1) * ranks]
         row_counts = [sum(team.counts[first : first + ranks]) for first in range(0, len(team.counts), ranks)]
         share = heads // ranks
-        pieces = deal(share, self._pieces(share, sum(counts)))
+        pieces = deal(share, min(share, team.pieces) if ranks > 1 else 1)
         spans = [slice(first, first + size) for first, size in zip(starts(pieces), pieces, strict=True)]
         arriving = [[self._to_heads(x, span, counts) for x in (q_BlHD, k_BlHD, v_BlHD)] for span in spans]
         leaving = []
@@ -99,11 +98,6 @@ class SequenceAttention:
             part = pending.wait().reshape(ranks, tokens, batch, -1, size)
             whole[:, :, :, span] = part.permute(2, 1, 0, 3, 4)
         return whole.flatten(2, 3)
-
-    def _pieces(self, heads: int, tokens: int) -> int:
-        if self._team.heads.size == 1:
-            return 1
-        return max(1, min(MOST_PIECES, heads, heads * tokens // self._team.least_rows))
 
     def _to_heads(self, x_BlHD: Tensor, span: slice, counts: list[int]) -> Pending:
         """Rows (tokens of the head peers, B, heads of the span, D), on their way."""

@@ -1,0 +1,112 @@
+"""One minute of video by the whole command, on one GPU and on several together.
+
+    python benchmarks/scaling_video.py [--gpus 0 0,1] [--config configs/inference_1.3B_4steps.yaml] [--hp ...]
+
+`omniavatar generate` in a process of its own for each entry of `--gpus`, full-size random weights, 400x720,
+the packaged speech repeated to `--minutes`. Compared is the time from the end of the first window, which
+compiles, to the last, and the whole command beside it, loading included. The random decoder paints noise,
+which costs x264 many times what a face does, so set `preset=ultrafast`. A table, then one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import wave
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from omniavatar.media.audio import decode_mono
+
+RATE = 16000
+
+
+def write_speech(path: Path, seconds: float) -> None:
+    """The packaged speech, repeated, as a WAV file."""
+    with as_file(files("omniavatar.assets") / "speech.flac") as source:
+        decode_mono(source, path.with_suffix(".f32"), RATE, 0.0)
+    samples = np.fromfile(path.with_suffix(".f32"), np.float32)
+    whole = (np.resize(samples, round(seconds * RATE)) * 32767).astype(np.int16)
+    with wave.open(str(path), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(RATE)
+        sound.writeframes(whole.tobytes())
+
+
+def run(arguments: argparse.Namespace, gpus: str, folder: Path, portrait: Path) -> dict[str, object]:
+    """One command: seconds of it, of its windows, and what it says of itself."""
+    output = folder / f"{gpus.replace(',', '_')}.mp4"
+    command = [sys.executable, "-m", "omniavatar.cli", "generate", "--config", arguments.config]
+    command += ["--gpus", gpus, "--prompt", "a person speaks", "--image", str(portrait)]
+    command += ["--audio", str(folder / "speech.wav"), "--output", str(output)]
+    command += ["--log-format", "json", "--no-resume"]
+    for value in ["weights=random", f"scale={arguments.scale}", *arguments.hp]:
+        command += ["--hp", value]
+    begun = time.time()
+    ends, lines = [], []
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ)) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            lines.append(line)
+            event = json.loads(line) if line.startswith("{") else {}
+            if event.get("event") == "window_finished":
+                ends.append(event["time"])
+    if process.returncode:
+        raise SystemExit("".join(lines[-20:]))
+    windows = [later - earlier for earlier, later in itertools.pairwise(ends)]
+    return {
+        "gpus": gpus,
+        "command_s": time.time() - begun,
+        "windows_s": ends[-1] - ends[0],
+        "windows": len(ends),
+        "window_s": statistics.median(windows),
+        "window_spread": [min(windows), max(windows)],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gpus", nargs="+", default=["0", "0,1"])
+    parser.add_argument("--config", default="configs/inference_1.3B_4steps.yaml")
+    parser.add_argument("--scale", default="1.3B")
+    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument(
+        "--hp", nargs="*", default=["loras=[]", "preset=ultrafast", "image_sizes_720=[[400,720]]"]
+    )
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name, as_file(files("omniavatar.assets")) as assets:
+        folder = Path(name)
+        write_speech(folder / "speech.wav", arguments.minutes * 60)
+        rows = []
+        for gpus in arguments.gpus:
+            rows.append(run(arguments, gpus, folder, assets / "portrait.png"))
+            print(rows[-1], flush=True)
+    print("| GPUs | a window, s | windows after the first, s | times the first row | whole command, s |")
+    print("|---|---|---|---|---|")
+    for row in rows:
+        low, high = row["window_spread"]
+        print(
+            f"| {row['gpus']} | {row['window_s']:.3f} ({low:.3f}..{high:.3f}) | {row['windows_s']:.1f} | "
+            f"{rows[0]['windows_s'] / row['windows_s']:.3f} | {row['command_s']:.1f} |"
+        )
+    about = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+    about |= {"torch": torch.__version__, "python": platform.python_version()}
+    print(json.dumps({"benchmark": "scaling_video", **vars(arguments), **about, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
