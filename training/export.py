@@ -1,4 +1,4 @@
-"""The trained networks as the files the engine loads: bfloat16 safetensors under the released names.
+"""The trained networks as the files the engine loads, and back: bfloat16, under the released names.
 
 `python -m training.export STATE_DIR OUT_DIR` writes `dit.safetensors` (merged, 33 channels, with audio
 layers), `vae.safetensors`, `text_encoder.safetensors`, `google/umt5-xxl/` (tokenizer), `wav2vec/` (weights
@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from omniavatar.checkpoint.layout import Shape, dit_tensors, text_tensors, wav2vec_tensors
 from omniavatar.checkpoint.layout_files import TOKENIZER
@@ -58,30 +58,43 @@ def text_names() -> dict[str, str]:
     return names
 
 
-def released(nets: Nets) -> dict[str, tuple[dict[str, Tensor], Iterable[tuple[str, Shape]]]]:
-    """Weights of each file under their released names, beside the layout they must have."""
-    names = text_names()
+def released(nets: Nets) -> dict[str, tuple[nn.Module, dict[str, str], Iterable[tuple[str, Shape]]]]:
+    """Of each file the network, the network's name of each released one, and the layout it must have."""
     old_names = {library: key for key, library in RENAMED.items()}
-    wav2vec = {
-        f"wav2vec2.{old_names.get(name, name)}": value
-        for name, value in nets.audio.wav2vec.state_dict().items()
-    }
+    wav2vec = {f"wav2vec2.{old_names.get(name, name)}": name for name in nets.audio.wav2vec.state_dict()}
     heard = [(key, shape) for key, shape in wav2vec_tensors(POCKET.wav2vec) if not key.startswith("lm_head")]
+    text = {key: name for name, key in text_names().items()}
+    same = {name: {key: key for key in getattr(nets, name).state_dict()} for name in ("dit", "vae")}
     return {
-        "dit": (dict(nets.dit.state_dict()), dit_tensors(POCKET.dit)),
-        "vae": (dict(nets.vae.state_dict()), vae_tensors(POCKET.vae)),
-        "text_encoder": (
-            {names[name]: value for name, value in nets.text.stack.state_dict().items()},
-            text_tensors(POCKET.text),
-        ),
-        "wav2vec/model": (wav2vec, heard),
+        "dit": (nets.dit, same["dit"], dit_tensors(POCKET.dit)),
+        "vae": (nets.vae, same["vae"], vae_tensors(POCKET.vae)),
+        "text_encoder": (nets.text.stack, text, text_tensors(POCKET.text)),
+        "wav2vec/model": (nets.audio.wav2vec, wav2vec, heard),
     }
+
+
+def load_files(nets: Nets, folder: Path) -> list[str]:
+    """Read the files `export` wrote that lie below `folder` into `nets`, strictly; returns their names.
+
+    Networks without a file stay as they are. Raises FileNotFoundError where there is none at all.
+    """
+    read = []
+    for name, (module, names, _) in released(nets).items():
+        path = folder / f"{name}.safetensors"
+        if path.is_file():
+            module.load_state_dict({names[key]: value.float() for key, value in load_file(path).items()})
+            read.append(name)
+    if not read:
+        raise FileNotFoundError(f"{folder}: neither a training state nor exported files")
+    return read
 
 
 def export(nets: Nets, out: Path) -> int:
     """Write all files below `out`; returns their bytes. Raises ValueError for a tensor the layout has
     otherwise."""
-    for name, (weights, layout) in released(nets).items():
+    for name, (module, names, layout) in released(nets).items():
+        held = module.state_dict()
+        weights = {key: held[library] for key, library in names.items()}
         wanted = dict(layout)
         found = {key: tuple(value.shape) for key, value in weights.items()}
         if found != wanted:

@@ -19,13 +19,14 @@ import torch
 from PIL import Image, ImageDraw
 
 from omniavatar.checkpoint.layout_files import TOKENIZER
+from training.export import load_files
 from training.head import Head
 from training.loop import Budget, Log
 from training.nets import Nets, load_state, save_state
 from training.ranks import Ranks
 from training.sample import sample, sheet
 from training.scale import WINDOW
-from training.settings import Settings, StageSettings, read_settings
+from training.settings import Settings, StageSettings, VaeSettings, read_settings
 from training.speech import SpeechSet, synthesise
 from training.stage_audio import train_audio
 from training.stage_dit import train_dit
@@ -34,7 +35,9 @@ from training.studio import HELD_OUT_SEEDS, Studio, still
 from training.takes import TakeFactory, make_take
 
 HERE = Path(__file__).parent
-STAGES = ("vae", "audio", "dit")
+STAGES = ("vae", "audio", "decoder", "dit")
+AFTER_DIT = ("decoder", "dit")
+"""Stages that leave what a DiT reads as it is."""
 HELD_OUT_CLIPS = {"cuda": 8, "cpu": 1}
 
 
@@ -67,6 +70,17 @@ def gather_speech(settings: Settings, session: int, ranks: Ranks, workers: int, 
     return SpeechSet.open(speech.keep(folder))
 
 
+def resume_from(nets: Nets, folder: Path) -> dict[str, Any]:
+    """Facts of an earlier session, its weights read into `nets`: from what `training.run` wrote, or from
+    files as the engine loads them with `state.json` beside them."""
+    if any(folder.glob("pocket-*.safetensors")):
+        return load_state(nets, folder)
+    read = load_files(nets, folder)
+    facts: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    print(f"{folder}: {', '.join(read)}", flush=True)
+    return facts
+
+
 class Session:
     """One call of the script: the networks, what earlier sessions did, and the stages of this one."""
 
@@ -77,7 +91,8 @@ class Session:
         self.nets = Nets.fresh(settings.seed, HERE / "assets" / TOKENIZER)
         self.facts: dict[str, Any] = {"sessions": 0, "minutes": dict.fromkeys(STAGES, 0.0), "log": []}
         if resume is not None:
-            self.facts = load_state(self.nets, resume)
+            self.facts = resume_from(self.nets, resume)
+            self.facts["minutes"] = dict.fromkeys(STAGES, 0.0) | self.facts["minutes"]
         self.nets.to(device)
         self.log = Log(self.facts["log"])
         self.workers = max(1, (os.cpu_count() or 2) // ranks.count - 1)
@@ -94,7 +109,7 @@ class Session:
         """One stage for `minutes`. Raises ValueError where it would change what the DiT has learnt to
         read."""
         settings = self.settings
-        if name != "dit" and self.facts["minutes"]["dit"]:
+        if name not in AFTER_DIT and self.facts["minutes"]["dit"]:
             raise ValueError(
                 f"{name}: the DiT was trained on this one's output; begin it anew without --resume"
             )
@@ -112,9 +127,10 @@ class Session:
             real = SpeechSet.load(Path(held_out_file)) if held_out_file else None
             net, device = self.nets.audio, self.device
             train_audio(net, takes, held_out, real, settings.audio, budget, self.log, device, seed)
-        elif name == "vae":
-            film = studio.film_takes(self.held_out, 0, slice(20, 20 + settings.vae.clip))
-            train_vae(self.nets.vae, studio, film, settings.vae, budget, self.log, seed)
+        elif isinstance(stage, VaeSettings):
+            film = studio.film_takes(self.held_out, 0, slice(20, 20 + stage.clip))
+            vae, alone = self.nets.vae, name == "decoder"
+            train_vae(vae, studio, film, stage, budget, self.log, seed, decoder_only=alone)
         else:
             film = studio.film_takes(self.held_out, 0)
             train_dit(self.nets, studio, film, settings.dit, budget, self.log, seed)
@@ -143,7 +159,14 @@ class Session:
 
 def _draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
     """One small plot a measurement, from its least to its greatest value over the stage's minutes."""
-    shown = (("vae", "psnr"), ("audio", "accuracy"), ("audio", "jaw_r"), ("dit", "loss"), ("dit", "held_out"))
+    shown = (
+        ("vae", "psnr"),
+        ("decoder", "psnr"),
+        ("audio", "accuracy"),
+        ("audio", "jaw_r"),
+        ("dit", "loss"),
+        ("dit", "held_out"),
+    )
     width, height = 260, 160
     image = Image.new("RGB", (width * len(shown), height + 30), "white")
     draw = ImageDraw.Draw(image)

@@ -89,6 +89,8 @@ class Settings:
     seed: int
     speech: SpeechSettings
     vae: VaeSettings
+    decoder: VaeSettings
+    """The VAE's decoder alone, for latents that stay."""
     audio: AudioSettings
     dit: DitSettings
 
@@ -96,7 +98,13 @@ class Settings:
 def read_settings(path: Path) -> Settings:
     """Raises ValueError for a key that is missing or unknown."""
     table = yaml.safe_load(path.read_text())
-    kinds = {"speech": SpeechSettings, "vae": VaeSettings, "audio": AudioSettings, "dit": DitSettings}
+    kinds = {
+        "speech": SpeechSettings,
+        "vae": VaeSettings,
+        "decoder": VaeSettings,
+        "audio": AudioSettings,
+        "dit": DitSettings,
+    }
     parts: dict[str, Any] = {
         name: _build(kind, table.get(name), f"{path}: {name}") for name, kind in kinds.items()
     }

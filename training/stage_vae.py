@@ -38,9 +38,12 @@ def clips_of(studio: Studio, count: int, settings: VaeSettings) -> dict[str, Ten
     return {"frames": film.frames, "mouth": film.mouth}
 
 
-def vae_loss(vae: WanVAE, pixels: Tensor, weight: Tensor, settings: VaeSettings) -> tuple[Tensor, Tensor]:
+def vae_loss(
+    vae: WanVAE, pixels: Tensor, weight: Tensor, settings: VaeSettings, decoder_only: bool = False
+) -> tuple[Tensor, Tensor]:
     """Loss and mean absolute error of clips (B, 3, T, H, W) with weights (B, T, H, W)."""
-    mean, log_variance = vae_encode(vae, pixels)
+    with torch.set_grad_enabled(not decoder_only):
+        mean, log_variance = vae_encode(vae, pixels)
     latent = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
     made = vae_decode(vae, latent)
     error = (made - pixels).abs()
@@ -78,17 +81,29 @@ def examples(
 
 
 def train_vae(
-    vae: WanVAE, studio: Studio, held_out: Film, settings: VaeSettings, budget: Budget, log: Log, seed: int
+    vae: WanVAE,
+    studio: Studio,
+    held_out: Film,
+    settings: VaeSettings,
+    budget: Budget,
+    log: Log,
+    seed: int,
+    decoder_only: bool = False,
 ) -> None:
-    """Train until the budget is over; leaves the averaged weights, with unit latents, in `vae`."""
+    """Train until the budget is over; leaves the averaged weights, with unit latents, in `vae`.
+
+    decoder_only: the latents stay what they are, so that what a DiT has learnt of them still holds.
+    """
+    name = "decoder" if decoder_only else "vae"
     device = studio.device
     generator = torch.Generator(device).manual_seed(seed)
     if device.type == "cuda":
         channels_last(vae)
-    optimiser = Optimiser({"vae": vae}, settings, budget)
+    modules = {"conv2": vae.conv2, "decoder": vae.decoder} if decoder_only else {"vae": vae}
+    optimiser = Optimiser(modules, settings, budget)
     pool = Pool(settings.pool)
     pool.fill(lambda count: clips_of(studio, count, settings), 16, budget, settings.fill_share)
-    log.add("vae", budget, 0, clips=pool.filled)
+    log.add(name, budget, 0, clips=pool.filled)
     measured = budget.spent
     while True:
         clips = examples(pool, settings, budget.progress < settings.still_share, generator)
@@ -103,7 +118,7 @@ def train_vae(
         if device.type == "cuda":
             pixels = pixels.contiguous(memory_format=torch.channels_last_3d)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, error = vae_loss(vae, pixels, weight, settings)
+            loss, error = vae_loss(vae, pixels, weight, settings, decoder_only)
         optimiser.step(loss)
         if settings.fresh and optimiser.steps % settings.fresh_every == 0:
             pool.add(clips_of(studio, settings.fresh, settings))
@@ -112,12 +127,13 @@ def train_vae(
             optimiser.average.swap()
             reached = psnr(vae, held_out.frames)
             optimiser.average.swap()
-            log.add("vae", budget, optimiser.steps, loss=loss.item(), error=error.item(), psnr=reached)
+            log.add(name, budget, optimiser.steps, loss=loss.item(), error=error.item(), psnr=reached)
         if budget.over:
             break
     optimiser.average.swap()
-    unit_latents(vae, pool, settings.batch, generator)
-    log.add("vae", budget, optimiser.steps, psnr=psnr(vae, held_out.frames), done=1)
+    if not decoder_only:
+        unit_latents(vae, pool, settings.batch, generator)
+    log.add(name, budget, optimiser.steps, psnr=psnr(vae, held_out.frames), done=1)
 
 
 @torch.no_grad()

@@ -8,8 +8,9 @@ import pytest
 import torch
 from training import nets as training_nets
 from training.augment import roughen
-from training.export import export
+from training.export import export, load_files
 from training.loop import Budget, Optimiser, Pool
+from training.ranks import Ranks
 from training.scale import LATENTS, POCKET, WINDOW
 from training.session import parse_stages
 from training.settings import read_settings
@@ -23,6 +24,7 @@ from omniavatar.encoders.text import TextEncoder
 from omniavatar.generation import audio_slice
 from omniavatar.model.vae import normalise
 from omniavatar.types import Window
+from ranks import RankPool
 
 ROOT = Path(training_nets.__file__).parent
 CHECK = ROOT / "configs" / "check.yaml"
@@ -207,6 +209,54 @@ def test_the_vae_learns_one_clip(nets, settings):
     weight = torch.ones(1, 5, 32, 32)
     ratio = falls({"vae": vae}, settings.vae, 25, lambda: vae_loss(vae, pixels, weight, settings.vae)[0])
     assert ratio < 0.6
+
+
+def test_exported_files_are_read_back(nets, tmp_path):
+    export(nets, tmp_path)
+    (tmp_path / "dit.safetensors").unlink()
+    other = training_nets.Nets.fresh(1, ROOT / "assets" / TOKENIZER)
+    before = copy.deepcopy(other.dit.state_dict())
+    assert load_files(other, tmp_path) == ["vae", "text_encoder", "wav2vec/model"]
+    for name in ("vae", "text"):
+        found, wanted = (getattr(each, name).state_dict() for each in (other, nets))
+        for key, value in wanted.items():
+            torch.testing.assert_close(found[key], value, rtol=4e-3, atol=1e-6)
+    hidden = [each.audio.wav2vec.encoder.layers[0].attention.q_proj.weight for each in (other, nets)]
+    torch.testing.assert_close(*hidden, rtol=4e-3, atol=1e-6)
+    assert all(torch.equal(value, before[key]) for key, value in other.dit.state_dict().items())
+    with pytest.raises(FileNotFoundError, match="neither"):
+        load_files(other, tmp_path / "google")
+
+
+def test_the_decoder_learns_alone(nets, settings):
+    torch.manual_seed(0)
+    vae = copy.deepcopy(nets.vae)
+    before = copy.deepcopy(vae.state_dict())
+    pixels = torch.linspace(-1, 1, 16).expand(1, 3, 1, 16, 16)
+    weight = torch.ones(1, 1, 16, 16)
+    modules = {"conv2": vae.conv2, "decoder": vae.decoder}
+    loss_of = lambda: vae_loss(vae, pixels, weight, settings.decoder, decoder_only=True)[0]  # noqa: E731
+    assert falls(modules, settings.decoder, 20, loss_of) < 0.9
+    moved = {name for name, value in vae.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved and all(name.startswith(("conv2.", "decoder.")) for name in moved)
+
+
+def averaged(team: object) -> list[torch.Tensor]:
+    ranks = Ranks(team.rank, team.size)
+    gradients = [torch.full((2, 3), float(ranks.index)), torch.arange(4.0) * ranks.index]
+    ranks.average(gradients)
+    assert ranks.any(ranks.index == 1, torch.device("cpu")) and not ranks.any(False, torch.device("cpu"))
+    return gradients
+
+
+def test_ranks_take_the_mean_gradient(tmp_path):
+    pool = RankPool(2, tmp_path)
+    try:
+        for first, second in pool.run(averaged):
+            torch.testing.assert_close(first, torch.full((2, 3), 0.5))
+            torch.testing.assert_close(second, torch.arange(4.0) / 2)
+    finally:
+        pool.close()
 
 
 def test_the_average_follows_and_swaps(nets):

@@ -40,6 +40,15 @@ def test_rounding_is_anticipated_and_jaw_rests_in_silence():
     assert track(WORD, "jaw", [0.0, 0.1, 1.4]).max() < 0.01
 
 
+def test_the_mouth_rests_between_phones_that_lie_apart():
+    apart = [Phone("AA", 0.2, 0.4), Phone("AA", 0.9, 1.1), Phone("AA", 4.0, 4.2)]
+    times = np.arange(0, 5, 0.04)
+    jaw = track(apart, "jaw", times)
+    assert np.isfinite(jaw).all()
+    open_, between = track(apart, "jaw", [0.3]), track(apart, "jaw", [0.65, 2.5])
+    assert (between < 0.2 * open_).all()
+
+
 @pytest.mark.parametrize("name", PHONES)
 def test_every_phone_has_a_shape_between_nothing_and_everything(name):
     values = articulate([Phone(name, 0.2, 0.4)], np.linspace(0, 0.6, 40))

@@ -9,9 +9,9 @@ softmaxes computes, with the same bytes moved, but it is exact and runs on every
 
 On CUDA the exchanges run on a stream of their own, and q, k and v travel side by side. Heads may go in
 `pieces`, so that the exchange of one hides behind the attention of another. On two H100 that loses: NCCL and
-FlashAttention-3 want the same multiprocessors, and fewer heads fill the last wave less (14B, 30,375 tokens, four
-pieces: 173 ms longer than without any exchange, where the exchanges alone take 50). So one piece is the
-default; where a network is slow, more may win.
+FlashAttention-3 want the same multiprocessors, and fewer heads fill their last wave less (14B, 30,375
+tokens, four pieces: 173 ms longer than without exchanges, which alone take 50). So one piece is the default;
+where a network is slow, more may win.
 What it loses: nothing but the rounding of matrix products of other shapes.
 Sources: DeepSpeed-Ulysses (arXiv 2309.14509), context parallelism of Llama 3 (arXiv 2407.21783).
 
