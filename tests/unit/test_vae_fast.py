@@ -196,7 +196,7 @@ def test_triton_kernel_in_its_interpreter():
 def compare_twins(
     device: str, dtype: torch.dtype, widths: tuple[int, ...], tolerance: float, every: int = 1
 ) -> None:
-    """Both `add_norm`s on every combination of arguments, or each `every`-th: on CUDA each is compiled anew."""
+    """Both `add_norm`s on every combination of arguments, or each `every`-th: CUDA compiles each anew."""
     from omniavatar.ops import channel_norm_triton
 
     flags = itertools.product(widths, *[(False, True)] * 6, ((0, 0), (0, 1), (1, 0), (1, 1)))
