@@ -43,7 +43,20 @@ def timed(name: str, unit: str, amount: float, repeats: int, work: Callable[[], 
     print(f"{name:24} {seconds * 1000:9.1f} ms   {amount / seconds:9.1f} {unit}/s{peak}", flush=True)
 
 
-def measure(settings: Settings, device: torch.device, repeats: int) -> None:
+def kernels(name: str, work: Callable[[], object], rows: int = 14) -> None:
+    """Print the kernels that `work` spends most of its time in on the GPU."""
+    work()
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as trace:
+        work()
+        torch.cuda.synchronize()
+    table = trace.key_averages().table(
+        sort_by="self_device_time_total", row_limit=rows, max_name_column_width=60
+    )
+    print(f"{name}\n{table}", flush=True)
+
+
+def measure(settings: Settings, device: torch.device, repeats: int, profile: bool) -> None:
     """Print all timings for the batch sizes of `settings`."""
     head = Head(device)
     renderer = Renderer(head, SIZE)
@@ -55,6 +68,8 @@ def measure(settings: Settings, device: torch.device, repeats: int) -> None:
     performance = Performance(coefficients, torch.zeros(clips, length, 3, device=device), still, still)
     timed("looks", "people", clips, repeats, lambda: draw_looks(head, clips, 0))
     timed("render", "frames", clips * length, repeats, lambda: renderer.frames(looks, performance))
+    if profile:
+        kernels("render", lambda: renderer.frames(looks, performance))
     frames, _ = renderer.frames(looks, performance)
     nets = Nets.fresh(0, HERE / "assets" / TOKENIZER).to(device)
     if device.type == "cuda":
@@ -100,16 +115,19 @@ def measure(settings: Settings, device: torch.device, repeats: int) -> None:
             loss.backward()
 
         timed(f"DiT step, {name}", "windows", batch, repeats, dit_step)
+        if profile:
+            kernels(f"DiT step, {name}", dit_step)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, default=HERE / "configs" / "pocket.yaml")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="the GPU's kernels too")
     arguments = parser.parse_args()
     torch.backends.cudnn.benchmark = True
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    measure(read_settings(arguments.config), device, arguments.repeats)
+    measure(read_settings(arguments.config), device, arguments.repeats, arguments.profile)
 
 
 if __name__ == "__main__":
