@@ -58,6 +58,9 @@ class _Sleeper:
     def device(self) -> str:
         return "sleep"
 
+    def intact(self) -> bool:
+        return True
+
 
 @dataclass
 class _Watch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,11 @@ def batch(
     gpus_per_job: Annotated[
         int,
         typer.Option(
-            "--gpus-per-job", "--gpus_per_job", min=1, help="GPUs of one video; only 1 in this version."
+            "--gpus-per-job",
+            "--gpus_per_job",
+            min=1,
+            help="GPUs that make each video together, as `generate --gpus` does; sp_size and cfg_parallel "
+            "say how.",
         ),
     ] = 1,
     workers: Annotated[
@@ -123,8 +128,10 @@ def batch(
         from omniavatar.parallel.batch.run import run_batch
         from omniavatar.parallel.batch.scheduler import Rules
         from omniavatar.requests_file import read_requests
+        from omniavatar.sharing import shared_among
 
         loaded = load_config(config, hp or ())
+        shared_among(loaded.config, gpus_per_job, f"--gpus-per-job {gpus_per_job}")
         for warning in (*loaded.warnings, *choice.notes):
             recorder.event("message", text=warning, level="warning")
         items = make_items(read_requests(input_file, loaded.config.sampling), loaded.config)
@@ -204,17 +211,23 @@ def choose_seats(wish: Wish) -> Choice:
     """Workers and what each runs on. Raises ConfigError, ResourceError."""
     from omniavatar.parallel.batch.ray_crew import Seats
 
-    if wish.gpus_per_job > 1:
-        raise ConfigError("--gpus-per-job: one video on several GPUs is not in this version; use 1")
+    devices = wish.gpus_per_job
+    if devices > 1 and wish.per_gpu_jobs > 1:
+        raise ConfigError(
+            "--gpus-per-job, --per_gpu_jobs: several GPUs a video and several videos a GPU; give one of them"
+        )
+    if devices > 1 and sys.platform != "linux":
+        raise ConfigError("--gpus-per-job: needs Linux for more than 1")
     if wish.gpus == "cpu":
         if wish.per_gpu_jobs > 1:
             raise ConfigError("--per_gpu_jobs: there is no GPU with --gpus cpu; use --workers")
-        return Choice(Seats((), 0, 1, wish.ray_address), wish.workers or (None if wish.ray_address else 1))
-    share = 1 / wish.per_gpu_jobs
+        seats = Seats((), 0, devices, wish.ray_address, devices)
+        return Choice(seats, wish.workers or (None if wish.ray_address else 1))
+    share = devices / wish.per_gpu_jobs
     if wish.ray_address is not None:
         if wish.gpus not in (None, "all"):
             raise ConfigError("--gpus: GPUs of a cluster have no numbers here; use --workers for fewer")
-        return Choice(Seats((), share, 1, wish.ray_address), wish.workers)
+        return Choice(Seats((), share, devices, wish.ray_address, devices), wish.workers)
     if wish.workers is not None:
         raise ConfigError("--workers: is for --gpus cpu and --ray-address; use --gpus and --per_gpu_jobs")
     return _local_gpus(wish, share)
@@ -226,23 +239,24 @@ def _local_gpus(wish: Wish, share: float) -> Choice:
     visible = _visible_gpus()
     if not visible:
         raise ResourceError("--gpus: no CUDA device here; use --gpus cpu --workers N")
-    notes: tuple[str, ...] = ()
-    if wish.gpus in (None, "all"):
-        chosen = visible
-    else:
-        assert wish.gpus is not None
-        chosen = _named(wish.gpus, visible)
-        if not wish.split_input and len(chosen) > 1:
-            notes = (
-                f"GPUs {', '.join(chosen[1:])} stay idle: one queue on GPU {chosen[0]}; add --split_input",
-            )
-            chosen = chosen[:1]
-    workers = len(chosen) * wish.per_gpu_jobs
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    return Choice(Seats(chosen, share, threads), workers, notes)
+    devices = wish.gpus_per_job
+    chosen = visible if wish.gpus in (None, "all") else _named(wish.gpus, visible)
+    if len(chosen) < devices:
+        raise ResourceError(
+            f"--gpus-per-job {devices}: there are {len(chosen)} GPUs ({', '.join(chosen)}); use fewer a job"
+        )
+    used, why = len(chosen) - len(chosen) % devices, f"--gpus-per-job {devices} doesn't divide {len(chosen)}"
+    if wish.gpus not in (None, "all") and not wish.split_input and len(chosen) > devices:
+        used, why = devices, f"one queue on GPU {', '.join(chosen[:devices])}; add --split_input"
+    idle = chosen[used:]
+    notes = (f"GPUs {', '.join(idle)} stay idle: {why}",) if idle else ()
+    workers = used // devices * wish.per_gpu_jobs
+    threads = max(devices, (os.cpu_count() or 1) // workers)
+    return Choice(Seats(chosen[:used], share, threads, devices=devices), workers, notes)
 
 
-def _named(text: str, visible: tuple[str, ...]) -> tuple[str, ...]:
+def _named(text: str | None, visible: tuple[str, ...]) -> tuple[str, ...]:
+    assert text is not None
     numbers = [part.strip() for part in text.split(",")]
     if not all(number.isdecimal() for number in numbers) or len(set(numbers)) < len(numbers):
         raise ConfigError(f"--gpus {text}: must be all, cpu, or different numbers such as 0,1,2")

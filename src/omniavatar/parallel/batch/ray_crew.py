@@ -27,7 +27,16 @@ from typing import Any
 from omniavatar.errors import ConfigError, ResourceError
 from omniavatar.parallel.batch.crew import Answered, Lost, News, Started
 from omniavatar.parallel.batch.destination import Destination
-from omniavatar.parallel.batch.items import EngineFactory, Outcome, Place, Progress, Task, WorkerInfo
+from omniavatar.parallel.batch.group import GroupWorker
+from omniavatar.parallel.batch.items import (
+    EngineFactory,
+    GroupFactory,
+    Outcome,
+    Place,
+    Progress,
+    Task,
+    Verdict,
+)
 from omniavatar.parallel.batch.worker import Worker
 
 _OBJECT_STORE_BYTES = 100 * 2**20
@@ -42,29 +51,36 @@ class Seats:
     gpus: GPUs of this machine by number as `CUDA_VISIBLE_DEVICES` has them, () for the CPU or with `address`.
     gpus_per_worker: 0 for the CPU, below 1 to share a GPU. cpus_per_worker: threads of a worker.
     address: of a running cluster (`ray://host:10001`, `host:6379`, `auto`); None starts Ray here.
+    devices: of a worker; each has a process of its own if there are several.
     """
 
     gpus: tuple[str, ...]
     gpus_per_worker: float
     cpus_per_worker: int
     address: str | None = None
+    devices: int = 1
 
     @property
     def place(self) -> Place:
         if self.gpus_per_worker == 0:
-            return Place(("cpu",))
-        return Place(tuple(f"cuda:{index}" for index in range(max(1, round(self.gpus_per_worker)))))
+            return Place(("cpu",) * self.devices)
+        return Place(tuple(f"cuda:{index}" for index in range(self.devices)))
 
 
 class RayCrew:
     """A `Crew` of Ray actors; `close` it at the end.
 
-    workers: how many it is for; None: as many as the cluster has room for. Raises ResourceError when Ray is
-    missing or cannot be reached, ConfigError when the cluster has no room.
+    workers: how many it is for; None: as many as the cluster has room for. factory: a GroupFactory for seats
+    of several devices. Raises ResourceError when Ray is missing or cannot be reached, ConfigError when the
+    cluster has no room.
     """
 
     def __init__(
-        self, seats: Seats, workers: int | None, factory: EngineFactory, destination: Destination
+        self,
+        seats: Seats,
+        workers: int | None,
+        factory: EngineFactory | GroupFactory,
+        destination: Destination,
     ) -> None:
         try:
             if "ray" not in sys.modules:  # it reads them when it is imported, its processes when they start
@@ -77,7 +93,6 @@ class RayCrew:
             ) from None
         logging.getLogger("ray").setLevel(logging.ERROR)
         self._ray, self._seats = ray, seats
-        self._arguments = (factory, seats.place, destination, os.getcwd())
         self._folder: str | None = None
         self._actors: dict[int, Any] = {}
         self._refs: dict[Any, tuple[int, str]] = {}
@@ -92,7 +107,10 @@ class RayCrew:
         except BaseException:
             self.close()
             raise
-        self._actor = ray.remote(Worker)
+        grouped = seats.devices > 1
+        self._actor = ray.remote(GroupWorker if grouped else Worker)
+        packed = ray.cloudpickle.dumps(factory) if grouped else factory
+        self._arguments = (packed, seats.place, destination, os.getcwd())
 
     def _start_here(self, workers: int) -> None:
         seats = self._seats
@@ -135,17 +153,16 @@ class RayCrew:
             ) from error
 
     def _fitting(self) -> int:
-        """Workers for which the cluster has room now."""
-        there = self._ray.cluster_resources()
+        """Workers for which the cluster has room now; one is always on one node."""
         seats = self._seats
         on_gpu = seats.gpus_per_worker > 0
         kind, share = ("GPU", seats.gpus_per_worker) if on_gpu else ("CPU", seats.cpus_per_worker)
-        free = there.get(kind, 0)
-        workers = int(free / share + 1e-6)
+        there = [node["Resources"].get(kind, 0) for node in self._ray.nodes() if node["Alive"]]
+        workers = workers_fitting(there, share)
         if not workers:
             raise ConfigError(
-                f"--ray-address {seats.address}: has {free:g} {kind}s now, {share:g} are needed; "
-                "give --workers for a cluster that grows on demand"
+                f"--ray-address {seats.address}: has {max(there, default=0):g} {kind}s on a node now, "
+                f"{share:g} are needed; give --workers for a cluster that grows on demand"
             )
         return workers
 
@@ -187,12 +204,13 @@ class RayCrew:
     def _news(self, ref: Any) -> News:
         slot, what = self._refs.pop(ref)
         try:
-            answer: WorkerInfo | Outcome = self._ray.get(ref)
+            answer: Any = self._ray.get(ref)
         except self._ray.exceptions.RayError as error:
             return Lost(slot, _one_line(error))
+        if isinstance(answer, Outcome) and answer.verdict is Verdict.lost:
+            return Lost(slot, answer.error)
         if what == "start":
             return Started(slot, answer)
-        assert isinstance(answer, Outcome)
         return Answered(slot, answer)
 
     def progress(self) -> Mapping[int, Progress]:
@@ -213,6 +231,11 @@ class RayCrew:
         self._ray.shutdown()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def workers_fitting(there: Sequence[float], share: float) -> int:
+    """Workers of `share` each for which nodes with that much `there` have room."""
+    return sum(int(each / share + 1e-6) for each in there)
 
 
 def _environment(address: str | None) -> dict[str, str]:

@@ -208,6 +208,9 @@ class Scheduler:
             slot.gaps += 1
             slot.gap_seconds += outcome.began - slot.last_ended
         slot.last_ended = outcome.ended if self._queue else None
+        if outcome.replace:
+            self._end(slot)
+            self._hire(slot)
         match outcome.verdict:
             case Verdict.done:
                 self._done(ledger, slot, item, outcome)
@@ -223,10 +226,9 @@ class Scheduler:
                 raise as_error(outcome)
             case Verdict.failed:
                 self._fail(ledger, slot, item, outcome.error, outcome.error_class)
+            case Verdict.lost:
+                raise ValueError("a lost worker is told by `Lost`")
             case Verdict.retry | Verdict.broken:
-                if outcome.verdict is Verdict.broken:
-                    self._end(slot)
-                    self._hire(slot)
                 self._again(ledger, slot, item, outcome.error, outcome.error_class, at_once=False)
                 self._check_storage(ledger, item, outcome)
 
