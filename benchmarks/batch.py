@@ -4,9 +4,10 @@ python benchmarks/batch.py overhead [--items 10000] [--workers 32] [--seconds 1.
 python benchmarks/batch.py throughput --config configs/nano.yaml --hp weights=random,scale=nano --workers 1,2
 python benchmarks/batch.py throughput --config configs/inference_1.3B_optimized.yaml --gpus 0,1 --workers 1,2
 
-overhead: items that only sleep. Lost is the share of the workers' time between the first start of an item
-and the last end in which they were at none: 1 - items * seconds / (workers * span); what the end of the queue
-loses (the last round isn't full) is in it. throughput: the same requests with each number of workers; the
+overhead: items that only sleep. Lost is the share of the workers' time, each's from being ready to the end of
+the batch, in which it did not sleep; it is made of pauses between two items, of what the worker does around
+the sleep (inside: lease, files, waking up late), and of the end of the queue, where some have no item any
+more. throughput: the same requests with each number of workers; the
 time of a run goes from the moment its first item starts, so that loading is left out, to its last end; each
 worker has made one item before it counts; pauses: the workers' time between two items that lay ready. The
 last line is JSON.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -95,23 +97,34 @@ def overhead(count: int, workers: int, seconds: float) -> dict[str, Any]:
     items = [
         Item(f"{i:06d}", f"{i:06d}.mp4", i, f"p{i}", "", AvatarRequest("p", "face.png")) for i in range(count)
     ]
-    result, watch = measure(items, Sleepers(seconds), Seats((), 0, 1), workers)
-    span = watch.ended[-1] - watch.started[workers - 1]
-    lost = 1 - (count * seconds) / (workers * span)
-    figures = {
+    load = os.getloadavg()[0]
+    result, _ = measure(items, Sleepers(seconds), Seats((), 0, 1), workers)
+    summary = result.summary
+    present = sum(row["present_seconds"] for row in summary["workers"])
+    busy = sum(row["busy_seconds"] for row in summary["workers"])
+    paused = busy * summary["overhead"] / (1 - summary["overhead"])
+    parts = {
+        "pauses": paused / present,
+        "inside": (busy - count * seconds) / present,
+        "end": (present - busy - paused) / present,
+    }
+    lost = sum(parts.values())
+    told = ", ".join(f"{name} {100 * share:.2f} %" for name, share in parts.items())
+    print(
+        f"{count} items of {seconds:g} s, {workers} workers: {summary['wall_seconds']:.1f} s in all, "
+        f"{100 * lost:.2f} % lost ({told}); pause between two items {1000 * summary['gap_seconds']:.2f} ms; "
+        f"load before {load:.1f}"
+    )
+    return {
         "items": count,
         "workers": workers,
         "item_seconds": seconds,
-        "span_seconds": span,
         "lost": lost,
-        "gap_seconds": result.summary["gap_seconds"],
-        "wall_seconds": result.summary["wall_seconds"],
+        **parts,
+        "gap_seconds": summary["gap_seconds"],
+        "wall_seconds": summary["wall_seconds"],
+        "load_before": load,
     }
-    print(
-        f"{count} items of {seconds:g} s, {workers} workers: {span:.1f} s, {100 * lost:.2f} % lost, "
-        f"pause between two items {1000 * figures['gap_seconds']:.2f} ms"
-    )
-    return figures
 
 
 def throughput(arguments: argparse.Namespace) -> dict[str, Any]:

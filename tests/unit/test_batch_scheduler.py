@@ -68,7 +68,7 @@ class ImaginedCrew:
             self.working.pop(news.slot)
         return [news]
 
-    def progress(self) -> Mapping[int, Progress]:
+    def progress(self, slots: Sequence[int]) -> Mapping[int, Progress]:
         return {}
 
     def close(self) -> None:

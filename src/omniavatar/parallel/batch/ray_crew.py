@@ -17,11 +17,12 @@ import shutil
 import socket
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from omniavatar.errors import ConfigError, ResourceError
@@ -38,6 +39,8 @@ from omniavatar.parallel.batch.items import (
     Verdict,
 )
 from omniavatar.parallel.batch.worker import Worker
+
+Kind = type[Started] | type[Answered]
 
 _OBJECT_STORE_BYTES = 100 * 2**20
 _SHORT = 40
@@ -95,8 +98,9 @@ class RayCrew:
         self._ray, self._seats = ray, seats
         self._folder: str | None = None
         self._actors: dict[int, Any] = {}
-        self._refs: dict[Any, tuple[int, str]] = {}
-        self._asked: dict[int, Any] = {}
+        self._calls: dict[int, Any] = {}
+        self._heard: SimpleQueue[tuple[int, Any, Kind, Future[Any]]] = SimpleQueue()
+        self._asked: dict[int, tuple[Any, Future[Any]]] = {}
         self._progress: dict[int, Progress] = {}
         try:
             if seats.address is None:
@@ -176,15 +180,20 @@ class RayCrew:
             num_cpus=seats.cpus_per_worker, num_gpus=seats.gpus_per_worker, max_restarts=0, max_concurrency=2
         ).remote(*self._arguments)
         self._actors[slot] = actor
-        self._refs[actor.start.remote()] = (slot, "start")
+        self._call(slot, actor.start.remote(), Started)
 
     def give(self, slot: int, task: Task) -> None:
         self._progress.pop(slot, None)
-        self._refs[self._actors[slot].run.remote(task)] = (slot, "run")
+        self._call(slot, self._actors[slot].run.remote(task), Answered)
+
+    def _call(self, slot: int, ref: Any, kind: Kind) -> None:
+        """Have the answer put into the queue: waiting there costs nothing, however many workers there are."""
+        self._calls[slot] = ref
+        ref.future().add_done_callback(lambda answer: self._heard.put((slot, ref, kind, answer)))
 
     def dismiss(self, slot: int) -> None:
         actor = self._actors.pop(slot, None)
-        self._refs = {ref: what for ref, what in self._refs.items() if what[0] != slot}
+        self._calls.pop(slot, None)
         self._asked.pop(slot, None)
         self._progress.pop(slot, None)
         if actor is not None:
@@ -192,37 +201,35 @@ class RayCrew:
                 self._ray.kill(actor, no_restart=True)
 
     def wait(self, seconds: float) -> Sequence[News]:
-        if not self._refs:
-            time.sleep(seconds)
-            return []
-        refs = list(self._refs)
-        ready, _ = self._ray.wait(refs, num_returns=1, timeout=seconds)
-        if ready and len(refs) > 1:
-            ready, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0)
-        return [self._news(ref) for ref in ready]
+        news: list[News] = []
+        with suppress(Empty):
+            while True:
+                slot, ref, kind, answer = self._heard.get(timeout=0 if news else seconds)
+                if self._calls.get(slot) is ref:  # not of a worker that was dismissed
+                    del self._calls[slot]
+                    news.append(self._news(slot, kind, answer))
+        return news
 
-    def _news(self, ref: Any) -> News:
-        slot, what = self._refs.pop(ref)
+    def _news(self, slot: int, kind: Kind, call: Future[Any]) -> News:
         try:
-            answer: Any = self._ray.get(ref)
+            answer = call.result()
         except self._ray.exceptions.RayError as error:
             return Lost(slot, _one_line(error))
         if isinstance(answer, Outcome) and answer.verdict is Verdict.lost:
             return Lost(slot, answer.error)
-        if what == "start":
-            return Started(slot, answer)
-        return Answered(slot, answer)
+        return kind(slot, answer)
 
-    def progress(self) -> Mapping[int, Progress]:
-        for slot, ref in list(self._asked.items()):
-            if self._ray.wait([ref], timeout=0)[0]:
+    def progress(self, slots: Sequence[int]) -> Mapping[int, Progress]:
+        for slot, (_, answer) in list(self._asked.items()):
+            if answer.done():
                 del self._asked[slot]
                 with suppress(self._ray.exceptions.RayError):  # its death is reported by `wait`
-                    self._progress[slot] = self._ray.get(ref)
-        for slot, what in self._refs.values():
-            if what == "run" and slot not in self._asked:
-                self._asked[slot] = self._actors[slot].progress.remote()
-        return dict(self._progress)
+                    self._progress[slot] = answer.result()
+        for slot in slots:
+            if slot not in self._asked and slot in self._calls:
+                ref = self._actors[slot].progress.remote()
+                self._asked[slot] = (ref, ref.future())
+        return {slot: self._progress[slot] for slot in slots if slot in self._progress}
 
     def close(self) -> None:
         """End every worker, and Ray where it was started here."""
@@ -252,6 +259,7 @@ def _environment(address: str | None) -> dict[str, str]:
     return {
         **quiet,
         "RAY_enable_metrics_collection": "0",
+        "RAY_task_events_report_interval_ms": "0",  # nobody asks this Ray for lists of tasks
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
