@@ -9,7 +9,8 @@ the batch, in which it did not sleep; it is made of pauses between two items, of
 the sleep (inside: lease, files, waking up late), and of the end of the queue, where some have no item any
 more. throughput: the same requests with each number of workers; the
 time of a run goes from the moment its first item starts, so that loading is left out, to its last end; each
-worker has made one item before it counts; pauses: the workers' time between two items that lay ready. The
+worker has made one item before it counts; on the CPU each worker, a single one too, is bound to as many cores
+as it has threads; pauses: the workers' time between two items that lay ready. The
 last line is JSON.
 """
 
@@ -132,8 +133,9 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
     from omniavatar.config_load import load_config
     from omniavatar.requests_file import RequestLine
 
-    config = load_config(arguments.config, arguments.hp).config
     gpus = tuple(arguments.gpus.split(",")) if arguments.gpus else ()
+    threads = [] if gpus else [f"threads={arguments.threads}"]
+    config = load_config(arguments.config, [*arguments.hp, *threads]).config
     runs: dict[int, list[float]] = {count: [] for count in arguments.workers}
     pauses: dict[int, list[float]] = {count: [] for count in arguments.workers}
     with as_file(files("omniavatar.assets")) as assets:
@@ -145,13 +147,14 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
         for _ in range(arguments.repeats):
             for count in arguments.workers:
                 seats = Seats(gpus[:count], 1.0 if gpus else 0, arguments.threads)
-                result, watch = measure(make_items(lines, config), AvatarEngines(config), seats, count)
+                engines = AvatarEngines(config, pin=arguments.pin)
+                result, watch = measure(make_items(lines, config), engines, seats, count)
                 begun, ended = watch.ended[count - 1], watch.ended[-1]
                 runs[count].append((arguments.items - count) / (ended - begun))
                 pauses[count].append(result.summary["overhead"] or 0.0)
                 print(
                     f"{count} workers: {runs[count][-1]:.4f} items/s after each one's first, "
-                    f"{100 * pauses[count][-1]:.2f} % pauses",
+                    f"{100 * pauses[count][-1]:.2f} % pauses; load after {os.getloadavg()[0]:.1f}",
                     flush=True,
                 )
     one = statistics.median(runs[min(runs)]) / min(runs)
@@ -180,6 +183,9 @@ def main() -> None:
     real.add_argument("--hp", action="append", default=[])
     real.add_argument("--gpus", default="")
     real.add_argument("--threads", type=int, default=1, help="CPU threads of a worker")
+    real.add_argument(
+        "--pin", action=argparse.BooleanOptionalAction, default=True, help="CPU workers on cores of their own"
+    )
     real.add_argument("--items", type=int, default=16)
     real.add_argument("--repeats", type=int, default=3)
     real.add_argument("--workers", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])

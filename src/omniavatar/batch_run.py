@@ -21,6 +21,7 @@ from omniavatar.following import follow
 from omniavatar.ops.device import choose_device
 from omniavatar.orders import WindowsOrder
 from omniavatar.output import output_path, weight_identities
+from omniavatar.parallel.batch.cores import take_cores
 from omniavatar.parallel.batch.items import Engine, Item, Made, Member, PeerLost, Place
 from omniavatar.parallel.process import Process, connect, lost_another
 from omniavatar.parallel.team import ONE, Ranks
@@ -35,22 +36,26 @@ from omniavatar.types import AvatarRequest
 class AvatarEngines:
     """Makes a pipeline for a place, of one process or of several (a `GroupFactory`).
 
-    One thread on a CPU unless the configuration says otherwise.
+    A process on the CPU has one thread unless the configuration says otherwise. pin: and as many cores of its
+    own, where there are enough.
     """
 
     config: PipelineConfig
+    pin: bool = False
 
     def __call__(self, place: Place) -> Engine:
-        return _AvatarEngine(self._on(self.config, place.devices[0]), None)
+        config = self._on(self.config, place.devices[0])
+        return _AvatarEngine(config, None, self._take_cores(config))
 
     def lead(self, member: Member) -> Engine:
         with _blaming_peers():
             config = self._shared(member)
-            return _AvatarEngine(config, _join(member, config))
+            return _AvatarEngine(config, _join(member, config), self._take_cores(config))
 
     def follow(self, member: Member) -> None:
         with _blaming_peers():
             config = self._shared(member)
+            self._take_cores(config)
             follow(AvatarPipeline.from_config(config, team=_join(member, config)))
 
     def _shared(self, member: Member) -> PipelineConfig:
@@ -62,6 +67,12 @@ class AvatarEngines:
         if device == "cpu":
             changes["threads"] = config.runtime.threads or 1
         return config.model_copy(update={"runtime": config.runtime.model_copy(update=changes)})
+
+    def _take_cores(self, config: PipelineConfig) -> tuple[int, ...]:
+        runtime = config.runtime
+        if not self.pin or runtime.device != "cpu" or runtime.threads is None:
+            return ()
+        return take_cores(runtime.threads)
 
 
 def _join(member: Member, config: PipelineConfig) -> Ranks:
@@ -85,9 +96,9 @@ def _blaming_peers() -> Iterator[None]:
 class _AvatarEngine:
     """An `AvatarPipeline` that tells its windows. team: the processes that make each video, None for one."""
 
-    def __init__(self, config: PipelineConfig, team: Ranks | None) -> None:
+    def __init__(self, config: PipelineConfig, team: Ranks | None, cores: tuple[int, ...]) -> None:
         self._on_window: Callable[[int, int], None] = lambda done, windows: None
-        self._team = team
+        self._team, self._cores = team, cores
         recorder = RunRecorder([self._listen])
         self._pipeline = AvatarPipeline.from_config(config, recorder=recorder, team=team or ONE)
 
@@ -116,6 +127,8 @@ class _AvatarEngine:
     def device(self) -> str:
         device = self._pipeline.components.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        if self._cores and self._team is None:
+            name = f"{name} core {','.join(map(str, self._cores))}"
         return name if self._team is None else f"{self._team.size} x {name}"
 
     def intact(self) -> bool:

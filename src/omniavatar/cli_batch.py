@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -76,8 +76,18 @@ def batch(
     ] = 1,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="With --gpus cpu (default 1, one thread each), or the most in a cluster."),
+        typer.Option(
+            min=1,
+            help="With --gpus cpu (default 1, of one thread or --hp=threads), or the most in a cluster.",
+        ),
     ] = None,
+    pin: Annotated[
+        bool,
+        typer.Option(
+            help="With --gpus cpu: bind each worker to as many cores of its own as it has threads, if there "
+            "are enough (Linux)."
+        ),
+    ] = True,
     ray_address: Annotated[
         str | None,
         typer.Option(
@@ -132,6 +142,7 @@ def batch(
 
         loaded = load_config(config, hp or ())
         shared_among(loaded.config, gpus_per_job, f"--gpus-per-job {gpus_per_job}")
+        choice = with_threads(choice, loaded.config.runtime.threads or 1, pin)
         for warning in (*loaded.warnings, *choice.notes):
             recorder.event("message", text=warning, level="warning")
         items = make_items(read_requests(input_file, loaded.config.sampling), loaded.config)
@@ -143,7 +154,7 @@ def batch(
             usual = Path(target).expanduser() / stem
         folder = run_dir or usual
         destination = make_destination(target, folder / "work")
-        engines = AvatarEngines(loaded.config)
+        engines = AvatarEngines(loaded.config, choice.pin)
         result = run_batch(
             items,
             lambda: RayCrew(choice.seats, choice.workers, engines, destination),
@@ -200,11 +211,12 @@ class Wish:
 
 @dataclass(frozen=True)
 class Choice:
-    """workers: None takes as many as a cluster has room for. notes: lines for the user."""
+    """workers: None takes as many as a cluster has room for. notes: lines for the user. pin: to own cores."""
 
     seats: Seats
     workers: int | None
     notes: tuple[str, ...] = ()
+    pin: bool = False
 
 
 def choose_seats(wish: Wish) -> Choice:
@@ -231,6 +243,21 @@ def choose_seats(wish: Wish) -> Choice:
     if wish.workers is not None:
         raise ConfigError("--workers: is for --gpus cpu and --ray-address; use --gpus and --per_gpu_jobs")
     return _local_gpus(wish, share)
+
+
+def with_threads(choice: Choice, threads: int, pin: bool) -> Choice:
+    """The choice where each process of a worker on the CPU has `threads`, and with `pin` cores of its own."""
+    from omniavatar.parallel.batch.cores import cores_here
+
+    seats, notes = choice.seats, choice.notes
+    if seats.gpus_per_worker > 0:
+        return choice
+    seats = replace(seats, cpus_per_worker=threads * seats.devices)
+    there = cores_here()
+    wanted = seats.cpus_per_worker * (choice.workers or 1) if seats.address is None else 1
+    if pin and there and wanted > there:
+        notes = (*notes, f"{wanted} threads on {there} cores: workers have no cores of their own")
+    return replace(choice, seats=seats, notes=notes, pin=pin and wanted <= there)
 
 
 def _local_gpus(wish: Wish, share: float) -> Choice:

@@ -360,7 +360,7 @@ def test_engine_is_intact_unless_the_others_were_inside_a_video(
 
     team, orders = Team(), []
     monkeypatch.setattr(batch_run.AvatarPipeline, "from_config", lambda *args, **kwargs: Pipeline())
-    engine = batch_run._AvatarEngine(None, team)  # type: ignore[arg-type]
+    engine = batch_run._AvatarEngine(None, team, ())  # type: ignore[arg-type]
 
     def run() -> bool:
         with pytest.raises(OutputError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -9,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from batch_stub import StubEngines, make_items, noted, video_bytes
 from omniavatar import cli_batch
-from omniavatar.cli_batch import Wish, choose_seats
+from omniavatar.cli_batch import Wish, choose_seats, with_threads
 from omniavatar.errors import ConfigError, OutputError, ResourceError
 from omniavatar.parallel.batch.destination import FolderDestination, RemoteDestination, make_destination
 from omniavatar.parallel.batch.items import Outcome, Place, Task, Verdict, WorkerInfo
@@ -273,6 +275,56 @@ def test_gpus_that_no_job_can_use(four_gpus: None, wish: Wish, used: tuple[str, 
 def test_options_that_do_not_fit(four_gpus: None, wish: Wish, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         choose_seats(wish)
+
+
+def test_threads_of_workers_on_the_cpu(four_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omniavatar.parallel.batch.cores.cores_here", lambda: 4)
+    two = choose_seats(Wish("cpu", workers=2))
+    assert with_threads(two, 2, True) == replace(two, seats=Seats((), 0, 2), pin=True)
+    assert not with_threads(two, 2, False).pin
+    group = choose_seats(Wish("cpu", workers=2, gpus_per_job=2))
+    crowded = with_threads(group, 2, True)
+    assert crowded.seats == Seats((), 0, 4, devices=2) and not crowded.pin
+    assert crowded.notes == ("8 threads on 4 cores: workers have no cores of their own",)
+    assert with_threads(choose_seats(Wish("cpu", ray_address="auto")), 8, True).pin, "Ray finds them"
+    assert with_threads(choose_seats(Wish("0")), 8, True) == choose_seats(Wish("0"))
+
+
+BIND = """
+import os, sys, threading
+from pathlib import Path
+from omniavatar.parallel.batch.cores import take_cores
+threading.Thread(target=sys.stdin.readline, daemon=True).start()
+print(take_cores(int(sys.argv[2]), Path(sys.argv[1])), flush=True)
+bound = {tuple(sorted(os.sched_getaffinity(int(thread)))) for thread in os.listdir("/proc/self/task")}
+print(sorted(bound), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="binds processes to cores")
+def test_workers_take_cores_of_their_own(tmp_path: Path) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    holders: list[subprocess.Popen[str]] = []
+
+    def take(count: int) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+        command = [sys.executable, "-c", BIND, str(tmp_path), str(count)]
+        holders.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        assert holders[-1].stdout is not None
+        taken, threads = (ast.literal_eval(holders[-1].stdout.readline()) for _ in range(2))
+        return taken, threads
+
+    everything = tuple(cores)
+    assert take(len(cores) + 1) == ((), [everything])
+    first = (cores[0],)
+    assert take(1) == (first, [first])
+    assert take(len(cores)) == ((), [everything]), "one of them is taken"
+    holders[1].kill()
+    holders[1].communicate()
+    assert take(len(cores)) == (everything, [everything])
+    for holder in holders:
+        holder.kill()
+        holder.communicate()
 
 
 def test_without_a_gpu_the_cpu_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
