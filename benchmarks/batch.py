@@ -10,7 +10,7 @@ the sleep (inside: lease, files, waking up late), and of the end of the queue, w
 more. throughput: the same requests with each number of workers; the
 time of a run goes from the moment its first item starts, so that loading is left out, to its last end; each
 worker has made one item before it counts; on the CPU each worker, a single one too, is bound to as many cores
-as it has threads; pauses: the workers' time between two items that lay ready. The
+as it has threads, and with --confine the whole batch, driver and Ray too, to as many as its workers have; pauses: the workers' time between two items that lay ready. The
 last line is JSON.
 """
 
@@ -29,6 +29,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+from omniavatar.parallel.batch.cores import bind
 from omniavatar.parallel.batch.destination import FolderDestination
 from omniavatar.parallel.batch.items import Engine, EngineFactory, Item, Made, Place
 from omniavatar.parallel.batch.ray_crew import RayCrew, Seats
@@ -134,6 +135,7 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
     from omniavatar.requests_file import RequestLine
 
     gpus = tuple(arguments.gpus.split(",")) if arguments.gpus else ()
+    cores = sorted(os.sched_getaffinity(0))
     threads = [] if gpus else [f"threads={arguments.threads}"]
     config = load_config(arguments.config, [*arguments.hp, *threads]).config
     runs: dict[int, list[float]] = {count: [] for count in arguments.workers}
@@ -148,6 +150,8 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
             for count in arguments.workers:
                 seats = Seats(gpus[:count], 1.0 if gpus else 0, arguments.threads)
                 engines = AvatarEngines(config, pin=arguments.pin)
+                if arguments.confine:
+                    bind(cores[: count * arguments.threads])
                 result, watch = measure(make_items(lines, config), engines, seats, count)
                 begun, ended = watch.ended[count - 1], watch.ended[-1]
                 runs[count].append((arguments.items - count) / (ended - begun))
@@ -168,7 +172,8 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
         }
         for count, rates in runs.items()
     ]
-    return {"config": str(arguments.config), "hp": arguments.hp, "items": arguments.items, "rows": rows}
+    told = ("hp", "items", "threads", "pin", "confine")
+    return {"config": str(arguments.config), **{n: getattr(arguments, n) for n in told}, "rows": rows}
 
 
 def main() -> None:
@@ -186,6 +191,7 @@ def main() -> None:
     real.add_argument(
         "--pin", action=argparse.BooleanOptionalAction, default=True, help="CPU workers on cores of their own"
     )
+    real.add_argument("--confine", action="store_true", help="driver and Ray on the workers' cores too")
     real.add_argument("--items", type=int, default=16)
     real.add_argument("--repeats", type=int, default=3)
     real.add_argument("--workers", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])

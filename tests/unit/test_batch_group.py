@@ -136,7 +136,7 @@ def test_a_killed_process_ends_the_group_and_is_named(
 
     def kill() -> None:
         wait_until(lambda: noted(notes, "window"))
-        os.kill(pids(notes, role)[0], signal.SIGKILL)
+        os.kill(wait_until(lambda: pids(notes, role))[0], signal.SIGKILL)
 
     later(kill)
     began = time.monotonic()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from omniavatar.parallel.batch.lease import Lease, try_lease
@@ -38,12 +39,12 @@ def take_cores(count: int, folder: Path | None = None) -> tuple[int, ...]:
         for lease in leases:
             lease.release()
         return ()
-    _bind(numbers)
+    bind(numbers)
     return tuple(numbers)
 
 
-def _bind(numbers: list[int]) -> None:
-    """Bind every thread there is; those to come are bound as the one that starts them."""
+def bind(numbers: Sequence[int]) -> None:
+    """Bind every thread there is in this process; those to come are bound as the one that starts them."""
     bound: set[str] = set()
     while new := set(os.listdir("/proc/self/task")) - bound:
         for thread in new:
