@@ -7,11 +7,11 @@ python benchmarks/batch.py throughput --config configs/inference_1.3B_optimized.
 overhead: items that only sleep. Lost is the share of the workers' time, each's from being ready to the end of
 the batch, in which it did not sleep; it is made of pauses between two items, of what the worker does around
 the sleep (inside: lease, files, waking up late), and of the end of the queue, where some have no item any
-more. throughput: the same requests with each number of workers; the
-time of a run goes from the moment its first item starts, so that loading is left out, to its last end; each
-worker has made one item before it counts; on the CPU each worker, a single one too, is bound to as many cores
-as it has threads, and with --confine the whole batch, driver and Ray too, to as many as its workers have; pauses: the workers' time between two items that lay ready. The
-last line is JSON.
+more. throughput: the same requests with each number of workers; the time of a run goes from the moment its
+first item starts, so that loading is left out, to its last end; each worker has made one item before it
+counts; on the CPU each worker, a single one too, is bound to as many cores as it has threads, and with
+--confine the whole batch, driver and Ray too, to as many as its workers have; pauses: the workers' time
+between two items that lay ready. The last line is JSON.
 """
 
 from __future__ import annotations
