@@ -4,18 +4,21 @@ python benchmarks/batch.py overhead [--items 10000] [--workers 32] [--seconds 1.
 python benchmarks/batch.py throughput --config configs/nano.yaml --hp weights=random,scale=nano --workers 1,2
 python benchmarks/batch.py throughput --config configs/inference_1.3B_optimized.yaml --gpus 0,1 --workers 1,2
 
-overhead: items that only sleep. Lost is the share of the workers' time between the first start of an item
-and the last end in which they were at none: 1 - items * seconds / (workers * span); what the end of the queue
-loses (the last round isn't full) is in it. throughput: the same requests with each number of workers; the
-time of a run goes from the moment its first item starts, so that loading is left out, to its last end; each
-worker has made one item before it counts; pauses: the workers' time between two items that lay ready. The
-last line is JSON.
+overhead: items that only sleep. Lost is the share of the workers' time, each's from being ready to the end of
+the batch, in which it did not sleep; it is made of pauses between two items, of what the worker does around
+the sleep (inside: lease, files, waking up late), and of the end of the queue, where some have no item any
+more. throughput: the same requests with each number of workers; the time of a run goes from the moment its
+first item starts, so that loading is left out, to its last end; each worker has made one item before it
+counts; on the CPU each worker, a single one too, is bound to as many cores as it has threads, and with
+--confine the whole batch, driver and Ray too, to as many as its workers have; pauses: the workers' time
+between two items that lay ready. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -26,6 +29,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+from omniavatar.parallel.batch.cores import bind
 from omniavatar.parallel.batch.destination import FolderDestination
 from omniavatar.parallel.batch.items import Engine, EngineFactory, Item, Made, Place
 from omniavatar.parallel.batch.ray_crew import RayCrew, Seats
@@ -57,6 +61,9 @@ class _Sleeper:
 
     def device(self) -> str:
         return "sleep"
+
+    def intact(self) -> bool:
+        return True
 
 
 @dataclass
@@ -92,23 +99,34 @@ def overhead(count: int, workers: int, seconds: float) -> dict[str, Any]:
     items = [
         Item(f"{i:06d}", f"{i:06d}.mp4", i, f"p{i}", "", AvatarRequest("p", "face.png")) for i in range(count)
     ]
-    result, watch = measure(items, Sleepers(seconds), Seats((), 0, 1), workers)
-    span = watch.ended[-1] - watch.started[workers - 1]
-    lost = 1 - (count * seconds) / (workers * span)
-    figures = {
+    load = os.getloadavg()[0]
+    result, _ = measure(items, Sleepers(seconds), Seats((), 0, 1), workers)
+    summary = result.summary
+    present = sum(row["present_seconds"] for row in summary["workers"])
+    busy = sum(row["busy_seconds"] for row in summary["workers"])
+    paused = busy * summary["overhead"] / (1 - summary["overhead"])
+    parts = {
+        "pauses": paused / present,
+        "inside": (busy - count * seconds) / present,
+        "end": (present - busy - paused) / present,
+    }
+    lost = sum(parts.values())
+    told = ", ".join(f"{name} {100 * share:.2f} %" for name, share in parts.items())
+    print(
+        f"{count} items of {seconds:g} s, {workers} workers: {summary['wall_seconds']:.1f} s in all, "
+        f"{100 * lost:.2f} % lost ({told}); pause between two items {1000 * summary['gap_seconds']:.2f} ms; "
+        f"load before {load:.1f}"
+    )
+    return {
         "items": count,
         "workers": workers,
         "item_seconds": seconds,
-        "span_seconds": span,
         "lost": lost,
-        "gap_seconds": result.summary["gap_seconds"],
-        "wall_seconds": result.summary["wall_seconds"],
+        **parts,
+        "gap_seconds": summary["gap_seconds"],
+        "wall_seconds": summary["wall_seconds"],
+        "load_before": load,
     }
-    print(
-        f"{count} items of {seconds:g} s, {workers} workers: {span:.1f} s, {100 * lost:.2f} % lost, "
-        f"pause between two items {1000 * figures['gap_seconds']:.2f} ms"
-    )
-    return figures
 
 
 def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -116,8 +134,10 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
     from omniavatar.config_load import load_config
     from omniavatar.requests_file import RequestLine
 
-    config = load_config(arguments.config, arguments.hp).config
     gpus = tuple(arguments.gpus.split(",")) if arguments.gpus else ()
+    cores = sorted(os.sched_getaffinity(0))
+    threads = [] if gpus else [f"threads={arguments.threads}"]
+    config = load_config(arguments.config, [*arguments.hp, *threads]).config
     runs: dict[int, list[float]] = {count: [] for count in arguments.workers}
     pauses: dict[int, list[float]] = {count: [] for count in arguments.workers}
     with as_file(files("omniavatar.assets")) as assets:
@@ -129,13 +149,16 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
         for _ in range(arguments.repeats):
             for count in arguments.workers:
                 seats = Seats(gpus[:count], 1.0 if gpus else 0, arguments.threads)
-                result, watch = measure(make_items(lines, config), AvatarEngines(config), seats, count)
+                engines = AvatarEngines(config, pin=arguments.pin)
+                if arguments.confine:
+                    bind(cores[: count * arguments.threads])
+                result, watch = measure(make_items(lines, config), engines, seats, count)
                 begun, ended = watch.ended[count - 1], watch.ended[-1]
                 runs[count].append((arguments.items - count) / (ended - begun))
                 pauses[count].append(result.summary["overhead"] or 0.0)
                 print(
                     f"{count} workers: {runs[count][-1]:.4f} items/s after each one's first, "
-                    f"{100 * pauses[count][-1]:.2f} % pauses",
+                    f"{100 * pauses[count][-1]:.2f} % pauses; load after {os.getloadavg()[0]:.1f}",
                     flush=True,
                 )
     one = statistics.median(runs[min(runs)]) / min(runs)
@@ -149,7 +172,8 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
         }
         for count, rates in runs.items()
     ]
-    return {"config": str(arguments.config), "hp": arguments.hp, "items": arguments.items, "rows": rows}
+    told = ("hp", "items", "threads", "pin", "confine")
+    return {"config": str(arguments.config), **{n: getattr(arguments, n) for n in told}, "rows": rows}
 
 
 def main() -> None:
@@ -164,6 +188,10 @@ def main() -> None:
     real.add_argument("--hp", action="append", default=[])
     real.add_argument("--gpus", default="")
     real.add_argument("--threads", type=int, default=1, help="CPU threads of a worker")
+    real.add_argument(
+        "--pin", action=argparse.BooleanOptionalAction, default=True, help="CPU workers on cores of their own"
+    )
+    real.add_argument("--confine", action="store_true", help="driver and Ray on the workers' cores too")
     real.add_argument("--items", type=int, default=16)
     real.add_argument("--repeats", type=int, default=3)
     real.add_argument("--workers", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])

@@ -21,6 +21,7 @@ def drive(
     engines: Any = None,
     workers: int | None = 2,
     address: str | None = None,
+    devices: int = 1,
     output: str | None = None,
     event: Any = None,
     **rules: Any,
@@ -32,7 +33,7 @@ def drive(
     rules = {"retry_wait_s": 0.05, "busy_wait_s": 0.2, "poll_s": 0.1, **rules}
     return run_batch(
         make_items(prompts),
-        lambda: RayCrew(Seats((), 0, 1, address), workers, engines, destination),
+        lambda: RayCrew(Seats((), 0, devices, address, devices), workers, engines, destination),
         destination,
         folder / "run",
         Rules(**rules),

@@ -2,7 +2,9 @@
 
 It keeps the promises of an engine: windows are appended to `<output>.job`, a cut one goes on after its last
 whole window, and the video gets its name by rename. What it does is noted in `<notes>/log`. The prompt says
-what goes wrong: `bad`, `oom`, `bug`, `weights`, `full` (while `<notes>/full` exists), `slow`.
+what goes wrong: `bad`, `oom`, `bug`, `weights`, `full` (while `<notes>/full` exists), `slow`; in a group also
+`peer` (the leader loses a follower), `uneven` (an error after which the others wait in vain).
+As a group, followers note themselves and wait; `<notes>/follower` says how the next one fails.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from omniavatar.errors import CheckpointError, InputError, OutputError, ResourceError
-from omniavatar.parallel.batch.items import Engine, Item, Made, Place
+from omniavatar.parallel.batch.items import Engine, Item, Made, Member, PeerLost, Place
 from omniavatar.types import AvatarRequest
 
 BYTES = 64
@@ -61,14 +63,35 @@ class StubEngines:
             raise CheckpointError("weights.pt: missing shard; fetch it again")
         return StubEngine(self)
 
+    def lead(self, member: Member) -> Engine:
+        assert len(member.place.devices) > 1 and member.rank == 0
+        return self(member.place)
+
+    def follow(self, member: Member) -> None:
+        StubEngine(self, "follower")
+        trouble = self.notes / "follower"
+        while not trouble.exists():
+            time.sleep(0.02)
+        what = trouble.read_text()
+        trouble.unlink()
+        if what == "oom":
+            raise ResourceError("max_tokens: 30000 needs more GPU memory than is free; lower max_tokens")
+        if what == "exit":
+            os._exit(3)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
 
 class StubEngine:
-    def __init__(self, settings: StubEngines) -> None:
+    def __init__(self, settings: StubEngines, role: str = "engine") -> None:
         self.settings = settings
-        self.note("engine", "-")
+        self.sound = True
+        self.note(role, "-")
 
     def device(self) -> str:
         return "stub"
+
+    def intact(self) -> bool:
+        return self.sound
 
     def note(self, what: str, name: str) -> None:
         line = f"{what} {name} {os.getpid()} {time.time()}\n"
@@ -118,6 +141,11 @@ class StubEngine:
             raise OutputError("cannot write x.mp4: the disk is full; free some space")
         if trouble == "bug":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if trouble == "peer":
+            raise PeerLost("lost contact with another process (connection closed by peer)")
+        if trouble == "uneven":
+            self.sound = False
+            raise OutputError("cannot write x.mp4: the disk is full; free some space")
         if trouble == "slow":
             time.sleep(1.5)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,43 +16,104 @@ import torch
 from omniavatar import __version__
 from omniavatar.calibration_file import default_path
 from omniavatar.config import PipelineConfig, result_values
-from omniavatar.errors import ConfigError, InputError, ResourceError
+from omniavatar.errors import InputError, OmniAvatarError, ResourceError
+from omniavatar.following import follow
+from omniavatar.ops.device import choose_device
+from omniavatar.orders import WindowsOrder
 from omniavatar.output import output_path, weight_identities
-from omniavatar.parallel.batch.items import Engine, Item, Made, Place
+from omniavatar.parallel.batch.cores import take_cores
+from omniavatar.parallel.batch.items import Engine, Item, Made, Member, PeerLost, Place
+from omniavatar.parallel.process import Process, connect, lost_another
+from omniavatar.parallel.team import ONE, Ranks
 from omniavatar.pipeline import AvatarPipeline
 from omniavatar.profiling.recorder import RunRecorder
 from omniavatar.requests_file import BadLine, RequestLine
+from omniavatar.sharing import shared_among
 from omniavatar.types import AvatarRequest
 
 
 @dataclass(frozen=True)
 class AvatarEngines:
-    """Makes a pipeline for a place; one thread on a CPU unless the configuration says otherwise."""
+    """Makes a pipeline for a place, of one process or of several (a `GroupFactory`).
+
+    A process on the CPU has one thread unless the configuration says otherwise. pin: and as many cores of its
+    own, where there are enough.
+    """
 
     config: PipelineConfig
+    pin: bool = False
 
     def __call__(self, place: Place) -> Engine:
-        if len(place.devices) > 1:
-            raise ConfigError("--gpus-per-job: one video on several GPUs is not in this version; use 1")
-        runtime = self.config.runtime
-        changes: dict[str, Any] = {"device": place.devices[0]}
-        if place.devices[0] == "cpu":
-            changes["threads"] = runtime.threads or 1
-        config = self.config.model_copy(update={"runtime": runtime.model_copy(update=changes)})
-        return _AvatarEngine(config)
+        config = self._on(self.config, place.devices[0])
+        return _AvatarEngine(config, None, self._take_cores(config))
+
+    def lead(self, member: Member) -> Engine:
+        with _blaming_peers():
+            config = self._shared(member)
+            return _AvatarEngine(config, _join(member, config), self._take_cores(config))
+
+    def follow(self, member: Member) -> None:
+        with _blaming_peers():
+            config = self._shared(member)
+            self._take_cores(config)
+            follow(AvatarPipeline.from_config(config, team=_join(member, config)))
+
+    def _shared(self, member: Member) -> PipelineConfig:
+        count = len(member.place.devices)
+        return self._on(shared_among(self.config, count, f"--gpus-per-job {count}"), member.device)
+
+    def _on(self, config: PipelineConfig, device: str) -> PipelineConfig:
+        changes: dict[str, Any] = {"device": device}
+        if device == "cpu":
+            changes["threads"] = config.runtime.threads or 1
+        return config.model_copy(update={"runtime": config.runtime.model_copy(update=changes)})
+
+    def _take_cores(self, config: PipelineConfig) -> tuple[int, ...]:
+        runtime = config.runtime
+        if not self.pin or runtime.device != "cpu" or runtime.threads is None:
+            return ()
+        return take_cores(runtime.threads)
+
+
+def _join(member: Member, config: PipelineConfig) -> Ranks:
+    process = Process(member.rank, member.rank, len(member.place.devices), member.store)
+    return connect(process, choose_device(config.runtime.device))
+
+
+@contextmanager
+def _blaming_peers() -> Iterator[None]:
+    """Tell an exchange that failed because another process is gone from an error of this one's own."""
+    try:
+        yield
+    except OmniAvatarError:
+        raise
+    except Exception as error:
+        if not lost_another(error):
+            raise
+        raise PeerLost(f"lost contact with another process ({str(error).splitlines()[0][:200]})") from error
 
 
 class _AvatarEngine:
-    """An `AvatarPipeline` that tells its windows."""
+    """An `AvatarPipeline` that tells its windows. team: the processes that make each video, None for one."""
 
-    def __init__(self, config: PipelineConfig) -> None:
+    def __init__(self, config: PipelineConfig, team: Ranks | None, cores: tuple[int, ...]) -> None:
         self._on_window: Callable[[int, int], None] = lambda done, windows: None
-        self._pipeline = AvatarPipeline.from_config(config, recorder=RunRecorder([self._listen]))
+        self._team, self._cores = team, cores
+        recorder = RunRecorder([self._listen])
+        self._pipeline = AvatarPipeline.from_config(config, recorder=recorder, team=team or ONE)
 
     def run(
         self, request: AvatarRequest, output: Path, fresh: bool, on_window: Callable[[int, int], None]
     ) -> Made:
+        with _blaming_peers():
+            return self._run(request, output, fresh, on_window)
+
+    def _run(
+        self, request: AvatarRequest, output: Path, fresh: bool, on_window: Callable[[int, int], None]
+    ) -> Made:
         self._on_window = on_window
+        if self._team is not None:
+            self._team.last_order = None
         try:
             result = self._pipeline.generate(request, output, resume=False if fresh else None)
         except ResourceError:
@@ -64,7 +126,14 @@ class _AvatarEngine:
 
     def device(self) -> str:
         device = self._pipeline.components.device
-        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        if self._cores and self._team is None:
+            name = f"{name} core {','.join(map(str, self._cores))}"
+        return name if self._team is None else f"{self._team.size} x {name}"
+
+    def intact(self) -> bool:
+        """Not after an error while the other processes were inside a video: they wait in an exchange."""
+        return self._team is None or not isinstance(self._team.last_order, WindowsOrder)
 
     def _listen(self, name: str, fields: Mapping[str, Any]) -> None:
         if name == "request_started":

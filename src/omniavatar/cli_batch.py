@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,13 +67,27 @@ def batch(
     gpus_per_job: Annotated[
         int,
         typer.Option(
-            "--gpus-per-job", "--gpus_per_job", min=1, help="GPUs of one video; only 1 in this version."
+            "--gpus-per-job",
+            "--gpus_per_job",
+            min=1,
+            help="GPUs that make each video together, as `generate --gpus` does; sp_size and cfg_parallel "
+            "say how.",
         ),
     ] = 1,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="With --gpus cpu (default 1, one thread each), or the most in a cluster."),
+        typer.Option(
+            min=1,
+            help="With --gpus cpu (default 1, of one thread or --hp=threads), or the most in a cluster.",
+        ),
     ] = None,
+    pin: Annotated[
+        bool,
+        typer.Option(
+            help="With --gpus cpu: bind each worker to as many cores of its own as it has threads, if there "
+            "are enough (Linux)."
+        ),
+    ] = True,
     ray_address: Annotated[
         str | None,
         typer.Option(
@@ -123,8 +138,11 @@ def batch(
         from omniavatar.parallel.batch.run import run_batch
         from omniavatar.parallel.batch.scheduler import Rules
         from omniavatar.requests_file import read_requests
+        from omniavatar.sharing import shared_among
 
         loaded = load_config(config, hp or ())
+        shared_among(loaded.config, gpus_per_job, f"--gpus-per-job {gpus_per_job}")
+        choice = with_threads(choice, loaded.config.runtime.threads or 1, pin)
         for warning in (*loaded.warnings, *choice.notes):
             recorder.event("message", text=warning, level="warning")
         items = make_items(read_requests(input_file, loaded.config.sampling), loaded.config)
@@ -136,7 +154,7 @@ def batch(
             usual = Path(target).expanduser() / stem
         folder = run_dir or usual
         destination = make_destination(target, folder / "work")
-        engines = AvatarEngines(loaded.config)
+        engines = AvatarEngines(loaded.config, choice.pin)
         result = run_batch(
             items,
             lambda: RayCrew(choice.seats, choice.workers, engines, destination),
@@ -193,31 +211,53 @@ class Wish:
 
 @dataclass(frozen=True)
 class Choice:
-    """workers: None takes as many as a cluster has room for. notes: lines for the user."""
+    """workers: None takes as many as a cluster has room for. notes: lines for the user. pin: to own cores."""
 
     seats: Seats
     workers: int | None
     notes: tuple[str, ...] = ()
+    pin: bool = False
 
 
 def choose_seats(wish: Wish) -> Choice:
     """Workers and what each runs on. Raises ConfigError, ResourceError."""
     from omniavatar.parallel.batch.ray_crew import Seats
 
-    if wish.gpus_per_job > 1:
-        raise ConfigError("--gpus-per-job: one video on several GPUs is not in this version; use 1")
+    devices = wish.gpus_per_job
+    if devices > 1 and wish.per_gpu_jobs > 1:
+        raise ConfigError(
+            "--gpus-per-job, --per_gpu_jobs: several GPUs a video and several videos a GPU; give one of them"
+        )
+    if devices > 1 and sys.platform != "linux":
+        raise ConfigError("--gpus-per-job: needs Linux for more than 1")
     if wish.gpus == "cpu":
         if wish.per_gpu_jobs > 1:
             raise ConfigError("--per_gpu_jobs: there is no GPU with --gpus cpu; use --workers")
-        return Choice(Seats((), 0, 1, wish.ray_address), wish.workers or (None if wish.ray_address else 1))
-    share = 1 / wish.per_gpu_jobs
+        seats = Seats((), 0, devices, wish.ray_address, devices)
+        return Choice(seats, wish.workers or (None if wish.ray_address else 1))
+    share = devices / wish.per_gpu_jobs
     if wish.ray_address is not None:
         if wish.gpus not in (None, "all"):
             raise ConfigError("--gpus: GPUs of a cluster have no numbers here; use --workers for fewer")
-        return Choice(Seats((), share, 1, wish.ray_address), wish.workers)
+        return Choice(Seats((), share, devices, wish.ray_address, devices), wish.workers)
     if wish.workers is not None:
         raise ConfigError("--workers: is for --gpus cpu and --ray-address; use --gpus and --per_gpu_jobs")
     return _local_gpus(wish, share)
+
+
+def with_threads(choice: Choice, threads: int, pin: bool) -> Choice:
+    """The choice where each process of a worker on the CPU has `threads`, and with `pin` cores of its own."""
+    from omniavatar.parallel.batch.cores import cores_here
+
+    seats, notes = choice.seats, choice.notes
+    if seats.gpus_per_worker > 0:
+        return choice
+    seats = replace(seats, cpus_per_worker=threads * seats.devices)
+    there = cores_here()
+    wanted = seats.cpus_per_worker * (choice.workers or 1) if seats.address is None else 1
+    if pin and there and wanted > there:
+        notes = (*notes, f"{wanted} threads on {there} cores: workers have no cores of their own")
+    return replace(choice, seats=seats, notes=notes, pin=pin and wanted <= there)
 
 
 def _local_gpus(wish: Wish, share: float) -> Choice:
@@ -226,23 +266,24 @@ def _local_gpus(wish: Wish, share: float) -> Choice:
     visible = _visible_gpus()
     if not visible:
         raise ResourceError("--gpus: no CUDA device here; use --gpus cpu --workers N")
-    notes: tuple[str, ...] = ()
-    if wish.gpus in (None, "all"):
-        chosen = visible
-    else:
-        assert wish.gpus is not None
-        chosen = _named(wish.gpus, visible)
-        if not wish.split_input and len(chosen) > 1:
-            notes = (
-                f"GPUs {', '.join(chosen[1:])} stay idle: one queue on GPU {chosen[0]}; add --split_input",
-            )
-            chosen = chosen[:1]
-    workers = len(chosen) * wish.per_gpu_jobs
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    return Choice(Seats(chosen, share, threads), workers, notes)
+    devices = wish.gpus_per_job
+    chosen = visible if wish.gpus in (None, "all") else _named(wish.gpus, visible)
+    if len(chosen) < devices:
+        raise ResourceError(
+            f"--gpus-per-job {devices}: there are {len(chosen)} GPUs ({', '.join(chosen)}); use fewer a job"
+        )
+    used, why = len(chosen) - len(chosen) % devices, f"--gpus-per-job {devices} doesn't divide {len(chosen)}"
+    if wish.gpus not in (None, "all") and not wish.split_input and len(chosen) > devices:
+        used, why = devices, f"one queue on GPU {', '.join(chosen[:devices])}; add --split_input"
+    idle = chosen[used:]
+    notes = (f"GPUs {', '.join(idle)} stay idle: {why}",) if idle else ()
+    workers = used // devices * wish.per_gpu_jobs
+    threads = max(devices, (os.cpu_count() or 1) // workers)
+    return Choice(Seats(chosen[:used], share, threads, devices=devices), workers, notes)
 
 
-def _named(text: str, visible: tuple[str, ...]) -> tuple[str, ...]:
+def _named(text: str | None, visible: tuple[str, ...]) -> tuple[str, ...]:
+    assert text is not None
     numbers = [part.strip() for part in text.split(",")]
     if not all(number.isdecimal() for number in numbers) or len(set(numbers)) < len(numbers):
         raise ConfigError(f"--gpus {text}: must be all, cpu, or different numbers such as 0,1,2")

@@ -98,15 +98,12 @@ def spread(config: PipelineConfig, gpus: Sequence[int] | None, process: Process)
     """
     runtime = config.runtime
     changes: dict[str, object] = {}
-    if gpus is not None and runtime.processes == 1:
-        groups = _guidance_groups(config, len(gpus))
-        changes |= {"cfg_parallel": groups, "sp_size": len(gpus) // groups}
-    elif gpus is not None and runtime.processes != len(gpus):
-        raise ConfigError(
-            f"--gpus: {len(gpus)} named, but sp_size x cfg_parallel is {runtime.processes}; "
-            "name as many, or leave sp_size and cfg_parallel out"
-        )
-    elif gpus is None and runtime.processes != process.world:
+    if gpus is not None:
+        from omniavatar.sharing import shared_among
+
+        config = shared_among(config, len(gpus), f"--gpus: {len(gpus)} named")
+        runtime = config.runtime
+    elif runtime.processes != process.world:
         started = f"torchrun started {process.world} processes" if process.world > 1 else "one process runs"
         raise ConfigError(
             f"sp_size: {started}, but sp_size x cfg_parallel is {runtime.processes}; use "
@@ -127,15 +124,6 @@ def _device(gpus: Sequence[int] | None, local_rank: int) -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{gpus[local_rank] if gpus is not None else local_rank}"
-
-
-def _guidance_groups(config: PipelineConfig, count: int) -> int:
-    """Guidance over groups needs next to no exchange, but every branch at every step to keep all busy."""
-    from omniavatar.sampling.guidance import guidance_branches
-
-    sampling = config.sampling
-    branches = len(guidance_branches(sampling.guidance_scale, sampling.effective_audio_scale, has_audio=True))
-    return branches if count % branches == 0 and sampling.guidance_interval == (0.0, 1.0) else 1
 
 
 def start_ranks(arguments: Sequence[str], gpus: Sequence[int]) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from batch_stub import StubEngines, make_items, noted, video_bytes
 from omniavatar import cli_batch
-from omniavatar.cli_batch import Wish, choose_seats
+from omniavatar.cli_batch import Wish, choose_seats, with_threads
 from omniavatar.errors import ConfigError, OutputError, ResourceError
 from omniavatar.parallel.batch.destination import FolderDestination, RemoteDestination, make_destination
 from omniavatar.parallel.batch.items import Outcome, Place, Task, Verdict, WorkerInfo
@@ -228,12 +231,31 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         (Wish("cpu", workers=3), Seats((), 0, 1), 3),
         (Wish(ray_address="ray://h:1"), Seats((), 1.0, 1, "ray://h:1"), None),
         (Wish("cpu", ray_address="auto", workers=5), Seats((), 0, 1, "auto"), 5),
+        (Wish(gpus_per_job=2), Seats(("4", "5", "6", "7"), 2.0, 8, devices=2), 2),
+        (Wish("0,1,3", split_input=True, gpus_per_job=3), Seats(("4", "5", "7"), 3.0, 16, devices=3), 1),
+        (Wish("1,2", gpus_per_job=2), Seats(("5", "6"), 2.0, 16, devices=2), 1),
+        (Wish("cpu", workers=3, gpus_per_job=2), Seats((), 0, 2, devices=2), 3),
+        (Wish(ray_address="ray://h:1", gpus_per_job=4), Seats((), 4.0, 4, "ray://h:1", 4), None),
     ],
 )
 def test_seats(four_gpus: None, wish: Wish, seats: Seats, workers: int | None) -> None:
     choice = choose_seats(wish)
     assert (choice.seats, choice.workers) == (seats, workers)
-    assert bool(choice.notes) == (wish.gpus == "1,2"), "idle GPUs are told"
+    assert bool(choice.notes) == (wish == Wish("1,2")), "idle GPUs are told"
+
+
+@pytest.mark.parametrize(
+    ("wish", "used", "note"),
+    [
+        (Wish(gpus_per_job=3), ("4", "5", "6"), "GPUs 7 stay idle: --gpus-per-job 3 doesn't divide 4"),
+        (Wish("0,1,3", gpus_per_job=2), ("4", "5"), "GPUs 7 stay idle: one queue on GPU 4, 5; add --split_"),
+        (Wish("0,1,3", split_input=True, gpus_per_job=2), ("4", "5"), "GPUs 7 .* doesn't divide 3"),
+    ],
+)
+def test_gpus_that_no_job_can_use(four_gpus: None, wish: Wish, used: tuple[str, ...], note: str) -> None:
+    choice = choose_seats(wish)
+    assert (choice.seats.gpus, choice.workers, len(choice.notes)) == (used, 1, 1)
+    assert re.match(note, choice.notes[0]), choice.notes
 
 
 @pytest.mark.parametrize(
@@ -245,12 +267,64 @@ def test_seats(four_gpus: None, wish: Wish, seats: Seats, workers: int | None) -
         (Wish("0", workers=2), ConfigError, "--workers"),
         (Wish("cpu", per_gpu_jobs=2), ConfigError, "--per_gpu_jobs"),
         (Wish("0,1", ray_address="auto"), ConfigError, "no numbers"),
-        (Wish(gpus_per_job=2), ConfigError, "--gpus-per-job"),
+        (Wish(gpus_per_job=2, per_gpu_jobs=2), ConfigError, "--gpus-per-job, --per_gpu_jobs"),
+        (Wish(gpus_per_job=5), ResourceError, "--gpus-per-job 5: there are 4 GPUs"),
+        (Wish("1", gpus_per_job=2), ResourceError, "--gpus-per-job 2: there are 1 GPUs"),
     ],
 )
 def test_options_that_do_not_fit(four_gpus: None, wish: Wish, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         choose_seats(wish)
+
+
+def test_threads_of_workers_on_the_cpu(four_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omniavatar.parallel.batch.cores.cores_here", lambda: 4)
+    two = choose_seats(Wish("cpu", workers=2))
+    assert with_threads(two, 2, True) == replace(two, seats=Seats((), 0, 2), pin=True)
+    assert not with_threads(two, 2, False).pin
+    group = choose_seats(Wish("cpu", workers=2, gpus_per_job=2))
+    crowded = with_threads(group, 2, True)
+    assert crowded.seats == Seats((), 0, 4, devices=2) and not crowded.pin
+    assert crowded.notes == ("8 threads on 4 cores: workers have no cores of their own",)
+    assert with_threads(choose_seats(Wish("cpu", ray_address="auto")), 8, True).pin, "Ray finds them"
+    assert with_threads(choose_seats(Wish("0")), 8, True) == choose_seats(Wish("0"))
+
+
+BIND = """
+import os, sys, threading
+from pathlib import Path
+from omniavatar.parallel.batch.cores import take_cores
+threading.Thread(target=sys.stdin.readline, daemon=True).start()
+print(take_cores(int(sys.argv[2]), Path(sys.argv[1])), flush=True)
+bound = {tuple(sorted(os.sched_getaffinity(int(thread)))) for thread in os.listdir("/proc/self/task")}
+print(sorted(bound), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="binds processes to cores")
+def test_workers_take_cores_of_their_own(tmp_path: Path) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    holders: list[subprocess.Popen[str]] = []
+
+    def take(count: int) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+        command = [sys.executable, "-c", BIND, str(tmp_path), str(count)]
+        holders.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        assert holders[-1].stdout is not None
+        taken, threads = (ast.literal_eval(holders[-1].stdout.readline()) for _ in range(2))
+        return taken, threads
+
+    everything = tuple(cores)
+    assert take(len(cores) + 1) == ((), [everything])
+    first = (cores[0],)
+    assert take(1) == (first, [first])
+    assert take(len(cores)) == ((), [everything]), "one of them is taken"
+    holders[1].kill()
+    holders[1].communicate()
+    assert take(len(cores)) == (everything, [everything])
+    for holder in holders:
+        holder.kill()
+        holder.communicate()
 
 
 def test_without_a_gpu_the_cpu_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +336,8 @@ def test_without_a_gpu_the_cpu_is_offered(monkeypatch: pytest.MonkeyPatch) -> No
 def test_place_of_a_worker() -> None:
     assert Seats((), 0, 1).place.devices == ("cpu",)
     assert Seats(("0",), 0.5, 1).place.devices == ("cuda:0",)
-    assert Seats(("0", "1"), 2, 1).place.devices == ("cuda:0", "cuda:1")
+    assert Seats(("0", "1"), 2, 2, devices=2).place.devices == ("cuda:0", "cuda:1")
+    assert Seats((), 0, 2, devices=2).place.devices == ("cpu", "cpu")
 
 
 def test_view_shows_workers_windows_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ Answer = Callable[[int, Task], Outcome | Lost]
 
 
 def failure(verdict: Verdict, error: str = "x: is wrong; mend it", kind: str = "InputError") -> Outcome:
-    return Outcome(verdict, 0.0, 0.5, error=error, error_class=kind)
+    return Outcome(verdict, 0.0, 0.5, error=error, error_class=kind, replace=verdict is Verdict.broken)
 
 
 @dataclass
@@ -68,7 +68,7 @@ class ImaginedCrew:
             self.working.pop(news.slot)
         return [news]
 
-    def progress(self) -> Mapping[int, Progress]:
+    def progress(self, slots: Sequence[int]) -> Mapping[int, Progress]:
         return {}
 
     def close(self) -> None:
@@ -171,6 +171,14 @@ def test_attempts(tmp_path: Path, verdict: Verdict, attempts: int) -> None:
     pauses = [later - earlier for earlier, later in pairwise(at)]
     assert all(3.0 * 2**i <= pause < 3.0 * 2**i + 1.1 for i, pause in enumerate(pauses))
     assert crew.dismissed.count(crew.given[0][0]) == (1 + attempts if verdict is Verdict.broken else 1)
+
+
+def test_worker_is_replaced_where_its_answer_says_so(tmp_path: Path) -> None:
+    spent = replace(failure(Verdict.failed), replace=True)
+    crew = ImaginedCrew(lambda slot, task: spent if task.item.key == "00000" else DONE, workers=1)
+    ledger = run(crew, make_items(["a", "b"]), tmp_path)
+    assert names(ledger) == {"00000": "failed", "00001": "done"}
+    assert ledger.slots[0].starts == 2 and ledger.slots[0].lost == 0
 
 
 def test_item_of_a_dead_worker_goes_to_the_front_and_is_not_started_over(tmp_path: Path) -> None:

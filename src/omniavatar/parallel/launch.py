@@ -49,7 +49,7 @@ def _supervise(processes: Sequence[subprocess.Popen[bytes]], names: Sequence[str
         for code, name in zip(codes, names, strict=True):
             if code is not None and code < 0:
                 raise ResourceError(
-                    f"{name}: its process was ended by {_signal(-code)} (host memory?); "
+                    f"{name}: its process was ended by {signal_name(-code)} (host memory?); "
                     "finished windows are kept, and the same command continues after them"
                 )
             if code:
@@ -63,7 +63,7 @@ def _supervise(processes: Sequence[subprocess.Popen[bytes]], names: Sequence[str
         time.sleep(POLL_S)
 
 
-def _signal(number: int) -> str:
+def signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:

@@ -128,6 +128,8 @@ class Ranks:
         self._sequence: SequenceParallel | None = None
         self._guidance: GuidanceParallel | None = None
         self._weights: Peers | None = None
+        self.last_order: Any = None
+        """What the leader told the others last, for who must know what they are at after an error."""
 
     @property
     def leads(self) -> bool:
@@ -178,6 +180,7 @@ class Ranks:
         return values
 
     def order(self, what: Any) -> None:
+        self.last_order = what
         dist.broadcast_object_list([what], src=0, group=self._orders, device=torch.device("cpu"))
 
     def next_order(self) -> Any:

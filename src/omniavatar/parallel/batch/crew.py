@@ -60,8 +60,8 @@ class Crew(Protocol):
         """What has happened, waiting at most `seconds` for the first of it."""
         ...
 
-    def progress(self) -> Mapping[int, Progress]:
-        """Latest known progress of working slots; doesn't wait."""
+    def progress(self, slots: Sequence[int]) -> Mapping[int, Progress]:
+        """Latest known progress of these working slots; doesn't wait, and asks for the next time."""
         ...
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """What flows through a batch: items, what a worker makes of them, and the engine a worker owns.
 
-A batch is a queue of items and some workers. A worker owns a place (a CPU thread, a GPU, later a group of
-GPUs) and one warm engine on it, takes one item at a time and answers with an `Outcome`, never with an
-exception: what an error means for the item, the worker and the batch is decided where it is raised.
+A batch is a queue of items and some workers. A worker owns a place (a CPU thread, a GPU, a group of GPUs) and
+one warm engine on it, takes one item at a time and answers with an `Outcome`, never with an exception: what
+an error means for the item, the worker and the batch is decided where it is raised.
 """
 
 from __future__ import annotations
@@ -68,6 +68,26 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Member:
+    """One of the processes that make videos together, each on a device of its own; rank 0 leads.
+
+    store: file through which they find each other.
+    """
+
+    place: Place
+    rank: int
+    store: str
+
+    @property
+    def device(self) -> str:
+        return self.place.devices[self.rank]
+
+
+class PeerLost(Exception):
+    """An exchange failed because another process of the group is gone or silent."""
+
+
+@dataclass(frozen=True)
 class Made:
     """What an engine made of one request."""
 
@@ -94,8 +114,24 @@ class Engine(Protocol):
         """Name of the device, for people."""
         ...
 
+    def intact(self) -> bool:
+        """Whether it can go on with the next request after one that failed."""
+        ...
+
 
 EngineFactory = Callable[[Place], Engine]
+
+
+class GroupFactory(Protocol):
+    """Makes an engine of several processes, of which each calls one of these."""
+
+    def lead(self, member: Member) -> Engine:
+        """Rank 0: join the others; what it makes, all make. Raises OmniAvatarError, PeerLost."""
+        ...
+
+    def follow(self, member: Member) -> None:
+        """The others: join, and work along until this process is ended. Raises as `lead`."""
+        ...
 
 
 class Verdict(StrEnum):
@@ -106,12 +142,16 @@ class Verdict(StrEnum):
     failed = "failed"  # this item can't be made, whoever tries
     retry = "retry"  # may go well later: disk, memory, network
     fatal = "fatal"  # every item would fail like this
-    broken = "broken"  # a bug; the worker's process is not to be trusted any more
+    broken = "broken"  # a bug
+    lost = "lost"  # one of the worker's processes died
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A worker's answer. began, ended: seconds since 1970 on the worker's clock. size: bytes delivered."""
+    """A worker's answer. began, ended: seconds since 1970 on the worker's clock. size: bytes delivered.
+
+    replace: the worker can make no further item.
+    """
 
     verdict: Verdict
     began: float
@@ -120,6 +160,7 @@ class Outcome:
     size: int = 0
     error: str = ""
     error_class: str = ""
+    replace: bool = False
 
 
 @dataclass(frozen=True)

@@ -44,14 +44,8 @@ class Lease:
 
 def try_lease(path: Path) -> Lease | None:
     """The lease on `path`, or None while another process has it. Raises OutputError."""
-    try:
-        with translate_os_error(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise OutputError(f"{path.parent}: is a file, not a folder; choose another folder") from None
     while True:
-        with translate_os_error(path):
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        handle = _open(path)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -67,10 +61,26 @@ def try_lease(path: Path) -> Lease | None:
             break
         os.close(handle)
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": round(time.time(), 3)}
+    text = json.dumps(holder).encode()
     with suppress(OSError):  # for people only; a full disk must not cost the lease
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(holder).encode(), 0)
+        os.pwrite(handle, text, 0)
+        if os.fstat(handle).st_size > len(text):  # a killed holder's
+            os.ftruncate(handle, len(text))
     return Lease(path, handle)
+
+
+def _open(path: Path) -> int:
+    how = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    try:
+        return os.open(path, how, 0o644)
+    except OSError:  # seldom: the folder is not there yet, or is no folder
+        try:
+            with translate_os_error(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise OutputError(f"{path.parent}: is a file, not a folder; choose another folder") from None
+        with translate_os_error(path):
+            return os.open(path, how, 0o644)
 
 
 def _is_still(path: Path, handle: int) -> bool:

@@ -17,6 +17,7 @@ class Slot:
     info: WorkerInfo | None = None
     known: WorkerInfo | None = None
     task: Task | None = None
+    given_at: float = 0.0
     starts: int = 0
     false_starts: int = 0
     closed: str = ""

@@ -17,18 +17,30 @@ import shutil
 import socket
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from omniavatar.errors import ConfigError, ResourceError
 from omniavatar.parallel.batch.crew import Answered, Lost, News, Started
 from omniavatar.parallel.batch.destination import Destination
-from omniavatar.parallel.batch.items import EngineFactory, Outcome, Place, Progress, Task, WorkerInfo
+from omniavatar.parallel.batch.group import GroupWorker
+from omniavatar.parallel.batch.items import (
+    EngineFactory,
+    GroupFactory,
+    Outcome,
+    Place,
+    Progress,
+    Task,
+    Verdict,
+)
 from omniavatar.parallel.batch.worker import Worker
+
+Kind = type[Started] | type[Answered]
 
 _OBJECT_STORE_BYTES = 100 * 2**20
 _SHORT = 40
@@ -42,29 +54,36 @@ class Seats:
     gpus: GPUs of this machine by number as `CUDA_VISIBLE_DEVICES` has them, () for the CPU or with `address`.
     gpus_per_worker: 0 for the CPU, below 1 to share a GPU. cpus_per_worker: threads of a worker.
     address: of a running cluster (`ray://host:10001`, `host:6379`, `auto`); None starts Ray here.
+    devices: of a worker; each has a process of its own if there are several.
     """
 
     gpus: tuple[str, ...]
     gpus_per_worker: float
     cpus_per_worker: int
     address: str | None = None
+    devices: int = 1
 
     @property
     def place(self) -> Place:
         if self.gpus_per_worker == 0:
-            return Place(("cpu",))
-        return Place(tuple(f"cuda:{index}" for index in range(max(1, round(self.gpus_per_worker)))))
+            return Place(("cpu",) * self.devices)
+        return Place(tuple(f"cuda:{index}" for index in range(self.devices)))
 
 
 class RayCrew:
     """A `Crew` of Ray actors; `close` it at the end.
 
-    workers: how many it is for; None: as many as the cluster has room for. Raises ResourceError when Ray is
-    missing or cannot be reached, ConfigError when the cluster has no room.
+    workers: how many it is for; None: as many as the cluster has room for. factory: a GroupFactory for seats
+    of several devices. Raises ResourceError when Ray is missing or cannot be reached, ConfigError when the
+    cluster has no room.
     """
 
     def __init__(
-        self, seats: Seats, workers: int | None, factory: EngineFactory, destination: Destination
+        self,
+        seats: Seats,
+        workers: int | None,
+        factory: EngineFactory | GroupFactory,
+        destination: Destination,
     ) -> None:
         try:
             if "ray" not in sys.modules:  # it reads them when it is imported, its processes when they start
@@ -77,11 +96,11 @@ class RayCrew:
             ) from None
         logging.getLogger("ray").setLevel(logging.ERROR)
         self._ray, self._seats = ray, seats
-        self._arguments = (factory, seats.place, destination, os.getcwd())
         self._folder: str | None = None
         self._actors: dict[int, Any] = {}
-        self._refs: dict[Any, tuple[int, str]] = {}
-        self._asked: dict[int, Any] = {}
+        self._calls: dict[int, Any] = {}
+        self._heard: SimpleQueue[tuple[int, Any, Kind, Future[Any]]] = SimpleQueue()
+        self._asked: dict[int, tuple[Any, Future[Any]]] = {}
         self._progress: dict[int, Progress] = {}
         try:
             if seats.address is None:
@@ -92,7 +111,10 @@ class RayCrew:
         except BaseException:
             self.close()
             raise
-        self._actor = ray.remote(Worker)
+        grouped = seats.devices > 1
+        self._actor = ray.remote(GroupWorker if grouped else Worker)
+        packed = ray.cloudpickle.dumps(factory) if grouped else factory
+        self._arguments = (packed, seats.place, destination, os.getcwd())
 
     def _start_here(self, workers: int) -> None:
         seats = self._seats
@@ -135,17 +157,16 @@ class RayCrew:
             ) from error
 
     def _fitting(self) -> int:
-        """Workers for which the cluster has room now."""
-        there = self._ray.cluster_resources()
+        """Workers for which the cluster has room now; one is always on one node."""
         seats = self._seats
         on_gpu = seats.gpus_per_worker > 0
         kind, share = ("GPU", seats.gpus_per_worker) if on_gpu else ("CPU", seats.cpus_per_worker)
-        free = there.get(kind, 0)
-        workers = int(free / share + 1e-6)
+        there = [node["Resources"].get(kind, 0) for node in self._ray.nodes() if node["Alive"]]
+        workers = workers_fitting(there, share)
         if not workers:
             raise ConfigError(
-                f"--ray-address {seats.address}: has {free:g} {kind}s now, {share:g} are needed; "
-                "give --workers for a cluster that grows on demand"
+                f"--ray-address {seats.address}: has {max(there, default=0):g} {kind}s on a node now, "
+                f"{share:g} are needed; give --workers for a cluster that grows on demand"
             )
         return workers
 
@@ -159,15 +180,20 @@ class RayCrew:
             num_cpus=seats.cpus_per_worker, num_gpus=seats.gpus_per_worker, max_restarts=0, max_concurrency=2
         ).remote(*self._arguments)
         self._actors[slot] = actor
-        self._refs[actor.start.remote()] = (slot, "start")
+        self._call(slot, actor.start.remote(), Started)
 
     def give(self, slot: int, task: Task) -> None:
         self._progress.pop(slot, None)
-        self._refs[self._actors[slot].run.remote(task)] = (slot, "run")
+        self._call(slot, self._actors[slot].run.remote(task), Answered)
+
+    def _call(self, slot: int, ref: Any, kind: Kind) -> None:
+        """Have the answer put into the queue: waiting there costs nothing, however many workers there are."""
+        self._calls[slot] = ref
+        ref.future().add_done_callback(lambda answer: self._heard.put((slot, ref, kind, answer)))
 
     def dismiss(self, slot: int) -> None:
         actor = self._actors.pop(slot, None)
-        self._refs = {ref: what for ref, what in self._refs.items() if what[0] != slot}
+        self._calls.pop(slot, None)
         self._asked.pop(slot, None)
         self._progress.pop(slot, None)
         if actor is not None:
@@ -175,36 +201,35 @@ class RayCrew:
                 self._ray.kill(actor, no_restart=True)
 
     def wait(self, seconds: float) -> Sequence[News]:
-        if not self._refs:
-            time.sleep(seconds)
-            return []
-        refs = list(self._refs)
-        ready, _ = self._ray.wait(refs, num_returns=1, timeout=seconds)
-        if ready and len(refs) > 1:
-            ready, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0)
-        return [self._news(ref) for ref in ready]
+        news: list[News] = []
+        with suppress(Empty):
+            while True:
+                slot, ref, kind, answer = self._heard.get(timeout=0 if news else seconds)
+                if self._calls.get(slot) is ref:  # not of a worker that was dismissed
+                    del self._calls[slot]
+                    news.append(self._news(slot, kind, answer))
+        return news
 
-    def _news(self, ref: Any) -> News:
-        slot, what = self._refs.pop(ref)
+    def _news(self, slot: int, kind: Kind, call: Future[Any]) -> News:
         try:
-            answer: WorkerInfo | Outcome = self._ray.get(ref)
+            answer = call.result()
         except self._ray.exceptions.RayError as error:
             return Lost(slot, _one_line(error))
-        if what == "start":
-            return Started(slot, answer)
-        assert isinstance(answer, Outcome)
-        return Answered(slot, answer)
+        if isinstance(answer, Outcome) and answer.verdict is Verdict.lost:
+            return Lost(slot, answer.error)
+        return kind(slot, answer)
 
-    def progress(self) -> Mapping[int, Progress]:
-        for slot, ref in list(self._asked.items()):
-            if self._ray.wait([ref], timeout=0)[0]:
+    def progress(self, slots: Sequence[int]) -> Mapping[int, Progress]:
+        for slot, (_, answer) in list(self._asked.items()):
+            if answer.done():
                 del self._asked[slot]
                 with suppress(self._ray.exceptions.RayError):  # its death is reported by `wait`
-                    self._progress[slot] = self._ray.get(ref)
-        for slot, what in self._refs.values():
-            if what == "run" and slot not in self._asked:
-                self._asked[slot] = self._actors[slot].progress.remote()
-        return dict(self._progress)
+                    self._progress[slot] = answer.result()
+        for slot in slots:
+            if slot not in self._asked and slot in self._calls:
+                ref = self._actors[slot].progress.remote()
+                self._asked[slot] = (ref, ref.future())
+        return {slot: self._progress[slot] for slot in slots if slot in self._progress}
 
     def close(self) -> None:
         """End every worker, and Ray where it was started here."""
@@ -213,6 +238,11 @@ class RayCrew:
         self._ray.shutdown()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def workers_fitting(there: Sequence[float], share: float) -> int:
+    """Workers of `share` each for which nodes with that much `there` have room."""
+    return sum(int(each / share + 1e-6) for each in there)
 
 
 def _environment(address: str | None) -> dict[str, str]:
@@ -229,6 +259,7 @@ def _environment(address: str | None) -> dict[str, str]:
     return {
         **quiet,
         "RAY_enable_metrics_collection": "0",
+        "RAY_task_events_report_interval_ms": "0",  # nobody asks this Ray for lists of tasks
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }

@@ -3,6 +3,9 @@
 Workers pull: an item is handed out only to a worker that is free, so a long one holds up nobody. An item cut
 by the death of its worker goes to the front of the queue, since its finished windows lie on disk. Nothing
 here knows Ray, torch or processes; time comes in as a function.
+
+What keeps a free worker waiting comes first: an answer is followed by the next item, and states are written
+while nothing is heard.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from omniavatar.parallel.batch.run_folder import ItemState, RunFolder, first_sta
 Event = Callable[..., None]
 FALSE_STARTS = 3
 """Workers of one slot that may die in a row before they are ready."""
+LONGEST_UNWRITTEN_S = 0.1
+"""A state is written this often even if there is always something to hear."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Rules:
     retries: further attempts at an item after its first. fresh: start finished and half-done items over.
     retry_wait_s: pause before the second attempt after an error, doubled for each further one.
     busy_wait_s: pause before looking again at an item another process works on. poll_s: how often progress is
-    read. start_limit_s: how long to wait for a first worker.
+    read, and how old an item must be for that. start_limit_s: how long to wait for a first worker.
     """
 
     retries: int = 2
@@ -63,7 +68,9 @@ class Scheduler:
         self._attempts: dict[str, int] = {}
         self._waiting: set[str] = set()
         self._storage_errors: set[str] = set()
-        self._unsaved = False
+        self._unwritten: dict[str, ItemState] = {}
+        self._written_at = clock()
+        self._warned = False
 
     def run(self, items: Sequence[Item], before: Mapping[str, ItemState], sizes: Mapping[str, int]) -> Ledger:
         """Make every item that isn't done yet; Ctrl-C and errors that would hit every item end it early.
@@ -87,6 +94,8 @@ class Scheduler:
         )
         if self._queue:
             self._work(ledger)
+        while self._unwritten:
+            self._write_one()
         ledger.wall = self._clock() - began
         return ledger
 
@@ -113,7 +122,7 @@ class Scheduler:
             self._crew.close()
 
     def _first(self, item: Item, old: ItemState | None, sizes: Mapping[str, int]) -> ItemState:
-        """Where an item stands at the beginning; written unless it stays what it was."""
+        """Where an item stands at the beginning; to be written unless it stays what it was."""
         same = old is not None and old.identity == item.identity
         state = first_state(item)
         if old is not None and same and not self._rules.fresh:
@@ -124,7 +133,7 @@ class Scheduler:
         if item.problem is not None:
             state = replace(state, state="failed", error=item.problem, error_class="InputError")
             self._event("item_failed", item=item.key, line=item.line, error=item.problem, attempts=0)
-        self._write(state)
+        self._unwritten[state.key] = state
         return state
 
     def _loop(self, ledger: Ledger) -> None:
@@ -142,8 +151,11 @@ class Scheduler:
             else:
                 started = now
             until = min([next_poll, *([self._later[0][0]] if self._later else [])])
-            for news in self._crew.wait(max(0.0, until - now)):
+            heard = self._crew.wait(0.0 if self._unwritten else max(0.0, until - now))
+            for news in heard:
                 self._hear(ledger, news)
+            if self._unwritten and (not heard or now - self._written_at > LONGEST_UNWRITTEN_S):
+                self._write_one()
             if self._clock() >= next_poll:
                 self._look(ledger)
                 next_poll = self._clock() + self._rules.poll_s
@@ -171,7 +183,7 @@ class Scheduler:
 
     def _give(self, ledger: Ledger, slot: Slot, item: Item) -> None:
         attempts = self._attempts[item.key] = self._attempts.get(item.key, 0) + 1
-        slot.task = Task(item, self._rules.fresh and attempts == 1)
+        slot.task, slot.given_at = Task(item, self._rules.fresh and attempts == 1), self._clock()
         self._crew.give(slot.number, slot.task)
         changes = {"attempts": attempts, "worker": slot.name, "error": "", "error_class": ""}
         self._save(ledger, item, state="running", **changes)
@@ -208,6 +220,9 @@ class Scheduler:
             slot.gaps += 1
             slot.gap_seconds += outcome.began - slot.last_ended
         slot.last_ended = outcome.ended if self._queue else None
+        if outcome.replace:
+            self._end(slot)
+            self._hire(slot)
         match outcome.verdict:
             case Verdict.done:
                 self._done(ledger, slot, item, outcome)
@@ -223,10 +238,9 @@ class Scheduler:
                 raise as_error(outcome)
             case Verdict.failed:
                 self._fail(ledger, slot, item, outcome.error, outcome.error_class)
+            case Verdict.lost:
+                raise ValueError("a lost worker is told by `Lost`")
             case Verdict.retry | Verdict.broken:
-                if outcome.verdict is Verdict.broken:
-                    self._end(slot)
-                    self._hire(slot)
                 self._again(ledger, slot, item, outcome.error, outcome.error_class, at_once=False)
                 self._check_storage(ledger, item, outcome)
 
@@ -315,7 +329,9 @@ class Scheduler:
 
     def _look(self, ledger: Ledger) -> None:
         """Note the windows that were finished since the last look."""
-        for number, progress in self._crew.progress().items():
+        begun = self._clock() - self._rules.poll_s
+        long = [slot.number for slot in ledger.slots if slot.task is not None and slot.given_at <= begun]
+        for number, progress in self._crew.progress(long).items():
             task = ledger.slots[number].task
             if task is None or task.item.key != progress.key or not progress.windows:
                 continue
@@ -332,15 +348,16 @@ class Scheduler:
 
     def _save(self, ledger: Ledger, item: Item, **changes: Any) -> None:
         state = ledger.states[item.key] = replace(ledger.states[item.key], **changes)
-        self._write(state)
+        self._unwritten[item.key] = state
 
-    def _write(self, state: ItemState) -> None:
+    def _write_one(self) -> None:
         """A state is a memory, so a full disk costs the memory and not the batch."""
+        self._written_at = self._clock()
         try:
-            self._folder.write(state)
+            self._folder.write(self._unwritten.pop(next(iter(self._unwritten))))
         except OutputError as error:
-            if not self._unsaved:
-                self._unsaved = True
+            if not self._warned:
+                self._warned = True
                 self._event("message", text=f"states are not kept: {error}", level="warning")
 
 

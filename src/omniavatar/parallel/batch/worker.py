@@ -6,6 +6,7 @@ import os
 import socket
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from omniavatar.errors import ConfigError, OmniAvatarError
@@ -14,6 +15,7 @@ from omniavatar.parallel.batch.items import (
     Engine,
     EngineFactory,
     Outcome,
+    PeerLost,
     Place,
     Progress,
     Task,
@@ -25,10 +27,21 @@ from omniavatar.parallel.batch.lease import holder_of, try_lease
 
 
 class Worker:
-    """Runs in a process of its own. `start` once, then `run` one after the other; `progress` at any time."""
+    """Runs in a process of its own. `start` once, then `run` one after the other; `progress` at any time.
 
-    def __init__(self, factory: EngineFactory, place: Place, destination: Destination, folder: str) -> None:
+    tell: called with each progress, from any thread.
+    """
+
+    def __init__(
+        self,
+        factory: EngineFactory,
+        place: Place,
+        destination: Destination,
+        folder: str,
+        tell: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
         self._factory, self._place, self._destination, self._folder = factory, place, destination, folder
+        self._tell = tell
         self._engine: Engine | None = None
         self._progress = Progress(None, 0, 0)
 
@@ -36,18 +49,13 @@ class Worker:
         """Make the engine in the driver's working folder; an Outcome tells why that is not possible."""
         began = time.time()
         try:
-            if not Path(self._folder).is_dir():
-                raise ConfigError(
-                    f"{self._folder}: {socket.gethostname()} does not have the folder the batch was started "
-                    "in; start it in one that all machines share"
-                )
-            os.chdir(self._folder)
+            enter(self._folder)
             self._destination.check()
             self._engine = self._factory(self._place)
             gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "") if self._place.devices[0] != "cpu" else ""
             return WorkerInfo(socket.gethostname(), os.getpid(), self._engine.device(), gpus)
         except Exception as error:
-            return _problem(error, began)
+            return problem(error, began)
 
     def run(self, task: Task) -> Outcome:
         """Make the task's video and deliver it."""
@@ -55,7 +63,7 @@ class Worker:
         try:
             return self._run(task, began)
         except Exception as error:
-            return _problem(error, began)
+            return problem(error, began, usable=self._engine is not None and self._engine.intact())
         finally:
             self._progress = Progress(None, 0, 0)
 
@@ -81,11 +89,26 @@ class Worker:
 
     def _note(self, window: int, windows: int) -> None:
         self._progress = Progress(self._progress.key, window, windows)
+        self._tell(self._progress)
 
 
-def _problem(error: Exception, began: float) -> Outcome:
+def enter(folder: str) -> None:
+    """Work in the driver's working folder, so that relative paths mean the same. Raises ConfigError."""
+    if not Path(folder).is_dir():
+        raise ConfigError(
+            f"{folder}: {socket.gethostname()} does not have the folder the batch was started in; "
+            "start it in one that all machines share"
+        )
+    os.chdir(folder)
+
+
+def problem(error: Exception, began: float, *, usable: bool = False) -> Outcome:
+    """What the error means; usable: whether the engine can go on after an error that is no bug."""
     if isinstance(error, OmniAvatarError):
         text, verdict = " ".join(str(error).split()), verdict_of(error)
+    elif isinstance(error, PeerLost):
+        text, verdict, usable = str(error), Verdict.lost, False
     else:
-        text, verdict = "".join(traceback.format_exception(error)), Verdict.broken
-    return Outcome(verdict, began, time.time(), error=text, error_class=type(error).__name__)
+        text, verdict, usable = "".join(traceback.format_exception(error)), Verdict.broken, False
+    name = type(error).__name__
+    return Outcome(verdict, began, time.time(), error=text, error_class=name, replace=not usable)
