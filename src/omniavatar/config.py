@@ -310,7 +310,7 @@ class RuntimeConfig(_Section):
     num_persistent_param_in_dit: Whole | None = Field(None, ge=0)
     """Parameters of the DiT that stay on the device, the others are streamed; unset: as memory allows."""
     vae: Literal["auto", "plain", "fast"] = "auto"
-    """How the video VAE runs; auto: fast on CUDA, plain elsewhere."""
+    """How the video VAE runs; auto: fast, but plain on CUDA without triton."""
     reference_numerics: Flag = False
     """Reproduce the original's numeric quirks (for comparison with its recordings)."""
     text_cache_dir: FilePath | None = None
