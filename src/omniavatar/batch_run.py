@@ -14,7 +14,8 @@ import torch
 
 from omniavatar import __version__
 from omniavatar.calibration_file import default_path
-from omniavatar.config import PipelineConfig, result_values
+from omniavatar.config import PipelineConfig
+from omniavatar.config_identity import result_values
 from omniavatar.errors import ConfigError, InputError, ResourceError
 from omniavatar.output import output_path, weight_identities
 from omniavatar.parallel.batch.items import Engine, Item, Made, Place
