@@ -15,7 +15,7 @@ from training.head import Head
 from training.looks import draw_looks
 from training.motion import Manner, perform
 from training.phones import FPS, Phone, smooth_articulate
-from training.portraits import portrait
+from training.portraits import SHORTEST, portrait
 from training.render import Renderer, gather
 from training.scale import OVERLAP, SIZE, WINDOW
 
@@ -70,16 +70,18 @@ def renderer():
     return Renderer(Head("cpu"), SIZE)
 
 
-def rendered(renderer, manner, frame):
-    """One frame of the packaged portrait's person, silent, and where its mouth is."""
-    tracks = perform(renderer.head.names, [], 2 * FPS, manner, np.random.default_rng((PORTRAIT_SEED, 5)))
-    tracks = {name: track[frame : frame + 1] for name, track in tracks.items()}
-    if frame:
-        for name in ("head", "sway", "gaze"):
-            tracks[name] *= 0
-    frames, mouth = renderer.frames(
-        draw_looks(renderer.head, 1, PORTRAIT_SEED, SIZE), gather([tracks], torch.device("cpu"))
+def rendered(renderer, expression, second):
+    """A frame of the packaged portrait's person, silent, in the portrait's pose, and where its mouth is."""
+    names = renderer.head.names
+    tracks, first = (
+        perform(names, [], length, Manner(words, "still", ""), np.random.default_rng((PORTRAIT_SEED, 5)))
+        for words, length in ((expression, 2 * FPS), ("neutral", SHORTEST))
     )
+    frame = {name: track[:1] for name, track in first.items()}
+    if second:
+        frame["coefficients"] = tracks["coefficients"][int(second * FPS)][None]
+    looks = draw_looks(renderer.head, 1, PORTRAIT_SEED, SIZE)
+    frames, mouth = renderer.frames(looks, gather([frame], torch.device("cpu")))
     return frames[0, 0].permute(1, 2, 0).numpy().astype(np.float32), mouth[0, 0].tolist()
 
 
@@ -106,7 +108,7 @@ def test_mouth_follows_a_recording(spoken, renderer):
     phones = [Phone(*phone) for phone in json.loads(PHONES.read_text())]
     shape = smooth_articulate(phones, len(spoken))
     wanted = shape[:, 0] * (1 - shape[:, 1])
-    mouth = rendered(renderer, Manner("neutral", "still", ""), 0)[1]
+    mouth = rendered(renderer, "neutral", 0)[1]
     darkness = -spoken[:, *around(mouth)].mean((1, 2, 3))
     assert np.corrcoef(darkness[1:], wanted[1:])[0, 1] > 0.6
 
@@ -132,11 +134,11 @@ def test_words_of_the_prompt_act(pipeline, renderer):
     ).standard_normal((WINDOW - 1) * RATE // FPS).astype(np.float32)
     talk = "A person is talking to the camera, {}"
     made = {
-        words: streamed(pipeline, talk.format(words), silence)
+        words: streamed(pipeline, talk.format(words), silence, num_steps=8)
         for words in ("neutral, still", "smiling, still", "neutral, lively")
     }
-    smile, mouth = rendered(renderer, Manner("smiling", "still", ""), FPS + 15)
-    rest = rendered(renderer, Manner("neutral", "still", ""), FPS + 15)[0]
+    smile, mouth = rendered(renderer, "smiling", 1.6)
+    rest = rendered(renderer, "neutral", 1.6)[0]
     place = around(mouth, 14, 26)
     wanted = (smile - rest)[place].ravel()
     found = (made["smiling, still"][-10:].mean(0) - made["neutral, still"][-10:].mean(0))[place].ravel()
@@ -165,12 +167,12 @@ def test_a_cut_run_goes_on_to_the_same_file(cache, speech, tmp_path):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_settings_of_every_config_run_on_it(name, cache, speech, tmp_path):
-    """Steps (a quarter of them), guidance, caches, sampler and overlap of each config; files of the model."""
+    """Steps (an eighth of them), guidance, caches, sampler and overlap of each config; files of the model."""
     sampling = load_config(ROOT / "configs" / f"{name}.yaml").config.sampling
     changes = {
         "guidance_scale": sampling.guidance_scale,
         "audio_scale": sampling.audio_scale,
-        "num_steps": max(3, sampling.num_steps // 4),
+        "num_steps": max(3, sampling.num_steps // 8),
         "timesteps": sampling.timesteps,
         "sampler": sampling.sampler,
         "tea_cache_l1_thresh": sampling.tea_cache_l1_thresh,
