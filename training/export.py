@@ -3,7 +3,8 @@
 `python -m training.export STATE_DIR OUT_DIR` writes `dit.safetensors` (merged, 33 channels, with audio
 layers), `vae.safetensors`, `text_encoder.safetensors`, `google/umt5-xxl/` (tokenizer), `wav2vec/` (weights
 and `config.json`) and `config.yaml` for `omniavatar generate --config`. Every file is checked against the
-layout.
+layout. With `src/omniavatar/pocket/weights` as OUT_DIR they become the package's own, whose config is
+configs/pocket.yaml.
 """
 
 from __future__ import annotations
@@ -22,32 +23,21 @@ from omniavatar.checkpoint.layout import Shape, dit_tensors, text_tensors, wav2v
 from omniavatar.checkpoint.layout_files import TOKENIZER
 from omniavatar.checkpoint.layout_vae import vae_tensors
 from omniavatar.checkpoint.synthetic import wav2vec_config
+from omniavatar.config_values import POCKET as POCKET_PATH
+from omniavatar.config_values import POCKET_WEIGHTS
 from omniavatar.encoders.audio import RENAMED
 from omniavatar.encoders.text import BLOCK_KEYS, WHOLE_MODEL_KEYS
 from training.nets import Nets, load_state
-from training.scale import OVERLAP, POCKET, SIZE, WINDOW
+from training.scale import POCKET
 
 ASSETS = Path(__file__).parent / "assets"
-CONFIG = f"""\
-# OmniAvatar-Pocket, as trained by training/
-dit_path: {{folder}}/dit.safetensors
-vae_path: {{folder}}/vae.safetensors
-text_encoder_path: {{folder}}/text_encoder.safetensors
-tokenizer_path: {{folder}}/{TOKENIZER}
-wav2vec_path: {{folder}}/wav2vec
-model_config:
-  in_dim: 33
-  audio_hidden_size: {POCKET.dit.audio_hidden}
-  num_heads: {POCKET.dit.num_heads}
-use_audio: true
-image_sizes_720: [[{SIZE}, {SIZE}]]
-max_tokens: {-(-WINDOW * SIZE * SIZE // 1024)}
-overlap_frame: {OVERLAP}
-num_steps: 12
-guidance_scale: 1.0
-negative_prompt: ""
-dtype: fp32
-"""
+CONFIG = Path(__file__).parent.parent / "configs" / "pocket.yaml"
+
+
+def config_text(folder: Path) -> str:
+    """configs/pocket.yaml with the files of `folder` and without input limits, which are measured later."""
+    lines = [line for line in CONFIG.read_text().splitlines() if not line.startswith("input_limits")]
+    return "\n".join(line.replace(": " + POCKET_PATH, f": {folder}/") for line in lines) + "\n"
 
 
 def text_names() -> dict[str, str]:
@@ -106,7 +96,8 @@ def export(nets: Nets, out: Path) -> int:
         save_file({key: value.to(torch.bfloat16).contiguous() for key, value in weights.items()}, path)
     (out / "wav2vec" / "config.json").write_text(json.dumps(wav2vec_config(POCKET.wav2vec), indent=2) + "\n")
     shutil.copytree(ASSETS / TOKENIZER, out / TOKENIZER, dirs_exist_ok=True)
-    (out / "config.yaml").write_text(CONFIG.format(folder=out))
+    if out.resolve() != POCKET_WEIGHTS:
+        (out / "config.yaml").write_text(config_text(out))
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 

@@ -43,7 +43,7 @@ def make_take(speech: SpeechSet, names: list[str], frames: int, seed: int) -> Ta
     rng = np.random.default_rng((seed, 77))
     total = (frames - 1) * SAMPLES_A_FRAME
     if rng.random() < NO_SPEECH_ODDS:
-        sound, phones = _no_speech(rng, total), []
+        sound, phones = no_speech(rng, total), []
     else:
         sound, phones = _speak(speech, rng, total)
     manner = draw_manner(rng)
@@ -85,7 +85,7 @@ def _speak(speech: SpeechSet, rng: np.random.Generator, total: int) -> tuple[np.
     return np.clip(sound, -32768, 32767).astype(np.int16), phones
 
 
-def _no_speech(rng: np.random.Generator, total: int) -> np.ndarray:
+def no_speech(rng: np.random.Generator, total: int) -> np.ndarray:
     """Silence with a hiss, a hum, coloured noise or a few chords."""
     time = np.arange(total) / SAMPLE_RATE
     kind = rng.integers(3)

@@ -29,7 +29,10 @@ INTERRUPT_NOTE = "interrupted; finished windows are kept, and the same command c
 ConfigOption = Annotated[
     Path,
     typer.Option(
-        "--config", "-c", metavar="YAML", help="Configuration file, such as configs/inference.yaml."
+        "--config",
+        "-c",
+        metavar="YAML",
+        help="Configuration file, such as configs/inference.yaml; `pocket`: that of the packaged model.",
     ),
 ]
 HpOption = Annotated[

@@ -23,7 +23,8 @@ def show(
     import json
 
     with user_errors():
-        from omniavatar.config import PipelineConfig, config_hash, flat_values
+        from omniavatar.config import PipelineConfig
+        from omniavatar.config_identity import config_hash, flat_values
         from omniavatar.config_load import load_config
 
         loaded = load_config(config, hp or ())

@@ -120,7 +120,7 @@ def demo(
             "--config",
             "-c",
             metavar="YAML",
-            help="Config to run instead of the nano one, such as configs/inference_1.3B.yaml.",
+            help="Config to run instead of the packaged model's, such as configs/inference_1.3B.yaml.",
         ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Video to write.")] = Path(
@@ -130,34 +130,34 @@ def demo(
     quiet: QuietOption = False,
     log_format: LogOption = LogFormat.rich,
 ) -> None:
-    """Run the whole engine on the packaged portrait and voice, on any machine, without a download.
+    """A talking head from the packaged portrait and voice, on any machine, without a download.
 
-    The model is tiny and its weights are random, so the picture is noise; the sound, the length and every
-    step on the way are real.
+    The packaged model is small and knows rendered heads only; other models: --config.
     """
     with reporting(log_format, quiet) as (recorder, report), user_errors(report, INTERRUPT_NOTE):
         require_one_process()
         from importlib.resources import as_file, files
 
+        from omniavatar import pocket
         from omniavatar.config_load import load_config
         from omniavatar.requests_file import RequestLine
 
+        trained = pocket.weights_there()
         with as_file(files("omniavatar.assets")) as assets:
-            loaded = load_config(config or assets / "nano.yaml", hp or ())
-            if config is None:
+            loaded = load_config(config or (pocket.CONFIG if trained else assets / "nano.yaml"), hp or ())
+            if config is None and not trained:
                 _ensure_nano(loaded, recorder)
-            request = RequestLine(
-                0,
-                0,
-                "A woman in a blue sweater speaks into the camera, soft daylight",
-                assets / "portrait.png",
-                assets / "speech.flac",
-            )
+            portrait = pocket.PORTRAIT if trained else assets / "portrait.png"
+            request = RequestLine(0, 0, pocket.PROMPT, portrait, assets / "speech.flac")
             _run(loaded, [request], output, None, recorder, report, quiet, many=False, team=None)
         if config is None:
-            text = "the weights of this demo are random, so the picture is noise; sound and timing are real"
+            text = (
+                "this model is small and knows rendered heads; photographs of real people are outside it"
+                if trained
+                else "the weights of this demo are random, so the picture is noise; sound and timing are real"
+            )
             recorder.event("message", text=text, level="info")
-            text = f"the video is {output.resolve()}; for real ones: omniavatar download 1.3B"
+            text = f"the video is {output.resolve()}; for real people: omniavatar download 1.3B"
             recorder.event("message", text=text, level="info")
 
 

@@ -8,11 +8,9 @@ Keys of the original that an inference engine has no use for are listed in `conf
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -38,25 +36,6 @@ from omniavatar.config_values import (
 from omniavatar.errors import ConfigError
 from omniavatar.sampling.windows import window_length
 from omniavatar.types import Sampler, StepCache
-
-NEUTRAL_FIELDS = frozenset(
-    {
-        "output.output_dir",
-        "output.naming",
-        "output.resume",
-        "output.keep_job",
-        "runtime.device",
-        "runtime.memory",
-        "runtime.num_persistent_param_in_dit",
-        "runtime.text_cache_dir",
-        "runtime.threads",
-        "runtime.sp_size",
-        "runtime.cfg_parallel",
-        "runtime.use_fsdp",
-        "runtime.vae_parallel",
-    }
-)
-"""Fields that change the video not at all or by rounding (number of GPUs); a resumed run may have others."""
 
 
 class _Section(BaseModel):
@@ -120,6 +99,9 @@ class ModelConfig(_Section):
     """Alpha of the OmniAvatar LoRA; its factor is alpha / rank; unset: 1."""
     use_audio: Flag = True
     """The checkpoint has audio layers."""
+    input_limits: FilePath | None = None
+    """What portraits and sounds the model is made for (`training/input_limits.py`), to warn of others; unset:
+    nothing is checked."""
 
     @property
     def tokenizer_folder(self) -> Path | None:
@@ -311,7 +293,7 @@ class RuntimeConfig(_Section):
     num_persistent_param_in_dit: Whole | None = Field(None, ge=0)
     """Parameters of the DiT that stay on the device, the others are streamed; unset: as memory allows."""
     vae: Literal["auto", "plain", "fast"] = "auto"
-    """How the video VAE runs; auto: fast on CUDA, plain elsewhere."""
+    """How the video VAE runs; auto: fast, but plain on CUDA without triton."""
     reference_numerics: Flag = False
     """Reproduce the original's numeric quirks (for comparison with its recordings)."""
     text_cache_dir: FilePath | None = None
@@ -379,23 +361,3 @@ class PipelineConfig(_Section):
     """The finished video."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Device and numerics."""
-
-
-def flat_values(config: PipelineConfig) -> dict[str, Any]:
-    """JSON-able values of every leaf by its dotted name (`sampling.num_steps`)."""
-    return {
-        f"{section}.{name}": value
-        for section, values in config.model_dump(mode="json").items()
-        for name, value in values.items()
-    }
-
-
-def result_values(config: PipelineConfig) -> dict[str, Any]:
-    """`flat_values` without the fields that do not change the video (`NEUTRAL_FIELDS`)."""
-    return {name: value for name, value in flat_values(config).items() if name not in NEUTRAL_FIELDS}
-
-
-def config_hash(config: PipelineConfig) -> str:
-    """SHA-256 (hex) of `result_values`: equal for configs that make the same video from the same files."""
-    text = json.dumps(result_values(config), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -18,12 +18,15 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from omniavatar.config import DitOverrides, PipelineConfig, flat_values
+from omniavatar.config import DitOverrides, PipelineConfig
+from omniavatar.config_identity import flat_values
 from omniavatar.config_syntax import Entry, parse_overrides, read_yaml
-from omniavatar.config_values import IGNORED_KEYS, FieldError
+from omniavatar.config_values import IGNORED_KEYS, POCKET_WEIGHTS, FieldError
 from omniavatar.errors import ConfigError
 
 Overrides = Sequence[str] | Mapping[str, Any]
+
+PACKAGED = {"pocket": POCKET_WEIGHTS.parent / "pocket.yaml"}
 
 _SECTIONS = {
     name: set(field.annotation.model_fields)
@@ -61,9 +64,11 @@ class LoadedConfig:
 def load_config(path: str | Path | None, overrides: Overrides = ()) -> LoadedConfig:
     """Read `path` (None: defaults only) and the checkpoint's config.json, then apply `overrides`.
 
+    path: a YAML file, or `pocket` for that of the packaged model (`./pocket` for a file of that name).
     overrides: `--hp` texts, or a mapping of flat or dotted keys to values. Paths inside the config stay
     relative to the current directory, as in the original. Raises ConfigError with one line.
     """
+    path = PACKAGED.get(str(path), path)
     layers = [] if path is None else read_yaml(_text(Path(path)), str(path), _NESTED)
     changes = _override_entries(overrides)
     ignored: dict[str, str] = {}
@@ -87,7 +92,9 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file; see the folder configs/") from None
+        raise ConfigError(
+            f"{path}: no such config file; see the folder configs/, or use pocket, the packaged model"
+        ) from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: is a folder; name a YAML file in it") from None
     except UnicodeDecodeError:

@@ -78,9 +78,16 @@ def words(value: Any) -> Any:
     )
 
 
+POCKET = "pocket:"
+"""Beginning of a path that lies with the small model in the package."""
+POCKET_WEIGHTS = Path(__file__).parent / "pocket" / "weights"
+
+
 def _path(value: Any) -> Any:
     if not isinstance(value, str | Path) or not str(value).strip():
         raise ValueError("must be a path")
+    if str(value).startswith(POCKET):
+        return POCKET_WEIGHTS / str(value).removeprefix(POCKET)
     return Path(value).expanduser()
 
 

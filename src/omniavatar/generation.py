@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from omniavatar.accel.room import MakeRoom, no_room, with_room
+from omniavatar.accel.short_text import prepare_text
 from omniavatar.accel.step_cache import PassRunner, ResidualCache
 from omniavatar.model.dit import AudioState, RunBlocks, WanDiT
 from omniavatar.model.vae import VideoVAE
@@ -150,7 +151,7 @@ class WindowGenerator:
         with torch.inference_mode():
             embeddings = {"positive": conditioning.text_positive, "negative": conditioning.text_negative}
             needed = {branch.text for branch in self._branches}
-            self._text = {name: dit.prepare_text(embeddings[name]) for name in sorted(needed)}
+            self._text = {name: prepare_text(dit, embeddings[name]) for name in sorted(needed)}
 
     def run(
         self, windows: Sequence[Window], first: int = 0, given: Tensor | None = None

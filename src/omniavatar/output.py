@@ -26,7 +26,7 @@ from torch import Tensor
 
 from omniavatar import __version__
 from omniavatar.calibration_file import NAME as STEP_CACHE
-from omniavatar.config import result_values
+from omniavatar.config_identity import result_values
 from omniavatar.errors import InputError, OutputError, ResumeError
 from omniavatar.job import Job, fingerprint
 from omniavatar.media.atomic import atomic_write_json, check_writable

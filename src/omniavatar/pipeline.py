@@ -24,7 +24,9 @@ from torch import Tensor
 from omniavatar.accel.room import MakeRoom, no_room, with_room
 from omniavatar.accel.step_cache import PassRunner, ResidualCache
 from omniavatar.components import Components
-from omniavatar.config import PipelineConfig, SamplingConfig, flat_values
+from omniavatar.conditioning import Sound, make_conditioning
+from omniavatar.config import PipelineConfig, SamplingConfig
+from omniavatar.config_identity import flat_values
 from omniavatar.config_load import Overrides, load_config
 from omniavatar.encoders.image import choose_bucket, prepare_image
 from omniavatar.errors import InputError
@@ -346,22 +348,10 @@ class AvatarPipeline:
     def _condition(
         self, inputs: _Inputs, plan: RunPlan, waveform: np.ndarray | None, features_path: Path
     ) -> Conditioning:
-        recorder, components = self._recorder, self.components
-        with recorder.stage("text"):
-            prompts = [inputs.request.prompt, inputs.sampling.negative_prompt]
-            positive, negative = components.embed_prompts(prompts)
-        features: np.ndarray | None = None
-        if waveform is not None:
-            with recorder.stage("audio"):
-                features = components.audio_features(waveform, plan.padded_audio_frames, features_path)
-        with recorder.stage("image"):
-            reference = self._encode_portrait(inputs)
-        return Conditioning(positive, negative, reference, features)
-
-    @torch.inference_mode()
-    def _encode_portrait(self, inputs: _Inputs) -> Tensor:
-        pixels = prepare_image(inputs.image, inputs.size).to(self.components.device)
-        return self.components.vae.encode(pixels[:, :, None])
+        prompts = inputs.request.prompt, inputs.sampling.negative_prompt
+        picture = prepare_image(inputs.image, inputs.size)
+        sound = Sound(waveform, plan.frames - 1, plan.padded_audio_frames, features_path)
+        return make_conditioning(self.components, self._recorder, prompts, picture, sound)
 
     def _step_plan(self, sampling: SamplingConfig, constants: CacheConstants | None) -> StepPlan:
         """The step cache's plan, told with the constants it was made by."""

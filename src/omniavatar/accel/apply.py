@@ -1,4 +1,4 @@
-"""The one order in which optimisations are applied to a loaded model: merge (loading) > quantise > fuse."""
+"""The one order of what is applied to a loaded model: merge (loading) > quantise > fuse > text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from omniavatar.accel.fused_blocks import apply_fused_blocks
 from omniavatar.accel.quantized import QuantForm, apply_quantization, check_quantize, is_quantized
+from omniavatar.accel.short_text import apply_short_text
 from omniavatar.checkpoint.dit import WeightForm
 from omniavatar.model.dit import WanDiT
 from omniavatar.ops.fused import FP8, FusedOps
@@ -49,3 +50,5 @@ def apply_accelerations(dit: WanDiT, config: AccelConfig, ops: FusedOps) -> None
         apply_quantization(dit, ops)
     if config.fuse:
         apply_fused_blocks(dit, ops)
+    if dit.head.head.weight.device.type == "cpu":
+        apply_short_text(dit)

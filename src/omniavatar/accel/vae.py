@@ -51,7 +51,7 @@ class FastVAEConfig:
     matmul_attention: bool = True
     """Attention of a frame as two matrix products, else PyTorch's scaled_dot_product_attention."""
     paired_columns: bool = True
-    """Convolutions of up to 96 channels over pairs of neighbouring columns."""
+    """Convolutions of up to 96 channels over pairs of neighbouring columns; worth it on CUDA only."""
     search_convolutions: bool = False
     """Let cuDNN choose kernels by timing them, once a process for each shape. Two processes may choose
     differently and then round differently, so a resumed video would not be the same to the byte."""
@@ -82,12 +82,12 @@ def frames_of_pass(latents: int) -> int:
 
 
 def choose_vae(name: str, device: torch.device) -> str:
-    """The name `name` stands for on this device; `auto` is fast on CUDA with triton, plain elsewhere.
+    """The name `name` stands for on this device; `auto` is fast, but plain on CUDA without triton.
 
     Raises ResourceError for a name that does not exist or cannot run on `device`.
     """
     there = available_vaes(device)
-    chosen = (there[-1] if device.type == "cuda" else "plain") if name == "auto" else name
+    chosen = there[-1] if name == "auto" else name
     if chosen not in there:
         raise ResourceError(
             f"vae: {chosen!r} cannot run on {device.type} here (fast needs the package triton on CUDA); "
@@ -100,7 +100,8 @@ def create_vae(chosen: str, vae: WanVAE, device: torch.device) -> VideoVAE:
     """The VAE around loaded weights, by a name from `choose_vae`."""
     if chosen == "plain":
         return vae
-    return apply_fast_vae(vae, FastVAEConfig("triton" if device.type == "cuda" else "eager"))
+    cuda = device.type == "cuda"
+    return apply_fast_vae(vae, FastVAEConfig("triton" if cuda else "eager", paired_columns=cuda))
 
 
 def apply_fast_vae(vae: WanVAE, config: FastVAEConfig) -> FastVAE:

@@ -49,17 +49,23 @@ def add_norm(
     activate: bool,
     phases: bool,
 ) -> None:
-    """Write value + bias + residual to `total` and its norm (then SiLU if `activate`) to `out`."""
-    added = (merge_phases(value) if phases else value).float()
-    if bias is not None:
-        added = added + bias.float()
-    if residual is not None:
-        added = added + residual.float()
-    if total is not None:
-        total.copy_(added)
-    if out is not None and gamma is not None:
-        normed = F.normalize(added, dim=-1) * (added.shape[-1] ** 0.5) * gamma.flatten().float()
-        out.copy_(F.silu(normed) if activate else normed)
+    """Write value + bias + residual to `total` and its norm (then SiLU if `activate`) to `out`.
+
+    Frame by frame, so that on a CPU what is added up, normed and activated stays in its caches.
+    """
+    for number, frame in enumerate(merge_phases(value) if phases else value):
+        added = frame.float()
+        if bias is not None:
+            added = added + bias.float()
+        if residual is not None:
+            added = added + residual[number].float()
+        if total is not None:
+            total[number].copy_(added)
+        if out is not None and gamma is not None:
+            length = torch.linalg.vecdot(added, added).sqrt_().clamp_min_(1e-12)
+            normed = added * (added.shape[-1] ** 0.5 / length)[..., None]
+            normed *= gamma.flatten().float()
+            out[number].copy_(F.silu(normed, inplace=True) if activate else normed)
 
 
 def phase_weight(weight: Tensor) -> Tensor:

@@ -1,0 +1,149 @@
+"""Videos of the test clips by the real engine, one folder a variant, nothing measured yet.
+
+Runs wherever the engine runs, GPU machines included; measuring is a command of its own, for a machine that
+has MediaPipe. Every variant is the given configuration with a few keys changed. The silence the engine puts
+in front of the sound is left out, so that frame f of a video is frame f of its film. A finished video is
+left as it is, so a cut run goes on.
+
+Files: `made/VARIANT/NAME.mp4` with the engine's sidecar `NAME.json`, and `made/vae.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from benchmarks.pocket.material import LOOKS_SEED, TAKE_SEED, Clip
+from benchmarks.pocket.measures import psnr
+from benchmarks.pocket.video_files import CRF, PRESET
+from training.looks import draw_looks
+from training.motion import Manner, perform
+from training.phones import Phone
+from training.render import gather
+from training.scale import SIZE
+from training.studio import Studio
+
+from omniavatar import AvatarPipeline, AvatarRequest
+from omniavatar.calibrate_run import calibrate
+from omniavatar.config_load import load_config
+
+VAE_PEOPLE, VAE_FRAMES, VAE_SEED = 16, 9, 40_000
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A configuration to compare: the keys it changes, and the group of the table it is shown in."""
+
+    name: str
+    group: str = "default"
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    calibrated: bool = False
+    """Needs step-cache constants of the model (`omniavatar calibrate`), measured at the default steps."""
+
+
+DEFAULT = Variant("default")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Some clips of one variant, for one process."""
+
+    config: Path
+    folder: Path
+    variant: Variant
+    clips: tuple[Clip, ...]
+    threads: int | None
+
+
+def overrides(job: Job) -> dict[str, Any]:
+    """What is changed in the configuration for a job."""
+    changes: dict[str, Any] = {
+        "silence_duration_s": 0,
+        "crf": CRF,
+        "preset": PRESET,
+        "encoder": "x264",
+        "text_cache_dir": str(job.folder / "text_cache"),
+        **job.variant.changes,
+    }
+    if job.threads:
+        changes["threads"] = job.threads
+    if job.variant.calibrated:
+        changes["step_cache_file"] = str(job.folder / "step_cache.json")
+    return changes
+
+
+def _work(job: Job) -> None:
+    pipeline = AvatarPipeline.from_config(job.config, overrides(job))
+    for clip in job.clips:
+        inputs = job.folder / "inputs"
+        request = AvatarRequest(clip.prompt, inputs / f"{clip.name}.png", inputs / f"{clip.name}.wav")
+        result = pipeline.generate(request, job.folder / "made" / job.variant.name / f"{clip.name}.mp4")
+        print(f"{job.variant.name} {clip.name}: {result.frames} frames in {result.seconds:.1f} s", flush=True)
+
+
+def generate(
+    config: Path, folder: Path, variants: Iterable[Variant], clips: list[Clip], workers: int
+) -> None:
+    """All clips of all variants. workers: processes, each with one thread if there are several."""
+    variants = list(variants)
+    if any(variant.calibrated for variant in variants) and not (folder / "step_cache.json").exists():
+        _calibrate(config, folder, clips[0])
+    longest_first = sorted(clips, key=lambda clip: -len(clip.opening))
+    jobs = [
+        Job(config, folder, variant, tuple(longest_first[part::workers]), 1 if workers > 1 else None)
+        for variant in variants
+        for part in range(min(workers, len(clips)))
+    ]
+    if workers == 1:
+        for job in jobs:
+            _work(job)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for _ in pool.map(_work, jobs):
+            pass
+
+
+def _calibrate(config: Path, folder: Path, clip: Clip) -> None:
+    job = Job(config, folder, Variant("calibration", changes={"num_steps": 25}), (clip,), None)
+    request = AvatarRequest(
+        clip.prompt, folder / "inputs" / f"{clip.name}.png", folder / "inputs" / f"{clip.name}.wav"
+    )
+    calibrate(load_config(config, overrides(job)).config, request, folder / "step_cache.json", 2, False, [])
+
+
+@torch.inference_mode()
+def measure_vae(config: Path, folder: Path) -> dict[str, float]:
+    """PSNR of the VAE alone on short films of held-out people, written to `made/vae.json`."""
+    components = AvatarPipeline.from_config(config).components
+    studio = Studio(iter(()), 0, torch.device("cpu"))
+    rng = np.random.default_rng(VAE_SEED)
+    phones = [Phone("AH", 0.1, 0.3), Phone("M", 0.3, 0.38), Phone("UW", 0.38, 0.5), Phone("IY", 0.5, 0.7)]
+    tracks = [
+        perform(studio.head.names, phones, 20, Manner("smiling", "lively", ""), rng)
+        for _ in range(VAE_PEOPLE)
+    ]
+    tracks = [{name: track[-VAE_FRAMES:] for name, track in each.items()} for each in tracks]
+    looks = draw_looks(studio.head, VAE_PEOPLE, VAE_SEED, SIZE)
+    films = studio.renderer.frames(looks, gather(tracks, studio.head.device))[0]
+    values = []
+    for film in films:
+        pixels = (film.float() / 127.5 - 1).transpose(0, 1)[None].to(components.device)
+        again = components.vae.decode(components.vae.encode(pixels))[0].transpose(0, 1)
+        bytes_again = ((again.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        values.append(psnr(bytes_again.cpu().numpy(), film.numpy()))
+    result = {"psnr_mean_db": float(np.mean(values)), "psnr_least_db": float(np.min(values))}
+    (folder / "made").mkdir(parents=True, exist_ok=True)
+    (folder / "made" / "vae.json").write_text(json.dumps(result) + "\n")
+    return result
+
+
+def seeds_used() -> dict[str, int]:
+    """First seeds of what is held out, for the report."""
+    return {"takes": TAKE_SEED, "looks": LOOKS_SEED, "vae": VAE_SEED}

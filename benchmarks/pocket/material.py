@@ -1,0 +1,156 @@
+"""What the pocket model is tested on: people never trained on who say things never trained on.
+
+Every clip is a take of `training.takes` or a recording of a person, aligned, filmed by the renderer with a
+person of its own (seeds below `HELD_OUT_SEEDS`). Of a clip are kept: the portrait (its first frame), the
+sound, the film (the ceiling of every measure), and for each frame the opening that the phones call for: that
+of this face with the mouth shapes of the phones alone, no smile. One clip of a minute has no film.
+
+Files below a folder: `inputs/NAME.png, .wav, .json` (small, they travel to a GPU machine) and
+`truth/NAME.mp4`.
+"""
+
+from __future__ import annotations
+
+import json
+import wave
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from benchmarks.pocket.video_files import write_video
+from PIL import Image
+from training.head import Head
+from training.looks import draw_looks
+from training.motion import Manner, draw_manner, perform
+from training.phones import FPS, Phone, frame_phones, mouth_coefficients, smooth_articulate
+from training.scale import SIZE
+from training.speech import SAMPLE_RATE, SpeechSet, synthesise
+from training.studio import HELD_OUT_SEEDS, Studio
+from training.takes import SAMPLES_A_FRAME, Take, make_take
+
+FRAMES = 126
+LONG_SECONDS = 60
+SPEECH_SEED = 60_000
+TAKE_SEED = 20_000
+LOOKS_SEED = 30_000
+LEAD = 0.24
+STILL = Manner("neutral", "still", "A person is talking to the camera, neutral, still")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """kind: synthetic, recorded or long. opening: what the phones call for, over the distance of the eyes.
+    speaking: whether a phone is heard in the frame. Both a number a frame, frame 0 the portrait."""
+
+    name: str
+    kind: str
+    voice: str
+    prompt: str
+    opening: tuple[float, ...]
+    speaking: tuple[bool, ...]
+
+
+def read_clips(folder: Path) -> list[Clip]:
+    """The clips `prepare` wrote, by name. Raises FileNotFoundError where there are none."""
+    files = sorted((folder / "inputs").glob("*.json"))
+    if not files:
+        raise FileNotFoundError(f"{folder / 'inputs'}: no clips; run `pocket_quality.py prepare` first")
+    tables = [json.loads(file.read_text()) for file in files]
+    return [
+        Clip(**{**table, "opening": tuple(table["opening"]), "speaking": tuple(table["speaking"])})
+        for table in tables
+    ]
+
+
+def prepare(folder: Path, synthetic: int, recorded: SpeechSet | None, long_seconds: int) -> list[Clip]:
+    """Write `synthetic` takes, one clip of each recording, and one of `long_seconds` (0: none)."""
+    studio = Studio(iter(()), 0, torch.device("cpu"))
+    names = studio.head.names
+    speech = synthesise(160, SPEECH_SEED, 2)
+    cast: list[tuple[str, str, str, Take]] = []
+    seed = TAKE_SEED
+    while len(cast) < synthetic:
+        take = make_take(speech, names, FRAMES, seed)
+        if np.count_nonzero(take.phones) > FRAMES / 2:
+            cast.append((f"synthetic{len(cast):02d}", "synthetic", "", take))
+        seed += 1
+    for number in range(0 if recorded is None else len(recorded)):
+        assert recorded is not None
+        rng = np.random.default_rng((TAKE_SEED, number))
+        for part, take in enumerate(_recorded_takes(recorded, number, names, rng)):
+            voice = str(recorded.voices[number])
+            cast.append((f"recorded{number:02d}{'abcdef'[part]}", "recorded", voice, take))
+    if long_seconds:
+        take = make_take(speech, names, long_seconds * FPS + 1, seed)
+        cast.append(("long", "long", "", replace(take, manner=STILL)))
+    return [
+        _write(folder, studio, name, kind, voice, take, LOOKS_SEED + number)
+        for number, (name, kind, voice, take) in enumerate(cast)
+    ]
+
+
+def _recorded_takes(speech: SpeechSet, number: int, names: list[str], rng: np.random.Generator) -> list[Take]:
+    """One recording behind a short silence, in pieces of at most `FRAMES` frames and at least half of it."""
+    samples, phones = speech.utterance(number)
+    total = FRAMES * SAMPLES_A_FRAME - SAMPLES_A_FRAME
+    lead = int(LEAD * SAMPLE_RATE)
+    takes = []
+    for begin in range(0, len(samples), total - 2 * lead):
+        piece = samples[begin : begin + total - 2 * lead]
+        if begin and len(piece) < total / 2:
+            break
+        frames = -(-(len(piece) + 2 * lead) // SAMPLES_A_FRAME) + 1
+        sound = np.zeros((frames - 1) * SAMPLES_A_FRAME, np.int16)
+        sound[lead : lead + len(piece)] = piece
+        shift = LEAD - begin / SAMPLE_RATE
+        spoken = [
+            Phone(phone.name, max(phone.start + shift, 0.0), phone.end + shift)
+            for phone in phones
+            if phone.end + shift > LEAD - 0.02 and phone.start + shift < LEAD + len(piece) / SAMPLE_RATE
+        ]
+        manner = draw_manner(rng)
+        takes.append(
+            Take(
+                sound=sound,
+                phones=frame_phones(spoken, frames),
+                shape=smooth_articulate(spoken, frames).astype(np.float32),
+                manner=manner,
+                tracks=perform(names, spoken, frames, manner, rng),
+            )
+        )
+    return takes
+
+
+def wanted_opening(head: Head, identity: torch.Tensor, take: Take) -> np.ndarray:
+    """(T,) opening of the face `identity` (1, K) with the mouth shapes of the take's phones alone."""
+    coefficients = torch.from_numpy(mouth_coefficients(take.shape, head.names))
+    face = head.shape(identity).expand(len(coefficients), -1, -1)
+    return head.mouth_opening(face, coefficients).numpy()
+
+
+def _write(folder: Path, studio: Studio, name: str, kind: str, voice: str, take: Take, seed: int) -> Clip:
+    assert seed < HELD_OUT_SEEDS
+    frames = studio.film_takes([take], seed, slice(0, 1) if kind == "long" else None).frames[0]
+    looks = draw_looks(studio.head, 1, seed, SIZE)
+    pictures = frames.permute(0, 2, 3, 1).numpy()
+    clip = Clip(
+        name=name,
+        kind=kind,
+        voice=voice,
+        prompt=take.manner.prompt,
+        opening=tuple(round(float(value), 5) for value in wanted_opening(studio.head, looks.identity, take)),
+        speaking=tuple(bool(value) for value in take.phones),
+    )
+    inputs = folder / "inputs"
+    inputs.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pictures[0]).save(inputs / f"{name}.png")
+    with wave.open(str(inputs / f"{name}.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLE_RATE)
+        file.writeframes(take.sound.tobytes())
+    (inputs / f"{name}.json").write_text(json.dumps(asdict(clip)) + "\n")
+    if kind != "long":
+        write_video(folder / "truth" / f"{name}.mp4", pictures)
+    return clip

@@ -1,0 +1,78 @@
+"""Plots of the pocket benchmark; runs in the environment of `faces.py`, which has matplotlib.
+
+`plot.py RESULT.json OUT_DIR` draws `pocket_tradeoff.png` and `pocket_identity.png`, each if its part is
+there.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def tradeoff(rows: list[dict], front: list[str], choice: str, out: Path) -> None:
+    """Lip sync and sharpness over time, a colour a group."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), dpi=110)
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    for axis, key, name in zip(
+        axes, ("correlation", "sharpness"), ("lip sync (r)", "sharpness"), strict=True
+    ):
+        for number, group in enumerate(groups):
+            part = [row for row in rows if row["group"] == group]
+            axis.scatter(
+                [row["seconds_a_second"] for row in part],
+                [row[key] for row in part],
+                color=f"C{number}",
+                label=group,
+                s=26,
+            )
+        for row in rows:
+            weight = "bold" if row["variant"] == choice else "normal"
+            place = (row["seconds_a_second"], row[key])
+            axis.annotate(
+                row["variant"], place, fontsize=5.5, weight=weight, xytext=(2, 2), textcoords="offset points"
+            )
+        axis.set_xscale("log")
+        axis.set_xlabel("seconds of work a second of video")
+        axis.set_ylabel(name)
+        axis.grid(alpha=0.3)
+    by_name = {row["variant"]: row for row in rows}
+    line = [by_name[name] for name in front]
+    axes[0].plot(
+        [row["seconds_a_second"] for row in line], [row["correlation"] for row in line], color="0.4", lw=1
+    )
+    axes[0].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(out / "pocket_tradeoff.png")
+
+
+def identity(curve: dict, out: Path) -> None:
+    """Distance to the portrait over time, as shares of the distance of two people."""
+    figure, axis = plt.subplots(figsize=(7, 3.6), dpi=110)
+    for name, values in curve["curves"].items():
+        axis.plot(curve["seconds"], values, label=name.replace("_", " "))
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("second of the video")
+    axis.set_ylabel("distance to the portrait / of two people")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out / "pocket_identity.png")
+
+
+def main() -> None:
+    result, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    out.mkdir(parents=True, exist_ok=True)
+    if result.get("tradeoff"):
+        part = result["tradeoff"]
+        tradeoff(part["rows"], part["front"], part["recommended"], out)
+    if "identity" in (result.get("made") or {}):
+        identity(result["made"]["identity"], out)
+
+
+if __name__ == "__main__":
+    main()

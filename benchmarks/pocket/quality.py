@@ -1,0 +1,231 @@
+"""The table of the pocket model: lip sync, rest, identity over a minute, VAE, sharpness; made against true.
+
+Everything is read off the finished H.264 files. Films by the renderer, coded in the same way, go through
+the same measures and give the ceiling. The floor pairs videos with the openings of other clips, which are
+turned by half their length first: every clip begins in silence, and that is no chance.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from benchmarks.pocket import measures
+from benchmarks.pocket.faces import read_faces
+from benchmarks.pocket.material import Clip
+from benchmarks.pocket.video_files import read_video
+from PIL import Image
+
+
+@dataclass(frozen=True, eq=False)
+class Watched:
+    """A clip's video and the landmarks in it."""
+
+    clip: Clip
+    frames: np.ndarray
+    landmarks: np.ndarray
+
+    @property
+    def opening(self) -> np.ndarray:
+        return measures.opening(self.landmarks)
+
+    @property
+    def wanted(self) -> np.ndarray:
+        return np.array(self.clip.opening)
+
+
+def watch(folder: Path, where: str, clips: list[Clip]) -> list[Watched]:
+    """The videos of `clips` in `folder/where`. Raises FileNotFoundError for one that was not made."""
+    videos = [folder / where / f"{clip.name}.mp4" for clip in clips]
+    missing = [str(video) for video in videos if not video.exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{missing[0]}: run `pocket_quality.py generate` first ({len(missing)} missing)"
+        )
+    faces = read_faces(videos, folder / "faces" / where)
+    return [
+        Watched(clip, read_video(video), faces[clip.name]) for clip, video in zip(clips, videos, strict=True)
+    ]
+
+
+def lip_sync(watched: list[Watched]) -> dict[str, Any]:
+    """Correlation with what the phones call for (median, least), its lag, the floor by others' openings,
+    the opening at rest and how many frames show a face."""
+    read = [each.opening for each in watched]
+    wanted = [each.wanted for each in watched]
+    own = [measures.correlation(one, other) for one, other in zip(read, wanted, strict=True)]
+    crossed = [
+        measures.correlation(one, np.roll(wanted[other], len(wanted[other]) // 2))
+        for number, one in enumerate(read)
+        for other in range(len(wanted))
+        if other != number
+    ]
+    lags = [measures.best_lag(one, other) for one, other in zip(read, wanted, strict=True)]
+    speaking = [np.array(each.clip.speaking) for each in watched]
+    return {
+        "correlation": float(np.median(own)),
+        "least_correlation": float(np.min(own)),
+        "clips": len(watched),
+        "lag_frames": float(np.median(lags)),
+        "lags_within_one": float(np.mean([abs(lag) <= 1 for lag in lags])),
+        "floor": float(np.median(crossed)) if crossed else 0.0,
+        "rest_ratio": measures.rest_ratio(read, speaking),
+        "faces_found": float(np.mean([np.mean(~np.isnan(each)) for each in read])),
+        "each": {each.clip.name: round(value, 4) for each, value in zip(watched, own, strict=True)},
+    }
+
+
+def sharpness_ratio(made: list[Watched], true: list[Watched]) -> float:
+    """Median over clips of the made video's sharpness over its film's."""
+    return float(
+        np.median(
+            [
+                measures.sharpness(one.frames) / measures.sharpness(other.frames)
+                for one, other in zip(made, true, strict=True)
+            ]
+        )
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Portraits:
+    """Faces of all portraits, and the mean distances between two of different people."""
+
+    pictures: dict[str, np.ndarray]
+    faces: dict[str, np.ndarray]
+    shapes: dict[str, np.ndarray]
+    colour_apart: float
+    shape_apart: float
+    picture_apart: float
+
+
+def read_portraits(folder: Path, clips: list[Clip]) -> Portraits:
+    """Raises ValueError where fewer than two portraits show a face."""
+    files = [folder / "inputs" / f"{clip.name}.png" for clip in clips]
+    found = read_faces(files, folder / "faces" / "inputs")
+    pictures = {file.stem: np.asarray(Image.open(file)) for file in files}
+    shown = {name: points[0] for name, points in found.items() if not np.isnan(points[0]).any()}
+    if len(shown) < 2:
+        raise ValueError(f"{folder / 'inputs'}: a face was found in {len(shown)} portraits only")
+    faces = {name: measures.aligned_face(pictures[name], points) for name, points in shown.items()}
+    shapes = {name: measures.face_shape(points) for name, points in shown.items()}
+    names = sorted(shown)
+    pairs = [(one, other) for number, one in enumerate(names) for other in names[number + 1 :]]
+    return Portraits(
+        pictures,
+        faces,
+        shapes,
+        float(np.mean([measures.colour_distance(faces[a], faces[b]) for a, b in pairs])),
+        float(np.mean([measures.shape_distance(shapes[a], shapes[b]) for a, b in pairs])),
+        float(
+            np.mean(
+                [
+                    measures.colour_distance(pictures[a].astype(np.float32), pictures[b].astype(np.float32))
+                    for a, b in pairs
+                ]
+            )
+        ),
+    )
+
+
+def identity_curve(each: Watched, portraits: Portraits) -> dict[str, Any]:
+    """Distances to the portrait at every second, as shares of the mean distance between two people: colour
+    of the aligned face, shape of its firm points, and colour of the whole picture. Drift is what is added
+    from the first second to the last."""
+    name = each.clip.name
+    last = len(each.frames) / measures.FPS - 0.5
+    moments = [float(second) for second in range(1, int(last))] + [last]
+    rows: dict[str, list[float]] = {"face_colour": [], "face_shape": [], "picture": []}
+    for moment in moments:
+        part = measures.seconds_of(each.frames, moment)
+        frames, landmarks = each.frames[part], each.landmarks[part]
+        face, shape = measures.mean_face(frames, landmarks), measures.mean_shape(landmarks)
+        whole = frames.mean(0, dtype=np.float32)
+        colour = measures.colour_distance(face, portraits.faces[name])
+        firm = (
+            float("nan") if np.isnan(shape).any() else measures.shape_distance(shape, portraits.shapes[name])
+        )
+        rows["face_colour"].append(colour / portraits.colour_apart)
+        rows["face_shape"].append(firm / portraits.shape_apart)
+        rows["picture"].append(
+            measures.colour_distance(whole, portraits.pictures[name].astype(np.float32))
+            / portraits.picture_apart
+        )
+    drift = {key: values[-1] - values[0] for key, values in rows.items()}
+    return {"seconds": moments, "curves": rows, "drift": drift}
+
+
+def main_table(folder: Path, clips: list[Clip], where: str) -> dict[str, Any]:
+    """All figures of the videos in `folder/where`. `truth` gives the ceiling: no minute and no VAE, but what
+    the drift measure reads off films, in which nobody changes, from their first second to their last."""
+    short = [clip for clip in clips if clip.kind != "long"]
+    long = [clip for clip in clips if clip.kind == "long"]
+    watched = watch(folder, where, short)
+    groups = {"all": watched} | {
+        kind: [each for each in watched if each.clip.kind == kind]
+        for kind in dict.fromkeys(clip.kind for clip in short)
+    }
+    result: dict[str, Any] = {"lip_sync": {name: lip_sync(part) for name, part in groups.items()}}
+    if where == "truth":
+        portraits = read_portraits(folder, clips)
+        drifts = [identity_curve(each, portraits)["drift"] for each in watched]
+        result["drift"] = {key: float(np.median([abs(each[key]) for each in drifts])) for key in drifts[0]}
+        return result
+    result["sharpness"] = sharpness_ratio(watched, watch(folder, "truth", short))
+    result["vae"] = json.loads((folder / "made" / "vae.json").read_text())
+    if long:
+        portraits = read_portraits(folder, clips)
+        result["identity"] = identity_curve(watch(folder, where, long)[0], portraits)
+    return result
+
+
+def markdown(made: dict[str, Any] | None, ceiling: dict[str, Any]) -> str:
+    """The table: what is wanted, what was reached, what true films reach."""
+    true = ceiling["lip_sync"]["all"]
+    rows = []
+
+    def row(measure: str, wanted: str, reached: str, best: str) -> None:
+        rows.append(f"| {measure} | {wanted} | {reached} | {best} |")
+
+    def sync(kind: str, key: str) -> str:
+        there = made is not None and kind in made["lip_sync"]
+        return f"{made['lip_sync'][kind][key]:.3f}" if made is not None and there else "-"
+
+    for kind in ceiling["lip_sync"]:
+        best = ceiling["lip_sync"][kind]
+        name = f"correlation of mouth opening, median of {best['clips']} clips ({kind})"
+        row(name, ">= 0.75", sync(kind, "correlation"), f"{best['correlation']:.3f}")
+    row("the same with shuffled audio", "\\|r\\| < 0.2", sync("all", "floor"), f"{true['floor']:.3f}")
+    row(
+        "lag of best correlation, frames, median",
+        "<= 1",
+        sync("all", "lag_frames"),
+        f"{true['lag_frames']:.0f}",
+    )
+    row(
+        "opening in pauses over opening in speech",
+        "<= 0.25",
+        sync("all", "rest_ratio"),
+        f"{true['rest_ratio']:.3f}",
+    )
+    row("frames in which a face is found", "", sync("all", "faces_found"), f"{true['faces_found']:.3f}")
+    if made is not None:
+        if "identity" in made:
+            seconds = made["identity"]["seconds"]
+            name = f"drift from {seconds[0]:.0f} s to {seconds[-1]:.0f} s over distance of two people"
+            for key, value in made["identity"]["drift"].items():
+                row(
+                    f"{name} ({key.replace('_', ' ')})",
+                    "< 0.10",
+                    f"{value:.3f}",
+                    f"{ceiling['drift'][key]:.3f}",
+                )
+        vae = made["vae"]
+        least = f"{vae['psnr_mean_db']:.1f} (least {vae['psnr_least_db']:.1f})"
+        row("VAE reconstruction PSNR, dB", ">= 32", least, "-")
+        row("sharpness over the true film's", ">= 0.6", f"{made['sharpness']:.3f}", "1")
+    head = "| measure | to reach | made | true films |\n|---|---|---|---|\n"
+    return head + "\n".join(rows)

@@ -1,0 +1,124 @@
+"""What steps, caches, guidance and windows cost and give: the guide's tips, measured.
+
+Each variant changes one thing. Time is the engine's own (the sidecar's), of everything from the first
+denoising step to the last frame, over the length of the video; compare rows of one machine only. Quality is
+lip sync (median correlation) and sharpness over the true film's. The front holds the variants that none other
+beats in time and lip sync at once, among those that keep nine tenths of the best sharpness; recommended is
+the fastest of it within `NEAR` of the best correlation.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from benchmarks.pocket.generate import DEFAULT, Variant
+from benchmarks.pocket.material import Clip
+from benchmarks.pocket.quality import lip_sync, sharpness_ratio, watch
+
+NEAR = 0.01
+SHARP_SHARE = 0.9
+CACHE_STEPS = 25
+STAGES = ("denoise", "vae_decode", "vae_encode")
+
+
+def variants() -> list[Variant]:
+    """The default and all its variants."""
+    found = [DEFAULT]
+    found += [Variant(f"steps_{steps}", "steps", {"num_steps": steps}) for steps in (50, 25, 20, 15, 8, 4)]
+    found += [
+        Variant(
+            f"teacache_{threshold:g}",
+            "teacache",
+            {"num_steps": CACHE_STEPS, "tea_cache_l1_thresh": threshold},
+            calibrated=threshold > 0,
+        )
+        for threshold in (0.0, 0.1, 0.14, 0.2)
+    ]
+    found.append(
+        Variant("magcache", "magcache", {"num_steps": CACHE_STEPS, "step_cache": "magcache"}, calibrated=True)
+    )
+    found += [Variant(f"guidance_{scale}", "guidance", {"guidance_scale": scale}) for scale in range(1, 7)]
+    found += [
+        Variant(f"text_{text}_audio_{audio}", "scales", {"guidance_scale": text, "audio_scale": audio})
+        for text, audio in ((1, 1.5), (1, 2), (1, 3), (2, 1), (3, 1), (2, 3))
+    ]
+    found += [Variant(f"overlap_{frames}", "overlap", {"overlap_frame": frames}) for frames in (1, 5, 9, 13)]
+    found += [
+        Variant(f"window_{frames}", "window", {"max_tokens": _tokens(frames)}) for frames in (25, 33, 41, 57)
+    ]
+    return found
+
+
+def _tokens(frames: int) -> int:
+    """`max_tokens` for windows of so many frames at 192x192."""
+    return -(-frames * 192 * 192 // 1024)
+
+
+def measure(folder: Path, clips: list[Clip], chosen: list[Variant]) -> list[dict[str, Any]]:
+    """A row for each variant; all of them on the same clips."""
+    true = watch(folder, "truth", clips)
+    rows = []
+    for variant in chosen:
+        where = f"made/{variant.name}"
+        watched = watch(folder, where, clips)
+        sync = lip_sync(watched)
+        cars = [json.loads((folder / where / f"{clip.name}.json").read_text()) for clip in clips]
+        seconds = [sum(car["stages"][stage] for stage in STAGES if stage in car["stages"]) for car in cars]
+        rows.append(
+            {
+                "variant": variant.name,
+                "group": variant.group,
+                "seconds_a_second": float(
+                    np.median(
+                        [value / (car["frames"] / 25) for value, car in zip(seconds, cars, strict=True)]
+                    )
+                ),
+                "forwards_a_window": float(
+                    np.mean([car["plan"]["forwards"] / car["windows"] for car in cars])
+                ),
+                "correlation": sync["correlation"],
+                "rest_ratio": sync["rest_ratio"],
+                "lag_frames": sync["lag_frames"],
+                "sharpness": sharpness_ratio(watched, true),
+                "device": cars[0]["device"],
+            }
+        )
+    return rows
+
+
+def pareto(rows: list[dict[str, Any]]) -> list[str]:
+    """Names of the front, the fastest first."""
+    sharp = [row for row in rows if row["sharpness"] >= SHARP_SHARE * max(each["sharpness"] for each in rows)]
+    front: list[dict[str, Any]] = []
+    for row in sorted(sharp, key=lambda row: (row["seconds_a_second"], -row["correlation"])):
+        if not front or row["correlation"] > front[-1]["correlation"]:
+            front.append(row)
+    return [row["variant"] for row in front]
+
+
+def recommended(rows: list[dict[str, Any]]) -> str:
+    """The fastest variant of the front that is as good as the best, within `NEAR`."""
+    front = [row for name in pareto(rows) for row in rows if row["variant"] == name]
+    best = max(row["correlation"] for row in front)
+    return str(next(row["variant"] for row in front if row["correlation"] >= best - NEAR))
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """All rows, those of the front marked, and the recommendation."""
+    front, choice = pareto(rows), recommended(rows)
+    head = (
+        "| variant | forwards a window | s a second of video | correlation | lag | at rest | sharpness "
+        "| front |\n"
+        "|---|---|---|---|---|---|---|---|"
+    )
+    lines = [
+        f"| {row['variant']} | {row['forwards_a_window']:.1f} | {row['seconds_a_second']:.3f} "
+        f"| {row['correlation']:.3f} | {row['lag_frames']:.0f} | {row['rest_ratio']:.3f} "
+        f"| {row['sharpness']:.3f} | {'yes' if row['variant'] in front else ''} |"
+        for row in rows
+    ]
+    device = rows[0]["device"]
+    return "\n".join([head, *lines, "", f"Measured on {device}. Recommended: `{choice}`."])

@@ -1,0 +1,139 @@
+"""How well OmniAvatar-Pocket talks, on people and speech it never saw: its table and its trade-offs.
+
+In the repository root with PYTHONPATH=src:. (files lie below --work, default benchmarks/build/pocket):
+
+    python benchmarks/pocket_quality.py prepare --recordings ../shared/examples/speech
+    python benchmarks/pocket_quality.py measure --truth-only        # the ceiling: the renderer's own films
+    python benchmarks/pocket_quality.py generate --config configs/pocket.yaml --workers 2
+    python benchmarks/pocket_quality.py measure
+    python benchmarks/pocket_quality.py generate --config configs/pocket.yaml --tradeoff   # better on a GPU
+    python benchmarks/pocket_quality.py measure --tradeoff
+
+`prepare` needs the synthesisers (`training/fetch_tools.sh`) and renders for some minutes. `generate` runs on
+any machine that runs the engine and needs of --work only `inputs`; of what it writes only `made` is needed by
+`measure`, which makes itself an environment for MediaPipe (Python up to 3.12).
+`measure` prints the table in Markdown, then one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pocket import faces, generate, material, quality, tradeoff
+
+WORK = Path("benchmarks/build/pocket")
+TRADEOFF_CLIPS = 4
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    from training.speech import SpeechSet
+
+    recorded = None
+    if arguments.recordings is not None:
+        faces.align_recordings(arguments.recordings, arguments.work / "recorded.npz")
+        recorded = SpeechSet.load(arguments.work / "recorded.npz")
+    clips = material.prepare(arguments.work, arguments.clips, recorded, arguments.long_seconds)
+    for clip in clips:
+        print(f"{clip.name}: {len(clip.opening)} frames, {clip.prompt!r}")
+
+
+def tradeoff_clips(clips: list[material.Clip], count: int) -> list[material.Clip]:
+    """As many synthetic as recorded ones, `count` in all."""
+    kinds = [[clip for clip in clips if clip.kind == kind] for kind in ("synthetic", "recorded")]
+    mixed = [clip for pair in zip(*kinds, strict=False) for clip in pair]
+    return mixed[:count]
+
+
+def chosen_variants(names: list[str] | None) -> list[generate.Variant]:
+    """All variants, or those named. Raises SystemExit for a name that none has."""
+    there = {variant.name: variant for variant in tradeoff.variants()}
+    unknown = sorted(set(names or ()) - set(there))
+    if unknown:
+        raise SystemExit(f"error: no variant {unknown[0]}; there are {', '.join(there)}")
+    return [there[name] for name in names or there]
+
+
+def make(arguments: argparse.Namespace) -> None:
+    clips = material.read_clips(arguments.work)
+    if arguments.tradeoff:
+        chosen = tradeoff_clips(clips, arguments.clips or TRADEOFF_CLIPS)
+        variants = chosen_variants(arguments.variants)
+        generate.generate(arguments.config, arguments.work, variants, chosen, arguments.workers)
+        return
+    if arguments.clips:
+        clips = clips[: arguments.clips]
+    print(json.dumps(generate.measure_vae(arguments.config, arguments.work)), flush=True)
+    generate.generate(arguments.config, arguments.work, [generate.DEFAULT], clips, arguments.workers)
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no nan: None in its place."""
+    if isinstance(value, dict):
+        return {key: without_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    clips = material.read_clips(arguments.work)
+    result: dict[str, Any] = {"benchmark": "pocket_quality", "seeds": generate.seeds_used()}
+    if arguments.tradeoff:
+        chosen = tradeoff_clips(clips, arguments.clips or TRADEOFF_CLIPS)
+        rows = tradeoff.measure(arguments.work, chosen, chosen_variants(arguments.variants))
+        front, choice = tradeoff.pareto(rows), tradeoff.recommended(rows)
+        result["tradeoff"] = {"rows": rows, "front": front, "recommended": choice}
+        print(tradeoff.markdown(rows))
+    else:
+        if arguments.clips:
+            clips = clips[: arguments.clips]
+        made = None if arguments.truth_only else quality.main_table(arguments.work, clips, "made/default")
+        ceiling = quality.main_table(arguments.work, clips, "truth")
+        result |= {"made": made, "truth": ceiling}
+        print(quality.markdown(made, ceiling))
+    name = "tradeoff" if arguments.tradeoff else "truth" if arguments.truth_only else "table"
+    file = arguments.work / f"{name}.json"
+    result = without_nan(result)
+    file.write_text(json.dumps(result) + "\n")
+    if arguments.plots is not None:
+        faces.run_there([faces.HERE / "plot.py", file.resolve(), arguments.plots.resolve()])
+    print(json.dumps(result))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    for name, run, words in (
+        ("prepare", prepare, "render the test clips"),
+        ("generate", make, "videos of them by the engine"),
+        ("measure", measure, "read the videos; tables"),
+    ):
+        command = commands.add_parser(name, help=words)
+        command.set_defaults(run=run)
+        command.add_argument("--work", type=Path, default=WORK)
+        command.add_argument("--clips", type=int, default=8 if name == "prepare" else None)
+        if name == "prepare":
+            command.add_argument("--recordings", type=Path, help="folder of recordings with a transcription")
+            command.add_argument("--long-seconds", type=int, default=material.LONG_SECONDS)
+            continue
+        command.add_argument("--tradeoff", action="store_true", help="the variants instead of the table")
+        command.add_argument("--variants", nargs="+", help="only these variants")
+        if name == "generate":
+            command.add_argument("--config", type=Path, default=Path("configs/pocket.yaml"))
+            command.add_argument(
+                "--workers", type=int, default=1, help=f"processes; this machine: {os.cpu_count()}"
+            )
+        else:
+            command.add_argument("--truth-only", action="store_true", help="only the films' figures")
+            command.add_argument("--plots", type=Path, help="folder for the plots, such as docs/images")
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Portraits of people never met in training: PNG files to try a model on, and the package's own.
+
+`python -m training.portraits OUT_DIR [--count 12] [--first SEED]` writes `portrait_SEED.png`, each a face at
+rest as the first frame of a take shows it. Seeds lie below `HELD_OUT_SEEDS`. The packaged portrait was chosen
+from them by eye: `--first 50000`, see the command in the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from training.head import Head
+from training.looks import draw_looks
+from training.motion import Manner, perform
+from training.render import Renderer, gather
+from training.scale import SIZE
+from training.studio import HELD_OUT_SEEDS
+
+FIRST = 50_000
+SHORTEST = 16
+
+
+def portrait(renderer: Renderer, seed: int) -> np.ndarray:
+    """uint8 (SIZE, SIZE, 3) of the person `seed` draws, determined by it."""
+    if not 0 <= seed < HELD_OUT_SEEDS:
+        raise ValueError(f"seed {seed} is not held out: those below {HELD_OUT_SEEDS} are")
+    manner = Manner("neutral", "still", "")
+    tracks = perform(renderer.head.names, [], SHORTEST, manner, np.random.default_rng((seed, 5)))
+    first = {name: track[:1] for name, track in tracks.items()}
+    looks = draw_looks(renderer.head, 1, seed, SIZE)
+    frames = renderer.frames(looks, gather([first], renderer.head.device))[0]
+    return frames[0, 0].permute(1, 2, 0).cpu().numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--count", type=int, default=12)
+    parser.add_argument("--first", type=int, default=FIRST)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    renderer = Renderer(Head(torch.device("cpu")), SIZE)
+    for seed in range(arguments.first, arguments.first + arguments.count):
+        Image.fromarray(portrait(renderer, seed)).save(arguments.out / f"portrait_{seed}.png")
+
+
+if __name__ == "__main__":
+    main()
