@@ -294,7 +294,10 @@ def check_video(made: Path, nano: Path, inputs: Path) -> None:
     alone = inputs / "alone" / made.name
     request = AvatarRequest("a", inputs / "face.png", inputs / "voice.flac", SamplingParams(seed=1))
     make_pipeline(nano, inputs / "cache", threads=1, crf=0).generate(request, alone)
-    assert np.abs(frames(made) - frames(alone)).max() <= 1
+    apart = np.abs(frames(made) - frames(alone))
+    assert (
+        apart.max() <= 4 and (apart > 0).mean() < 1e-3
+    )  # the VAE's rows are shared too, and YUV rounds again
     sidecars = [json.loads(path.with_suffix(".json").read_text()) for path in (made, alone)]
     assert [sidecar["processes"] for sidecar in sidecars] == [2, 1]
     assert sidecars[0]["fingerprint"] == sidecars[1]["fingerprint"]

@@ -235,7 +235,7 @@ def test_reports_rank_by_the_five_minute_projection(nano_row: dict[str, Any]) ->
     result = result_of(nano_row, skipped, faster)
     assert [row["name"] for row in measured(result["rows"])] == ["faster", "nano"]
     text = markdown(result)
-    assert "| 1 | faster | nano | random | sdpa, none, plain | 4 of 4 | 2 |" in text and "2.00x" in text
+    assert "| 1 | faster | nano | random | sdpa, none, fast | 4 of 4 | 2 |" in text and "2.00x" in text
     assert "x.yaml: skipped, needs <much> & more" in text and "saves nothing" in text
     page = html_page(result)
     assert page.startswith("<!DOCTYPE html>\n") and "http://" not in page.replace("http://www.w3.org", "")

@@ -87,7 +87,8 @@ def test_script_takes_the_originals_arguments_from_any_folder(tmp_path: Path) ->
         cwd=tmp_path,
     )
     assert done.returncode == 2
-    assert done.stderr == "error: configs/none.yaml: no such config file; see the folder configs/\n"
+    wanted = "no such config file; see the folder configs/, or use pocket, the packaged model"
+    assert done.stderr == f"error: configs/none.yaml: {wanted}\n"
 
 
 def test_version() -> None:

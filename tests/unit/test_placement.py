@@ -174,7 +174,7 @@ def test_the_end_of_the_ladder_is_one_clear_error(nano_checkpoint, cache, tmp_pa
     pipe.components.dit.attention = failing(pipe.components.dit.attention, calls, set(range(1000)))
     with pytest.raises(ResourceError, match=r"max_tokens: 56 needs more GPU memory than is free .*fp8"):
         pipe.generate(request(SECONDS), tmp_path / "out.mp4")
-    assert streamed(pipe) == 6 and len(calls) == 6
+    assert streamed(pipe) == 6 and len(calls) == 7  # as it was, six blocks, smaller VAE passes
 
 
 def test_a_limit_that_nothing_fits_is_refused_before_anything_is_loaded(nano_checkpoint, cache, tmp_path):
