@@ -25,7 +25,7 @@ from omniavatar.accel.pinned import check_host_room
 from omniavatar.accel.room import with_room
 from omniavatar.accel.shard_weights import apply_shared_weights
 from omniavatar.accel.shared_vae import apply_shared_vae
-from omniavatar.accel.vae import FastVAE, choose_vae, create_vae
+from omniavatar.accel.vae import FastVAE, choose_vae, coding_dtype, create_vae
 from omniavatar.calibration_file import find_constants
 from omniavatar.checkpoint.dit import (
     DiTFiles,
@@ -262,7 +262,8 @@ class Components:
     def vae(self) -> VideoVAE:
         """The video VAE of this process alone, run as `vae_name` says."""
         with self._recorder.stage("load_vae"):
-            return VAELoader(self.config.model, self.dtype, self.device, self._create_vae).load()
+            dtype = coding_dtype(self.dtype, self.device)
+            return VAELoader(self.config.model, dtype, self.device, self._create_vae).load()
 
     @functools.cached_property
     def window_vae(self) -> VideoVAE | None:

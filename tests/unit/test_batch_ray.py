@@ -244,6 +244,7 @@ def test_joining_a_cluster_by_ray_client(tmp_path: Path) -> None:
     port = free_port()
     folder = tempfile.mkdtemp(prefix="oa-", dir="/tmp")
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "ab" * 32}
+    quiet["RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S"] = "100"  # a busy machine may need more than its 30
     arguments = ["start", "--head", "--block", "--num-cpus=1", "--include-dashboard=false"]
     arguments += [f"--port={free_port()}", f"--ray-client-server-port={port}", f"--temp-dir={folder}"]
     ray = str(Path(sys.executable).with_name("ray"))
@@ -263,7 +264,7 @@ def test_joining_a_cluster_by_ray_client(tmp_path: Path) -> None:
                 address=f"ray://127.0.0.1:{port}",
                 environment={"RAY_AUTH_TOKEN": quiet["RAY_AUTH_TOKEN"]},
             )
-            output, errors = driver.communicate(timeout=90)
+            output, errors = driver.communicate(timeout=150)
         finally:
             family = psutil.Process(head.pid).children(recursive=True)
             head.terminate()

@@ -96,6 +96,12 @@ def choose_vae(name: str, device: torch.device) -> str:
     return chosen
 
 
+def coding_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What a VAE computes in where the rest of a model is `dtype`: float32 on a CPU, whose convolutions in
+    bfloat16 are emulated and take 15 to 40 times as long."""
+    return torch.float32 if device.type == "cpu" else dtype
+
+
 def create_vae(chosen: str, vae: WanVAE, device: torch.device) -> VideoVAE:
     """The VAE around loaded weights, by a name from `choose_vae`."""
     if chosen == "plain":
