@@ -187,8 +187,8 @@ def test_random_weights_need_no_files(cache, tmp_path):
 def test_bf16_weights_run_on_the_cpu(nano_checkpoint, cache):
     pipe = make_pipeline(nano_checkpoint, cache, dtype="bf16")
     half = streamed(pipe, request(0.3))
-    weights = [next(pipe.components.dit.blocks.parameters()), pipe.components.vae.plain.conv1.weight]
-    assert [weight.dtype for weight in weights] == [torch.bfloat16, torch.float32]  # its convolutions crawl
+    assert torch.bfloat16 in {weight.dtype for weight in pipe.components.dit.parameters()}
+    assert pipe.components.vae.plain.conv1.weight.dtype == torch.float32  # bfloat16 convolutions crawl
     exact = streamed(make_pipeline(nano_checkpoint, cache), request(0.3))
     assert 0 < np.abs(half.astype(int) - exact).mean() < 6
 
