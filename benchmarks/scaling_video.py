@@ -26,18 +26,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-from omniavatar.media.audio import decode_mono
-
-RATE = 16000
+from whole_video import RATE, speech
 
 
 def write_speech(path: Path, seconds: float) -> None:
     """The packaged speech, repeated, as a WAV file."""
-    with as_file(files("omniavatar.assets") / "speech.flac") as source:
-        decode_mono(source, path.with_suffix(".f32"), RATE, 0.0)
-    samples = np.fromfile(path.with_suffix(".f32"), np.float32)
-    whole = (np.resize(samples, round(seconds * RATE)) * 32767).astype(np.int16)
+    whole = (speech(path.parent, seconds).samples * 32767).astype(np.int16)
     with wave.open(str(path), "wb") as sound:
         sound.setnchannels(1)
         sound.setsampwidth(2)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from filelock import FileLock
+
+if TYPE_CHECKING:
+    from ranks import RankPool
 
 
 def pytest_configure() -> None:
@@ -42,3 +47,15 @@ def nano_checkpoint(tmp_path_factory: pytest.TempPathFactory, worker_id: str) ->
             make_checkpoint("nano", folder)
             done.touch()
     return folder
+
+
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, RankPool]]:
+    """Groups of 2 and of 4 processes, kept for a module's tests."""
+    from ranks import RankPool
+
+    folder = tmp_path_factory.mktemp("ranks")
+    made = {size: RankPool(size, folder) for size in (2, 4)}
+    yield made
+    for pool in made.values():
+        pool.close()

@@ -37,15 +37,6 @@ GRID = (3, 6, 10)
 """Latent frames, rows and columns: 45 tokens, which neither 2 nor 4 divides."""
 
 
-@pytest.fixture(scope="module")
-def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, RankPool]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    made = {size: RankPool(size, folder) for size in (2, 4)}
-    yield made
-    for pool in made.values():
-        pool.close()
-
-
 def small_dit(heads: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0) -> WanDiT:
     _, attention = create_attention("sdpa", CPU, dtype)
     config = replace(SMALL, num_heads=heads, dim=16 * heads)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -23,15 +21,6 @@ from omniavatar.placement import vae_ranks
 from ranks import RankPool
 
 SLOW_TWINS = {"merged_upsample": False, "matmul_attention": False, "paired_columns": False}
-
-
-@pytest.fixture(scope="module")
-def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, RankPool]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    made = {size: RankPool(size, folder) for size in (2, 4)}
-    yield made
-    for pool in made.values():
-        pool.close()
 
 
 def fast_vae(at_once: int = 2, dtype: torch.dtype = torch.float32, **options: bool) -> FastVAE:
