@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training.muon import Muon
 from training.nets import Average, cosine
 from training.ranks import Ranks
 from training.settings import StageSettings
 
 CLIP_NORM = 1.0
+CHECK_EVERY = 10
+"""Steps between two questions to the other ranks whether the time is over, which wait for the device."""
 
 
 @dataclass(eq=False)
@@ -35,7 +38,7 @@ class Budget:
         return (time.monotonic() - self.started) / 60
 
     def check(self, device: torch.device) -> None:
-        """Once a step: is it over on any rank?"""
+        """Is it over on any rank?"""
         self.over = self.ranks.any(self.spent >= self.minutes, device)
 
     def measuring(self, measured: float, seconds: float, steps: int) -> bool:
@@ -67,34 +70,66 @@ class Log:
 
 
 class Optimiser:
-    """AdamW over some modules with warm-up, cosine by time, clipped gradients and an average of the
-    weights."""
+    """AdamW over some modules with warm-up, cosine by time, clipped gradients and an average of the weights.
+
+    With `muon_rate` the matrices of the transformer's blocks (attention and feed-forward) take Muon's steps
+    instead; embeddings, biases, norms and the head stay with AdamW. No step waits for the device.
+    """
 
     def __init__(self, modules: dict[str, nn.Module], settings: StageSettings, budget: Budget) -> None:
-        self.parameters = [weight for module in modules.values() for weight in module.parameters()]
-        matrices = [weight for weight in self.parameters if weight.dim() > 1]
-        others = [weight for weight in self.parameters if weight.dim() <= 1]
+        named = {
+            f"{part}.{name}": weight
+            for part, module in modules.items()
+            for name, weight in module.named_parameters()
+        }
+        self.parameters = list(named.values())
+        muon = settings.muon_rate > 0
+        hidden, matrices, others = [], [], []
+        for name, weight in named.items():
+            if muon and ".blocks." in name and weight.dim() == 2:
+                hidden.append(weight)
+            else:
+                (matrices if weight.dim() > 1 else others).append(weight)
         groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
         fused = self.parameters[0].is_cuda
-        self.adam = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.98), fused=fused)
+        adam = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.98), fused=fused)
+        self.rates: list[tuple[torch.optim.Optimizer, float]] = [(adam, settings.rate)]
+        if hidden:
+            self.rates.append((Muon(hidden, settings.muon_rate, weight_decay=0.01), settings.muon_rate))
         self.settings, self.budget, self.steps = settings, budget, 0
         self.average = Average(modules, settings.decay)
 
     def step(self, loss: Tensor) -> None:
-        """One step down the ranks' mean `loss`; a step whose gradient is not finite is left out."""
-        self.adam.zero_grad(set_to_none=True)
+        """One step down the ranks' mean `loss`."""
+        self.forget()
         loss.backward()
-        self.budget.ranks.average([weight.grad for weight in self.parameters if weight.grad is not None])
-        self.budget.check(loss.device)
-        warm = min(1.0, (self.steps + 1) / self.settings.warmup)
-        for group in self.adam.param_groups:
-            group["lr"] = self.settings.rate * warm * cosine(self.budget.progress)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
+        self.update()
+
+    def forget(self) -> None:
+        """Drop the gradients."""
+        for weight in self.parameters:
+            weight.grad = None
+
+    def update(self) -> None:
+        """One step along the gradients that are there; gradients that are not finite count as zeros."""
+        gradients = [weight.grad for weight in self.parameters if weight.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        self.budget.ranks.average(flat)
+        norm = flat.norm()
+        flat = flat.nan_to_num(0.0, 0.0, 0.0) * (CLIP_NORM / norm).clamp(max=1.0).nan_to_num(0.0)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(
+            gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+        )
+        share = min(1.0, (self.steps + 1) / self.settings.warmup) * cosine(self.budget.progress)
+        for each, rate in self.rates:
+            for group in each.param_groups:
+                group["lr"] = rate * share
+            each.step()
         self.steps += 1
-        if not norm.isfinite():
-            return
-        self.adam.step()
         self.average.update()
+        if self.budget.ranks.count == 1 or self.steps % CHECK_EVERY == 0:
+            self.budget.check(flat.device)
 
 
 class Pool:

@@ -201,8 +201,13 @@ class PromptEncoder(nn.Module):
         return encoded["input_ids"], encoded["attention_mask"]
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Embeddings (B, 512, width), zero past the text, of token numbers and mask (B, L)."""
-        hidden = self.stack(input_ids=ids, attention_mask=mask).last_hidden_state
+        """Embeddings (B, 512, width), zero past the text, of token numbers and mask (B, L).
+
+        The mask is given as what is added to the scores: transformers would make it from a CPU scalar, which
+        a CUDA graph cannot hold.
+        """
+        added = torch.zeros(mask.shape, device=mask.device).masked_fill(mask == 0, torch.finfo().min)
+        hidden = self.stack(input_ids=ids, attention_mask=added[:, None, None]).last_hidden_state
         hidden = hidden * mask[..., None].to(hidden.dtype)
         return F.pad(hidden, (0, 0, 0, TOKENS - hidden.shape[1]))
 
@@ -237,6 +242,7 @@ class Average:
 
     def __init__(self, modules: dict[str, nn.Module], decay: float) -> None:
         self.modules, self.decay, self.steps = modules, decay, 0
+        self.weights = [weight.detach() for _, weight in self._weights()]
         self.values = {name: weight.detach().clone() for name, weight in self._weights()}
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -248,12 +254,7 @@ class Average:
     def update(self) -> None:
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        weights = dict(self._weights())
-        torch._foreach_lerp_(
-            [self.values[name] for name in weights],
-            [weight.detach() for weight in weights.values()],
-            1 - decay,
-        )
+        torch._foreach_lerp_(list(self.values.values()), self.weights, 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -261,7 +262,7 @@ class Average:
         for name, weight in self._weights():
             held = weight.detach().clone()
             weight.copy_(self.values[name])
-            self.values[name] = held
+            self.values[name].copy_(held)
 
 
 def save_state(nets: Nets, facts: dict[str, Any], folder: Path) -> None:

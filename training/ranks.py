@@ -39,17 +39,11 @@ class Ranks:
     def leads(self) -> bool:
         return self.index == 0
 
-    def average(self, gradients: list[Tensor]) -> None:
-        """Replace the gradients by their mean over ranks, in one exchange."""
-        if self.count == 1:
-            return
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat)
-        flat /= self.count
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(
-            gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
-        )
+    def average(self, gradients: Tensor) -> None:
+        """Replace all gradients, one flat tensor, by their mean over ranks."""
+        if self.count > 1:
+            dist.all_reduce(gradients)
+            gradients /= self.count
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether `flag` holds on any rank; all ranks get the same answer."""

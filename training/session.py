@@ -7,6 +7,7 @@ Speech is synthesised first, on all cores. Written are `pocket-*.safetensors` an
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -85,9 +86,16 @@ class Session:
     """One call of the script: the networks, what earlier sessions did, and the stages of this one."""
 
     def __init__(
-        self, settings: Settings, resume: Path | None, ranks: Ranks, device: torch.device, folder: Path
+        self,
+        settings: Settings,
+        resume: Path | None,
+        ranks: Ranks,
+        device: torch.device,
+        folder: Path,
+        out: Path,
     ) -> None:
-        self.settings, self.ranks, self.device = settings, ranks, device
+        """`folder` is for the speech, `out` for what remains."""
+        self.settings, self.ranks, self.device, self.out = settings, ranks, device, out
         self.nets = Nets.fresh(settings.seed, HERE / "assets" / TOKENIZER)
         self.facts: dict[str, Any] = {"sessions": 0, "minutes": dict.fromkeys(STAGES, 0.0), "log": []}
         if resume is not None:
@@ -133,17 +141,26 @@ class Session:
             train_vae(vae, studio, film, stage, budget, self.log, seed, decoder_only=alone)
         else:
             film = studio.film_takes(self.held_out, 0)
-            train_dit(self.nets, studio, film, settings.dit, budget, self.log, seed)
+            keep = functools.partial(self.keep, name, budget)
+            train_dit(self.nets, studio, film, settings.dit, budget, self.log, seed, keep)
         self.facts["minutes"][name] += budget.spent
+
+    def keep(self, name: str, budget: Budget) -> None:
+        """Write the state as it is in the middle of a stage, by the first rank: a run that is cut off loses
+        a minute."""
+        if self.ranks.leads:
+            minutes = self.facts["minutes"] | {name: self.facts["minutes"][name] + budget.spent}
+            save_state(self.nets, self.facts | {"minutes": minutes}, self.out)
 
     def close(self) -> None:
         """End the workers and the connection."""
         self.factory.close()
         self.ranks.leave()
 
-    def finish(self, out: Path, steps: int) -> None:
+    def finish(self, steps: int) -> None:
         """Write the state, the curves and, once there is a DiT, a sheet of samples; for the first rank."""
         self.facts["sessions"] += 1
+        out = self.out
         save_state(self.nets, self.facts, out)
         _draw_curves(self.log.rows, out / "curves.png")
         if self.facts["minutes"]["dit"]:
@@ -200,14 +217,15 @@ def main() -> None:
     stages = parse_stages(arguments.stages)
     ranks, device = Ranks.join()
     torch.backends.cudnn.benchmark = True
+    settings = read_settings(arguments.config)
     with tempfile.TemporaryDirectory() as folder:
-        session = Session(read_settings(arguments.config), arguments.resume, ranks, device, Path(folder))
+        session = Session(settings, arguments.resume, ranks, device, Path(folder), arguments.out)
         for name, minutes in stages:
             session.run(name, minutes)
             if ranks.leads:
                 save_state(session.nets, session.facts, arguments.out)
         if ranks.leads:
-            session.finish(arguments.out, arguments.sample_steps)
+            session.finish(arguments.sample_steps)
         session.close()
     if ranks.leads:
         print(json.dumps({"minutes": session.facts["minutes"], "sessions": session.facts["sessions"]}))

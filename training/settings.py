@@ -30,6 +30,9 @@ class StageSettings:
     planned_minutes: float
     """Over all sessions; the learning rate falls along a cosine to the end of this."""
     rate: float
+    """Of AdamW at its highest."""
+    muon_rate: float
+    """Of Muon for the matrices of transformer blocks; 0: AdamW for all."""
     warmup: int
     batch: int
     decay: float
@@ -80,6 +83,8 @@ class DitSettings(StageSettings):
     """Share of later windows whose given latents are disturbed."""
     mouth: float
     compile: bool
+    graph: bool
+    """Replay each step as a CUDA graph; CUDA only."""
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,23 @@ pixels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 from omniavatar.model.dit import RunBlocks, WanDiT
 from omniavatar.model.layers import BlockInputs
 from training.augment import roughen
+from training.graphed import GraphedStep
 from training.loop import Budget, Log, Optimiser, Pool
 from training.nets import Nets, PromptEncoder, normalise_sound, normalised_latents
 from training.scale import LATENTS, SIZE, WINDOW
 from training.settings import DitSettings
 from training.stage_vae import to_pixels
 from training.studio import Film, Studio, mouth_weight
+from training.supply import Supply
 
 SHIFT = 5.0
 PROMPT_TOKENS = 160
@@ -181,12 +186,19 @@ def measure(nets: Nets, stories: dict[str, Tensor], settings: DitSettings, devic
 
 
 def train_dit(
-    nets: Nets, studio: Studio, held_out: Film, settings: DitSettings, budget: Budget, log: Log, seed: int
+    nets: Nets,
+    studio: Studio,
+    held_out: Film,
+    settings: DitSettings,
+    budget: Budget,
+    log: Log,
+    seed: int,
+    keep: Callable[[], None],
 ) -> None:
     """Train the DiT and the prompt encoder until the budget is over; leaves the averaged weights in
-    `nets`."""
+    `nets`. `keep` is called at each measurement, while `nets` hold them."""
     device = studio.device
-    generator = torch.Generator(device).manual_seed(seed)
+    generator, others = (torch.Generator(device).manual_seed(seed + n) for n in (0, 1))
     nets.vae.eval()
     nets.audio.eval()
     optimiser = Optimiser({"dit": nets.dit, "text": nets.text}, settings, budget)
@@ -194,26 +206,45 @@ def train_dit(
     pool = Pool(settings.pool)
 
     def make(count: int) -> dict[str, Tensor]:
-        return stories_of(studio.film(count), nets, settings.windows, generator)
+        return stories_of(studio.film(count), nets, settings.windows, others)
+
+    def loss_of(batch: dict[str, Tensor]) -> Tensor:
+        mixed = torch.autocast(
+            device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False
+        )
+        with mixed:
+            return dit_loss(nets.dit, nets.text, batch, run_blocks)
+
+    def draw() -> dict[str, Tensor]:
+        return dit_batch(pool.draw(settings.batch, generator), settings, generator)
+
+    def measured_now(**values: float) -> None:
+        optimiser.average.swap()
+        reached = measure(nets, test, settings, device)
+        log.add("dit", budget, optimiser.steps, held_out=reached, clips=pool.filled, **values)
+        keep()
+        optimiser.average.swap()
 
     pool.fill(make, 8, budget, settings.fill_share)
     test = stories_of(held_out, nets, settings.windows, torch.Generator(device).manual_seed(6))
-    log.add("dit", budget, 0, clips=pool.filled)
-    measured, mean = budget.spent, 0.0
-    while True:
-        batch = dit_batch(pool.draw(settings.batch, generator), settings, generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = dit_loss(nets.dit, nets.text, batch, run_blocks)
-        optimiser.step(loss)
-        mean = loss.item() if optimiser.steps == 1 else mean + 0.02 * (loss.item() - mean)
-        if settings.fresh and optimiser.steps % settings.fresh_every == 0:
-            pool.add(make(settings.fresh))
-        if budget.measuring(measured, settings.measure_seconds, optimiser.steps):
-            measured = budget.spent
-            optimiser.average.swap()
-            reached = measure(nets, test, settings, device)
-            optimiser.average.swap()
-            log.add("dit", budget, optimiser.steps, loss=mean, held_out=reached)
-        if budget.over:
-            break
+    measured_now()
+    graphed = GraphedStep(loss_of, draw(), optimiser.parameters) if settings.graph else None
+    measured, mean = budget.spent, None
+    with Supply(make, settings.fresh, device) if settings.fresh else nullcontext() as supply:
+        while not budget.over:
+            if graphed is not None:
+                loss = graphed(draw())
+                optimiser.update()
+            else:
+                loss = loss_of(draw())
+                optimiser.step(loss)
+            loss = loss.detach()
+            mean = loss.clone() if mean is None else mean.lerp_(loss, 0.02)
+            if supply is not None and optimiser.steps % settings.fresh_every == 0:
+                clips = supply.take()
+                if clips is not None:
+                    pool.add(clips)
+            if budget.measuring(measured, settings.measure_seconds, optimiser.steps):
+                measured = budget.spent
+                measured_now(loss=mean.item())
     optimiser.average.swap()

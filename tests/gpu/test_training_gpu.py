@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from training import nets as training_nets
+from training.graphed import GraphedStep
 from training.head import Head
 from training.looks import draw_looks
 from training.render import Performance, Renderer
@@ -60,7 +61,8 @@ def test_the_vae_steps_in_mixed_precision(nets):
     assert all(p.grad is None or p.grad.isfinite().all() for p in vae.parameters())
 
 
-def test_compiled_blocks_give_the_plain_loss_and_gradient(nets):
+def examples():
+    """A batch of four windows."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape):
@@ -75,10 +77,13 @@ def test_compiled_blocks_give_the_plain_loss_and_gradient(nets):
         "ids": ids,
         "mask": (ids > 0).long(),
     }
+    return dit_batch(stories, SETTINGS.dit, generator)
+
+
+def test_compiled_blocks_give_the_plain_loss_and_gradient(nets):
     dit = copy.deepcopy(nets.dit)
     torch.nn.init.normal_(dit.head.head.weight, std=0.02)
-    batch = dit_batch(stories, SETTINGS.dit, generator)
-    found = []
+    batch, found = examples(), []
     for run_blocks in (None, compiled_blocks(dit)):
         dit.zero_grad(set_to_none=True)
         with torch.autocast("cuda", torch.bfloat16):
@@ -88,3 +93,33 @@ def test_compiled_blocks_give_the_plain_loss_and_gradient(nets):
     assert found[1][0] == pytest.approx(found[0][0], rel=0.01)
     apart = (found[1][1] - found[0][1]).norm() / found[0][1].norm()
     assert apart < 0.05
+
+
+def test_a_graphed_step_gives_the_loss_and_gradient_of_each_batch(nets):
+    dit, text = copy.deepcopy(nets.dit), copy.deepcopy(nets.text)
+    torch.nn.init.normal_(dit.head.head.weight, std=0.02)
+    run_blocks = compiled_blocks(dit)
+    weights = [*dit.parameters(), *text.parameters()]
+
+    def loss_of(batch):
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            return dit_loss(dit, text, batch, run_blocks)
+
+    first = examples()
+    graphed = GraphedStep(loss_of, first, weights)
+    other = {name: value.flip(0) * (0.5 if value.is_floating_point() else 1) for name, value in first.items()}
+    for batch in (other, first):
+        loss = float(graphed(batch))
+        found = [weight.grad.clone() for weight in weights if weight.grad is not None]
+        held = [weight.grad for weight in weights]
+        for weight in weights:
+            weight.grad = None
+        exact = loss_of(batch)
+        exact.backward()
+        assert loss == pytest.approx(float(exact), rel=1e-3)
+        wanted = [weight.grad for weight in weights if weight.grad is not None]
+        for weight, gradient in zip(weights, held, strict=True):
+            weight.grad = gradient
+        assert len(found) == len(wanted)
+        apart = torch.stack([(a - b).norm() for a, b in zip(found, wanted, strict=True)]).norm()
+        assert apart < 0.02 * torch.stack([b.norm() for b in wanted]).norm()
