@@ -37,7 +37,7 @@ class GraphedStep:
         torch.cuda.current_stream().wait_stream(side)
         self._forget(weights)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             loss = loss_of(self.batch)
             loss.backward()  # type: ignore[no-untyped-call]
             self.loss = loss.detach()

@@ -82,6 +82,8 @@ class DitSettings(StageSettings):
     corrupt: float
     """Share of later windows whose given latents are disturbed."""
     mouth: float
+    mirror: bool
+    """Each clip a second time, mirrored and in other light."""
     compile: bool
     graph: bool
     """Replay each step as a CUDA graph; CUDA only."""

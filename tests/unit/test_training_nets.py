@@ -15,8 +15,9 @@ from training.scale import LATENTS, POCKET, WINDOW
 from training.session import parse_stages
 from training.settings import read_settings
 from training.stage_audio import audio_loss
-from training.stage_dit import disturb, dit_batch, dit_loss, window_audio
+from training.stage_dit import disturb, dit_batch, dit_loss, mirrored, window_audio
 from training.stage_vae import vae_loss
+from training.studio import Film
 
 from omniavatar.checkpoint.layout_files import TOKENIZER
 from omniavatar.encoders.audio import AudioEncoder
@@ -296,3 +297,17 @@ def test_settings_are_strict(tmp_path):
     assert parse_stages(["vae=5", "dit=0.5"]) == [("vae", 5.0), ("dit", 0.5)]
     with pytest.raises(ValueError, match=r"vea=5"):
         parse_stages(["vea=5"])
+
+
+def test_a_mirrored_film_keeps_mouths_where_they_are_seen():
+    frames = torch.full((2, 3, 3, 8, 10), 100, dtype=torch.uint8)
+    frames[..., 4, 7] = 200
+    mouth = torch.tensor([7.0, 4.0]).expand(2, 3, 2)
+    nothing = torch.zeros(2, 3)
+    film = Film(frames, mouth, nothing, nothing, nothing, nothing, ("a", "b"))
+    seen = mirrored(film, torch.Generator().manual_seed(0))
+    assert seen.mouth[0, 0].tolist() == [2.0, 4.0]
+    assert (seen.frames.float().mean((0, 1, 2)).argmax() == 4 * 10 + 2).item()
+    light = seen.frames[:, :, :, 0, 0].float()
+    assert (light.std(1) == 0).all() and light[:, 0].std() > 1
+    assert seen.prompts == film.prompts
