@@ -2,8 +2,9 @@
 
 `python -m training.export STATE_DIR OUT_DIR` writes `dit.safetensors` (merged, 33 channels, with audio
 layers), `vae.safetensors`, `text_encoder.safetensors`, `google/umt5-xxl/` (tokenizer), `wav2vec/` (weights
-and `config.json`) and `config.yaml` for `omniavatar generate --config`. Every file is checked against the
-layout. With `src/omniavatar/pocket/weights` as OUT_DIR they become the package's own, whose config is
+and `config.json`), `config.yaml` for `omniavatar generate --config`, and `state.json`, with which
+`training.run --resume OUT_DIR` goes on. Every file is checked against the layout. With
+`src/omniavatar/pocket/weights` as OUT_DIR they become the package's own, whose config is
 configs/pocket.yaml.
 """
 
@@ -109,6 +110,7 @@ def main() -> None:
     nets = Nets.fresh(0, ASSETS / TOKENIZER)
     facts = load_state(nets, arguments.state)
     size = export(nets, arguments.out)
+    (arguments.out / "state.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(f"{arguments.out}: {size / 2**20:.1f} MiB, trained for {facts['minutes']} minutes")
 
 

@@ -142,36 +142,15 @@ def demo(
         from omniavatar.config_load import load_config
         from omniavatar.requests_file import RequestLine
 
-        trained = pocket.weights_there()
+        loaded = load_config(config or pocket.CONFIG, hp or ())
         with as_file(files("omniavatar.assets")) as assets:
-            loaded = load_config(config or (pocket.CONFIG if trained else assets / "nano.yaml"), hp or ())
-            if config is None and not trained:
-                _ensure_nano(loaded, recorder)
-            portrait = pocket.PORTRAIT if trained else assets / "portrait.png"
-            request = RequestLine(0, 0, pocket.PROMPT, portrait, assets / "speech.flac")
+            request = RequestLine(0, 0, pocket.PROMPT, pocket.PORTRAIT, assets / "speech.flac")
             _run(loaded, [request], output, None, recorder, report, quiet, many=False, team=None)
         if config is None:
-            text = (
-                "this model is small and knows rendered heads; photographs of real people are outside it"
-                if trained
-                else "the weights of this demo are random, so the picture is noise; sound and timing are real"
-            )
+            text = "this model is small and knows rendered heads; photographs of real people are outside it"
             recorder.event("message", text=text, level="info")
             text = f"the video is {output.resolve()}; for real people: omniavatar download 1.3B"
             recorder.event("message", text=text, level="info")
-
-
-def _ensure_nano(loaded: LoadedConfig, recorder: RunRecorder) -> None:
-    model = loaded.config.model
-    named = (*model.dit_path, model.vae_path, model.text_encoder_path, model.wav2vec_path, model.exp_path)
-    if all(path is None or path.exists() for path in (*named, model.tokenizer_folder)):
-        return
-    from omniavatar.checkpoint.synthetic import make_checkpoint
-
-    assert model.exp_path is not None
-    folder = model.exp_path.parent
-    recorder.event("message", text=f"making a tiny checkpoint with random weights in {folder}", level="info")
-    make_checkpoint("nano", folder)
 
 
 def _run(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from omniavatar import pocket
 from omniavatar.cli_common import (
     SOME_FAILED,
     ConfigOption,
@@ -141,10 +142,9 @@ def benchmark(
         if min(lengths) <= 0:
             raise ConfigError(f"--minutes {minutes}: must be above 0")
         check_writable(output.absolute())
-        with as_file(files("omniavatar.assets")) as assets:
-            places = configs or [CONFIGS if CONFIGS.is_dir() else assets / "nano.yaml"]
-            options = Options("", "", tuple(hp or ()), warm_up, repeats, lengths, forward_limit, full)
-            rows = measure_all(find_configs(places), options, lambda text: print(text, file=sys.stderr))
+        places = configs or [CONFIGS if CONFIGS.is_dir() else pocket.CONFIG]
+        options = Options("", "", tuple(hp or ()), warm_up, repeats, lengths, forward_limit, full)
+        rows = measure_all(find_configs(places), options, lambda text: print(text, file=sys.stderr))
         result = {"benchmark": "speed", "warm_up": warm_up, "repeats": repeats, "rows": rows}
         text = markdown(result)
         _write_json(output / "benchmark.json", result)
@@ -169,9 +169,8 @@ def doctor(
         from omniavatar.benchmarking.run import find_configs
         from omniavatar.doctor import examine
 
-        with as_file(files("omniavatar.assets")) as assets:
-            places = configs or [CONFIGS if CONFIGS.is_dir() else assets / "nano.yaml"]
-            findings = examine(find_configs(places))
+        places = configs or [CONFIGS if CONFIGS.is_dir() else pocket.CONFIG]
+        findings = examine(find_configs(places))
         if as_json:
             import json
 

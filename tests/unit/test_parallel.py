@@ -79,6 +79,9 @@ def forward_on_ranks(team: Ranks, heads: int, batch: int, fuse: bool, pieces: in
     [
         (2, 4, 1, False, 1, False),
         (2, 4, 1, False, 2, False),  # heads in pieces, their exchanges under way together
+        (2, 4, 2, True, 1, False),  # fused: sent as made, the output layer in two products
+        (4, 4, 1, True, 1, False),
+        (4, 6, 2, True, 1, True),
         (4, 4, 2, True, 4, False),
         (4, 6, 1, False, 2, False),  # 2 ranks share the heads, 2 the query tokens
         (2, 3, 2, True, 1, False),  # none divide the heads

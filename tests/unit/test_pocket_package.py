@@ -75,7 +75,7 @@ def test_packaged_portrait_is_the_held_out_render():
         portrait(Renderer(Head("cpu"), SIZE), 100_000)
 
 
-def test_demo_takes_the_packaged_model_once_its_weights_are_there(weights, tmp_path, monkeypatch, capsys):
+def test_demo_says_what_its_model_is_and_where_the_video_lies(weights, tmp_path, monkeypatch, capsys):
     packaged = tmp_path / "pocket"
     packaged.mkdir()
     shutil.copy(weights / "config.yaml", packaged / "pocket.yaml")

@@ -1,4 +1,4 @@
-"""The packaged model's weights do what its card says, end to end on a CPU. Skipped until they are there.
+"""The packaged model's weights do what its card says, end to end on a CPU.
 
 Measures are light: darkness around the mouth's known place for lip sync, and the renderer's own smile for the
 word "smiling". The judge with landmarks is benchmarks/pocket_quality.py.
@@ -25,10 +25,7 @@ from omniavatar.media.audio import decode_mono
 from omniavatar.media.inspect import read_frames
 from omniavatar.profiling.recorder import RunRecorder
 
-pytestmark = [
-    pytest.mark.skipif(not pocket.weights_there(), reason="the packaged model's weights are not there yet"),
-    pytest.mark.slow,
-]
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 PHONES = ROOT / "tests" / "data" / "speech_phones.json"

@@ -204,5 +204,3 @@ def test_packaged_demo_files_are_copies_of_the_examples() -> None:
     assets = EXAMPLES.parent / "src/omniavatar/assets"
     for name in ("portrait.png", "speech.flac"):
         assert (assets / name).read_bytes() == (EXAMPLES / name).read_bytes(), name
-    nano = EXAMPLES.parent / "configs" / "nano.yaml"
-    assert (assets / "nano.yaml").read_bytes() == nano.read_bytes()

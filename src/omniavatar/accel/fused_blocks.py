@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from omniavatar.accel.quantized import QuantLinear
 from omniavatar.model.dit import WanDiT
-from omniavatar.model.layers import Block
+from omniavatar.model.layers import Block, RMSNorm
 from omniavatar.model.rope import RopeTable
-from omniavatar.ops.attention import AttentionFn, takes_float8
+from omniavatar.ops.attention import AttentionFn, TravellingAttention, takes_float8
 from omniavatar.ops.fused import FP8, FusedOps, QuantRows, Rows
 from omniavatar.ops.scaled import scaled_linear
 
@@ -38,6 +38,7 @@ class PackedProjection:
     bias: Tensor | None
     weight_scale: Tensor | None
     dtype: torch.dtype
+    layers: int
 
     @classmethod
     def pack(cls, layers: list[Layer]) -> PackedProjection:
@@ -54,6 +55,17 @@ class PackedProjection:
             torch.cat(biases) if biases else None,
             torch.cat(scales) if scales else None,
             first.dtype if isinstance(first, QuantLinear) else weight.dtype,
+            len(layers),
+        )
+
+    def part(self, index: int) -> PackedProjection:
+        """One of the layers, of equal sizes, by itself."""
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.chunk(self.layers)[index]
+
+        return PackedProjection(
+            self.weight.chunk(self.layers)[index], cut(self.bias), cut(self.weight_scale), self.dtype, 1
         )
 
     def __call__(self, rows: Rows) -> Tensor:
@@ -97,14 +109,18 @@ class FusedBlock(nn.Module):
         x, rows = ops.norm(
             x_BLC, scale_a, shift_a, eps, frame_BTC=audio_BTC, quantize=self._qkv.weight_scale is not None
         )
-        q, k, v = self._qkv(rows).chunk(3, dim=-1)
-        del rows
         kind = FP8 if takes_float8(attention) else x.dtype
-        q = ops.rms_rotate(q, own.norm_q.weight, eps, rope.cos, rope.sin, heads, kind)
-        k = ops.rms_rotate(k, own.norm_k.weight, eps, rope.cos, rope.sin, heads, kind)
-        attended = attention(q, k, v.unflatten(-1, (heads, -1)))
-        del q, k, v
-        attended = own.o(attended.flatten(-2))
+        if isinstance(attention, TravellingAttention):
+            attended = self._attend_together(rows, rope, attention, kind)
+            del rows
+        else:
+            q, k, v = self._qkv(rows).chunk(3, dim=-1)
+            del rows
+            q = ops.rms_rotate(q, own.norm_q.weight, eps, rope.cos, rope.sin, heads, kind)
+            k = ops.rms_rotate(k, own.norm_k.weight, eps, rope.cos, rope.sin, heads, kind)
+            attended = attention(q, k, v.unflatten(-1, (heads, -1)))
+            del q, k, v
+            attended = own.o(attended.flatten(-2))
 
         scale, shift = self._norm3
         x, rows = ops.norm(x, scale, shift, eps, update_BLC=attended, gate=gate_a, quantize=_float8(cross.q))
@@ -126,6 +142,25 @@ class FusedBlock(nn.Module):
         fed = down(hidden)
         del hidden
         return ops.add_gated(x, fed, gate_f)
+
+    def _attend_together(
+        self, rows: Rows, rope: RopeTable, attention: TravellingAttention, kind: torch.dtype
+    ) -> Tensor:
+        """Self-attention and its output layer, among several processes: v travels while q is computed, q
+        while k is, and other heads' results while the product with those that are here is."""
+        own, eps, heads = self.self_attn, self.eps, self.num_heads
+
+        def rotated(index: int, norm: RMSNorm) -> Tensor:
+            made = self._qkv.part(index)(rows)
+            return self._ops.rms_rotate(made, norm.weight, eps, rope.cos, rope.sin, heads, kind)
+
+        v = attention.send(self._qkv.part(2)(rows).unflatten(-1, (heads, -1)))
+        q = attention.send(rotated(0, own.norm_q))
+        k = attention.send(rotated(1, own.norm_k))
+        if isinstance(own.o, QuantLinear):
+            out: Tensor = own.o(attention.attend(q, k, v).flatten(-2))
+            return out
+        return attention.attend_linear(q, k, v, own.o.weight, own.o.bias)
 
 
 def _float8(layer: nn.Module) -> bool:

@@ -1,1 +1,1 @@
-"""What `omniavatar demo` runs on: copies of the portrait and speech of examples/ and of configs/nano.yaml."""
+"""What `omniavatar demo` runs on: copies of the portrait and speech of examples/."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +22,27 @@ from omniavatar.errors import ResourceError
 from omniavatar.ops.fused import create_fused
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@runtime_checkable
+class TravellingAttention(Protocol):
+    """An `AttentionFn` whose inputs travel to other processes, and whose result travels back.
+
+    A block that knows it sends each input as soon as it is made, so that it travels while the next is
+    computed. `__call__(q, k, v)` is `attend` of the three, sent.
+    """
+
+    def __call__(self, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor: ...
+
+    def send(self, x_BLHD: Tensor) -> Any:
+        """q, k or v on its way; every process sends its three in the same order."""
+
+    def attend(self, q: Any, k: Any, v: Any) -> Tensor:
+        """The result (B, L, H, D) for what was sent."""
+
+    def attend_linear(self, q: Any, k: Any, v: Any, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`linear` of the result, heads side by side: (B, L, rows of `weight`). The product with the heads
+        that are here runs while the others come."""
 
 
 def _torch_attention(backend: SDPBackend | None) -> AttentionFn:

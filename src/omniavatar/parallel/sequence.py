@@ -7,11 +7,13 @@ another one turns the result back (Ulysses). Where the ranks do not divide the h
 the query tokens besides, and gather the keys and values of their heads. That is what a ring of partial
 softmaxes computes, with the same bytes moved, but it is exact and runs on every kernel.
 
-On CUDA the exchanges run on a stream of their own, and q, k and v travel side by side. Heads may go in
-`pieces`, so that the exchange of one hides behind the attention of another. On two H100 that loses: NCCL and
-FlashAttention-3 want the same multiprocessors, and fewer heads fill their last wave less (14B, 30,375
-tokens, four pieces: 173 ms longer than without exchanges, which alone take 50). So one piece is the default;
-where a network is slow, more may win.
+On CUDA the exchanges run on a stream of their own. A fused block sends v, q and k as each is made, so v and q
+travel while the next projection runs, and multiplies its own heads' result with the output layer while the
+others' come (`TravellingAttention`). Heads may go in `pieces` besides, so that the exchange of one hides
+behind the attention of another. On two H100 that loses: NCCL and FlashAttention-3 want the same
+multiprocessors, and fewer heads fill their last wave less (14B, 30,375 tokens, four pieces: 173 ms longer
+than without exchanges, which alone take 50). So one piece is the default; where a network is slow, more may
+win.
 What it loses: nothing but the rounding of matrix products of other shapes.
 Sources: DeepSpeed-Ulysses (arXiv 2309.14509), context parallelism of Llama 3 (arXiv 2407.21783).
 
@@ -20,11 +22,12 @@ Shapes: B batch, L all tokens, l tokens of this rank, H heads, D head dim, T lat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import overload
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from omniavatar.model.dit import RunBlocks
 from omniavatar.model.layers import BlockInputs
@@ -68,52 +71,90 @@ class SequenceParallel:
 
 
 class SequenceAttention:
-    """An `AttentionFn` of this rank's tokens (B, l, H, D) that attends to the tokens of all ranks."""
+    """A `TravellingAttention` of this rank's tokens (B, l, H, D) that attends to the tokens of all ranks."""
 
     def __init__(self, team: SequenceParallel, inner: AttentionFn) -> None:
         self._team, self._inner = team, inner
         self.takes_float8 = takes_float8(inner)
 
     def __call__(self, q_BlHD: Tensor, k_BlHD: Tensor, v_BlHD: Tensor) -> Tensor:
-        team = self._team
-        batch, tokens, heads = q_BlHD.shape[:3]
-        ranks = team.heads.size
-        row = team.rows.index
-        counts = team.counts[row * ranks : (row + 1) * ranks]
-        row_counts = [sum(team.counts[first : first + ranks]) for first in range(0, len(team.counts), ranks)]
-        share = heads // ranks
-        pieces = deal(share, min(share, team.pieces) if ranks > 1 else 1)
-        spans = [slice(first, first + size) for first, size in zip(starts(pieces), pieces, strict=True)]
-        arriving = [[self._to_heads(x, span, counts) for x in (q_BlHD, k_BlHD, v_BlHD)] for span in spans]
-        leaving = []
-        for parts in arriving:
-            q, k, v = (part.wait() for part in parts)
-            if team.rows.size > 1:
-                k, v = team.rows.gather(k, row_counts), team.rows.gather(v, row_counts)
-            out = self._inner(*(x.transpose(0, 1) for x in (q, k, v))).transpose(0, 1)
-            leaving.append(self._to_tokens(out, counts))
-        size = q_BlHD.shape[-1]
-        whole = leaving[0].wait().new_empty((batch, tokens, ranks, share, size))
-        for span, pending in zip(spans, leaving, strict=True):
-            part = pending.wait().reshape(ranks, tokens, batch, -1, size)
-            whole[:, :, :, span] = part.permute(2, 1, 0, 3, 4)
-        return whole.flatten(2, 3)
+        return self.attend(*(self.send(x) for x in (q_BlHD, k_BlHD, v_BlHD)))
 
-    def _to_heads(self, x_BlHD: Tensor, span: slice, counts: list[int]) -> Pending:
+    def send(self, x_BlHD: Tensor) -> list[Pending]:
+        """One parcel for each piece of the heads."""
+        return [self._to_heads(x_BlHD, span) for span in self._spans(x_BlHD.shape[2])]
+
+    def attend(self, q: list[Pending], k: list[Pending], v: list[Pending]) -> Tensor:
+        ranks, tokens = self._team.heads.size, self._own_tokens
+        sent = [self._to_tokens(out) for out in self._results(q, k, v)]
+        parts = [each.wait().unflatten(0, (ranks, tokens)) for each in sent]
+        return torch.cat([part.permute(2, 1, 0, 3, 4) for part in parts], 3).flatten(2, 3)
+
+    def attend_linear(
+        self, q: list[Pending], k: list[Pending], v: list[Pending], weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        heads = self._team.heads
+        if heads.size == 1 or len(q) > 1:
+            return F.linear(self.attend(q, k, v).flatten(-2), weight, bias)
+        (out,) = self._results(q, k, v)
+        sent = self._to_tokens(out)
+        here = starts(self._counts)[heads.index]
+        parts = weight.chunk(heads.size, 1)
+        mine = out[here : here + self._own_tokens].flatten(-2)
+        made = F.linear(mine, parts[heads.index], bias)
+        del mine, out
+        arrived = sent.wait().unflatten(0, (heads.size, self._own_tokens))
+        for index, part in enumerate(parts):
+            if index != heads.index:
+                rows = arrived[index].flatten(0, 1).flatten(1)
+                made.view(-1, made.shape[-1]).addmm_(rows, part.mT)
+        return made.transpose(0, 1)
+
+    @property
+    def _counts(self) -> list[int]:
+        """Tokens of each of the ranks that share the heads of the same tokens."""
+        ranks, row = self._team.heads.size, self._team.rows.index
+        return self._team.counts[row * ranks : (row + 1) * ranks]
+
+    @property
+    def _own_tokens(self) -> int:
+        return self._counts[self._team.heads.index]
+
+    def _spans(self, heads: int) -> list[slice]:
+        """Pieces of the heads that one rank attends with."""
+        ranks = self._team.heads.size
+        share = heads // ranks
+        pieces = deal(share, min(share, self._team.pieces) if ranks > 1 else 1)
+        return [slice(first, first + size) for first, size in zip(starts(pieces), pieces, strict=True)]
+
+    def _results(self, q: list[Pending], k: list[Pending], v: list[Pending]) -> Iterator[Tensor]:
+        """Attention of each piece, (tokens of the head peers, B, heads of the piece, D)."""
+        team = self._team
+        size = team.heads.size
+        row_counts = [sum(team.counts[first : first + size]) for first in range(0, len(team.counts), size)]
+        for parcels in zip(q, k, v, strict=True):
+            whole_q, whole_k, whole_v = (parcel.wait() for parcel in parcels)
+            if team.rows.size > 1:
+                whole_k = team.rows.gather(whole_k, row_counts)
+                whole_v = team.rows.gather(whole_v, row_counts)
+            moved = (x.transpose(0, 1) for x in (whole_q, whole_k, whole_v))
+            yield self._inner(*moved).transpose(0, 1)
+
+    def _to_heads(self, x_BlHD: Tensor, span: slice) -> Pending:
         """Rows (tokens of the head peers, B, heads of the span, D), on their way."""
         peers = self._team.heads
         if peers.size == 1:
             return Pending(x_BlHD[:, :, span].transpose(0, 1), None)
         parts = x_BlHD.unflatten(2, (peers.size, -1))[:, :, :, span]
         rows = parts.permute(2, 1, 0, 3, 4).flatten(0, 1)
-        return peers.all_to_all(rows, [counts[peers.index]] * peers.size, counts)
+        return peers.all_to_all(rows, [self._own_tokens] * peers.size, self._counts)
 
-    def _to_tokens(self, out: Tensor, counts: list[int]) -> Pending:
+    def _to_tokens(self, out: Tensor) -> Pending:
         """Rows (part of the heads, own tokens; B, heads of the span, D), on their way."""
         peers = self._team.heads
         if peers.size == 1:
             return Pending(out, None)
-        return peers.all_to_all(out, counts, [counts[peers.index]] * peers.size)
+        return peers.all_to_all(out, self._counts, [self._own_tokens] * peers.size)
 
 
 class _PerToken(Sequence[Tensor | None]):

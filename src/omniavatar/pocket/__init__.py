@@ -12,8 +12,3 @@ FOLDER = Path(__file__).parent
 CONFIG = FOLDER / "pocket.yaml"
 PORTRAIT = FOLDER / "portrait.png"
 PROMPT = "A person is talking to the camera, smiling, lively"
-
-
-def weights_there() -> bool:
-    """Whether the weights are in this package yet."""
-    return (FOLDER / "weights" / "dit.safetensors").exists()
