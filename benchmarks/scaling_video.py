@@ -2,10 +2,10 @@
 
     python benchmarks/scaling_video.py [--gpus 0 0,1] [--config configs/inference_1.3B_4steps.yaml] [--hp ...]
 
-`omniavatar generate` in a process of its own for each entry of `--gpus`, full-size random weights, 400x720,
+`omniavatar generate` for each entry of `--gpus`, by torchrun for several, full-size random weights, 400x720,
 the packaged speech repeated to `--minutes`. Compared is the time from the end of the first window, which
-compiles, to the last, and the whole command beside it, loading included. The random decoder paints noise,
-which costs x264 many times what a face does, so set `preset=ultrafast`. A table, then one line of JSON.
+compiles, to the last, and the whole command beside it, loading included. Pictures are faint
+(`faint_command.py`): with noise x264 was what two GPUs waited for. A table, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -42,15 +42,21 @@ def write_speech(path: Path, seconds: float) -> None:
 def run(arguments: argparse.Namespace, gpus: str, folder: Path, portrait: Path) -> dict[str, object]:
     """One command: seconds of it, of its windows, and what it says of itself."""
     output = folder / f"{gpus.replace(',', '_')}.mp4"
-    command = [sys.executable, "-m", "omniavatar.cli", "generate", "--config", arguments.config]
-    command += ["--gpus", gpus, "--prompt", "a person speaks", "--image", str(portrait)]
+    count = len(gpus.split(","))
+    command = [sys.executable]
+    if count > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    command += [str(Path(__file__).with_name("faint_command.py")), "generate", "--config", arguments.config]
+    command += ["--prompt", "a person speaks", "--image", str(portrait)]
     command += ["--audio", str(folder / "speech.wav"), "--output", str(output)]
     command += ["--log-format", "json", "--no-resume"]
-    for value in ["weights=random", f"scale={arguments.scale}", *arguments.hp]:
+    shared = [f"sp_size={count}"] if count > 1 else []
+    for value in ["weights=random", f"scale={arguments.scale}", *shared, *arguments.hp]:
         command += ["--hp", value]
     begun = time.time()
     ends, lines = [], []
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ)) as process:
+    seen = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=seen) as process:
         assert process.stderr is not None
         for line in process.stderr:
             lines.append(line)
@@ -78,9 +84,7 @@ def main() -> None:
     parser.add_argument("--config", default="configs/inference_1.3B_4steps.yaml")
     parser.add_argument("--scale", default="1.3B")
     parser.add_argument("--minutes", type=float, default=1.0)
-    parser.add_argument(
-        "--hp", nargs="*", default=["loras=[]", "preset=ultrafast", "image_sizes_720=[[400,720]]"]
-    )
+    parser.add_argument("--hp", nargs="*", default=["loras=[]", "image_sizes_720=[[400,720]]"])
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, as_file(files("omniavatar.assets")) as assets:
         folder = Path(name)
