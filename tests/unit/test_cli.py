@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from omniavatar.cli import app
+from omniavatar.cli import app, main
 from omniavatar.errors import CheckpointError, InputError, OutputError, ResumeError
 from omniavatar.types import AvatarRequest, RunResult
 
@@ -71,6 +71,24 @@ def test_import_loads_neither_torch_nor_pydantic() -> None:
 def test_every_command_has_help(command: str) -> None:
     result = run(*command.split(), "--help")
     assert result.exit_code == 0 and "Usage" in result.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="segments that grow are for Linux")
+@pytest.mark.parametrize("name", ["", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_segments_of_memory_grow_unless_the_environment_says_otherwise(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for each in names:
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    if name:
+        os.environ[name] = "max_split_size_mb:64"
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = {each: os.environ[each] for each in names if each in os.environ}
+    wanted = {name: "max_split_size_mb:64"} if name else {names[0]: "expandable_segments:True"}
+    assert said == wanted
 
 
 def test_script_takes_the_originals_arguments_from_any_folder(tmp_path: Path) -> None:
