@@ -62,6 +62,8 @@ class VaeSettings(StageSettings):
     gradient: float
     mouth: float
     """Extra weight of the mouth's surroundings."""
+    detail: float
+    """Weight of the difference in local fine structure."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from training.session import parse_stages
 from training.settings import read_settings
 from training.stage_audio import audio_loss
 from training.stage_dit import disturb, dit_batch, dit_loss, mirrored, window_audio
-from training.stage_vae import vae_loss
+from training.stage_vae import texture, vae_loss
 from training.studio import Film
 
 from omniavatar.checkpoint.layout_files import TOKENIZER
@@ -311,3 +311,15 @@ def test_a_mirrored_film_keeps_mouths_where_they_are_seen():
     light = seen.frames[:, :, :, 0, 0].float()
     assert (light.std(1) == 0).all() and light[:, 0].std() > 1
     assert seen.prompts == film.prompts
+
+
+def test_texture_is_the_amount_of_fine_structure_not_its_place():
+    torch.manual_seed(0)
+    grain = torch.randn(1, 3, 2, 32, 32)
+    blurred = torch.nn.functional.avg_pool3d(grain, (1, 3, 3), 1, (0, 1, 1))
+    assert texture(grain).shape == (1, 2, 4, 4)
+    assert (texture(blurred) < 0.5 * texture(grain)).all()
+    other = torch.randn(1, 3, 2, 32, 32)
+    assert (texture(other) - texture(grain)).abs().mean() < 0.2 * texture(grain).mean()
+    ramp = torch.arange(32.0).expand(1, 3, 2, 32, 32)
+    assert texture(ramp).max() < 0.01
