@@ -11,4 +11,4 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 CONFIG = FOLDER / "pocket.yaml"
 PORTRAIT = FOLDER / "portrait.png"
-PROMPT = "A person is talking to the camera, smiling, lively"
+PROMPT = "A person is talking to the camera, smiling, still"
