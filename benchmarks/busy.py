@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from whole_video import faint_vae
+from whole_video import paint_faintly
 
-from omniavatar import AvatarPipeline, AvatarRequest, vae_loading
+from omniavatar import AvatarPipeline, AvatarRequest
 from omniavatar.config import PipelineConfig
 from omniavatar.config_load import load_config
 from omniavatar.profiling.busy import busy
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--hp", action="append", default=[])
     arguments = parser.parse_args()
     config = configure(arguments)
-    vae_loading.random_vae = faint_vae
+    paint_faintly()
     trace = Trace()
     pipeline = AvatarPipeline.from_config(config, recorder=RunRecorder([trace]))
     with as_file(files("omniavatar.assets")) as assets, tempfile.TemporaryDirectory() as folder:

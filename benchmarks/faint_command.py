@@ -7,11 +7,10 @@ Random decoders paint noise, which costs x264 five times what a face does; see `
 
 import sys
 
-from whole_video import faint_vae
+from whole_video import paint_faintly
 
-from omniavatar import vae_loading
 from omniavatar.cli import main
 
 if __name__ == "__main__":
-    vae_loading.random_vae = faint_vae
+    paint_faintly()
     main(sys.argv[1:])

@@ -50,6 +50,11 @@ def faint_vae(*args: Any, **options: Any) -> WanVAE:
     return vae
 
 
+def paint_faintly() -> None:
+    """Let `weights: random` decode to faint pictures in this process."""
+    vae_loading.random_vae = faint_vae
+
+
 class Windows:
     """Listener: seconds of each finished window."""
 
@@ -88,7 +93,7 @@ def main() -> None:
         step = whole.windows[1].new_frames
         return (whole.windows[0].new_frames + (windows - 1) * step - 1) / config.video.fps - lead
 
-    vae_loading.random_vae = faint_vae
+    paint_faintly()
     watch = Windows()
     pipeline = AvatarPipeline.from_config(config, recorder=RunRecorder([watch]))
     with as_file(files("omniavatar.assets")) as assets, tempfile.TemporaryDirectory() as name:

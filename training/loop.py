@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from training.muon import Muon
-from training.nets import Average, cosine
+from training.nets import Average, cosine, forget_gradients
 from training.ranks import Ranks
 from training.settings import StageSettings
 
@@ -101,14 +101,9 @@ class Optimiser:
 
     def step(self, loss: Tensor) -> None:
         """One step down the ranks' mean `loss`."""
-        self.forget()
+        forget_gradients(self.parameters)
         loss.backward()
         self.update()
-
-    def forget(self) -> None:
-        """Drop the gradients."""
-        for weight in self.parameters:
-            weight.grad = None
 
     def update(self) -> None:
         """One step along the gradients that are there; gradients that are not finite count as zeros."""

@@ -1,8 +1,7 @@
 """Muon for many matrices at once: those of one shape are stacked and orthogonalised by batched products.
 
 The steps of `torch.optim.Muon` (Jordan et al. 2024, with `adjust_lr_fn="match_rms_adamw"` of Liu et al. 2025,
-"Muon is scalable for LLM training"), which goes over matrices one by one: 100 small matrices are 4,000
-launches there, 80 here.
+"Muon is scalable for LLM training"), which goes over matrices one by one, mostly launching small kernels.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,6 +235,12 @@ class Nets:
         for module in self.modules().values():
             module.to(device)
         return self
+
+
+def forget_gradients(weights: Iterable[Tensor]) -> None:
+    """Drop them, so that the next backward pass makes them anew."""
+    for weight in weights:
+        weight.grad = None
 
 
 class Average:

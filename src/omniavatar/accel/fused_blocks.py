@@ -116,8 +116,7 @@ class FusedBlock(nn.Module):
         else:
             q, k, v = self._qkv(rows).chunk(3, dim=-1)
             del rows
-            q = ops.rms_rotate(q, own.norm_q.weight, eps, rope.cos, rope.sin, heads, kind)
-            k = ops.rms_rotate(k, own.norm_k.weight, eps, rope.cos, rope.sin, heads, kind)
+            q, k = self._rotated(q, own.norm_q, rope, kind), self._rotated(k, own.norm_k, rope, kind)
             attended = attention(q, k, v.unflatten(-1, (heads, -1)))
             del q, k, v
             attended = own.o(attended.flatten(-2))
@@ -143,20 +142,18 @@ class FusedBlock(nn.Module):
         del hidden
         return ops.add_gated(x, fed, gate_f)
 
+    def _rotated(self, x: Tensor, norm: RMSNorm, rope: RopeTable, kind: torch.dtype) -> Tensor:
+        return self._ops.rms_rotate(x, norm.weight, self.eps, rope.cos, rope.sin, self.num_heads, kind)
+
     def _attend_together(
         self, rows: Rows, rope: RopeTable, attention: TravellingAttention, kind: torch.dtype
     ) -> Tensor:
         """Self-attention and its output layer, among several processes: v travels while q is computed, q
         while k is, and other heads' results while the product with those that are here is."""
-        own, eps, heads = self.self_attn, self.eps, self.num_heads
-
-        def rotated(index: int, norm: RMSNorm) -> Tensor:
-            made = self._qkv.part(index)(rows)
-            return self._ops.rms_rotate(made, norm.weight, eps, rope.cos, rope.sin, heads, kind)
-
+        own, heads = self.self_attn, self.num_heads
         v = attention.send(self._qkv.part(2)(rows).unflatten(-1, (heads, -1)))
-        q = attention.send(rotated(0, own.norm_q))
-        k = attention.send(rotated(1, own.norm_k))
+        q = attention.send(self._rotated(self._qkv.part(0)(rows), own.norm_q, rope, kind))
+        k = attention.send(self._rotated(self._qkv.part(1)(rows), own.norm_k, rope, kind))
         if isinstance(own.o, QuantLinear):
             out: Tensor = own.o(attention.attend(q, k, v).flatten(-2))
             return out
