@@ -37,7 +37,8 @@ def prepare(arguments: argparse.Namespace) -> None:
     if arguments.recordings is not None:
         faces.align_recordings(arguments.recordings, arguments.work / "recorded.npz")
         recorded = SpeechSet.load(arguments.work / "recorded.npz")
-    clips = material.prepare(arguments.work, arguments.clips, recorded, arguments.long_seconds)
+    length = arguments.long_seconds
+    clips = material.prepare(arguments.work, arguments.clips, recorded, arguments.long_clips, length)
     for clip in clips:
         print(f"{clip.name}: {len(clip.opening)} frames, {clip.prompt!r}")
 
@@ -119,6 +120,7 @@ def main() -> None:
         command.add_argument("--clips", type=int, default=8 if name == "prepare" else None)
         if name == "prepare":
             command.add_argument("--recordings", type=Path, help="folder of recordings with a transcription")
+            command.add_argument("--long-clips", type=int, default=4, help="of a minute, for the drift")
             command.add_argument("--long-seconds", type=int, default=material.LONG_SECONDS)
             continue
         command.add_argument("--tradeoff", action="store_true", help="the variants instead of the table")

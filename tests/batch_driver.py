@@ -49,4 +49,8 @@ if __name__ == "__main__":
     def show(name: str, **fields: Any) -> None:
         print(json.dumps({"event": name, **fields}), flush=True)
 
-    drive(path, asked.pop("prompts"), engines=StubEngines(path / "notes", **settings), event=show, **asked)
+    made = drive(
+        path, asked.pop("prompts"), engines=StubEngines(path / "notes", **settings), event=show, **asked
+    )
+    if made.ledger.error:
+        print(made.ledger.error, file=sys.stderr)

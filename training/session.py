@@ -107,8 +107,10 @@ class Session:
         self.speech = gather_speech(settings, self.facts["sessions"], ranks, self.workers, folder)
         self.names = Head("cpu").names
         self.factory = TakeFactory(folder, self.names, self.workers)
-        self.held_out = [
-            make_take(self.speech, self.names, 2 * WINDOW, seed)
+        file = settings.speech.held_out
+        self.spoken_elsewhere = SpeechSet.load(Path(file)) if file else None
+        self.held_out = [  # of a file, so that the errors of all sessions are on one sound
+            make_take(self.spoken_elsewhere or self.speech, self.names, 2 * WINDOW, seed)
             for seed in range(HELD_OUT_CLIPS[device.type])
         ]
         self.seeds = itertools.count(HELD_OUT_SEEDS * (1 + 10 * self.facts["sessions"]), HELD_OUT_SEEDS)
@@ -131,9 +133,7 @@ class Session:
             held_out = [
                 make_take(self.speech, self.names, settings.audio.frames, 1000 + n) for n in range(32)
             ]
-            held_out_file = settings.speech.held_out
-            real = SpeechSet.load(Path(held_out_file)) if held_out_file else None
-            net, device = self.nets.audio, self.device
+            net, device, real = self.nets.audio, self.device, self.spoken_elsewhere
             train_audio(net, takes, held_out, real, settings.audio, budget, self.log, device, seed)
         elif isinstance(stage, VaeSettings):
             film = studio.film_takes(self.held_out, 0, slice(20, 20 + stage.clip))

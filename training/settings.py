@@ -64,6 +64,9 @@ class VaeSettings(StageSettings):
     """Extra weight of the mouth's surroundings."""
     detail: float
     """Weight of the difference in local fine structure."""
+    from_layer: int
+    """Of the decoder's `upsamples`: a stage `decoder` leaves what comes before it as it is, which makes its
+    steps cheap enough for a CPU; 0: all of the decoder learns."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from omniavatar.model.vae import LATENT_STD, WanVAE, normalise
 from training.loop import Budget, Log, Optimiser, Pool
@@ -85,6 +85,18 @@ def fidelity(vae: WanVAE, frames: Tensor) -> dict[str, float]:
     return {"psnr": sum(ratios) / len(ratios), "texture": sum(shares) / len(shares)}
 
 
+def learners(vae: WanVAE, from_layer: int) -> dict[str, nn.Module]:
+    """The parts of the decoder that learn, from a layer of its `upsamples` on; all of it for 0. The others
+    need no gradients from here on."""
+    if not from_layer:
+        return {"conv2": vae.conv2, "decoder": vae.decoder}
+    vae.requires_grad_(False)
+    parts = {"upsamples": vae.decoder.upsamples[from_layer:], "head": vae.decoder.head}
+    for part in parts.values():
+        part.requires_grad_(True)
+    return parts
+
+
 def examples(
     pool: Pool, settings: VaeSettings, single: bool, generator: torch.Generator
 ) -> dict[str, Tensor]:
@@ -108,15 +120,18 @@ def train_vae(
 ) -> None:
     """Train until the budget is over; leaves the averaged weights, with unit latents, in `vae`.
 
-    decoder_only: the latents stay what they are, so that what a DiT has learnt of them still holds.
+    decoder_only: the latents stay what they are, so that what a DiT has learnt of them still holds. Raises
+    ValueError for a `from_layer` without it.
     """
+    if settings.from_layer and not decoder_only:
+        raise ValueError("vae: from_layer is for the stage `decoder`; set it to 0")
     name = "decoder" if decoder_only else "vae"
     device = studio.device
     generator = torch.Generator(device).manual_seed(seed)
     if device.type == "cuda":
         channels_last(vae)
-    modules = {"conv2": vae.conv2, "decoder": vae.decoder} if decoder_only else {"vae": vae}
-    optimiser = Optimiser(modules, settings, budget)
+    learning = learners(vae, settings.from_layer) if decoder_only else {"vae": vae}
+    optimiser = Optimiser(learning, settings, budget)
     pool = Pool(settings.pool)
     pool.fill(lambda count: clips_of(studio, count, settings), 16, budget, settings.fill_share)
     log.add(name, budget, 0, clips=pool.filled)

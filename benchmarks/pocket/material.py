@@ -3,7 +3,7 @@
 Every clip is a take of `training.takes` or a recording of a person, aligned, filmed by the renderer with a
 person of its own (seeds below `HELD_OUT_SEEDS`). Of a clip are kept: the portrait (its first frame), the
 sound, the film (the ceiling of every measure), and for each frame the opening that the phones call for: that
-of this face with the mouth shapes of the phones alone, no smile. One clip of a minute has no film.
+of this face with the mouth shapes of the phones alone, no smile. The clips of a minute have no film.
 
 Files below a folder: `inputs/NAME.png, .wav, .json` (small, they travel to a GPU machine) and
 `truth/NAME.mp4`.
@@ -63,8 +63,10 @@ def read_clips(folder: Path) -> list[Clip]:
     ]
 
 
-def prepare(folder: Path, synthetic: int, recorded: SpeechSet | None, long_seconds: int) -> list[Clip]:
-    """Write `synthetic` takes, one clip of each recording, and one of `long_seconds` (0: none)."""
+def prepare(
+    folder: Path, synthetic: int, recorded: SpeechSet | None, long: int, long_seconds: int
+) -> list[Clip]:
+    """Write `synthetic` takes, the pieces of each recording, and `long` clips of `long_seconds`."""
     studio = Studio(iter(()), 0, torch.device("cpu"))
     names = studio.head.names
     speech = synthesise(160, SPEECH_SEED, 2)
@@ -81,9 +83,9 @@ def prepare(folder: Path, synthetic: int, recorded: SpeechSet | None, long_secon
         for part, take in enumerate(_recorded_takes(recorded, number, names, rng)):
             voice = str(recorded.voices[number])
             cast.append((f"recorded{number:02d}{'abcdef'[part]}", "recorded", voice, take))
-    if long_seconds:
-        take = make_take(speech, names, long_seconds * FPS + 1, seed)
-        cast.append(("long", "long", "", replace(take, manner=STILL)))
+    for number in range(long):
+        take = make_take(speech, names, long_seconds * FPS + 1, seed + number)
+        cast.append((f"long{number}", "long", "", replace(take, manner=STILL)))
     return [
         _write(folder, studio, name, kind, voice, take, LOOKS_SEED + number)
         for number, (name, kind, voice, take) in enumerate(cast)

@@ -178,7 +178,18 @@ def main_table(folder: Path, clips: list[Clip], where: str) -> dict[str, Any]:
     result["vae"] = json.loads((folder / "made" / "vae.json").read_text())
     if long:
         portraits = read_portraits(folder, clips)
-        result["identity"] = identity_curve(watch(folder, where, long)[0], portraits)
+        curves = [identity_curve(each, portraits) for each in watch(folder, where, long)]
+        result["identity"] = {
+            "seconds": curves[0]["seconds"],
+            "curves": {
+                key: np.mean([each["curves"][key] for each in curves], 0).tolist()
+                for key in curves[0]["curves"]
+            },
+            "drift": {
+                key: float(np.median([each["drift"][key] for each in curves])) for key in curves[0]["drift"]
+            },
+            "drifts": {each.name: curve["drift"] for each, curve in zip(long, curves, strict=True)},
+        }
     return result
 
 
@@ -215,7 +226,7 @@ def markdown(made: dict[str, Any] | None, ceiling: dict[str, Any]) -> str:
     if made is not None:
         if "identity" in made:
             seconds = made["identity"]["seconds"]
-            name = f"drift from {seconds[0]:.0f} s to {seconds[-1]:.0f} s over distance of two people"
+            name = f"drift from {seconds[0]:.0f} s to {seconds[-1]:.0f} s over distance of two people, median"
             for key, value in made["identity"]["drift"].items():
                 row(
                     f"{name} ({key.replace('_', ' ')})",

@@ -96,9 +96,10 @@ def test_batch_with_a_killed_worker_gives_the_same_videos(
 
     times = {path: path.stat().st_mtime_ns for path in output.glob("*.mp4")}
     shutil.rmtree(output / "batch_in")
-    again = batch(nano_checkpoint, cache, inputs, f"file://{output}", "--run-dir", str(tmp_path / "run"))
+    rest = ("--run-dir", str(tmp_path / "run"), "--workers", "1")
+    again = batch(nano_checkpoint, cache, inputs, f"file://{output}", *rest)
     assert json.loads(again.stdout)["done"] == 3, "another destination, another run folder"
-    again = batch(nano_checkpoint, cache, inputs, f"file://{output}", "--run-dir", str(tmp_path / "run"))
+    again = batch(nano_checkpoint, cache, inputs, f"file://{output}", *rest)
     summary = json.loads(again.stdout)
     assert (again.exit_code, summary["skipped"], summary["failed"]) == (1, 3, 1)
     assert set(times) == set(output.glob("*.mp4")), "same names, and nothing half"

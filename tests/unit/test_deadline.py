@@ -94,10 +94,10 @@ def test_prediction_agrees_with_the_run(tmp_path: Path) -> None:
     from omniavatar import AvatarPipeline, AvatarRequest
 
     config = load_config(CONFIGS / "nano.yaml", [SMALL]).config
-    found = propose(config, minutes=0.1, deadline=1e6, repeats=2)
+    found = propose(config, minutes=0.05, deadline=1e6, repeats=2)
     assert found.chosen == found.as_configured and not found.chosen.settings
     pipeline = AvatarPipeline.from_config(config)
-    request = AvatarRequest("a person", portrait(), voice(6.0))
+    request = AvatarRequest("a person", portrait(), voice(3.0))
     pipeline.generate(request, tmp_path / "warm.mp4")
     begun = time.perf_counter()
     pipeline.generate(request, tmp_path / "video.mp4", resume=False)

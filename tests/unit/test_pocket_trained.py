@@ -154,7 +154,7 @@ def test_face_and_background_stay_those_of_the_portrait(spoken, renderer):
 def test_drift_over_a_longer_video_is_small(pipeline, speech, renderer):
     own = np.asarray(Image.open(pocket.PORTRAIT), np.float32)
     apart = np.abs(portrait(renderer, OTHER_SEED).astype(np.float32) - own).mean()
-    made = streamed(pipeline, STILL, speech, num_steps=3)
+    made = streamed(pipeline, STILL, speech, num_steps=3, audio_scale=1.0)
     early, late = (np.abs(made[part].mean(0) - own).mean() for part in (slice(1, FPS + 1), slice(-FPS, None)))
     assert late - early < 0.1 * apart
 
@@ -165,7 +165,7 @@ def test_words_of_the_prompt_act(pipeline, renderer):
     ).standard_normal((WINDOW - 1) * RATE // FPS).astype(np.float32)
     talk = "A person is talking to the camera, {}"
     made = {
-        words: streamed(pipeline, talk.format(words), silence, num_steps=4)
+        words: streamed(pipeline, talk.format(words), silence, num_steps=4, audio_scale=1.0)
         for words in ("neutral, still", "smiling, still", "neutral, lively")
     }
     smile, mouth = rendered(renderer, "smiling", 1.6)
@@ -179,17 +179,18 @@ def test_words_of_the_prompt_act(pipeline, renderer):
 
 
 def test_a_cut_run_goes_on_to_the_same_file(cache, speech, tmp_path):
-    sound = Waveform(speech[: (2 * WINDOW - OVERLAP - 1) * RATE // FPS], RATE)
+    sound = Waveform(speech[: (2 * 21 - OVERLAP - 1) * RATE // FPS], RATE)
     request = AvatarRequest(STILL, pocket.PORTRAIT, sound, sampling=SamplingParams(num_steps=1))
+    short = settings(cache, max_tokens=21 * SIZE * SIZE // 1024)  # windows of 21 frames
 
     def cut(name, fields):
         if name == "window_started" and fields["window"] == 1:
             raise KeyboardInterrupt
 
     whole, resumed = tmp_path / "whole.mp4", tmp_path / "resumed.mp4"
-    pipeline = AvatarPipeline.from_config(pocket.CONFIG, settings(cache))
+    pipeline = AvatarPipeline.from_config(pocket.CONFIG, short)
     pipeline.generate(request, whole)
-    broken = AvatarPipeline.from_config(pocket.CONFIG, settings(cache), recorder=RunRecorder([cut]))
+    broken = AvatarPipeline.from_config(pocket.CONFIG, short, recorder=RunRecorder([cut]))
     with pytest.raises(KeyboardInterrupt):
         broken.generate(request, resumed)
     assert pipeline.generate(request, resumed).resumed_windows == 1

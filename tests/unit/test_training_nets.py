@@ -1,6 +1,7 @@
 """Training's forwards are the engine's, its batches are what the engine will ask, its losses fall."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from training.session import parse_stages
 from training.settings import read_settings
 from training.stage_audio import audio_loss
 from training.stage_dit import disturb, dit_batch, dit_loss, mirrored, window_audio
-from training.stage_vae import texture, vae_loss
+from training.stage_vae import learners, texture, train_vae, vae_loss
 from training.studio import Film
 
 from omniavatar.checkpoint.layout_files import TOKENIZER
@@ -229,17 +230,30 @@ def test_exported_files_are_read_back(nets, tmp_path):
         load_files(other, tmp_path / "google")
 
 
-def test_the_decoder_learns_alone(nets, settings):
+@pytest.mark.parametrize(
+    ("first", "learning"),
+    [
+        (0, ("conv2.", "decoder.")),
+        (9, ("decoder.upsamples.9.", "decoder.upsamples.10.", "decoder.head.")),
+    ],
+)
+def test_the_decoder_learns_alone(nets, settings, first, learning):
     torch.manual_seed(0)
     vae = copy.deepcopy(nets.vae)
     before = copy.deepcopy(vae.state_dict())
     pixels = torch.linspace(-1, 1, 16).expand(1, 3, 1, 16, 16)
     weight = torch.ones(1, 1, 16, 16)
-    modules = {"conv2": vae.conv2, "decoder": vae.decoder}
     loss_of = lambda: vae_loss(vae, pixels, weight, settings.decoder, decoder_only=True)[0]  # noqa: E731
-    assert falls(modules, settings.decoder, 20, loss_of) < 0.9
+    assert falls(learners(vae, first), settings.decoder, 20, loss_of) < 0.9
     moved = {name for name, value in vae.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved and all(name.startswith(("conv2.", "decoder.")) for name in moved)
+    assert {part for part in learning if any(name.startswith(part) for name in moved)} == set(learning)
+    assert all(name.startswith(learning) for name in moved)
+
+
+def test_only_the_decoder_learns_from_a_layer_on(nets, settings):
+    late = replace(settings.vae, from_layer=6)
+    with pytest.raises(ValueError, match="from_layer is for the stage `decoder`"):
+        train_vae(nets.vae, None, None, late, None, None, 0)
 
 
 def averaged(team: object) -> torch.Tensor:

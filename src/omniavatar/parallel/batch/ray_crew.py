@@ -45,6 +45,8 @@ Kind = type[Started] | type[Answered]
 _OBJECT_STORE_BYTES = 100 * 2**20
 _SHORT = 40
 _CONNECT_S = 10
+_JOINS = 3
+_CLIENT_SERVER_DIED = "Starting Ray client server failed"  # the head forks one a driver, and forks can fail
 
 
 @dataclass(frozen=True)
@@ -144,17 +146,21 @@ class RayCrew:
 
     def _join(self, address: str) -> None:
         _check_listening(address)
-        try:
-            self._ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except ImportError as error:
-            raise ResourceError(
-                f"--ray-address {address}: {_one_line(error)}; pip install 'omniavatar[batch]'"
-            ) from None
-        except Exception as error:
-            raise ResourceError(
-                f"--ray-address {address}: cannot join ({_one_line(error)}); check that a cluster runs "
-                "there, the same Ray and Python, its token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
-            ) from error
+        for left in reversed(range(_JOINS)):
+            try:
+                self._ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+                return
+            except ImportError as error:
+                raise ResourceError(
+                    f"--ray-address {address}: {_one_line(error)}; pip install 'omniavatar[batch]'"
+                ) from None
+            except Exception as error:
+                if left and _CLIENT_SERVER_DIED in str(error):
+                    continue
+                raise ResourceError(
+                    f"--ray-address {address}: cannot join ({_one_line(error)}); check that a cluster runs "
+                    "there, the same Ray and Python, its token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+                ) from error
 
     def _fitting(self) -> int:
         """Workers for which the cluster has room now; one is always on one node."""
