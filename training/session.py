@@ -137,8 +137,7 @@ class Session:
             train_audio(net, takes, held_out, real, settings.audio, budget, self.log, device, seed)
         elif isinstance(stage, VaeSettings):
             film = studio.film_takes(self.held_out, 0, slice(20, 20 + stage.clip))
-            vae, alone = self.nets.vae, name == "decoder"
-            train_vae(vae, studio, film, stage, budget, self.log, seed, decoder_only=alone)
+            train_vae(self.nets.vae, studio, film, stage, budget, self.log, seed)
         else:
             film = studio.film_takes(self.held_out, 0)
             keep = functools.partial(self.keep, name, budget)

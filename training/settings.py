@@ -64,9 +64,17 @@ class VaeSettings(StageSettings):
     """Extra weight of the mouth's surroundings."""
     detail: float
     """Weight of the difference in local fine structure."""
+
+
+@dataclass(frozen=True)
+class DecoderSettings(VaeSettings):
+    """The decoder alone: the latents stay what they are, so that what a DiT has learnt of them holds."""
+
     from_layer: int
-    """Of the decoder's `upsamples`: a stage `decoder` leaves what comes before it as it is, which makes its
-    steps cheap enough for a CPU; 0: all of the decoder learns."""
+    """Of the decoder's `upsamples`: what comes before it stays as it is, which makes steps cheap enough for
+    a CPU; 0: all of the decoder learns."""
+    cost: float
+    """Decibels of PSNR on held-out clips that fine structure may cost."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +109,7 @@ class Settings:
     seed: int
     speech: SpeechSettings
     vae: VaeSettings
-    decoder: VaeSettings
-    """The VAE's decoder alone, for latents that stay."""
+    decoder: DecoderSettings
     audio: AudioSettings
     dit: DitSettings
 
@@ -113,7 +120,7 @@ def read_settings(path: Path) -> Settings:
     kinds = {
         "speech": SpeechSettings,
         "vae": VaeSettings,
-        "decoder": VaeSettings,
+        "decoder": DecoderSettings,
         "audio": AudioSettings,
         "dit": DitSettings,
     }

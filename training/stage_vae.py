@@ -25,8 +25,10 @@ from training.nets import (
     vae_decode,
     vae_encode,
 )
-from training.settings import VaeSettings
+from training.settings import DecoderSettings, VaeSettings
 from training.studio import Film, Studio, mouth_weight
+
+BISECTIONS = 6
 
 
 def to_pixels(frames: Tensor) -> Tensor:
@@ -97,6 +99,32 @@ def learners(vae: WanVAE, from_layer: int) -> dict[str, nn.Module]:
     return parts
 
 
+@torch.no_grad()
+def blend(vae: WanVAE, start: dict[str, Tensor], frames: Tensor, cost: float) -> float:
+    """Take the weights back towards `start` until reconstructions of uint8 (N, T, 3, H, W) are at most `cost`
+    dB worse than those of `start`; returns the share of the way that is kept, 0 to 1.
+
+    Texture that cannot be known costs PSNR, and each unit of it more than the last: between the two ends
+    lies most of the gain for little of the loss. Source: Wortsman et al. 2022 (WiSE-FT), weights
+    interpolated between a model and its fine-tuned self.
+    """
+    end = {key: value.clone() for key, value in vae.state_dict().items()}
+
+    def quality(share: float) -> float:
+        vae.load_state_dict({key: start[key].lerp(value, share) for key, value in end.items()})
+        return fidelity(vae, frames)["psnr"]
+
+    floor = quality(0.0) - cost
+    low, high = 0.0, 1.0
+    if quality(high) < floor:
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if quality(middle) >= floor else (low, middle)
+        high = low
+    quality(high)
+    return high
+
+
 def examples(
     pool: Pool, settings: VaeSettings, single: bool, generator: torch.Generator
 ) -> dict[str, Tensor]:
@@ -116,21 +144,17 @@ def train_vae(
     budget: Budget,
     log: Log,
     seed: int,
-    decoder_only: bool = False,
 ) -> None:
-    """Train until the budget is over; leaves the averaged weights, with unit latents, in `vae`.
-
-    decoder_only: the latents stay what they are, so that what a DiT has learnt of them still holds. Raises
-    ValueError for a `from_layer` without it.
-    """
-    if settings.from_layer and not decoder_only:
-        raise ValueError("vae: from_layer is for the stage `decoder`; set it to 0")
-    name = "decoder" if decoder_only else "vae"
+    """Train until the budget is over; leaves the averaged weights in `vae`, with unit latents if it is not
+    the decoder alone."""
+    alone = isinstance(settings, DecoderSettings)
+    name = "decoder" if alone else "vae"
     device = studio.device
+    start = {key: value.clone() for key, value in vae.state_dict().items()}
     generator = torch.Generator(device).manual_seed(seed)
     if device.type == "cuda":
         channels_last(vae)
-    learning = learners(vae, settings.from_layer) if decoder_only else {"vae": vae}
+    learning = learners(vae, settings.from_layer) if alone else {"vae": vae}
     optimiser = Optimiser(learning, settings, budget)
     pool = Pool(settings.pool)
     pool.fill(lambda count: clips_of(studio, count, settings), 16, budget, settings.fill_share)
@@ -149,7 +173,7 @@ def train_vae(
         if device.type == "cuda":
             pixels = pixels.contiguous(memory_format=torch.channels_last_3d)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, error = vae_loss(vae, pixels, weight, settings, decoder_only)
+            loss, error = vae_loss(vae, pixels, weight, settings, alone)
         optimiser.step(loss)
         if settings.fresh and optimiser.steps % settings.fresh_every == 0:
             pool.add(clips_of(studio, settings.fresh, settings))
@@ -162,7 +186,10 @@ def train_vae(
         if budget.over:
             break
     optimiser.average.swap()
-    if not decoder_only:
+    if alone:
+        kept = blend(vae, start, held_out.frames, settings.cost)
+        log.add(name, budget, optimiser.steps, kept=kept)
+    else:
         unit_latents(vae, pool, settings.batch, generator)
     log.add(name, budget, optimiser.steps, **fidelity(vae, held_out.frames), done=1)
 

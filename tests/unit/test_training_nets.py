@@ -1,7 +1,6 @@
 """Training's forwards are the engine's, its batches are what the engine will ask, its losses fall."""
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from training.session import parse_stages
 from training.settings import read_settings
 from training.stage_audio import audio_loss
 from training.stage_dit import disturb, dit_batch, dit_loss, mirrored, window_audio
-from training.stage_vae import learners, texture, train_vae, vae_loss
+from training.stage_vae import blend, fidelity, learners, texture, vae_loss
 from training.studio import Film
 
 from omniavatar.checkpoint.layout_files import TOKENIZER
@@ -250,10 +249,18 @@ def test_the_decoder_learns_alone(nets, settings, first, learning):
     assert all(name.startswith(learning) for name in moved)
 
 
-def test_only_the_decoder_learns_from_a_layer_on(nets, settings):
-    late = replace(settings.vae, from_layer=6)
-    with pytest.raises(ValueError, match="from_layer is for the stage `decoder`"):
-        train_vae(nets.vae, None, None, late, None, None, 0)
+def test_blending_keeps_as_much_as_the_decibels_allow(nets):
+    torch.manual_seed(0)
+    vae = copy.deepcopy(nets.vae)
+    start = copy.deepcopy(vae.state_dict())
+    frames = torch.randint(0, 256, (1, 1, 3, 16, 16), dtype=torch.uint8)
+    for weight in vae.decoder.head.parameters():
+        weight.data += 0.05
+    before, after = (fidelity(each, frames)["psnr"] for each in (nets.vae, vae))
+    assert after < before - 0.5
+    share = blend(vae, start, frames, cost=0.5)
+    assert 0 < share < 1 and before - 0.5 <= fidelity(vae, frames)["psnr"] < before
+    assert blend(vae, vae.state_dict(), frames, cost=0.5) == 1.0, "nothing to take back"
 
 
 def averaged(team: object) -> torch.Tensor:
