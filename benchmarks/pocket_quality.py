@@ -24,6 +24,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from benchmarks.pocket import faces, generate, material, quality, tradeoff
 
 WORK = Path("benchmarks/build/pocket")
@@ -50,20 +51,21 @@ def tradeoff_clips(clips: list[material.Clip], count: int) -> list[material.Clip
     return mixed[:count]
 
 
-def chosen_variants(names: list[str] | None) -> list[generate.Variant]:
-    """All variants, or those named. Raises SystemExit for a name that none has."""
+def chosen_variants(names: list[str] | None, cuda: bool) -> list[generate.Variant]:
+    """All variants (those that need CUDA only with `cuda`), or those named. Raises SystemExit for a name that
+    none has."""
     there = {variant.name: variant for variant in tradeoff.variants()}
     unknown = sorted(set(names or ()) - set(there))
     if unknown:
         raise SystemExit(f"error: no variant {unknown[0]}; there are {', '.join(there)}")
-    return [there[name] for name in names or there]
+    return [there[name] for name in names or there if names or cuda or not there[name].cuda_only]
 
 
 def make(arguments: argparse.Namespace) -> None:
     clips = material.read_clips(arguments.work)
     if arguments.tradeoff:
         chosen = tradeoff_clips(clips, arguments.clips or TRADEOFF_CLIPS)
-        variants = chosen_variants(arguments.variants)
+        variants = chosen_variants(arguments.variants, torch.cuda.is_available())
         generate.generate(arguments.config, arguments.work, variants, chosen, arguments.workers)
         return
     if arguments.clips:
@@ -86,7 +88,8 @@ def measure(arguments: argparse.Namespace) -> None:
     result: dict[str, Any] = {"benchmark": "pocket_quality", "seeds": generate.seeds_used()}
     if arguments.tradeoff:
         chosen = tradeoff_clips(clips, arguments.clips or TRADEOFF_CLIPS)
-        rows = tradeoff.measure(arguments.work, chosen, chosen_variants(arguments.variants))
+        cuda = (arguments.work / "made" / "fp8_attention").exists()
+        rows = tradeoff.measure(arguments.work, chosen, chosen_variants(arguments.variants, cuda))
         front, choice = tradeoff.pareto(rows), tradeoff.recommended(rows)
         result["tradeoff"] = {"rows": rows, "front": front, "recommended": choice}
         print(tradeoff.markdown(rows))

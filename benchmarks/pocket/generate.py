@@ -46,6 +46,9 @@ class Variant:
     changes: Mapping[str, Any] = field(default_factory=dict)
     calibrated: bool = False
     """Needs step-cache constants of the model (`omniavatar calibrate`), measured at the default steps."""
+    against: str = ""
+    """The variant whose videos it should come to, faster: PSNR is read against those."""
+    cuda_only: bool = False
 
 
 DEFAULT = Variant("default")

@@ -2,7 +2,8 @@
 
 Each variant changes one thing. Time is the engine's own (the sidecar's), of everything from the first
 denoising step to the last frame, over the length of the video; compare rows of one machine only. Quality is
-lip sync (median correlation) and sharpness over the true film's. The front holds the variants that none other
+lip sync (median correlation) and sharpness over the true film's; of caches and low precision also the PSNR
+to the same videos without them. The front holds the variants that none other
 beats in time and lip sync at once, among those that keep nine tenths of the best sharpness; recommended is
 the fastest of it within `NEAR` of the best correlation.
 """
@@ -16,7 +17,9 @@ from typing import Any
 import numpy as np
 from benchmarks.pocket.generate import DEFAULT, Variant
 from benchmarks.pocket.material import Clip
+from benchmarks.pocket.measures import psnr
 from benchmarks.pocket.quality import lip_sync, sharpness_ratio, watch
+from benchmarks.pocket.video_files import read_video
 
 NEAR = 0.01
 SHARP_SHARE = 0.9
@@ -34,12 +37,12 @@ def variants() -> list[Variant]:
             "teacache",
             {"num_steps": CACHE_STEPS, "tea_cache_l1_thresh": threshold},
             calibrated=threshold > 0,
+            against="teacache_0" if threshold else "",
         )
         for threshold in (0.0, 0.1, 0.14, 0.2)
     ]
-    found.append(
-        Variant("magcache", "magcache", {"num_steps": CACHE_STEPS, "step_cache": "magcache"}, calibrated=True)
-    )
+    cached = {"num_steps": CACHE_STEPS, "step_cache": "magcache"}
+    found.append(Variant("magcache", "magcache", cached, calibrated=True, against="teacache_0"))
     found += [Variant(f"guidance_{scale}", "guidance", {"guidance_scale": scale}) for scale in range(1, 7)]
     found += [
         Variant(f"text_{text}_audio_{audio}", "scales", {"guidance_scale": text, "audio_scale": audio})
@@ -49,6 +52,9 @@ def variants() -> list[Variant]:
     found += [
         Variant(f"window_{frames}", "window", {"max_tokens": _tokens(frames)}) for frames in (25, 33, 41, 57)
     ]
+    found += [Variant(form, "precision", {"quantize": form}, against="default") for form in ("fp8", "int8")]
+    both = {"quantize": "fp8", "attention": "fa3_fp8"}
+    found.append(Variant("fp8_attention", "precision", both, against="default", cuda_only=True))
     return found
 
 
@@ -83,10 +89,22 @@ def measure(folder: Path, clips: list[Clip], chosen: list[Variant]) -> list[dict
                 "rest_ratio": sync["rest_ratio"],
                 "lag_frames": sync["lag_frames"],
                 "sharpness": sharpness_ratio(watched, true),
+                "psnr_db": likeness(folder, variant, clips),
                 "device": cars[0]["device"],
             }
         )
     return rows
+
+
+def likeness(folder: Path, variant: Variant, clips: list[Clip]) -> float | None:
+    """Median PSNR in dB of the videos to those they should come to; None for a variant with no such aim."""
+    if not variant.against:
+        return None
+    pairs = [
+        [read_video(folder / "made" / name / f"{clip.name}.mp4") for name in (variant.name, variant.against)]
+        for clip in clips
+    ]
+    return float(np.median([psnr(made, aim) for made, aim in pairs]))
 
 
 def pareto(rows: list[dict[str, Any]]) -> list[str]:
@@ -111,13 +129,14 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     front, choice = pareto(rows), recommended(rows)
     head = (
         "| variant | forwards a window | s a second of video | correlation | lag | at rest | sharpness "
-        "| front |\n"
-        "|---|---|---|---|---|---|---|---|"
+        "| PSNR to the exact one, dB | front |\n"
+        "|---|---|---|---|---|---|---|---|---|"
     )
     lines = [
         f"| {row['variant']} | {row['forwards_a_window']:.1f} | {row['seconds_a_second']:.3f} "
         f"| {row['correlation']:.3f} | {row['lag_frames']:.0f} | {row['rest_ratio']:.3f} "
-        f"| {row['sharpness']:.3f} | {'yes' if row['variant'] in front else ''} |"
+        f"| {row['sharpness']:.3f} | {'' if row['psnr_db'] is None else format(row['psnr_db'], '.1f')} "
+        f"| {'yes' if row['variant'] in front else ''} |"
         for row in rows
     ]
     device = rows[0]["device"]

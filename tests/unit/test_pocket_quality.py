@@ -172,6 +172,7 @@ def row(name, seconds, correlation, sharpness=0.9):
         "rest_ratio": 0.1,
         "lag_frames": 0.0,
         "device": "here",
+        "psnr_db": None,
     }
     found = {"seconds_a_second": seconds, "correlation": correlation, "sharpness": sharpness}
     return {"variant": name, **same, **found}
@@ -185,6 +186,19 @@ def test_front_and_recommendation():
     assert tradeoff.pareto(rows) == ["fast", "middle", "slow"]
     assert tradeoff.recommended(rows) == "middle"
     assert "Recommended: `middle`" in tradeoff.markdown(rows)
+
+
+def test_likeness_is_read_against_the_variant_it_should_come_to(tmp_path):
+    rng = np.random.default_rng(0)
+    exact = rng.integers(60, 200, (3, 32, 32, 1), np.uint8).repeat(3, 3).repeat(8, 1).repeat(8, 2)
+    clip = material.Clip("one", "synthetic", "", "", (), ())
+    for name, shift in (("exact", 0), ("near", 1), ("far", 20)):
+        write_video(tmp_path / "made" / name / "one.mp4", exact + np.uint8(shift))
+    near, far = (
+        tradeoff.likeness(tmp_path, Variant(name, against="exact"), [clip]) for name in ("near", "far")
+    )
+    assert 40 < near < 50 and 20 < far < 24
+    assert tradeoff.likeness(tmp_path, Variant("exact"), [clip]) is None
 
 
 @pytest.mark.parametrize("variant", tradeoff.variants(), ids=lambda variant: variant.name)
@@ -202,9 +216,14 @@ def test_variants_are_valid_settings(variant, tmp_path):
 def test_names_of_variants_are_checked_and_results_are_json():
     names = [variant.name for variant in tradeoff.variants()]
     assert len(names) == len(set(names))
-    assert pocket_quality.chosen_variants(["steps_8"]) == [Variant("steps_8", "steps", {"num_steps": 8})]
+    assert {variant.against for variant in tradeoff.variants()} - {""} <= set(names)
+    on_cuda, elsewhere = (pocket_quality.chosen_variants(None, cuda) for cuda in (True, False))
+    assert [variant.name for variant in on_cuda if variant not in elsewhere] == ["fp8_attention"]
+    assert pocket_quality.chosen_variants(["steps_8"], False) == [
+        Variant("steps_8", "steps", {"num_steps": 8})
+    ]
     with pytest.raises(SystemExit, match="steps_9"):
-        pocket_quality.chosen_variants(["steps_9"])
+        pocket_quality.chosen_variants(["steps_9"], False)
     assert json.loads(json.dumps(pocket_quality.without_nan({"a": [float("nan"), 1.0]}))) == {
         "a": [None, 1.0]
     }
