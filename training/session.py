@@ -39,6 +39,8 @@ HERE = Path(__file__).parent
 STAGES = ("vae", "audio", "decoder", "dit")
 AFTER_DIT = ("decoder", "dit")
 """Stages that leave what a DiT reads as it is."""
+OVERSHOOT = 0.05
+"""Minutes: a stage ends after the step in which its time is over."""
 HELD_OUT_CLIPS = {"cuda": 8, "cpu": 1}
 
 
@@ -117,14 +119,20 @@ class Session:
 
     def run(self, name: str, minutes: float) -> None:
         """One stage for `minutes`. Raises ValueError where it would change what the DiT has learnt to
-        read."""
+        read, and where the learning rate would have fallen to nothing before its end."""
         settings = self.settings
         if name not in AFTER_DIT and self.facts["minutes"]["dit"]:
             raise ValueError(
                 f"{name}: the DiT was trained on this one's output; begin it anew without --resume"
             )
         stage: StageSettings = getattr(settings, name)
-        budget = Budget(minutes, stage.planned_minutes, self.facts["minutes"][name], self.ranks)
+        before = self.facts["minutes"][name]
+        if before + minutes > stage.planned_minutes + OVERSHOOT:
+            raise ValueError(
+                f"{name}: planned_minutes: {stage.planned_minutes:g} end before the {before:.2f} minutes of "
+                f"earlier sessions and the {minutes:g} of this one; set it to {before + minutes:.2f} or more"
+            )
+        budget = Budget(minutes, stage.planned_minutes, before, self.ranks)
         seed = next(self.seeds) + self.ranks.index * (HELD_OUT_SEEDS // self.ranks.count)
         torch.manual_seed(seed)
         takes = self.factory.stream(stage.frames, seed)  # type: ignore[attr-defined]

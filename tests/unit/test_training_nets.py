@@ -12,7 +12,7 @@ from training.export import export, load_files
 from training.loop import Budget, Optimiser, Pool
 from training.ranks import Ranks
 from training.scale import LATENTS, POCKET, WINDOW
-from training.session import parse_stages
+from training.session import Session, parse_stages
 from training.settings import read_settings
 from training.stage_audio import audio_loss
 from training.stage_dit import disturb, dit_batch, dit_loss, mirrored, window_audio
@@ -261,6 +261,13 @@ def test_blending_keeps_as_much_as_the_decibels_allow(nets):
     share = blend(vae, start, frames, cost=0.5)
     assert 0 < share < 1 and before - 0.5 <= fidelity(vae, frames)["psnr"] < before
     assert blend(vae, vae.state_dict(), frames, cost=0.5) == 1.0, "nothing to take back"
+
+
+def test_a_stage_longer_than_planned_is_refused(settings):
+    session = Session.__new__(Session)
+    session.settings, session.facts = settings, {"minutes": {"decoder": 0.7, "dit": 3.0}}
+    with pytest.raises(ValueError, match=r"decoder: planned_minutes: 1 end before .* 0.70 .*set it to 1.20"):
+        session.run("decoder", 0.5)
 
 
 def averaged(team: object) -> torch.Tensor:
