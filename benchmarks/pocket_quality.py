@@ -51,21 +51,22 @@ def tradeoff_clips(clips: list[material.Clip], count: int) -> list[material.Clip
     return mixed[:count]
 
 
-def chosen_variants(names: list[str] | None, cuda: bool) -> list[generate.Variant]:
-    """All variants (those that need CUDA only with `cuda`), or those named. Raises SystemExit for a name that
-    none has."""
+def chosen_variants(names: list[str] | None, device: str) -> list[generate.Variant]:
+    """All variants for a device (cpu or cuda), or those named. Raises SystemExit for a name that none
+    has."""
     there = {variant.name: variant for variant in tradeoff.variants()}
     unknown = sorted(set(names or ()) - set(there))
     if unknown:
         raise SystemExit(f"error: no variant {unknown[0]}; there are {', '.join(there)}")
-    return [there[name] for name in names or there if names or cuda or not there[name].cuda_only]
+    return [there[name] for name in names or there if names or there[name].device in ("", device)]
 
 
 def make(arguments: argparse.Namespace) -> None:
     clips = material.read_clips(arguments.work)
     if arguments.tradeoff:
         chosen = tradeoff_clips(clips, arguments.clips or TRADEOFF_CLIPS)
-        variants = chosen_variants(arguments.variants, torch.cuda.is_available())
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        variants = chosen_variants(arguments.variants, device)
         generate.generate(arguments.config, arguments.work, variants, chosen, arguments.workers)
         return
     if arguments.clips:
@@ -88,8 +89,8 @@ def measure(arguments: argparse.Namespace) -> None:
     result: dict[str, Any] = {"benchmark": "pocket_quality", "seeds": generate.seeds_used()}
     if arguments.tradeoff:
         chosen = tradeoff_clips(clips, arguments.clips or TRADEOFF_CLIPS)
-        cuda = (arguments.work / "made" / "fp8_attention").exists()
-        rows = tradeoff.measure(arguments.work, chosen, chosen_variants(arguments.variants, cuda))
+        device = "cuda" if (arguments.work / "made" / "bf16").exists() else "cpu"  # of the machine it ran on
+        rows = tradeoff.measure(arguments.work, chosen, chosen_variants(arguments.variants, device))
         front, choice = tradeoff.pareto(rows), tradeoff.recommended(rows)
         result["tradeoff"] = {"rows": rows, "front": front, "recommended": choice}
         print(tradeoff.markdown(rows))

@@ -48,7 +48,8 @@ class Variant:
     """Needs step-cache constants of the model (`omniavatar calibrate`), measured at the default steps."""
     against: str = ""
     """The variant whose videos it should come to, faster: PSNR is read against those."""
-    cuda_only: bool = False
+    device: str = ""
+    """cpu or cuda where it is meant for one of them."""
 
 
 DEFAULT = Variant("default")

@@ -52,10 +52,24 @@ def variants() -> list[Variant]:
     found += [
         Variant(f"window_{frames}", "window", {"max_tokens": _tokens(frames)}) for frames in (25, 33, 41, 57)
     ]
-    found += [Variant(form, "precision", {"quantize": form}, against="default") for form in ("fp8", "int8")]
-    both = {"quantize": "fp8", "attention": "fa3_fp8"}
-    found.append(Variant("fp8_attention", "precision", both, against="default", cuda_only=True))
-    return found
+    return found + precisions()
+
+
+def precisions() -> list[Variant]:
+    """Float8 and int8: on a CPU by their slow twins around float32, on CUDA by the fast ones around bf16."""
+    twins = [
+        Variant(form, "precision", {"quantize": form}, against="default", device="cpu")
+        for form in ("fp8", "int8")
+    ]
+    found = [Variant("bf16", "precision", {"dtype": "bf16"}, against="default", device="cuda")]
+    for name, changes in (
+        ("bf16_fp8", {"quantize": "fp8"}),
+        ("bf16_int8", {"quantize": "int8"}),
+        ("bf16_fp8_attention", {"quantize": "fp8", "attention": "fa3_fp8"}),
+    ):
+        changes["dtype"] = "bf16"
+        found.append(Variant(name, "precision", changes, against="bf16", device="cuda"))
+    return twins + found
 
 
 def _tokens(frames: int) -> int:

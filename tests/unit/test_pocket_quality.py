@@ -216,14 +216,16 @@ def test_variants_are_valid_settings(variant, tmp_path):
 def test_names_of_variants_are_checked_and_results_are_json():
     names = [variant.name for variant in tradeoff.variants()]
     assert len(names) == len(set(names))
-    assert {variant.against for variant in tradeoff.variants()} - {""} <= set(names)
-    on_cuda, elsewhere = (pocket_quality.chosen_variants(None, cuda) for cuda in (True, False))
-    assert [variant.name for variant in on_cuda if variant not in elsewhere] == ["fp8_attention"]
-    assert pocket_quality.chosen_variants(["steps_8"], False) == [
+    for device, other in (("cpu", "cuda"), ("cuda", "cpu")):
+        chosen = pocket_quality.chosen_variants(None, device)
+        assert {variant.device for variant in chosen} == {"", device}
+        assert {variant.against for variant in chosen} - {""} <= {variant.name for variant in chosen}
+        assert pocket_quality.chosen_variants(["bf16"], other)[0].device == "cuda", "as asked"
+    assert pocket_quality.chosen_variants(["steps_8"], "cpu") == [
         Variant("steps_8", "steps", {"num_steps": 8})
     ]
     with pytest.raises(SystemExit, match="steps_9"):
-        pocket_quality.chosen_variants(["steps_9"], False)
+        pocket_quality.chosen_variants(["steps_9"], "cpu")
     assert json.loads(json.dumps(pocket_quality.without_nan({"a": [float("nan"), 1.0]}))) == {
         "a": [None, 1.0]
     }
