@@ -3,7 +3,8 @@
 Every clip is a take of `training.takes` or a recording of a person, aligned, filmed by the renderer with a
 person of its own (seeds below `HELD_OUT_SEEDS`). Of a clip are kept: the portrait (its first frame), the
 sound, the film (the ceiling of every measure), and for each frame the opening that the phones call for: that
-of this face with the mouth shapes of the phones alone, no smile. The clips of a minute have no film.
+of this face with the mouth shapes of the phones alone, no smile. Of the clips of a minute the film is that of
+the first second's surroundings and of the last second.
 
 Files below a folder: `inputs/NAME.png, .wav, .json` (small, they travel to a GPU machine) and
 `truth/NAME.mp4`.
@@ -35,6 +36,8 @@ SPEECH_SEED = 60_000
 TAKE_SEED = 20_000
 LOOKS_SEED = 30_000
 LEAD = 0.24
+ENDS = FPS + FPS // 2 + 1
+"""Frames of which the last `FPS` are those around the first second."""
 STILL = Manner("neutral", "still", "A person is talking to the camera, neutral, still")
 
 
@@ -133,7 +136,7 @@ def wanted_opening(head: Head, identity: torch.Tensor, take: Take) -> np.ndarray
 
 def _write(folder: Path, studio: Studio, name: str, kind: str, voice: str, take: Take, seed: int) -> Clip:
     assert seed < HELD_OUT_SEEDS
-    frames = studio.film_takes([take], seed, slice(0, 1) if kind == "long" else None).frames[0]
+    frames = studio.film_takes([take], seed, slice(0, ENDS) if kind == "long" else None).frames[0]
     looks = draw_looks(studio.head, 1, seed, SIZE)
     pictures = frames.permute(0, 2, 3, 1).numpy()
     clip = Clip(
@@ -153,6 +156,8 @@ def _write(folder: Path, studio: Studio, name: str, kind: str, voice: str, take:
         file.setframerate(SAMPLE_RATE)
         file.writeframes(take.sound.tobytes())
     (inputs / f"{name}.json").write_text(json.dumps(asdict(clip)) + "\n")
-    if kind != "long":
-        write_video(folder / "truth" / f"{name}.mp4", pictures)
+    if kind == "long":
+        last = studio.film_takes([take], seed, slice(-FPS, None)).frames[0]
+        pictures = np.concatenate([pictures[-FPS:], last.permute(0, 2, 3, 1).numpy()])
+    write_video(folder / "truth" / f"{name}.mp4", pictures)
     return clip
