@@ -110,19 +110,22 @@ def blend(vae: WanVAE, start: dict[str, Tensor], frames: Tensor, cost: float) ->
     """
     end = {key: value.clone() for key, value in vae.state_dict().items()}
 
-    def quality(share: float) -> float:
+    def mix(share: float) -> None:
         vae.load_state_dict({key: start[key].lerp(value, share) for key, value in end.items()})
+
+    def quality(share: float) -> float:
+        mix(share)
         return fidelity(vae, frames)["psnr"]
 
     floor = quality(0.0) - cost
     low, high = 0.0, 1.0
-    if quality(high) < floor:
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if quality(middle) >= floor else (low, middle)
-        high = low
-    quality(high)
-    return high
+    if quality(high) >= floor:
+        return high
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if quality(middle) >= floor else (low, middle)
+    mix(low)
+    return low
 
 
 def examples(
@@ -186,12 +189,12 @@ def train_vae(
         if budget.over:
             break
     optimiser.average.swap()
+    ended: dict[str, float] = {"done": 1}
     if alone:
-        kept = blend(vae, start, held_out.frames, settings.cost)
-        log.add(name, budget, optimiser.steps, kept=kept)
+        ended["kept"] = blend(vae, start, held_out.frames, settings.cost)
     else:
         unit_latents(vae, pool, settings.batch, generator)
-    log.add(name, budget, optimiser.steps, **fidelity(vae, held_out.frames), done=1)
+    log.add(name, budget, optimiser.steps, **fidelity(vae, held_out.frames), **ended)
 
 
 @torch.no_grad()

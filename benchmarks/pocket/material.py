@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from benchmarks.pocket import measures
 from benchmarks.pocket.video_files import write_video
 from PIL import Image
 from training.head import Head
@@ -36,8 +37,6 @@ SPEECH_SEED = 60_000
 TAKE_SEED = 20_000
 LOOKS_SEED = 30_000
 LEAD = 0.24
-ENDS = FPS + FPS // 2 + 1
-"""Frames of which the last `FPS` are those around the first second."""
 STILL = Manner("neutral", "still", "A person is talking to the camera, neutral, still")
 
 
@@ -55,15 +54,17 @@ class Clip:
 
 
 def read_clips(folder: Path) -> list[Clip]:
-    """The clips `prepare` wrote, by name. Raises FileNotFoundError where there are none."""
+    """The clips `prepare` wrote, by name, those of a minute last. Raises FileNotFoundError where there are
+    none."""
     files = sorted((folder / "inputs").glob("*.json"))
     if not files:
         raise FileNotFoundError(f"{folder / 'inputs'}: no clips; run `pocket_quality.py prepare` first")
     tables = [json.loads(file.read_text()) for file in files]
-    return [
+    clips = [
         Clip(**{**table, "opening": tuple(table["opening"]), "speaking": tuple(table["speaking"])})
         for table in tables
     ]
+    return sorted(clips, key=lambda clip: clip.kind == "long")
 
 
 def prepare(
@@ -136,7 +137,7 @@ def wanted_opening(head: Head, identity: torch.Tensor, take: Take) -> np.ndarray
 
 def _write(folder: Path, studio: Studio, name: str, kind: str, voice: str, take: Take, seed: int) -> Clip:
     assert seed < HELD_OUT_SEEDS
-    frames = studio.film_takes([take], seed, slice(0, ENDS) if kind == "long" else None).frames[0]
+    frames = studio.film_takes([take], seed, slice(0, 1) if kind == "long" else None).frames[0]
     looks = draw_looks(studio.head, 1, seed, SIZE)
     pictures = frames.permute(0, 2, 3, 1).numpy()
     clip = Clip(
@@ -157,7 +158,9 @@ def _write(folder: Path, studio: Studio, name: str, kind: str, voice: str, take:
         file.writeframes(take.sound.tobytes())
     (inputs / f"{name}.json").write_text(json.dumps(asdict(clip)) + "\n")
     if kind == "long":
-        last = studio.film_takes([take], seed, slice(-FPS, None)).frames[0]
-        pictures = np.concatenate([pictures[-FPS:], last.permute(0, 2, 3, 1).numpy()])
+        moments = measures.moments(take.phones)
+        ends = [measures.seconds_of(take.phones, moment) for moment in (moments[0], moments[-1])]
+        films = [studio.film_takes([take], seed, part).frames[0] for part in ends]
+        pictures = torch.cat(films).permute(0, 2, 3, 1).numpy()
     write_video(folder / "truth" / f"{name}.mp4", pictures)
     return clip

@@ -6,6 +6,8 @@ found. Openings are (T,) over the distance of the eyes.
 
 from __future__ import annotations
 
+from collections.abc import Sized
+
 import numpy as np
 from PIL import Image
 from training.measure_mouth import EYES, INNER_LIPS
@@ -144,8 +146,14 @@ def mean_face(frames: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
     return np.mean(faces, 0) if faces else np.full((FACE, FACE, 3), np.nan)
 
 
-def seconds_of(frames: np.ndarray, second: float) -> slice:
+def seconds_of(frames: Sized, second: float) -> slice:
     """The frames of the second around a moment, inside the video."""
     middle = round(second * FPS)
     stop = min(len(frames), middle + FPS // 2 + 1)
     return slice(max(0, min(middle - FPS // 2, stop - FPS)), stop)
+
+
+def moments(frames: Sized) -> list[float]:
+    """Every second of a video, the last one half a second before its end."""
+    last = len(frames) / FPS - 0.5
+    return [float(second) for second in range(1, int(last))] + [last]

@@ -136,12 +136,10 @@ def identity_curve(each: Watched, portraits: Portraits) -> dict[str, Any]:
     """Distances to the portrait at every second, as shares of the mean distance between two people: colour
     of the aligned face, shape of its firm points, and colour of the whole picture. Drift is what is added
     from the first second to the last."""
-    last = len(each.frames) / measures.FPS - 0.5
-    moments = [float(second) for second in range(1, int(last))] + [last]
+    moments = measures.moments(each.frames)
     rows = [distances(each, measures.seconds_of(each.frames, moment), portraits) for moment in moments]
     curves = {key: [row[key] for row in rows] for key in rows[0]}
-    drift = {key: values[-1] - values[0] for key, values in curves.items()}
-    return {"seconds": moments, "curves": curves, "drift": drift}
+    return {"seconds": moments, "curves": curves, "drift": added(rows)}
 
 
 def distances(each: Watched, part: slice, portraits: Portraits) -> dict[str, float]:
@@ -161,12 +159,13 @@ def distances(each: Watched, part: slice, portraits: Portraits) -> dict[str, flo
     }
 
 
-def drift_of_ends(each: Watched, portraits: Portraits) -> dict[str, float]:
-    """What `identity_curve` calls drift, of a film that holds the two seconds it compares."""
-    first, last = (
-        distances(each, part, portraits) for part in (slice(0, measures.FPS), slice(measures.FPS, None))
-    )
-    return {key: last[key] - first[key] for key in first}
+def added(rows: list[dict[str, float]]) -> dict[str, float]:
+    """From the first of several `distances` to the last."""
+    return {key: rows[-1][key] - rows[0][key] for key in rows[0]}
+
+
+def medians(drifts: list[dict[str, float]]) -> dict[str, float]:
+    return {key: float(np.median([drift[key] for drift in drifts])) for key in drifts[0]}
 
 
 def main_table(folder: Path, clips: list[Clip], where: str) -> dict[str, Any]:
@@ -180,15 +179,18 @@ def main_table(folder: Path, clips: list[Clip], where: str) -> dict[str, Any]:
         for kind in dict.fromkeys(clip.kind for clip in short)
     }
     result: dict[str, Any] = {"lip_sync": {name: lip_sync(part) for name, part in groups.items()}}
+    portraits = read_portraits(folder, clips) if long else None
     if where == "truth":
-        portraits = read_portraits(folder, clips)
-        drifts = [drift_of_ends(each, portraits) for each in watch(folder, where, long)]
-        result["drift"] = {key: float(np.median([each[key] for each in drifts])) for key in drifts[0]}
+        if portraits is not None:
+            ends = (slice(0, measures.FPS), slice(measures.FPS, None))
+            films = watch(folder, where, long)
+            result["drift"] = medians(
+                [added([distances(each, part, portraits) for part in ends]) for each in films]
+            )
         return result
     result["sharpness"] = sharpness_ratio(watched, watch(folder, "truth", short))
     result["vae"] = json.loads((folder / "made" / "vae.json").read_text())
-    if long:
-        portraits = read_portraits(folder, clips)
+    if portraits is not None:
         curves = [identity_curve(each, portraits) for each in watch(folder, where, long)]
         result["identity"] = {
             "seconds": curves[0]["seconds"],
@@ -196,9 +198,7 @@ def main_table(folder: Path, clips: list[Clip], where: str) -> dict[str, Any]:
                 key: np.mean([each["curves"][key] for each in curves], 0).tolist()
                 for key in curves[0]["curves"]
             },
-            "drift": {
-                key: float(np.median([each["drift"][key] for each in curves])) for key in curves[0]["drift"]
-            },
+            "drift": medians([each["drift"] for each in curves]),
             "drifts": {each.name: curve["drift"] for each, curve in zip(long, curves, strict=True)},
         }
     return result

@@ -67,8 +67,7 @@ def precisions() -> list[Variant]:
         ("bf16_int8", {"quantize": "int8"}),
         ("bf16_fp8_attention", {"quantize": "fp8", "attention": "fa3_fp8"}),
     ):
-        changes["dtype"] = "bf16"
-        found.append(Variant(name, "precision", changes, against="bf16", device="cuda"))
+        found.append(Variant(name, "precision", {"dtype": "bf16", **changes}, against="bf16", device="cuda"))
     return twins + found
 
 
