@@ -94,6 +94,8 @@ class DitSettings(StageSettings):
     drop_text: float
     corrupt: float
     """Share of later windows whose given latents are disturbed."""
+    doubles: float
+    """Share of later windows that are handed frames of a double; 0: none are filmed."""
     mouth: float
     mirror: bool
     """Each clip a second time, mirrored and in other light."""

@@ -2,8 +2,9 @@
 
 A clip in the pool is a story: the portrait, sound and prompt, and windows of the story as latents, the
 first from the portrait on, the others from anywhere, each coded as a clip of its own, as the engine's
-hand-over does. In a later window the given latents are often disturbed (noise, and an offset and gain a
-channel), so that the model learns to come back to the portrait instead of drifting on. Speech and prompt
+hand-over does. In a later window the given latents are often those of a double (`training.handover`) or
+disturbed (noise, and an offset and gain a channel), so that the model learns to come back to the portrait
+instead of drifting on. Speech and prompt
 are left out at random for guidance: speech as zero vectors, the prompt as the empty one. Noise levels
 follow the engine's schedule of shift 5.
 
@@ -24,6 +25,7 @@ from omniavatar.model.dit import RunBlocks, WanDiT
 from omniavatar.model.layers import BlockInputs
 from training.augment import roughen
 from training.graphed import GraphedStep
+from training.handover import GIVEN, film_doubles
 from training.loop import Budget, Log, Optimiser, Pool
 from training.nets import Nets, PromptEncoder, normalise_sound, normalised_latents
 from training.scale import LATENTS, SIZE, WINDOW
@@ -37,36 +39,55 @@ PROMPT_TOKENS = 160
 GIVEN_ODDS = (0.15, 0.60, 0.15, 0.10)
 
 
-def mirrored(film: Film, generator: torch.Generator) -> Film:
-    """The same clips seen in a mirror and in other light: each channel with a gain and an offset of its own
-    a clip. Rendering a clip takes three times as long as encoding its windows."""
+def mirrored(
+    film: Film, handed: Tensor | None, generator: torch.Generator
+) -> tuple[Film, Tensor | None]:
+    """The same clips, and what their windows are handed (B, W-1, F, 3, H, W), seen in a mirror and in other
+    light: each channel with a gain and an offset of its own a clip. Rendering a clip takes three times as
+    long as encoding its windows."""
     width = film.frames.shape[-1]
     count, device = len(film.frames), film.frames.device
-    gain = 1 + 0.08 * torch.randn(count, 1, 3, 1, 1, generator=generator, device=device)
-    offset = 10 * torch.randn(count, 1, 3, 1, 1, generator=generator, device=device)
-    frames = (film.frames.flip(-1) * gain + offset).round_().clamp_(0, 255).to(torch.uint8)
+    gain = 1 + 0.08 * torch.randn(count, 3, generator=generator, device=device)
+    offset = 10 * torch.randn(count, 3, generator=generator, device=device)
+
+    def seen(frames: Tensor) -> Tensor:
+        shape = (count, *[1] * (frames.dim() - 4), 3, 1, 1)
+        lit = frames.flip(-1) * gain.view(shape) + offset.view(shape)
+        return lit.round_().clamp_(0, 255).to(torch.uint8)
+
     mouth = torch.stack([width - 1 - film.mouth[..., 0], film.mouth[..., 1]], -1)
-    return replace(film, frames=frames, mouth=mouth)
+    made = replace(film, frames=seen(film.frames), mouth=mouth)
+    return made, None if handed is None else seen(handed)
+
+
+def draw_starts(count: int, windows: int, frames: int, generator: torch.Generator) -> Tensor:
+    """(count, windows) frames at which the windows of stories of `frames` frames begin, the first at 0."""
+    device = generator.device
+    starts = torch.randint(1, frames - WINDOW + 1, (count, windows), generator=generator, device=device)
+    starts[:, 0] = 0
+    return starts
 
 
 @torch.no_grad()
-def stories_of(film: Film, nets: Nets, windows: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """What the pool keeps of a film: latents (B, W, 16, T, h, w), loss weights (B, W, T, h, w), the windows'
-    first frames, audio vectors of the whole sound (B, frames - 1, D), prompt tokens."""
+def stories_of(
+    film: Film, starts: Tensor, handed: Tensor | None, nets: Nets, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """What the pool keeps of a film with windows at `starts` (B, W): latents (B, W, 16, T, h, w), loss
+    weights (B, W, T, h, w), the windows' first frames, latents of the frames `handed` to the later windows
+    (B, W-1, 16, GIVEN, h, w) where there are such, audio vectors of the whole sound (B, frames - 1, D),
+    prompt tokens."""
     frames = film.frames.shape[1]
     device = film.frames.device
-    count = len(film.frames)
-    spare = frames - WINDOW
-    starts = torch.randint(1, spare + 1, (count, windows), generator=generator, device=device)
-    starts[:, 0] = 0
+    count, windows = starts.shape
     rows = starts[..., None] + torch.arange(WINDOW, device=device)
     picked = film.frames[torch.arange(count, device=device)[:, None, None], rows].flatten(0, 1)
     mouths = film.mouth[torch.arange(count, device=device)[:, None, None], rows].flatten(0, 1)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        pieces = [
-            normalised_latents(nets.vae, to_pixels(part)).half()
-            for part in picked.split(8 if device.type == "cuda" else 1)
-        ]
+
+    def coded(clips: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            parts = clips.split(8 if device.type == "cuda" else 1)
+            return torch.cat([normalised_latents(nets.vae, to_pixels(part)).half() for part in parts])
+
     groups = torch.cat([mouths[:, :1].expand(-1, 3, -1), mouths], 1).unflatten(1, (LATENTS, 4)).mean(2)
     weight = mouth_weight(groups, (SIZE // 8, SIZE // 8), 1 / 8, 1.0, 20.0) - 1
     sound = normalise_sound(roughen(film.sound, generator))
@@ -74,8 +95,9 @@ def stories_of(film: Film, nets: Nets, windows: int, generator: torch.Generator)
     if ids.shape[1] > PROMPT_TOKENS:
         raise ValueError(f"a prompt of {ids.shape[1]} tokens; at most {PROMPT_TOKENS}")
     room = (0, PROMPT_TOKENS - ids.shape[1])
-    return {
-        "latents": torch.cat(pieces).unflatten(0, (count, windows)),
+    given = {} if handed is None else {"handed": coded(handed.flatten(0, 1)).unflatten(0, handed.shape[:2])}
+    return given | {
+        "latents": coded(picked).unflatten(0, (count, windows)),
         "weight": weight.half().unflatten(0, (count, windows)),
         "starts": starts,
         "audio": nets.audio.features(sound, frames - 1).half(),
@@ -135,7 +157,12 @@ def dit_batch(
     level = sigma.view(-1, 1, 1, 1, 1)
     known = (torch.arange(clean.shape[2], device=device)[None] < given[:, None])[:, None, :, None, None]
     later = (starts > 0).view(-1, 1, 1, 1, 1)
-    shown = torch.where(later, disturb(clean, settings.corrupt, generator), clean)
+    shown = clean
+    if "handed" in stories:
+        doubled = later & (uniform() < settings.doubles).view(-1, 1, 1, 1, 1)
+        handed = stories["handed"][every, (which - 1).clamp_min(0)].float()
+        shown = torch.cat([torch.where(doubled, handed, clean[:, :, :GIVEN]), clean[:, :, GIVEN:]], 2)
+    shown = torch.where(later, disturb(shown, settings.corrupt, generator), clean)
     sample = torch.where(known, shown, (1 - level) * clean + level * noise)
     mask = (~known).float().expand(-1, -1, -1, *clean.shape[3:])
     y = torch.cat([reference.expand_as(clean), mask], 1)
@@ -219,10 +246,15 @@ def train_dit(
     pool = Pool(settings.pool)
 
     def make(count: int) -> dict[str, Tensor]:
-        film = studio.film(count)
+        takes, people = studio.cast(count)
+        film = studio.film_takes(takes, people)
+        starts = draw_starts(count, settings.windows, settings.frames, others)
+        handed = film_doubles(studio, takes, people, starts) if settings.doubles else None
         if settings.mirror:
-            film = Film.join([film, mirrored(film, others)])
-        return stories_of(film, nets, settings.windows, others)
+            seen, given = mirrored(film, handed, others)
+            film, starts = Film.join([film, seen]), torch.cat([starts, starts])
+            handed = None if handed is None or given is None else torch.cat([handed, given])
+        return stories_of(film, starts, handed, nets, others)
 
     def loss_of(batch: dict[str, Tensor]) -> Tensor:
         mixed = torch.autocast(
@@ -242,7 +274,9 @@ def train_dit(
         optimiser.average.swap()
 
     pool.fill(make, 8, budget, settings.fill_share)
-    test = stories_of(held_out, nets, settings.windows, torch.Generator(device).manual_seed(6))
+    same = torch.Generator(device).manual_seed(6)
+    starts = draw_starts(len(held_out.frames), settings.windows, held_out.frames.shape[1], same)
+    test = stories_of(held_out, starts, None, nets, same)
     measured_now()
     graphed = GraphedStep(loss_of, draw(), optimiser.parameters) if settings.graph else None
     measured, mean = budget.spent, None

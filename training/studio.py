@@ -57,9 +57,13 @@ class Studio:
 
     def film(self, count: int, frames: slice | None = None) -> Film:
         """The next `count` takes, each by another person; `frames` keeps a part of each take's frames."""
-        film = self.film_takes([next(self.takes) for _ in range(count)], self.seed, frames)
+        return self.film_takes(*self.cast(count), frames)
+
+    def cast(self, count: int) -> tuple[list[Take], int]:
+        """The next `count` takes, and the seed of the people who play them."""
+        seed = self.seed
         self.seed += count
-        return film
+        return [next(self.takes) for _ in range(count)], seed
 
     def film_takes(self, takes: list[Take], seed: int, frames: slice | None = None) -> Film:
         """Given takes with people drawn from `seed`."""

@@ -333,7 +333,9 @@ def test_a_mirrored_film_keeps_mouths_where_they_are_seen():
     mouth = torch.tensor([7.0, 4.0]).expand(2, 3, 2)
     nothing = torch.zeros(2, 3)
     film = Film(frames, mouth, nothing, nothing, nothing, nothing, ("a", "b"))
-    seen = mirrored(film, torch.Generator().manual_seed(0))
+    seen, given = mirrored(film, frames[:, None, :2], torch.Generator().manual_seed(0))
+    assert torch.equal(given[:, 0], seen.frames[:, :2])
+    assert mirrored(film, None, torch.Generator().manual_seed(0))[1] is None
     assert seen.mouth[0, 0].tolist() == [2.0, 4.0]
     assert (seen.frames.float().mean((0, 1, 2)).argmax() == 4 * 10 + 2).item()
     light = seen.frames[:, :, :, 0, 0].float()
