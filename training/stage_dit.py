@@ -39,9 +39,7 @@ PROMPT_TOKENS = 160
 GIVEN_ODDS = (0.15, 0.60, 0.15, 0.10)
 
 
-def mirrored(
-    film: Film, handed: Tensor | None, generator: torch.Generator
-) -> tuple[Film, Tensor | None]:
+def mirrored(film: Film, handed: Tensor | None, generator: torch.Generator) -> tuple[Film, Tensor | None]:
     """The same clips, and what their windows are handed (B, W-1, F, 3, H, W), seen in a mirror and in other
     light: each channel with a gain and an offset of its own a clip. Rendering a clip takes three times as
     long as encoding its windows."""
