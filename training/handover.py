@@ -18,7 +18,6 @@ from torch import Tensor
 from training.head import Head
 from training.looks import Looks, draw_looks
 from training.render import gather
-from training.scale import SIZE
 from training.studio import Studio
 from training.takes import Take
 
@@ -60,9 +59,9 @@ def soften(frames: Tensor, factors: Tensor) -> Tensor:
     return torch.stack(made).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def film_doubles(studio: Studio, takes: list[Take], seed: int, starts: Tensor) -> Tensor:
+def film_doubles(studio: Studio, takes: list[Take], looks: Looks, seed: int, starts: Tensor) -> Tensor:
     """uint8 (N, W-1, GIVEN_FRAMES, 3, H, W): the first frames of each window but the first of each story,
-    with doubles of the people drawn from `seed`, softened.
+    with doubles of the people of `looks` drawn from `seed`, softened.
 
     starts: (N, W) frames at which the windows begin.
     """
@@ -73,8 +72,7 @@ def film_doubles(studio: Studio, takes: list[Take], seed: int, starts: Tensor) -
         for take, begins in zip(takes, later.tolist(), strict=True)
         for start in begins
     ]
-    people = draw_looks(studio.head, len(takes), seed, SIZE)
-    looks = doubles(people, studio.head, seed).select(own)
-    frames, _ = studio.renderer.frames(looks, gather(tracks, studio.device))
+    played = doubles(looks, studio.head, seed).select(own)
+    frames, _ = studio.renderer.frames(played, gather(tracks, studio.device))
     factors = 1 + (SOFTNESS - 1) * torch.rand(len(own), generator=torch.Generator().manual_seed(seed))
     return soften(frames, factors).unflatten(0, later.shape)

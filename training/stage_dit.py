@@ -4,9 +4,8 @@ A clip in the pool is a story: the portrait, sound and prompt, and windows of th
 first from the portrait on, the others from anywhere, each coded as a clip of its own, as the engine's
 hand-over does. In a later window the given latents are often those of a double (`training.handover`) or
 disturbed (noise, and an offset and gain a channel), so that the model learns to come back to the portrait
-instead of drifting on. Speech and prompt
-are left out at random for guidance: speech as zero vectors, the prompt as the empty one. Noise levels
-follow the engine's schedule of shift 5.
+instead of drifting on. Speech and prompt are left out at random for guidance: speech as zero vectors, the
+prompt as the empty one. Noise levels follow the engine's schedule of shift 5.
 
 Shapes: B stories, W windows a story, T latent frames, N = 4T-3 video frames, D audio width, h w latent
 pixels.
@@ -157,7 +156,7 @@ def dit_batch(
     later = (starts > 0).view(-1, 1, 1, 1, 1)
     shown = clean
     if "handed" in stories:
-        doubled = later & (uniform() < settings.doubles).view(-1, 1, 1, 1, 1)
+        doubled = (uniform() < settings.doubles).view(-1, 1, 1, 1, 1)
         handed = stories["handed"][every, (which - 1).clamp_min(0)].float()
         shown = torch.cat([torch.where(doubled, handed, clean[:, :, :GIVEN]), clean[:, :, GIVEN:]], 2)
     shown = torch.where(later, disturb(shown, settings.corrupt, generator), clean)
@@ -244,14 +243,15 @@ def train_dit(
     pool = Pool(settings.pool)
 
     def make(count: int) -> dict[str, Tensor]:
-        takes, people = studio.cast(count)
-        film = studio.film_takes(takes, people)
+        takes, people_seed = studio.cast(count)
+        looks = studio.people(count, people_seed)
+        film = studio.film_people(takes, looks)
         starts = draw_starts(count, settings.windows, settings.frames, others)
-        handed = film_doubles(studio, takes, people, starts) if settings.doubles else None
+        handed = film_doubles(studio, takes, looks, people_seed, starts) if settings.doubles else None
         if settings.mirror:
             seen, given = mirrored(film, handed, others)
             film, starts = Film.join([film, seen]), torch.cat([starts, starts])
-            handed = None if handed is None or given is None else torch.cat([handed, given])
+            handed = None if given is None else torch.cat([handed, given])
         return stories_of(film, starts, handed, nets, others)
 
     def loss_of(batch: dict[str, Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from training.head import Head
-from training.looks import draw_looks
+from training.looks import Looks, draw_looks
 from training.render import Renderer, gather
 from training.scale import SIZE
 from training.takes import Take
@@ -67,8 +67,15 @@ class Studio:
 
     def film_takes(self, takes: list[Take], seed: int, frames: slice | None = None) -> Film:
         """Given takes with people drawn from `seed`."""
+        return self.film_people(takes, self.people(len(takes), seed), frames)
+
+    def people(self, count: int, seed: int) -> Looks:
+        """`count` people drawn from `seed`."""
+        return draw_looks(self.head, count, seed, SIZE)
+
+    def film_people(self, takes: list[Take], looks: Looks, frames: slice | None = None) -> Film:
+        """Given takes, each with its person of `looks`."""
         kept = frames or slice(None)
-        looks = draw_looks(self.head, len(takes), seed, SIZE)
         tracks = [{name: track[kept] for name, track in take.tracks.items()} for take in takes]
         performance = gather(tracks, self.device)
         shape = self.head.shape(looks.identity)

@@ -147,7 +147,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     )
     lines = [
         f"| {row['variant']} | {row['forwards_a_window']:.1f} | {row['seconds_a_second']:.3f} "
-        f"| {row['correlation']:.3f} | {row['lag_frames']:.0f} | {row['rest_ratio']:.3f} "
+        f"| {row['correlation']:.3f} | {row['lag_frames']:g} | {row['rest_ratio']:.3f} "
         f"| {row['sharpness']:.3f} | {'' if row['psnr_db'] is None else format(row['psnr_db'], '.1f')} "
         f"| {'yes' if row['variant'] in front else ''} |"
         for row in rows

@@ -58,9 +58,9 @@ def test_doubles_do_what_the_person_does_where_the_window_begins(head):
     tracks = perform(head.names, WORD, length, manner, np.random.default_rng(3))
     take = Take(np.zeros(0), np.zeros(length), np.zeros((length, 1)), manner, tracks)
     studio = Studio(iter(()), 0, torch.device("cpu"))
-    handed = film_doubles(studio, [take], 11, torch.tensor([[0, 4]]))
+    looks = studio.people(1, 11)
+    handed = film_doubles(studio, [take], looks, 11, torch.tensor([[0, 4]]))
     assert handed.shape == (1, 1, GIVEN_FRAMES, 3, 192, 192) and handed.dtype == torch.uint8
-    looks = draw_looks(head, 1, 11)
     there, elsewhere = (
         studio.renderer.frames(looks, gather([{k: v[part] for k, v in tracks.items()}], head.device))[0]
         for part in (slice(length - 1, None), slice(0, 1))
