@@ -1,6 +1,6 @@
 """Forwards and VAE passes of full-size models under enforced memory limits: peak, seconds, ratio to resident.
 
-    python benchmarks/memory.py [--scales 14B,1.3B] [--repeats 3]
+    python benchmarks/memory.py [--scales 14B,1.3B] [--quantize none,fp8] [--repeats 3]
 
 Random weights are made once a model, all on the device; then the limits fall (GB, 10^9 bytes, held by
 `torch.cuda.set_per_process_memory_fraction`) and blocks go to host memory as the planner says, as in a run.
@@ -166,11 +166,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--scales", default="14B,1.3B")
+    parser.add_argument("--quantize", default="none,fp8")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     rows = []
     for scale, quantize, limits in CASES:
-        if scale in arguments.scales.split(","):
+        if scale in arguments.scales.split(",") and quantize in arguments.quantize.split(","):
             rows += measure(scale, quantize, limits, arguments.repeats)
             gc.collect()
             torch.cuda.empty_cache()
