@@ -42,9 +42,9 @@ def measure(arguments: argparse.Namespace, deadline: str, folder: Path, portrait
         )
     )  # fmt: skip
     chosen = told["chosen"] or told["as_configured"]
-    settings = [
-        part for key, value in chosen["settings"].items() for part in ("--hp", f"{key}={json.dumps(value)}")
-    ]
+    values = [f"{key}={json.dumps(value)}" for key, value in chosen["settings"].items()]
+    settings = [part for value in values for part in ("--hp", value)]
+    sound, output = folder / "speech.wav", folder / "video.mp4"
     begun = time.perf_counter()
     command(
         "generate", "--config", arguments.config, *given, *settings, "--prompt", "a person speaks",

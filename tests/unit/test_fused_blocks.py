@@ -110,7 +110,7 @@ from triton.runtime import interpreter
 
 patch = interpreter._patch_lang_tensor
 
-def with_newer_numpy(tensor, scope):  # Triton 3.6 makes a bound by int() of an array of one, which numpy 2.4 refuses
+def with_newer_numpy(tensor, scope):  # Triton 3.6 calls int() on an array of one, which numpy 2.4 refuses
     patch(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
