@@ -68,11 +68,12 @@ def reference(dit):
 def twin(dit, ops):
     """Output with eager passes and attention in the kernels' place."""
     _, attention = create_attention("efficient", DEVICE, DTYPE)
-    fast, dit.attention = dit.attention, attention
+    fast = dit.attention
+    dit.attention = dit.text_attention = attention
     use(dit, EagerOps())
     out = dit(*inputs(dit, ERROR_GRID))
     use(dit, ops)
-    dit.attention = fast
+    dit.attention = dit.text_attention = fast
     return out
 
 
@@ -118,7 +119,7 @@ def measure(scale, repeats, with_profile, variants, only):
             if backend not in there:
                 print(f"{backend} is not there: skipped")
                 continue
-            dit.attention = create_attention(backend, DEVICE, DTYPE)[1]
+            dit.attention = dit.text_attention = create_attention(backend, DEVICE, DTYPE)[1]
             row = {"scale": scale, "variant": name, "attention": backend}
             out = dit(*inputs(dit, ERROR_GRID))
             row["error"] = relative_l2(out, expected)

@@ -1,7 +1,6 @@
-"""Microseconds and bandwidth of each fused pass on one CUDA device, for several widths of a warp's share and
-numbers of programs.
+"""Microseconds and bandwidth of each fused pass on one CUDA device, for several widths of a warp's share.
 
-    python benchmarks/fused_passes.py [--tokens 30375] [--shares 512 1024 2048] [--warps 8 12 16 24 32]
+    python benchmarks/fused_passes.py [--tokens 30375]
 
 `GB/s` counts the bytes a pass must read and write. A table, then one line of JSON.
 """
@@ -9,7 +8,6 @@ numbers of programs.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 
 import torch
@@ -19,6 +17,7 @@ from omniavatar.ops.fused import FP8
 from omniavatar.ops.fused_triton import TritonOps
 
 MODELS = {"14B": (5120, 40, 13824), "1.3B": (1536, 12, 8960)}
+SHARES = (256, 512, 1024, 2048)
 
 
 def passes(ops, tokens, width, heads, ffn):
@@ -50,29 +49,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, default=30375)
-    parser.add_argument("--shares", type=int, nargs="+", default=[512, 1024, 2048], help="values of a warp")
-    parser.add_argument("--warps", type=int, nargs="+", default=[8, 12, 16, 24, 32], help="a multiprocessor")
-    arguments = parser.parse_args()
+    tokens = parser.parse_args().tokens
     rows = []
     for model, sizes in MODELS.items():
-        for share, warps in itertools.product(arguments.shares, arguments.warps):
-            ops = TritonOps(share, warps_per_processor=warps)
-            for name, size, run in passes(ops, arguments.tokens, *sizes):
+        for share in SHARES:
+            for name, size, run in passes(TritonOps(share), tokens, *sizes):
                 time = triton.testing.do_bench(run, warmup=10, rep=30, return_mode="median")
-                row = {"model": model, "pass": name, "share": share, "warps": warps}
-                rows.append({**row, "us": time * 1e3, "bytes": size})
-    print("| model | pass | us (GB/s) of the ten fastest, by values a warp x warps a multiprocessor |")
-    print("|---|---|---|")
+                rows.append({"model": model, "pass": name, "share": share, "us": time * 1e3, "bytes": size})
+    print("| model | pass | " + " | ".join(f"{share} a warp: us (GB/s)" for share in SHARES) + " |")
+    print("|---|---|" + "---|" * len(SHARES))
     for model in MODELS:
         for name in dict.fromkeys(row["pass"] for row in rows):
-            these = [row for row in rows if row["model"] == model and row["pass"] == name]
             cells = [
-                f"{row['us']:.0f} ({row['bytes'] / row['us'] / 1e3:.0f}) {row['share']} x {row['warps']}"
-                for row in sorted(these, key=lambda row: row["us"])[:10]
+                f"{row['us']:.0f} ({row['bytes'] / row['us'] / 1e3:.0f})"
+                for row in rows
+                if row["model"] == model and row["pass"] == name
             ]
-            print(f"| {model} | {name} | {'; '.join(cells)} |")
-    where = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    print(json.dumps({"benchmark": "fused_passes", "tokens": arguments.tokens, **where, "rows": rows}))
+            print(f"| {model} | {name} | " + " | ".join(cells) + " |")
+    where = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "tokens": tokens}
+    print(json.dumps({"benchmark": "fused_passes", **where, "rows": rows}))
 
 
 if __name__ == "__main__":

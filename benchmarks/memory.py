@@ -7,7 +7,7 @@ Random weights are made once a model, all on the device; then the limits fall (G
 400x720, 105 frames (30,375 tokens), two texts. With the DiT lie the VAE and as many bytes as the audio
 encoder takes; the text encoder has left before the DiT comes. Every forward is compared with the resident
 one to the bit. `steps_down`: how often an allocation failed and the planner's next smaller plan was taken.
-A table, then one line of JSON.
+Segments of the allocator grow, as in the command. A table, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import gc
 import hashlib
 import json
+import os
 import platform
 import statistics
 import time
@@ -83,7 +84,10 @@ class Model:
     def step_down(self, reason: str) -> None:
         smaller = self.placement.step_down()
         if smaller is None:
-            raise SystemExit(f"error: {self.placement.describe()}: {reason}")
+            held = torch.cuda.memory_allocated() / GB, torch.cuda.memory_reserved() / GB
+            raise SystemExit(
+                f"error: {self.placement.describe()}: {reason}; {held[0]:.1f} GB held, {held[1]:.1f} reserved"
+            )
         self.placement, self.steps_down = smaller, self.steps_down + 1
         with_room(self.arrange, self.step_down)
 
@@ -162,6 +166,7 @@ def measure(scale: str, quantize: str, limits, repeats: int) -> list[dict]:
 
 
 def main() -> None:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -106,15 +106,6 @@ INTERPRETED = """
 import sys; sys.path.insert(0, sys.argv[1])
 import torch
 from fused_cases import compare, compare_rescale
-from triton.runtime import interpreter
-
-patch = interpreter._patch_lang_tensor
-
-def with_newer_numpy(tensor, scope):  # Triton 3.6 calls int() on an array of one, which numpy 2.4 refuses
-    patch(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-interpreter._patch_lang_tensor = with_newer_numpy
 from omniavatar.ops.fused_triton import TritonOps
 for width, heads in ((256, 2), (192, 3), (320, 5)):
     compare(TritonOps(), "cpu", torch.float32, width, heads, 1e-5, 0.12)  # the interpreter cuts float8 off

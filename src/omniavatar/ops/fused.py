@@ -171,7 +171,7 @@ class EagerOps:
 
     def quantize_heads(self, x_BLHD: Tensor) -> tuple[Tensor, Tensor]:
         scales = head_scales(x_BLHD)
-        scaled = x_BLHD.float() * scales.reciprocal()[:, None, :, None]
+        scaled = x_BLHD.float() / scales[:, None, :, None]
         return scaled.clamp(-FP8_MAX, FP8_MAX).to(FP8).contiguous(), scales
 
 

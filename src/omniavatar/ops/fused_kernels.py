@@ -1,10 +1,8 @@
-"""Triton kernels of `ops.fused`: a program takes one token row after another, each in registers throughout.
+"""Triton kernels of `ops.fused`: one program a token row, everything in registers between load and store.
 
-All are bound by memory: at 3 TB/s a pass over (30,375 x 5120) bf16 takes 0.10 ms. So what all rows share
-(gates, scales, shifts, weights; float32, four bytes to a value's two) is loaded once a program, not once a
-row, and programs are as many as the device runs at once. Registers come in powers of two, and a row of 5120
-would waste 3/8 of 8192: where a row is reduced it is held in two parts, 4096 and 1024, the second padded with
-masks. Float32 inside, one rounding outside, as the eager twins.
+All are bound by memory: at 3 TB/s a pass over (30,375 x 5120) bf16 takes 0.10 ms. Registers come in powers of
+two, and a row of 5120 would waste 3/8 of 8192: where a row is reduced it is held in two parts, 4096 and 1024,
+the second padded with masks. Float32 inside, one rounding outside, as the eager twins.
 """
 
 from __future__ import annotations
@@ -15,14 +13,14 @@ import triton.language as tl
 
 @triton.jit
 def _summed(
-    x_ptr, update_ptr, frame_ptr, sum_ptr, gate, start, frame_start, column, inside,
+    x_ptr, update_ptr, gate_ptr, frame_ptr, sum_ptr, start, gate_start, frame_start, column, inside,
     HAS_UPDATE: tl.constexpr, HAS_GATE: tl.constexpr, HAS_FRAME: tl.constexpr,
 ):  # fmt: skip
     x = tl.load(x_ptr + start + column, inside, 0.0).to(tl.float32)
     if HAS_UPDATE:
         update = tl.load(update_ptr + start + column, inside, 0.0).to(tl.float32)
         if HAS_GATE:
-            update = update * gate
+            update = update * tl.load(gate_ptr + gate_start + column, inside, 0.0)
         x = x + update
     if HAS_FRAME:
         x = x + tl.load(frame_ptr + frame_start + column, inside, 0.0).to(tl.float32)
@@ -42,79 +40,73 @@ def _stepped(x, inverse, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def _affine(x, scale_ptr, shift_ptr, column, inside):
+    return x * tl.load(scale_ptr + column, inside, 0.0) + tl.load(shift_ptr + column, inside, 0.0)
+
+
+@triton.jit
 def norm_kernel(
     x_ptr, update_ptr, gate_ptr, frame_ptr, scale_ptr, shift_ptr, sum_ptr, out_ptr, out_scale_ptr,
     width, tokens, tokens_per_frame, gate_step, scale_step, eps,
     HAS_UPDATE: tl.constexpr, HAS_GATE: tl.constexpr, HAS_FRAME: tl.constexpr, QUANTIZE: tl.constexpr,
     LIMIT: tl.constexpr, WHOLE: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    batch = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // tokens
+    start, gate_start, frame_start = row * width, batch * gate_step, row // tokens_per_frame * width
     first = tl.arange(0, MAIN)
-    gate = 0.0
-    gate_rest = 0.0
-    if HAS_GATE:
-        gate = tl.load(gate_ptr + batch * gate_step + first)
-    scale = tl.load(scale_ptr + batch * scale_step + first)
-    shift = tl.load(shift_ptr + batch * scale_step + first)
+    x = _summed(
+        x_ptr, update_ptr, gate_ptr, frame_ptr, sum_ptr, start, gate_start, frame_start, first, first < width,
+        HAS_UPDATE, HAS_GATE, HAS_FRAME,
+    )  # fmt: skip
+    total = tl.sum(x, 0)
     if REST:
         second = MAIN + tl.arange(0, REST)
         inside = second < width
-        if HAS_GATE:
-            gate_rest = tl.load(gate_ptr + batch * gate_step + second, inside, 0.0)
-        scale_rest = tl.load(scale_ptr + batch * scale_step + second, inside, 0.0)
-        shift_rest = tl.load(shift_ptr + batch * scale_step + second, inside, 0.0)
-    for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
-        row = batch * tokens + token
-        start, frame_start = row * width, row // tokens_per_frame * width
-        x = _summed(
-            x_ptr, update_ptr, frame_ptr, sum_ptr, gate, start, frame_start, first, first < width,
+        y = _summed(
+            x_ptr, update_ptr, gate_ptr, frame_ptr, sum_ptr, start, gate_start, frame_start, second, inside,
             HAS_UPDATE, HAS_GATE, HAS_FRAME,
         )  # fmt: skip
-        total = tl.sum(x, 0)
+        total += tl.sum(y, 0)
+    mean = total / width
+    x -= mean
+    squares = tl.sum(x * x, 0)
+    if REST:
+        y = tl.where(inside, y - mean, 0.0)
+        squares += tl.sum(y * y, 0)
+    rstd = 1.0 / tl.sqrt(squares / width + eps)
+    scale_ptr += batch * scale_step
+    shift_ptr += batch * scale_step
+    x = _affine(x * rstd, scale_ptr, shift_ptr, first, first < width)
+    if REST:
+        y = _affine(y * rstd, scale_ptr, shift_ptr, second, inside)
+    if QUANTIZE:
+        largest = tl.max(tl.abs(x), 0)
         if REST:
-            y = _summed(
-                x_ptr, update_ptr, frame_ptr, sum_ptr, gate_rest, start, frame_start, second, inside,
-                HAS_UPDATE, HAS_GATE, HAS_FRAME,
-            )  # fmt: skip
-            total += tl.sum(y, 0)
-        mean = total / width
-        x -= mean
-        squares = tl.sum(x * x, 0)
+            largest = tl.maximum(largest, tl.max(tl.abs(y), 0))
+        step = tl.maximum(largest / LIMIT, 1e-12)
+        tl.store(out_scale_ptr + row, step)
+        inverse = 1.0 / step
+        x = _stepped(x, inverse, WHOLE)
         if REST:
-            y = tl.where(inside, y - mean, 0.0)
-            squares += tl.sum(y * y, 0)
-        rstd = 1.0 / tl.sqrt(squares / width + eps)
-        x = x * rstd * scale + shift
-        if REST:
-            y = y * rstd * scale_rest + shift_rest
-        if QUANTIZE:
-            largest = tl.max(tl.abs(x), 0)
-            if REST:
-                largest = tl.maximum(largest, tl.max(tl.abs(y), 0))
-            step = tl.maximum(largest / LIMIT, 1e-12)
-            tl.store(out_scale_ptr + row, step)
-            inverse = 1.0 / step
-            x = _stepped(x, inverse, WHOLE)
-            if REST:
-                y = _stepped(y, inverse, WHOLE)
-        tl.store(out_ptr + start + first, x.to(out_ptr.dtype.element_ty))
-        if REST:
-            tl.store(out_ptr + start + second, y.to(out_ptr.dtype.element_ty), inside)
+            y = _stepped(y, inverse, WHOLE)
+    tl.store(out_ptr + start + first, x.to(out_ptr.dtype.element_ty))
+    if REST:
+        tl.store(out_ptr + start + second, y.to(out_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
 def add_gated_kernel(
     x_ptr, update_ptr, gate_ptr, out_ptr, width, tokens, gate_step, BLOCK: tl.constexpr
 ):  # fmt: skip
-    batch = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    gate = tl.load(gate_ptr + batch * gate_step + column, inside, 0.0)
-    for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
-        start = (batch * tokens + token) * width
-        x = tl.load(x_ptr + start + column, inside, 0.0).to(tl.float32)
-        update = tl.load(update_ptr + start + column, inside, 0.0).to(tl.float32)
-        tl.store(out_ptr + start + column, (x + update * gate).to(out_ptr.dtype.element_ty), inside)
+    start = row * width
+    x = tl.load(x_ptr + start + column, inside, 0.0).to(tl.float32)
+    update = tl.load(update_ptr + start + column, inside, 0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + (row // tokens) * gate_step + column, inside, 0.0)
+    tl.store(out_ptr + start + column, (x + update * gate).to(out_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -122,27 +114,23 @@ def rms_kernel(
     x_ptr, weight_ptr, out_ptr, width, row_step, batch_step, tokens, eps,
     MAIN: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    batch = tl.program_id(1).to(tl.int64)
-    x_ptr += batch * (batch_step - tokens * row_step)
+    row = tl.program_id(0).to(tl.int64)
+    place = x_ptr + (row // tokens) * batch_step + (row % tokens) * row_step
     first = tl.arange(0, MAIN)
-    weight = tl.load(weight_ptr + first).to(tl.float32)
+    x = tl.load(place + first).to(tl.float32)
+    squares = tl.sum(x * x, 0)
     if REST:
         second = MAIN + tl.arange(0, REST)
         inside = second < width
-        weight_rest = tl.load(weight_ptr + second, inside, 0.0).to(tl.float32)
-    for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
-        row = batch * tokens + token
-        place = x_ptr + row * row_step
-        x = tl.load(place + first).to(tl.float32)
-        squares = tl.sum(x * x, 0)
-        if REST:
-            y = tl.load(place + second, inside, 0.0).to(tl.float32)
-            squares += tl.sum(y * y, 0)
-        rstd = 1.0 / tl.sqrt(squares / width + eps)
-        out = out_ptr + row * width
-        tl.store(out + first, (x * rstd * weight).to(out_ptr.dtype.element_ty))
-        if REST:
-            tl.store(out + second, (y * rstd * weight_rest).to(out_ptr.dtype.element_ty), inside)
+        y = tl.load(place + second, inside, 0.0).to(tl.float32)
+        squares += tl.sum(y * y, 0)
+    rstd = 1.0 / tl.sqrt(squares / width + eps)
+    out_ptr += row * width
+    x = x * rstd * tl.load(weight_ptr + first).to(tl.float32)
+    tl.store(out_ptr + first, x.to(out_ptr.dtype.element_ty))
+    if REST:
+        y = y * rstd * tl.load(weight_ptr + second, inside, 0.0).to(tl.float32)
+        tl.store(out_ptr + second, y.to(out_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -162,33 +150,30 @@ def rms_rotate_kernel(
     HEAD_DIM: tl.constexpr, CLAMP: tl.constexpr, FP8_LIMIT: tl.constexpr,
     MAIN: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    token = row % tokens
     width = heads * HEAD_DIM
-    batch = tl.program_id(1).to(tl.int64)
-    x_ptr += batch * (batch_step - tokens * row_step)
+    place = x_ptr + (row // tokens) * batch_step + token * row_step
     within = tl.arange(0, HEAD_DIM)[None, :]
     first = tl.arange(0, MAIN)[:, None] * HEAD_DIM + within
-    weight = tl.load(weight_ptr + first).to(tl.float32)
+    x = tl.load(place + first).to(tl.float32)
+    squares = tl.sum(tl.sum(x * x, 1), 0)
     if REST:
         head = MAIN + tl.arange(0, REST)[:, None]
         second, inside = head * HEAD_DIM + within, head < heads
-        weight_rest = tl.load(weight_ptr + second, inside, 0.0).to(tl.float32)
-    for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
-        row = batch * tokens + token
-        place = x_ptr + row * row_step
-        x = tl.load(place + first).to(tl.float32)
-        squares = tl.sum(tl.sum(x * x, 1), 0)
-        if REST:
-            y = tl.load(place + second, inside, 0.0).to(tl.float32)
-            squares += tl.sum(tl.sum(y * y, 1), 0)
-        rstd = 1.0 / tl.sqrt(squares / width + eps)
-        table = token * (HEAD_DIM // 2) + tl.arange(0, HEAD_DIM // 2)
-        cos, sin = tl.load(cos_ptr + table)[None, :], tl.load(sin_ptr + table)[None, :]
-        out = out_ptr + row * width
-        x = _rotated(x * rstd * weight, cos, sin, MAIN, HEAD_DIM, CLAMP, FP8_LIMIT)
-        tl.store(out + first, x.to(out_ptr.dtype.element_ty))
-        if REST:
-            y = _rotated(y * rstd * weight_rest, cos, sin, REST, HEAD_DIM, CLAMP, FP8_LIMIT)
-            tl.store(out + second, y.to(out_ptr.dtype.element_ty), inside)
+        y = tl.load(place + second, inside, 0.0).to(tl.float32)
+        squares += tl.sum(tl.sum(y * y, 1), 0)
+    rstd = 1.0 / tl.sqrt(squares / width + eps)
+    table = token * (HEAD_DIM // 2) + tl.arange(0, HEAD_DIM // 2)
+    cos, sin = tl.load(cos_ptr + table)[None, :], tl.load(sin_ptr + table)[None, :]
+    out_ptr += row * width
+    x = x * rstd * tl.load(weight_ptr + first).to(tl.float32)
+    x = _rotated(x, cos, sin, MAIN, HEAD_DIM, CLAMP, FP8_LIMIT)
+    tl.store(out_ptr + first, x.to(out_ptr.dtype.element_ty))
+    if REST:
+        y = y * rstd * tl.load(weight_ptr + second, inside, 0.0).to(tl.float32)
+        y = _rotated(y, cos, sin, REST, HEAD_DIM, CLAMP, FP8_LIMIT)
+        tl.store(out_ptr + second, y.to(out_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -229,16 +214,14 @@ def quantize_heads_kernel(
     x_ptr, scale_ptr, out_ptr, width, row_step, batch_step, tokens, heads,
     HEAD_DIM: tl.constexpr, FP8_LIMIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    batch = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // tokens
     column = tl.arange(0, BLOCK)
     inside = column < width
-    inverse = 1.0 / tl.load(scale_ptr + batch * heads + column // HEAD_DIM, inside, 1.0)
-    x_ptr += batch * (batch_step - tokens * row_step)
-    for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
-        row = batch * tokens + token
-        x = tl.load(x_ptr + row * row_step + column, inside, 0.0).to(tl.float32)
-        x = tl.minimum(tl.maximum(x * inverse, -FP8_LIMIT), FP8_LIMIT)
-        tl.store(out_ptr + row * width + column, x.to(out_ptr.dtype.element_ty), inside)
+    x = tl.load(x_ptr + batch * batch_step + (row % tokens) * row_step + column, inside, 0.0).to(tl.float32)
+    step = tl.load(scale_ptr + batch * heads + column // HEAD_DIM, inside, 1.0)
+    x = tl.minimum(tl.maximum(x / step, -FP8_LIMIT), FP8_LIMIT)
+    tl.store(out_ptr + row * width + column, x.to(out_ptr.dtype.element_ty), inside)
 
 
 @triton.jit

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 from torch import Tensor
@@ -28,21 +26,11 @@ class TritonOps:
     """The kernels behind `FusedOps`; CUDA tensors whose head width is a power of two.
 
     values_per_warp decides the warps of a row's program: row width / values_per_warp, 1 to 16.
-    warps_per_processor decides how many programs take rows in turn: as many as hold so many warps on each
-    of the device's multiprocessors.
     """
 
-    def __init__(
-        self, values_per_warp: int = 1024, row_dtype: torch.dtype = FP8, warps_per_processor: int = 16
-    ) -> None:
+    def __init__(self, values_per_warp: int = 1024, row_dtype: torch.dtype = FP8) -> None:
         self._values_per_warp = values_per_warp
-        self._warps_per_processor = warps_per_processor
         self.row_dtype = row_dtype
-
-    def _grid(self, x: Tensor, warps: int) -> tuple[int, int]:
-        """Programs that share the tokens of each batch entry of (B, L, ..), and batch entries."""
-        programs = processors(x.device) * max(1, self._warps_per_processor // warps)
-        return min(x.shape[1], max(1, programs // x.shape[0])), x.shape[0]
 
     def _warps(self, block: int) -> int:
         return max(1, min(16, block // self._values_per_warp))
@@ -59,15 +47,14 @@ class TritonOps:
         frame_BTC: Tensor | None = None,
         quantize: bool = False,
     ) -> tuple[Tensor, Rows]:
-        _, tokens, width = x_BLC.shape
+        batch, tokens, width = x_BLC.shape
         adds = update_BLC is not None or frame_BTC is not None
         total = torch.empty_like(x_BLC) if adds else x_BLC
         out = torch.empty_like(x_BLC, dtype=self.row_dtype if quantize else x_BLC.dtype)
-        row_scale = x_BLC.new_empty(*x_BLC.shape[:2], 1, dtype=torch.float32) if quantize else scale
+        row_scale = x_BLC.new_empty(batch, tokens, 1, dtype=torch.float32) if quantize else scale
         frames = 1 if frame_BTC is None else frame_BTC.shape[1]
         main, rest = _parts(width)
-        warps = self._warps(main)
-        norm_kernel[self._grid(x_BLC, warps)](
+        norm_kernel[(batch * tokens,)](
             x_BLC.contiguous(),
             x_BLC if update_BLC is None else update_BLC.contiguous(),
             scale if gate is None else gate,
@@ -91,16 +78,15 @@ class TritonOps:
             WHOLE=self.row_dtype == torch.int8,
             MAIN=main,
             REST=rest,
-            num_warps=warps,
+            num_warps=self._warps(main),
         )
         return total, QuantRows(out, row_scale) if quantize else out
 
     def add_gated(self, x_BLC: Tensor, update_BLC: Tensor, gate: Tensor) -> Tensor:
-        _, tokens, width = x_BLC.shape
+        batch, tokens, width = x_BLC.shape
         out = torch.empty_like(x_BLC)
         block = triton.next_power_of_2(width)
-        warps = self._warps(block)
-        add_gated_kernel[self._grid(x_BLC, warps)](
+        add_gated_kernel[(batch * tokens,)](
             x_BLC.contiguous(),
             update_BLC.contiguous(),
             gate,
@@ -109,16 +95,15 @@ class TritonOps:
             tokens,
             _batch_step(gate, width),
             BLOCK=block,
-            num_warps=warps,
+            num_warps=self._warps(block),
         )
         return out
 
     def rms(self, x_BLC: Tensor, weight: Tensor, eps: float) -> Tensor:
-        _, tokens, width = x_BLC.shape
+        batch, tokens, width = x_BLC.shape
         out = torch.empty(x_BLC.shape, dtype=x_BLC.dtype, device=x_BLC.device)
         main, rest = _parts(width)
-        warps = self._warps(main)
-        rms_kernel[self._grid(x_BLC, warps)](
+        rms_kernel[(batch * tokens,)](
             _packed_rows(x_BLC),
             weight,
             out,
@@ -129,7 +114,7 @@ class TritonOps:
             eps,
             MAIN=main,
             REST=rest,
-            num_warps=warps,
+            num_warps=self._warps(main),
         )
         return out
 
@@ -147,8 +132,7 @@ class TritonOps:
         head_dim = width // heads
         out = torch.empty(batch, tokens, heads, head_dim, dtype=dtype, device=x_BLC.device)
         main, rest = _parts(heads)
-        warps = self._warps(main * head_dim)
-        rms_rotate_kernel[self._grid(x_BLC, warps)](
+        rms_rotate_kernel[(batch * tokens,)](
             _packed_rows(x_BLC),
             weight,
             cos,
@@ -164,7 +148,7 @@ class TritonOps:
             FP8_LIMIT=FP8_MAX,
             MAIN=main,
             REST=rest,
-            num_warps=warps,
+            num_warps=self._warps(main * head_dim),
         )
         return out
 
@@ -195,12 +179,11 @@ class TritonOps:
         return QuantRows(out, scale)
 
     def quantize_heads(self, x_BLHD: Tensor) -> tuple[Tensor, Tensor]:
-        _, tokens, heads, head_dim = x_BLHD.shape
+        batch, tokens, heads, head_dim = x_BLHD.shape
         scales = head_scales(x_BLHD)
         out = torch.empty(x_BLHD.shape, dtype=FP8, device=x_BLHD.device)
         block = triton.next_power_of_2(heads * head_dim)
-        warps = self._warps(block)
-        quantize_heads_kernel[self._grid(x_BLHD, warps)](
+        quantize_heads_kernel[(batch * tokens,)](
             _packed_rows(x_BLHD.flatten(2)),
             scales,
             out,
@@ -212,15 +195,9 @@ class TritonOps:
             HEAD_DIM=head_dim,
             FP8_LIMIT=FP8_MAX,
             BLOCK=block,
-            num_warps=warps,
+            num_warps=self._warps(block),
         )
         return out, scales
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device; 2 for Triton's interpreter on a CPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def _parts(size: int) -> tuple[int, int]:
