@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,7 +81,7 @@ def _propose(config: Path, hp: list[str] | None, minutes: float, deadline: str, 
     from omniavatar.errors import ResourceError
 
     seconds = parse_duration(deadline)
-    found = propose(load_config(config, hp or ()).config, minutes, seconds)
+    found = propose(load_config(config, hp or ()).config, minutes, seconds, started=time.process_time())
     if as_json:
         import json
         from dataclasses import asdict
@@ -115,7 +116,7 @@ def _print_proposal(found: Proposal) -> None:
         console.print(
             f"{found.minutes:g} minutes of video within {_duration(found.deadline)}: "
             f"{'--hp ' + found.chosen.override if found.chosen.settings else 'the configuration as it is'}, "
-            f"predicted {_duration(found.chosen.seconds)} ({found.loading:.0f} s of it loading)",
+            f"predicted {_duration(found.chosen.seconds)} ({found.loading:.0f} s of it start and loading)",
             soft_wrap=True,
         )
 

@@ -56,7 +56,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Proposal:
-    """chosen: None where nothing meets the deadline. others: better-looking ones that miss it, nearest first,
+    """loading: until the first window, with the start of the command and a new prompt's embedding.
+    chosen: None where nothing meets the deadline. others: better-looking ones that miss it, nearest first,
     then the fastest of all. as_configured: the configuration unchanged."""
 
     minutes: float
@@ -82,19 +83,24 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
-def propose(config: PipelineConfig, minutes: float, deadline: float, repeats: int = 5) -> Proposal:
+def propose(
+    config: PipelineConfig, minutes: float, deadline: float, repeats: int = 5, started: float = 0.0
+) -> Proposal:
     """Time the parts and choose; missing weights are replaced by random ones. deadline: seconds.
+
+    started: seconds a command takes until it begins to load, such as the processor time of this one so far.
 
     Raises ConfigError, CheckpointError, ResourceError as loading the pipeline does.
     """
     config, note = with_weights(config)
     notes = [note] if note else []
     choices: list[Choice] = []
-    loading = 0.0
+    loading = embedding = 0.0
     for quantize in _precisions(config):
         timed = changed(config, runtime={"quantize": quantize})
         parts = PartTimer(timed, warm_up=2, repeats=repeats)
-        loading = max(loading, parts.load())
+        embedding = embedding or parts.embed_prompt()
+        loading = max(loading, started + embedding + parts.load())
         base = parts.plan(changed(timed, sampling={"step_cache": "none"}), minutes * 60)
         costs, start = window_costs(parts.window_timings(base)), start_costs(parts.start_timings())
 
