@@ -116,6 +116,19 @@ def _all_here(row: Sequence[Pass], predict: Predict, like: Tensor) -> Iterator[T
 ONE = OneProcess()
 
 
+def _exchange_options() -> Any:
+    """NCCL's kernels start before those of the model that are ready at the same time.
+
+    Otherwise a product takes every multiprocessor first, and an exchange that was to travel beside it waits
+    for its end (two H100, 14B, 30,375 tokens: 1.207 s a forward without priority, 1.199 with it).
+    """
+    if dist.get_backend() != "nccl":
+        return None
+    options = dist.ProcessGroupNCCL.Options()
+    options.is_high_priority_stream = True
+    return options
+
+
 class Ranks:
     """A team of the processes of torch's default group, which is initialised already."""
 
@@ -156,7 +169,7 @@ class Ranks:
         """A communicator of its own; every rank makes all of `lists`, in the same order."""
         mine: Peers | None = None
         for ranks in lists:
-            group = dist.new_group(ranks, timeout=STEP_TIMEOUT)
+            group = dist.new_group(ranks, timeout=STEP_TIMEOUT, pg_options=_exchange_options())
             if self.rank in ranks:
                 mine = Peers(group, ranks.index(self.rank), len(ranks))
         assert mine is not None
