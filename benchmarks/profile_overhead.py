@@ -36,9 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = load_config(arguments.config, [*arguments.hp, f"seq_len={arguments.frames}"]).config
     plain = AvatarPipeline.from_config(config)
-    device = plain.components.device
-    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None
-    profiled = AvatarPipeline.from_config(config, recorder=TraceRecorder(wait=wait))
+    profiled = AvatarPipeline.from_config(config, recorder=TraceRecorder())
     profiled.components = plain.components
     times: dict[str, list[float]] = {"plain": [], "profiled": []}
     with as_file(files("omniavatar.assets")) as assets, tempfile.TemporaryDirectory() as folder:
@@ -60,6 +58,7 @@ def main() -> None:
     for name, values in times.items():
         print(f"| {name} | {medians[name]:.3f} | {fastest[name]:.3f} | {max(values):.3f} |")
     print(f"overhead {overhead:+.2%} of the median, {least:+.2%} of the fastest")
+    device = plain.components.device
     about = {"device": device_name(device), "torch": torch.__version__, "config": arguments.config}
     result = {"times": times, "overhead_median": overhead, "overhead_fastest": least}
     recorders = {"recorders": [RunRecorder.__name__, TraceRecorder.__name__]}

@@ -58,8 +58,7 @@ def profile_requests(
     device = choose_device(config.runtime.device)
     on_gpu = device.type == "cuda"
     taker = None if kernels is None else KernelTrace(kernels, on_gpu)
-    wait = (lambda: torch.cuda.synchronize(device)) if on_gpu else None
-    recorder = TraceRecorder([*listeners, *([taker] if taker else [])], wait)
+    recorder = TraceRecorder([*listeners, *([taker] if taker else [])])
     folder = config.output.output_dir / FOLDER
     config = config.model_copy(
         update={"output": config.output.model_copy(update={"output_dir": folder, "keep_job": False})}

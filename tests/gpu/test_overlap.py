@@ -88,6 +88,8 @@ def test_a_stage_lasts_as_long_as_the_device_needs():
     assert time.perf_counter() - begun < 0.2
     seconds = clock.seconds(start, end)
     assert seconds == pytest.approx(time.perf_counter() - begun, rel=0.1)
+    assert clock.moment(start) == pytest.approx(begun, abs=0.01)
+    assert clock.moment(end) == pytest.approx(begun + seconds, abs=0.01)
 
 
 def test_the_sidecars_stages_are_those_of_the_device(pipeline, tmp_path):

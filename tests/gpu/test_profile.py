@@ -14,6 +14,7 @@ from omniavatar.config_load import load_config
 from omniavatar.machine import devices, free_memory
 from omniavatar.profile_run import profile_requests
 from omniavatar.profiling.ceilings import ceilings, probe
+from omniavatar.profiling.clocks import DeviceClock
 from omniavatar.profiling.trace import TraceRecorder
 from omniavatar.requests_file import RequestLine
 
@@ -36,7 +37,8 @@ def test_profiled_run_on_the_gpu(nano_checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_a_step_lasts_until_the_gpu_is_done() -> None:
-    recorder = TraceRecorder(wait=torch.cuda.synchronize)
+    recorder = TraceRecorder()
+    recorder.use_clock(DeviceClock(torch.device("cuda")))
     a = torch.randn(8192, 8192, device="cuda")
     torch.cuda.synchronize()
     with recorder.stage("denoise"):
@@ -50,9 +52,7 @@ def test_a_step_lasts_until_the_gpu_is_done() -> None:
 
 def test_profiling_changes_no_frame(nano_checkpoint: Path, tmp_path: Path) -> None:
     plain = make_pipeline(nano_checkpoint, tmp_path, device="cuda")
-    traced = make_pipeline(
-        nano_checkpoint, tmp_path, TraceRecorder(wait=torch.cuda.synchronize), device="cuda"
-    )
+    traced = make_pipeline(nano_checkpoint, tmp_path, TraceRecorder(), device="cuda")
     for a, b in zip(plain.stream(request()), traced.stream(request()), strict=True):
         assert (a.frames == b.frames).all()
 

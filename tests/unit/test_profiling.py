@@ -130,12 +130,48 @@ def test_steps_follow_one_another_inside_their_denoise_stage() -> None:
     assert all(span.seconds >= 0.002 for span in steps)
 
 
-def test_only_the_models_thread_waits_for_the_device() -> None:
-    waits: list[int] = []
-    recorder = TraceRecorder(wait=lambda: waits.append(threading.get_ident()))
+class QueueClock:
+    """A device that gets to each mark a second after the one before; marks are read only when asked for."""
+
+    queued = True
+
+    def __init__(self) -> None:
+        self.marks, self.asked = 0, 0
+
+    def mark(self) -> float:
+        self.marks += 1
+        return float(self.marks)
+
+    def seconds(self, start: float, end: float) -> float:
+        self.asked += 1
+        return end - start
+
+    def moment(self, mark: float) -> float:
+        self.asked += 1
+        return 100.0 + mark
+
+
+def test_spans_are_the_devices_and_nobody_waits_for_it_before_they_are_read() -> None:
+    recorder, clock = TraceRecorder(), QueueClock()
+    recorder.use_clock(clock)
     record(recorder)
-    assert set(waits) == {threading.get_ident()}
-    assert len(waits) == 2 * 2 + 2 * 2 * 2 + 2 * 2, "two a stage of this thread, one a step"
+    assert clock.asked == 0 and clock.marks == 2 * 2 + 2 * (2 * 2 + 2), (
+        "two a stage of this thread, one a step"
+    )
+    spans = recorder.spans()
+    steps = [span for span in spans if span.name == "step"]
+    assert [(step.start, step.end) for step in steps] == [(105, 106), (106, 107), (111, 112), (112, 113)]
+    denoise = [span for span in spans if span.name == "denoise"]
+    assert [(span.start, span.end) for span in denoise] == [(105, 108), (111, 114)]
+    written = [span for span in spans if span.name == "video_write"]
+    assert len(written) == 2 and all(span.seconds < 1 for span in written), "by the host's clock"
+
+
+def test_a_stage_that_has_not_ended_is_no_span() -> None:
+    recorder = TraceRecorder()
+    with recorder.stage("denoise"):
+        assert recorder.spans() == ()
+    assert [span.name for span in recorder.spans()] == ["denoise"]
 
 
 def test_stage_times_are_those_of_the_ordinary_recorder_and_survive_errors() -> None:

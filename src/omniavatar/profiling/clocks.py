@@ -25,6 +25,10 @@ class Clock(Protocol):
         """Between two marks; waits for the later one."""
         ...
 
+    def moment(self, mark: Any) -> float:
+        """A mark in seconds of `time.perf_counter`; waits for it."""
+        ...
+
 
 class HostClock:
     """The wall clock of this process."""
@@ -37,14 +41,19 @@ class HostClock:
     def seconds(self, start: float, end: float) -> float:
         return end - start
 
+    def moment(self, mark: float) -> float:
+        return mark
+
 
 class DeviceClock:
-    """The current stream of one CUDA device."""
+    """The current stream of one CUDA device; making one waits for the device, to know when it is."""
 
     queued = True
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        torch.cuda.synchronize(device)
+        self._made, self._origin = self.mark(), time.perf_counter()
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -54,3 +63,6 @@ class DeviceClock:
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
         end.synchronize()
         return start.elapsed_time(end) / 1e3
+
+    def moment(self, mark: torch.cuda.Event) -> float:
+        return self._origin + self.seconds(self._made, mark)

@@ -29,14 +29,14 @@ class StageTime:
 
 
 @dataclass(eq=False, slots=True)
-class _Stage:
+class MarkedStage:
     """A stage between two marks of its clock, and the stages nested in it."""
 
     name: str
     clock: Clock
     start: Any
     end: Any = None
-    inside: list[_Stage] = field(default_factory=list)
+    inside: list[MarkedStage] = field(default_factory=list)
 
 
 class NullRecorder:
@@ -55,7 +55,7 @@ class RunRecorder:
     def __init__(self, listeners: Sequence[Listener] = ()) -> None:
         self._listeners = tuple(listeners)
         self._times: dict[str, StageTime] = {}
-        self._ended: list[_Stage] = []
+        self._ended: list[MarkedStage] = []
         self._host = HostClock()
         self._lock = threading.RLock()
         self._local = threading.local()
@@ -67,9 +67,8 @@ class RunRecorder:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time the body under `name`; also when it raises."""
-        clock: Clock = getattr(self._local, "clock", self._host)
-        stack = self._nested()
-        stage = _Stage(name, clock, clock.mark())
+        clock, stack = self._clock(), self._nested()
+        stage = MarkedStage(name, clock, clock.mark())
         stack.append(stage)
         try:
             yield
@@ -102,7 +101,7 @@ class RunRecorder:
                 self._add(stage)
             return dict(self._times)
 
-    def _add(self, stage: _Stage) -> float:
+    def _add(self, stage: MarkedStage) -> float:
         inside = sum(self._add(each) for each in stage.inside)
         seconds = stage.clock.seconds(stage.start, stage.end)
         old = self._times.get(stage.name, StageTime())
@@ -111,9 +110,14 @@ class RunRecorder:
         )
         return seconds
 
-    def _nested(self) -> list[_Stage]:
+    def _clock(self) -> Clock:
+        """The clock of this thread."""
+        clock: Clock = getattr(self._local, "clock", self._host)
+        return clock
+
+    def _nested(self) -> list[MarkedStage]:
         """The stages this thread is in."""
-        stack: list[_Stage] | None = getattr(self._local, "nested", None)
+        stack: list[MarkedStage] | None = getattr(self._local, "nested", None)
         if stack is None:
             stack = self._local.nested = []
         return stack

@@ -1,10 +1,9 @@
 """A recorder that keeps every stage and every denoising step, for `omniavatar profile`.
 
-`TraceRecorder` is a `RunRecorder` that also remembers when each stage began and ended. On a GPU it waits for
-the device at the edges of each stage and after each step, so that a time is that of the work and not of its
-queueing; an ordinary run has no such waits. Only the thread that made the recorder waits: the thread that
-writes the video must not stand in the model's way. A step lasts from the end of the one before (the first:
-from the start of its "denoise" stage). Without a GPU a span costs some microseconds.
+`TraceRecorder` is a `RunRecorder` that also remembers when each stage began and ended, by the clock of its
+thread: for the thread that drives a GPU marks in the device's queue, so that a time is that of the work and
+not of its queueing, and nothing waits that would not wait in an ordinary run. A step lasts from the end of
+the one before (the first: from the start of its "denoise" stage). A span costs some microseconds.
 
 `chrome_trace` is the form that Perfetto (ui.perfetto.dev) and chrome://tracing load.
 """
@@ -13,13 +12,12 @@ from __future__ import annotations
 
 import os
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from omniavatar.profiling.recorder import Listener, RunRecorder
+from omniavatar.profiling.recorder import Listener, MarkedStage, RunRecorder
 
 STEP = "step"
 DENOISE = "denoise"
@@ -47,36 +45,46 @@ class Span:
         return self.end - self.start
 
 
-class TraceRecorder(RunRecorder):
-    """Remembers spans. `wait` blocks until the device has done what was queued (default: nothing to do)."""
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """A stage or step, and where it was."""
 
-    def __init__(self, listeners: Sequence[Listener] = (), wait: Callable[[], None] | None = None) -> None:
+    stage: MarkedStage
+    thread: int
+    depth: int
+    request: int | None
+    window: int | None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def span(self) -> Span:
+        stage = self.stage
+        start, seconds = stage.clock.moment(stage.start), stage.clock.seconds(stage.start, stage.end)
+        where = self.thread, self.depth, self.request, self.window
+        return Span(stage.name, start, start + seconds, *where, self.details)
+
+
+class TraceRecorder(RunRecorder):
+    """Remembers spans."""
+
+    def __init__(self, listeners: Sequence[Listener] = ()) -> None:
         super().__init__(listeners)
-        self._wait = wait
         self._owner = threading.get_ident()
-        self._spans: list[Span] = []
-        self._step_start: float | None = None
+        self._kept: list[_Kept] = []
+        self._step_start: Any = None
         self._request: int | None = None
         self._requests = 0
         self._window: int | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        self._settle()
-        depth = len(self._nested())
-        request, window = self._request, self._window if self._is_owner() else None
-        start = time.perf_counter()
-        if name == DENOISE:
-            self._step_start = start
-        try:
-            with super().stage(name):
-                try:
-                    yield
-                finally:
-                    self._settle()
-        finally:
-            end = time.perf_counter()
-            self._spans.append(Span(name, start, end, threading.get_ident(), depth, request, window))
+        depth, thread = len(self._nested()), threading.get_ident()
+        window = self._window if thread == self._owner else None
+        with super().stage(name):
+            stage = self._nested()[-1]
+            self._kept.append(_Kept(stage, thread, depth, self._request, window))
+            if name == DENOISE:
+                self._step_start = stage.start
+            yield
 
     def event(self, name: str, /, **fields: Any) -> None:
         match name:
@@ -92,34 +100,18 @@ class TraceRecorder(RunRecorder):
         super().event(name, **fields)
 
     def spans(self) -> tuple[Span, ...]:
-        """Everything that has ended, in the order of its beginning."""
-        return tuple(sorted(self._spans, key=lambda span: (span.start, span.depth)))
+        """Everything that has ended, in the order of its beginning; waits for a device that is timed."""
+        spans = [kept.span() for kept in self._kept if kept.stage.end is not None]
+        return tuple(sorted(spans, key=lambda span: (span.start, span.depth)))
 
     def _step(self, fields: dict[str, Any]) -> None:
-        self._settle()
-        now = time.perf_counter()
-        start = now if self._step_start is None else self._step_start
+        clock = self._clock()
+        now = clock.mark()
+        stage = MarkedStage(STEP, clock, now if self._step_start is None else self._step_start, now)
         details = {"step": fields["step"], "action": fields["action"]}
-        self._spans.append(
-            Span(
-                STEP,
-                start,
-                now,
-                threading.get_ident(),
-                len(self._nested()),
-                self._request,
-                self._window,
-                details,
-            )
-        )
+        thread, depth = threading.get_ident(), len(self._nested())
+        self._kept.append(_Kept(stage, thread, depth, self._request, self._window, details))
         self._step_start = now
-
-    def _settle(self) -> None:
-        if self._wait is not None and self._is_owner():
-            self._wait()
-
-    def _is_owner(self) -> bool:
-        return threading.get_ident() == self._owner
 
 
 def chrome_trace(spans: Sequence[Span]) -> dict[str, Any]:
