@@ -56,7 +56,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Proposal:
-    """loading: until the first window, with the start of the command and a new prompt's embedding.
+    """loading: what does not grow with the video: the command's start, a new prompt's embedding, models, and
+    what first runs take beyond later ones.
     chosen: None where nothing meets the deadline. others: better-looking ones that miss it, nearest first,
     then the fastest of all. as_configured: the configuration unchanged."""
 
@@ -100,9 +101,11 @@ def propose(
         timed = changed(config, runtime={"quantize": quantize})
         parts = PartTimer(timed, warm_up=2, repeats=repeats)
         embedding = embedding or parts.embed_prompt()
-        loading = max(loading, started + embedding + parts.load())
+        loaded = parts.load()
         base = parts.plan(changed(timed, sampling={"step_cache": "none"}), minutes * 60)
         costs, start = window_costs(parts.window_timings(base)), start_costs(parts.start_timings())
+
+        loading = max(loading, started + embedding + loaded + parts.warming)
 
         def seconds(plan: RunPlan, costs: Any = costs, start: Any = start) -> float:
             return video_seconds(costs, start, counts_of(plan))

@@ -48,6 +48,8 @@ class PartTimer:
         self._pipeline = AvatarPipeline.from_config(config)
         self.components = self._components = self._pipeline.components
         self._device = self._components.device
+        self.warming = 0.0
+        """Seconds that the first runs of what was timed took beyond an ordinary one."""
 
     @property
     def pipeline(self) -> AvatarPipeline:
@@ -160,16 +162,17 @@ class PartTimer:
             }
 
     def _timed(self, run: Callable[[], object]) -> Timing:
-        for _ in range(self._warm_up):
-            run()
         times = []
-        for _ in range(self._repeats):
+        for _ in range(self._warm_up + self._repeats):
             self.wait()
             begun = time.perf_counter()
             run()
             self.wait()
             times.append(time.perf_counter() - begun)
-        return Timing.of(times)
+        timing = Timing.of(times[self._warm_up :])
+        if self._warm_up:
+            self.warming += max(0.0, times[0] - timing.median)
+        return timing
 
     def wait(self) -> None:
         if self._device.type == "cuda":
