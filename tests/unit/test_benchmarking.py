@@ -188,6 +188,22 @@ def test_streaming_is_tried_last_and_measured(monkeypatch: pytest.MonkeyPatch) -
     assert row["memory"]["resident_blocks"] == 6
 
 
+def test_tips_are_tried_without_a_step_cache_whose_plan_cannot_be_told() -> None:
+    config = load_config(CONFIGS / "inference_1.3B_optimized.yaml").config
+    assert config.sampling.cache_policy == "teacache"
+
+    def seconds(changes: PipelineConfig) -> float:
+        if changes.sampling.cache_policy == "teacache":
+            raise ConfigError("its plan cannot be told")
+        return float(changes.sampling.steps)
+
+    for cached, tried in ((True, 2), (False, 9)):
+        tips = guide_tips(config, seconds, cached)
+        assert tips[0].verdict == "not tried" and tips[0].change == "teacache as configured"
+        assert sum(tip.verdict != "not tried" for tip in tips) >= tried
+    assert [tip.tip for tip in tips if tip.verdict == "not tried"] == ["step cache"]
+
+
 def test_whole_videos_with_and_without_the_step_cache(nano_checkpoint: Path, tmp_path: Path) -> None:
     cache = {"step_cache": "magcache", "magcache_thresh": 10.0, "magcache_retention": 0.0, "num_steps": 4}
     pipeline = make_pipeline(nano_checkpoint, tmp_path, scale="1.3B", magcache_max_skip=1, **cache)

@@ -135,8 +135,11 @@ class _Measurement:
         config, options, components = self._config, self._options, self._components
         loading = self._parts.load()
         plan = self._parts.plan(config, 60.0)
-        if config.model.weights == "random" and config.sampling.cache_policy == "teacache":
-            self._notes.append(f"{NO_TEACACHE}, and the all-in figure is not that of the real model")
+        cached = not _unreadable_cache(config)
+        if not cached:
+            self._notes.append(
+                f"{NO_TEACACHE}, and the all-in figure is not that of the real model; other tips: without it"
+            )
         if plan.step_plan is not None and plan.step_plan.source:
             self._notes.append(f"step cache by constants {plan.step_plan.source}")
         timings = self._parts.window_timings(plan)
@@ -159,7 +162,7 @@ class _Measurement:
             return video_seconds(costs[changes.video.max_tokens], start, counts_of(run_plan))
 
         def tried(changes: PipelineConfig) -> float:
-            if changes.model.weights == "random" and changes.sampling.cache_policy == "teacache":
+            if _unreadable_cache(changes):
                 raise ConfigError(NO_TEACACHE)
             if changes.runtime != config.runtime:
                 forward = self._forward_elsewhere(changes, plan, timings["forward"])
@@ -211,7 +214,7 @@ class _Measurement:
                 row["full"] = measure_full(
                     self._parts.pipeline, voice, lambda audio: seconds(config, audio / 60)
                 )
-        return {**row, "tips": [tip.as_dict() for tip in guide_tips(config, tried)]}
+        return {**row, "tips": [tip.as_dict() for tip in guide_tips(config, tried, cached)]}
 
     def _forward_elsewhere(self, config: PipelineConfig, plan: RunPlan, known: Timing) -> Timing:
         """A forward with the blocks where `config` puts them; `known`, if that is where they are."""
@@ -225,6 +228,11 @@ class _Measurement:
             return known
         components.adopt(placement)
         return self._parts.forward_timings(plan)["forward"]
+
+
+def _unreadable_cache(config: PipelineConfig) -> bool:
+    """Whether the steps that the step cache skips would be read off weights that are not the model's."""
+    return config.model.weights == "random" and config.sampling.cache_policy == "teacache"
 
 
 def main() -> None:

@@ -46,13 +46,16 @@ class Tip:
         return {**vars(self), "verdict": self.verdict}
 
 
-def guide_tips(config: PipelineConfig, seconds: Callable[[PipelineConfig], float]) -> list[Tip]:
-    """The tips, tried on `config`.
+def guide_tips(
+    config: PipelineConfig, seconds: Callable[[PipelineConfig], float], cached: bool = True
+) -> list[Tip]:
+    """The tips, tried on `config`; all but the step cache's own without its step cache if not `cached`.
 
     seconds: a configuration's time for the video; max_tokens may be the configured or `fewer_tokens`. The
     last one tried streams blocks, which cannot come back to the device.
     """
-    plain = changed(config, sampling={"step_cache": "none"})
+    whole, plain = config, changed(config, sampling={"step_cache": "none"})
+    config = whole if cached else plain
     sampling, video = config.sampling, config.video
     fewer = max(1, sampling.steps // 2)
     trials = [
@@ -117,7 +120,7 @@ def guide_tips(config: PipelineConfig, seconds: Callable[[PipelineConfig], float
             changed(config, runtime={"memory": "auto", "num_persistent_param_in_dit": PERSISTENT}),
         ),
     ]
-    return [_cache_tip(config, plain, seconds), *(_try(*trial, seconds) for trial in trials)]
+    return [_cache_tip(whole, plain, seconds), *(_try(*trial, seconds) for trial in trials)]
 
 
 def fewer_tokens(config: PipelineConfig) -> int:
