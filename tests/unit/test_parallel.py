@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
@@ -263,3 +265,18 @@ def test_the_released_sizes_share_their_heads() -> None:
     wide, narrow = scale_spec("14B").dit.num_heads, scale_spec("1.3B").dit.num_heads
     assert [Layout(1, n, wide).rows for n in (2, 4, 8)] == [1, 1, 1]
     assert [Layout(1, n, narrow).rows for n in (2, 4, 8)] == [1, 1, 2]
+
+
+@pytest.mark.parametrize(("backend", "priority"), [("nccl", True), ("gloo", None)])
+def test_groups_of_nccl_have_priority(
+    monkeypatch: pytest.MonkeyPatch, backend: str, priority: bool | None
+) -> None:
+    given: list[Any] = []
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=SimpleNamespace), raising=False)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(dist, "new_group", lambda *_, **options: given.append(options.get("pg_options")))
+    ranks = object.__new__(Ranks)
+    ranks.rank = 0
+    ranks._new_peers([[0, 1]])
+    assert [getattr(options, "is_high_priority_stream", None) for options in given] == [priority]
