@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
-import tempfile
 import time
-from importlib.resources import as_file, files
 from pathlib import Path
 
-import torch
-from scaling_video import write_speech
+from scaling_video import request_files
+from timing import where
 
 
 def command(*arguments: str) -> str:
@@ -71,11 +68,9 @@ def main() -> None:
     parser.add_argument("--hp", nargs="*", default=[])
     arguments = parser.parse_args()
     rows = []
-    with tempfile.TemporaryDirectory() as name, as_file(files("omniavatar.assets")) as assets:
-        folder = Path(name)
-        write_speech(folder / "speech.wav", arguments.minutes * 60)
+    with request_files(arguments.minutes) as (folder, portrait):
         for deadline in arguments.deadlines:
-            rows.append(measure(arguments, deadline, folder, assets / "portrait.png"))
+            rows.append(measure(arguments, deadline, folder, portrait))
             print(rows[-1], flush=True)
     print("| deadline | settings | predicted, s | taken, s | error |")
     print("|---|---|---|---|---|")
@@ -84,9 +79,7 @@ def main() -> None:
             f"| {row['deadline']} | {row['settings']} | {row['predicted']:.1f} | {row['seconds']:.1f} | "
             f"{row['error']:+.1%} |"
         )
-    about = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
-    about |= {"torch": torch.__version__, "python": platform.python_version()}
-    print(json.dumps({"benchmark": "deadline", **vars(arguments), **about, "rows": rows}))
+    print(json.dumps({"benchmark": "deadline", **vars(arguments), **where(), "rows": rows}))
 
 
 if __name__ == "__main__":

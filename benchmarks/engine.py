@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 
 import torch
-from timing import timed
+from timing import timed, where
 
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
@@ -101,12 +100,7 @@ def main() -> None:
             f"| {row['decode_s']:.2f} ({row['decode_min_s']:.2f}..{row['decode_max_s']:.2f}) "
             f"| {row['peak_gib']:.1f} |"
         )
-    where = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    print(json.dumps({"benchmark": "engine", "repeats": arguments.repeats, **where, "rows": rows}))
+    print(json.dumps({"benchmark": "engine", "repeats": arguments.repeats, **where(), "rows": rows}))
 
 
 if __name__ == "__main__":

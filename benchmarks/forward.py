@@ -14,12 +14,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 import statistics
 from functools import partial
 
 import torch
-from timing import timed
+from timing import timed, where
 
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
 from omniavatar.checkpoint.dit import random_dit
@@ -173,12 +172,7 @@ def main() -> None:
         errors = f"{row['error']:.2e} | {row['twin_error']:.2e}"
         head = f"| {row['scale']} | {row['variant']} | {row['attention']} | {errors} | "
         print(head + " | ".join(cells) + f" | {row['30375_peak_gib']:.1f} |")
-    where = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    print(json.dumps({"benchmark": "forward", "repeats": arguments.repeats, **where, "rows": rows}))
+    print(json.dumps({"benchmark": "forward", "repeats": arguments.repeats, **where(), "rows": rows}))
 
 
 if __name__ == "__main__":

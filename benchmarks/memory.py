@@ -16,15 +16,13 @@ import argparse
 import gc
 import hashlib
 import json
-import os
-import platform
 import statistics
 import time
 from functools import partial
 
 import torch
 from forward import inputs
-from timing import timed
+from timing import timed, where
 
 from omniavatar.accel.apply import AccelConfig, apply_accelerations, weight_form
 from omniavatar.accel.memory_plan import GB
@@ -34,6 +32,7 @@ from omniavatar.accel.vae import create_vae
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import random_vae
+from omniavatar.cli import grow_segments
 from omniavatar.config_load import load_config
 from omniavatar.ops.attention import create_attention
 from omniavatar.ops.fused import create_fused
@@ -166,7 +165,7 @@ def measure(scale: str, quantize: str, limits, repeats: int) -> list[dict]:
 
 
 def main() -> None:
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    grow_segments()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -198,12 +197,7 @@ def main() -> None:
             row["bits_equal"],
         )
         print(f"| {' | '.join(str(cell) for cell in cells)} |")
-    where = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    print(json.dumps({"benchmark": "memory", "repeats": arguments.repeats, **where, "rows": rows}))
+    print(json.dumps({"benchmark": "memory", "repeats": arguments.repeats, **where(), "rows": rows}))
     if not all(row["bits_equal"] for row in rows):
         raise SystemExit("error: a streamed forward differs from the resident one")
 

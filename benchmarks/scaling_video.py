@@ -14,18 +14,19 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import wave
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
 
 import numpy as np
-import torch
+from timing import where
 from whole_video import RATE, speech
 
 
@@ -37,6 +38,14 @@ def write_speech(path: Path, seconds: float) -> None:
         sound.setsampwidth(2)
         sound.setframerate(RATE)
         sound.writeframes(whole.tobytes())
+
+
+@contextmanager
+def request_files(minutes: float) -> Iterator[tuple[Path, Path]]:
+    """A temporary folder with the packaged speech, repeated to `minutes`, as `speech.wav`; the portrait."""
+    with tempfile.TemporaryDirectory() as name, as_file(files("omniavatar.assets")) as assets:
+        write_speech(Path(name) / "speech.wav", minutes * 60)
+        yield Path(name), assets / "portrait.png"
 
 
 def run(arguments: argparse.Namespace, gpus: str, folder: Path, portrait: Path) -> dict[str, object]:
@@ -86,12 +95,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--hp", nargs="*", default=["loras=[]", "image_sizes_720=[[400,720]]"])
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name, as_file(files("omniavatar.assets")) as assets:
-        folder = Path(name)
-        write_speech(folder / "speech.wav", arguments.minutes * 60)
-        rows = []
+    rows = []
+    with request_files(arguments.minutes) as (folder, portrait):
         for gpus in arguments.gpus:
-            rows.append(run(arguments, gpus, folder, assets / "portrait.png"))
+            rows.append(run(arguments, gpus, folder, portrait))
             print(rows[-1], flush=True)
     print("| GPUs | a window, s | windows after the first, s | times the first row | whole command, s |")
     print("|---|---|---|---|---|")
@@ -101,9 +108,7 @@ def main() -> None:
             f"| {row['gpus']} | {row['window_s']:.3f} ({low:.3f}..{high:.3f}) | {row['windows_s']:.1f} | "
             f"{rows[0]['windows_s'] / row['windows_s']:.3f} | {row['command_s']:.1f} |"
         )
-    about = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
-    about |= {"torch": torch.__version__, "python": platform.python_version()}
-    print(json.dumps({"benchmark": "scaling_video", **vars(arguments), **about, "rows": rows}))
+    print(json.dumps({"benchmark": "scaling_video", **vars(arguments), **where(), "rows": rows}))
 
 
 if __name__ == "__main__":

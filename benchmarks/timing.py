@@ -1,7 +1,8 @@
-"""How seconds are measured on a CUDA device: warm-up, synchronisation, repeats."""
+"""How seconds are measured on a CUDA device: warm-up, synchronisation, repeats; and where they were."""
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable
 
@@ -22,3 +23,12 @@ def timed(run: Callable[[], object], repeats: int) -> list[float]:
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return times
+
+
+def where() -> dict[str, str]:
+    """Device and versions, for the line of JSON."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
 import tempfile
 import time
@@ -28,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timing import where
 
 from omniavatar import AvatarPipeline, AvatarRequest, Waveform, vae_loading
 from omniavatar.checkpoint.vae import random_vae
@@ -135,9 +135,7 @@ def main() -> None:
         "attention": sidecar["attention"],
         "stages": sidecar["stages"],
         "gpu_peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **where(),
     }
     kind = f"projected from {result.windows} windows" if arguments.windows else "measured"
     print(f"{arguments.minutes:g} min: {total:.1f} s ({kind}), {len(whole.windows)} windows of {later:.3f} s")

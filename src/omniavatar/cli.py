@@ -68,15 +68,19 @@ app.command()(cli_profile.doctor)
 app.command()(cli_calibrate.calibrate)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line with `arguments` (default: the process's own) and exit with its code.
+def grow_segments() -> None:
+    """Take CUDA memory in segments that grow, unless the environment says otherwise.
 
-    CUDA memory is taken in segments that grow, unless the environment says otherwise: after a larger plan
-    its pieces otherwise stay too small for the next (`benchmarks/memory.py`: no step down with it, one at
-    each limit without).
+    After a larger plan its pieces otherwise stay too small for the next (`benchmarks/memory.py`: no step down
+    with it, one at each limit without).
     """
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line with `arguments` (default: the process's own) and exit with its code."""
+    grow_segments()
     given = list(sys.argv[1:] if arguments is None else arguments)
     app(args=given, prog_name="omniavatar", obj=given)
 

@@ -76,9 +76,8 @@ def profile_requests(
         taker.stop()
     components = pipeline.components
     models = Models(components.dit_config, _vae_sizes(config.model))
-    report = build_report(
-        recorder.spans(), recorder.timings(), figures, models, ceiling, fp8_ceilings(device), seconds
-    )
+    spans = recorder.spans()
+    report = build_report(spans, recorder.timings(), figures, models, ceiling, fp8_ceilings(device), seconds)
     about = {
         "command": "profile",
         "omniavatar": __version__,
@@ -95,7 +94,7 @@ def profile_requests(
         "kernel_trace_window": None if taker is None else taker.window,
         "peak_memory": peak_memory(components.device),
     }
-    return ProfiledRun({**about, **report}, chrome_trace(recorder.spans()))
+    return ProfiledRun({**about, **report}, chrome_trace(spans))
 
 
 def _vae_sizes(model: ModelConfig) -> VAEConfig | None:

@@ -17,6 +17,7 @@ from omniavatar.errors import OutputError
 from omniavatar.generation import WindowGenerator, WindowResult
 from omniavatar.ops.transfer import arrival, download, upload
 from omniavatar.profiling.recorder import RunRecorder
+from queue_clock import QueueClock
 
 CPU = torch.device("cpu")
 
@@ -24,26 +25,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def pipeline(nano_checkpoint, tmp_path_factory):
     return make_pipeline(nano_checkpoint, tmp_path_factory.mktemp("text-cache"))
-
-
-class QueueClock:
-    """A device's timeline: marks are numbers that are read only when `seconds` asks."""
-
-    queued = True
-
-    def __init__(self) -> None:
-        self.now, self.asked = 0.0, 0
-
-    def mark(self) -> float:
-        return self.now
-
-    def seconds(self, start: float, end: float) -> float:
-        self.asked += 1
-        return end - start
-
-    def moment(self, mark: float) -> float:
-        self.asked += 1
-        return mark
 
 
 def test_queued_stages_are_timed_by_the_device_and_asked_for_late() -> None:

@@ -25,6 +25,7 @@ from omniavatar.profiling.report import Models, RequestFigures, build_report, de
 from omniavatar.profiling.report_table import print_report, seconds_text
 from omniavatar.profiling.trace import TraceRecorder, chrome_trace
 from omniavatar.sampling.windows import plan_windows
+from queue_clock import QueueClock
 
 LATENT = (3, 6, 8)
 
@@ -130,29 +131,8 @@ def test_steps_follow_one_another_inside_their_denoise_stage() -> None:
     assert all(span.seconds >= 0.002 for span in steps)
 
 
-class QueueClock:
-    """A device that gets to each mark a second after the one before; marks are read only when asked for."""
-
-    queued = True
-
-    def __init__(self) -> None:
-        self.marks, self.asked = 0, 0
-
-    def mark(self) -> float:
-        self.marks += 1
-        return float(self.marks)
-
-    def seconds(self, start: float, end: float) -> float:
-        self.asked += 1
-        return end - start
-
-    def moment(self, mark: float) -> float:
-        self.asked += 1
-        return 100.0 + mark
-
-
 def test_spans_are_the_devices_and_nobody_waits_for_it_before_they_are_read() -> None:
-    recorder, clock = TraceRecorder(), QueueClock()
+    recorder, clock = TraceRecorder(), QueueClock(step=1, origin=100)
     recorder.use_clock(clock)
     record(recorder)
     assert clock.asked == 0 and clock.marks == 2 * 2 + 2 * (2 * 2 + 2), (

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from omniavatar.accel.short_text import prepare_text
-from omniavatar.benchmarking.full import packaged_portrait
+from omniavatar.benchmarking.full import PROMPT, packaged_portrait
 from omniavatar.benchmarking.tips import changed
+from omniavatar.components import Components
 from omniavatar.config import PipelineConfig
 from omniavatar.encoders.image import prepare_image
 from omniavatar.encoders.tokens import TEXT_TOKENS
@@ -34,7 +35,6 @@ from omniavatar.profiling.report import decoded_latents
 from omniavatar.weights_preview import assumed_scale, missing_files
 
 AUDIO_SECONDS = 10
-NEW_PROMPT = "A person speaks to the camera"
 TEXT_WORDS = 64
 """Tokens of an ordinary prompt; the rest of the 512 is padding, which a CPU need not attend to one by one."""
 
@@ -57,9 +57,8 @@ class PartTimer:
 
     def load(self) -> float:
         """Load every model a window needs, where the configured memory wants them; seconds."""
-        config, components = self._config, self._components
-        whole = make_plan(config, config.video.sample_rate, self._size)
-        components.adopt(components.place(Request(whole, config.sampling.cache_policy != "none"), {}))
+        components = self._components
+        self._place(components)
         begun = time.perf_counter()
         components.dit, components.vae, components.audio_encoder  # noqa: B018  (loads them)
         self.wait()
@@ -71,10 +70,17 @@ class PartTimer:
             fresh = AvatarPipeline.from_config(
                 changed(self._config, runtime={"text_cache_dir": Path(folder)})
             )
+            self._place(fresh.components)
             begun = time.perf_counter()
-            fresh.components.embed_prompts([NEW_PROMPT])
+            fresh.components.embed_prompts([PROMPT])
             self.wait()
             return time.perf_counter() - begun
+
+    def _place(self, components: Components) -> None:
+        """Decide where the models go, as a run does before it loads any."""
+        config = self._config
+        whole = make_plan(config, config.video.sample_rate, self._size)
+        components.adopt(components.place(Request(whole, config.sampling.cache_policy != "none"), {}))
 
     def plan(self, config: PipelineConfig, audio_seconds: float) -> RunPlan:
         video = config.video
