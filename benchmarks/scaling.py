@@ -17,13 +17,15 @@ import json
 import os
 import platform
 import statistics
+import time
 
 import torch
 from forward import GRIDS, inputs
-from scaling_vae import SilentPeers, measure_vae
+from scaling_vae import SilentHeads, SilentPeers, measure_vae
 from timing import timed
 
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
+from omniavatar.accel.graphs import CudaCapture, GraphedBlocks
 from omniavatar.accel.shard_weights import apply_shared_weights
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
@@ -44,6 +46,8 @@ def main() -> None:
     parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--quantize", default="none", choices=["none", "fp8"])
     parser.add_argument("--attention", default="auto")
+    parser.add_argument("--exchange", default="auto", choices=["auto", "direct", "collective"])
+    parser.add_argument("--graphs", action="store_true", help="also the shared forward as a CUDA graph")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--vae", action="store_true")
     options = parser.parse_args()
@@ -57,7 +61,7 @@ def main() -> None:
         return
     spec = scale_spec(options.scale).dit
     layout = Layout(options.cfg, team.size // options.cfg, spec.num_heads)
-    team.arrange(layout)
+    exchange = team.arrange(layout, options.exchange)
     name, attention = create_attention(options.attention, device, torch.bfloat16)
     dit = random_dit(spec, attention=attention, dtype=torch.bfloat16, device=device, seed=0)
     ops = create_fused(device)
@@ -95,17 +99,26 @@ def main() -> None:
         shared = measure(f"{what}, shared", several)
         if layout.sequence > 1 and layout.guidance == 1:
             sequence = team._sequence
+            found["queued by the host"] = queued(forward, options.repeats)
+            if options.graphs:
+                graphed = GraphedBlocks(dit.run_blocks, CudaCapture())
+                replayed = lambda: dit(*args, run_blocks=team.shard(graphed))  # noqa: E731
+                eager = forward()
+                found["error of the graph"] = max(float((replayed() - eager).abs().max()) for _ in range(3))
+                measure("forward, shared, one graph", replayed)
+                found["graph queued by the host"] = queued(replayed, options.repeats)
             real = sequence.whole, sequence.heads, sequence.rows
-            sequence.whole, sequence.heads, sequence.rows = (
-                SilentPeers(each.group, each.index, each.size) for each in real
+            sequence.whole, sequence.rows = (
+                SilentPeers(each.group, each.index, each.size) for each in (sequence.whole, sequence.rows)
             )
+            sequence.heads = SilentHeads(sequence.heads.index, sequence.heads.size)
             silent = measure("forward, shared, nothing moved", forward)
             sequence.whole, sequence.heads, sequence.rows = real
-            exchanges = measure("exchanges alone", lambda: exchange(sequence, spec, device))
+            exchanges = measure("exchanges alone", lambda: exchange_all(sequence, spec, device))
             found["share of the exchanges hidden"] = 1 - (shared - silent) / exchanges
     found["peak GB"] = torch.cuda.max_memory_allocated(device) / 1e9
     if team.leads:
-        print(f"{options.scale}, {options.tokens} tokens, {name}, {options.quantize}, {layout}")
+        print(f"{options.scale}, {options.tokens} tokens, {name}, {options.quantize}, {layout}; {exchange}")
         for label, values in found.items():
             text = (
                 f"{values:.4f}" if isinstance(values, float) else "{:.4f} ({:.4f}..{:.4f}) s".format(*values)
@@ -117,6 +130,7 @@ def main() -> None:
                 {
                     **vars(options),
                     "gpus": team.size,
+                    "heads": exchange,
                     "attention": name,
                     "seconds": found,
                     "speedup": one / shared,
@@ -132,24 +146,37 @@ def main() -> None:
     disconnect()
 
 
-def exchange(sequence, spec, device):
+def queued(run, repeats):
+    """Median seconds the host takes to queue `run` on an idle device."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begun)
+    torch.cuda.synchronize()
+    return [statistics.median(times), min(times), max(times)]
+
+
+def exchange_all(sequence, spec, device):
     """The exchanges of one forward, one after the other."""
-    peers = sequence.heads
-    counts = sequence.counts[sequence.rows.index * peers.size :][: peers.size]
-    mine, share = counts[peers.index], spec.num_heads // peers.size
-    local = torch.zeros(mine * peers.size, share * spec.head_dim, dtype=torch.bfloat16, device=device)
-    whole = torch.zeros(sum(counts), share * spec.head_dim, dtype=torch.bfloat16, device=device)
-    rows = [sum(part) for part in zip(*[iter(sequence.counts)] * peers.size, strict=True)]
+    heads, whole = sequence.heads, sequence.whole
+    counts = sequence.counts[sequence.rows.index * heads.size :][: heads.size]
+    share = spec.num_heads // heads.size
+    options = {"dtype": torch.bfloat16, "device": device}
+    mine = torch.zeros(1, counts[heads.index], spec.num_heads, spec.head_dim, **options)
+    out = torch.zeros(sum(counts), 1, share, spec.head_dim, **options)
+    rows = [sum(part) for part in zip(*[iter(sequence.counts)] * heads.size, strict=True)]
     for _ in range(spec.num_layers):
-        if peers.size > 1:
+        if heads.size > 1:
             for _ in range(3):
-                peers.all_to_all(local, [mine] * peers.size, counts).wait()
-            peers.all_to_all(whole, counts, [mine] * peers.size).wait()
+                heads.to_heads(mine, slice(0, share), counts).wait()
+            heads.to_tokens(out, counts).wait()
         if sequence.rows.size > 1:
-            sequence.rows.gather(whole, rows)
-            sequence.rows.gather(whole, rows)
-    total = deal(sum(sequence.counts), sequence.whole.size)
-    sequence.whole.gather(local.new_zeros(total[sequence.whole.index], spec.dim), total)
+            sequence.rows.gather(out, rows)
+            sequence.rows.gather(out, rows)
+    total = deal(sum(sequence.counts), whole.size)
+    whole.gather(mine.new_zeros(total[whole.index], spec.dim), total)
 
 
 if __name__ == "__main__":

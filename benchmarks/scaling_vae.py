@@ -19,6 +19,7 @@ from omniavatar.accel.shared_vae import apply_shared_vae
 from omniavatar.accel.vae import FastVAEConfig, apply_fast_vae
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.model.vae import VAEConfig
+from omniavatar.parallel.heads import Arrived
 from omniavatar.parallel.peers import Peers, Pending
 from omniavatar.parallel.picture_rows import PictureRows
 
@@ -41,6 +42,22 @@ class SilentPeers(Peers):
 
     def gather(self, rows, counts):
         return torch.cat([rows] * self.size + [rows])[: sum(counts)]
+
+
+class SilentHeads:
+    """Gives this rank's own heads back in the right shapes; moves nothing."""
+
+    def __init__(self, index, size):
+        self.index, self.size = index, size
+
+    def to_heads(self, x_BlHD, span, counts):
+        parts = x_BlHD.unflatten(2, (self.size, -1))[:, :, :, span]
+        rows = parts.permute(2, 1, 0, 3, 4).flatten(0, 1)
+        missing = sum(counts) - len(rows)
+        return Arrived(torch.cat([rows, rows[:missing]]) if missing > 0 else rows[: sum(counts)])
+
+    def to_tokens(self, out_LBhD, counts):
+        return Arrived([out_LBhD[: counts[self.index]]] * self.size)
 
 
 class CountingPeers(Peers):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from omniavatar.accel.apply import AccelConfig, Quantize, apply_accelerations, row_dtype, weight_form
+from omniavatar.accel.graphs import CudaCapture, GraphedBlocks
 from omniavatar.accel.memory_plan import fewer_resident
 from omniavatar.accel.offload import OffloadConfig, Offloader, streamed_blocks
 from omniavatar.accel.pinned import check_host_room
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from omniavatar.config import ModelConfig, PipelineConfig, SamplingConfig
-    from omniavatar.model.dit import DiTConfig, WanDiT
+    from omniavatar.model.dit import DiTConfig, RunBlocks, WanDiT
     from omniavatar.model.vae import VideoVAE, WanVAE
     from omniavatar.sampling.cache_constants import CacheConstants
     from omniavatar.types import Recorder, StepPlan
@@ -104,7 +105,11 @@ class Components:
         )
         if measured is not None:
             recorder.event("message", text=measured, level="info")
-        team.arrange(Layout(config.runtime.cfg_parallel, config.runtime.sp_size, dit.num_heads))
+        layout = Layout(config.runtime.cfg_parallel, config.runtime.sp_size, dit.num_heads)
+        exchange = team.arrange(layout, config.runtime.exchange)
+        if exchange is not None:
+            recorder.event("message", text=exchange, level="info")
+        self._graphs: GraphedBlocks | None = None
         self._embeddings: dict[str, Tensor] = {}
         self._offloader: Offloader | None = None
         self._fast_vaes: list[FastVAE] = []
@@ -139,7 +144,7 @@ class Components:
             return placement
         resident = self.placement.memory.resident_blocks
         memory = fewer_resident(placement.memory, resident, placement.dit, placement.run)
-        return replace(placement, memory=memory)
+        return replace(placement, memory=memory, graphs=placement.graphs and not memory.streams)
 
     def adopt(self, placement: Placement) -> None:
         """Bring what is loaded into these places; what is not loaded yet will go there."""
@@ -169,6 +174,8 @@ class Components:
 
     def _arrange(self) -> None:
         memory = self.placed.memory
+        if self._graphs is not None and not self.placed.graphs:
+            self._graphs.clear()
         if self._offloader is not None:
             self._offloader.apply(OffloadConfig(memory.resident_blocks, memory.ring))
         self.use_vae_pass(self.placed.vae_latents)
@@ -221,6 +228,16 @@ class Components:
                 offloader.apply(OffloadConfig(memory.resident_blocks, memory.ring))
         self._offloader = offloader
         return dit
+
+    @property
+    def run_blocks(self) -> RunBlocks:
+        """How the DiT's blocks run: as they are, or captured where the placement says so."""
+        dit = self.dit
+        if self.placement is None or not self.placement.graphs:
+            return dit.run_blocks
+        if self._graphs is None:
+            self._graphs = GraphedBlocks(dit.run_blocks, CudaCapture())
+        return self._graphs
 
     def load_for_windows(self) -> None:
         """Load what makes the windows and is not loaded yet, with less on the device if need be."""

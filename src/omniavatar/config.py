@@ -306,6 +306,12 @@ class RuntimeConfig(_Section):
     """Share the weights of the blocks out among the `sp_size` GPUs, for models that do not fit on one."""
     vae_parallel: Flag | None = None
     """In the VAE, share a picture's rows out among all GPUs of the video; unset: where the fast VAE runs."""
+    exchange: Literal["auto", "direct", "collective"] = "auto"
+    """How attention's heads travel among `sp_size` GPUs: direct copies between GPUs of one machine that reach
+    each other, or NCCL's collectives; auto: direct where it can be. The video is the same to the bit."""
+    cuda_graphs: Flag | None = None
+    """Replay the blocks as one CUDA graph, so that the host launches once and not a thousand times a forward;
+    unset: where a block is so short that launches show. The video is the same to the bit."""
     threads: Whole | None = Field(None, ge=1)
     """CPU threads of torch; unset: its own choice."""
 
@@ -338,6 +344,18 @@ class RuntimeConfig(_Section):
                 "the weights are shared out among sp_size GPUs; set sp_size to 2 or more",
                 "use_fsdp",
                 "sp_size",
+            )
+        if self.exchange == "direct" and self.sp_size == 1:
+            raise FieldError(
+                "attention's heads travel among sp_size GPUs; set sp_size to 2 or more",
+                "exchange",
+                "sp_size",
+            )
+        if self.use_fsdp and self.cuda_graphs:
+            raise FieldError(
+                "weights that are shared out have no fixed place; set one of the two",
+                "cuda_graphs",
+                "use_fsdp",
             )
         if self.use_fsdp and self.num_persistent_param_in_dit is not None:
             raise FieldError(

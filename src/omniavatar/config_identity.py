@@ -24,6 +24,8 @@ NEUTRAL_FIELDS = frozenset(
         "runtime.cfg_parallel",
         "runtime.use_fsdp",
         "runtime.vae_parallel",
+        "runtime.exchange",
+        "runtime.cuda_graphs",
     }
 )
 """Fields that change the video not at all or by rounding (number of GPUs); a resumed run may have others."""

@@ -32,8 +32,9 @@ from omniavatar.model.vae import VideoVAE
 from omniavatar.ops.transfer import arrival, download, upload
 from omniavatar.parallel.team import ONE, Team
 from omniavatar.sampling.denoise import denoise as denoise_window
+from omniavatar.sampling.denoise import noises_drawn
 from omniavatar.sampling.guidance import Branch
-from omniavatar.sampling.noise import WindowNoise
+from omniavatar.sampling.noise import NoiseAhead
 from omniavatar.sampling.passes import Pass, plan_passes
 from omniavatar.sampling.schedule import Schedule
 from omniavatar.types import Conditioning, Recorder, Sampler, StepPlan, Window
@@ -116,7 +117,7 @@ class WindowGenerator:
     """Generates the windows of one request with models that are already on their device.
 
     vae: None where the leader has the only one. The rows of the conditioning's audio are the leader's, and
-    its results alone have frames.
+    its results alone have frames. run_blocks: what stands in for the DiT's own.
     """
 
     def __init__(
@@ -131,11 +132,17 @@ class WindowGenerator:
         make_cache: Callable[[RunBlocks], PassRunner] = ResidualCache,
         make_room: MakeRoom = no_room,
         team: Team = ONE,
+        run_blocks: RunBlocks | None = None,
     ) -> None:
+        self._run_blocks = run_blocks or dit.run_blocks
         self._dit, self._vae = dit, vae
         self._sampling, self._recorder, self._convert = sampling, recorder, convert
         self._device = conditioning.reference_latent.device
-        self._draw_noise = draw_noise or self._seeded_noise
+        self._noise = NoiseAhead(
+            sampling.seed, self._device, noises_drawn(sampling.schedule, sampling.sampler)
+        )
+        self._draw_noise = draw_noise
+        self._next: Window | None = None
         self._reference = conditioning.reference_latent
         self._audio = conditioning.audio
         self._make_cache, self._make_room, self._team = make_cache, make_room, team
@@ -167,6 +174,8 @@ class WindowGenerator:
             last = window.index == len(windows) - 1
             overlap = 0 if last else windows[window.index + 1].given_frames
             compute = partial(self._compute, window, known, overlap)
+            if not last:
+                self._next = windows[window.index + 1]
             result, following = with_room(compute, self._make_room)
             known = known if following is None else following
             yield result
@@ -188,8 +197,18 @@ class WindowGenerator:
                 next_given = download(following)
         return WindowResult(window, latent, frames, next_given, arrival(self._device)), following
 
-    def _seeded_noise(self, window: Window, shape: tuple[int, ...]) -> DrawNoise:
-        return WindowNoise(self._sampling.seed, window.index, shape, self._device).draw
+    def _noise_of(self, window: Window) -> DrawNoise:
+        """What draws this window's noises; those of the next one are drawn while this one is computed."""
+        if self._draw_noise is not None:
+            return self._draw_noise(window, self._latent_shape(window))
+        draw = self._noise.of(window.index, self._latent_shape(window))
+        if self._next is not None and self._next.index > window.index:
+            self._noise.prepare(self._next.index, self._latent_shape(self._next))
+        return draw
+
+    def _latent_shape(self, window: Window) -> tuple[int, ...]:
+        reference = self._reference.shape
+        return (1, reference[1], window.latent_frames, *reference[3:])
 
     def _audio_states(self, window: Window) -> dict[str, AudioState]:
         needed = {branch.audio for branch in self._branches}
@@ -212,7 +231,7 @@ class WindowGenerator:
         sampling, dit = self._sampling, self._dit
         y = image_condition(self._reference, window)
         audio = self._audio_states(window)
-        cache = self._make_cache(dit.run_blocks)
+        cache = self._make_cache(self._run_blocks)
         timesteps = self._timesteps
 
         def velocity(sample: Tensor, step: int) -> Tensor:
@@ -243,9 +262,8 @@ class WindowGenerator:
                 passes=len(row),
             )
 
-        shape = (1, self._reference.shape[1], window.latent_frames, *self._reference.shape[3:])
         return denoise_window(
-            velocity, sampling.schedule, given, self._draw_noise(window, shape), sampling.sampler, on_step
+            velocity, sampling.schedule, given, self._noise_of(window), sampling.sampler, on_step
         )
 
     @torch.inference_mode()

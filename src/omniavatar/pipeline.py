@@ -171,6 +171,7 @@ class AvatarPipeline:
                 make_cache=make_cache,
                 make_room=make_room,
                 team=self.team,
+                run_blocks=components.run_blocks,
             )
 
         return with_room(generator, make_room)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from omniavatar.accel.graphs import launches_show
 from omniavatar.accel.memory_plan import (
     FLOAT,
     GB,
@@ -64,6 +65,8 @@ class Placement:
     run: RunSizes
     vae_passes: tuple[int, ...]
     note: str = ""
+    graphs: bool = False
+    """The blocks run as CUDA graphs (`accel.graphs`)."""
 
     @property
     def vae_latents(self) -> int:
@@ -83,12 +86,15 @@ class Placement:
 
     def describe(self) -> str:
         """One line for the user."""
-        return self.memory.describe() + self.note
+        return (
+            self.memory.describe() + ("; blocks replayed as CUDA graphs" if self.graphs else "") + self.note
+        )
 
     def step_down(self) -> Placement | None:
         """The next smaller one of the same precision, None when there is none."""
         plan = smaller(self.memory, self.dit, self.run)
-        return None if plan is None else replace(self, memory=plan, note="")
+        graphs = self.graphs and plan is not None and not plan.streams
+        return None if plan is None else replace(self, memory=plan, note="", graphs=graphs)
 
 
 def device_limit(memory: Literal["auto"] | float, device: torch.device) -> int | None:
@@ -164,6 +170,29 @@ def run_sizes(
     )
 
 
+def wants_graphs(config: PipelineConfig, dit: DiTConfig, tokens: int, device: torch.device) -> bool:
+    """Whether the blocks of a forward over `tokens` are to be captured, if they all stay on the device.
+
+    Raises ResourceError where `cuda_graphs` asks for what the device has not.
+    """
+    runtime = config.runtime
+    if device.type != "cuda":
+        if runtime.cuda_graphs:
+            raise ResourceError(f"cuda_graphs: needs CUDA, the device is {device.type}; leave it out")
+        return False
+    if runtime.cuda_graphs is not None:
+        return runtime.cuda_graphs
+    return not runtime.use_fsdp and launches_show(dit, tokens, runtime.sp_size)
+
+
+def graph_bytes(config: PipelineConfig, dit: DiTConfig, request: Request) -> int:
+    """What the captured forwards of a video's windows keep: activations, and two shapes' text."""
+    size, runtime = DTYPE_BYTES[config.model.dtype], config.runtime
+    own = -(-request.plan.tokens // runtime.sp_size)
+    activations = denoise_bytes(dit, own, size, True, 0, False, runtime.quantize != "none")
+    return activations + held_bytes(dit, 2, size)
+
+
 def _decoder_tensors(config: PipelineConfig, vae: VAEConfig) -> Iterable[tuple[str, Shape]]:
     """Weights of a smaller decoder beside the full VAE, which stays for encoding."""
     if config.model.decoder == "full":
@@ -195,6 +224,18 @@ def place(
         passes = range(index, index + 1)
 
     def placed(quantize: Quantize) -> Placement:
+        if wants_graphs(config, dit, request.plan.tokens, device):
+            captured = replace(run, held=run.held + graph_bytes(config, dit, request))
+            graphed = replace(arranged(quantize, captured), graphs=True)
+            if not graphed.memory.streams:
+                return graphed
+            if runtime.cuda_graphs:
+                raise ResourceError(
+                    "cuda_graphs: needs every block on the device, which does not fit; leave it out"
+                )
+        return arranged(quantize, run)
+
+    def arranged(quantize: Quantize, run: RunSizes) -> Placement:
         sizes = dit_sizes(dit, DTYPE_BYTES[config.model.dtype], quantize != "none")
         if runtime.use_fsdp:
             sizes = shared_out(sizes, runtime.sp_size)

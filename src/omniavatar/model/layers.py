@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,39 @@ class BlockInputs:
     rope: RopeTable
     text: tuple[tuple[Tensor, Tensor], ...]
     audio: Sequence[Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenAudio(Sequence[Tensor | None]):
+    """Audio of each block as the vectors (B, tokens, C) of a run of tokens, made when a block asks.
+
+    per_frame: for each block None or (B, T, C). first, tokens: the run; total: tokens of all T frames.
+    """
+
+    per_frame: Sequence[Tensor | None]
+    first: int
+    tokens: int
+    total: int
+
+    def __len__(self) -> int:
+        return len(self.per_frame)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor | None]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor | None] | None:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        frame_BTC = self.per_frame[index]
+        return None if frame_BTC is None else frame_BTC.index_select(1, self._frames)
+
+    @cached_property
+    def _frames(self) -> Tensor:
+        """The frame of each token of the run, for all blocks."""
+        heard = next(each for each in self.per_frame if each is not None)
+        token = torch.arange(self.first, self.first + self.tokens, device=heard.device)
+        return token // (self.total // heard.shape[1])
 
 
 class RMSNorm(nn.Module):

@@ -63,7 +63,7 @@ def connect(process: Process, device: torch.device) -> Ranks:
         world_size=process.world,
         timeout=STEP_TIMEOUT,
     )
-    return Ranks()
+    return Ranks(device)
 
 
 def disconnect() -> None:

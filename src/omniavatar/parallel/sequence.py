@@ -7,13 +7,13 @@ another one turns the result back (Ulysses). Where the ranks do not divide the h
 the query tokens besides, and gather the keys and values of their heads. That is what a ring of partial
 softmaxes computes, with the same bytes moved, but it is exact and runs on every kernel.
 
-On CUDA the exchanges run on a stream of their own. A fused block sends v, q and k as each is made, so v and q
-travel while the next projection runs, and multiplies its own heads' result with the output layer while the
-others' come (`TravellingAttention`). Heads may go in `pieces` besides, so that the exchange of one hides
-behind the attention of another. On two H100 that loses: NCCL and FlashAttention-3 want the same
-multiprocessors, and fewer heads fill their last wave less (14B, 30,375 tokens, four pieces: 173 ms longer
-than without exchanges, which alone take 50). So one piece is the default; where a network is slow, more may
-win.
+How heads travel is a `heads.HeadExchange`'s business; on CUDA they do on a stream of their own. A fused block
+sends v, q and k as each is made, so v and q travel while the next projection runs, and multiplies its own
+heads' result with the output layer while the others' come (`TravellingAttention`). Heads may go in `pieces`
+besides, so that the exchange of one hides behind the attention of another. By NCCL on two H100 that loses: it
+and FlashAttention-3 want the same multiprocessors, and fewer heads fill their last wave less (14B, 30,375
+tokens, four pieces: 173 ms longer than without exchanges, which alone take 50). So one piece is the default;
+where a network is slow, more may win.
 What it loses: nothing but the rounding of matrix products of other shapes.
 Sources: DeepSpeed-Ulysses (arXiv 2309.14509), context parallelism of Llama 3 (arXiv 2407.21783).
 
@@ -22,19 +22,19 @@ Shapes: B batch, L all tokens, l tokens of this rank, H heads, D head dim, T lat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import overload
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from omniavatar.model.dit import RunBlocks
-from omniavatar.model.layers import BlockInputs
+from omniavatar.model.layers import BlockInputs, TokenAudio
 from omniavatar.model.rope import RopeTable
 from omniavatar.ops.attention import AttentionFn, takes_float8
+from omniavatar.parallel.heads import Arriving, HeadExchange
 from omniavatar.parallel.layout import deal, starts
-from omniavatar.parallel.peers import Peers, Pending
+from omniavatar.parallel.peers import Peers
 
 
 class SequenceParallel:
@@ -44,7 +44,7 @@ class SequenceParallel:
     whole: all ranks of the forward, in the order of their tokens. pieces: see above.
     """
 
-    def __init__(self, whole: Peers, heads: Peers, rows: Peers, pieces: int = 1) -> None:
+    def __init__(self, whole: Peers, heads: HeadExchange, rows: Peers, pieces: int = 1) -> None:
         self.whole, self.heads, self.rows = whole, heads, rows
         self.pieces = pieces
         self.counts: list[int] = []
@@ -58,7 +58,7 @@ class SequenceParallel:
             first, count = starts(self.counts)[self.whole.index], self.counts[self.whole.index]
             mine = slice(first, first + count)
             rope = RopeTable(inputs.rope.cos[mine], inputs.rope.sin[mine])
-            audio = _PerToken(inputs.audio, mine, total)
+            audio = TokenAudio(inputs.audio, first, count, total)
             local = BlockInputs(inputs.modulation, rope, inputs.text, audio)
             out_BlC = run_blocks(tokens_BLC[:, mine].contiguous(), local)
             return self.whole.gather(out_BlC.transpose(0, 1), self.counts).transpose(0, 1)
@@ -80,34 +80,41 @@ class SequenceAttention:
     def __call__(self, q_BlHD: Tensor, k_BlHD: Tensor, v_BlHD: Tensor) -> Tensor:
         return self.attend(*(self.send(x) for x in (q_BlHD, k_BlHD, v_BlHD)))
 
-    def send(self, x_BlHD: Tensor) -> list[Pending]:
+    def send(self, x_BlHD: Tensor) -> list[Arriving[Tensor]]:
         """One parcel for each piece of the heads."""
-        return [self._to_heads(x_BlHD, span) for span in self._spans(x_BlHD.shape[2])]
+        spans = self._spans(x_BlHD.shape[2])
+        return [self._team.heads.to_heads(x_BlHD, span, self._counts) for span in spans]
 
-    def attend(self, q: list[Pending], k: list[Pending], v: list[Pending]) -> Tensor:
-        ranks, tokens = self._team.heads.size, self._own_tokens
-        sent = [self._to_tokens(out) for out in self._results(q, k, v)]
-        parts = [each.wait().unflatten(0, (ranks, tokens)) for each in sent]
-        return torch.cat([part.permute(2, 1, 0, 3, 4) for part in parts], 3).flatten(2, 3)
+    def attend(
+        self, q: list[Arriving[Tensor]], k: list[Arriving[Tensor]], v: list[Arriving[Tensor]]
+    ) -> Tensor:
+        sent = [self._team.heads.to_tokens(out, self._counts) for out in self._results(q, k, v)]
+        by_piece = [each.wait() for each in sent]
+        rows = [part for by_rank in zip(*by_piece, strict=True) for part in by_rank]
+        return torch.cat([row.transpose(0, 1) for row in rows], 2)
 
     def attend_linear(
-        self, q: list[Pending], k: list[Pending], v: list[Pending], weight: Tensor, bias: Tensor | None
+        self,
+        q: list[Arriving[Tensor]],
+        k: list[Arriving[Tensor]],
+        v: list[Arriving[Tensor]],
+        weight: Tensor,
+        bias: Tensor | None,
     ) -> Tensor:
         heads = self._team.heads
         if heads.size == 1 or len(q) > 1:
             return F.linear(self.attend(q, k, v).flatten(-2), weight, bias)
         (out,) = self._results(q, k, v)
-        sent = self._to_tokens(out)
+        sent = heads.to_tokens(out, self._counts)
         here = starts(self._counts)[heads.index]
         parts = weight.chunk(heads.size, 1)
-        mine = out[here : here + self._own_tokens].flatten(-2)
+        mine = out[here : here + self._counts[heads.index]].flatten(-2)
         made = F.linear(mine, parts[heads.index], bias)
         del mine, out
-        arrived = sent.wait().unflatten(0, (heads.size, self._own_tokens))
-        for index, part in enumerate(parts):
+        for index, arrived in enumerate(sent.wait()):
             if index != heads.index:
-                rows = arrived[index].flatten(0, 1).flatten(1)
-                made.view(-1, made.shape[-1]).addmm_(rows, part.mT)
+                rows = arrived.flatten(0, 1).flatten(1)
+                made.view(-1, made.shape[-1]).addmm_(rows, parts[index].mT)
         return made.transpose(0, 1)
 
     @property
@@ -116,10 +123,6 @@ class SequenceAttention:
         ranks, row = self._team.heads.size, self._team.rows.index
         return self._team.counts[row * ranks : (row + 1) * ranks]
 
-    @property
-    def _own_tokens(self) -> int:
-        return self._counts[self._team.heads.index]
-
     def _spans(self, heads: int) -> list[slice]:
         """Pieces of the heads that one rank attends with."""
         ranks = self._team.heads.size
@@ -127,7 +130,9 @@ class SequenceAttention:
         pieces = deal(share, min(share, self._team.pieces) if ranks > 1 else 1)
         return [slice(first, first + size) for first, size in zip(starts(pieces), pieces, strict=True)]
 
-    def _results(self, q: list[Pending], k: list[Pending], v: list[Pending]) -> Iterator[Tensor]:
+    def _results(
+        self, q: list[Arriving[Tensor]], k: list[Arriving[Tensor]], v: list[Arriving[Tensor]]
+    ) -> Iterator[Tensor]:
         """Attention of each piece, (tokens of the head peers, B, heads of the piece, D)."""
         team = self._team
         size = team.heads.size
@@ -139,43 +144,3 @@ class SequenceAttention:
                 whole_v = team.rows.gather(whole_v, row_counts)
             moved = (x.transpose(0, 1) for x in (whole_q, whole_k, whole_v))
             yield self._inner(*moved).transpose(0, 1)
-
-    def _to_heads(self, x_BlHD: Tensor, span: slice) -> Pending:
-        """Rows (tokens of the head peers, B, heads of the span, D), on their way."""
-        peers = self._team.heads
-        if peers.size == 1:
-            return Pending(x_BlHD[:, :, span].transpose(0, 1), None)
-        parts = x_BlHD.unflatten(2, (peers.size, -1))[:, :, :, span]
-        rows = parts.permute(2, 1, 0, 3, 4).flatten(0, 1)
-        return peers.all_to_all(rows, [self._own_tokens] * peers.size, self._counts)
-
-    def _to_tokens(self, out: Tensor) -> Pending:
-        """Rows (part of the heads, own tokens; B, heads of the span, D), on their way."""
-        peers = self._team.heads
-        if peers.size == 1:
-            return Pending(out, None)
-        return peers.all_to_all(out, self._counts, [self._own_tokens] * peers.size)
-
-
-class _PerToken(Sequence[Tensor | None]):
-    """Audio (B, T, C) of each block as the vectors (B, l, C) of a run of tokens, made when a block asks."""
-
-    def __init__(self, audio: Sequence[Tensor | None], tokens: slice, total: int) -> None:
-        self._audio, self._tokens, self._total = audio, tokens, total
-
-    def __len__(self) -> int:
-        return len(self._audio)
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor | None: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Tensor | None]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor | None] | None:
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
-        frame_BTC = self._audio[index]
-        if frame_BTC is None:
-            return None
-        per_frame = self._total // frame_BTC.shape[1]
-        token = torch.arange(self._tokens.start, self._tokens.stop, device=frame_BTC.device)
-        return frame_BTC.index_select(1, token // per_frame)

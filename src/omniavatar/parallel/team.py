@@ -9,21 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from omniavatar.errors import ConfigError
+from omniavatar.errors import ConfigError, ResourceError
 from omniavatar.model.dit import RunBlocks, WanDiT
 from omniavatar.parallel.guidance import GuidanceParallel, Predict
+from omniavatar.parallel.heads import CollectiveHeads, DirectHeads, HeadExchange
 from omniavatar.parallel.layout import Layout
+from omniavatar.parallel.mailbox import Reach, SymmetricMailbox, obstacle
 from omniavatar.parallel.peers import Peers
 from omniavatar.parallel.picture_rows import PictureRows
 from omniavatar.parallel.sequence import SequenceParallel
 from omniavatar.sampling.passes import Pass, Passes
 
+Exchange = Literal["auto", "direct", "collective"]
 StepVelocities = Callable[[Sequence[Pass], Predict, Tensor], Iterable[Tensor]]
 PATIENCE = timedelta(days=7)
 """How long a rank waits for the next order; a rank that died is noticed by its supervisor, not by this."""
@@ -40,8 +43,13 @@ class Team(Protocol):
     @property
     def leads(self) -> bool: ...
 
-    def arrange(self, layout: Layout) -> None:
-        """Form the groups; once, by all ranks, before anything below."""
+    def arrange(self, layout: Layout, exchange: Exchange = "auto") -> str | None:
+        """Form the groups; once, by all ranks, before anything below.
+
+        exchange: how attention's heads travel (`parallel.heads`): direct, collective, or auto: direct where
+        the GPUs reach each other. Returns what was chosen and why, None where nothing travels. Raises
+        ResourceError where direct cannot be.
+        """
 
     def apply(self, dit: WanDiT) -> None:
         """Make self-attention span the ranks of a forward; after the optimisations, before offloading."""
@@ -77,8 +85,8 @@ class OneProcess:
     size = 1
     leads = True
 
-    def arrange(self, layout: Layout) -> None:
-        pass
+    def arrange(self, layout: Layout, exchange: Exchange = "auto") -> str | None:
+        return None
 
     def apply(self, dit: WanDiT) -> None:
         pass
@@ -132,12 +140,15 @@ def _exchange_options() -> Any:
 class Ranks:
     """A team of the processes of torch's default group, which is initialised already."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._device = device
         self._groups: dict[tuple[tuple[int, ...], ...], Peers] = {}
         assert dist.group.WORLD is not None
         self._everyone = Peers(dist.group.WORLD, self.rank, self.size)
         self._orders = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._reaches: list[Reach] = [Reach.of(device)] * self.size
+        dist.all_gather_object(self._reaches, Reach.of(device), group=self._orders)
         self._sequence: SequenceParallel | None = None
         self._guidance: GuidanceParallel | None = None
         self._weights: Peers | None = None
@@ -148,15 +159,35 @@ class Ranks:
     def leads(self) -> bool:
         return self.rank == 0
 
-    def arrange(self, layout: Layout) -> None:
+    def arrange(self, layout: Layout, exchange: Exchange = "auto") -> str | None:
         if layout.size != self.size:
             raise ValueError(f"a layout of {layout.size} ranks for {self.size} processes")
         sequence = self._peers(layout.sequence_peers())
         heads, rows = self._peers(layout.head_peers()), self._peers(layout.row_peers())
         guidance = self._peers(layout.guidance_peers())
         self._weights = self._new_peers(layout.sequence_peers()) if layout.sequence > 1 else None
-        self._sequence = SequenceParallel(sequence, heads, rows) if layout.sequence > 1 else None
         self._guidance = GuidanceParallel(guidance) if layout.guidance > 1 else None
+        self._sequence = None
+        if layout.sequence == 1:
+            return None
+        obstacles = [self._obstacle(ranks) for ranks in layout.head_peers() if len(ranks) > 1]
+        reason = next((each for each in obstacles if each), None if obstacles else "nobody shares heads")
+        if exchange == "direct" and reason:
+            raise ResourceError(f"exchange: direct copies between GPUs: {reason}; use exchange=auto")
+        direct = exchange != "collective" and not reason
+        self._sequence = SequenceParallel(sequence, self._head_exchange(heads, direct), rows)
+        backend = dist.get_backend()
+        if direct:
+            return "attention's heads travel by direct copies between the GPUs"
+        return f"attention's heads travel by {backend}" + (f" ({reason})" if exchange == "auto" else "")
+
+    def _obstacle(self, ranks: list[int]) -> str | None:
+        return obstacle([self._reaches[rank] for rank in ranks])
+
+    def _head_exchange(self, heads: Peers, direct: bool) -> HeadExchange:
+        if not direct:
+            return CollectiveHeads(heads)
+        return DirectHeads(SymmetricMailbox(heads.group, self._device, STEP_TIMEOUT), heads.index, heads.size)
 
     def _peers(self, lists: list[list[int]]) -> Peers:
         """This rank's group of `lists`, made once."""

@@ -17,6 +17,12 @@ from omniavatar.types import Sampler
 Velocity = Callable[[Tensor, int], Tensor]
 
 
+def noises_drawn(schedule: Schedule, sampler: Sampler) -> int:
+    """How often `denoise` draws noise for a window."""
+    later = sum(1 for step in range(len(schedule)) if schedule.next_sigma(step))
+    return 1 + (later if sampler == "renoise" else 0)
+
+
 def denoise(
     velocity: Velocity,
     schedule: Schedule,
