@@ -29,8 +29,6 @@ from omniavatar.accel.shared_vae import apply_shared_vae
 from omniavatar.accel.vae import FastVAE, choose_vae, coding_dtype, create_vae
 from omniavatar.calibration_file import find_constants
 from omniavatar.checkpoint.dit import (
-    DiTFiles,
-    LoraFile,
     WeightForm,
     inspect_dit,
     load_dit,
@@ -41,6 +39,7 @@ from omniavatar.encoders.audio import AudioEncoder, open_features
 from omniavatar.encoders.text import TextEncoder, random_text_encoder, sizes_of
 from omniavatar.encoders.text_cache import TextCache, encode_cached, encoder_identity
 from omniavatar.errors import CheckpointError, ResourceError
+from omniavatar.model_files import DTYPES, dit_files
 from omniavatar.ops.attention_timing import choose_attention
 from omniavatar.ops.device import choose_device
 from omniavatar.ops.fused import create_fused
@@ -63,7 +62,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from omniavatar.config import ModelConfig, PipelineConfig, SamplingConfig
+    from omniavatar.config import PipelineConfig, SamplingConfig
     from omniavatar.model.dit import DiTConfig, RunBlocks, WanDiT
     from omniavatar.model.vae import VideoVAE, WanVAE
     from omniavatar.sampling.cache_constants import CacheConstants
@@ -71,19 +70,6 @@ if TYPE_CHECKING:
 
 TEXT_ROOM = 1.1
 """Memory of the text encoder at work over that of its weights."""
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def dit_files(model: ModelConfig) -> DiTFiles:
-    """The files the configured DiT is merged from."""
-    return DiTFiles(
-        model.dit_path,
-        adapter=model.exp_path,
-        loras=[LoraFile(lora.path, lora.strength) for lora in model.loras],
-        num_heads=model.dit_config.num_heads,
-        lora_rank=model.lora_rank,
-        lora_alpha=model.lora_alpha,
-    )
 
 
 class Components:
@@ -139,7 +125,9 @@ class Components:
         limit = device_limit(self.config.runtime.memory, self.device)
         if self._offloader is not None:
             kept = {**kept, QUANTIZE_FIELD: self.quantize}
-        placement = place(self.config, self.dit_config, request, self.vae_name, self.device, limit, kept)
+        placement = place(
+            self.config, self.dit_config, request, self.vae_name, self.device, limit, kept, self.team.captures
+        )
         if self._offloader is None or self.placement is None:
             return placement
         resident = self.placement.memory.resident_blocks

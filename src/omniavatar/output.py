@@ -1,6 +1,7 @@
 """Writing one video while it is made: segments, the growing file, the sidecar, output names.
 
-`VideoWriter` waits for the device, encodes and muxes in a thread of its own, and records a window as done
+`VideoWriter` waits for the device, encodes and muxes in threads of its own, two windows at a time: with few
+steps on several GPUs one window takes x264 longer than the model. A window is recorded as done, in order,
 only after its segment and its hand-over are on disk.
 """
 
@@ -50,8 +51,10 @@ if TYPE_CHECKING:
 
 ENCODER_THREADS = 4
 """Fixed, since x264's output depends on it and a resumed run must give the same video."""
-MOST_PENDING = 2
-"""Windows the writer may be behind the model: one that is being written and one that is being computed."""
+ENCODERS = 2
+"""Windows that are encoded at the same time; each is a file of its own, so the bytes are the same."""
+MOST_PENDING = ENCODERS + 1
+"""Windows the writer may be behind the model: those that are being encoded and one that is being computed."""
 _READ_BYTES = 2**20
 
 
@@ -163,10 +166,10 @@ class VideoWriter:
             with recorder.stage("audio_encode"):
                 encode_aac_track(audio, track, audio_delay_s, plan.frames / self._fps)
         self._growing = GrowingVideo(job.partial, job.output, self._fps, track)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="video-writer")
-        self._pending: deque[Future[None]] = deque()
+        self._pool = ThreadPoolExecutor(ENCODERS, thread_name_prefix="video-writer")
+        self._pending: deque[Future[bool]] = deque()
+        self._before: Future[bool] | None = None
         self._arrived = 0.0
-        self._failed = False
         for index in range(job.done):
             segment = job.segment_path(index)
             if not segment.is_file():
@@ -181,7 +184,8 @@ class VideoWriter:
         """
         while self._pending and (len(self._pending) >= MOST_PENDING or self._pending[0].done()):
             self._pending.popleft().result()
-        self._pending.append(self._pool.submit(self._write, result, begun))
+        self._before = self._pool.submit(self._write, result, begun, self._before)
+        self._pending.append(self._before)
 
     def finish(self) -> None:
         """Wait for the last window and give the video its final name."""
@@ -199,14 +203,10 @@ class VideoWriter:
         self._pool.shutdown(wait=True)
         self._growing.close()
 
-    def _write(self, result: WindowResult, begun: float) -> None:
-        if self._failed:
-            return
-        self._failed = True
+    def _write(self, result: WindowResult, begun: float, before: Future[bool] | None) -> bool:
+        """Encode a window and, after the one `before` it, append it; whether both were done."""
         frames, given = result.frames, result.next_given
         arrived = time.perf_counter()
-        seconds = arrived - max(begun, self._arrived)
-        self._arrived = arrived
         window = result.window
         with self._recorder.stage("video_write"):
             encode_segment(
@@ -219,9 +219,13 @@ class VideoWriter:
                 threads=ENCODER_THREADS,
                 encoder=self._encoder,
             )
+        if before is not None and (before.exception() is not None or not before.result()):
+            return False
+        seconds = arrived - max(begun, self._arrived)
+        self._arrived = arrived
+        with self._recorder.stage("video_append"):
             self._job.finish_window(None if given is None else safetensors.torch.save({"given": given}))
             self._growing.append(self._job.segment_path(window.index))
-        self._failed = False
         self._recorder.event(
             "window_finished",
             window=window.index,
@@ -229,6 +233,7 @@ class VideoWriter:
             frames_done=window.first_new_frame + window.new_frames,
             seconds=seconds,
         )
+        return True
 
 
 def load_given(path: Path) -> Tensor:

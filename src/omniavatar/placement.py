@@ -170,15 +170,18 @@ def run_sizes(
     )
 
 
-def wants_graphs(config: PipelineConfig, dit: DiTConfig, tokens: int, device: torch.device) -> bool:
+def wants_graphs(
+    config: PipelineConfig, dit: DiTConfig, tokens: int, device: torch.device, captures: bool = True
+) -> bool:
     """Whether the blocks of a forward over `tokens` are to be captured, if they all stay on the device.
 
-    Raises ResourceError where `cuda_graphs` asks for what the device has not.
+    Raises ResourceError where `cuda_graphs` asks for what cannot be.
     """
     runtime = config.runtime
-    if device.type != "cuda":
+    if device.type != "cuda" or not captures:
         if runtime.cuda_graphs:
-            raise ResourceError(f"cuda_graphs: needs CUDA, the device is {device.type}; leave it out")
+            lacking = "needs CUDA" if device.type != "cuda" else "needs exchanges by direct copies"
+            raise ResourceError(f"cuda_graphs: {lacking}; leave it out")
         return False
     if runtime.cuda_graphs is not None:
         return runtime.cuda_graphs
@@ -210,8 +213,10 @@ def place(
     device: torch.device,
     limit: int | None,
     kept: Mapping[str, str | int] | None = None,
+    captures: bool = True,
 ) -> Placement:
     """The placement of a request under `limit`. kept: `identity` values that must stay as they were.
+    captures: `parallel.team.Team.captures`.
 
     Raises ResourceError when it cannot fit.
     """
@@ -224,7 +229,7 @@ def place(
         passes = range(index, index + 1)
 
     def placed(quantize: Quantize) -> Placement:
-        if wants_graphs(config, dit, request.plan.tokens, device):
+        if wants_graphs(config, dit, request.plan.tokens, device, captures):
             captured = replace(run, held=run.held + graph_bytes(config, dit, request))
             graphed = replace(arranged(quantize, captured), graphs=True)
             if not graphed.memory.streams:

@@ -89,17 +89,18 @@ def test_windows_are_queued_without_waiting_and_reading_waits(pipeline, monkeypa
     assert kept[0].next_given is not None and len(waits) == 2
 
 
-def test_the_model_is_two_windows_ahead_of_the_writer_at_most(pipeline, monkeypatch, tmp_path) -> None:
+def test_the_model_is_three_windows_ahead_of_the_writer_at_most(pipeline, monkeypatch, tmp_path) -> None:
     ahead: list[int] = []
     written = 0
-    two_handed_over = threading.Event()
-    encode = output.encode_segment
+    all_handed_over = threading.Event()
+    encode, counting = output.encode_segment, threading.Lock()
 
     def slow(*arguments, **keywords):
         nonlocal written
-        assert two_handed_over.wait(60)
+        assert all_handed_over.wait(60)
         count = encode(*arguments, **keywords)
-        written += 1
+        with counting:
+            written += 1
         return count
 
     submit = output.VideoWriter.submit
@@ -108,7 +109,7 @@ def test_the_model_is_two_windows_ahead_of_the_writer_at_most(pipeline, monkeypa
         submit(self, result, begun)
         ahead.append(result.window.index + 1 - written)
         if len(ahead) == output.MOST_PENDING:
-            two_handed_over.set()
+            all_handed_over.set()
 
     monkeypatch.setattr(output, "encode_segment", slow)
     monkeypatch.setattr(output.VideoWriter, "submit", counted)
@@ -123,8 +124,8 @@ def test_nothing_is_written_after_a_window_that_failed(pipeline, monkeypatch, tm
     computed = threading.Event()
 
     def failing(*arguments, **keywords):
-        calls.append(1)
-        if len(calls) == 2:
+        calls.append(arguments[1].name)
+        if calls[-1] == "segment_00001.mp4":
             computed.wait(60)
             raise OutputError("disk full")
         return encode(*arguments, **keywords)
@@ -141,7 +142,7 @@ def test_nothing_is_written_after_a_window_that_failed(pipeline, monkeypatch, tm
     target = tmp_path / "out.mp4"
     with pytest.raises(OutputError, match="disk full"):
         pipeline.generate(request(2.0), target)
-    assert len(calls) == 2
+    assert len(calls) < 5  # the fifth window was never encoded; the third may have been, beside the second
     assert json.loads((tmp_path / "out.mp4.job" / "job.json").read_text())["done"] == 1
 
 

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omniavatar.errors import ConfigError
-from omniavatar.sampling.denoise import denoise
-from omniavatar.sampling.noise import WindowNoise
+from omniavatar.sampling.denoise import denoise, noises_drawn
+from omniavatar.sampling.noise import NoiseAhead, WindowNoise
 from omniavatar.sampling.schedule import euler_step, make_schedule, renoise_step
 
 CPU = torch.device("cpu")
@@ -77,6 +77,34 @@ def test_steps_by_hand():
     clean = 2.0 - 0.8 * 0.5
     assert renoise_step(x, v, 0.8, 0.3, n).item() == pytest.approx(0.7 * clean - 0.3)
     assert renoise_step(x, v, 0.8, 0.0, None).item() == pytest.approx(clean)
+
+
+@pytest.mark.parametrize(("sampler", "draws"), [("euler", 1), ("renoise", 3)])
+def test_noise_drawn_ahead_is_the_noise(sampler, draws):
+    """In a thread, for the window that comes next too, and again from the first one on when asked again."""
+    schedule = make_schedule(3, 5.0, None)
+    assert noises_drawn(schedule, sampler) == draws
+    shape = (1, 2, 3, 4, 5)
+    ahead = NoiseAhead(42, CPU, draws)
+    for window in (0, 1, 1, 2):
+        drawn = []
+
+        next_noise = ahead.of(window, shape)
+
+        def draw(next_noise=next_noise, drawn=drawn):
+            drawn.append(next_noise())
+            return drawn[-1].clone()  # `denoise` writes into it
+
+        ahead.prepare(window + 1, shape)
+        denoise(lambda sample, step: sample, schedule, torch.zeros(1, 2, 1, 4, 5), draw, sampler)
+        slow = WindowNoise(42, window, shape, CPU)
+        assert len(drawn) == draws
+        expected = [slow.draw() for _ in drawn]
+        assert all(torch.equal(a, b) for a, b in zip(drawn, expected, strict=True))
+        assert torch.equal(draw(), slow.draw())  # one more than was foreseen
+    other = (1, 2, 2, 4, 5)
+    ahead.prepare(3, shape)
+    assert ahead.of(3, other)().shape == other  # not the shape it was prepared for
 
 
 def test_noise_depends_on_seed_and_window_alone():

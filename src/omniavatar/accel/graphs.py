@@ -14,6 +14,7 @@ Shapes: B batch, L tokens, C width.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -28,6 +29,9 @@ from omniavatar.model.rope import RopeTable
 SMALL_BLOCK = 2.4e12
 """Floating-point operations of a block that are fewer than launches take: 4 ms at 600 TFLOP/s. On slower
 devices such a block takes longer, and a graph brings and costs nothing."""
+FORWARDS_FIRST = 4
+"""Forwards of a shape before one is captured, which pays after some ten: as many as the last window of a
+few-step video has, whose shape occurs once."""
 MOST = 4
 """Shapes kept; a video has two, of its windows and of the last one."""
 Replay = Callable[[], None]
@@ -44,29 +48,44 @@ def launches_show(config: DiTConfig, tokens: int, ranks: int = 1) -> bool:
 class CudaCapture:
     """Captures what a function launches; calling what it returns first launches all of it again.
 
-    All captures share their memory, so what one leaves is gone when another one is replayed.
+    All captures share their memory, so what one leaves is gone when another one is replayed. Neither the
+    device is waited for nor its cached memory freed, as `torch.cuda.graph` does: that would cost a run in
+    full swing more than the capture.
     """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
 
     def __call__(self, work: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         graph = torch.cuda.CUDAGraph()
-        # other threads go on calling CUDA: the video's writer, NCCL's watchdog
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            out = work()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        collecting = gc.isenabled()
+        gc.disable()  # what it frees might call CUDA
+        try:
+            with torch.cuda.stream(self._stream):
+                # other threads go on calling CUDA: the video's writers, NCCL's watchdog
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    out = work()
+                finally:
+                    graph.capture_end()
+        finally:
+            if collecting:
+                gc.enable()
+        torch.cuda.current_stream().wait_stream(self._stream)
         return graph.replay, out
 
 
 class GraphedBlocks:
     """Stands in for `WanDiT.run_blocks` (see there for the arguments).
 
-    The first forward of a shape runs as ever, which compiles and allocates; the second one is captured.
+    The first `FORWARDS_FIRST` of a shape run as ever, which compiles and allocates; the next one is captured.
     """
 
     def __init__(self, run_blocks: RunBlocks, capture: Capture) -> None:
         self._run_blocks, self._capture = run_blocks, capture
-        self._entries: dict[Any, _Entry | None] = {}
+        self._entries: dict[Any, _Entry | int] = {}
 
     def clear(self) -> None:
         """Forget what was captured, and give its memory back."""
@@ -74,21 +93,16 @@ class GraphedBlocks:
 
     def __call__(self, tokens_BLC: Tensor, inputs: BlockInputs) -> Tensor:
         key = _shapes(tokens_BLC, inputs)
-        seen = key in self._entries
-        entry = self._entries.pop(key, None)
-        if not seen:
-            self._make_space()
-            out = self._run_blocks(tokens_BLC, inputs)
-        else:
-            entry = entry or _Entry(self._run_blocks, self._capture, tokens_BLC, inputs)
-            out = entry(tokens_BLC, inputs)
-        self._entries[key] = entry
-        return out
-
-    def _make_space(self) -> None:
-        """Forget the shape that was not used for longest."""
+        found = self._entries.pop(key, 0)
         while len(self._entries) >= MOST:
-            del self._entries[next(iter(self._entries))]
+            del self._entries[next(iter(self._entries))]  # the shape that was not used for longest
+        if found == FORWARDS_FIRST:
+            found = _Entry(self._run_blocks, self._capture, tokens_BLC, inputs)
+        if isinstance(found, _Entry):
+            self._entries[key] = found
+            return found(tokens_BLC, inputs)
+        self._entries[key] = found + 1
+        return self._run_blocks(tokens_BLC, inputs)
 
 
 class _Entry:

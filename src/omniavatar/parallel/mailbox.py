@@ -92,18 +92,23 @@ class SymmetricSlot:
 
 
 class SymmetricMailbox:
-    """See `heads.Mailbox`. A slot that must grow is made anew by all ranks, who wait for their GPUs first."""
+    """See `heads.Mailbox`. A slot that must grow is made anew by all ranks, who wait for their GPUs first; what
+    a CUDA graph has captured stays, for the graph will write there again."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout: timedelta) -> None:
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         self._group, self._device, self._timeout = group, device, timeout
         self._slots: dict[int, SymmetricSlot] = {}
+        self._captured: dict[int, list[SymmetricSlot]] = {}
         self._side = torch.cuda.Stream(device, priority=-1)
 
     def slot(self, number: int, size: int) -> SymmetricSlot:
         found = self._slots.get(number)
         if found is None or found.size < size:
             found = self._slots[number] = self._make(number, size)
+        kept = self._captured.setdefault(number, [])
+        if torch.cuda.is_current_stream_capturing() and found not in kept:
+            kept.append(found)
         return found
 
     def _make(self, number: int, size: int) -> SymmetricSlot:

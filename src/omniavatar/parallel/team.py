@@ -51,6 +51,10 @@ class Team(Protocol):
         ResourceError where direct cannot be.
         """
 
+    @property
+    def captures(self) -> bool:
+        """Whether the exchanges inside a forward can be captured in a CUDA graph."""
+
     def apply(self, dit: WanDiT) -> None:
         """Make self-attention span the ranks of a forward; after the optimisations, before offloading."""
 
@@ -84,6 +88,7 @@ class OneProcess:
 
     size = 1
     leads = True
+    captures = True
 
     def arrange(self, layout: Layout, exchange: Exchange = "auto") -> str | None:
         return None
@@ -180,6 +185,12 @@ class Ranks:
         if direct:
             return "attention's heads travel by direct copies between the GPUs"
         return f"attention's heads travel by {backend}" + (f" ({reason})" if exchange == "auto" else "")
+
+    @property
+    def captures(self) -> bool:
+        """NCCL's collectives are not: two ranks that captured them on two H100 hung (torch 2.11)."""
+        sequence = self._sequence
+        return sequence is None or (isinstance(sequence.heads, DirectHeads) and sequence.rows.size == 1)
 
     def _obstacle(self, ranks: list[int]) -> str | None:
         return obstacle([self._reaches[rank] for rank in ranks])

@@ -43,7 +43,8 @@ LABELS: Mapping[str, str] = {
     "denoise": "denoising",
     "vae_decode": "VAE decode",
     "vae_encode": "VAE encode of the hand-over",
-    "video_write": "video: encode and write",
+    "video_write": "video: encode",
+    "video_append": "video: write",
     "video_finish": "video: finish",
 }
 """Stage names in the order a report lists them; a stage that is not here follows under its own name."""

@@ -1,0 +1,218 @@
+"""Heads among ranks: direct copies give what collectives give, and graphs and slots are used rightly."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from random import Random
+from time import sleep
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from omniavatar.errors import ConfigError, ResourceError
+from omniavatar.parallel.heads import CollectiveHeads, DirectHeads, HeadExchange
+from omniavatar.parallel.layout import Layout, deal
+from omniavatar.parallel.mailbox import Reach, obstacle
+from omniavatar.parallel.peers import Peers, Pending
+from omniavatar.parallel.team import Ranks
+from ranks import RankPool
+
+
+class Room:
+    """What the ranks of a group, threads of this process, share."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.barrier = threading.Barrier(size)
+        self.left: dict[int, Sequence[Tensor]] = {}
+        self.memory: dict[tuple[int, int], Tensor] = {}
+        self.lock = threading.Lock()
+        self.barriers: dict[int, threading.Barrier] = {}
+
+
+class ThreadPeers(Peers):
+    def __init__(self, room: Room, index: int) -> None:
+        self._room, self.index, self.size = room, index, room.size
+
+    def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Pending:
+        room = self._room
+        room.left[self.index] = rows.split(list(send))
+        room.barrier.wait(20)
+        parts = [room.left[rank][self.index] for rank in range(self.size)]
+        room.barrier.wait(20)
+        return Pending(torch.cat(parts), None)
+
+
+class ThreadSlot:
+    """Written at once by the others; that all have come is waited for as late as may be: in `mark`'s wait."""
+
+    def __init__(self, room: Room, number: int, size: int) -> None:
+        self._room, self.number, self._size = room, number, size
+
+    def view(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        with self._room.lock:
+            whole = self._room.memory.setdefault(
+                (self.number, rank), torch.full((4 * self._size,), 255, dtype=torch.uint8)
+            )
+        size = dtype.itemsize
+        for length in shape:
+            size *= length
+        assert size <= self._size
+        return whole[:size].view(dtype).view(*shape)
+
+    def meet(self) -> None: ...
+
+
+class ThreadMailbox:
+    def __init__(self, room: Room, random: Random) -> None:
+        self._room, self._random = room, random
+        self.numbers: list[int] = []
+
+    def slot(self, number: int, size: int) -> ThreadSlot:
+        self.numbers.append(number)
+        return ThreadSlot(self._room, number, size)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        sleep(self._random.random() * 2e-3)
+        yield
+
+    def mark(self) -> Callable[[], None]:
+        with self._room.lock:
+            barrier = self._room.barriers.setdefault(self.numbers[-1], threading.Barrier(self._room.size))
+
+        def wait() -> None:
+            barrier.wait(20)
+            sleep(self._random.random() * 2e-3)
+
+        return wait
+
+
+def layers_of_attention(
+    exchange: HeadExchange, mine: Tensor, counts: list[int], pieces: int, layers: int
+) -> list[Tensor]:
+    """Something that, like attention, mixes all tokens of a head, layer after layer."""
+    share = mine.shape[2] // exchange.size
+    spans = [slice(first, first + share // pieces) for first in range(0, share, share // pieces)]
+    found = []
+    for layer in range(layers):
+        sent = [
+            [exchange.to_heads((mine.float() * factor).to(mine.dtype), span, counts) for span in spans]
+            for factor in (3.0, 1.0, 2.0)
+        ]
+        results = []
+        for v, q, k in zip(*sent, strict=True):
+            rows_v, rows_q, rows_k = v.wait().float(), q.wait().float(), k.wait().float()
+            mixed = rows_q + rows_k.roll(layer + 1, 0) * 0.5 - rows_v.flip(0) * 0.25
+            results.append(exchange.to_tokens((mixed / mixed.abs().max()).to(mine.dtype), counts))
+        by_piece = [each.wait() for each in results]
+        rows = [part for by_rank in zip(*by_piece, strict=True) for part in by_rank]
+        mine = torch.cat([row.transpose(0, 1) for row in rows], 2)
+        found.append(mine)
+    return found
+
+
+def on_threads(size: int, work: Callable[[int], Any]) -> list[Any]:
+    found: dict[int, Any] = {}
+    threads = [
+        threading.Thread(target=lambda rank=rank: found.update({rank: work(rank)}), daemon=True)
+        for rank in range(size)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(found) == size
+    return [found[rank] for rank in range(size)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("size", "pieces", "batch"), [(2, 1, 1), (2, 2, 2), (3, 1, 1), (4, 1, 2)])
+def test_direct_copies_bring_what_collectives_bring(
+    size: int, pieces: int, batch: int, dtype: torch.dtype
+) -> None:
+    counts = deal(size * 5 + 1, size)  # the first rank has one token more
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randn(batch, count, size * 4, 3, generator=generator) for count in counts]
+
+    def run(make: Callable[[int], HeadExchange]) -> list[list[Tensor]]:
+        return on_threads(
+            size, lambda rank: layers_of_attention(make(rank), tokens[rank].to(dtype), counts, pieces, 6)
+        )
+
+    room = Room(size)
+    expected = run(lambda rank: CollectiveHeads(ThreadPeers(room, rank)))
+    mailboxes = [ThreadMailbox(room, Random(rank)) for rank in range(size)]
+    found = run(lambda rank: DirectHeads(mailboxes[rank], rank, size, pieces))
+    for rank in range(size):
+        for direct, collective in zip(found[rank], expected[rank], strict=True):
+            assert torch.equal(direct.float(), collective.float())
+        assert mailboxes[rank].numbers == list(range(4 * pieces)) * 6  # each slot has one use in a block
+
+
+def test_what_leaves_is_held_until_it_has_been_waited_for() -> None:
+    room = Room(2)
+    counts = [2, 2]
+
+    def work(rank: int) -> tuple[int, int]:
+        heads = DirectHeads(ThreadMailbox(room, Random(0)), rank, 2)
+        sent = heads.to_heads(torch.ones(1, 2, 4, 3), slice(0, 2), counts)
+        held = sent._pending._held  # type: ignore[attr-defined]
+        before = len(held)
+        sent.wait()
+        return before, len(held)
+
+    assert on_threads(2, work) == [(1, 0), (1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("reaches", "reason"),
+    [
+        ([Reach("a 1", 0, (1,)), Reach("a 1", 1, (0,))], None),
+        ([Reach("a 1", -1, ()), Reach("a 1", -1, ())], "needs CUDA"),
+        ([Reach("a 1", 0, (1,)), Reach("b 2", 1, (0,))], "not all GPUs are in one machine (a, b)"),
+        ([Reach("a 1", 0, ()), Reach("a 1", 1, (0,))], "GPU 0 cannot write into the memory of GPU 1"),
+        (
+            [Reach("a 1", 0, (1,)), Reach("a 1", 0, (1,))],
+            "two processes see their GPU as number 0",
+        ),
+    ],
+)
+def test_direct_copies_want_gpus_that_reach_each_other(reaches: list[Reach], reason: str | None) -> None:
+    found = obstacle(reaches)
+    assert found is None if reason is None else str(found).startswith(reason)
+
+
+def arranged(team: Ranks) -> tuple[str | None, str | None, bool, str]:
+    auto = team.arrange(Layout(1, 2, 4))
+    captures = team.captures
+    alone = team.arrange(Layout(2, 1, 4))
+    try:
+        team.arrange(Layout(1, 2, 4), "direct")
+    except ResourceError as error:
+        return auto, alone, captures, str(error)
+    return auto, alone, captures, ""
+
+
+def test_a_team_says_how_its_heads_travel(pools: dict[int, RankPool]) -> None:
+    for auto, alone, captures, refused in pools[2].run(arranged):
+        assert auto == "attention's heads travel by gloo (needs CUDA)" and alone is None and not captures
+        assert refused == "exchange: direct copies between GPUs: needs CUDA; use exchange=auto"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["exchange=direct"], "exchange.*sp_size.*set sp_size to 2 or more"),
+        (["sp_size=2", "use_fsdp=true", "cuda_graphs=true"], "cuda_graphs.*use_fsdp"),
+    ],
+)
+def test_settings_that_exclude_each_other(values: list[str], message: str) -> None:
+    from omniavatar.config_load import load_config
+
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, ["weights=random", "scale=nano", *values])
