@@ -1,13 +1,15 @@
 """One forward and one guided step of the full-size DiT with random weights on several GPUs.
 
     torchrun --standalone --nproc_per_node=2 benchmarks/scaling.py [--scale 14B] [--cfg 2] [--fsdp]
+        [--exchange collective] [--graphs]
     torchrun --standalone --nproc_per_node=2 benchmarks/scaling.py --vae
 
 The processes are cfg groups of sp = N / cfg ranks. In one run: the forward of one GPU (every rank alone, at
 the same time), of sp ranks, the same with exchanges that move nothing (the difference is what they cost) and
-the exchanges alone (its cost is reckoned from the slowest rank's median, for all wait for it);
-with --cfg a step of two branches instead, in series on one GPU and on all ranks. Error:
-relative L2 of the shared forward against the same rank's own. Rank 0 prints a table, then one line of JSON.
+the exchanges alone; of what moves nothing the slowest rank counts, for whom the others wait. With --graphs
+also the shared forward as a CUDA graph, which is to be equal to the bit. With --cfg a step of two branches
+instead, in series on one GPU and on all ranks. Error: relative L2 of the shared forward against the same
+rank's own. Rank 0 prints a table, then one line of JSON.
 With --vae instead: the released VAE's sizes at 400x720, 105 frames decoded and 13 encoded (`scaling_vae`).
 """
 

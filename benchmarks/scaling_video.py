@@ -82,6 +82,7 @@ def run(arguments: argparse.Namespace, gpus: str, folder: Path, portrait: Path) 
         "windows": len(ends),
         "window_s": statistics.median(windows),
         "window_spread": [min(windows), max(windows)],
+        "each_window_s": [round(each, 3) for each in windows],
     }
 
 

@@ -92,8 +92,8 @@ class SymmetricSlot:
 
 
 class SymmetricMailbox:
-    """See `heads.Mailbox`. A slot that must grow is made anew by all ranks, who wait for their GPUs first; what
-    a CUDA graph has captured stays, for the graph will write there again."""
+    """See `heads.Mailbox`. A slot that must grow is made anew by all ranks, who wait for their GPUs first;
+    what a CUDA graph has captured stays, for the graph will write there again."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout: timedelta) -> None:
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
