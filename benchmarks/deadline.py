@@ -4,7 +4,8 @@
 
 For each deadline: the command proposes settings for this machine, then `omniavatar generate` makes that video
 with them, loading included, the packaged speech repeated to `--minutes`. Random decoders paint faint pictures
-in both (`faint_command.py`). A table, then one line of JSON.
+in both (`faint_command.py`). A table, then one line of JSON, with the parts of the predicted loading and the
+stages of the run, so that it shows where the two differ.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def measure(arguments: argparse.Namespace, deadline: str, folder: Path, portrait
         "deadline": deadline,
         "settings": chosen["settings"],
         "predicted": chosen["seconds"],
-        "loading": told["loading"],
+        "loading": {"sum": told["loading"], **told["loading_parts"]},
+        "stages": json.loads(output.with_suffix(".json").read_text())["stages"],
         "seconds": seconds,
         "error": chosen["seconds"] / seconds - 1,
     }

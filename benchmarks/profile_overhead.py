@@ -2,8 +2,9 @@
 
     python -m benchmarks.profile_overhead [--config configs/nano.yaml] [--hp weights=random,scale=1.3B,...]
 
-One pipeline, models loaded once, a warm-up, then the two recorders take turns, so that drift of the machine
-falls on both. A table, then one line of JSON: medians, fastest of each, and the overhead of both figures.
+One pipeline, models loaded once, a warm-up of both, then the two recorders take turns, so that drift of the
+machine falls on both. A table, then one line of JSON: medians, fastest of each, and the overhead of both
+figures.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def main() -> None:
     with as_file(files("omniavatar.assets")) as assets, tempfile.TemporaryDirectory() as folder:
         request = AvatarRequest("a person", assets / "portrait.png")
         output = Path(folder) / "video.mp4"
-        plain.generate(request, output, resume=False)
+        for pipeline in (plain, profiled):
+            pipeline.generate(request, output, resume=False)
         for repeat in range(arguments.repeats):
             turns = [("plain", plain), ("profiled", profiled)]
             for name, pipeline in turns if repeat % 2 else reversed(turns):

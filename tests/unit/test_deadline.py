@@ -46,7 +46,7 @@ def test_what_is_no_duration(text: str) -> None:
 )
 def test_the_fewest_points_within_the_deadline(pairs, deadline, as_is) -> None:
     choices = [Choice({}, 0.0, as_is, 1), *(Choice({"num_steps": 1}, p, s, 1) for p, s in pairs)]
-    found = choose(choices, 5, deadline, 0.0, [])
+    found = choose(choices, 5, deadline, {}, [])
     fitting = [each for each in choices if each.seconds <= deadline * 0.95]
     assert found.as_configured == choices[0]
     if not fitting:

@@ -56,14 +56,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Proposal:
-    """loading: what does not grow with the video: the command's start, a new prompt's embedding, models, and
-    what first runs take beyond later ones.
+    """loading: what does not grow with the video, the sum of `loading_parts`: the command's start, a new
+    prompt's embedding, models, and what first runs take beyond later ones.
     chosen: None where nothing meets the deadline. others: better-looking ones that miss it, nearest first,
     then the fastest of all. as_configured: the configuration unchanged."""
 
     minutes: float
     deadline: float
     loading: float
+    loading_parts: Mapping[str, float]
     as_configured: Choice
     chosen: Choice | None
     others: tuple[Choice, ...]
@@ -96,7 +97,8 @@ def propose(
     config, note = with_weights(config)
     notes = [note] if note else []
     choices: list[Choice] = []
-    loading = embedding = 0.0
+    loading: dict[str, float] = {}
+    embedding = 0.0
     for quantize in _precisions(config):
         timed = changed(config, runtime={"quantize": quantize})
         parts = PartTimer(timed, warm_up=2, repeats=repeats)
@@ -105,7 +107,8 @@ def propose(
         base = parts.plan(changed(timed, sampling={"step_cache": "none"}), minutes * 60)
         costs, start = window_costs(parts.window_timings(base)), start_costs(parts.start_timings())
 
-        loading = max(loading, started + embedding + loaded + parts.warming)
+        this = {"start": started, "prompt": embedding, "models": loaded, "first_runs": parts.warming}
+        loading = max(loading, this, key=lambda each: sum(each.values()))
 
         def seconds(plan: RunPlan, costs: Any = costs, start: Any = start) -> float:
             return video_seconds(costs, start, counts_of(plan))
@@ -114,12 +117,15 @@ def propose(
         del parts
         gc.collect()
         torch.cuda.empty_cache()
-    choices = [Choice(each.settings, each.points, each.seconds + loading, each.forwards) for each in choices]
+    all_loading = sum(loading.values())
+    choices = [
+        Choice(each.settings, each.points, each.seconds + all_loading, each.forwards) for each in choices
+    ]
     return choose(choices, minutes, deadline, loading, notes)
 
 
 def choose(
-    choices: list[Choice], minutes: float, deadline: float, loading: float, notes: list[str]
+    choices: list[Choice], minutes: float, deadline: float, loading: Mapping[str, float], notes: list[str]
 ) -> Proposal:
     """The choice with the fewest points within the deadline less its margin."""
     ranked = sorted(choices, key=lambda each: (each.points, each.seconds))
@@ -130,7 +136,8 @@ def choose(
     fastest = min(ranked, key=lambda each: each.seconds)
     others = missing[:3] if chosen is not None else [fastest]
     as_configured = next(each for each in ranked if not each.settings)
-    return Proposal(minutes, deadline, loading, as_configured, chosen, tuple(others), tuple(notes))
+    total = sum(loading.values())
+    return Proposal(minutes, deadline, total, loading, as_configured, chosen, tuple(others), tuple(notes))
 
 
 def _precisions(config: PipelineConfig) -> list[str]:

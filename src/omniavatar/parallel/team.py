@@ -188,7 +188,7 @@ class Ranks:
 
     @property
     def captures(self) -> bool:
-        """NCCL's collectives are not: two ranks that captured them on two H100 hung (torch 2.11)."""
+        """NCCL's collectives are not: they could be, but NCCL then hangs when it is left (torch 2.11)."""
         sequence = self._sequence
         return sequence is None or (isinstance(sequence.heads, DirectHeads) and sequence.rows.size == 1)
 
