@@ -175,9 +175,10 @@ def coding_bytes(
 
     In frames of the last stage: 18 past ones and 29 for each latent, encoding 20 and 5 for each frame (fast;
     measured on an H100: decoding 70 at two latents a pass, two ranks 58, encoding 77 and 41, the larger of
-    them at one latent 47); the scores of a frame's attention are float32 and there twice. Where ranks share the rows, the largest run of them
-    counts with its border, times the latents of a pass, which are `ranks` times as many, and what is whole on
-    each: the portrait encoded by the leader, three times the pixels of a pass in float32.
+    them at one latent 47); the scores of a frame's attention are float32 and there twice. Where ranks share
+    the rows, the largest run of them counts with its border, times the latents of a pass, which are `ranks`
+    times as many, and what is whole on each: the portrait encoded by the leader, three times the pixels of a
+    pass in float32.
     """
     height, width = size
     frame = height * width * channels * dtype_bytes
