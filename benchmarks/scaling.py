@@ -24,7 +24,7 @@ import time
 
 import torch
 from forward import GRIDS, inputs
-from scaling_vae import SilentHeads, SilentPeers, measure_vae
+from scaling_vae import SilentHeads, SilentPeers, SilentRows, measure_vae
 from timing import timed
 
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
@@ -114,10 +114,10 @@ def main() -> None:
                 measure("forward, shared, one graph", replayed)
                 found["graph queued by the host"] = queued(replayed, options.repeats)
             real = sequence.whole, sequence.heads, sequence.rows
-            sequence.whole, sequence.rows = (
-                SilentPeers(each.group, each.index, each.size) for each in (sequence.whole, sequence.rows)
-            )
+            whole = sequence.whole
+            sequence.whole = SilentPeers(whole.group, whole.index, whole.size)
             sequence.heads = SilentHeads(sequence.heads.index, sequence.heads.size)
+            sequence.rows = SilentRows(sequence.rows.index, sequence.rows.size)
             measure("forward, shared, nothing moved", forward)
             silent = slow["forward, shared, nothing moved"]  # exchanges wait for the slowest rank
             sequence.whole, sequence.heads, sequence.rows = real
@@ -183,8 +183,8 @@ def exchange_all(sequence, spec, device):
                 heads.to_heads(mine, slice(0, share), counts).wait()
             heads.to_tokens(out, counts).wait()
         if sequence.rows.size > 1:
-            sequence.rows.gather(out, rows)
-            sequence.rows.gather(out, rows)
+            for _ in range(2):
+                sequence.rows.spread(out, rows).wait()
     total = deal(sum(sequence.counts), whole.size)
     whole.gather(mine.new_zeros(total[whole.index], spec.dim), total)
 

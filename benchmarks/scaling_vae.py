@@ -60,6 +60,16 @@ class SilentHeads:
         return Arrived([out_LBhD[: counts[self.index]]] * self.size)
 
 
+class SilentRows:
+    """Gives this rank's own rows back in the right shape; moves nothing."""
+
+    def __init__(self, index, size):
+        self.index, self.size = index, size
+
+    def spread(self, rows, counts):
+        return Arrived(torch.cat([rows] * (self.size + 1))[: sum(counts)] if self.size > 1 else rows)
+
+
 class CountingPeers(Peers):
     """Counts what leaves this rank."""
 

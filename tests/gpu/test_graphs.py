@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,9 @@ from ranks import RankPool
 pytestmark = pytest.mark.gpu
 
 
-def make(device: torch.device, attention: str, quantize: str) -> WanDiT:
+def make(device: torch.device, attention: str, quantize: str, heads: int = 12) -> WanDiT:
     _, backend = create_attention(attention, device, torch.bfloat16)
-    spec = scale_spec("1.3B").dit
+    spec = replace(scale_spec("1.3B").dit, num_heads=heads, dim=128 * heads)
     dit = random_dit(spec, attention=backend, dtype=torch.bfloat16, device=device, seed=0)
     apply_accelerations(dit, AccelConfig(quantize, True), create_fused(device))  # type: ignore[arg-type]
     return dit
@@ -71,14 +72,14 @@ def test_a_captured_forward_is_the_forward(attention: str, quantize: str) -> Non
     assert all(torch.equal(a, b) for row in found for a, b in zip(row, expected, strict=True))
 
 
-def forwards_on_gpus(team: Ranks, attention: str, quantize: str) -> tuple[list[Tensor], ...]:
+def forwards_on_gpus(team: Ranks, attention: str, quantize: str, heads: int) -> tuple[list[Tensor], ...]:
     """By collectives, by direct copies, by direct copies captured; of growing sizes, twice over."""
     device = torch.device("cuda", team.rank)
     results = []
     for exchange, captured in (("collective", False), ("direct", False), ("direct", True)):
-        said = team.arrange(Layout(1, team.size, 12), exchange)  # type: ignore[arg-type]
+        said = team.arrange(Layout(1, team.size, heads), exchange)  # type: ignore[arg-type]
         assert said is not None and ("direct" in said) == team.captures == (exchange == "direct")
-        dit = make(device, attention, quantize)
+        dit = make(device, attention, quantize, heads)
         team.apply(dit)
         blocks = GraphedBlocks(dit.run_blocks, CudaCapture()) if captured else dit.run_blocks
         with torch.inference_mode():
@@ -96,14 +97,17 @@ def forwards_on_gpus(team: Ranks, attention: str, quantize: str) -> tuple[list[T
     return tuple(results)
 
 
-@pytest.mark.parametrize(("attention", "quantize"), [("auto", "none"), ("fa3_fp8", "fp8")])
-def test_direct_copies_between_gpus(attention: str, quantize: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("attention", "quantize", "heads"),
+    [("auto", "none", 12), ("fa3_fp8", "fp8", 12), ("auto", "none", 11)],  # 11: keys and values are gathered
+)
+def test_direct_copies_between_gpus(attention: str, quantize: str, heads: int, tmp_path: Path) -> None:
     backend_or_skip(attention)
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     pool = RankPool(2, tmp_path, "cuda")
     try:
-        found = pool.run(forwards_on_gpus, attention, quantize)
+        found = pool.run(forwards_on_gpus, attention, quantize, heads)
     finally:
         pool.close()
     for rank in found:

@@ -30,7 +30,7 @@ from omniavatar.model.dit import WanDiT
 from omniavatar.model.vae import VAEConfig, VideoVAE
 from omniavatar.ops.attention import available_backends, create_attention
 from omniavatar.ops.fused import create_fused
-from omniavatar.parallel.heads import CollectiveHeads
+from omniavatar.parallel.heads import CollectiveHeads, CollectiveRows
 from omniavatar.parallel.layout import Layout
 from omniavatar.parallel.peers import Peers, Pending
 from omniavatar.parallel.picture_rows import PictureRows
@@ -89,7 +89,8 @@ def thread_ranks(layout: Layout, pieces: int) -> list[SequenceParallel]:
         peers(each) for each in (layout.sequence_peers(), layout.head_peers(), layout.row_peers())
     )
     return [
-        SequenceParallel(whole[r], CollectiveHeads(heads[r]), rows[r], pieces) for r in range(layout.size)
+        SequenceParallel(whole[r], CollectiveHeads(heads[r]), CollectiveRows(rows[r]), pieces)
+        for r in range(layout.size)
     ]
 
 

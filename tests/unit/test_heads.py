@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from omniavatar.errors import ConfigError, ResourceError
-from omniavatar.parallel.heads import CollectiveHeads, DirectHeads, HeadExchange
+from omniavatar.parallel.heads import (
+    CollectiveHeads,
+    CollectiveRows,
+    DirectHeads,
+    DirectRows,
+    HeadExchange,
+    RowExchange,
+)
 from omniavatar.parallel.layout import Layout, deal
 from omniavatar.parallel.mailbox import Reach, obstacle
 from omniavatar.parallel.peers import Peers, Pending
@@ -45,6 +52,10 @@ class ThreadPeers(Peers):
         parts = [room.left[rank][self.index] for rank in range(self.size)]
         room.barrier.wait(20)
         return Pending(torch.cat(parts), None)
+
+    def gather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        everyone = rows.repeat(self.size, *[1] * (rows.dim() - 1))
+        return self.all_to_all(everyone, [len(rows)] * self.size, counts).wait()
 
 
 class ThreadSlot:
@@ -128,6 +139,34 @@ def on_threads(size: int, work: Callable[[int], Any]) -> list[Any]:
         thread.join(60)
     assert len(found) == size
     return [found[rank] for rank in range(size)]
+
+
+def layers_of_rows(exchange: RowExchange, mine: Tensor, counts: list[int]) -> list[Tensor]:
+    """Keys and values gathered layer after layer; the next layer's rows depend on all of this one's."""
+    found = []
+    for _ in range(6):
+        both = [exchange.spread(mine * factor, counts) for factor in (1.0, 2.0)]
+        keys, values = (each.wait() for each in both)
+        found += [keys.clone(), values.clone()]
+        mine = (mine + values.mean(0) - keys.roll(1, 0)[: len(mine)] * 0.5) / 2
+    return found
+
+
+@pytest.mark.parametrize(("size", "total"), [(2, 11), (3, 9)])
+def test_rows_spread_by_direct_copies(size: int, total: int) -> None:
+    counts = deal(total, size)
+    rows = [torch.randn(count, 2, 3, generator=torch.Generator().manual_seed(count)) for count in counts]
+    room = Room(size)
+    expected = on_threads(
+        size, lambda rank: layers_of_rows(CollectiveRows(ThreadPeers(room, rank)), rows[rank], counts)
+    )
+    mailboxes = [ThreadMailbox(room, Random(rank)) for rank in range(size)]
+    found = on_threads(
+        size, lambda rank: layers_of_rows(DirectRows(mailboxes[rank], rank, size), rows[rank], counts)
+    )
+    for rank in range(size):
+        assert all(torch.equal(a, b) for a, b in zip(found[rank], expected[rank], strict=True))
+        assert mailboxes[rank].numbers == [0, 1, 2, 3] * 3  # keys and values of two blocks in turn
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])

@@ -1,11 +1,12 @@
-"""Attention's exchange among the ranks that share its heads: "my tokens, all heads" to "all tokens, my heads"
-and back. Two ways, equal to the bit.
+"""Attention's exchanges: among the ranks that share its heads, "my tokens, all heads" to "all tokens, my
+heads" and back; among those that share the query tokens of the same heads, keys and values. Two ways, equal
+to the bit.
 
-`CollectiveHeads` leaves it to the backend (NCCL, gloo) and works anywhere. NCCL's kernels take
-multiprocessors from the product they are to travel beside: on two H100 only 2 to 7 % of their time is hidden.
-`DirectHeads` writes into the other GPUs' memory by their copy engines, which take none: a copy of 78 MB
-beside a product of 1.0 ms makes it 0.02 ms longer, NCCL 0.29. It needs GPUs of one machine that reach each
-other.
+`CollectiveHeads` and `CollectiveRows` leave it to the backend (NCCL, gloo) and work anywhere. NCCL's kernels
+take multiprocessors from the product they are to travel beside: on two H100 only 2 to 7 % of their time is
+hidden. `DirectHeads` and `DirectRows` write into the other GPUs' memory by their copy engines, which take
+none: a copy of 78 MB beside a product of 1.0 ms makes it 0.02 ms longer, NCCL 0.29. They need GPUs of one
+machine that reach each other.
 
 Shapes: B batch, L tokens of the ranks that exchange, l of this one, H heads, h of a rank in one piece, D head
 dim.
@@ -14,6 +15,7 @@ Source: DeepSpeed-Ulysses (arXiv 2309.14509).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -49,6 +51,16 @@ class HeadExchange(Protocol):
 
     def to_tokens(self, out_LBhD: Tensor, counts: list[int]) -> Arriving[list[Tensor]]:
         """This rank's tokens (l, B, h, D) of each rank's heads, in order."""
+
+
+class RowExchange(Protocol):
+    """One rank's side of the gather. index: its place among `size`. counts: rows of each of them."""
+
+    index: int
+    size: int
+
+    def spread(self, rows: Tensor, counts: list[int]) -> Arriving[Tensor]:
+        """The rows of all ranks, in order, on every one of them."""
 
 
 class Arrived(Generic[T]):
@@ -90,6 +102,16 @@ class CollectiveHeads:
         return _Converted(pending, lambda rows: list(rows.split(own)))
 
 
+class CollectiveRows:
+    """By an all-gather of the backend."""
+
+    def __init__(self, peers: Peers) -> None:
+        self._peers, self.index, self.size = peers, peers.index, peers.size
+
+    def spread(self, rows: Tensor, counts: list[int]) -> Arriving[Tensor]:
+        return Arrived(rows if self.size == 1 else self._peers.gather(rows, counts))
+
+
 class Slot(Protocol):
     """A piece of memory on every rank, into which the others write."""
 
@@ -113,7 +135,52 @@ class Mailbox(Protocol):
         """What makes the then current stream wait for what is queued now."""
 
 
-class DirectHeads:
+class _Direct:
+    """One rank that writes into slots of the others' memory, `slots` of them in turn."""
+
+    def __init__(self, mailbox: Mailbox, index: int, size: int, slots: int) -> None:
+        self._mailbox, self.index, self.size = mailbox, index, size
+        self._slots, self._next = slots, 0
+
+    def _others(self) -> list[int]:
+        """The other ranks, from the next one on, so that not all write to the same one first."""
+        return [(self.index + step) % self.size for step in range(1, self.size)]
+
+    def _take(self, shape: Sequence[int], dtype: torch.dtype) -> Slot:
+        slot = self._mailbox.slot(self._next, math.prod(shape) * dtype.itemsize)
+        self._next = (self._next + 1) % self._slots
+        return slot
+
+    def _send(self, slot: Slot, leaving: dict[int, Tensor], places: dict[int, Tensor]) -> _Sent:
+        with self._mailbox.aside():
+            for rank, rows in leaving.items():
+                places[rank].copy_(rows, non_blocking=True)
+            slot.meet()
+            return _Sent(self._mailbox.mark(), [*leaving.values()])
+
+
+class DirectRows(_Direct):
+    """By copies into slots of the other ranks' memory: of keys and values, for two blocks in turn.
+
+    Who sends the keys of a block has had the others' values of the block before, and they sent those after
+    they had read the slots of the one before that.
+    """
+
+    def __init__(self, mailbox: Mailbox, index: int, size: int) -> None:
+        super().__init__(mailbox, index, size, slots=4)
+
+    def spread(self, rows: Tensor, counts: list[int]) -> Arriving[Tensor]:
+        shape, dtype = (sum(counts), *rows.shape[1:]), rows.dtype
+        slot, rows = self._take(shape, dtype), rows.contiguous()
+        first = starts(counts)[self.index]
+        mine = slice(first, first + counts[self.index])
+        here = slot.view(self.index, shape, dtype)
+        here[mine].copy_(rows)
+        places = {rank: slot.view(rank, shape, dtype)[mine] for rank in self._others()}
+        return _Converted(self._send(slot, dict.fromkeys(places, rows), places), lambda _: here)
+
+
+class DirectHeads(_Direct):
     """By copies into slots of the other ranks' memory.
 
     Slots are taken in turn, as many as a block's attention has exchanges, so each has one use. Nobody needs
@@ -122,8 +189,7 @@ class DirectHeads:
     """
 
     def __init__(self, mailbox: Mailbox, index: int, size: int, pieces: int = 1) -> None:
-        self._mailbox, self.index, self.size = mailbox, index, size
-        self._slots, self._next = 4 * pieces, 0
+        super().__init__(mailbox, index, size, slots=4 * pieces)
 
     def to_heads(self, x_BlHD: Tensor, span: slice, counts: list[int]) -> Arriving[Tensor]:
         parts = x_BlHD.unflatten(2, (self.size, -1))[:, :, :, span].transpose(0, 1)
@@ -152,25 +218,6 @@ class DirectHeads:
             return [parts[rank] if rank == self.index else arrived[rank] for rank in range(self.size)]
 
         return _Converted(self._send(slot, leaving, places), by_rank)
-
-    def _others(self) -> list[int]:
-        """The other ranks, from the next one on, so that not all write to the same one first."""
-        return [(self.index + step) % self.size for step in range(1, self.size)]
-
-    def _take(self, shape: Sequence[int], dtype: torch.dtype) -> Slot:
-        size = dtype.itemsize
-        for length in shape:
-            size *= length
-        slot = self._mailbox.slot(self._next, size)
-        self._next = (self._next + 1) % self._slots
-        return slot
-
-    def _send(self, slot: Slot, leaving: dict[int, Tensor], places: dict[int, Tensor]) -> _Sent:
-        with self._mailbox.aside():
-            for rank, rows in leaving.items():
-                places[rank].copy_(rows, non_blocking=True)
-            slot.meet()
-            return _Sent(self._mailbox.mark(), [*leaving.values()])
 
 
 class _Sent:

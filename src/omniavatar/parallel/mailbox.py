@@ -8,6 +8,7 @@ Source: PyTorch SymmetricMemory (torch.distributed._symmetric_memory; its multic
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -80,9 +81,7 @@ class SymmetricSlot:
     def view(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         key = rank, tuple(shape), dtype
         if key not in self._views:
-            size = dtype.itemsize
-            for length in shape:
-                size *= length
+            size = math.prod(shape) * dtype.itemsize
             whole: Tensor = self._handle.get_buffer(rank, [self.size], torch.uint8)
             self._views[key] = whole[:size].view(dtype).view(*shape)
         return self._views[key]

@@ -32,7 +32,7 @@ from omniavatar.model.dit import RunBlocks
 from omniavatar.model.layers import BlockInputs, TokenAudio
 from omniavatar.model.rope import RopeTable
 from omniavatar.ops.attention import AttentionFn, takes_float8
-from omniavatar.parallel.heads import Arriving, HeadExchange
+from omniavatar.parallel.heads import Arriving, HeadExchange, RowExchange
 from omniavatar.parallel.layout import deal, starts
 from omniavatar.parallel.peers import Peers
 
@@ -44,7 +44,7 @@ class SequenceParallel:
     whole: all ranks of the forward, in the order of their tokens. pieces: see above.
     """
 
-    def __init__(self, whole: Peers, heads: HeadExchange, rows: Peers, pieces: int = 1) -> None:
+    def __init__(self, whole: Peers, heads: HeadExchange, rows: RowExchange, pieces: int = 1) -> None:
         self.whole, self.heads, self.rows = whole, heads, rows
         self.pieces = pieces
         self.counts: list[int] = []
@@ -139,8 +139,7 @@ class SequenceAttention:
         row_counts = [sum(team.counts[first : first + size]) for first in range(0, len(team.counts), size)]
         for parcels in zip(q, k, v, strict=True):
             whole_q, whole_k, whole_v = (parcel.wait() for parcel in parcels)
-            if team.rows.size > 1:
-                whole_k = team.rows.gather(whole_k, row_counts)
-                whole_v = team.rows.gather(whole_v, row_counts)
+            spread = [team.rows.spread(each, row_counts) for each in (whole_k, whole_v)]
+            whole_k, whole_v = (each.wait() for each in spread)
             moved = (x.transpose(0, 1) for x in (whole_q, whole_k, whole_v))
             yield self._inner(*moved).transpose(0, 1)

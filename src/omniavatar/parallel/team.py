@@ -18,7 +18,14 @@ from torch import Tensor
 from omniavatar.errors import ConfigError, ResourceError
 from omniavatar.model.dit import RunBlocks, WanDiT
 from omniavatar.parallel.guidance import GuidanceParallel, Predict
-from omniavatar.parallel.heads import CollectiveHeads, DirectHeads, HeadExchange
+from omniavatar.parallel.heads import (
+    CollectiveHeads,
+    CollectiveRows,
+    DirectHeads,
+    DirectRows,
+    HeadExchange,
+    RowExchange,
+)
 from omniavatar.parallel.layout import Layout
 from omniavatar.parallel.mailbox import Reach, SymmetricMailbox, obstacle
 from omniavatar.parallel.peers import Peers
@@ -155,6 +162,7 @@ class Ranks:
         self._reaches: list[Reach] = [Reach.of(device)] * self.size
         dist.all_gather_object(self._reaches, Reach.of(device), group=self._orders)
         self._sequence: SequenceParallel | None = None
+        self._captures = True
         self._guidance: GuidanceParallel | None = None
         self._weights: Peers | None = None
         self.last_order: Any = None
@@ -172,33 +180,39 @@ class Ranks:
         guidance = self._peers(layout.guidance_peers())
         self._weights = self._new_peers(layout.sequence_peers()) if layout.sequence > 1 else None
         self._guidance = GuidanceParallel(guidance) if layout.guidance > 1 else None
-        self._sequence = None
+        self._sequence, self._captures = None, True
         if layout.sequence == 1:
             return None
-        obstacles = [self._obstacle(ranks) for ranks in layout.head_peers() if len(ranks) > 1]
-        reason = next((each for each in obstacles if each), None if obstacles else "nobody shares heads")
+        groups = [ranks for ranks in layout.head_peers() + layout.row_peers() if len(ranks) > 1]
+        obstacles = [obstacle([self._reaches[rank] for rank in ranks]) for ranks in groups]
+        reason = next((each for each in obstacles if each), None)
         if exchange == "direct" and reason:
             raise ResourceError(f"exchange: direct copies between GPUs: {reason}; use exchange=auto")
         direct = exchange != "collective" and not reason
-        self._sequence = SequenceParallel(sequence, self._head_exchange(heads, direct), rows)
-        backend = dist.get_backend()
+        self._sequence = SequenceParallel(sequence, self._heads(heads, direct), self._rows(rows, direct))
+        self._captures = direct
         if direct:
             return "attention's heads travel by direct copies between the GPUs"
-        return f"attention's heads travel by {backend}" + (f" ({reason})" if exchange == "auto" else "")
+        why = f" ({reason})" if exchange == "auto" else ""
+        return f"attention's heads travel by {dist.get_backend()}{why}"
+
+    def _heads(self, peers: Peers, direct: bool) -> HeadExchange:
+        if not direct or peers.size == 1:
+            return CollectiveHeads(peers)
+        return DirectHeads(self._mailbox(peers), peers.index, peers.size)
+
+    def _rows(self, peers: Peers, direct: bool) -> RowExchange:
+        if not direct or peers.size == 1:
+            return CollectiveRows(peers)
+        return DirectRows(self._mailbox(peers), peers.index, peers.size)
+
+    def _mailbox(self, peers: Peers) -> SymmetricMailbox:
+        return SymmetricMailbox(peers.group, self._device, STEP_TIMEOUT)
 
     @property
     def captures(self) -> bool:
         """NCCL's collectives are not: they could be, but NCCL then hangs when it is left (torch 2.11)."""
-        sequence = self._sequence
-        return sequence is None or (isinstance(sequence.heads, DirectHeads) and sequence.rows.size == 1)
-
-    def _obstacle(self, ranks: list[int]) -> str | None:
-        return obstacle([self._reaches[rank] for rank in ranks])
-
-    def _head_exchange(self, heads: Peers, direct: bool) -> HeadExchange:
-        if not direct:
-            return CollectiveHeads(heads)
-        return DirectHeads(SymmetricMailbox(heads.group, self._device, STEP_TIMEOUT), heads.index, heads.size)
+        return self._captures
 
     def _peers(self, lists: list[list[int]]) -> Peers:
         """This rank's group of `lists`, made once."""
