@@ -58,7 +58,8 @@ def main() -> None:
     device = torch.device("cuda", process.local_rank)
     team = connect(process, device)
     if options.vae:
-        measure_vae(team, device, options.repeats)
+        exchange = team.arrange(Layout(1, team.size, team.size), options.exchange)
+        measure_vae(team, device, options.repeats, exchange)
         team.meet()
         disconnect()
         return

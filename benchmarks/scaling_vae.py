@@ -19,7 +19,7 @@ from omniavatar.accel.shared_vae import apply_shared_vae
 from omniavatar.accel.vae import FastVAEConfig, apply_fast_vae
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.model.vae import VAEConfig
-from omniavatar.parallel.heads import Arrived
+from omniavatar.parallel.exchange import Arrived
 from omniavatar.parallel.peers import Peers, Pending
 from omniavatar.parallel.picture_rows import PictureRows
 
@@ -86,7 +86,7 @@ class CountingPeers(Peers):
         return super().gather(rows, counts)
 
 
-def measure_vae(team, device, repeats):
+def measure_vae(team, device, repeats, exchange):
     """Measure on all ranks; the leader prints a table and one line of JSON."""
     alone = apply_fast_vae(
         random_vae(VAEConfig(), dtype=torch.bfloat16, device=device, seed=0), FastVAEConfig()
@@ -131,7 +131,9 @@ def measure_vae(team, device, repeats):
         facts[f"{name}: times one GPU"] = found[f"{name}, one GPU"][0] / found[f"{name}, shared"][0]
     if not team.leads:
         return
-    print(f"VAE, {HEIGHT}x{WIDTH}, {team.size} GPUs: {4 * LATENTS - 3} frames decoded, {FRAMES} encoded")
+    print(
+        f"VAE, {HEIGHT}x{WIDTH}, {team.size} GPUs: {4 * LATENTS - 3} frames decoded, {FRAMES} encoded; {exchange}"
+    )
     for label, values in found.items():
         print("{:34} {:.4f} ({:.4f}..{:.4f}) s".format(label, *values))
     for label, value in facts.items():
@@ -140,6 +142,7 @@ def measure_vae(team, device, repeats):
         json.dumps(
             {
                 "gpus": team.size,
+                "exchange": exchange,
                 "seconds": found,
                 **facts,
                 "device": torch.cuda.get_device_name(device),

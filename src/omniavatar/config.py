@@ -307,8 +307,9 @@ class RuntimeConfig(_Section):
     vae_parallel: Flag | None = None
     """In the VAE, share a picture's rows out among all GPUs of the video; unset: where the fast VAE runs."""
     exchange: Literal["auto", "direct", "collective"] = "auto"
-    """How attention's heads travel among `sp_size` GPUs: direct copies between GPUs of one machine that reach
-    each other, or NCCL's collectives; auto: direct where it can be. The video is the same to the bit."""
+    """How attention's heads, keys and values and the VAE's border rows travel among the GPUs of a video: by
+    direct copies between GPUs of one machine that reach each other, or by NCCL's collectives; auto: heads
+    direct where they can be, the rest by NCCL. The video is the same to the bit."""
     cuda_graphs: Flag | None = None
     """Replay the blocks as one CUDA graph, so that the host launches once and not a thousand times a forward;
     unset: where a block is so short that launches show. The video is the same to the bit."""
@@ -345,9 +346,9 @@ class RuntimeConfig(_Section):
                 "use_fsdp",
                 "sp_size",
             )
-        if self.exchange == "direct" and self.sp_size == 1:
+        if self.exchange == "direct" and self.processes == 1:
             raise FieldError(
-                "attention's heads travel among sp_size GPUs; set sp_size to 2 or more",
+                "nothing travels where one GPU makes a video; set sp_size or cfg_parallel to 2 or more",
                 "exchange",
                 "sp_size",
             )

@@ -30,7 +30,7 @@ from omniavatar.model.dit import WanDiT
 from omniavatar.model.vae import VAEConfig, VideoVAE
 from omniavatar.ops.attention import available_backends, create_attention
 from omniavatar.ops.fused import create_fused
-from omniavatar.parallel.heads import CollectiveHeads, CollectiveRows
+from omniavatar.parallel.exchange import CollectiveHeads, CollectiveRows
 from omniavatar.parallel.layout import Layout
 from omniavatar.parallel.peers import Peers, Pending
 from omniavatar.parallel.picture_rows import PictureRows
@@ -227,8 +227,9 @@ def test_the_vae_on_a_ranks_rows(
             assert (there - alone).norm() / alone.norm() < tolerance
 
 
-def coded_on_gpu(team: Ranks) -> tuple[Tensor, Tensor]:
+def coded_on_gpu(team: Ranks, exchange: Any) -> tuple[Tensor, Tensor]:
     """The second time no call may make the host wait."""
+    team.arrange(Layout(1, team.size, 12), exchange)
     device = torch.device("cuda", team.rank)
     pixels, latents, vae = coded(device, torch.bfloat16, team.picture_rows)
     with torch.inference_mode():
@@ -243,13 +244,14 @@ def coded_on_gpu(team: Ranks) -> tuple[Tensor, Tensor]:
     return pixels.cpu(), latents.cpu()
 
 
-def test_two_gpus_share_a_picture(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exchange", ["collective", "direct"])
+def test_two_gpus_share_a_picture(exchange: str, tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     alone = coded(torch.device("cuda", 0), torch.bfloat16, None)[:2]
     pool = RankPool(2, tmp_path, "cuda")
     try:
-        found = pool.run(coded_on_gpu)
+        found = pool.run(coded_on_gpu, exchange)
     finally:
         pool.close()
     for here, there, single in zip(*found, alone, strict=True):

@@ -14,17 +14,12 @@ import torch
 from torch import Tensor
 
 from omniavatar.errors import ConfigError, ResourceError
-from omniavatar.parallel.heads import (
-    CollectiveHeads,
-    CollectiveRows,
-    DirectHeads,
-    DirectRows,
-    HeadExchange,
-    RowExchange,
-)
-from omniavatar.parallel.layout import Layout, deal
+from omniavatar.parallel.direct import DirectBorder, DirectHeads, DirectRows
+from omniavatar.parallel.exchange import CollectiveHeads, CollectiveRows, HeadExchange, RowExchange
+from omniavatar.parallel.layout import Layout, deal, starts
 from omniavatar.parallel.mailbox import Reach, obstacle
 from omniavatar.parallel.peers import Peers, Pending
+from omniavatar.parallel.picture_rows import PictureRows
 from omniavatar.parallel.team import Ranks
 from ranks import RankPool
 
@@ -39,6 +34,10 @@ class Room:
         self.memory: dict[tuple[int, int], Tensor] = {}
         self.lock = threading.Lock()
         self.barriers: dict[int, threading.Barrier] = {}
+
+    def barrier_of(self, number: int) -> threading.Barrier:
+        with self.lock:
+            return self.barriers.setdefault(number, threading.Barrier(self.size))
 
 
 class ThreadPeers(Peers):
@@ -59,10 +58,11 @@ class ThreadPeers(Peers):
 
 
 class ThreadSlot:
-    """Written at once by the others; that all have come is waited for as late as may be: in `mark`'s wait."""
+    """Written at once by the others; that all have come is waited for as late as may be: in `mark`'s wait, or
+    in `meet` if `eager`."""
 
-    def __init__(self, room: Room, number: int, size: int) -> None:
-        self._room, self.number, self._size = room, number, size
+    def __init__(self, room: Room, number: int, size: int, eager: bool) -> None:
+        self._room, self.number, self._size, self.eager = room, number, size, eager
 
     def view(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         with self._room.lock:
@@ -75,17 +75,19 @@ class ThreadSlot:
         assert size <= self._size
         return whole[:size].view(dtype).view(*shape)
 
-    def meet(self) -> None: ...
+    def meet(self) -> None:
+        if self.eager:
+            self._room.barrier_of(self.number).wait(20)
 
 
 class ThreadMailbox:
-    def __init__(self, room: Room, random: Random) -> None:
-        self._room, self._random = room, random
+    def __init__(self, room: Room, random: Random, eager: bool = False) -> None:
+        self._room, self._random, self._eager = room, random, eager
         self.numbers: list[int] = []
 
     def slot(self, number: int, size: int) -> ThreadSlot:
         self.numbers.append(number)
-        return ThreadSlot(self._room, number, size)
+        return ThreadSlot(self._room, number, size, self._eager)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -93,8 +95,7 @@ class ThreadMailbox:
         yield
 
     def mark(self) -> Callable[[], None]:
-        with self._room.lock:
-            barrier = self._room.barriers.setdefault(self.numbers[-1], threading.Barrier(self._room.size))
+        barrier = self._room.barrier_of(self.numbers[-1])
 
         def wait() -> None:
             barrier.wait(20)
@@ -193,6 +194,34 @@ def test_direct_copies_bring_what_collectives_bring(
         assert mailboxes[rank].numbers == list(range(4 * pieces)) * 6  # each slot has one use in a block
 
 
+@pytest.mark.parametrize(("above", "below"), [(True, True), (True, False), (False, True), (False, False)])
+def test_border_rows_by_direct_copies(above: bool, below: bool) -> None:
+    """Every rank's window gets its neighbours' outermost rows, swap after swap, and zeros beyond."""
+    size, rows = 3, 7
+    room = Room(size)
+
+    def work(rank: int) -> list[Tensor]:
+        border = DirectBorder(ThreadMailbox(room, Random(rank), eager=True), rank, size)
+        picture = PictureRows(ThreadPeers(room, rank), rows, border)
+        found = []
+        for turn in range(5):
+            whole = torch.arange(2.0 * rows * 4 * 3).view(2, rows, 4, 3) + 1000 * turn
+            own = picture.mine(whole)
+            window = torch.full((2, own.shape[1] + above + below, 4, 3), -1.0)
+            window[:, int(above) : window.shape[1] - int(below)] = own
+            picture.border(window, above, below)
+            found.append(window)
+        return found
+
+    for rank, windows in enumerate(on_threads(size, work)):
+        first, last = starts(deal(rows, size))[rank], sum(deal(rows, size)[: rank + 1])
+        for turn, window in enumerate(windows):
+            whole = torch.arange(2.0 * rows * 4 * 3).view(2, rows, 4, 3) + 1000 * turn
+            padded = torch.nn.functional.pad(whole, (0, 0, 0, 0, 1, 1))
+            expected = padded[:, first + 1 - above : last + 1 + below]
+            assert torch.equal(window, expected)
+
+
 def test_what_leaves_is_held_until_it_has_been_waited_for() -> None:
     room = Room(2)
     counts = [2, 2]
@@ -239,14 +268,14 @@ def arranged(team: Ranks) -> tuple[str | None, str | None, bool, str]:
 
 def test_a_team_says_how_its_heads_travel(pools: dict[int, RankPool]) -> None:
     for auto, alone, captures, refused in pools[2].run(arranged):
-        assert auto == "attention's heads travel by gloo (needs CUDA)" and alone is None and not captures
+        assert auto == alone == "exchanges: gloo (needs CUDA)" and not captures
         assert refused == "exchange: direct copies between GPUs: needs CUDA; use exchange=auto"
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (["exchange=direct"], "exchange.*sp_size.*set sp_size to 2 or more"),
+        (["exchange=direct"], "exchange: nothing travels.*set sp_size or cfg_parallel to 2 or more"),
         (["sp_size=2", "use_fsdp=true", "cuda_graphs=true"], "cuda_graphs.*use_fsdp"),
     ],
 )

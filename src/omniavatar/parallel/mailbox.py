@@ -67,7 +67,7 @@ def obstacle(reaches: Sequence[Reach]) -> str | None:
 
 
 class SymmetricSlot:
-    """See `heads.Slot`."""
+    """See `direct.Slot`."""
 
     def __init__(self, handle: Any, buffer: Tensor, timeout: timedelta) -> None:
         self._handle, self._buffer = handle, buffer
@@ -91,7 +91,7 @@ class SymmetricSlot:
 
 
 class SymmetricMailbox:
-    """See `heads.Mailbox`. A slot that must grow is made anew by all ranks, who wait for their GPUs first;
+    """See `direct.Mailbox`. A slot that must grow is made anew by all ranks, who wait for their GPUs first;
     what a CUDA graph has captured stays, for the graph will write there again."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout: timedelta) -> None:

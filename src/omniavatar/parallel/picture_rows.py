@@ -12,21 +12,25 @@ channels.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from omniavatar.parallel.exchange import BorderExchange, CollectiveBorder
 from omniavatar.parallel.layout import deal, starts
 from omniavatar.parallel.peers import Peers
 
 
 class PictureRows:
-    """One rank's run of a picture of `rows` latent rows, at least one for each of `peers`."""
+    """One rank's run of a picture of `rows` latent rows, at least one for each of `peers`.
 
-    def __init__(self, peers: Peers, rows: int) -> None:
+    border: how its border rows travel; by the backend's collectives if None.
+    """
+
+    def __init__(self, peers: Peers, rows: int, border: BorderExchange | None = None) -> None:
         if rows < peers.size:
             raise ValueError(f"{rows} rows for {peers.size} ranks")
         self._peers = peers
         self._counts = deal(rows, peers.size)
+        self._border = border or CollectiveBorder(peers)
 
     @property
     def ranks(self) -> int:
@@ -62,10 +66,7 @@ class PictureRows:
         beyond = arriving.keys() - range(peers.size)
         for rank in beyond:
             arriving.pop(rank).zero_()
-        rows = torch.stack(list(leaving.values())) if leaving else own.new_empty((0, *own[:, 0].shape))
-        send, receive = ([int(rank in swap) for rank in range(peers.size)] for swap in (leaving, arriving))
-        for place, row in zip(arriving.values(), peers.exchange(rows, send, receive), strict=True):
-            place.copy_(row)
+        self._border.swap(leaving, arriving)
 
     def gather(self, frames: Tensor) -> Tensor:
         """Whole frames (T, H, W, C) on every rank, of each rank's rows (T, h, W, C)."""

@@ -7,13 +7,13 @@ another one turns the result back (Ulysses). Where the ranks do not divide the h
 the query tokens besides, and gather the keys and values of their heads. That is what a ring of partial
 softmaxes computes, with the same bytes moved, but it is exact and runs on every kernel.
 
-How heads travel is a `heads.HeadExchange`'s business; on CUDA they do on a stream of their own. A fused block
-sends v, q and k as each is made, so v and q travel while the next projection runs, and multiplies its own
-heads' result with the output layer while the others' come (`TravellingAttention`). Heads may go in `pieces`
-besides, so that the exchange of one hides behind the attention of another. By NCCL on two H100 that loses: it
-and FlashAttention-3 want the same multiprocessors, and fewer heads fill their last wave less (14B, 30,375
-tokens, four pieces: 173 ms longer than without exchanges, which alone take 50). So one piece is the default;
-where a network is slow, more may win.
+How heads travel is an `exchange.HeadExchange`'s business; on CUDA they do on a stream of their own. A fused
+block sends v, q and k as each is made, so v and q travel while the next projection runs, and multiplies its
+own heads' result with the output layer while the others' come (`TravellingAttention`). Heads may go in
+`pieces` besides, so that the exchange of one hides behind the attention of another. By NCCL on two H100 that
+loses: it and FlashAttention-3 want the same multiprocessors, and fewer heads fill their last wave less (14B,
+30,375 tokens, four pieces: 173 ms longer than without exchanges, which alone take 50). So one piece is the
+default; where a network is slow, more may win.
 What it loses: nothing but the rounding of matrix products of other shapes.
 Sources: DeepSpeed-Ulysses (arXiv 2309.14509), context parallelism of Llama 3 (arXiv 2407.21783).
 
@@ -32,7 +32,7 @@ from omniavatar.model.dit import RunBlocks
 from omniavatar.model.layers import BlockInputs, TokenAudio
 from omniavatar.model.rope import RopeTable
 from omniavatar.ops.attention import AttentionFn, takes_float8
-from omniavatar.parallel.heads import Arriving, HeadExchange, RowExchange
+from omniavatar.parallel.exchange import Arriving, HeadExchange, RowExchange
 from omniavatar.parallel.layout import deal, starts
 from omniavatar.parallel.peers import Peers
 

@@ -17,15 +17,15 @@ from torch import Tensor
 
 from omniavatar.errors import ConfigError, ResourceError
 from omniavatar.model.dit import RunBlocks, WanDiT
-from omniavatar.parallel.guidance import GuidanceParallel, Predict
-from omniavatar.parallel.heads import (
+from omniavatar.parallel.direct import DirectBorder, DirectHeads, DirectRows
+from omniavatar.parallel.exchange import (
+    BorderExchange,
     CollectiveHeads,
     CollectiveRows,
-    DirectHeads,
-    DirectRows,
     HeadExchange,
     RowExchange,
 )
+from omniavatar.parallel.guidance import GuidanceParallel, Predict
 from omniavatar.parallel.layout import Layout
 from omniavatar.parallel.mailbox import Reach, SymmetricMailbox, obstacle
 from omniavatar.parallel.peers import Peers
@@ -53,9 +53,9 @@ class Team(Protocol):
     def arrange(self, layout: Layout, exchange: Exchange = "auto") -> str | None:
         """Form the groups; once, by all ranks, before anything below.
 
-        exchange: how attention's heads travel (`parallel.heads`): direct, collective, or auto: direct where
-        the GPUs reach each other. Returns what was chosen and why, None where nothing travels. Raises
-        ResourceError where direct cannot be.
+        exchange: how heads, rows and borders travel: direct (`parallel.direct`), collective, or auto: heads
+        direct where the GPUs reach each other, the rest collective, since GPUs have not run it directly yet.
+        Returns what was chosen and why, None for one process. Raises ResourceError where direct cannot be.
         """
 
     @property
@@ -163,6 +163,7 @@ class Ranks:
         dist.all_gather_object(self._reaches, Reach.of(device), group=self._orders)
         self._sequence: SequenceParallel | None = None
         self._captures = True
+        self._border: BorderExchange | None = None
         self._guidance: GuidanceParallel | None = None
         self._weights: Peers | None = None
         self.last_order: Any = None
@@ -180,21 +181,29 @@ class Ranks:
         guidance = self._peers(layout.guidance_peers())
         self._weights = self._new_peers(layout.sequence_peers()) if layout.sequence > 1 else None
         self._guidance = GuidanceParallel(guidance) if layout.guidance > 1 else None
-        self._sequence, self._captures = None, True
-        if layout.sequence == 1:
-            return None
-        groups = [ranks for ranks in layout.head_peers() + layout.row_peers() if len(ranks) > 1]
-        obstacles = [obstacle([self._reaches[rank] for rank in ranks]) for ranks in groups]
-        reason = next((each for each in obstacles if each), None)
-        if exchange == "direct" and reason:
-            raise ResourceError(f"exchange: direct copies between GPUs: {reason}; use exchange=auto")
-        direct = exchange != "collective" and not reason
-        self._sequence = SequenceParallel(sequence, self._heads(heads, direct), self._rows(rows, direct))
-        self._captures = direct
-        if direct:
-            return "attention's heads travel by direct copies between the GPUs"
-        why = f" ({reason})" if exchange == "auto" else ""
-        return f"attention's heads travel by {dist.get_backend()}{why}"
+        shared = [ranks for ranks in layout.head_peers() + layout.row_peers() if len(ranks) > 1]
+        in_attention = next(filter(None, (self._obstacle(ranks) for ranks in shared)), None)
+        in_all = self._obstacle(range(self.size))
+        if exchange == "direct" and in_all:
+            raise ResourceError(f"exchange: direct copies between GPUs: {in_all}; use exchange=auto")
+        if exchange == "auto" and layout.rows > 1:
+            in_attention = in_attention or "keys and values are gathered"
+        direct = exchange != "collective" and not in_attention
+        self._sequence = None
+        if layout.sequence > 1:
+            self._sequence = SequenceParallel(sequence, self._heads(heads, direct), self._rows(rows, direct))
+        self._captures = direct or layout.sequence == 1
+        self._border = None
+        if exchange == "direct":
+            self._border = DirectBorder(self._mailbox(self._everyone), self.rank, self.size)
+            return "exchanges: direct copies between the GPUs"
+        if direct and layout.sequence > 1:
+            return f"exchanges: attention's heads by direct copies, the rest by {dist.get_backend()}"
+        why = f" ({in_attention or in_all})" if exchange == "auto" and (in_attention or in_all) else ""
+        return f"exchanges: {dist.get_backend()}{why}"
+
+    def _obstacle(self, ranks: Iterable[int]) -> str | None:
+        return obstacle([self._reaches[rank] for rank in ranks])
 
     def _heads(self, peers: Peers, direct: bool) -> HeadExchange:
         if not direct or peers.size == 1:
@@ -261,7 +270,7 @@ class Ranks:
         dist.barrier(group=self._orders)
 
     def picture_rows(self, rows: int) -> PictureRows | None:
-        return PictureRows(self._everyone, rows) if rows >= self.size else None
+        return PictureRows(self._everyone, rows, self._border) if rows >= self.size else None
 
     def weight_peers(self) -> Peers | None:
         return self._weights
