@@ -131,9 +131,8 @@ def measure_vae(team, device, repeats, exchange):
         facts[f"{name}: times one GPU"] = found[f"{name}, one GPU"][0] / found[f"{name}, shared"][0]
     if not team.leads:
         return
-    print(
-        f"VAE, {HEIGHT}x{WIDTH}, {team.size} GPUs: {4 * LATENTS - 3} frames decoded, {FRAMES} encoded; {exchange}"
-    )
+    print(f"VAE, {HEIGHT}x{WIDTH}, {team.size} GPUs: {4 * LATENTS - 3} frames decoded, {FRAMES} encoded")
+    print(exchange)
     for label, values in found.items():
         print("{:34} {:.4f} ({:.4f}..{:.4f}) s".format(label, *values))
     for label, value in facts.items():
