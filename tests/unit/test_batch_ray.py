@@ -375,20 +375,23 @@ def test_pauses_between_items_are_short_with_10000_queued_and_two_workers_do_twi
 ) -> None:
     """Overhead is the pause of a worker between two items that lay ready, against the time of an item.
 
-    Other tests may take the cores meanwhile, so the quickest of three tries counts.
+    Other tests take the cores meanwhile, so one of five tries must do.
     """
-    for attempt in range(3):
+    tries = []
+    for attempt in range(5):
         folder = tmp_path / str(attempt)
         folder.mkdir()
-        gap, use = pauses_and_use(folder)
-        if gap < 0.02 and use > 2 * 0.9:
+        gap, use, apart = pauses_and_use(folder)
+        tries.append((gap, use, apart))
+        # 1 % of an item of 2 s, 2 to 4 ms on a free machine; use 0.97 without other tests beside
+        if gap < 0.02 and use > 2 * 0.9 and apart <= 4:
             return
-    assert gap < 0.02, "1 % of an item of 2 s; 2 to 4 ms on a free machine"
-    assert use > 2 * 0.9, "0.97 without other tests beside: benchmarks/batch.py"
+    raise AssertionError(f"pause, workers at work, items more on one than on the other: {tries}")
 
 
-def pauses_and_use(tmp_path: Path) -> tuple[float, float]:
-    """Mean pause between two of 60 items of 0.2 s with 10,000 queued, and how many workers were at work."""
+def pauses_and_use(tmp_path: Path) -> tuple[float, float, int]:
+    """Mean pause between two of 60 items of 0.2 s with 10,000 queued, how many workers were at work, and by
+    how many items they differ."""
     seconds, enough = 0.2, 60
     done: list[str] = []
 
@@ -403,5 +406,4 @@ def pauses_and_use(tmp_path: Path) -> tuple[float, float]:
     figures = result.summary
     assert figures["stopped_by"] == "interrupted" and figures["left"] == 10_000 - enough
     first, second = figures["workers"]
-    assert abs(first["done"] - second["done"]) <= 4
-    return figures["gap_seconds"], first["use"] + second["use"]
+    return figures["gap_seconds"], first["use"] + second["use"], abs(first["done"] - second["done"])
