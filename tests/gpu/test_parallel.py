@@ -15,10 +15,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import yaml
 from torch import Tensor
 
-from engine import overrides, portrait
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
 from omniavatar.accel.shard_weights import apply_shared_weights
 from omniavatar.accel.shared_vae import apply_shared_vae
@@ -36,6 +34,7 @@ from omniavatar.parallel.peers import Peers, Pending
 from omniavatar.parallel.picture_rows import PictureRows
 from omniavatar.parallel.sequence import SequenceParallel
 from omniavatar.parallel.team import Ranks
+from rank_commands import FAULTS, check_fault, generate_command
 from ranks import RankPool
 
 pytestmark = pytest.mark.gpu
@@ -265,13 +264,13 @@ def test_two_gpus_share_a_picture(exchange: str, tmp_path: Path) -> None:
 def test_two_gpus_make_the_video_of_one(shares: str, nano_checkpoint: Path, tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    import PIL.Image
-
-    PIL.Image.fromarray(portrait()).save(tmp_path / "face.png")
-    settings = overrides(nano_checkpoint, tmp_path / "cache", device="auto", seq_len=26, crf=0)
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "omniavatar.cli", "generate", "--config", str(tmp_path / "c.yaml")]
-    command += ["--prompt", "a", "--image", str(tmp_path / "face.png"), "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "omniavatar.cli",
+        *generate_command(nano_checkpoint, tmp_path, device="auto"),
+    ]
+    command.append("--quiet")
     videos = []
     for name, more in (("one", []), ("two", ["--gpus", "0,1", f"--hp={shares}"])):
         videos.append(tmp_path / f"{name}.mp4")
@@ -284,3 +283,13 @@ def test_two_gpus_make_the_video_of_one(shares: str, nano_checkpoint: Path, tmp_
     )
     assert np.abs(one - two).mean() < 1
     assert json.loads(videos[1].with_suffix(".json").read_text())["processes"] == 2
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_gpu_that_fails_in_a_forward_ends_the_run(
+    fault: str, nano_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The other GPU waits in a kernel for what the failing one was to write."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    check_fault(fault, generate_command(nano_checkpoint, tmp_path, device="auto"), tmp_path)

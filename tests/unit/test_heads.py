@@ -268,7 +268,7 @@ def arranged(team: Ranks) -> tuple[str | None, str | None, bool, str]:
 
 def test_a_team_says_how_its_heads_travel(pools: dict[int, RankPool]) -> None:
     for auto, alone, captures, refused in pools[2].run(arranged):
-        assert auto == alone == "exchanges: gloo (needs CUDA)" and not captures
+        assert auto == alone == "exchanges: gloo (no direct copies: needs CUDA)" and not captures
         assert refused == "exchange: direct copies between GPUs: needs CUDA; use exchange=auto"
 
 

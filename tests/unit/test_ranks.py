@@ -12,9 +12,7 @@ import av
 import numpy as np
 import pytest
 import typer
-import yaml
 
-from engine import overrides, portrait
 from omniavatar.cli_common import user_errors
 from omniavatar.cli_ranks import parse_gpus, spread, start_ranks
 from omniavatar.config import PipelineConfig
@@ -24,8 +22,8 @@ from omniavatar.media.inspect import probe_video
 from omniavatar.parallel.launch import launch
 from omniavatar.parallel.process import Process, lost_another
 from omniavatar.pipeline import AvatarPipeline
+from rank_commands import FAULTS, check_fault, generate_command
 
-LIMIT_S = 30
 LONG = "import time; time.sleep(60)"
 
 
@@ -121,21 +119,7 @@ def test_only_errors_of_an_exchange_blame_another_process() -> None:
 
 @pytest.fixture(scope="module")
 def command(nano_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    import PIL.Image
-
-    folder = tmp_path_factory.mktemp("inputs")
-    PIL.Image.fromarray(portrait()).save(folder / "face.png")
-    settings = overrides(nano_checkpoint, folder / "cache", seq_len=26, crf=0)
-    (folder / "c.yaml").write_text(yaml.safe_dump(settings))
-    return [
-        "generate",
-        "--config",
-        str(folder / "c.yaml"),
-        "--prompt",
-        "a",
-        "--image",
-        str(folder / "face.png"),
-    ]
+    return generate_command(nano_checkpoint, tmp_path_factory.mktemp("inputs"))
 
 
 def generated(command: list[str], output: Path, *more: str) -> Path:
@@ -171,43 +155,6 @@ def test_a_video_made_by_two_processes_is_that_of_one(
     assert sidecars[0]["fingerprint"] == sidecars[1]["fingerprint"]  # one may go on where the other stopped
 
 
-FAULTS = {
-    "memory": (
-        "raise torch.OutOfMemoryError('CUDA out of memory. Tried')",
-        "rank 1: max_tokens: needs more GPU memory than is free (CUDA out of memory)",
-    ),
-    "death": ("os.kill(os.getpid(), signal.SIGKILL)", "its process was ended by SIGKILL"),
-}
-
-
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_rank_that_fails_in_a_forward_ends_the_run(fault: str, command: list[str], tmp_path: Path) -> None:
-    """The fault strikes rank 1 while rank 0 is inside an exchange with it."""
-    act, message = FAULTS[fault]
-    worker = tmp_path / "worker.py"
-    worker.write_text(
-        "import os, signal, sys\nimport torch\nfrom omniavatar.cli import main\n"
-        "from omniavatar.model.dit import WanDiT\ndone = []\nusual = WanDiT.run_blocks\n"
-        "def run_blocks(self, tokens, inputs):\n    done.append(1)\n"
-        f"    if os.environ['RANK'] == '1' and len(done) > 3:\n        {act}\n"
-        "    return usual(self, tokens, inputs)\n"
-        "WanDiT.run_blocks = run_blocks\nmain(sys.argv[1:])\n"
-    )
-    arguments = [*command, "--output", str(tmp_path / "x.mp4"), "--hp=sp_size=2"]
-    program = [sys.executable, str(worker), *arguments]
-    launcher = (
-        "import sys\n"
-        "from omniavatar.cli_common import user_errors\n"
-        "from omniavatar.parallel.launch import launch\n"
-        f"with user_errors():\n    sys.exit(launch({program!r}, ['rank 0', 'rank 1']))"
-    )
-    begun = time.monotonic()
-    ended = subprocess.run([sys.executable, "-c", launcher], capture_output=True, text=True, timeout=120)
-    assert time.monotonic() - begun < LIMIT_S
-    errors = [line for line in ended.stderr.splitlines() if "error" in line.lower()]
-    if fault == "memory":
-        assert ended.returncode == 7
-        assert len(errors) == 1 and message in errors[0]
-    else:
-        assert message in ended.stderr and "lost contact" not in ended.stderr
-    assert not (tmp_path / "x.mp4").exists()
+    check_fault(fault, command, tmp_path)

@@ -199,7 +199,8 @@ class Ranks:
             return "exchanges: direct copies between the GPUs"
         if direct and layout.sequence > 1:
             return f"exchanges: attention's heads by direct copies, the rest by {dist.get_backend()}"
-        why = f" ({in_attention or in_all})" if exchange == "auto" and (in_attention or in_all) else ""
+        reason = in_attention or in_all
+        why = f" (no direct copies: {reason})" if exchange == "auto" and reason else ""
         return f"exchanges: {dist.get_backend()}{why}"
 
     def _obstacle(self, ranks: Iterable[int]) -> str | None:
