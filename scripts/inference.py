@@ -6,7 +6,7 @@ torchrun --standalone --nproc_per_node=1 scripts/inference.py --config configs/i
 
 import sys
 
-from omniavatar.cli import main
+from omniavatar.cli import command
 
 if __name__ == "__main__":
-    main(["generate", *sys.argv[1:]])
+    command(["generate", *sys.argv[1:]])

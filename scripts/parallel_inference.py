@@ -6,7 +6,7 @@ python scripts/parallel_inference.py --config configs/inference_1.3B_optimized.y
 
 import sys
 
-from omniavatar.cli import main
+from omniavatar.cli import command
 
 if __name__ == "__main__":
-    main(["batch", *sys.argv[1:]])
+    command(["batch", *sys.argv[1:]])

@@ -7,7 +7,7 @@ torchrun --standalone --nproc_per_node=1 scripts/profile_inference.py \
 
 import sys
 
-from omniavatar.cli import main
+from omniavatar.cli import command
 
 if __name__ == "__main__":
-    main(["profile", *sys.argv[1:]])
+    command(["profile", *sys.argv[1:]])

@@ -5,7 +5,7 @@ python scripts/speed_benchmark.py [--configs configs/inference_1.3B.yaml] [--rep
 
 import sys
 
-from omniavatar.cli import main
+from omniavatar.cli import command
 
 if __name__ == "__main__":
-    main(["benchmark", *sys.argv[1:]])
+    command(["benchmark", *sys.argv[1:]])

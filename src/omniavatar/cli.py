@@ -23,6 +23,7 @@ from omniavatar import (
     cli_plan,
     cli_profile,
 )
+from omniavatar.cli_common import leave_at_once
 
 app = typer.Typer(
     name="omniavatar",
@@ -85,5 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     app(args=given, prog_name="omniavatar", obj=given)
 
 
+def command(arguments: Sequence[str] | None = None) -> None:
+    """`main` as all that its process does: the process ends with it (`leave_at_once`)."""
+    try:
+        main(arguments)
+    except SystemExit as ended:
+        leave_at_once(ended.code)
+        raise
+
+
 if __name__ == "__main__":
-    main()
+    command()

@@ -490,3 +490,36 @@ def test_ctrl_c_keeps_finished_windows_and_the_same_command_resumes(
     started = next(event for event in events if event["event"] == "request_started")
     assert done.returncode == 0 and started["resumed_windows"] >= 1
     assert (tmp_path / "x.mp4").is_file()
+
+
+LEAVING = """
+import atexit, sys, threading, time
+from omniavatar.cli_common import leave_at_once
+
+atexit.register(print, "handlers run")
+print("printed", end="; ")
+{before}
+leave_at_once({code})
+print("goes on", end="; ")
+sys.exit({code})
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "code", "expected"),
+    [
+        ("", "3", "printed; handlers run\n"),
+        ("", "None", "printed; handlers run\n"),
+        ("sys.setprofile(lambda *_: None)", "3", "printed; goes on; handlers run\n"),
+        (
+            "threading.Thread(target=time.sleep, args=(0.2,)).start()",
+            "3",
+            "printed; goes on; handlers run\n",
+        ),
+    ],
+)
+def test_a_command_ends_at_once(before: str, code: str, expected: str) -> None:
+    program = [sys.executable, "-c", LEAVING.format(before=before, code=code)]
+    ended = subprocess.run(program, capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == (expected, "")
+    assert ended.returncode == (0 if code == "None" else int(code))
