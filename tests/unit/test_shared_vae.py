@@ -79,8 +79,10 @@ class Strangers(PictureRows):
     """Rows whose neighbours send zeros."""
 
     def border(self, window: Tensor, above: bool = True, below: bool = True) -> None:
-        window[:, 0].mul_(1 - above)
-        window[:, -1].mul_(1 - below)
+        if above:
+            window[:, 0].zero_()
+        if below:
+            window[:, -1].zero_()
 
 
 def coded_by_strangers(team: Ranks) -> tuple[list[Tensor], Tensor]:
