@@ -63,7 +63,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from omniavatar.config import PipelineConfig, SamplingConfig
-    from omniavatar.model.dit import DiTConfig, RunBlocks, WanDiT
+    from omniavatar.model.dit import DiTConfig, WanDiT
+    from omniavatar.model.layers import BlockInputs
     from omniavatar.model.vae import VideoVAE, WanVAE
     from omniavatar.sampling.cache_constants import CacheConstants
     from omniavatar.types import Recorder, StepPlan
@@ -217,15 +218,15 @@ class Components:
         self._offloader = offloader
         return dit
 
-    @property
-    def run_blocks(self) -> RunBlocks:
-        """How the DiT's blocks run: as they are, or captured where the placement says so."""
+    def run_blocks(self, tokens_BLC: Tensor, inputs: BlockInputs) -> Tensor:
+        """The DiT's blocks as they are, or captured where the placement says so now: `make_room` may have
+        sent some of them away since the window began."""
         dit = self.dit
         if self.placement is None or not self.placement.graphs:
-            return dit.run_blocks
+            return dit.run_blocks(tokens_BLC, inputs)
         if self._graphs is None:
             self._graphs = GraphedBlocks(dit.run_blocks, CudaCapture())
-        return self._graphs
+        return self._graphs(tokens_BLC, inputs)
 
     def load_for_windows(self) -> None:
         """Load what makes the windows and is not loaded yet, with less on the device if need be."""

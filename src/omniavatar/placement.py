@@ -86,15 +86,13 @@ class Placement:
 
     def describe(self) -> str:
         """One line for the user."""
-        return (
-            self.memory.describe() + ("; blocks replayed as CUDA graphs" if self.graphs else "") + self.note
-        )
+        graphs = "; blocks replayed as CUDA graphs" if self.graphs else ""
+        return self.memory.describe() + graphs + self.note
 
     def step_down(self) -> Placement | None:
         """The next smaller one of the same precision, None when there is none."""
         plan = smaller(self.memory, self.dit, self.run)
-        graphs = self.graphs and plan is not None and not plan.streams
-        return None if plan is None else replace(self, memory=plan, note="", graphs=graphs)
+        return None if plan is None else replace(self, memory=plan, note="", graphs=False)
 
 
 def device_limit(memory: Literal["auto"] | float, device: torch.device) -> int | None:
@@ -229,18 +227,19 @@ def place(
         passes = range(index, index + 1)
 
     def placed(quantize: Quantize) -> Placement:
-        if wants_graphs(config, dit, request.plan.tokens, device, captures):
-            captured = replace(run, held=run.held + graph_bytes(config, dit, request))
-            graphed = replace(arranged(quantize, captured), graphs=True)
-            if not graphed.memory.streams:
-                return graphed
-            if runtime.cuda_graphs:
-                raise ResourceError(
-                    "cuda_graphs: needs every block on the device, which does not fit; leave it out"
-                )
-        return arranged(quantize, run)
+        plain = arranged(quantize)
+        if not wants_graphs(config, dit, request.plan.tokens, device, captures):
+            return plain
+        memory = replace(plain.memory, peak=plain.memory.peak + graph_bytes(config, dit, request))
+        if memory.fits and not memory.streams:
+            return replace(plain, memory=memory, graphs=True)
+        if runtime.cuda_graphs:
+            raise ResourceError(
+                "cuda_graphs: needs every block on the device, which does not fit; leave it out"
+            )
+        return plain
 
-    def arranged(quantize: Quantize, run: RunSizes) -> Placement:
+    def arranged(quantize: Quantize) -> Placement:
         sizes = dit_sizes(dit, DTYPE_BYTES[config.model.dtype], quantize != "none")
         if runtime.use_fsdp:
             sizes = shared_out(sizes, runtime.sp_size)

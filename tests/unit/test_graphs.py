@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from omniavatar.model.dit import DiTConfig, WanDiT
 from omniavatar.model.layers import BlockInputs, TokenAudio
 from omniavatar.model.rope import rope_table
 from omniavatar.ops.attention import create_attention
-from omniavatar.placement import wants_graphs
+from omniavatar.pipeline import AvatarPipeline
+from omniavatar.placement import Placement, Request, place, wants_graphs
+from omniavatar.plan import make_plan
 
 CPU = torch.device("cpu")
 SMALL = DiTConfig(64, 96, 4, 8, text_dim=16, audio_dim=24, audio_hidden=8)
@@ -52,11 +55,11 @@ def call(dit: WanDiT, seed: int, frames: int = 3, shared: bool = False, silent: 
     generator = torch.Generator().manual_seed(seed)
     total = frames * 15
     first = total // 2 if shared else 0
-    tokens = torch.randn(1, total - first, SMALL.dim, generator=generator)
-    text = dit.prepare_text(torch.randn(1, 7, SMALL.text_dim, generator=generator))
-    heard = None if silent else torch.randn(1, 4 * frames - 3, SMALL.audio_dim, generator=generator)
+    tokens = torch.randn(1, total - first, dit.config.dim, generator=generator)
+    text = dit.prepare_text(torch.randn(1, 7, dit.config.text_dim, generator=generator))
+    heard = None if silent else torch.randn(1, 4 * frames - 3, dit.config.audio_dim, generator=generator)
     audio = dit.prepare_audio(heard)
-    rope = rope_table((frames, 3, 5), SMALL.head_dim, CPU)
+    rope = rope_table((frames, 3, 5), dit.config.head_dim, CPU)
     rope = type(rope)(rope.cos[first:], rope.sin[first:])
     _, modulation = dit.embed_time(torch.tensor([100.0 * seed]))
     given = TokenAudio(audio, first, total - first, total) if shared else audio
@@ -140,3 +143,52 @@ def test_who_wants_graphs() -> None:
         wants("cuda_graphs=true", device=CPU)
     with pytest.raises(ResourceError, match="cuda_graphs: needs exchanges by direct copies"):
         wants("sp_size=2", "cuda_graphs=true", captures=False)
+
+
+def test_graphs_never_cost_a_request_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where their memory does not fit, the plan is that without them, streamed or not."""
+    config = load_config(None, ["weights=random", "scale=nano"]).config
+    request = Request(make_plan(config, 0, config.video.sizes[0]), cached=False)
+    spec = scale_spec("nano").dit
+
+    def placed(limit: int | None, wanted: bool) -> Placement:
+        monkeypatch.setattr("omniavatar.placement.wants_graphs", lambda *_: wanted)
+        return place(config, spec, request, "fast", CPU, limit)
+
+    whole = placed(None, True)
+    assert whole.graphs and "CUDA graphs" in whole.describe()
+    least = placed(None, False).memory.peak
+    for limit in range(least // 4, 2 * least, least // 40):
+        try:
+            plain = placed(limit, False)
+        except ResourceError:
+            with pytest.raises(ResourceError):
+                placed(limit, True)
+            continue
+        graphed = placed(limit, True)
+        assert graphed == plain or (graphed.graphs and graphed.memory.fits and not graphed.memory.streams)
+    down = whole.step_down()
+    assert down is not None and not down.graphs
+
+
+@torch.inference_mode()
+def test_a_window_goes_on_without_graphs_once_blocks_were_sent_away() -> None:
+    """What runs the blocks is asked at every forward, not once a window."""
+    config = load_config(None, ["weights=random", "scale=nano", "device=cpu", "dtype=fp32"]).config
+    components = AvatarPipeline.from_config(config).components
+    plan = make_plan(config, 0, config.video.sizes[0])
+    components.adopt(components.place(Request(plan, cached=False), {}))
+    components.placement = replace(components.placed, graphs=True)
+    capture = Recording()
+    dit = components.dit
+    components._graphs = GraphedBlocks(dit.run_blocks, capture)
+    run = components.run_blocks
+    given = call(dit, 1)
+    expected = dit.run_blocks(*given)
+    for _ in range(FORWARDS_FIRST + 1):
+        assert torch.equal(run(*given), expected)
+    assert capture.replayed == 1
+    components.make_room("out of memory")
+    for _ in range(FORWARDS_FIRST + 2):
+        assert torch.equal(run(*given), expected)
+    assert (capture.captured, capture.replayed) == (1, 1)
