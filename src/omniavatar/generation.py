@@ -142,7 +142,6 @@ class WindowGenerator:
             sampling.seed, self._device, noises_drawn(sampling.schedule, sampling.sampler)
         )
         self._draw_noise = draw_noise
-        self._next: Window | None = None
         self._reference = conditioning.reference_latent
         self._audio = conditioning.audio
         self._make_cache, self._make_room, self._team = make_cache, make_room, team
@@ -174,8 +173,7 @@ class WindowGenerator:
             last = window.index == len(windows) - 1
             overlap = 0 if last else windows[window.index + 1].given_frames
             compute = partial(self._compute, window, known, overlap)
-            if not last:
-                self._next = windows[window.index + 1]
+            self._draw_ahead(windows[window.index : window.index + 2])
             result, following = with_room(compute, self._make_room)
             known = known if following is None else following
             yield result
@@ -197,14 +195,18 @@ class WindowGenerator:
                 next_given = download(following)
         return WindowResult(window, latent, frames, next_given, arrival(self._device)), following
 
+    def _draw_ahead(self, windows: Sequence[Window]) -> None:
+        """Let the noises of this window and the next be drawn, the next one's while this one is computed."""
+        if self._draw_noise is None:
+            for window in windows:
+                self._noise.prepare(window.index, self._latent_shape(window))
+
     def _noise_of(self, window: Window) -> DrawNoise:
-        """What draws this window's noises; those of the next one are drawn while this one is computed."""
+        """What draws this window's noises."""
+        shape = self._latent_shape(window)
         if self._draw_noise is not None:
-            return self._draw_noise(window, self._latent_shape(window))
-        draw = self._noise.of(window.index, self._latent_shape(window))
-        if self._next is not None and self._next.index > window.index:
-            self._noise.prepare(self._next.index, self._latent_shape(self._next))
-        return draw
+            return self._draw_noise(window, shape)
+        return self._noise.of(window.index, shape)
 
     def _latent_shape(self, window: Window) -> tuple[int, ...]:
         reference = self._reference.shape

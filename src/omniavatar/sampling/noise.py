@@ -21,26 +21,17 @@ from omniavatar.ops.transfer import upload
 
 
 class WindowNoise:
-    """Standard normal tensors of one window of one request, float32 on `device`.
+    """Standard normal tensors of one window of one request, float32 on `device`."""
 
-    ahead: how many are drawn by a thread of `drawing` before they are asked for; later ones when asked.
-    """
-
-    def __init__(
-        self,
-        seed: int,
-        window: int,
-        shape: tuple[int, ...],
-        device: torch.device,
-        ahead: int = 0,
-        drawing: ThreadPoolExecutor | None = None,
-    ) -> None:
+    def __init__(self, seed: int, window: int, shape: tuple[int, ...], device: torch.device) -> None:
         self._generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, window))))
         self.shape = shape
         self._device = device
         self._drawn: deque[Future[np.ndarray]] = deque()
-        if drawing is not None:
-            self._drawn += [drawing.submit(self._values) for _ in range(ahead)]
+
+    def draw_ahead(self, count: int, pool: ThreadPoolExecutor) -> None:
+        """Let the one thread of `pool` draw the next `count`; before anything is asked for."""
+        self._drawn += [pool.submit(self._values) for _ in range(count)]
 
     def draw(self) -> Tensor:
         """The next noise tensor of the window."""
@@ -60,8 +51,9 @@ class NoiseAhead:
         self._prepared: dict[int, WindowNoise] = {}
 
     def prepare(self, window: int, shape: tuple[int, ...]) -> None:
-        """Begin to draw for `window`, the one that is asked for next; what was drawn for others goes."""
-        self._prepared = {window: self._begin(window, shape)}
+        """Begin to draw for `window`, if that has not begun."""
+        if window not in self._prepared:
+            self._prepared[window] = self._begin(window, shape)
 
     def of(self, window: int, shape: tuple[int, ...]) -> Callable[[], Tensor]:
         """What draws the noises of `window`, from the first one on, however often it is asked for."""
@@ -71,4 +63,6 @@ class NoiseAhead:
         return prepared.draw
 
     def _begin(self, window: int, shape: tuple[int, ...]) -> WindowNoise:
-        return WindowNoise(self._seed, window, shape, self._device, self._draws, self._drawing)
+        noise = WindowNoise(self._seed, window, shape, self._device)
+        noise.draw_ahead(self._draws, self._drawing)
+        return noise
