@@ -20,7 +20,7 @@ from omniavatar.accel.vae import FastVAEConfig, apply_fast_vae
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.model.vae import VAEConfig
 from omniavatar.parallel.exchange import Arrived
-from omniavatar.parallel.peers import Peers, Pending
+from omniavatar.parallel.peers import Peers
 from omniavatar.parallel.picture_rows import PictureRows
 
 HEIGHT, WIDTH = 400, 720
@@ -29,12 +29,6 @@ LATENTS, FRAMES = 27, 13
 
 class SilentPeers(Peers):
     """Gives this rank's own rows back in the right shapes; moves nothing."""
-
-    def all_to_all(self, rows, send, receive):
-        rows, count = rows.contiguous(), sum(receive)
-        return Pending(
-            torch.cat([rows, rows[: count - len(rows)]]) if count > len(rows) else rows[:count], None
-        )
 
     def exchange(self, rows, send, receive):
         count = sum(receive)

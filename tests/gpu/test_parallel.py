@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,50 +30,16 @@ from omniavatar.ops.attention import available_backends, create_attention
 from omniavatar.ops.fused import create_fused
 from omniavatar.parallel.exchange import CollectiveHeads, CollectiveRows
 from omniavatar.parallel.layout import Layout
-from omniavatar.parallel.peers import Peers, Pending
+from omniavatar.parallel.peers import Peers
 from omniavatar.parallel.picture_rows import PictureRows
 from omniavatar.parallel.sequence import SequenceParallel
 from omniavatar.parallel.team import Ranks
 from rank_commands import FAULTS, check_fault, generate_command
 from ranks import RankPool
+from thread_ranks import Board, ThreadPeers, on_threads
 
 pytestmark = pytest.mark.gpu
 GRID = (5, 50, 90)
-
-
-class Board:
-    """Where the ranks of a group, threads of this process, leave rows for each other."""
-
-    def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size)
-        self.left: dict[int, Sequence[Tensor]] = {}
-
-
-class ThreadPeers(Peers):
-    """Exchanges among threads on one device, all of which queue on its default stream."""
-
-    def __init__(self, board: Board, index: int, size: int) -> None:
-        self._board, self.index, self.size = board, index, size
-
-    def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Pending:
-        parts = self._swap(rows.split(list(send)))
-        assert [len(part) for part in parts] == list(receive)
-        return Pending(torch.cat(parts), None)
-
-    def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        return self.all_to_all(rows, send, receive).wait()
-
-    def gather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        parts = self._swap([rows] * self.size)
-        assert [len(part) for part in parts] == list(counts)
-        return torch.cat(parts)
-
-    def _swap(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        self._board.left[self.index] = parts
-        self._board.barrier.wait(60)
-        got = [self._board.left[rank][self.index] for rank in range(self.size)]
-        self._board.barrier.wait(60)
-        return got
 
 
 def thread_ranks(layout: Layout, pieces: int) -> list[SequenceParallel]:
@@ -91,23 +57,6 @@ def thread_ranks(layout: Layout, pieces: int) -> list[SequenceParallel]:
         SequenceParallel(whole[r], CollectiveHeads(heads[r]), CollectiveRows(rows[r]), pieces)
         for r in range(layout.size)
     ]
-
-
-def on_threads(size: int, work: Callable[[int], Any]) -> list[Any]:
-    """What `work(rank)` returned on a thread for each rank."""
-    found: dict[int, Any] = {}
-
-    def keep(rank: int) -> None:
-        with torch.inference_mode():
-            found[rank] = work(rank)
-
-    threads = [threading.Thread(target=keep, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert len(found) == size
-    return [found[rank] for rank in range(size)]
 
 
 def make(device: torch.device, attention: str, quantize: Any, seed: int = 0) -> WanDiT:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from random import Random
 from time import sleep
-from typing import Any
 
 import pytest
 import torch
@@ -18,19 +17,18 @@ from omniavatar.parallel.direct import DirectBorder, DirectHeads, DirectRows
 from omniavatar.parallel.exchange import CollectiveHeads, CollectiveRows, HeadExchange, RowExchange
 from omniavatar.parallel.layout import Layout, deal, starts
 from omniavatar.parallel.mailbox import Reach, obstacle
-from omniavatar.parallel.peers import Peers, Pending
 from omniavatar.parallel.picture_rows import PictureRows
 from omniavatar.parallel.team import Ranks
 from ranks import RankPool
+from thread_ranks import Board, ThreadPeers, on_threads
 
 
-class Room:
-    """What the ranks of a group, threads of this process, share."""
+class Room(Board):
+    """What the ranks of a group share: memory into which each writes, and a barrier for each piece of it."""
 
     def __init__(self, size: int) -> None:
+        super().__init__(size)
         self.size = size
-        self.barrier = threading.Barrier(size)
-        self.left: dict[int, Sequence[Tensor]] = {}
         self.memory: dict[tuple[int, int], Tensor] = {}
         self.lock = threading.Lock()
         self.barriers: dict[int, threading.Barrier] = {}
@@ -38,23 +36,6 @@ class Room:
     def barrier_of(self, number: int) -> threading.Barrier:
         with self.lock:
             return self.barriers.setdefault(number, threading.Barrier(self.size))
-
-
-class ThreadPeers(Peers):
-    def __init__(self, room: Room, index: int) -> None:
-        self._room, self.index, self.size = room, index, room.size
-
-    def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Pending:
-        room = self._room
-        room.left[self.index] = rows.split(list(send))
-        room.barrier.wait(20)
-        parts = [room.left[rank][self.index] for rank in range(self.size)]
-        room.barrier.wait(20)
-        return Pending(torch.cat(parts), None)
-
-    def gather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        everyone = rows.repeat(self.size, *[1] * (rows.dim() - 1))
-        return self.all_to_all(everyone, [len(rows)] * self.size, counts).wait()
 
 
 class ThreadSlot:
@@ -128,20 +109,6 @@ def layers_of_attention(
     return found
 
 
-def on_threads(size: int, work: Callable[[int], Any]) -> list[Any]:
-    found: dict[int, Any] = {}
-    threads = [
-        threading.Thread(target=lambda rank=rank: found.update({rank: work(rank)}), daemon=True)
-        for rank in range(size)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(found) == size
-    return [found[rank] for rank in range(size)]
-
-
 def layers_of_rows(exchange: RowExchange, mine: Tensor, counts: list[int]) -> list[Tensor]:
     """Keys and values gathered layer after layer; the next layer's rows depend on all of this one's."""
     found = []
@@ -159,7 +126,7 @@ def test_rows_spread_by_direct_copies(size: int, total: int) -> None:
     rows = [torch.randn(count, 2, 3, generator=torch.Generator().manual_seed(count)) for count in counts]
     room = Room(size)
     expected = on_threads(
-        size, lambda rank: layers_of_rows(CollectiveRows(ThreadPeers(room, rank)), rows[rank], counts)
+        size, lambda rank: layers_of_rows(CollectiveRows(ThreadPeers(room, rank, size)), rows[rank], counts)
     )
     mailboxes = [ThreadMailbox(room, Random(rank)) for rank in range(size)]
     found = on_threads(
@@ -185,7 +152,7 @@ def test_direct_copies_bring_what_collectives_bring(
         )
 
     room = Room(size)
-    expected = run(lambda rank: CollectiveHeads(ThreadPeers(room, rank)))
+    expected = run(lambda rank: CollectiveHeads(ThreadPeers(room, rank, size)))
     mailboxes = [ThreadMailbox(room, Random(rank)) for rank in range(size)]
     found = run(lambda rank: DirectHeads(mailboxes[rank], rank, size, pieces))
     for rank in range(size):
@@ -202,7 +169,7 @@ def test_border_rows_by_direct_copies(above: bool, below: bool) -> None:
 
     def work(rank: int) -> list[Tensor]:
         border = DirectBorder(ThreadMailbox(room, Random(rank), eager=True), rank, size)
-        picture = PictureRows(ThreadPeers(room, rank), rows, border)
+        picture = PictureRows(ThreadPeers(room, rank, size), rows, border)
         found = []
         for turn in range(5):
             whole = torch.arange(2.0 * rows * 4 * 3).view(2, rows, 4, 3) + 1000 * turn
