@@ -68,9 +68,9 @@ def check_fault(fault: str, command: list[str], folder: Path) -> None:
     assert seconds < MOST_TO_END_S
     _, message = FAULTS[fault]
     if fault == "memory":
-        assert code == 7
+        assert code == 7, said
         errors = [line for line in said.splitlines() if "error" in line.lower()]
-        assert len(errors) == 1 and message in errors[0]
+        assert len(errors) == 1 and message in errors[0], said
     else:
-        assert message in said and "lost contact" not in said
+        assert message in said and "lost contact" not in said, said
     assert not (folder / "x.mp4").exists()

@@ -308,8 +308,8 @@ class RuntimeConfig(_Section):
     """In the VAE, share a picture's rows out among all GPUs of the video; unset: where the fast VAE runs."""
     exchange: Literal["auto", "direct", "collective"] = "auto"
     """How attention's heads, keys and values and the VAE's border rows travel among the GPUs of a video: by
-    direct copies between GPUs of one machine that reach each other, or by NCCL's collectives; auto: heads
-    direct where they can be, the rest by NCCL. The video is the same to the bit."""
+    direct copies between GPUs of one machine that reach each other, or by NCCL's collectives; auto: direct
+    where they can be. The video is the same to the bit."""
     cuda_graphs: Flag | None = None
     """Replay the blocks as one CUDA graph, so that the host launches once and not a thousand times a forward;
     unset: where a block is so short that launches show. The video is the same to the bit."""

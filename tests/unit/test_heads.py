@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from random import Random
 from time import sleep
+from unittest import mock
 
 import pytest
 import torch
@@ -237,6 +238,33 @@ def test_a_team_says_how_its_heads_travel(pools: dict[int, RankPool]) -> None:
     for auto, alone, captures, refused in pools[2].run(arranged):
         assert auto == alone == "exchanges: gloo (no direct copies: needs CUDA)" and not captures
         assert refused == "exchange: direct copies between GPUs: needs CUDA; use exchange=auto"
+
+
+def arranged_as_if_on_gpus(team: Ranks, machines: str) -> tuple[str | None, bool]:
+    """What `auto` makes of GPUs of the named machines, a letter a rank."""
+    numbers = range(len(machines))
+    usual = team._reaches
+    team._reaches = [Reach(f"{name} 1", rank, tuple(numbers)) for rank, name in enumerate(machines)]
+    with mock.patch("omniavatar.parallel.team.SymmetricMailbox"):
+        found = team.arrange(Layout(2, 2, 4)), team.captures
+    team._reaches = usual
+    team.arrange(Layout(2, 2, 4))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("machines", "expected", "captures"),
+    [
+        ("aaaa", "exchanges: direct copies between the GPUs", True),
+        ("aabb", "exchanges: attention's by direct copies, the rest by gloo (no direct copies: ", True),
+        ("abab", "exchanges: gloo (no direct copies: not all GPUs are in one machine (a, b))", False),
+    ],
+)
+def test_auto_copies_directly_where_it_can(
+    pools: dict[int, RankPool], machines: str, expected: str, captures: bool
+) -> None:
+    for said, captured in pools[4].run(arranged_as_if_on_gpus, machines):
+        assert said is not None and said.startswith(expected) and captured is captures
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,8 @@ class Team(Protocol):
     def arrange(self, layout: Layout, exchange: Exchange = "auto") -> str | None:
         """Form the groups; once, by all ranks, before anything below.
 
-        exchange: how heads, rows and borders travel: direct (`parallel.direct`), collective, or auto: heads
-        direct where the GPUs reach each other, the rest collective, since GPUs have not run it directly yet.
+        exchange: how heads, rows and borders travel: direct (`parallel.direct`), collective, or auto: direct
+        where the GPUs concerned reach each other, for attention and for the VAE's borders each.
         Returns what was chosen and why, None for one process. Raises ResourceError where direct cannot be.
         """
 
@@ -186,21 +186,21 @@ class Ranks:
         in_all = self._obstacle(range(self.size))
         if exchange == "direct" and in_all:
             raise ResourceError(f"exchange: direct copies between GPUs: {in_all}; use exchange=auto")
-        if exchange == "auto" and layout.rows > 1:
-            in_attention = in_attention or "keys and values are gathered"
-        direct = exchange != "collective" and not in_attention
+        wanted = exchange != "collective"
+        attention, everywhere = wanted and not in_attention, wanted and not in_all
         self._sequence = None
         if layout.sequence > 1:
-            self._sequence = SequenceParallel(sequence, self._heads(heads, direct), self._rows(rows, direct))
-        self._captures = direct or layout.sequence == 1
+            self._sequence = SequenceParallel(
+                sequence, self._heads(heads, attention), self._rows(rows, attention)
+            )
+        self._captures = attention or layout.sequence == 1
         self._border = None
-        if exchange == "direct":
+        if everywhere:
             self._border = DirectBorder(self._mailbox(self._everyone), self.rank, self.size)
             return "exchanges: direct copies between the GPUs"
-        if direct and layout.sequence > 1:
-            return f"exchanges: attention's heads by direct copies, the rest by {dist.get_backend()}"
-        reason = in_attention or in_all
-        why = f" (no direct copies: {reason})" if exchange == "auto" and reason else ""
+        why = f" (no direct copies: {in_attention or in_all})" if wanted else ""
+        if attention and layout.sequence > 1:
+            return f"exchanges: attention's by direct copies, the rest by {dist.get_backend()}{why}"
         return f"exchanges: {dist.get_backend()}{why}"
 
     def _obstacle(self, ranks: Iterable[int]) -> str | None:
