@@ -69,7 +69,7 @@ def check_fault(fault: str, command: list[str], folder: Path) -> None:
     _, message = FAULTS[fault]
     if fault == "memory":
         assert code == 7, said
-        errors = [line for line in said.splitlines() if "error" in line.lower()]
+        errors = [line for line in said.splitlines() if line.startswith("error:") or "Error" in line]
         assert len(errors) == 1 and message in errors[0], said
     else:
         assert message in said and "lost contact" not in said, said
