@@ -46,7 +46,9 @@ _OBJECT_STORE_BYTES = 100 * 2**20
 _SHORT = 40
 _CONNECT_S = 10
 _JOINS = 3
-_CLIENT_SERVER_DIED = "Starting Ray client server failed"  # the head forks one a driver, and forks can fail
+_CLIENT_SERVER_DIED = ("Starting Ray client server failed", "psutil.")
+"""In errors of joining (the latter begins the name of one): the head forks a server a driver, and gRPC can
+kill the fork at high load; the head then finds it gone, or a zombie."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ class RayCrew:
                     f"--ray-address {address}: {_one_line(error)}; pip install 'omniavatar[batch]'"
                 ) from None
             except Exception as error:
-                if left and _CLIENT_SERVER_DIED in str(error):
+                if left and any(sign in str(error) for sign in _CLIENT_SERVER_DIED):
                     continue
                 raise ResourceError(
                     f"--ray-address {address}: cannot join ({_one_line(error)}); check that a cluster runs "
