@@ -5,45 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from omniavatar.cli import app, main
+from command_line import NANO, PORTRAIT, REPOSITORY, SPEECH, error_lines, run, timed
+from omniavatar.cli import main
 from omniavatar.errors import CheckpointError, InputError, OutputError, ResumeError
 from omniavatar.types import AvatarRequest, RunResult
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-NANO = str(REPOSITORY / "configs" / "nano.yaml")
-PORTRAIT = str(REPOSITORY / "examples" / "portrait.png")
-SPEECH = str(REPOSITORY / "examples" / "speech.flac")
-
-
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
-
-
-def plain(text: str) -> str:
-    return re.sub(r"\x1b\[[0-9;]*m", "", text)
-
-
-def error_lines(result: Result) -> list[str]:
-    return [line for line in plain(result.stderr).splitlines() if line.startswith("error: ")]
-
-
 # Starting up
-
-
-def timed(*command: str, cwd: Path = REPOSITORY) -> tuple[float, subprocess.CompletedProcess[str]]:
-    start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
-    return time.perf_counter() - start, done
 
 
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
@@ -130,78 +103,6 @@ def test_config_show_table_warns_of_keys_without_effect() -> None:
     assert result.exit_code == 0
     assert "sampling.num_steps" in result.stdout and "Denoising steps" in result.stdout
     assert "reload_cfg has no effect" in result.stdout
-
-
-# plan
-
-
-def plan(*arguments: str) -> dict[str, Any]:
-    result = run("plan", "--json", *arguments)
-    assert result.exit_code == 0, result.stderr
-    report: dict[str, Any] = json.loads(result.stdout)
-    return report
-
-
-def config(name: str) -> str:
-    return str(REPOSITORY / "configs" / f"{name}.yaml")
-
-
-def test_plan_of_five_minutes_with_the_fast_small_model() -> None:
-    report = plan("--config", config("inference_1.3B_optimized"), "--minutes", "5")
-    assert (report["window_length"], report["latent_frames"], report["tokens"]) == (53, 14, 15750)
-    assert report["frames"] == 7509, "ceil(300.3 s x 25) after the portrait frame"
-    assert report["windows"] == 157
-    assert len(report["branches"]) == 2 and report["steps"] == 15
-
-
-def test_plan_of_the_large_model_counts_its_weights() -> None:
-    report = plan("--config", config("inference"), "--minutes", "0.1")
-    assert (report["window_length"], report["tokens"]) == (105, 30375)
-    assert report["memory"]["assumed_scale"] == "14B"
-    assert 28e9 < report["memory"]["dit"] < 30e9
-    assert report["pattern"] == "C" * 50 and report["forwards"] == 100 * report["windows"]
-
-
-def test_plan_says_what_lies_where() -> None:
-    large = ("--config", config("inference"), "--minutes", "0.1", "--hp")
-    tight = plan(*large, "memory=10,fuse=true,vae=plain")["memory"]
-    placed = tight["placement"]["memory"]
-    assert 0 < placed["resident_blocks"] < 40 and placed["peak"] < 10e9
-    assert f"{placed['resident_blocks']} of 40 blocks stay" in tight["choice"]
-    table = run("plan", *large, "memory=10,fuse=true,vae=plain").stdout
-    assert "of 10.0 GB" in " ".join(table.split())
-    assert plan(*large, "num_persistent_param_in_dit=0")["memory"]["choice"].startswith("memory: 0 of 40")
-    impossible = plan(*large, "memory=2")["memory"]
-    assert impossible["placement"] is None and "GB are needed" in impossible["choice"]
-
-
-def test_plan_of_a_silent_video_and_of_files() -> None:
-    assert plan("--config", NANO)["frames"] == 50
-    report = plan("--config", NANO, "--audio", SPEECH, "--image", PORTRAIT)
-    assert report["size"] == [144, 144]
-    assert report["frames"] == -(-(96800 + 4800) * 25 // 16000) + 1
-
-
-def test_plan_knows_teacache_when_the_weights_are_there(nano_checkpoint: Path) -> None:
-    there = f"dit_path={nano_checkpoint}/Wan2.1-T2V-nano/diffusion_pytorch_model.safetensors"
-    there += f",exp_path={nano_checkpoint}/OmniAvatar-nano,num_steps=10,tea_cache_l1_thresh=0.2"
-    report = plan("--config", NANO, "--hp", f"{there},teacache_coefficients=1.3B")
-    assert len(report["pattern"]) == 10 and report["pattern"][0] == report["pattern"][-1] == "C"
-    assert report["memory"]["assumed_scale"] is None
-    without = plan("--config", NANO, "--hp", "tea_cache_l1_thresh=0.2,dit_path=none")
-    assert without["pattern"] is None and "upper bound" in without["notes"][0]
-
-
-def test_plan_table_is_readable() -> None:
-    result = run("plan", "--config", config("inference_optimized"), "--minutes", "1")
-    assert "18 latent frames, 20250 tokens" in result.stdout
-    assert "not on this disk" in result.stdout
-
-
-def test_plan_bad_input() -> None:
-    missing = run("plan", "--config", NANO, "--audio", "none.mp3")
-    assert missing.exit_code == 3 and "none.mp3" in error_lines(missing)[0]
-    assert run("plan", "--config", NANO, "--audio", SPEECH, "--minutes", "1").exit_code == 2
 
 
 # generate, with a pipeline that only notes what it is asked
@@ -433,93 +334,3 @@ def test_every_error_has_a_row_in_the_docs() -> None:
     for kind in vars(module).values():
         if isinstance(kind, type) and issubclass(kind, module.OmniAvatarError):
             assert re.search(rf"^\| {kind.exit_code} \|.*`{kind.__name__}`", table, re.M), kind.__name__
-
-
-# The whole thing
-
-
-@pytest.mark.slow
-def test_input_file_end_to_end(nano_checkpoint: Path, tmp_path: Path) -> None:
-    models = tmp_path / "pretrained_models"
-    models.mkdir()
-    os.symlink(nano_checkpoint, models / "nano")
-    lines = tmp_path / "in.txt"
-    lines.write_text(f"A woman speaks@@{PORTRAIT}@@{SPEECH}\nno picture\n")
-    script = str(REPOSITORY / "scripts" / "inference.py")
-    hp = "num_steps=1,image_sizes_720=[[32,32]],max_tokens=60,overlap_frame=1,guidance_scale=1,device=cpu"
-    _, done = timed(
-        *(sys.executable, script, "--config", NANO, "--input_file", str(lines)),
-        f"--hp={hp},text_cache_dir={tmp_path / 'cache'}",
-        cwd=tmp_path,
-    )
-    assert done.returncode == 1, done.stderr
-    assert f"error: {lines}:2: no image" in done.stderr
-    video = tmp_path / "outputs" / "000_a-woman-speaks.mp4"
-    from omniavatar.media.inspect import probe_video
-
-    assert probe_video(video).frames == 160 and video.with_suffix(".json").is_file()
-
-
-@pytest.mark.slow
-def test_ctrl_c_keeps_finished_windows_and_the_same_command_resumes(
-    nano_checkpoint: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "pretrained_models").mkdir()
-    os.symlink(nano_checkpoint, tmp_path / "pretrained_models" / "nano")
-    hp = "num_steps=1,image_sizes_720=[[32,32]],max_tokens=40,overlap_frame=1,guidance_scale=1,device=cpu"
-    command = [
-        *(sys.executable, "-m", "omniavatar.cli", "generate", "--config", NANO, "--log-format", "json"),
-        *("--prompt", "p", "--image", PORTRAIT, "--output", "x.mp4"),
-        f"--hp={hp},seq_len=400,text_cache_dir={tmp_path / 'cache'}",
-    ]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            event = json.loads(line)
-            if event["event"] == "window_finished":
-                process.send_signal(signal.SIGINT)
-                break
-        rest = [json.loads(line) for line in process.stderr]
-    assert process.returncode == 130
-    assert [event["text"] for event in rest if event["event"] == "error"] == [
-        "interrupted; finished windows are kept, and the same command continues after them"
-    ]
-    assert not (tmp_path / "x.mp4").exists()
-    _, done = timed(*command, cwd=tmp_path)
-    events = [json.loads(line) for line in done.stderr.splitlines()]
-    started = next(event for event in events if event["event"] == "request_started")
-    assert done.returncode == 0 and started["resumed_windows"] >= 1
-    assert (tmp_path / "x.mp4").is_file()
-
-
-LEAVING = """
-import atexit, sys, threading, time
-from omniavatar.cli_common import leave_at_once
-
-atexit.register(print, "handlers run")
-print("printed", end="; ")
-{before}
-leave_at_once({code})
-print("goes on", end="; ")
-sys.exit({code})
-"""
-
-
-@pytest.mark.parametrize(
-    ("before", "code", "expected"),
-    [
-        ("", "3", "printed; handlers run\n"),
-        ("", "None", "printed; handlers run\n"),
-        ("sys.setprofile(lambda *_: None)", "3", "printed; goes on; handlers run\n"),
-        (
-            "threading.Thread(target=time.sleep, args=(0.2,)).start()",
-            "3",
-            "printed; goes on; handlers run\n",
-        ),
-    ],
-)
-def test_a_command_ends_at_once(before: str, code: str, expected: str) -> None:
-    program = [sys.executable, "-c", LEAVING.format(before=before, code=code)]
-    ended = subprocess.run(program, capture_output=True, text=True)
-    assert (ended.stdout, ended.stderr) == (expected, "")
-    assert ended.returncode == (0 if code == "None" else int(code))
