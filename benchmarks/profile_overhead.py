@@ -99,8 +99,8 @@ def main() -> None:
     fastest = {name: min(values) for name, values in times.items()}
     overhead = medians["profiled"] / medians["plain"] - 1
     least = fastest["profiled"] / fastest["plain"] - 1
-    turns = [late / early - 1 for early, late in zip(times["plain"], times["profiled"], strict=True)]
-    mean, error = statistics.mean(turns), statistics.stdev(turns) / len(turns) ** 0.5
+    differences = [late / early - 1 for early, late in zip(times["plain"], times["profiled"], strict=True)]
+    mean, error = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
     print("| recorder | median s | fastest s | slowest s |")
     print("|---|---|---|---|")
     for name, values in times.items():

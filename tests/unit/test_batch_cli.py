@@ -93,7 +93,7 @@ def test_batch_with_a_killed_worker_gives_the_same_videos(
     state = json.loads((output / "batch_in" / "items" / "000_a-woman-speaks.json").read_text())
     assert (state["state"], state["attempts"], state["window"]) == ("done", 2, state["windows"])
 
-    made = set(output.glob("*.mp4"))
+    before = set(output.glob("*.mp4"))
     lines = (inputs / "in.jsonl").read_text().splitlines()
     (inputs / "two.jsonl").write_text("\n".join(lines[:2]))
     elsewhere = f"file://{tmp_path / 'elsewhere'}"
@@ -105,6 +105,6 @@ def test_batch_with_a_killed_worker_gives_the_same_videos(
     assert (again.exit_code, summary["skipped"], summary["failed"]) == (1, 1, 1)
     names = [path.name for path in (tmp_path / "elsewhere").glob("*.mp4")]
     assert names == ["000_a-woman-speaks.mp4"], "the same name, and nothing half"
-    assert made == set(output.glob("*.mp4"))
+    assert before == set(output.glob("*.mp4"))
     for process in psutil.Process().children(recursive=True):
         assert "ray" not in process.name(), "Ray stays behind"

@@ -13,21 +13,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from typer.testing import CliRunner, Result
 
+from command_line import NANO, run
 from engine import make_pipeline, overrides, request
 from omniavatar.accel import residual_meter
 from omniavatar.accel.residual_meter import ResidualMeter
 from omniavatar.calibrate_run import CalibrationRun, calibrate
 from omniavatar.calibration_file import NAME, Calibration, find_constants, read_calibration
-from omniavatar.cli import app
 from omniavatar.config_load import load_config
 from omniavatar.errors import CheckpointError, ConfigError, OutputError, ResumeError
 from omniavatar.profiling.recorder import RunRecorder
 from omniavatar.sampling.cache_constants import CacheConstants, published_constants
 from omniavatar.sampling.step_cache import compute_all, relative_changes
 
-NANO = str(Path(__file__).resolve().parents[2] / "configs" / "nano.yaml")
 STEPS = 6
 MAGCACHE = {"step_cache": "magcache", "magcache_retention": 0.0, "magcache_thresh": 0.5}
 
@@ -294,10 +292,6 @@ def test_a_new_file_leaves_runs_without_a_step_cache_alone(done, folder, cache, 
 # The command
 
 
-def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
-
-
 def hp(folder: Path, cache: Path, **changes: Any) -> str:
     values = overrides(folder, cache, **changes)
     return ",".join(f"{k}={json.dumps(v) if isinstance(v, list) else v}" for k, v in values.items())
@@ -306,18 +300,16 @@ def hp(folder: Path, cache: Path, **changes: Any) -> str:
 def test_command_prints_tables_and_plan_uses_the_file(folder, cache, tmp_path):
     output = tmp_path / "mine.json"
     settings = hp(folder, cache, num_steps=4, step_cache="magcache", magcache_retention=0.0)
-    result = invoke(
-        "calibrate", "-c", NANO, "--hp", settings, "-o", str(output), "--windows", "1", "--verify"
-    )
+    result = run("calibrate", "-c", NANO, "--hp", settings, "-o", str(output), "--windows", "1", "--verify")
     assert result.exit_code == 0, result.stderr
     for text in ("1 window of 4 steps", "positive+speech", "polynomial of degree 1", "really run"):
         assert text in result.stdout
     assert str(output) in result.stdout and output.is_file()
     settings += f",step_cache_file={output}"
-    shown = invoke("plan", "-c", NANO, "--hp", settings)
+    shown = run("plan", "-c", NANO, "--hp", settings)
     assert shown.exit_code == 0, shown.stderr
     assert f"step cache by constants measured on this model at 4 steps ({output})" in shown.stdout
-    silent = invoke(
+    silent = run(
         "calibrate", "-c", NANO, "--hp", settings, "-o", str(output), "--json",
         "--prompt", "a person", "--image", str(Path(NANO).parents[1] / "examples" / "portrait.png"),
         "--hp", "seq_len=10",
@@ -328,23 +320,23 @@ def test_command_prints_tables_and_plan_uses_the_file(folder, cache, tmp_path):
 
 
 def test_command_refuses_before_anything_heavy(folder, cache, tmp_path):
-    random = invoke("calibrate", "-c", NANO, "--hp", "weights=random,scale=nano")
+    random = run("calibrate", "-c", NANO, "--hp", "weights=random,scale=nano")
     assert random.exit_code == ConfigError.exit_code and "--output" in random.stderr
-    one = invoke("calibrate", "-c", NANO, "--hp", hp(folder, cache, num_steps=1))
+    one = run("calibrate", "-c", NANO, "--hp", hp(folder, cache, num_steps=1))
     assert one.exit_code == ConfigError.exit_code and "num_steps" in one.stderr
     (tmp_path / "file").write_text("")
-    blocked = invoke("calibrate", "-c", NANO, "--hp", hp(folder, cache), "-o", str(tmp_path / "file" / "x"))
+    blocked = run("calibrate", "-c", NANO, "--hp", hp(folder, cache), "-o", str(tmp_path / "file" / "x"))
     assert blocked.exit_code == OutputError.exit_code and "another file with --output" in blocked.stderr
-    gone = invoke("calibrate", "-c", NANO, "--hp", hp(folder, cache, exp_path=str(tmp_path / "none")))
+    gone = run("calibrate", "-c", NANO, "--hp", hp(folder, cache, exp_path=str(tmp_path / "none")))
     assert gone.exit_code == ConfigError.exit_code and "does not exist" in gone.stderr
     assert not (tmp_path / "none").exists()
-    assert invoke("calibrate", "-c", NANO, "--prompt", "a person").exit_code == 2
-    assert invoke("calibrate", "-c", NANO, "--audio", "a.wav").exit_code == 2
+    assert run("calibrate", "-c", NANO, "--prompt", "a person").exit_code == 2
+    assert run("calibrate", "-c", NANO, "--audio", "a.wav").exit_code == 2
 
 
 def test_random_weights_with_a_named_file(tmp_path):
     settings = "weights=random,scale=nano,device=cpu,image_sizes_720=[[64,64]],max_tokens=56,num_steps=3"
     output = tmp_path / "random.json"
-    made = invoke("calibrate", "-c", NANO, "--hp", settings, "-o", str(output), "--windows", "1", "--json")
+    made = run("calibrate", "-c", NANO, "--hp", settings, "-o", str(output), "--windows", "1", "--json")
     assert made.exit_code == 0, made.stderr
     assert read_calibration(output).model.weights == {"random weights": "nano"}

@@ -9,19 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
+from command_line import NANO, PORTRAIT, REPOSITORY, run
 from engine import overrides
 from omniavatar.benchmarking import run as benchmark_run
-from omniavatar.cli import app
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-NANO = str(REPOSITORY / "configs" / "nano.yaml")
-PORTRAIT = str(REPOSITORY / "examples" / "portrait.png")
-
-
-def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
 
 
 def hp(checkpoint: Path, folder: Path) -> str:
@@ -40,7 +32,7 @@ def profiled(nano_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
         value for name in ("json", "trace", "torch") for value in (f"--{name}", str(folder / f"{name}.json"))
     ]
     settings = hp(nano_checkpoint, folder)
-    return folder, invoke("profile", "-c", NANO, "--input_file", str(lines), "--hp", settings, *files)
+    return folder, run("profile", "-c", NANO, "--input_file", str(lines), "--hp", settings, *files)
 
 
 def read(path: Path) -> Any:
@@ -76,8 +68,8 @@ def test_profile_writes_both_traces(profiled: tuple[Path, Result]) -> None:
 
 
 def test_profile_wants_whole_requests() -> None:
-    assert invoke("profile", "-c", NANO, "--prompt", "a person").exit_code == 2
-    assert invoke("profile", "-c", NANO, "--image", PORTRAIT).exit_code == 2
+    assert run("profile", "-c", NANO, "--prompt", "a person").exit_code == 2
+    assert run("profile", "-c", NANO, "--image", PORTRAIT).exit_code == 2
 
 
 def row(config: str, **changes: Any) -> dict[str, Any]:
@@ -99,18 +91,18 @@ def test_benchmark_writes_three_reports(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(benchmark_run, "measure_all", measure_all)
     out = tmp_path / "out"
-    result = invoke("benchmark", "--configs", NANO, "-o", str(out), "--minutes", "0.5,2", "--repeats", "3")
+    result = run("benchmark", "--configs", NANO, "-o", str(out), "--minutes", "0.5,2", "--repeats", "3")
     assert result.exit_code == 1 and "no configuration could be measured" in result.stderr
     assert asked[0].minutes == (0.5, 2.0) and asked[0].repeats == 3
     assert read(out / "benchmark.json")["rows"][0]["reason"] == "too large"
     assert "too large" in (out / "benchmark.md").read_text() and (out / "benchmark.html").is_file()
-    assert invoke("benchmark", "--configs", NANO, "-o", str(out), "--minutes", "x").exit_code == 2
+    assert run("benchmark", "--configs", NANO, "-o", str(out), "--minutes", "x").exit_code == 2
 
 
 def test_doctor_knows_the_machine(nano_checkpoint: Path, tmp_path: Path) -> None:
     config = tmp_path / "mine.yaml"
     config.write_text("dit_path: nowhere.safetensors\nscale: nano\n")
-    result = invoke("doctor", "--configs", str(config), "--json")
+    result = run("doctor", "--configs", str(config), "--json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert {"sdpa", "math"} <= set(found["attention"]["fp32"]["there"])
@@ -121,7 +113,7 @@ def test_doctor_knows_the_machine(nano_checkpoint: Path, tmp_path: Path) -> None
     assert "nowhere.safetensors" in found["problems"][0]
     assert set(found["memory_auto"]) == {"1.3B", "14B"}
     assert all(line.startswith("memory: ") for line in found["memory_auto"].values())
-    text = invoke("doctor", "--configs", str(config)).stdout
+    text = run("doctor", "--configs", str(config)).stdout
     assert "not ready" in text and "attention backends" in text and "torch" in text
 
 
