@@ -17,9 +17,9 @@ from omniavatar import __version__
 from omniavatar.calibration_file import default_path
 from omniavatar.config import PipelineConfig
 from omniavatar.config_identity import result_values
+from omniavatar.device import choose_device
 from omniavatar.errors import InputError, OmniAvatarError, ResourceError
 from omniavatar.following import follow
-from omniavatar.ops.device import choose_device
 from omniavatar.orders import WindowsOrder
 from omniavatar.output import output_path, weight_identities
 from omniavatar.parallel.batch.cores import take_cores

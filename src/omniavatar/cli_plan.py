@@ -128,8 +128,8 @@ def _duration(seconds: float) -> str:
 
 def _device(config: PipelineConfig) -> torch.device:
     """The configured device, or the CPU where it is not on this machine."""
+    from omniavatar.device import choose_device
     from omniavatar.errors import ResourceError
-    from omniavatar.ops.device import choose_device
 
     try:
         return choose_device(config.runtime.device)

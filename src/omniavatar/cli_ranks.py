@@ -147,7 +147,7 @@ def team_of(config: PipelineConfig, process: Process) -> Iterator[Team]:
     if process.world == 1:
         yield ONE
         return
-    from omniavatar.ops.device import choose_device
+    from omniavatar.device import choose_device
     from omniavatar.orders import EndOrder
     from omniavatar.parallel.process import connect, disconnect
 

@@ -35,13 +35,13 @@ from omniavatar.checkpoint.dit import (
     random_dit,
 )
 from omniavatar.checkpoint.layout import scale_spec, text_tensors
+from omniavatar.device import choose_device
 from omniavatar.encoders.audio import AudioEncoder, open_features
 from omniavatar.encoders.text import TextEncoder, random_text_encoder, sizes_of
 from omniavatar.encoders.text_cache import TextCache, encode_cached, encoder_identity
 from omniavatar.errors import CheckpointError, ResourceError
 from omniavatar.model_files import DTYPES, dit_files
 from omniavatar.ops.attention_timing import choose_attention
-from omniavatar.ops.device import choose_device
 from omniavatar.ops.fused import create_fused
 from omniavatar.parallel.layout import Layout
 from omniavatar.parallel.team import ONE, Team

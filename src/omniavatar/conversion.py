@@ -14,9 +14,9 @@ from omniavatar.checkpoint.convert import convert_dit
 from omniavatar.checkpoint.dit import open_dit, random_weights
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.config import PipelineConfig
+from omniavatar.device import choose_device
 from omniavatar.errors import ConfigError
 from omniavatar.model_files import DTYPES, dit_files
-from omniavatar.ops.device import choose_device
 from omniavatar.ops.fused import create_fused
 
 

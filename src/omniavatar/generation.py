@@ -27,9 +27,9 @@ from torch import Tensor
 from omniavatar.accel.room import MakeRoom, no_room, with_room
 from omniavatar.accel.short_text import prepare_text
 from omniavatar.accel.step_cache import PassRunner, ResidualCache
+from omniavatar.device import arrival, download, upload
 from omniavatar.model.dit import AudioState, RunBlocks, WanDiT
 from omniavatar.model.vae import VideoVAE
-from omniavatar.ops.transfer import arrival, download, upload
 from omniavatar.parallel.team import ONE, Team
 from omniavatar.sampling.denoise import denoise as denoise_window
 from omniavatar.sampling.denoise import noises_drawn

@@ -28,6 +28,7 @@ from omniavatar.conditioning import Sound, make_conditioning
 from omniavatar.config import PipelineConfig, SamplingConfig
 from omniavatar.config_identity import flat_values
 from omniavatar.config_load import Overrides, load_config
+from omniavatar.device import device_name
 from omniavatar.encoders.image import choose_bucket, prepare_image
 from omniavatar.errors import InputError
 from omniavatar.generation import WindowGenerator, WindowResult, WindowSampling
@@ -36,7 +37,6 @@ from omniavatar.media.audio import decode_mono
 from omniavatar.media.encoders import Encoder, choose_encoder
 from omniavatar.media.image import load_image
 from omniavatar.model.dit import RunBlocks
-from omniavatar.ops.device import device_name
 from omniavatar.orders import PlaceOrder, WindowsOrder
 from omniavatar.output import (
     VideoWriter,

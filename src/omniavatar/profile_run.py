@@ -20,9 +20,9 @@ from omniavatar import __version__
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import inspect_vae
 from omniavatar.config import ModelConfig, PipelineConfig
+from omniavatar.device import choose_device
 from omniavatar.model.vae import VAEConfig
 from omniavatar.model_files import DTYPES
-from omniavatar.ops.device import choose_device
 from omniavatar.output import peak_memory
 from omniavatar.pipeline import AvatarPipeline
 from omniavatar.profiling.ceilings import ceilings, fp8_ceilings

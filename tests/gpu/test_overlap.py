@@ -12,8 +12,8 @@ import torch
 
 from engine import make_pipeline
 from engine import request as speech
+from omniavatar.device import arrival, download, upload
 from omniavatar.generation import WindowGenerator
-from omniavatar.ops.transfer import arrival, download, upload
 from omniavatar.profiling.clocks import DeviceClock
 
 pytestmark = pytest.mark.gpu

@@ -13,9 +13,9 @@ import torch
 
 from engine import make_pipeline, request
 from omniavatar import generation, output
+from omniavatar.device import arrival, download, upload
 from omniavatar.errors import OutputError
 from omniavatar.generation import WindowGenerator, WindowResult
-from omniavatar.ops.transfer import arrival, download, upload
 from omniavatar.profiling.recorder import RunRecorder
 from queue_clock import QueueClock
 

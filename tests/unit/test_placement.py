@@ -15,8 +15,8 @@ from omniavatar.accel.offload import Offloader, StreamedBlock
 from omniavatar.accel.vae import FastVAE
 from omniavatar.config import PipelineConfig
 from omniavatar.config_load import load_config
+from omniavatar.device import choose_device
 from omniavatar.errors import ConfigError, ResourceError, ResumeError
-from omniavatar.ops.device import choose_device
 from omniavatar.placement import Request, device_limit, enforce_limit, place
 from omniavatar.plan import make_plan
 from omniavatar.profiling.recorder import RunRecorder

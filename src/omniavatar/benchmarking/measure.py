@@ -35,11 +35,11 @@ from omniavatar.benchmarking.parts import (
 from omniavatar.benchmarking.tips import changed, fewer_tokens, guide_tips
 from omniavatar.config import PipelineConfig
 from omniavatar.config_load import load_config
+from omniavatar.device import choose_device
 from omniavatar.errors import ConfigError, OmniAvatarError
 from omniavatar.machine import free_memory
 from omniavatar.memory import estimate_memory
 from omniavatar.model_files import DTYPES
-from omniavatar.ops.device import choose_device
 from omniavatar.output import peak_memory
 from omniavatar.placement import QUANTIZE_FIELD, Request, device_limit, place
 from omniavatar.plan import RunPlan, make_plan

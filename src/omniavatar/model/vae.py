@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from omniavatar.device import upload
 from omniavatar.model.vae_layers import (
     CausalConv3d,
     CausalState,
@@ -27,7 +28,6 @@ from omniavatar.model.vae_layers import (
     ResidualBlock,
     Upsample,
 )
-from omniavatar.ops.transfer import upload
 
 LATENT_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,

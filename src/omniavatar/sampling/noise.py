@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omniavatar.ops.transfer import upload
+from omniavatar.device import upload
 
 
 class WindowNoise:
