@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from omniavatar.ops.conv3d import conv3d
+from omniavatar.model.conv3d import conv3d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omniavatar.accel.quantized import QuantLinear
+from omniavatar.model.attention import AttentionFn, TravellingAttention, takes_float8
 from omniavatar.model.dit import WanDiT
 from omniavatar.model.layers import Block, RMSNorm
 from omniavatar.model.rope import RopeTable
-from omniavatar.ops.attention import AttentionFn, TravellingAttention, takes_float8
 from omniavatar.ops.fused import FP8, FusedOps, QuantRows, Rows
 from omniavatar.ops.scaled import scaled_linear
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from omniavatar.model.attention import AttentionFn
 from omniavatar.model.dit import TextState, WanDiT
-from omniavatar.ops.attention import AttentionFn
 
 
 class WeightedKeys:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from omniavatar.model.conv3d import Triple, conv3d
 from omniavatar.model.vae_layers import (
     CausalConv3d,
     ChannelRMSNorm,
@@ -29,7 +30,6 @@ from omniavatar.model.vae_layers import (
     Upsample,
 )
 from omniavatar.ops.channel_norm import AddNorm, pair_weight, phase_weight
-from omniavatar.ops.conv3d import Triple, conv3d
 
 CHANNEL_MULTIPLE = 8
 PAIRED_CHANNELS = 96

@@ -29,9 +29,9 @@ from omniavatar.checkpoint.reader import PathLike, TensorFiles
 from omniavatar.checkpoint.staging import Staging
 from omniavatar.checkpoint.strict import DeviceOf, TensorSource, file_sources, load_strict
 from omniavatar.errors import CheckpointError
+from omniavatar.model.attention import AttentionFn
 from omniavatar.model.audio_adapter import FRAMES_PER_LATENT
 from omniavatar.model.dit import DiTConfig, WanDiT
-from omniavatar.ops.attention import AttentionFn
 
 HEAD_DIM = 128
 FORM_KEY = "omniavatar.form"

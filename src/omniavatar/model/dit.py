@@ -18,10 +18,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from omniavatar.model.attention import AttentionFn
 from omniavatar.model.audio_adapter import AudioPack, audio_block_indices
 from omniavatar.model.layers import Block, BlockInputs, modulate
 from omniavatar.model.rope import rope_table
-from omniavatar.ops.attention import AttentionFn
 
 RunBlocks = Callable[[Tensor, BlockInputs], Tensor]
 TextState = tuple[tuple[Tensor, Tensor], ...]

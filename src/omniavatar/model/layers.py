@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from omniavatar.model.attention import AttentionFn
 from omniavatar.model.rope import RopeTable, rotate
-from omniavatar.ops.attention import AttentionFn
 
 
 @dataclass(frozen=True, eq=False)

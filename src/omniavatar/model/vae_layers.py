@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omniavatar.ops.conv3d import conv3d
+from omniavatar.model.conv3d import conv3d
 
 CausalState = dict[nn.Module, Tensor]
 

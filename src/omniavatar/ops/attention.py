@@ -9,9 +9,7 @@ choice made once from the device and logged by the caller, never a fallback whil
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,30 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from omniavatar.errors import ResourceError
+from omniavatar.model.attention import AttentionFn
 from omniavatar.ops.fused import create_fused
-
-AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@runtime_checkable
-class TravellingAttention(Protocol):
-    """An `AttentionFn` whose inputs travel to other processes, and whose result travels back.
-
-    A block that knows it sends each input as soon as it is made, so that it travels while the next is
-    computed. `__call__(q, k, v)` is `attend` of the three, sent.
-    """
-
-    def __call__(self, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor: ...
-
-    def send(self, x_BLHD: Tensor) -> Any:
-        """q, k or v on its way; every process sends its three in the same order."""
-
-    def attend(self, q: Any, k: Any, v: Any) -> Tensor:
-        """The result (B, L, H, D) for what was sent."""
-
-    def attend_linear(self, q: Any, k: Any, v: Any, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`linear` of the result, heads side by side: (B, L, rows of `weight`). The product with the heads
-        that are here runs while the others come."""
 
 
 def _torch_attention(backend: SDPBackend | None) -> AttentionFn:
@@ -73,11 +49,6 @@ _HINTS = {
     "sage": " (SageAttention needs an Ampere GPU or later and `pip install sageattention`)",
     "flex": " (FlexAttention needs a CUDA GPU and triton)",
 }
-
-
-def takes_float8(attention: AttentionFn) -> bool:
-    """Whether the backend, or the one it wraps, wants q and k in float8 (attribute `takes_float8`)."""
-    return getattr(attention, "takes_float8", False)
 
 
 def available_backends(device: torch.device) -> list[str]:

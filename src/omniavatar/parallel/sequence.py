@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from omniavatar.model.attention import AttentionFn, takes_float8
 from omniavatar.model.dit import RunBlocks
 from omniavatar.model.layers import BlockInputs, TokenAudio
 from omniavatar.model.rope import RopeTable
-from omniavatar.ops.attention import AttentionFn, takes_float8
 from omniavatar.parallel.exchange import Arriving, HeadExchange, RowExchange
 from omniavatar.parallel.layout import deal, starts
 from omniavatar.parallel.peers import Peers
