@@ -16,10 +16,10 @@ import time
 import torch
 from timing import timed, where
 
+from omniavatar.accel.attention.registry import create_attention
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import random_vae
-from omniavatar.ops.attention import create_attention
 from omniavatar.sampling.windows import window_length
 
 SIZE = (400, 720)

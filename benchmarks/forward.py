@@ -21,10 +21,11 @@ import torch
 from timing import timed, where
 
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
+from omniavatar.accel.attention.registry import available_backends, create_attention
+from omniavatar.accel.kernels.fused import create_fused
+from omniavatar.accel.kernels.rows import EagerOps
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
-from omniavatar.ops.attention import available_backends, create_attention
-from omniavatar.ops.fused import EagerOps, create_fused
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 GRIDS = {30375: (27, 50, 90), 15750: (14, 50, 90), 32760: (21, 60, 104)}

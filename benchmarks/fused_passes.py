@@ -13,8 +13,8 @@ import json
 import torch
 import triton
 
-from omniavatar.ops.fused import FP8
-from omniavatar.ops.fused_triton import TritonOps
+from omniavatar.accel.kernels.fused_triton import TritonOps
+from omniavatar.accel.kernels.rows import FP8
 
 MODELS = {"14B": (5120, 40, 13824), "1.3B": (1536, 12, 8960)}
 SHARES = (256, 512, 1024, 2048)

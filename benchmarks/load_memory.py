@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
+from omniavatar.accel.attention.registry import create_attention
 from omniavatar.checkpoint.dit import DiTFiles, load_dit
 from omniavatar.checkpoint.layout import adapter_tensors, scale_spec
 from omniavatar.checkpoint.layout_files import checkpoint_layout
 from omniavatar.checkpoint.tensor_writer import safetensors_header
-from omniavatar.ops.attention import create_attention
 
 LIMIT = 1.2
 

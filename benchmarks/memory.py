@@ -25,6 +25,8 @@ from forward import inputs
 from timing import timed, where
 
 from omniavatar.accel.apply import AccelConfig, apply_accelerations, weight_form
+from omniavatar.accel.attention.registry import create_attention
+from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.accel.memory_plan import GB
 from omniavatar.accel.offload import OffloadConfig, Offloader
 from omniavatar.accel.room import with_room
@@ -34,8 +36,6 @@ from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.cli import grow_segments
 from omniavatar.config_load import load_config
-from omniavatar.ops.attention import create_attention
-from omniavatar.ops.fused import create_fused
 from omniavatar.placement import Request, place
 from omniavatar.plan import make_plan
 

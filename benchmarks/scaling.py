@@ -28,12 +28,12 @@ from scaling_vae import SilentHeads, SilentPeers, SilentRows, measure_vae
 from timing import timed
 
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
+from omniavatar.accel.attention.registry import create_attention
 from omniavatar.accel.graphs import CudaCapture, GraphedBlocks
+from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.accel.shard_weights import apply_shared_weights
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
-from omniavatar.ops.attention import create_attention
-from omniavatar.ops.fused import create_fused
 from omniavatar.parallel.layout import Layout, deal
 from omniavatar.parallel.process import Process, connect, disconnect
 from omniavatar.sampling.guidance import guidance_branches

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from omniavatar.ops.fused import FP8, EagerOps, QuantRows, quantize_rows
-from omniavatar.ops.scaled import rescale
+from omniavatar.accel.kernels.rows import FP8, EagerOps, QuantRows, quantize_rows
+from omniavatar.accel.kernels.scaled import rescale
 
 
 def rows(value) -> torch.Tensor:

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from omniavatar.accel.attention.registry import create_attention
 from omniavatar.checkpoint.synthetic import wav2vec_config
 from omniavatar.encoders.audio import CONFIG_FIELDS
 from omniavatar.encoders.text import MAX_DISTANCE
 from omniavatar.model.dit import WanDiT
 from omniavatar.model.vae import LATENT_MEAN, LATENT_STD, WanVAE, denormalise, normalise
-from omniavatar.ops.attention import create_attention
 from training.phones import ARTICULATORS, PHONES
 from training.scale import POCKET
 

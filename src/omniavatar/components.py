@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from omniavatar.accel.apply import AccelConfig, Quantize, apply_accelerations, row_dtype, weight_form
+from omniavatar.accel.attention.timing import choose_attention
 from omniavatar.accel.graphs import CudaCapture, GraphedBlocks
+from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.accel.memory_plan import fewer_resident
 from omniavatar.accel.offload import OffloadConfig, Offloader, streamed_blocks
 from omniavatar.accel.pinned import check_host_room
@@ -41,8 +43,6 @@ from omniavatar.encoders.text import TextEncoder, random_text_encoder, sizes_of
 from omniavatar.encoders.text_cache import TextCache, encode_cached, encoder_identity
 from omniavatar.errors import CheckpointError, ResourceError
 from omniavatar.model_files import DTYPES, dit_files
-from omniavatar.ops.attention_timing import choose_attention
-from omniavatar.ops.fused import create_fused
 from omniavatar.parallel.layout import Layout
 from omniavatar.parallel.team import ONE, Team
 from omniavatar.placement import (

@@ -10,6 +10,7 @@ import torch
 
 from omniavatar import __version__
 from omniavatar.accel.apply import AccelConfig, row_dtype, weight_form
+from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.checkpoint.convert import convert_dit
 from omniavatar.checkpoint.dit import open_dit, random_weights
 from omniavatar.checkpoint.layout import scale_spec
@@ -17,7 +18,6 @@ from omniavatar.config import PipelineConfig
 from omniavatar.device import choose_device
 from omniavatar.errors import ConfigError
 from omniavatar.model_files import DTYPES, dit_files
-from omniavatar.ops.fused import create_fused
 
 
 @dataclass(frozen=True)

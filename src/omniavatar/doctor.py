@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from omniavatar import __version__
+from omniavatar.accel.attention.registry import available_backends, choose_backend
 from omniavatar.accel.vae import choose_vae
 from omniavatar.config import ModelConfig, OutputConfig, PipelineConfig, RuntimeConfig, VideoConfig
 from omniavatar.config_load import load_config
@@ -22,7 +23,6 @@ from omniavatar.machine import codecs, devices, free_disk, free_memory, optional
 from omniavatar.media.encoders import choose_encoder, try_nvenc
 from omniavatar.memory import MemoryEstimate, estimate_memory
 from omniavatar.model_files import DTYPES
-from omniavatar.ops.attention import available_backends, choose_backend
 from omniavatar.plan import make_plan
 from omniavatar.weights_preview import missing_files
 

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from omniavatar.accel.residual_cache import PassRunner, ResidualCache
 from omniavatar.accel.room import MakeRoom, no_room, with_room
 from omniavatar.accel.short_text import prepare_text
-from omniavatar.accel.step_cache import PassRunner, ResidualCache
 from omniavatar.device import arrival, download, upload
 from omniavatar.model.dit import AudioState, RunBlocks, WanDiT
 from omniavatar.model.vae import VideoVAE

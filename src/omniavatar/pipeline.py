@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from omniavatar.accel.residual_cache import PassRunner, ResidualCache
 from omniavatar.accel.room import MakeRoom, no_room, with_room
-from omniavatar.accel.step_cache import PassRunner, ResidualCache
 from omniavatar.components import Components
 from omniavatar.conditioning import Sound, make_conditioning
 from omniavatar.config import PipelineConfig, SamplingConfig

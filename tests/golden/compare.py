@@ -6,9 +6,9 @@ import json
 
 import torch
 
+from omniavatar.accel.attention.registry import create_attention
 from omniavatar.model.dit import DiTConfig, WanDiT
 from omniavatar.model.vae import VAEConfig, WanVAE
-from omniavatar.ops.attention import create_attention
 
 
 def relative_error(value: torch.Tensor, recorded: torch.Tensor) -> float:

@@ -10,6 +10,7 @@ import torch
 from compare import dit_config, relative_error, under
 from safetensors.torch import save_file
 
+from omniavatar.accel.attention.registry import create_attention
 from omniavatar.checkpoint.dit import DiTFiles, inspect_dit, load_dit
 from omniavatar.checkpoint.layout import (
     TextSpec,
@@ -23,7 +24,6 @@ from omniavatar.checkpoint.layout_vae import vae_tensors
 from omniavatar.checkpoint.vae import inspect_vae
 from omniavatar.encoders.audio import library_key
 from omniavatar.model.vae import VAEConfig
-from omniavatar.ops.attention import create_attention
 
 ATTENTION = create_attention("sdpa", torch.device("cpu"), torch.float32)[1]
 

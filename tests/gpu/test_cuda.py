@@ -7,15 +7,16 @@ import torch
 
 from fused_cases import compare, compare_rescale
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
+from omniavatar.accel.attention.registry import available_backends, create_attention
+from omniavatar.accel.attention.timing import attention_seconds, pick
+from omniavatar.accel.kernels.fused import create_fused
+from omniavatar.accel.kernels.rows import quantize_rows
+from omniavatar.accel.kernels.scaled import scaled_linear_eager
 from omniavatar.accel.quantized import QuantLinear
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.generation import WindowGenerator, WindowSampling
-from omniavatar.ops.attention import available_backends, create_attention
-from omniavatar.ops.attention_timing import attention_seconds, pick
-from omniavatar.ops.fused import create_fused, quantize_rows
-from omniavatar.ops.scaled import scaled_linear_eager
 from omniavatar.profiling.recorder import NullRecorder
 from omniavatar.sampling.guidance import guidance_branches
 from omniavatar.sampling.schedule import make_schedule

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
+from omniavatar.accel.attention.registry import available_backends, create_attention
 from omniavatar.accel.graphs import FORWARDS_FIRST, CudaCapture, GraphedBlocks
+from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.model.dit import WanDiT
-from omniavatar.ops.attention import available_backends, create_attention
-from omniavatar.ops.fused import create_fused
 from omniavatar.parallel.layout import Layout
 from omniavatar.parallel.team import Ranks
 from ranks import RankPool

@@ -11,14 +11,14 @@ import torch
 from engine import SIDE, request
 from omniavatar import AvatarPipeline
 from omniavatar.accel.apply import AccelConfig, apply_accelerations, weight_form
+from omniavatar.accel.attention.registry import create_attention
+from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.accel.memory_plan import GB, denoise_bytes, dit_sizes, held_bytes
 from omniavatar.accel.offload import OffloadConfig, Offloader, StreamCopies, StreamedBlock, apply_offload
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec, text_tensors
 from omniavatar.config_load import load_config
 from omniavatar.encoders.text import random_text_encoder, sizes_of
-from omniavatar.ops.attention import create_attention
-from omniavatar.ops.fused import create_fused
 from omniavatar.placement import device_limit
 from omniavatar.profiling.recorder import RunRecorder
 

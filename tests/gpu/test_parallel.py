@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
+from omniavatar.accel.attention.registry import available_backends, create_attention
+from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.accel.shard_weights import apply_shared_weights
 from omniavatar.accel.shared_vae import apply_shared_vae
 from omniavatar.accel.vae import FastVAEConfig, SplitRows, apply_fast_vae
@@ -26,8 +28,6 @@ from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.model.dit import WanDiT
 from omniavatar.model.vae import VAEConfig, VideoVAE
-from omniavatar.ops.attention import available_backends, create_attention
-from omniavatar.ops.fused import create_fused
 from omniavatar.parallel.exchange import CollectiveHeads, CollectiveRows
 from omniavatar.parallel.layout import Layout
 from omniavatar.parallel.peers import Peers

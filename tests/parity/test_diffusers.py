@@ -10,9 +10,9 @@ from diffusers.loaders.single_file_utils import (
     convert_wan_vae_to_diffusers,
 )
 
+from omniavatar.accel.attention.registry import create_attention
 from omniavatar.model.dit import DiTConfig, WanDiT
 from omniavatar.model.vae import LATENT_MEAN, LATENT_STD, VAEConfig, WanVAE
-from omniavatar.ops.attention import create_attention
 
 TOLERANCE = 1e-5
 

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import make_pipeline, request
+from omniavatar.accel.attention.packages import SageAttention
+from omniavatar.accel.attention.registry import create_attention
+from omniavatar.accel.attention.timing import NEAR, PREFERENCE, attention_seconds, choose_attention, pick
 from omniavatar.errors import ResourceError
-from omniavatar.ops.attention import create_attention
-from omniavatar.ops.attention_packages import SageAttention
-from omniavatar.ops.attention_timing import NEAR, PREFERENCE, attention_seconds, choose_attention, pick
 
 CPU = torch.device("cpu")
 
@@ -40,7 +40,7 @@ def test_measured_on_the_cpu():
 
 
 def test_a_backend_that_refuses_is_left_out(monkeypatch):
-    from omniavatar.ops import attention_timing
+    from omniavatar.accel.attention import timing as attention_timing
 
     def refusing(name, device, dtype):
         def attention(q, k, v):

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from omniavatar.accel.attention.registry import create_attention
 from omniavatar.checkpoint.dit import DiTFiles, LoraFile, inspect_dit, keep_float32, load_dit, random_dit
 from omniavatar.checkpoint.layout import SCALES, dit_tensors, scale_spec
 from omniavatar.checkpoint.vae import inspect_vae, load_vae, random_vae
 from omniavatar.errors import CheckpointError
 from omniavatar.model.dit import WanDiT
-from omniavatar.ops.attention import create_attention
 
 ATTENTION = create_attention("sdpa", torch.device("cpu"), torch.float32)[1]
 NANO = scale_spec("nano")

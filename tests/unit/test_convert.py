@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from tests.engine import make_pipeline, overrides, request
 
 from omniavatar.accel.apply import AccelConfig, row_dtype, weight_form
+from omniavatar.accel.attention.registry import create_attention
+from omniavatar.accel.kernels.rows import EagerOps, quantize_rows
 from omniavatar.accel.quantized import QuantLinear, apply_quantization
 from omniavatar.checkpoint.dit import (
     FORM_KEY,
@@ -32,8 +34,6 @@ from omniavatar.config_load import load_config
 from omniavatar.conversion import convert_checkpoint
 from omniavatar.errors import CheckpointError, OutputError
 from omniavatar.model.dit import WanDiT
-from omniavatar.ops.attention import create_attention
-from omniavatar.ops.fused import EagerOps, quantize_rows
 
 CPU = torch.device("cpu")
 ATTENTION = create_attention("sdpa", CPU, torch.float32)[1]

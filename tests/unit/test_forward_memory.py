@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
+from omniavatar.accel.kernels.rows import EagerOps
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
-from omniavatar.ops.fused import EagerOps
 
 TOKENS = (4, 16, 16)
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from omniavatar.accel.attention.registry import create_attention
 from omniavatar.accel.fused_blocks import apply_fused_blocks
+from omniavatar.accel.kernels.rows import EagerOps, quantize_rows
 from omniavatar.accel.quantized import QUANTIZED, QuantLinear, apply_quantization
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
-from omniavatar.ops.attention import create_attention
-from omniavatar.ops.fused import EagerOps, quantize_rows
 
 TESTS = Path(__file__).resolve().parents[1]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from omniavatar.accel import graphs
+from omniavatar.accel.attention.registry import create_attention
 from omniavatar.accel.graphs import FORWARDS_FIRST, MOST, GraphedBlocks, launches_show
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
@@ -18,7 +19,6 @@ from omniavatar.errors import ResourceError
 from omniavatar.model.dit import DiTConfig, WanDiT
 from omniavatar.model.layers import BlockInputs, TokenAudio
 from omniavatar.model.rope import rope_table
-from omniavatar.ops.attention import create_attention
 from omniavatar.pipeline import AvatarPipeline
 from omniavatar.placement import Placement, Request, place, wants_graphs
 from omniavatar.plan import make_plan

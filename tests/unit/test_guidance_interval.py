@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from engine import make_pipeline, request
 from omniavatar import SamplingParams
-from omniavatar.accel.step_cache import ResidualCache
+from omniavatar.accel.residual_cache import ResidualCache
 from omniavatar.config_load import load_config
 from omniavatar.errors import ConfigError
 from omniavatar.plan import make_plan

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
+from omniavatar.accel.attention.registry import create_attention
+from omniavatar.accel.kernels.rows import EagerOps
 from omniavatar.accel.memory_plan import (
     GB,
     HEADROOM,
@@ -25,8 +27,6 @@ from omniavatar.accel.offload import OffloadConfig, apply_offload
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.errors import ResourceError
-from omniavatar.ops.attention import create_attention
-from omniavatar.ops.fused import EagerOps
 
 RUN = RunSizes(
     vae=GB // 4,

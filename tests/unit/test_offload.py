@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
+from omniavatar.accel.attention.registry import create_attention
 from omniavatar.accel.block_storage import block_tensors, fill, layout_of
+from omniavatar.accel.kernels.rows import EagerOps
 from omniavatar.accel.offload import (
     Copies,
     DirectCopies,
@@ -19,11 +21,9 @@ from omniavatar.accel.offload import (
     apply_offload,
     streamed_blocks,
 )
-from omniavatar.accel.step_cache import ResidualCache
+from omniavatar.accel.residual_cache import ResidualCache
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
-from omniavatar.ops.attention import create_attention
-from omniavatar.ops.fused import EagerOps
 from omniavatar.sampling.guidance import guidance_branches
 from omniavatar.sampling.passes import plan_passes
 from omniavatar.types import StepPlan

@@ -14,14 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
+from omniavatar.accel.attention.registry import create_attention
+from omniavatar.accel.kernels.fused import create_fused
+from omniavatar.accel.residual_cache import ResidualCache
 from omniavatar.accel.shard_weights import apply_shared_weights
-from omniavatar.accel.step_cache import ResidualCache
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.generation import WindowGenerator, WindowSampling
 from omniavatar.model.dit import DiTConfig, WanDiT
-from omniavatar.ops.attention import create_attention
-from omniavatar.ops.fused import create_fused
 from omniavatar.parallel.guidance import branch_owners
 from omniavatar.parallel.layout import Layout, deal, starts
 from omniavatar.parallel.team import ONE, Ranks

@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
+from omniavatar.accel.attention.registry import create_attention
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.model.dit import WanDiT
 from omniavatar.model.vae import WanVAE
-from omniavatar.ops.attention import create_attention
 from omniavatar.profiling import flops
 from omniavatar.profiling.ceilings import Ceilings, ceilings, fp8_ceilings
 from omniavatar.profiling.kernels import KernelTrace

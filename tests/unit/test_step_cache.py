@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omniavatar.accel.step_cache import ResidualCache
+from omniavatar.accel.residual_cache import ResidualCache
 from omniavatar.sampling.cache_constants import MAGCACHE_RATIOS, TEACACHE_POLYNOMIALS
 from omniavatar.sampling.guidance import Branch
 from omniavatar.sampling.passes import Pass

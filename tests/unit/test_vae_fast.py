@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from omniavatar.accel.kernels.channel_norm import add_norm, merge_phases, pair_weight, phase_weight
 from omniavatar.accel.vae import FastVAEConfig, apply_fast_vae, choose_vae
 from omniavatar.accel.vae_frames import fused_attention, matmul_attention
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.errors import ResourceError
 from omniavatar.model.vae import VAEConfig
 from omniavatar.model.vae_layers import ChannelRMSNorm
-from omniavatar.ops.channel_norm import add_norm, merge_phases, pair_weight, phase_weight
 
 CPU = torch.device("cpu")
 
@@ -197,7 +197,7 @@ def compare_twins(
     device: str, dtype: torch.dtype, widths: tuple[int, ...], tolerance: float, every: int = 1
 ) -> None:
     """Both `add_norm`s on every combination of arguments, or each `every`-th: CUDA compiles each anew."""
-    from omniavatar.ops import channel_norm_triton
+    from omniavatar.accel.kernels import channel_norm_triton
 
     flags = itertools.product(widths, *[(False, True)] * 6, ((0, 0), (0, 1), (1, 0), (1, 1)))
     for channels, biased, added, kept, normed, activate, phases, (rows, columns) in itertools.islice(

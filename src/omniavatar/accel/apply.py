@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 
 from omniavatar.accel.fused_blocks import apply_fused_blocks
+from omniavatar.accel.kernels.rows import FP8, FusedOps
 from omniavatar.accel.quantized import QuantForm, apply_quantization, check_quantize, is_quantized
 from omniavatar.accel.short_text import apply_short_text
 from omniavatar.checkpoint.dit import WeightForm
 from omniavatar.model.dit import WanDiT
-from omniavatar.ops.fused import FP8, FusedOps
 
 Quantize = Literal["none", "fp8", "int8"]
 

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from omniavatar.accel.kernels.rows import FP8, FusedOps, QuantRows, Rows
+from omniavatar.accel.kernels.scaled import scaled_linear
 from omniavatar.accel.quantized import QuantLinear
 from omniavatar.model.attention import AttentionFn, TravellingAttention, takes_float8
 from omniavatar.model.dit import WanDiT
 from omniavatar.model.layers import Block, RMSNorm
 from omniavatar.model.rope import RopeTable
-from omniavatar.ops.fused import FP8, FusedOps, QuantRows, Rows
-from omniavatar.ops.scaled import scaled_linear
 
 Layer = nn.Linear | QuantLinear
 

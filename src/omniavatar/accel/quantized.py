@@ -19,11 +19,11 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from omniavatar.accel.kernels.rows import FP8, FusedOps, QuantRows, Rows, quantize_rows
+from omniavatar.accel.kernels.scaled import scaled_linear
 from omniavatar.checkpoint.strict import TensorSource
 from omniavatar.errors import ResourceError
 from omniavatar.model.dit import WanDiT
-from omniavatar.ops.fused import FP8, FusedOps, QuantRows, Rows, quantize_rows
-from omniavatar.ops.scaled import scaled_linear
 
 QUANTIZED = (
     *(f"self_attn.{name}" for name in "qkvo"),

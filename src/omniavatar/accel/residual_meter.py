@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from omniavatar.accel.step_cache import PassRunner
+from omniavatar.accel.residual_cache import PassRunner
 from omniavatar.model.dit import RunBlocks
 from omniavatar.model.layers import BlockInputs
 from omniavatar.sampling.calibration import ResidualChanges

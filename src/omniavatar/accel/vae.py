@@ -25,11 +25,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from omniavatar.accel.kernels import channel_norm
+from omniavatar.accel.kernels.channel_norm import AddNorm
 from omniavatar.accel.vae_frames import Clip, FrameLayers, Rows, pointwise
 from omniavatar.errors import ResourceError
 from omniavatar.model.vae import Decoder, Encoder, VideoVAE, WanVAE, denormalise, normalise
-from omniavatar.ops import channel_norm
-from omniavatar.ops.channel_norm import AddNorm
 
 Kernels = Literal["eager", "triton"]
 SplitRows = Callable[[int], Rows | None]
@@ -211,7 +211,7 @@ def _passes(frames: Tensor, at_once: int) -> list[Tensor]:
 def _kernels(config: FastVAEConfig) -> AddNorm:
     if config.kernels == "eager":
         return channel_norm.add_norm
-    from omniavatar.ops import channel_norm_triton
+    from omniavatar.accel.kernels import channel_norm_triton
 
     return channel_norm_triton.add_norm
 

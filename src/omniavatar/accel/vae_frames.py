@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from omniavatar.accel.kernels.channel_norm import AddNorm, pair_weight, phase_weight
 from omniavatar.model.conv3d import Triple, conv3d
 from omniavatar.model.vae_layers import (
     CausalConv3d,
@@ -29,7 +30,6 @@ from omniavatar.model.vae_layers import (
     ResidualBlock,
     Upsample,
 )
-from omniavatar.ops.channel_norm import AddNorm, pair_weight, phase_weight
 
 CHANNEL_MULTIPLE = 8
 PAIRED_CHANNELS = 96

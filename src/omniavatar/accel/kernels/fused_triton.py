@@ -7,8 +7,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from omniavatar.ops.fused import FP8, FP8_MAX, ROW_LIMITS, QuantRows, Rows, head_scales
-from omniavatar.ops.fused_kernels import (
+from omniavatar.accel.kernels.fused_kernels import (
     add_gated_kernel,
     norm_kernel,
     quantize_heads_kernel,
@@ -16,6 +15,7 @@ from omniavatar.ops.fused_kernels import (
     rms_kernel,
     rms_rotate_kernel,
 )
+from omniavatar.accel.kernels.rows import FP8, FP8_MAX, ROW_LIMITS, QuantRows, Rows, head_scales
 
 GELU_IN_PRODUCT_WIDTH = 2048
 """Up to this input width the product with GELU in its end is faster than two passes (H100: 1.22 ms against

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from omniavatar.accel.attention.registry import available_backends, create_attention
 from omniavatar.model.attention import AttentionFn
-from omniavatar.ops.attention import available_backends, create_attention
 
 PREFERENCE = ("fa3", "cudnn", "flash", "flex", "efficient", "sdpa")
 """Exact backends that are timed (float8 and int8 ones are not, `math` is never fast)."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omniavatar.ops.fused import FP8, FP8_MAX, FusedOps
+from omniavatar.accel.kernels.rows import FP8, FP8_MAX, FusedOps
 
 SHORT_KEYS = 1024
 

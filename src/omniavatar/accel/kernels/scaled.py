@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from omniavatar.ops.fused import QuantRows
+from omniavatar.accel.kernels.rows import QuantRows
 
 INT8_LEAST_ROWS = 32
 """`torch._int_mm` takes more than 16 rows."""
@@ -62,7 +62,7 @@ def rescale(
     """Integer sums (M, N) times the scales of both sides, plus the bias; one Triton pass."""
     import triton
 
-    from omniavatar.ops.fused_kernels import rescale_kernel
+    from omniavatar.accel.kernels.fused_kernels import rescale_kernel
 
     rows, width = sums.shape
     out = torch.empty(rows, width, dtype=dtype, device=sums.device)

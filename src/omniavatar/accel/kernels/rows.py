@@ -185,12 +185,3 @@ def quantize_rows(rows: Tensor, dtype: torch.dtype = FP8) -> QuantRows:
 def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
-
-
-def create_fused(device: torch.device, row_dtype: torch.dtype = FP8) -> FusedOps:
-    """The passes for a device: Triton kernels on CUDA, the eager twins elsewhere."""
-    if device.type != "cuda":
-        return EagerOps(row_dtype)
-    from omniavatar.ops.fused_triton import TritonOps
-
-    return TritonOps(row_dtype=row_dtype)

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.errors import ResourceError
 from omniavatar.model.attention import AttentionFn
-from omniavatar.ops.fused import create_fused
 
 
 def _torch_attention(backend: SDPBackend | None) -> AttentionFn:
@@ -97,11 +97,11 @@ def create_attention(name: str, device: torch.device, dtype: torch.dtype) -> tup
             f"fastest, {', '.join(there)}"
         )
     if chosen in ("sage", "flex"):
-        from omniavatar.ops.attention_packages import FlexAttention, SageAttention
+        from omniavatar.accel.attention.packages import FlexAttention, SageAttention
 
         return chosen, SageAttention() if chosen == "sage" else FlexAttention()
     if chosen in _FA3:
-        from omniavatar.ops.attention_fa3 import Fa3Attention, Fa3Float8Attention
+        from omniavatar.accel.attention.fa3 import Fa3Attention, Fa3Float8Attention
 
         return chosen, Fa3Attention() if chosen == "fa3" else Fa3Float8Attention(create_fused(device))
     return chosen, _torch_attention(_TORCH_BACKENDS[chosen])
