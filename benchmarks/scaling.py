@@ -31,11 +31,11 @@ from omniavatar.accel.apply import AccelConfig, apply_accelerations
 from omniavatar.accel.attention.registry import create_attention
 from omniavatar.accel.graphs import CudaCapture, GraphedBlocks
 from omniavatar.accel.kernels.fused import create_fused
-from omniavatar.accel.shard_weights import apply_shared_weights
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
-from omniavatar.parallel.layout import Layout, deal
 from omniavatar.parallel.process import Process, connect, disconnect
+from omniavatar.parallel.rank_layout import Layout, deal
+from omniavatar.parallel.weights import apply_shared_weights
 from omniavatar.sampling.guidance import guidance_branches
 from omniavatar.sampling.passes import plan_passes
 from omniavatar.types import StepPlan

@@ -15,13 +15,13 @@ import time
 import torch
 from timing import timed
 
-from omniavatar.accel.shared_vae import apply_shared_vae
 from omniavatar.accel.vae import FastVAEConfig, apply_fast_vae
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.model.vae import VAEConfig
 from omniavatar.parallel.exchange import Arrived
 from omniavatar.parallel.peers import Peers
 from omniavatar.parallel.picture_rows import PictureRows
+from omniavatar.parallel.vae import apply_shared_vae
 
 HEIGHT, WIDTH = 400, 720
 LATENTS, FRAMES = 27, 13

@@ -26,8 +26,6 @@ from omniavatar.accel.memory_plan import fewer_resident
 from omniavatar.accel.offload import OffloadConfig, Offloader, streamed_blocks
 from omniavatar.accel.pinned import check_host_room
 from omniavatar.accel.room import with_room
-from omniavatar.accel.shard_weights import apply_shared_weights
-from omniavatar.accel.shared_vae import apply_shared_vae
 from omniavatar.accel.vae import FastVAE, choose_vae, coding_dtype, create_vae
 from omniavatar.calibration_file import find_constants
 from omniavatar.checkpoint.dit import (
@@ -43,8 +41,10 @@ from omniavatar.encoders.text import TextEncoder, random_text_encoder, sizes_of
 from omniavatar.encoders.text_cache import TextCache, encode_cached, encoder_identity
 from omniavatar.errors import CheckpointError, ResourceError
 from omniavatar.model_files import DTYPES, dit_files
-from omniavatar.parallel.layout import Layout
+from omniavatar.parallel.rank_layout import Layout
 from omniavatar.parallel.team import ONE, Team
+from omniavatar.parallel.vae import apply_shared_vae
+from omniavatar.parallel.weights import apply_shared_weights
 from omniavatar.placement import (
     QUANTIZE_FIELD,
     Placement,

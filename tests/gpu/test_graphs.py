@@ -16,7 +16,7 @@ from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.model.dit import WanDiT
-from omniavatar.parallel.layout import Layout
+from omniavatar.parallel.rank_layout import Layout
 from omniavatar.parallel.team import Ranks
 from ranks import RankPool
 

@@ -20,8 +20,6 @@ from torch import Tensor
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
 from omniavatar.accel.attention.registry import available_backends, create_attention
 from omniavatar.accel.kernels.fused import create_fused
-from omniavatar.accel.shard_weights import apply_shared_weights
-from omniavatar.accel.shared_vae import apply_shared_vae
 from omniavatar.accel.vae import FastVAEConfig, SplitRows, apply_fast_vae
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
@@ -29,11 +27,13 @@ from omniavatar.checkpoint.vae import random_vae
 from omniavatar.model.dit import WanDiT
 from omniavatar.model.vae import VAEConfig, VideoVAE
 from omniavatar.parallel.exchange import CollectiveHeads, CollectiveRows
-from omniavatar.parallel.layout import Layout
 from omniavatar.parallel.peers import Peers
 from omniavatar.parallel.picture_rows import PictureRows
+from omniavatar.parallel.rank_layout import Layout
 from omniavatar.parallel.sequence import SequenceParallel
 from omniavatar.parallel.team import Ranks
+from omniavatar.parallel.vae import apply_shared_vae
+from omniavatar.parallel.weights import apply_shared_weights
 from rank_commands import FAULTS, check_fault, generate_command
 from ranks import RankPool
 from thread_ranks import Board, ThreadPeers, on_threads

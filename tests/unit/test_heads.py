@@ -16,9 +16,9 @@ from torch import Tensor
 from omniavatar.errors import ConfigError, ResourceError
 from omniavatar.parallel.direct import DirectBorder, DirectHeads, DirectRows
 from omniavatar.parallel.exchange import CollectiveHeads, CollectiveRows, HeadExchange, RowExchange
-from omniavatar.parallel.layout import Layout, deal, starts
 from omniavatar.parallel.mailbox import Reach, obstacle
 from omniavatar.parallel.picture_rows import PictureRows
+from omniavatar.parallel.rank_layout import Layout, deal, starts
 from omniavatar.parallel.team import Ranks
 from ranks import RankPool
 from thread_ranks import Board, ThreadPeers, on_threads

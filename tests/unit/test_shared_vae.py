@@ -8,7 +8,6 @@ from torch import Tensor
 
 from omniavatar.accel.decoder import OtherDecoder
 from omniavatar.accel.memory_plan import coding_bytes
-from omniavatar.accel.shared_vae import apply_shared_vae
 from omniavatar.accel.vae import FastVAE, FastVAEConfig, apply_fast_vae
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.config import PipelineConfig
@@ -17,6 +16,7 @@ from omniavatar.errors import ConfigError
 from omniavatar.model.vae import VAEConfig
 from omniavatar.parallel.picture_rows import PictureRows
 from omniavatar.parallel.team import Ranks
+from omniavatar.parallel.vae import apply_shared_vae
 from omniavatar.placement import vae_ranks
 from ranks import RankPool
 

@@ -1,7 +1,7 @@
 """The video VAE at the speed of its convolutions: the plain module's weights on channels-last frames.
 
 What changes: frames are channels-last; bias, residual sum, norm and SiLU are one kernel that writes straight
-into the next convolution's input (`vae_frames`, `ops.channel_norm`); nearest doubling and the convolution
+into the next convolution's input (`vae_frames`, `kernels.channel_norm`); nearest doubling and the convolution
 after it are one 2x2 convolution with four output phases; narrow convolutions take two columns at once; 1x1
 convolutions and the attention of a frame are matrix products; several latents go at a time.
 What it loses: nothing but rounding. Sums are rounded less often than in the plain modules; with

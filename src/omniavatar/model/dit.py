@@ -71,7 +71,7 @@ class Head(nn.Module):
 
 
 class WanDiT(nn.Module):
-    """Predicts the flow-matching velocity of a window. `attention` is any `ops.attention.AttentionFn`.
+    """Predicts the flow-matching velocity of a window. `attention` is any `model.attention.AttentionFn`.
 
     Sequence parallelism wraps `attention`, which is among the video tokens; `text_attention` stays as it is.
     """

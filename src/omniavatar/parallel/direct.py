@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from omniavatar.parallel.exchange import Arriving, Converted
-from omniavatar.parallel.layout import starts
+from omniavatar.parallel.rank_layout import starts
 
 
 class Slot(Protocol):

@@ -13,8 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from omniavatar.ops.gather import gather_into
-
 
 class Pending:
     """Rows on their way; on CUDA `wait` makes the current stream wait, not the host."""
@@ -66,3 +64,10 @@ class Peers:
 
 def _bytes(rows: Tensor) -> Tensor:
     return rows.flatten(1).view(torch.uint8)
+
+
+def gather_into(out: Tensor, piece: Tensor, group: dist.ProcessGroup, wait: bool = True) -> dist.Work | None:
+    """Fill `out` with every rank's `piece`, one behind the other; what to wait for unless `wait`."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    work: dist.Work | None = gather(out, piece, group=group, async_op=not wait)
+    return work

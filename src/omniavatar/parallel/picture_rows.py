@@ -15,8 +15,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from omniavatar.parallel.exchange import BorderExchange, CollectiveBorder
-from omniavatar.parallel.layout import deal, starts
 from omniavatar.parallel.peers import Peers
+from omniavatar.parallel.rank_layout import deal, starts
 
 
 class PictureRows:

@@ -33,8 +33,8 @@ from omniavatar.model.dit import RunBlocks
 from omniavatar.model.layers import BlockInputs, TokenAudio
 from omniavatar.model.rope import RopeTable
 from omniavatar.parallel.exchange import Arriving, HeadExchange, RowExchange
-from omniavatar.parallel.layout import deal, starts
 from omniavatar.parallel.peers import Peers
+from omniavatar.parallel.rank_layout import deal, starts
 
 
 class SequenceParallel:

@@ -26,10 +26,10 @@ from omniavatar.parallel.exchange import (
     RowExchange,
 )
 from omniavatar.parallel.guidance import GuidanceParallel, Predict
-from omniavatar.parallel.layout import Layout
 from omniavatar.parallel.mailbox import Reach, SymmetricMailbox, obstacle
 from omniavatar.parallel.peers import Peers
 from omniavatar.parallel.picture_rows import PictureRows
+from omniavatar.parallel.rank_layout import Layout
 from omniavatar.parallel.sequence import SequenceParallel
 from omniavatar.sampling.passes import Pass, Passes
 

@@ -1,4 +1,4 @@
-"""`ops.fused` on CUDA: the Triton kernels of `fused_kernels` behind `FusedOps`."""
+"""`rows` on CUDA: the Triton kernels of `fused_kernels` behind `FusedOps`."""
 
 from __future__ import annotations
 

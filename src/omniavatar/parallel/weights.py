@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from omniavatar.accel.block_storage import block_tensors, fill, layout_of, rebuilt
 from omniavatar.accel.offload import PARKED, BlockRing, Slot, StreamedBlock
 from omniavatar.model.dit import WanDiT
-from omniavatar.ops.gather import gather_into
+from omniavatar.parallel.peers import gather_into
 
 RING = 2
 EMPTY = torch.device("meta")
