@@ -28,8 +28,8 @@ from torch.profiler import ProfilerActivity, profile
 from whole_video import paint_faintly
 
 from omniavatar import AvatarPipeline, AvatarRequest
-from omniavatar.config import PipelineConfig
-from omniavatar.config_load import load_config
+from omniavatar.config.load import load_config
+from omniavatar.config.schema import PipelineConfig
 from omniavatar.profiling.busy import busy
 from omniavatar.profiling.recorder import RunRecorder
 from omniavatar.sampling.windows import window_length

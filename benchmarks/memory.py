@@ -35,7 +35,7 @@ from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.cli import grow_segments
-from omniavatar.config_load import load_config
+from omniavatar.config.load import load_config
 from omniavatar.placement import Request, place
 from omniavatar.plan import make_plan
 

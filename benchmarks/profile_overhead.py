@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from omniavatar import AvatarPipeline, AvatarRequest
-from omniavatar.config_load import load_config
+from omniavatar.config.load import load_config
 from omniavatar.profiling.ceilings import device_name
 from omniavatar.profiling.recorder import RunRecorder
 from omniavatar.profiling.trace import TraceRecorder

@@ -26,8 +26,8 @@ from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.layout_files import TEXT_ENCODER, TOKENIZER, VAE, WAV2VEC, checkpoint_layout
 from omniavatar.checkpoint.synthetic import wav2vec_config
 from omniavatar.checkpoint.tensor_writer import write_random
-from omniavatar.config_load import load_config
-from omniavatar.config_values import NEGATIVE_PROMPT
+from omniavatar.config.load import load_config
+from omniavatar.config.values import NEGATIVE_PROMPT
 from omniavatar.conversion import convert_checkpoint
 from omniavatar.encoders.text_cache import TextCache, encoder_identity
 

@@ -31,7 +31,7 @@ from timing import where
 
 from omniavatar import AvatarPipeline, AvatarRequest, Waveform, vae_loading
 from omniavatar.checkpoint.vae import random_vae
-from omniavatar.config_load import load_config
+from omniavatar.config.load import load_config
 from omniavatar.media.audio import decode_mono
 from omniavatar.media.inspect import probe_video
 from omniavatar.model.vae import WanVAE

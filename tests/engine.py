@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from omniavatar import AvatarPipeline, AvatarRequest, Waveform
-from omniavatar.config_load import load_config
+from omniavatar.config.load import load_config
 
 SIDE = 64
 

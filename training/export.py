@@ -24,8 +24,8 @@ from omniavatar.checkpoint.layout import Shape, dit_tensors, text_tensors, wav2v
 from omniavatar.checkpoint.layout_files import TOKENIZER
 from omniavatar.checkpoint.layout_vae import vae_tensors
 from omniavatar.checkpoint.synthetic import wav2vec_config
-from omniavatar.config_values import POCKET as POCKET_PATH
-from omniavatar.config_values import POCKET_WEIGHTS
+from omniavatar.config.values import POCKET as POCKET_PATH
+from omniavatar.config.values import POCKET_WEIGHTS
 from omniavatar.encoders.audio import RENAMED
 from omniavatar.encoders.text import BLOCK_KEYS, WHOLE_MODEL_KEYS
 from training.nets import Nets, load_state

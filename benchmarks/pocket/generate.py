@@ -32,7 +32,7 @@ from training.studio import Studio
 
 from omniavatar import AvatarPipeline, AvatarRequest
 from omniavatar.calibrate_run import calibrate
-from omniavatar.config_load import load_config
+from omniavatar.config.load import load_config
 
 VAE_PEOPLE, VAE_FRAMES, VAE_SEED = 16, 9, 40_000
 

@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from omniavatar.config import PipelineConfig
+    from omniavatar.config.schema import PipelineConfig
     from omniavatar.errors import OmniAvatarError
     from omniavatar.pipeline import AvatarPipeline, generate
     from omniavatar.types import AvatarRequest, RunResult, SamplingParams, VideoChunk, Waveform
@@ -38,7 +38,7 @@ __all__ = [
 _HOMES = {
     "AvatarPipeline": "pipeline",
     "generate": "pipeline",
-    "PipelineConfig": "config",
+    "PipelineConfig": "config.schema",
     "OmniAvatarError": "errors",
 }
 

@@ -15,8 +15,8 @@ import torch
 
 from omniavatar import __version__
 from omniavatar.calibration_file import default_path
-from omniavatar.config import PipelineConfig
-from omniavatar.config_identity import result_values
+from omniavatar.config.identity import result_values
+from omniavatar.config.schema import PipelineConfig
 from omniavatar.device import choose_device
 from omniavatar.errors import InputError, OmniAvatarError, ResourceError
 from omniavatar.following import follow

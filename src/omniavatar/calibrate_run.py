@@ -27,7 +27,7 @@ from omniavatar.calibration_file import (
     measured_schedule,
     model_identity,
 )
-from omniavatar.config import PipelineConfig, SamplingConfig
+from omniavatar.config.schema import PipelineConfig, SamplingConfig
 from omniavatar.errors import ConfigError, OutputError
 from omniavatar.media.atomic import atomic_write_json, check_writable
 from omniavatar.pipeline import AvatarPipeline, Prepared

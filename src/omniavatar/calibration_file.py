@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from omniavatar.checkpoint.fingerprint import file_fingerprint
 from omniavatar.checkpoint.reader import TensorFiles
-from omniavatar.config import ModelConfig, SamplingConfig
+from omniavatar.config.schema import ModelConfig, SamplingConfig
 from omniavatar.errors import CheckpointError, ConfigError
 from omniavatar.model.dit import DiTConfig
 from omniavatar.sampling.cache_constants import CacheConstants, published_constants

@@ -131,7 +131,7 @@ def batch(
         require_one_process()
         choice = choose_seats(wish)
         from omniavatar.batch_run import AvatarEngines, make_items, output_folder
-        from omniavatar.config_load import load_config
+        from omniavatar.config.load import load_config
         from omniavatar.media.slug import slugify
         from omniavatar.parallel.batch.destination import make_destination
         from omniavatar.parallel.batch.ray_crew import RayCrew

@@ -51,7 +51,7 @@ def calibrate(
     with user_errors():
         require_one_process()
         from omniavatar.calibrate_run import calibrate as run
-        from omniavatar.config_load import load_config
+        from omniavatar.config.load import load_config
         from omniavatar.console import make_display
         from omniavatar.types import AvatarRequest
 

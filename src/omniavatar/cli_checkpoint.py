@@ -71,7 +71,7 @@ def convert(
     It loads faster than the originals and needs less memory for it; its results are the same.
     """
     with user_errors(on_interrupt="interrupted; nothing was written, run the command again"):
-        from omniavatar.config_load import load_config
+        from omniavatar.config.load import load_config
         from omniavatar.conversion import convert_checkpoint
 
         done = convert_checkpoint(load_config(config, hp or ()).config, out)

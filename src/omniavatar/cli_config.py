@@ -23,9 +23,9 @@ def show(
     import json
 
     with user_errors():
-        from omniavatar.config import PipelineConfig
-        from omniavatar.config_identity import config_hash, flat_values
-        from omniavatar.config_load import load_config
+        from omniavatar.config.identity import config_hash, flat_values
+        from omniavatar.config.load import load_config
+        from omniavatar.config.schema import PipelineConfig
 
         loaded = load_config(config, hp or ())
         values = flat_values(loaded.config)
@@ -62,7 +62,7 @@ def show(
 
 
 def _leaves(section: str) -> list[tuple[str, str]]:
-    from omniavatar.config import PipelineConfig
+    from omniavatar.config.schema import PipelineConfig
 
     annotation = PipelineConfig.model_fields[section].annotation
     fields = getattr(annotation, "model_fields", {})

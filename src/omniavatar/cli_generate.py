@@ -28,7 +28,7 @@ from omniavatar.cli_common import (
 from omniavatar.cli_ranks import one_of_several, parse_gpus, spread, start_ranks, team_of
 
 if TYPE_CHECKING:
-    from omniavatar.config_load import LoadedConfig
+    from omniavatar.config.load import LoadedConfig
     from omniavatar.parallel.team import Team
     from omniavatar.profiling.recorder import RunRecorder
     from omniavatar.requests_file import BadLine, RequestLine
@@ -81,7 +81,7 @@ def generate(
         raise typer.BadParameter("--image is missing: the model needs a portrait")
     overrides = [*(hp or ()), *([] if seed is None else [f"seed={seed}"])]
     with one_of_several(log_format, quiet) as (recorder, report, process):
-        from omniavatar.config_load import load_config
+        from omniavatar.config.load import load_config
         from omniavatar.requests_file import RequestLine, read_requests
 
         loaded = load_config(config, overrides)
@@ -139,7 +139,7 @@ def demo(
         from importlib.resources import as_file, files
 
         from omniavatar import pocket
-        from omniavatar.config_load import load_config
+        from omniavatar.config.load import load_config
         from omniavatar.requests_file import RequestLine
 
         loaded = load_config(config or pocket.CONFIG, hp or ())

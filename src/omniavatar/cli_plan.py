@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from omniavatar.benchmarking.deadline import Proposal
-    from omniavatar.config import PipelineConfig
+    from omniavatar.config.schema import PipelineConfig
     from omniavatar.memory import MemoryEstimate
     from omniavatar.plan import RunPlan
     from omniavatar.types import StepPlan
@@ -54,7 +54,7 @@ def plan(
             _propose(config, hp, minutes, deadline, as_json)
         return
     with user_errors():
-        from omniavatar.config_load import load_config
+        from omniavatar.config.load import load_config
         from omniavatar.memory import estimate_memory
         from omniavatar.plan import make_plan
 
@@ -77,7 +77,7 @@ def plan(
 def _propose(config: Path, hp: list[str] | None, minutes: float, deadline: str, as_json: bool) -> None:
     """Print the proposal; ends with ResourceError where nothing meets the deadline."""
     from omniavatar.benchmarking.deadline import parse_duration, propose
-    from omniavatar.config_load import load_config
+    from omniavatar.config.load import load_config
     from omniavatar.errors import ResourceError
 
     seconds = parse_duration(deadline)

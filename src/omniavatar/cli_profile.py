@@ -23,7 +23,7 @@ from omniavatar.cli_common import (
 )
 
 if TYPE_CHECKING:
-    from omniavatar.config import SamplingConfig
+    from omniavatar.config.schema import SamplingConfig
     from omniavatar.requests_file import RequestLine
 
 CONFIGS = Path("configs")
@@ -68,7 +68,7 @@ def profile(
         require_one_process()
         from rich.console import Console
 
-        from omniavatar.config_load import load_config
+        from omniavatar.config.load import load_config
         from omniavatar.console import make_display
         from omniavatar.media.atomic import check_writable
         from omniavatar.profile_run import profile_requests

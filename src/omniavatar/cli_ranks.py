@@ -20,7 +20,7 @@ from omniavatar.cli_common import INTERRUPT_NOTE, INTERRUPTED, LogFormat, report
 from omniavatar.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
-    from omniavatar.config import PipelineConfig
+    from omniavatar.config.schema import PipelineConfig
     from omniavatar.parallel.process import Process
     from omniavatar.parallel.team import Team
     from omniavatar.profiling.recorder import RunRecorder

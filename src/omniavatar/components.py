@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from omniavatar.config import PipelineConfig, SamplingConfig
+    from omniavatar.config.schema import PipelineConfig, SamplingConfig
     from omniavatar.model.dit import DiTConfig, WanDiT
     from omniavatar.model.layers import BlockInputs
     from omniavatar.model.vae import VideoVAE, WanVAE

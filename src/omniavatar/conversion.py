@@ -14,7 +14,7 @@ from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.checkpoint.convert import convert_dit
 from omniavatar.checkpoint.dit import open_dit, random_weights
 from omniavatar.checkpoint.layout import scale_spec
-from omniavatar.config import PipelineConfig
+from omniavatar.config.schema import PipelineConfig
 from omniavatar.device import choose_device
 from omniavatar.errors import ConfigError
 from omniavatar.model_files import DTYPES, dit_files

@@ -15,8 +15,8 @@ import torch
 from omniavatar import __version__
 from omniavatar.accel.attention.registry import available_backends, choose_backend
 from omniavatar.accel.vae import choose_vae
-from omniavatar.config import ModelConfig, OutputConfig, PipelineConfig, RuntimeConfig, VideoConfig
-from omniavatar.config_load import load_config
+from omniavatar.config.load import load_config
+from omniavatar.config.schema import ModelConfig, OutputConfig, PipelineConfig, RuntimeConfig, VideoConfig
 from omniavatar.device import choose_device
 from omniavatar.errors import OmniAvatarError
 from omniavatar.machine import codecs, devices, free_disk, free_memory, optional_packages, versions

@@ -13,7 +13,7 @@ import torch
 
 from omniavatar.accel.memory_plan import FLOAT, dit_sizes
 from omniavatar.accel.vae import choose_vae
-from omniavatar.config import PipelineConfig
+from omniavatar.config.schema import PipelineConfig
 from omniavatar.errors import ResourceError
 from omniavatar.placement import DTYPE_BYTES, Placement, Request, device_limit, place, run_sizes
 from omniavatar.plan import RunPlan

@@ -9,7 +9,7 @@ import torch
 from omniavatar.checkpoint.dit import DiTFiles, LoraFile
 
 if TYPE_CHECKING:
-    from omniavatar.config import ModelConfig
+    from omniavatar.config.schema import ModelConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

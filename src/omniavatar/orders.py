@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from omniavatar.config import SamplingConfig
+from omniavatar.config.schema import SamplingConfig
 from omniavatar.placement import Request
 from omniavatar.types import Conditioning, StepPlan, Window
 

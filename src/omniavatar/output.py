@@ -27,7 +27,7 @@ from torch import Tensor
 
 from omniavatar import __version__
 from omniavatar.calibration_file import NAME as STEP_CACHE
-from omniavatar.config_identity import result_values
+from omniavatar.config.identity import result_values
 from omniavatar.errors import InputError, OutputError, ResumeError
 from omniavatar.job import Job, fingerprint
 from omniavatar.media.atomic import atomic_write_json, check_writable
@@ -43,7 +43,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from omniavatar.config import ModelConfig, OutputConfig, PipelineConfig, SamplingConfig
+    from omniavatar.config.schema import ModelConfig, OutputConfig, PipelineConfig, SamplingConfig
     from omniavatar.generation import WindowResult
     from omniavatar.placement import Placement
     from omniavatar.plan import RunPlan

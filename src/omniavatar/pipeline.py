@@ -25,9 +25,10 @@ from omniavatar.accel.residual_cache import PassRunner, ResidualCache
 from omniavatar.accel.room import MakeRoom, no_room, with_room
 from omniavatar.components import Components
 from omniavatar.conditioning import Sound, make_conditioning
-from omniavatar.config import PipelineConfig, SamplingConfig
-from omniavatar.config_identity import flat_values
-from omniavatar.config_load import Overrides, load_config
+from omniavatar.config.change import effective_sampling
+from omniavatar.config.identity import flat_values
+from omniavatar.config.load import Overrides, load_config
+from omniavatar.config.schema import PipelineConfig, SamplingConfig
 from omniavatar.device import device_name
 from omniavatar.encoders.image import choose_bucket, prepare_image
 from omniavatar.errors import InputError
@@ -48,7 +49,7 @@ from omniavatar.output import (
 )
 from omniavatar.parallel.team import ONE, Team, check_size
 from omniavatar.placement import PASS_FIELD, QUANTIZE_FIELD, Placement, Request
-from omniavatar.plan import RunPlan, effective_sampling, make_plan, sampling_schedule
+from omniavatar.plan import RunPlan, make_plan, sampling_schedule
 from omniavatar.profiling.clocks import DeviceClock
 from omniavatar.profiling.recorder import RunRecorder, stage_seconds
 from omniavatar.sampling.cache_constants import CacheConstants

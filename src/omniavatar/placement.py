@@ -41,7 +41,7 @@ from omniavatar.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
     from omniavatar.accel.apply import Quantize
-    from omniavatar.config import PipelineConfig
+    from omniavatar.config.schema import PipelineConfig
     from omniavatar.model.dit import DiTConfig
     from omniavatar.model.vae import VAEConfig
     from omniavatar.plan import RunPlan

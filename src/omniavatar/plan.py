@@ -10,9 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
-from omniavatar.config import PipelineConfig, SamplingConfig
+from omniavatar.config.schema import PipelineConfig, SamplingConfig
 from omniavatar.errors import ConfigError
 from omniavatar.sampling.cache_constants import CacheConstants, published_constants
 from omniavatar.sampling.guidance import Branch, guidance_branches
@@ -20,7 +18,7 @@ from omniavatar.sampling.passes import Passes, branch_patterns, count_passes, gu
 from omniavatar.sampling.schedule import Schedule, make_schedule
 from omniavatar.sampling.step_cache import compute_all, magcache_plan, relative_changes, teacache_plan
 from omniavatar.sampling.windows import frames_for, padded_audio_frames, plan_windows, window_length
-from omniavatar.types import SamplingParams, StepPlan, Window
+from omniavatar.types import StepPlan, Window
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,20 +73,6 @@ class RunPlan:
         values["duration_s"] = self.duration_s
         values["pattern"] = self.step_plan.pattern if self.step_plan else None
         return values
-
-
-def effective_sampling(configured: SamplingConfig, params: SamplingParams) -> SamplingConfig:
-    """The configuration with what the request changes, validated again. Raises ConfigError."""
-    changes = {name: value for name, value in vars(params).items() if value is not None}
-    if not changes:
-        return configured
-    values = {**configured.model_dump(), **changes}
-    try:
-        return SamplingConfig.model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"]) or "sampling"
-        raise ConfigError(f"request: {name}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def sampling_schedule(sampling: SamplingConfig) -> Schedule:

@@ -19,7 +19,7 @@ import torch
 from omniavatar import __version__
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import inspect_vae
-from omniavatar.config import ModelConfig, PipelineConfig
+from omniavatar.config.schema import ModelConfig, PipelineConfig
 from omniavatar.device import choose_device
 from omniavatar.model.vae import VAEConfig
 from omniavatar.model_files import DTYPES

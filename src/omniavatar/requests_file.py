@@ -19,10 +19,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from omniavatar.config import PipelineConfig, SamplingConfig
+from omniavatar.config.change import effective_sampling
+from omniavatar.config.schema import PipelineConfig, SamplingConfig
 from omniavatar.errors import ConfigError, InputError
 from omniavatar.output import output_path
-from omniavatar.plan import effective_sampling
 from omniavatar.types import AvatarRequest, SamplingParams
 
 SEPARATOR = "@@"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from omniavatar.config import PipelineConfig
+from omniavatar.config.schema import PipelineConfig
 from omniavatar.errors import ConfigError
 from omniavatar.sampling.guidance import guidance_branches
 

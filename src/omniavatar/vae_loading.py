@@ -20,7 +20,7 @@ from omniavatar.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-    from omniavatar.config import ModelConfig
+    from omniavatar.config.schema import ModelConfig
     from omniavatar.model.vae import VAEConfig, VideoDecoder, VideoVAE, WanVAE
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from omniavatar.checkpoint.dit import inspect_dit
 from omniavatar.checkpoint.layout import scale_spec
-from omniavatar.config import ModelConfig
+from omniavatar.config.schema import ModelConfig
 
 if TYPE_CHECKING:
     import numpy as np

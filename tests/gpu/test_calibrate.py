@@ -11,7 +11,7 @@ from engine import make_pipeline, overrides, request
 from omniavatar.accel.residual_meter import compare_residuals
 from omniavatar.calibrate_run import CalibrationRun, calibrate
 from omniavatar.calibration_file import find_constants
-from omniavatar.config_load import load_config
+from omniavatar.config.load import load_config
 
 pytestmark = pytest.mark.gpu
 STEPS = 8

@@ -17,7 +17,7 @@ from omniavatar.accel.memory_plan import GB, denoise_bytes, dit_sizes, held_byte
 from omniavatar.accel.offload import OffloadConfig, Offloader, StreamCopies, StreamedBlock, apply_offload
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec, text_tensors
-from omniavatar.config_load import load_config
+from omniavatar.config.load import load_config
 from omniavatar.encoders.text import random_text_encoder, sizes_of
 from omniavatar.placement import device_limit
 from omniavatar.profiling.recorder import RunRecorder

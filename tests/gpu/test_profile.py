@@ -10,7 +10,7 @@ import torch
 
 from engine import make_pipeline, overrides, request
 from omniavatar.benchmarking.measure import Options, measure
-from omniavatar.config_load import load_config
+from omniavatar.config.load import load_config
 from omniavatar.machine import devices, free_memory
 from omniavatar.profile_run import profile_requests
 from omniavatar.profiling.ceilings import ceilings, probe

@@ -27,7 +27,7 @@ from engine import make_pipeline, overrides, portrait, voice
 from media_files import write_audio
 from omniavatar import batch_run
 from omniavatar.cli import app
-from omniavatar.config_load import load_config
+from omniavatar.config.load import load_config
 from omniavatar.errors import OutputError
 from omniavatar.orders import EndOrder, WindowsOrder
 from omniavatar.parallel.batch.destination import FolderDestination

@@ -20,8 +20,8 @@ from omniavatar.benchmarking.run import find_configs, measure_all
 from omniavatar.benchmarking.summary import markdown, measured
 from omniavatar.benchmarking.tips import Tip, fewer_tokens, guide_tips
 from omniavatar.checkpoint.layout import scale_spec
-from omniavatar.config import PipelineConfig
-from omniavatar.config_load import load_config
+from omniavatar.config.load import load_config
+from omniavatar.config.schema import PipelineConfig
 from omniavatar.errors import ConfigError
 from omniavatar.plan import make_plan, make_step_plan
 from omniavatar.profiling.flops import forward_work

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omniavatar.config import NEGATIVE_PROMPT, PipelineConfig
-from omniavatar.config_identity import NEUTRAL_FIELDS, config_hash, flat_values, result_values
-from omniavatar.config_load import load_config
-from omniavatar.config_syntax import parse_overrides, parse_value
-from omniavatar.config_values import IGNORED_KEYS
+from omniavatar.config.identity import NEUTRAL_FIELDS, config_hash, flat_values, result_values
+from omniavatar.config.load import load_config
+from omniavatar.config.schema import NEGATIVE_PROMPT, PipelineConfig
+from omniavatar.config.syntax import parse_overrides, parse_value
+from omniavatar.config.values import IGNORED_KEYS
 from omniavatar.errors import ConfigError
 from omniavatar.plan import make_plan
 from omniavatar.sampling.schedule import make_schedule

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from omniavatar.benchmarking.deadline import Choice, _count, choose, parse_duration, propose
-from omniavatar.benchmarking.tips import changed
 from omniavatar.cli import app
-from omniavatar.config_load import load_config
+from omniavatar.config.change import changed
+from omniavatar.config.load import load_config
 from omniavatar.errors import ConfigError
 from omniavatar.plan import compute_all, make_plan
 

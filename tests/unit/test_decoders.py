@@ -29,7 +29,7 @@ from omniavatar.checkpoint.tiny_decoder import (
 )
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.cli import app
-from omniavatar.config_load import load_config
+from omniavatar.config.load import load_config
 from omniavatar.errors import CheckpointError, ConfigError
 from omniavatar.model.tiny_decoder import TinyDecoder, TinyDecoderConfig
 from omniavatar.model.vae import LATENT_MEAN, LATENT_STD, VAEConfig

@@ -14,7 +14,7 @@ from omniavatar.accel.attention.registry import create_attention
 from omniavatar.accel.graphs import FORWARDS_FIRST, MOST, GraphedBlocks, launches_show
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
-from omniavatar.config_load import load_config
+from omniavatar.config.load import load_config
 from omniavatar.errors import ResourceError
 from omniavatar.model.dit import DiTConfig, WanDiT
 from omniavatar.model.layers import BlockInputs, TokenAudio

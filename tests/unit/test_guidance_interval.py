@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from engine import make_pipeline, request
 from omniavatar import SamplingParams
 from omniavatar.accel.residual_cache import ResidualCache
-from omniavatar.config_load import load_config
+from omniavatar.config.load import load_config
 from omniavatar.errors import ConfigError
 from omniavatar.plan import make_plan
 from omniavatar.sampling.guidance import guidance_branches

@@ -275,7 +275,7 @@ def test_auto_copies_directly_where_it_can(
     ],
 )
 def test_settings_that_exclude_each_other(values: list[str], message: str) -> None:
-    from omniavatar.config_load import load_config
+    from omniavatar.config.load import load_config
 
     with pytest.raises(ConfigError, match=message):
         load_config(None, ["weights=random", "scale=nano", *values])

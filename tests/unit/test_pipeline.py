@@ -174,7 +174,7 @@ def test_renoise_sampler_and_explicit_timesteps(pipeline):
 
 def test_random_weights_need_no_files(cache, tmp_path):
     from omniavatar import AvatarPipeline
-    from omniavatar.config_load import load_config
+    from omniavatar.config.load import load_config
 
     values = dict(
         weights="random", scale="nano", dtype="fp32", device="cpu", num_steps=1, guidance_scale=1.0,

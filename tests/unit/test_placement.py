@@ -13,8 +13,8 @@ from omniavatar import placement
 from omniavatar.accel.memory_plan import GB
 from omniavatar.accel.offload import Offloader, StreamedBlock
 from omniavatar.accel.vae import FastVAE
-from omniavatar.config import PipelineConfig
-from omniavatar.config_load import load_config
+from omniavatar.config.load import load_config
+from omniavatar.config.schema import PipelineConfig
 from omniavatar.device import choose_device
 from omniavatar.errors import ConfigError, ResourceError, ResumeError
 from omniavatar.placement import Request, device_limit, enforce_limit, place

@@ -20,8 +20,8 @@ from training.scale import SIZE
 from engine import voice
 from omniavatar import AvatarPipeline, AvatarRequest, pocket
 from omniavatar.cli import main
-from omniavatar.config_load import load_config
-from omniavatar.config_values import POCKET_WEIGHTS
+from omniavatar.config.load import load_config
+from omniavatar.config.values import POCKET_WEIGHTS
 from omniavatar.encoders.input_limits import InputLimits, outlines, thumbnail
 from omniavatar.errors import CheckpointError, ConfigError
 from omniavatar.media.inspect import read_frames

@@ -18,7 +18,7 @@ from training.speech import SAMPLE_RATE, SpeechSet
 from training.studio import Studio
 from training.takes import Take, make_take
 
-from omniavatar.config_load import load_config
+from omniavatar.config.load import load_config
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "pocket.yaml"
 

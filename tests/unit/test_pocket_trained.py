@@ -20,7 +20,7 @@ from training.render import Renderer, gather
 from training.scale import OVERLAP, SIZE, WINDOW
 
 from omniavatar import AvatarPipeline, AvatarRequest, SamplingParams, Waveform, pocket
-from omniavatar.config_load import load_config
+from omniavatar.config.load import load_config
 from omniavatar.media.audio import decode_mono
 from omniavatar.media.inspect import read_frames
 from omniavatar.profiling.recorder import RunRecorder

@@ -15,8 +15,8 @@ import typer
 
 from omniavatar.cli_common import user_errors
 from omniavatar.cli_ranks import parse_gpus, spread, start_ranks
-from omniavatar.config import PipelineConfig
-from omniavatar.config_load import load_config
+from omniavatar.config.load import load_config
+from omniavatar.config.schema import PipelineConfig
 from omniavatar.errors import ConfigError, ResourceError
 from omniavatar.media.inspect import probe_video
 from omniavatar.parallel.launch import launch

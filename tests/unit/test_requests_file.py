@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from omniavatar.config import PipelineConfig, SamplingConfig
+from omniavatar.config.schema import PipelineConfig, SamplingConfig
 from omniavatar.errors import InputError
 from omniavatar.requests_file import BadLine, RequestLine, read_requests
 from omniavatar.types import SamplingParams

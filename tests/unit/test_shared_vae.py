@@ -10,8 +10,8 @@ from omniavatar.accel.decoder import OtherDecoder
 from omniavatar.accel.memory_plan import coding_bytes
 from omniavatar.accel.vae import FastVAE, FastVAEConfig, apply_fast_vae
 from omniavatar.checkpoint.vae import random_vae
-from omniavatar.config import PipelineConfig
-from omniavatar.config_load import load_config
+from omniavatar.config.load import load_config
+from omniavatar.config.schema import PipelineConfig
 from omniavatar.errors import ConfigError
 from omniavatar.model.vae import VAEConfig
 from omniavatar.parallel.picture_rows import PictureRows

@@ -22,8 +22,8 @@ import torch
 
 from omniavatar.accel.quantized import best_quantize
 from omniavatar.benchmarking.parts import PartTimer, counts_of, start_costs, window_costs, with_weights
-from omniavatar.benchmarking.tips import changed
-from omniavatar.config import PipelineConfig
+from omniavatar.config.change import changed
+from omniavatar.config.schema import PipelineConfig
 from omniavatar.device import choose_device
 from omniavatar.errors import ConfigError
 from omniavatar.plan import RunPlan

@@ -32,9 +32,10 @@ from omniavatar.benchmarking.parts import (
     window_costs,
     with_weights,
 )
-from omniavatar.benchmarking.tips import changed, fewer_tokens, guide_tips
-from omniavatar.config import PipelineConfig
-from omniavatar.config_load import load_config
+from omniavatar.benchmarking.tips import fewer_tokens, guide_tips
+from omniavatar.config.change import changed
+from omniavatar.config.load import load_config
+from omniavatar.config.schema import PipelineConfig
 from omniavatar.device import choose_device
 from omniavatar.errors import ConfigError, OmniAvatarError
 from omniavatar.machine import free_memory

@@ -18,9 +18,9 @@ from torch.nn.functional import pad
 
 from omniavatar.accel.short_text import prepare_text
 from omniavatar.benchmarking.full import PROMPT, packaged_portrait
-from omniavatar.benchmarking.tips import changed
 from omniavatar.components import Components
-from omniavatar.config import PipelineConfig
+from omniavatar.config.change import changed
+from omniavatar.config.schema import PipelineConfig
 from omniavatar.encoders.image import prepare_image
 from omniavatar.encoders.tokens import TEXT_TOKENS
 from omniavatar.generation import to_uint8

@@ -7,12 +7,13 @@ the picture is not said here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from omniavatar.config import PipelineConfig
+from omniavatar.config.change import changed
+from omniavatar.config.schema import PipelineConfig
 from omniavatar.errors import ConfigError
 
 NOTHING = 0.005
@@ -126,12 +127,6 @@ def guide_tips(
 def fewer_tokens(config: PipelineConfig) -> int:
     """Two thirds of max_tokens, the guide's own step from 30,000 to 20,000."""
     return max(1, config.video.max_tokens * 2 // 3)
-
-
-def changed(config: PipelineConfig, **sections: Mapping[str, Any]) -> PipelineConfig:
-    """`config` with some fields of some sections replaced."""
-    update = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
-    return config.model_copy(update=update)
 
 
 def _cache_tip(

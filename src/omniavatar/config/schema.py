@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from omniavatar.config_values import (
+from omniavatar.config.values import (
     NEGATIVE_PROMPT,
     FieldError,
     FilePath,

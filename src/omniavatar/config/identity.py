@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from omniavatar.config import PipelineConfig
+from omniavatar.config.schema import PipelineConfig
 
 NEUTRAL_FIELDS = frozenset(
     {

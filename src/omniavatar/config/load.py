@@ -18,10 +18,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from omniavatar.config import DitOverrides, PipelineConfig
-from omniavatar.config_identity import flat_values
-from omniavatar.config_syntax import Entry, parse_overrides, read_yaml
-from omniavatar.config_values import IGNORED_KEYS, POCKET_WEIGHTS, FieldError
+from omniavatar.config.identity import flat_values
+from omniavatar.config.schema import DitOverrides, PipelineConfig
+from omniavatar.config.syntax import Entry, parse_overrides, read_yaml
+from omniavatar.config.values import IGNORED_KEYS, POCKET_WEIGHTS, FieldError
 from omniavatar.errors import ConfigError
 
 Overrides = Sequence[str] | Mapping[str, Any]

@@ -1,0 +1,32 @@
+"""A configuration with some of its values replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from omniavatar.config.schema import PipelineConfig, SamplingConfig
+from omniavatar.errors import ConfigError
+from omniavatar.types import SamplingParams
+
+
+def changed(config: PipelineConfig, **sections: Mapping[str, Any]) -> PipelineConfig:
+    """`config` with some fields of some sections replaced."""
+    update = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+    return config.model_copy(update=update)
+
+
+def effective_sampling(configured: SamplingConfig, params: SamplingParams) -> SamplingConfig:
+    """The configuration with what the request changes, validated again. Raises ConfigError."""
+    changes = {name: value for name, value in vars(params).items() if value is not None}
+    if not changes:
+        return configured
+    values = {**configured.model_dump(), **changes}
+    try:
+        return SamplingConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"]) or "sampling"
+        raise ConfigError(f"request: {name}: {first['msg'].removeprefix('Value error, ')}") from None
