@@ -27,7 +27,6 @@ from timing import timed, where
 from omniavatar.accel.apply import AccelConfig, apply_accelerations, weight_form
 from omniavatar.accel.attention.registry import create_attention
 from omniavatar.accel.kernels.fused import create_fused
-from omniavatar.accel.memory_plan import GB
 from omniavatar.accel.offload import OffloadConfig, Offloader
 from omniavatar.accel.room import with_room
 from omniavatar.accel.vae import create_vae
@@ -36,8 +35,9 @@ from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.cli import grow_segments
 from omniavatar.config.load import load_config
-from omniavatar.placement import Request, place
-from omniavatar.plan import make_plan
+from omniavatar.plan.placement import place
+from omniavatar.plan.run import make_plan
+from omniavatar.plan.sizes import GB, Request
 
 DEVICE, DTYPE, SIZE, GRID = torch.device("cuda", 0), torch.bfloat16, (400, 720), (27, 50, 90)
 CASES = (

@@ -35,7 +35,7 @@ from omniavatar.config.load import load_config
 from omniavatar.media.audio import decode_mono
 from omniavatar.media.inspect import probe_video
 from omniavatar.model.vae import WanVAE
-from omniavatar.plan import make_plan
+from omniavatar.plan.run import make_plan
 from omniavatar.profiling.recorder import RunRecorder
 
 SIZE = (400, 720)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from omniavatar import __version__
-from omniavatar.calibration_file import default_path
 from omniavatar.config.identity import result_values
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.device import choose_device
@@ -27,9 +26,10 @@ from omniavatar.parallel.batch.items import Engine, Item, Made, Member, PeerLost
 from omniavatar.parallel.process import Process, connect, lost_another
 from omniavatar.parallel.team import ONE, Ranks
 from omniavatar.pipeline import AvatarPipeline
+from omniavatar.plan.calibration import default_path
+from omniavatar.plan.sharing import shared_among
 from omniavatar.profiling.recorder import RunRecorder
 from omniavatar.requests_file import BadLine, RequestLine
-from omniavatar.sharing import shared_among
 from omniavatar.types import AvatarRequest
 
 

@@ -19,7 +19,11 @@ import torch
 
 from omniavatar import __version__
 from omniavatar.accel.residual_meter import ResidualMeter
-from omniavatar.calibration_file import (
+from omniavatar.config.schema import PipelineConfig, SamplingConfig
+from omniavatar.errors import ConfigError, OutputError
+from omniavatar.media.atomic import atomic_write_json, check_writable
+from omniavatar.pipeline import AvatarPipeline, Prepared
+from omniavatar.plan.calibration import (
     Branch,
     Calibration,
     TeaCache,
@@ -27,11 +31,7 @@ from omniavatar.calibration_file import (
     measured_schedule,
     model_identity,
 )
-from omniavatar.config.schema import PipelineConfig, SamplingConfig
-from omniavatar.errors import ConfigError, OutputError
-from omniavatar.media.atomic import atomic_write_json, check_writable
-from omniavatar.pipeline import AvatarPipeline, Prepared
-from omniavatar.plan import make_step_plan, model_scale, sampling_schedule
+from omniavatar.plan.run import make_step_plan, model_scale, sampling_schedule
 from omniavatar.profiling.ceilings import device_name
 from omniavatar.profiling.quality import compare
 from omniavatar.profiling.recorder import Listener, RunRecorder, stage_seconds

@@ -137,8 +137,8 @@ def batch(
         from omniavatar.parallel.batch.ray_crew import RayCrew
         from omniavatar.parallel.batch.run import run_batch
         from omniavatar.parallel.batch.scheduler import Rules
+        from omniavatar.plan.sharing import shared_among
         from omniavatar.requests_file import read_requests
-        from omniavatar.sharing import shared_among
 
         loaded = load_config(config, hp or ())
         shared_among(loaded.config, gpus_per_job, f"--gpus-per-job {gpus_per_job}")

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from omniavatar.benchmarking.deadline import Proposal
     from omniavatar.config.schema import PipelineConfig
-    from omniavatar.memory import MemoryEstimate
-    from omniavatar.plan import RunPlan
+    from omniavatar.plan.estimate import MemoryEstimate
+    from omniavatar.plan.run import RunPlan
     from omniavatar.types import StepPlan
 
 
@@ -55,8 +55,8 @@ def plan(
         return
     with user_errors():
         from omniavatar.config.load import load_config
-        from omniavatar.memory import estimate_memory
-        from omniavatar.plan import make_plan
+        from omniavatar.plan.estimate import estimate_memory
+        from omniavatar.plan.run import make_plan
 
         loaded = load_config(config, hp or ())
         for warning in loaded.warnings:
@@ -161,9 +161,9 @@ def _size(config: PipelineConfig, image: Path | None) -> tuple[int, int]:
 
 def _step_plan(config: PipelineConfig) -> StepPlan | None:
     """The step cache's plan, or None where TeaCache needs weights that are not on this disk."""
-    from omniavatar.calibration_file import find_constants
-    from omniavatar.plan import make_step_plan, model_scale, sampling_schedule
-    from omniavatar.weights_preview import files_there, find_dit_config, time_modulations
+    from omniavatar.plan.calibration import find_constants
+    from omniavatar.plan.preview import files_there, find_dit_config, time_modulations
+    from omniavatar.plan.run import make_step_plan, model_scale, sampling_schedule
 
     model, sampling = config.model, config.sampling
     if sampling.cache_policy == "teacache" and not files_there(model):

@@ -99,7 +99,7 @@ def spread(config: PipelineConfig, gpus: Sequence[int] | None, process: Process)
     runtime = config.runtime
     changes: dict[str, object] = {}
     if gpus is not None:
-        from omniavatar.sharing import shared_among
+        from omniavatar.plan.sharing import shared_among
 
         config = shared_among(config, len(gpus), f"--gpus: {len(gpus)} named")
         runtime = config.runtime

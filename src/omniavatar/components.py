@@ -22,12 +22,10 @@ from omniavatar.accel.apply import AccelConfig, Quantize, apply_accelerations, r
 from omniavatar.accel.attention.timing import choose_attention
 from omniavatar.accel.graphs import CudaCapture, GraphedBlocks
 from omniavatar.accel.kernels.fused import create_fused
-from omniavatar.accel.memory_plan import fewer_resident
 from omniavatar.accel.offload import OffloadConfig, Offloader, streamed_blocks
 from omniavatar.accel.pinned import check_host_room
 from omniavatar.accel.room import with_room
 from omniavatar.accel.vae import FastVAE, choose_vae, coding_dtype, create_vae
-from omniavatar.calibration_file import find_constants
 from omniavatar.checkpoint.dit import (
     WeightForm,
     inspect_dit,
@@ -45,16 +43,12 @@ from omniavatar.parallel.rank_layout import Layout
 from omniavatar.parallel.team import ONE, Team
 from omniavatar.parallel.vae import apply_shared_vae
 from omniavatar.parallel.weights import apply_shared_weights
-from omniavatar.placement import (
-    QUANTIZE_FIELD,
-    Placement,
-    Request,
-    device_limit,
-    enforce_limit,
-    place,
-    vae_ranks,
-)
-from omniavatar.plan import make_step_plan, model_scale, sampling_schedule
+from omniavatar.plan.calibration import find_constants
+from omniavatar.plan.limit import device_limit, enforce_limit
+from omniavatar.plan.memory import fewer_resident
+from omniavatar.plan.placement import QUANTIZE_FIELD, Placement, place
+from omniavatar.plan.run import make_step_plan, model_scale, sampling_schedule
+from omniavatar.plan.sizes import Request, vae_ranks
 from omniavatar.vae_loading import VAELoader
 
 if TYPE_CHECKING:

@@ -21,10 +21,10 @@ from omniavatar.device import choose_device
 from omniavatar.errors import OmniAvatarError
 from omniavatar.machine import codecs, devices, free_disk, free_memory, optional_packages, versions
 from omniavatar.media.encoders import choose_encoder, try_nvenc
-from omniavatar.memory import MemoryEstimate, estimate_memory
 from omniavatar.model_files import DTYPES
-from omniavatar.plan import make_plan
-from omniavatar.weights_preview import missing_files
+from omniavatar.plan.estimate import MemoryEstimate, estimate_memory
+from omniavatar.plan.preview import missing_files
+from omniavatar.plan.run import make_plan
 
 NEEDED_CODECS = ("libx264", "aac")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from omniavatar.config.schema import SamplingConfig
-from omniavatar.placement import Request
+from omniavatar.plan.sizes import Request
 from omniavatar.types import Conditioning, StepPlan, Window
 
 

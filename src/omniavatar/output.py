@@ -26,7 +26,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from omniavatar import __version__
-from omniavatar.calibration_file import NAME as STEP_CACHE
 from omniavatar.config.identity import result_values
 from omniavatar.errors import InputError, OutputError, ResumeError
 from omniavatar.job import Job, fingerprint
@@ -35,6 +34,7 @@ from omniavatar.media.audio import encode_aac_track
 from omniavatar.media.encoders import Encoder
 from omniavatar.media.slug import slugify
 from omniavatar.media.video import GrowingVideo, encode_segment
+from omniavatar.plan.calibration import NAME as STEP_CACHE
 from omniavatar.types import AudioInput, AvatarRequest, Recorder, Waveform
 
 try:
@@ -45,8 +45,8 @@ except ImportError:  # Windows
 if TYPE_CHECKING:
     from omniavatar.config.schema import ModelConfig, OutputConfig, PipelineConfig, SamplingConfig
     from omniavatar.generation import WindowResult
-    from omniavatar.placement import Placement
-    from omniavatar.plan import RunPlan
+    from omniavatar.plan.placement import Placement
+    from omniavatar.plan.run import RunPlan
     from omniavatar.sampling.cache_constants import CacheConstants
 
 ENCODER_THREADS = 4

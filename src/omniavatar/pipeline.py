@@ -48,8 +48,9 @@ from omniavatar.output import (
     write_sidecar,
 )
 from omniavatar.parallel.team import ONE, Team, check_size
-from omniavatar.placement import PASS_FIELD, QUANTIZE_FIELD, Placement, Request
-from omniavatar.plan import RunPlan, make_plan, sampling_schedule
+from omniavatar.plan.placement import PASS_FIELD, QUANTIZE_FIELD, Placement
+from omniavatar.plan.run import RunPlan, make_plan, sampling_schedule
+from omniavatar.plan.sizes import Request
 from omniavatar.profiling.clocks import DeviceClock
 from omniavatar.profiling.recorder import RunRecorder, stage_seconds
 from omniavatar.sampling.cache_constants import CacheConstants

@@ -13,13 +13,13 @@ from omniavatar import AvatarPipeline
 from omniavatar.accel.apply import AccelConfig, apply_accelerations, weight_form
 from omniavatar.accel.attention.registry import create_attention
 from omniavatar.accel.kernels.fused import create_fused
-from omniavatar.accel.memory_plan import GB, denoise_bytes, dit_sizes, held_bytes
 from omniavatar.accel.offload import OffloadConfig, Offloader, StreamCopies, StreamedBlock, apply_offload
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec, text_tensors
 from omniavatar.config.load import load_config
 from omniavatar.encoders.text import random_text_encoder, sizes_of
-from omniavatar.placement import device_limit
+from omniavatar.plan.limit import device_limit
+from omniavatar.plan.sizes import GB, denoise_bytes, dit_sizes, held_bytes
 from omniavatar.profiling.recorder import RunRecorder
 
 pytestmark = pytest.mark.gpu

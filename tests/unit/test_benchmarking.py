@@ -23,7 +23,7 @@ from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.errors import ConfigError
-from omniavatar.plan import make_plan, make_step_plan
+from omniavatar.plan.run import make_plan, make_step_plan
 from omniavatar.profiling.flops import forward_work
 from omniavatar.profiling.projection import Counts, StartCosts, Timing, WindowCosts, video_seconds
 from omniavatar.sampling.cache_constants import published_constants

@@ -19,9 +19,9 @@ from engine import make_pipeline, overrides, request
 from omniavatar.accel import residual_meter
 from omniavatar.accel.residual_meter import ResidualMeter
 from omniavatar.calibrate_run import CalibrationRun, calibrate
-from omniavatar.calibration_file import NAME, Calibration, find_constants, read_calibration
 from omniavatar.config.load import load_config
 from omniavatar.errors import CheckpointError, ConfigError, OutputError, ResumeError
+from omniavatar.plan.calibration import NAME, Calibration, find_constants, read_calibration
 from omniavatar.profiling.recorder import RunRecorder
 from omniavatar.sampling.cache_constants import CacheConstants, published_constants
 from omniavatar.sampling.step_cache import compute_all, relative_changes

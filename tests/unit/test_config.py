@@ -15,7 +15,7 @@ from omniavatar.config.schema import NEGATIVE_PROMPT, PipelineConfig
 from omniavatar.config.syntax import parse_overrides, parse_value
 from omniavatar.config.values import IGNORED_KEYS
 from omniavatar.errors import ConfigError
-from omniavatar.plan import make_plan
+from omniavatar.plan.run import make_plan
 from omniavatar.sampling.schedule import make_schedule
 from omniavatar.sampling.step_cache import compute_all
 

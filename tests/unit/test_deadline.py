@@ -15,7 +15,7 @@ from omniavatar.cli import app
 from omniavatar.config.change import changed
 from omniavatar.config.load import load_config
 from omniavatar.errors import ConfigError
-from omniavatar.plan import compute_all, make_plan
+from omniavatar.plan.run import compute_all, make_plan
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SMALL = "weights=random,scale=nano,device=cpu,max_tokens=56,image_sizes_720=[[64,64]],num_steps=4"

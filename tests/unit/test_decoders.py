@@ -33,7 +33,7 @@ from omniavatar.config.load import load_config
 from omniavatar.errors import CheckpointError, ConfigError
 from omniavatar.model.tiny_decoder import TinyDecoder, TinyDecoderConfig
 from omniavatar.model.vae import LATENT_MEAN, LATENT_STD, VAEConfig
-from omniavatar.weights_preview import missing_files
+from omniavatar.plan.preview import missing_files
 
 SMALL = TinyDecoderConfig(widths=(24, 16, 12, 8))
 PLACE: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}

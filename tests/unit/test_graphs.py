@@ -20,8 +20,9 @@ from omniavatar.model.dit import DiTConfig, WanDiT
 from omniavatar.model.layers import BlockInputs, TokenAudio
 from omniavatar.model.rope import rope_table
 from omniavatar.pipeline import AvatarPipeline
-from omniavatar.placement import Placement, Request, place, wants_graphs
-from omniavatar.plan import make_plan
+from omniavatar.plan.placement import Placement, place, wants_graphs
+from omniavatar.plan.run import make_plan
+from omniavatar.plan.sizes import Request
 
 CPU = torch.device("cpu")
 SMALL = DiTConfig(64, 96, 4, 8, text_dim=16, audio_dim=24, audio_hidden=8)
@@ -152,7 +153,7 @@ def test_graphs_never_cost_a_request_its_place(monkeypatch: pytest.MonkeyPatch) 
     spec = scale_spec("nano").dit
 
     def placed(limit: int | None, wanted: bool) -> Placement:
-        monkeypatch.setattr("omniavatar.placement.wants_graphs", lambda *_: wanted)
+        monkeypatch.setattr("omniavatar.plan.placement.wants_graphs", lambda *_: wanted)
         return place(config, spec, request, "fast", CPU, limit)
 
     whole = placed(None, True)

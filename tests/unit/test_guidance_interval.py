@@ -16,7 +16,7 @@ from omniavatar import SamplingParams
 from omniavatar.accel.residual_cache import ResidualCache
 from omniavatar.config.load import load_config
 from omniavatar.errors import ConfigError
-from omniavatar.plan import make_plan
+from omniavatar.plan.run import make_plan
 from omniavatar.sampling.guidance import guidance_branches
 from omniavatar.sampling.passes import branch_patterns, count_passes, guided_steps, plan_passes
 from omniavatar.types import StepPlan

@@ -10,23 +10,12 @@ from hypothesis import strategies as st
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
 from omniavatar.accel.attention.registry import create_attention
 from omniavatar.accel.kernels.rows import EagerOps
-from omniavatar.accel.memory_plan import (
-    GB,
-    HEADROOM,
-    DiTSizes,
-    RunSizes,
-    coding_bytes,
-    denoise_bytes,
-    dit_sizes,
-    held_bytes,
-    plan_memory,
-    resident_blocks,
-    smaller,
-)
 from omniavatar.accel.offload import OffloadConfig, apply_offload
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.errors import ResourceError
+from omniavatar.plan.memory import HEADROOM, plan_memory, resident_blocks, smaller
+from omniavatar.plan.sizes import GB, DiTSizes, RunSizes, coding_bytes, denoise_bytes, dit_sizes, held_bytes
 
 RUN = RunSizes(
     vae=GB // 4,

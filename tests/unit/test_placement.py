@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from engine import make_pipeline, request
-from omniavatar import placement
-from omniavatar.accel.memory_plan import GB
 from omniavatar.accel.offload import Offloader, StreamedBlock
 from omniavatar.accel.vae import FastVAE
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.device import choose_device
 from omniavatar.errors import ConfigError, ResourceError, ResumeError
-from omniavatar.placement import Request, device_limit, enforce_limit, place
-from omniavatar.plan import make_plan
+from omniavatar.plan import placement
+from omniavatar.plan.limit import device_limit, enforce_limit
+from omniavatar.plan.placement import place
+from omniavatar.plan.run import make_plan
+from omniavatar.plan.sizes import GB, Request
 from omniavatar.profiling.recorder import RunRecorder
 
 CPU = torch.device("cpu")

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from omniavatar.accel.decoder import OtherDecoder
-from omniavatar.accel.memory_plan import coding_bytes
 from omniavatar.accel.vae import FastVAE, FastVAEConfig, apply_fast_vae
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.config.load import load_config
@@ -17,7 +16,7 @@ from omniavatar.model.vae import VAEConfig
 from omniavatar.parallel.picture_rows import PictureRows
 from omniavatar.parallel.team import Ranks
 from omniavatar.parallel.vae import apply_shared_vae
-from omniavatar.placement import vae_ranks
+from omniavatar.plan.sizes import coding_bytes, vae_ranks
 from ranks import RankPool
 
 SLOW_TWINS = {"merged_upsample": False, "matmul_attention": False, "paired_columns": False}

@@ -26,7 +26,7 @@ from omniavatar.config.change import changed
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.device import choose_device
 from omniavatar.errors import ConfigError
-from omniavatar.plan import RunPlan
+from omniavatar.plan.run import RunPlan
 from omniavatar.profiling.projection import video_seconds
 
 STEPS = (50, 40, 30, 25, 20, 15, 12, 10, 8)

@@ -39,11 +39,14 @@ from omniavatar.config.schema import PipelineConfig
 from omniavatar.device import choose_device
 from omniavatar.errors import ConfigError, OmniAvatarError
 from omniavatar.machine import free_memory
-from omniavatar.memory import estimate_memory
 from omniavatar.model_files import DTYPES
 from omniavatar.output import peak_memory
-from omniavatar.placement import QUANTIZE_FIELD, Request, device_limit, place
-from omniavatar.plan import RunPlan, make_plan
+from omniavatar.plan.estimate import estimate_memory
+from omniavatar.plan.limit import device_limit
+from omniavatar.plan.placement import QUANTIZE_FIELD, place
+from omniavatar.plan.preview import assumed_scale, find_dit_config
+from omniavatar.plan.run import RunPlan, make_plan
+from omniavatar.plan.sizes import Request
 from omniavatar.profiling.ceilings import ceilings, device_name
 from omniavatar.profiling.flops import forward_work
 from omniavatar.profiling.projection import (
@@ -51,7 +54,6 @@ from omniavatar.profiling.projection import (
     denoise_seconds,
     video_seconds,
 )
-from omniavatar.weights_preview import assumed_scale, find_dit_config
 
 AUDIO_SECONDS = 10
 TIP_MINUTES = 5.0

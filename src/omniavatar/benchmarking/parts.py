@@ -28,11 +28,11 @@ from omniavatar.media.encoders import choose_encoder
 from omniavatar.media.video import encode_segment
 from omniavatar.output import ENCODER_THREADS
 from omniavatar.pipeline import AvatarPipeline
-from omniavatar.placement import Request
-from omniavatar.plan import RunPlan, make_plan
+from omniavatar.plan.preview import assumed_scale, missing_files
+from omniavatar.plan.run import RunPlan, make_plan
+from omniavatar.plan.sizes import Request
 from omniavatar.profiling.projection import Counts, StartCosts, Timing, WindowCosts
 from omniavatar.profiling.report import decoded_latents
-from omniavatar.weights_preview import assumed_scale, missing_files
 
 AUDIO_SECONDS = 10
 TEXT_WORDS = 64

@@ -13,57 +13,18 @@ estimate misses, `smaller` takes up: one step less after an allocation failed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from omniavatar.accel.quantized import QUANTIZED
-from omniavatar.accel.vae import frames_of_pass
-from omniavatar.checkpoint.dit import keep_float32
-from omniavatar.checkpoint.layout import Shape, dit_tensors
+from omniavatar.checkpoint.layout import dit_tensors
 from omniavatar.errors import ResourceError
 from omniavatar.model.dit import DiTConfig
+from omniavatar.plan.sizes import GB, RING, DiTSizes, RunSizes
 
-GB = 10**9
-RING = 2
 STEPS_DOWN = 8
-TEXT_TOKENS = 512
-FLOAT = 4
-SLACK = 1.15
 HEADROOM = 0.04
 """Part of the limit that no plan counts on."""
 TextPlace = Literal["whole", "layer by layer"]
-
-
-@dataclass(frozen=True)
-class DiTSizes:
-    """Bytes of a DiT's weights. block: what a block computes with. text_layers: its layers for the text's
-    keys and values, which leave the device with it. outside: everything not in a block."""
-
-    blocks: int
-    block: int
-    text_layers: int
-    outside: int
-
-    @property
-    def whole(self) -> int:
-        return self.outside + self.blocks * (self.block + self.text_layers)
-
-
-@dataclass(frozen=True)
-class RunSizes:
-    """Bytes of everything else.
-
-    held: text keys and values, alive in every window. denoise: alive in a forward. coding: alive while the
-    VAE works, for each size its passes may have, the largest first.
-    """
-
-    vae: int
-    audio_encoder: int
-    text_encoder: int
-    held: int
-    denoise: int
-    coding: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -108,97 +69,6 @@ class MemoryPlan:
         limit = "" if self.limit is None else f" of {self.limit / GB:.1f}"
         parts.append(f"about {self.peak / GB:.1f}{limit} GB")
         return f"memory: {'; '.join(parts)}"
-
-
-def dit_sizes(config: DiTConfig, dtype_bytes: int, float8: bool) -> DiTSizes:
-    """Bytes of a DiT in the form it runs in."""
-    block = text_layers = outside = 0
-    for key, shape in dit_tensors(config):
-        in_block = key.startswith("blocks.")
-        name = key.split(".", 2)[2].rpartition(".")[0] if in_block else ""
-        size = math.prod(shape) * (FLOAT if keep_float32(key) else dtype_bytes)
-        if float8 and name in QUANTIZED and key.endswith(".weight"):
-            size = math.prod(shape) + shape[0] * FLOAT
-        if not in_block:
-            outside += size
-        elif name in ("cross_attn.k", "cross_attn.v"):
-            text_layers += size
-        else:
-            block += size
-    layers = config.num_layers
-    return DiTSizes(layers, block // layers, text_layers // layers, outside)
-
-
-def shared_out(sizes: DiTSizes, ranks: int) -> DiTSizes:
-    """What one of `ranks` holds when they share the blocks: its part of each, and RING whole ones."""
-    block, text = -(-sizes.block // ranks), -(-sizes.text_layers // ranks)
-    whole = RING * sizes.block + sizes.text_layers
-    return DiTSizes(sizes.blocks, block, text, sizes.outside + whole)
-
-
-def denoise_bytes(
-    config: DiTConfig,
-    tokens: int,
-    dtype_bytes: int,
-    fused: bool,
-    branches: int,
-    cached: bool,
-    float8: bool = False,
-) -> int:
-    """What is alive in a forward, the residuals of a step cache included.
-
-    float8: the feed-forward layer's result is there twice for a moment, the second time in float8.
-    """
-    width, hidden = tokens * config.dim * dtype_bytes, tokens * config.ffn_dim * dtype_bytes
-    if float8:
-        hidden += tokens * config.ffn_dim
-    counted = max(8 * width, 3 * width + hidden) if fused else max(12 * width, 5 * width + 2 * hidden)
-    residuals = (branches + 2) * width if cached else 0
-    return int(SLACK * counted) + residuals
-
-
-def held_bytes(config: DiTConfig, texts: int, dtype_bytes: int) -> int:
-    """Keys and values of this many texts in every block."""
-    return texts * config.num_layers * 2 * TEXT_TOKENS * config.dim * dtype_bytes
-
-
-def coding_bytes(
-    channels: int,
-    size: tuple[int, int],
-    dtype_bytes: int,
-    latents: int,
-    overlap: int,
-    fast: bool,
-    ranks: int = 1,
-) -> int:
-    """What is alive while the VAE decodes `latents` a pass, or encodes the hand-over of `overlap` frames.
-
-    In frames of the last stage: 18 past ones and 29 for each latent, encoding 20 and 5 for each frame (fast;
-    measured on an H100: decoding 70 at two latents a pass, two ranks 58, encoding 77 and 41, the larger of
-    them at one latent 47); the scores of a frame's attention are float32 and there twice. Where ranks share
-    the rows, the largest run of them counts with its border, times the latents of a pass, which are `ranks`
-    times as many, and what is whole on each: the portrait encoded by the leader, three times the pixels of a
-    pass in float32.
-    """
-    height, width = size
-    frame = height * width * channels * dtype_bytes
-    if not fast:
-        return 28 * frame
-    rows = height // 8
-    scores = 2 * latents * (rows * width // 8) ** 2 * FLOAT
-    encoded = min(overlap - 1, frames_of_pass(latents))
-    if 1 < ranks <= rows:
-        most = -(-rows // ranks)
-        share = frame * (8 * most + 2) // height
-        decoding = 18 * share + ranks * max(29 * latents * share, scores * most // rows)
-        pixels = 3 * 4 * ranks * latents * height * width * 3 * FLOAT
-        return int(max(decoding + pixels, (20 + 5 * encoded) * share, 25 * frame))
-    return int(max(18 * frame + max(29 * latents * frame, scores), (20 + 5 * encoded) * frame))
-
-
-def tensor_bytes(tensors: Iterable[tuple[str, Shape]], dtype_bytes: int) -> int:
-    """Bytes of all tensors in one dtype."""
-    return sum(math.prod(shape) for _, shape in tensors) * dtype_bytes
 
 
 def plan_memory(dit: DiTSizes, run: RunSizes, limit: int | None, passes: range | None = None) -> MemoryPlan:

@@ -1,7 +1,7 @@
 """How much memory a run will take and where its models would lie, estimated before anything heavy.
 
 Sizes and places are those of `placement`, which a run uses too: weights are exact, activations are counted
-or fitted (`accel.memory_plan` says how well). The text encoder is counted apart, since it comes and goes
+or fitted (`plan.memory` says how well). The text encoder is counted apart, since it comes and goes
 before the first window.
 """
 
@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from omniavatar.accel.memory_plan import FLOAT, dit_sizes
 from omniavatar.accel.vae import choose_vae
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.errors import ResourceError
-from omniavatar.placement import DTYPE_BYTES, Placement, Request, device_limit, place, run_sizes
-from omniavatar.plan import RunPlan
-from omniavatar.weights_preview import find_dit_config
+from omniavatar.plan.limit import device_limit
+from omniavatar.plan.placement import Placement, place
+from omniavatar.plan.preview import find_dit_config
+from omniavatar.plan.run import RunPlan
+from omniavatar.plan.sizes import DTYPE_BYTES, FLOAT, Request, dit_sizes, run_sizes
 
 
 @dataclass(frozen=True)

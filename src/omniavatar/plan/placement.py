@@ -1,6 +1,6 @@
 """How one request runs on the memory there is: sizes read off configuration and plan, the limit, the choice.
 
-The plan itself is `accel.memory_plan`. Here are its inputs, and the one choice that is not about places:
+The plan itself is `plan.memory`. Here are its inputs, and the one choice that is not about places:
 `quantize: auto` takes float8 layers where exact weights would have to be streamed and the device can. Both
 that and the VAE's pass size may change the video's last bits, so they belong to a request's identity
 (`Placement.identity`), and a run that is resumed keeps those it began with.
@@ -8,50 +8,34 @@ that and the VAE's pass size may change the video's last bits, so they belong to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from omniavatar.accel.graphs import launches_show
-from omniavatar.accel.memory_plan import (
-    FLOAT,
-    GB,
-    DiTSizes,
-    MemoryPlan,
-    RunSizes,
-    coding_bytes,
-    denoise_bytes,
-    dit_sizes,
-    held_bytes,
-    plan_memory,
-    plan_parameters,
-    resident_blocks,
-    shared_out,
-    smaller,
-    tensor_bytes,
-)
 from omniavatar.accel.quantized import best_quantize
 from omniavatar.accel.vae import pass_sizes
-from omniavatar.checkpoint.layout import SCALES, Shape, text_tensors, wav2vec_tensors
-from omniavatar.checkpoint.layout_vae import vae_tensors
-from omniavatar.checkpoint.tiny_decoder import light_vae_config, tiny_decoder_config, tiny_decoder_tensors
-from omniavatar.errors import ConfigError, ResourceError
+from omniavatar.errors import ResourceError
+from omniavatar.plan.memory import MemoryPlan, plan_memory, plan_parameters, resident_blocks, smaller
+from omniavatar.plan.sizes import (
+    DTYPE_BYTES,
+    DiTSizes,
+    Request,
+    RunSizes,
+    dit_sizes,
+    graph_bytes,
+    run_sizes,
+    shared_out,
+)
 
 if TYPE_CHECKING:
     from omniavatar.accel.apply import Quantize
     from omniavatar.config.schema import PipelineConfig
     from omniavatar.model.dit import DiTConfig
-    from omniavatar.model.vae import VAEConfig
-    from omniavatar.plan import RunPlan
 
-CONTEXT_BYTES = GB // 2
-"""Left free under `memory: auto`, for CUDA modules that are loaded later and for other programs."""
-DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 QUANTIZED_FORMS: tuple[Quantize, ...] = ("fp8", "int8")
-SHARED_DECODERS = ("full", "lightvae")
-"""Those that the fast VAE's layers run; the tiny ones take less time than sharing them would save."""
 QUANTIZE_FIELD, PASS_FIELD = "runtime.quantize", "runtime.vae_latents_a_pass"
 
 
@@ -95,79 +79,6 @@ class Placement:
         return None if plan is None else replace(self, memory=plan, note="", graphs=False)
 
 
-def device_limit(memory: Literal["auto"] | float, device: torch.device) -> int | None:
-    """Bytes of `device` this process may hold in all, None on a CPU without a number.
-
-    auto: what is free and what this process holds already, less `CONTEXT_BYTES`. On CUDA never more than the
-    fraction set with `torch.cuda.set_per_process_memory_fraction`.
-    """
-    asked = None if memory == "auto" else int(memory * GB)
-    if device.type != "cuda":
-        return asked
-    free, total = torch.cuda.mem_get_info(device)
-    there = free + torch.cuda.memory_reserved(device) - CONTEXT_BYTES
-    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
-    return min(there, allowed) if asked is None else min(there, allowed, asked)
-
-
-def enforce_limit(memory: Literal["auto"] | float, device: torch.device) -> None:
-    """Hold torch's allocator to a number of GB; what CUDA itself takes (about 0.5 GB) comes besides."""
-    if memory != "auto" and device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, memory * GB / total), device)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What of a request decides its memory. cached: a step cache keeps residuals."""
-
-    plan: RunPlan
-    cached: bool
-
-
-def vae_ranks(config: PipelineConfig, vae_name: str) -> int:
-    """Processes that share the VAE's work: all that make a video, or one.
-
-    Raises ConfigError where `vae_parallel` asks for what cannot be.
-    """
-    runtime = config.runtime
-    can = runtime.processes > 1 and vae_name == "fast" and config.model.decoder in SHARED_DECODERS
-    if runtime.vae_parallel and not can:
-        raise ConfigError(
-            f"vae_parallel: needs several processes, vae: fast and one of the decoders "
-            f"{', '.join(SHARED_DECODERS)}, not {runtime.processes}, {vae_name} and {config.model.decoder}; "
-            "leave it out to share the VAE where it can be"
-        )
-    return runtime.processes if can and runtime.vae_parallel is not False else 1
-
-
-def run_sizes(
-    config: PipelineConfig, dit: DiTConfig, request: Request, vae_name: str, device: torch.device
-) -> RunSizes:
-    """What a request needs beside the DiT's weights.
-
-    Encoders and VAE are counted at the sizes of the released model of the DiT's width.
-    """
-    spec = next((scale for scale in SCALES if scale.dit.dim == dit.dim), SCALES[-1])
-    size = DTYPE_BYTES[config.model.dtype]
-    fused = device.type == "cuda" if config.runtime.fuse is None else config.runtime.fuse
-    plan, branches = request.plan, request.plan.branches
-    ranks = vae_ranks(config, vae_name)
-    float8 = config.runtime.quantize != "none"
-    return RunSizes(
-        vae=tensor_bytes(vae_tensors(spec.vae), size)
-        + tensor_bytes(_decoder_tensors(config, spec.vae), size),
-        audio_encoder=tensor_bytes(wav2vec_tensors(spec.wav2vec), FLOAT),
-        text_encoder=tensor_bytes(text_tensors(spec.text), size),
-        held=held_bytes(dit, len({branch.text for branch in branches}), size),
-        denoise=denoise_bytes(dit, plan.tokens, size, fused, len(branches), request.cached, float8),
-        coding=tuple(
-            coding_bytes(spec.vae.dim, plan.size, size, latents, plan.overlap, vae_name == "fast", ranks)
-            for latents in pass_sizes(vae_name)
-        ),
-    )
-
-
 def wants_graphs(
     config: PipelineConfig, dit: DiTConfig, tokens: int, device: torch.device, captures: bool = True
 ) -> bool:
@@ -184,23 +95,6 @@ def wants_graphs(
     if runtime.cuda_graphs is not None:
         return runtime.cuda_graphs
     return not runtime.use_fsdp and launches_show(dit, tokens, runtime.sp_size)
-
-
-def graph_bytes(config: PipelineConfig, dit: DiTConfig, request: Request) -> int:
-    """What the captured forwards of a video's windows keep: activations, and two shapes' text."""
-    size, runtime = DTYPE_BYTES[config.model.dtype], config.runtime
-    own = -(-request.plan.tokens // runtime.sp_size)
-    activations = denoise_bytes(dit, own, size, True, 0, False, runtime.quantize != "none")
-    return activations + held_bytes(dit, 2, size)
-
-
-def _decoder_tensors(config: PipelineConfig, vae: VAEConfig) -> Iterable[tuple[str, Shape]]:
-    """Weights of a smaller decoder beside the full VAE, which stays for encoding."""
-    if config.model.decoder == "full":
-        return ()
-    if config.model.decoder == "lightvae":
-        return vae_tensors(light_vae_config(vae))
-    return tiny_decoder_tensors(tiny_decoder_config(vae))
 
 
 def place(
