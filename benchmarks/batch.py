@@ -132,7 +132,7 @@ def overhead(count: int, workers: int, seconds: float) -> dict[str, Any]:
 def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
     from omniavatar.batch_run import AvatarEngines, make_items
     from omniavatar.config.load import load_config
-    from omniavatar.requests_file import RequestLine
+    from omniavatar.engine.requests_file import RequestLine
 
     gpus = tuple(arguments.gpus.split(",")) if arguments.gpus else ()
     cores = sorted(os.sched_getaffinity(0))

@@ -30,8 +30,8 @@ from whole_video import paint_faintly
 from omniavatar import AvatarPipeline, AvatarRequest
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import PipelineConfig
+from omniavatar.engine.recorder import RunRecorder
 from omniavatar.profiling.busy import busy
-from omniavatar.profiling.recorder import RunRecorder
 from omniavatar.sampling.windows import window_length
 
 SIZE = (400, 720)

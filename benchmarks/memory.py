@@ -28,13 +28,13 @@ from omniavatar.accel.apply import AccelConfig, apply_accelerations, weight_form
 from omniavatar.accel.attention.registry import create_attention
 from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.accel.offload import OffloadConfig, Offloader
-from omniavatar.accel.room import with_room
 from omniavatar.accel.vae import create_vae
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.cli import grow_segments
 from omniavatar.config.load import load_config
+from omniavatar.engine.retry import with_room
 from omniavatar.plan.placement import place
 from omniavatar.plan.run import make_plan
 from omniavatar.plan.sizes import GB, Request

@@ -27,8 +27,8 @@ import torch
 
 from omniavatar import AvatarPipeline, AvatarRequest
 from omniavatar.config.load import load_config
+from omniavatar.engine.recorder import RunRecorder
 from omniavatar.profiling.ceilings import device_name
-from omniavatar.profiling.recorder import RunRecorder
 from omniavatar.profiling.trace import TraceRecorder
 
 

@@ -28,8 +28,8 @@ from omniavatar.checkpoint.synthetic import wav2vec_config
 from omniavatar.checkpoint.tensor_writer import write_random
 from omniavatar.config.load import load_config
 from omniavatar.config.values import NEGATIVE_PROMPT
-from omniavatar.conversion import convert_checkpoint
 from omniavatar.encoders.text_cache import TextCache, encoder_identity
+from omniavatar.engine.convert import convert_checkpoint
 
 ASSETS = Path(__file__).resolve().parents[1] / "src" / "omniavatar" / "assets"
 PROMPT = "A person speaks to the camera."

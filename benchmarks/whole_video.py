@@ -29,14 +29,15 @@ import numpy as np
 import torch
 from timing import where
 
-from omniavatar import AvatarPipeline, AvatarRequest, Waveform, vae_loading
+from omniavatar import AvatarPipeline, AvatarRequest, Waveform
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.config.load import load_config
+from omniavatar.engine import loading as vae_loading
+from omniavatar.engine.recorder import RunRecorder
 from omniavatar.media.audio import decode_mono
 from omniavatar.media.inspect import probe_video
 from omniavatar.model.vae import WanVAE
 from omniavatar.plan.run import make_plan
-from omniavatar.profiling.recorder import RunRecorder
 
 SIZE = (400, 720)
 RATE = 16000

@@ -20,7 +20,7 @@ class RankPool:
 
     def __init__(self, size: int, folder: Path, device: str = "cpu") -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["omniavatar.pipeline", "torch.distributed"])
+        context.set_forkserver_preload(["omniavatar.engine.pipeline", "torch.distributed"])
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):

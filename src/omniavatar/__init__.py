@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from omniavatar.config.schema import PipelineConfig
+    from omniavatar.engine.pipeline import AvatarPipeline, generate
     from omniavatar.errors import OmniAvatarError
-    from omniavatar.pipeline import AvatarPipeline, generate
     from omniavatar.types import AvatarRequest, RunResult, SamplingParams, VideoChunk, Waveform
 
 __version__ = "0.1.0"
@@ -36,8 +36,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AvatarPipeline": "pipeline",
-    "generate": "pipeline",
+    "AvatarPipeline": "engine.pipeline",
+    "generate": "engine.pipeline",
     "PipelineConfig": "config.schema",
     "OmniAvatarError": "errors",
 }

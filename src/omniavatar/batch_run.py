@@ -17,19 +17,20 @@ from omniavatar import __version__
 from omniavatar.config.identity import result_values
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.device import choose_device
+from omniavatar.engine.following import follow
+from omniavatar.engine.identity import weight_identities
+from omniavatar.engine.job import output_path
+from omniavatar.engine.orders import WindowsOrder
+from omniavatar.engine.pipeline import AvatarPipeline
+from omniavatar.engine.recorder import RunRecorder
+from omniavatar.engine.requests_file import BadLine, RequestLine
 from omniavatar.errors import InputError, OmniAvatarError, ResourceError
-from omniavatar.following import follow
-from omniavatar.orders import WindowsOrder
-from omniavatar.output import output_path, weight_identities
 from omniavatar.parallel.batch.cores import take_cores
 from omniavatar.parallel.batch.items import Engine, Item, Made, Member, PeerLost, Place
 from omniavatar.parallel.process import Process, connect, lost_another
 from omniavatar.parallel.team import ONE, Ranks
-from omniavatar.pipeline import AvatarPipeline
 from omniavatar.plan.calibration import default_path
 from omniavatar.plan.sharing import shared_among
-from omniavatar.profiling.recorder import RunRecorder
-from omniavatar.requests_file import BadLine, RequestLine
 from omniavatar.types import AvatarRequest
 
 

@@ -20,9 +20,10 @@ import torch
 from omniavatar import __version__
 from omniavatar.accel.residual_meter import ResidualMeter
 from omniavatar.config.schema import PipelineConfig, SamplingConfig
+from omniavatar.engine.pipeline import AvatarPipeline, Prepared
+from omniavatar.engine.recorder import Listener, RunRecorder, stage_seconds
 from omniavatar.errors import ConfigError, OutputError
 from omniavatar.media.atomic import atomic_write_json, check_writable
-from omniavatar.pipeline import AvatarPipeline, Prepared
 from omniavatar.plan.calibration import (
     Branch,
     Calibration,
@@ -34,7 +35,6 @@ from omniavatar.plan.calibration import (
 from omniavatar.plan.run import make_step_plan, model_scale, sampling_schedule
 from omniavatar.profiling.ceilings import device_name
 from omniavatar.profiling.quality import compare
-from omniavatar.profiling.recorder import Listener, RunRecorder, stage_seconds
 from omniavatar.sampling.cache_constants import CacheConstants, published_constants
 from omniavatar.sampling.calibration import (
     ResidualChanges,

@@ -132,13 +132,13 @@ def batch(
         choice = choose_seats(wish)
         from omniavatar.batch_run import AvatarEngines, make_items, output_folder
         from omniavatar.config.load import load_config
+        from omniavatar.engine.requests_file import read_requests
         from omniavatar.media.slug import slugify
         from omniavatar.parallel.batch.destination import make_destination
         from omniavatar.parallel.batch.ray_crew import RayCrew
         from omniavatar.parallel.batch.run import run_batch
         from omniavatar.parallel.batch.scheduler import Rules
         from omniavatar.plan.sharing import shared_among
-        from omniavatar.requests_file import read_requests
 
         loaded = load_config(config, hp or ())
         shared_among(loaded.config, gpus_per_job, f"--gpus-per-job {gpus_per_job}")

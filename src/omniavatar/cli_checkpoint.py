@@ -72,7 +72,7 @@ def convert(
     """
     with user_errors(on_interrupt="interrupted; nothing was written, run the command again"):
         from omniavatar.config.load import load_config
-        from omniavatar.conversion import convert_checkpoint
+        from omniavatar.engine.convert import convert_checkpoint
 
         done = convert_checkpoint(load_config(config, hp or ()).config, out)
         settings = "\n".join(

@@ -20,7 +20,7 @@ from omniavatar.errors import ConfigError, OmniAvatarError
 if TYPE_CHECKING:
     from omniavatar.console import Display
     from omniavatar.console import LogFormat as LogName
-    from omniavatar.profiling.recorder import RunRecorder
+    from omniavatar.engine.recorder import RunRecorder
 
     DisplayMaker: TypeAlias = Callable[[LogName, bool, IO[str]], Display]
 
@@ -113,7 +113,7 @@ def reporting(
     records of the package are shown as messages too.
     """
     from omniavatar.console import make_display as one_video
-    from omniavatar.profiling.recorder import RunRecorder
+    from omniavatar.engine.recorder import RunRecorder
 
     display = (displays or one_video)(log_format.value, quiet, sys.stderr)
     recorder = RunRecorder([display])

@@ -29,9 +29,9 @@ from omniavatar.cli_ranks import one_of_several, parse_gpus, spread, start_ranks
 
 if TYPE_CHECKING:
     from omniavatar.config.load import LoadedConfig
+    from omniavatar.engine.recorder import RunRecorder
+    from omniavatar.engine.requests_file import BadLine, RequestLine
     from omniavatar.parallel.team import Team
-    from omniavatar.profiling.recorder import RunRecorder
-    from omniavatar.requests_file import BadLine, RequestLine
 
 
 def generate(
@@ -82,7 +82,7 @@ def generate(
     overrides = [*(hp or ()), *([] if seed is None else [f"seed={seed}"])]
     with one_of_several(log_format, quiet) as (recorder, report, process):
         from omniavatar.config.load import load_config
-        from omniavatar.requests_file import RequestLine, read_requests
+        from omniavatar.engine.requests_file import RequestLine, read_requests
 
         loaded = load_config(config, overrides)
         numbers = None if gpus is None else parse_gpus(gpus)
@@ -92,8 +92,8 @@ def generate(
             return
         loaded = replace(loaded, config=mine)
         if not process.leads:
-            from omniavatar.following import follow
-            from omniavatar.pipeline import AvatarPipeline
+            from omniavatar.engine.following import follow
+            from omniavatar.engine.pipeline import AvatarPipeline
 
             with team_of(mine, process) as team:
                 follow(AvatarPipeline.from_config(mine, recorder=recorder, team=team))
@@ -140,7 +140,7 @@ def demo(
 
         from omniavatar import pocket
         from omniavatar.config.load import load_config
-        from omniavatar.requests_file import RequestLine
+        from omniavatar.engine.requests_file import RequestLine
 
         loaded = load_config(config or pocket.CONFIG, hp or ())
         with as_file(files("omniavatar.assets")) as assets:
@@ -169,9 +169,9 @@ def _run(
 
     The pipeline is made before the first line if other processes wait for it, else for the first good line.
     """
+    from omniavatar.engine.pipeline import AvatarPipeline
+    from omniavatar.engine.requests_file import RequestLine
     from omniavatar.errors import InputError, ResumeError
-    from omniavatar.pipeline import AvatarPipeline
-    from omniavatar.requests_file import RequestLine
 
     for warning in loaded.warnings:
         recorder.event("message", text=warning, level="warning")

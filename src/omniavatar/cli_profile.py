@@ -24,7 +24,7 @@ from omniavatar.cli_common import (
 
 if TYPE_CHECKING:
     from omniavatar.config.schema import SamplingConfig
-    from omniavatar.requests_file import RequestLine
+    from omniavatar.engine.requests_file import RequestLine
 
 CONFIGS = Path("configs")
 
@@ -70,10 +70,10 @@ def profile(
 
         from omniavatar.config.load import load_config
         from omniavatar.console import make_display
+        from omniavatar.engine.requests_file import RequestLine
         from omniavatar.media.atomic import check_writable
         from omniavatar.profile_run import profile_requests
         from omniavatar.profiling.report_table import print_report
-        from omniavatar.requests_file import RequestLine
 
         for path in (json_file, trace_file, torch_file):
             if path is not None:
@@ -181,8 +181,8 @@ def doctor(
 
 def _lines(path: Path, configured: SamplingConfig) -> tuple[list[RequestLine], int]:
     """The usable requests of the file, and how many are not; those are reported."""
+    from omniavatar.engine.requests_file import RequestLine, read_requests
     from omniavatar.errors import InputError
-    from omniavatar.requests_file import RequestLine, read_requests
 
     usable: list[RequestLine] = []
     bad = 0

@@ -21,9 +21,9 @@ from omniavatar.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
     from omniavatar.config.schema import PipelineConfig
+    from omniavatar.engine.recorder import RunRecorder
     from omniavatar.parallel.process import Process
     from omniavatar.parallel.team import Team
-    from omniavatar.profiling.recorder import RunRecorder
 
 OWN_GRACE_S = 3.0
 """For rank 0 to report what all ranks ran into."""
@@ -148,7 +148,7 @@ def team_of(config: PipelineConfig, process: Process) -> Iterator[Team]:
         yield ONE
         return
     from omniavatar.device import choose_device
-    from omniavatar.orders import EndOrder
+    from omniavatar.engine.orders import EndOrder
     from omniavatar.parallel.process import connect, disconnect
 
     team = connect(process, choose_device(config.runtime.device))

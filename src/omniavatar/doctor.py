@@ -18,10 +18,10 @@ from omniavatar.accel.vae import choose_vae
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import ModelConfig, OutputConfig, PipelineConfig, RuntimeConfig, VideoConfig
 from omniavatar.device import choose_device
+from omniavatar.engine.loading import DTYPES
 from omniavatar.errors import OmniAvatarError
 from omniavatar.machine import codecs, devices, free_disk, free_memory, optional_packages, versions
 from omniavatar.media.encoders import choose_encoder, try_nvenc
-from omniavatar.model_files import DTYPES
 from omniavatar.plan.estimate import MemoryEstimate, estimate_memory
 from omniavatar.plan.preview import missing_files
 from omniavatar.plan.run import make_plan

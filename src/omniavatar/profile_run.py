@@ -21,16 +21,16 @@ from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import inspect_vae
 from omniavatar.config.schema import ModelConfig, PipelineConfig
 from omniavatar.device import choose_device
+from omniavatar.engine.loading import DTYPES
+from omniavatar.engine.pipeline import AvatarPipeline
+from omniavatar.engine.recorder import Listener
+from omniavatar.engine.requests_file import RequestLine
+from omniavatar.engine.sidecar import peak_memory
 from omniavatar.model.vae import VAEConfig
-from omniavatar.model_files import DTYPES
-from omniavatar.output import peak_memory
-from omniavatar.pipeline import AvatarPipeline
 from omniavatar.profiling.ceilings import ceilings, fp8_ceilings
 from omniavatar.profiling.kernels import KernelTrace
-from omniavatar.profiling.recorder import Listener
 from omniavatar.profiling.report import Models, RequestFigures, build_report
 from omniavatar.profiling.trace import TraceRecorder, chrome_trace
-from omniavatar.requests_file import RequestLine
 from omniavatar.sampling.windows import plan_windows
 from omniavatar.types import RunResult
 

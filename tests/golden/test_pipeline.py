@@ -11,8 +11,8 @@ import torch
 from compare import build_dit, build_vae, relative_error, under
 
 from omniavatar.encoders.image import choose_bucket, prepare_image
-from omniavatar.generation import WindowGenerator, WindowSampling
-from omniavatar.profiling.recorder import NullRecorder
+from omniavatar.engine.recorder import NullRecorder
+from omniavatar.engine.window_loop import WindowGenerator, WindowSampling
 from omniavatar.sampling.cache_constants import TEACACHE_POLYNOMIALS
 from omniavatar.sampling.guidance import guidance_branches
 from omniavatar.sampling.schedule import make_schedule

@@ -16,8 +16,8 @@ from omniavatar.accel.quantized import QuantLinear
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import random_vae
-from omniavatar.generation import WindowGenerator, WindowSampling
-from omniavatar.profiling.recorder import NullRecorder
+from omniavatar.engine.recorder import NullRecorder
+from omniavatar.engine.window_loop import WindowGenerator, WindowSampling
 from omniavatar.sampling.guidance import guidance_branches
 from omniavatar.sampling.schedule import make_schedule
 from omniavatar.sampling.step_cache import compute_all

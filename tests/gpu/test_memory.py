@@ -18,9 +18,9 @@ from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec, text_tensors
 from omniavatar.config.load import load_config
 from omniavatar.encoders.text import random_text_encoder, sizes_of
+from omniavatar.engine.recorder import RunRecorder
 from omniavatar.plan.limit import device_limit
 from omniavatar.plan.sizes import GB, denoise_bytes, dit_sizes, held_bytes
-from omniavatar.profiling.recorder import RunRecorder
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
@@ -223,7 +223,7 @@ def test_videos_under_a_number_and_after_failed_allocations_are_the_same(tmp_pat
 
     total = torch.cuda.get_device_properties(CUDA).total_memory
     torch.cuda.set_per_process_memory_fraction(0.75 * peak / total)
-    monkeypatch.setattr("omniavatar.components.device_limit", lambda memory, device: total)
+    monkeypatch.setattr("omniavatar.engine.models.device_limit", lambda memory, device: total)
     pipe, messages = pipeline()
     pipe.generate(request(None), tmp_path / "fallback.mp4")
     assert streamed(pipe) > 0 and any("once more with less" in text for text in messages)

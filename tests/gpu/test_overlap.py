@@ -13,8 +13,8 @@ import torch
 from engine import make_pipeline
 from engine import request as speech
 from omniavatar.device import arrival, download, upload
-from omniavatar.generation import WindowGenerator
-from omniavatar.profiling.clocks import DeviceClock
+from omniavatar.engine.clocks import DeviceClock
+from omniavatar.engine.window_loop import WindowGenerator
 
 pytestmark = pytest.mark.gpu
 SLEEP_CYCLES = 1_000_000_000

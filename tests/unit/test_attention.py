@@ -55,7 +55,7 @@ def test_a_backend_that_refuses_is_left_out(monkeypatch):
 
 
 def test_the_choice_is_said_and_kept_with_the_video(nano_checkpoint, tmp_path):
-    from omniavatar.profiling.recorder import RunRecorder
+    from omniavatar.engine.recorder import RunRecorder
 
     said: list[str] = []
     recorder = RunRecorder([lambda name, fields: said.append(str(fields.get("text")))])

@@ -28,8 +28,8 @@ from media_files import write_audio
 from omniavatar import batch_run
 from omniavatar.cli import app
 from omniavatar.config.load import load_config
+from omniavatar.engine.orders import EndOrder, WindowsOrder
 from omniavatar.errors import OutputError
-from omniavatar.orders import EndOrder, WindowsOrder
 from omniavatar.parallel.batch.destination import FolderDestination
 from omniavatar.parallel.batch.group import GroupWorker
 from omniavatar.parallel.batch.items import Item, Outcome, Place, Task, Verdict, WorkerInfo

@@ -20,9 +20,9 @@ from omniavatar.accel import residual_meter
 from omniavatar.accel.residual_meter import ResidualMeter
 from omniavatar.calibrate_run import CalibrationRun, calibrate
 from omniavatar.config.load import load_config
+from omniavatar.engine.recorder import RunRecorder
 from omniavatar.errors import CheckpointError, ConfigError, OutputError, ResumeError
 from omniavatar.plan.calibration import NAME, Calibration, find_constants, read_calibration
-from omniavatar.profiling.recorder import RunRecorder
 from omniavatar.sampling.cache_constants import CacheConstants, published_constants
 from omniavatar.sampling.step_cache import compute_all, relative_changes
 
@@ -117,7 +117,7 @@ def test_streamed_blocks_and_a_failed_allocation_give_the_same_constants(done, f
         return real(new, old)
 
     monkeypatch.setattr(residual_meter, "compare_residuals", fails_once)
-    monkeypatch.setattr("omniavatar.components.Components.make_room", lambda self, reason: None)
+    monkeypatch.setattr("omniavatar.engine.models.Components.make_room", lambda self, reason: None)
     run = calibrate(load_config(None, settings).config, request(), folder / "streamed.json")
     assert len(calls) == 5 + 2 * 2 * (STEPS - 1), "the first window was begun anew"
     assert run.calibration.branches == done.calibration.branches

@@ -139,10 +139,10 @@ class FakePipeline:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
-    import omniavatar.pipeline
+    import omniavatar.engine.pipeline
 
     pipeline = FakePipeline()
-    monkeypatch.setattr(omniavatar.pipeline, "AvatarPipeline", pipeline)
+    monkeypatch.setattr(omniavatar.engine.pipeline, "AvatarPipeline", pipeline)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     return pipeline
 

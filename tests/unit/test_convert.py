@@ -31,7 +31,7 @@ from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.reader import TensorFiles
 from omniavatar.checkpoint.staging import Staging
 from omniavatar.config.load import load_config
-from omniavatar.conversion import convert_checkpoint
+from omniavatar.engine.convert import convert_checkpoint
 from omniavatar.errors import CheckpointError, OutputError
 from omniavatar.model.dit import WanDiT
 

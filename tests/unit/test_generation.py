@@ -10,7 +10,7 @@ from engine import make_pipeline, portrait, request
 from omniavatar.accel.attention.registry import create_attention
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
-from omniavatar.generation import audio_slice, image_condition, to_uint8
+from omniavatar.engine.window_loop import audio_slice, image_condition, to_uint8
 from omniavatar.media.inspect import probe_video
 from omniavatar.model.audio_adapter import AudioPack, audio_block_indices
 from omniavatar.sampling.windows import plan_windows

@@ -15,11 +15,11 @@ from omniavatar.accel.graphs import FORWARDS_FIRST, MOST, GraphedBlocks, launche
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.config.load import load_config
+from omniavatar.engine.pipeline import AvatarPipeline
 from omniavatar.errors import ResourceError
 from omniavatar.model.dit import DiTConfig, WanDiT
 from omniavatar.model.layers import BlockInputs, TokenAudio
 from omniavatar.model.rope import rope_table
-from omniavatar.pipeline import AvatarPipeline
 from omniavatar.plan.placement import Placement, place, wants_graphs
 from omniavatar.plan.run import make_plan
 from omniavatar.plan.sizes import Request

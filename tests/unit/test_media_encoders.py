@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from engine import make_pipeline, request
-from omniavatar import pipeline as pipeline_module
+from omniavatar.engine import pipeline as pipeline_module
 from omniavatar.errors import ConfigError, ResourceError, ResumeError
 from omniavatar.media import encoders, video
 from omniavatar.media.encoders import choose_encoder, encoder_options, try_nvenc

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from engine import make_pipeline, request
-from omniavatar import generation, output
 from omniavatar.device import arrival, download, upload
+from omniavatar.engine import window_loop as generation
+from omniavatar.engine import writer as output
+from omniavatar.engine.recorder import RunRecorder
+from omniavatar.engine.window_loop import WindowGenerator, WindowResult
 from omniavatar.errors import OutputError
-from omniavatar.generation import WindowGenerator, WindowResult
-from omniavatar.profiling.recorder import RunRecorder
 from queue_clock import QueueClock
 
 CPU = torch.device("cpu")

@@ -19,13 +19,13 @@ from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.accel.residual_cache import ResidualCache
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
-from omniavatar.generation import WindowGenerator, WindowSampling
+from omniavatar.engine.recorder import NullRecorder
+from omniavatar.engine.window_loop import WindowGenerator, WindowSampling
 from omniavatar.model.dit import DiTConfig, WanDiT
 from omniavatar.parallel.guidance import branch_owners
 from omniavatar.parallel.rank_layout import Layout, deal, starts
 from omniavatar.parallel.team import ONE, Ranks
 from omniavatar.parallel.weights import apply_shared_weights
-from omniavatar.profiling.recorder import NullRecorder
 from omniavatar.sampling.guidance import guidance_branches
 from omniavatar.sampling.passes import plan_passes
 from omniavatar.sampling.schedule import make_schedule

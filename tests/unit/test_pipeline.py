@@ -14,9 +14,9 @@ import torch
 from engine import SIDE, make_pipeline, portrait, request, voice
 from media_files import read_audio
 from omniavatar import SamplingParams, Waveform
+from omniavatar.engine.recorder import RunRecorder
 from omniavatar.errors import CheckpointError, ConfigError, InputError, OutputError
 from omniavatar.media.inspect import probe_video, read_frames
-from omniavatar.profiling.recorder import RunRecorder
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,13 @@ from omniavatar.accel.vae import FastVAE
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.device import choose_device
+from omniavatar.engine.recorder import RunRecorder
 from omniavatar.errors import ConfigError, ResourceError, ResumeError
 from omniavatar.plan import placement
 from omniavatar.plan.limit import device_limit, enforce_limit
 from omniavatar.plan.placement import place
 from omniavatar.plan.run import make_plan
 from omniavatar.plan.sizes import GB, Request
-from omniavatar.profiling.recorder import RunRecorder
 
 CPU = torch.device("cpu")
 SECONDS = 0.9
@@ -87,7 +87,7 @@ def test_streamed_video_is_the_same_to_the_byte(nano_checkpoint, cache, whole, t
 
 def test_weights_of_streamed_blocks_go_to_host_memory_as_they_are_read(nano_checkpoint, cache, monkeypatch):
     """Asked of the function that the loader places weights by: on a CPU all places are alike."""
-    from omniavatar import components
+    from omniavatar.engine import models as components
 
     asked: list[str] = []
     loads = components.load_dit
@@ -191,7 +191,7 @@ def test_later_requests_keep_streamed_blocks_and_may_stream_more(nano_checkpoint
     assert streamed(pipe) == 0
     limit = [TIGHT * GB]
     monkey = pytest.MonkeyPatch()
-    monkey.setattr("omniavatar.components.device_limit", lambda memory, device: int(limit[0]))
+    monkey.setattr("omniavatar.engine.models.device_limit", lambda memory, device: int(limit[0]))
     try:
         pipe.generate(request(SECONDS), tmp_path / "b.mp4")
         tight = streamed(pipe)
@@ -296,7 +296,7 @@ def test_a_number_is_enforced_on_cuda_and_auto_leaves_the_allocator_alone(monkey
 def test_resumed_run_keeps_the_precision_it_began_with(nano_checkpoint, cache, tmp_path, monkeypatch):
     """Begun when memory was short (float8), resumed when it is not: the same precision, the same video."""
     monkeypatch.setattr(placement, "best_quantize", lambda device: "fp8")
-    monkeypatch.setattr("omniavatar.components.device_limit", lambda memory, device: int(TIGHT * GB))
+    monkeypatch.setattr("omniavatar.engine.models.device_limit", lambda memory, device: int(TIGHT * GB))
     expected = tmp_path / "whole.mp4"
     make_pipeline(nano_checkpoint, cache, quantize="auto").generate(request(SECONDS), expected)
     assert sidecar(expected)["quantize"] == "fp8"
@@ -309,7 +309,7 @@ def test_resumed_run_keeps_the_precision_it_began_with(nano_checkpoint, cache, t
     pipe = make_pipeline(nano_checkpoint, cache, RunRecorder([stop]), quantize="auto")
     with pytest.raises(KeyboardInterrupt):
         pipe.generate(request(SECONDS), output)
-    monkeypatch.setattr("omniavatar.components.device_limit", lambda memory, device: None)
+    monkeypatch.setattr("omniavatar.engine.models.device_limit", lambda memory, device: None)
     exact = make_pipeline(nano_checkpoint, cache, quantize="none")
     with pytest.raises(ResumeError, match=r'runtime.quantize: "fp8" -> "none"'):
         exact.generate(request(SECONDS), output)
@@ -342,7 +342,7 @@ def test_the_last_step_changes_the_vaes_passes_and_the_record_says_so(nano_check
 
 
 def test_auto_precision_cannot_be_converted(tmp_path):
-    from omniavatar.conversion import convert_checkpoint
+    from omniavatar.engine.convert import convert_checkpoint
 
     config = load_config(None, {"weights": "random", "scale": "nano", "quantize": "auto"}).config
     with pytest.raises(ConfigError, match="quantize: auto depends on the machine"):

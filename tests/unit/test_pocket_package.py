@@ -23,9 +23,9 @@ from omniavatar.cli import main
 from omniavatar.config.load import load_config
 from omniavatar.config.values import POCKET_WEIGHTS
 from omniavatar.encoders.input_limits import InputLimits, outlines, thumbnail
+from omniavatar.engine.recorder import RunRecorder
 from omniavatar.errors import CheckpointError, ConfigError
 from omniavatar.media.inspect import read_frames
-from omniavatar.profiling.recorder import RunRecorder
 
 ROOT = Path(__file__).resolve().parents[2]
 PORTRAIT_SEED = 50_013

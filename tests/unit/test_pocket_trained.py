@@ -21,9 +21,9 @@ from training.scale import OVERLAP, SIZE, WINDOW
 
 from omniavatar import AvatarPipeline, AvatarRequest, SamplingParams, Waveform, pocket
 from omniavatar.config.load import load_config
+from omniavatar.engine.recorder import RunRecorder
 from omniavatar.media.audio import decode_mono
 from omniavatar.media.inspect import read_frames
-from omniavatar.profiling.recorder import RunRecorder
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,11 +17,11 @@ from omniavatar.cli_common import user_errors
 from omniavatar.cli_ranks import parse_gpus, spread, start_ranks
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import PipelineConfig
+from omniavatar.engine.pipeline import AvatarPipeline
 from omniavatar.errors import ConfigError, ResourceError
 from omniavatar.media.inspect import probe_video
 from omniavatar.parallel.launch import launch
 from omniavatar.parallel.process import Process, lost_another
-from omniavatar.pipeline import AvatarPipeline
 from rank_commands import FAULTS, check_fault, generate_command
 
 LONG = "import time; time.sleep(60)"

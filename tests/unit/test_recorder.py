@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from omniavatar.console import Bars, JsonLines, Quiet, make_display
-from omniavatar.profiling.recorder import NullRecorder, RunRecorder, stage_seconds
+from omniavatar.engine.recorder import NullRecorder, RunRecorder, stage_seconds
 
 RUN = [
     ("request_started", dict(index=0, name="[a].mp4", frames=33, windows=2, steps=2, resumed_windows=0)),

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from omniavatar.config.schema import PipelineConfig, SamplingConfig
+from omniavatar.engine.requests_file import BadLine, RequestLine, read_requests
 from omniavatar.errors import InputError
-from omniavatar.requests_file import BadLine, RequestLine, read_requests
 from omniavatar.types import SamplingParams
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

@@ -97,7 +97,7 @@ def test_only_missing_windows_are_computed(pipeline, whole, tmp_path):
 
 def make_pipeline_like(pipeline, listener):
     from omniavatar import AvatarPipeline
-    from omniavatar.profiling.recorder import RunRecorder
+    from omniavatar.engine.recorder import RunRecorder
 
     return AvatarPipeline.from_config(pipeline.config, recorder=RunRecorder([listener]))
 

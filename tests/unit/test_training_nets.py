@@ -22,7 +22,7 @@ from training.studio import Film
 from omniavatar.checkpoint.layout_files import TOKENIZER
 from omniavatar.encoders.audio import AudioEncoder
 from omniavatar.encoders.text import TextEncoder
-from omniavatar.generation import audio_slice
+from omniavatar.engine.window_loop import audio_slice
 from omniavatar.model.vae import normalise
 from omniavatar.types import Window
 from ranks import RankPool

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from omniavatar.encoders.image import prepare_image
-from omniavatar.generation import to_uint8
+from omniavatar.engine.pipeline import AvatarPipeline
+from omniavatar.engine.window_loop import to_uint8
 from omniavatar.media.audio import measure_audio
 from omniavatar.media.image import load_image
 from omniavatar.media.inspect import read_frames
-from omniavatar.pipeline import AvatarPipeline
 from omniavatar.profiling.quality import compare
 from omniavatar.types import AudioInput, AvatarRequest, SamplingParams
 

@@ -37,10 +37,10 @@ from omniavatar.config.change import changed
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.device import choose_device
+from omniavatar.engine.loading import DTYPES
+from omniavatar.engine.sidecar import peak_memory
 from omniavatar.errors import ConfigError, OmniAvatarError
 from omniavatar.machine import free_memory
-from omniavatar.model_files import DTYPES
-from omniavatar.output import peak_memory
 from omniavatar.plan.estimate import estimate_memory
 from omniavatar.plan.limit import device_limit
 from omniavatar.plan.placement import QUANTIZE_FIELD, place

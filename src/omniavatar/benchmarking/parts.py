@@ -18,16 +18,16 @@ from torch.nn.functional import pad
 
 from omniavatar.accel.short_text import prepare_text
 from omniavatar.benchmarking.full import PROMPT, packaged_portrait
-from omniavatar.components import Components
 from omniavatar.config.change import changed
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.encoders.image import prepare_image
 from omniavatar.encoders.tokens import TEXT_TOKENS
-from omniavatar.generation import to_uint8
+from omniavatar.engine.models import Components
+from omniavatar.engine.pipeline import AvatarPipeline
+from omniavatar.engine.window_loop import to_uint8
+from omniavatar.engine.writer import ENCODER_THREADS
 from omniavatar.media.encoders import choose_encoder
 from omniavatar.media.video import encode_segment
-from omniavatar.output import ENCODER_THREADS
-from omniavatar.pipeline import AvatarPipeline
 from omniavatar.plan.preview import assumed_scale, missing_files
 from omniavatar.plan.run import RunPlan, make_plan
 from omniavatar.plan.sizes import Request

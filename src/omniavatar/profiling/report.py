@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from omniavatar.engine.recorder import StageTime
 from omniavatar.profiling.ceilings import Ceilings
 from omniavatar.profiling.flops import (
     Grid,
@@ -22,7 +23,6 @@ from omniavatar.profiling.flops import (
     forward_work,
     skipped_forward_work,
 )
-from omniavatar.profiling.recorder import StageTime
 from omniavatar.profiling.trace import DENOISE, STEP, Span
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from omniavatar.profiling.recorder import Listener, MarkedStage, RunRecorder
+from omniavatar.engine.recorder import Listener, MarkedStage, RunRecorder
 
 STEP = "step"
 DENOISE = "denoise"

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from omniavatar.profiling.clocks import Clock, HostClock
+from omniavatar.engine.clocks import Clock, HostClock
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 

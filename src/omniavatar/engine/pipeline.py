@@ -3,7 +3,7 @@
 `AvatarPipeline` serves many requests with models loaded once. `stream` hands out frames as windows finish;
 `generate` writes a video that grows on disk, survives a crash and gets its final name when it is whole.
 A request's result depends on its inputs, its seed and the configuration alone, not on what ran before.
-Of several processes that make one video the first runs this, the others `omniavatar.following`.
+Of several processes that make one video the first runs this, the others `omniavatar.engine.following`.
 """
 
 from __future__ import annotations
@@ -22,37 +22,32 @@ import torch
 from torch import Tensor
 
 from omniavatar.accel.residual_cache import PassRunner, ResidualCache
-from omniavatar.accel.room import MakeRoom, no_room, with_room
-from omniavatar.components import Components
-from omniavatar.conditioning import Sound, make_conditioning
 from omniavatar.config.change import effective_sampling
 from omniavatar.config.identity import flat_values
 from omniavatar.config.load import Overrides, load_config
 from omniavatar.config.schema import PipelineConfig, SamplingConfig
 from omniavatar.device import device_name
 from omniavatar.encoders.image import choose_bucket, prepare_image
+from omniavatar.engine.clocks import DeviceClock
+from omniavatar.engine.conditioning import Sound, make_conditioning
+from omniavatar.engine.identity import request_fingerprint
+from omniavatar.engine.job import Job, checked_output, fingerprint, load_given
+from omniavatar.engine.models import Components
+from omniavatar.engine.orders import PlaceOrder, WindowsOrder
+from omniavatar.engine.recorder import RunRecorder, stage_seconds
+from omniavatar.engine.retry import MakeRoom, no_room, with_room
+from omniavatar.engine.sidecar import peak_memory, write_sidecar
+from omniavatar.engine.window_loop import WindowGenerator, WindowResult, WindowSampling
+from omniavatar.engine.writer import VideoWriter
 from omniavatar.errors import InputError
-from omniavatar.generation import WindowGenerator, WindowResult, WindowSampling
-from omniavatar.job import Job, fingerprint
 from omniavatar.media.audio import decode_mono
 from omniavatar.media.encoders import Encoder, choose_encoder
 from omniavatar.media.image import load_image
 from omniavatar.model.dit import RunBlocks
-from omniavatar.orders import PlaceOrder, WindowsOrder
-from omniavatar.output import (
-    VideoWriter,
-    checked_output,
-    load_given,
-    peak_memory,
-    request_fingerprint,
-    write_sidecar,
-)
 from omniavatar.parallel.team import ONE, Team, check_size
 from omniavatar.plan.placement import PASS_FIELD, QUANTIZE_FIELD, Placement
 from omniavatar.plan.run import RunPlan, make_plan, sampling_schedule
 from omniavatar.plan.sizes import Request
-from omniavatar.profiling.clocks import DeviceClock
-from omniavatar.profiling.recorder import RunRecorder, stage_seconds
 from omniavatar.sampling.cache_constants import CacheConstants
 from omniavatar.sampling.guidance import guidance_branches
 from omniavatar.types import AvatarRequest, Conditioning, RunResult, StepPlan, VideoChunk, Window

@@ -16,8 +16,8 @@ from omniavatar.checkpoint.dit import open_dit, random_weights
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.device import choose_device
+from omniavatar.engine.loading import DTYPES, dit_files
 from omniavatar.errors import ConfigError
-from omniavatar.model_files import DTYPES, dit_files
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,15 @@
 """What every process but the first does when several make one video: wait, load the models, go along.
 
 It denoises, and decodes and encodes where the VAE is shared. Inputs, decisions and writing are the leader's
-(`omniavatar.pipeline`).
+(`omniavatar.engine.pipeline`).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from omniavatar.orders import EndOrder, PlaceOrder, WindowsOrder
-from omniavatar.pipeline import AvatarPipeline
+from omniavatar.engine.orders import EndOrder, PlaceOrder, WindowsOrder
+from omniavatar.engine.pipeline import AvatarPipeline
 from omniavatar.types import Conditioning
 
 

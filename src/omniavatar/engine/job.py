@@ -10,14 +10,25 @@ name the change. The folder is removed once the video has its final name.
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from omniavatar.errors import OutputError, ResumeError
+from omniavatar.media.atomic import atomic_write_json, check_writable
+from omniavatar.media.slug import slugify
+
+if TYPE_CHECKING:
+    from omniavatar.config.schema import OutputConfig, SamplingConfig
+
 import json
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-from omniavatar.errors import ResumeError
-from omniavatar.media.atomic import atomic_write_bytes, atomic_write_json, translate_os_error
+from omniavatar.media.atomic import atomic_write_bytes, translate_os_error
 
 FORMAT = 1
 
@@ -153,3 +164,37 @@ class Job:
     def _write_state(self) -> None:
         state = {"format": FORMAT, "done": self.done, "fingerprint": self.fingerprint}
         atomic_write_json(self._state, state)
+
+
+def output_path(output: OutputConfig, sampling: SamplingConfig, index: int, prompt: str) -> Path:
+    """Where the video of request `index` of a run goes when no output name is given.
+
+    slug: `<output_dir>/<index>_<slug>.mp4`. reference: the original's way, the sampling settings in a folder
+    name and a numbered file in it.
+    """
+    if output.naming == "slug":
+        return output.output_dir / f"{index:03d}_{slugify(prompt)}.mp4"
+    settings = f"seed{sampling.seed}_step{sampling.steps}_cfg{sampling.guidance_scale:g}"
+    if sampling.audio_scale is not None:
+        settings += f"_audio{sampling.audio_scale:g}"
+    return output.output_dir / settings / f"result_{index:03d}.mp4"
+
+
+def checked_output(output: Path) -> Path:
+    """`output` if a video can be written there. Raises OutputError."""
+    if output.suffix.lower() != ".mp4":
+        raise OutputError(f"{output}: the video is written as .mp4; give the output that ending")
+    check_writable(output.parent)
+    if output.is_dir():
+        raise OutputError(f"{output}: is a folder; choose another output name")
+    return output
+
+
+def load_given(path: Path) -> Tensor:
+    """Given latents left by the window before. Raises ResumeError when they are gone."""
+    if not path.is_file():
+        raise ResumeError(f"{path} is missing; use --no-resume to start over")
+    try:
+        return safetensors.torch.load_file(path)["given"]
+    except SafetensorError as error:
+        raise ResumeError(f"{path} is damaged ({error}); use --no-resume to start over") from None

@@ -19,7 +19,7 @@ from omniavatar.types import Conditioning
 if TYPE_CHECKING:
     import numpy as np
 
-    from omniavatar.components import Components
+    from omniavatar.engine.models import Components
     from omniavatar.types import Recorder
 
 

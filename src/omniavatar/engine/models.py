@@ -24,7 +24,6 @@ from omniavatar.accel.graphs import CudaCapture, GraphedBlocks
 from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.accel.offload import OffloadConfig, Offloader, streamed_blocks
 from omniavatar.accel.pinned import check_host_room
-from omniavatar.accel.room import with_room
 from omniavatar.accel.vae import FastVAE, choose_vae, coding_dtype, create_vae
 from omniavatar.checkpoint.dit import (
     WeightForm,
@@ -37,8 +36,9 @@ from omniavatar.device import choose_device
 from omniavatar.encoders.audio import AudioEncoder, open_features
 from omniavatar.encoders.text import TextEncoder, random_text_encoder, sizes_of
 from omniavatar.encoders.text_cache import TextCache, encode_cached, encoder_identity
+from omniavatar.engine.loading import DTYPES, VAELoader, dit_files
+from omniavatar.engine.retry import with_room
 from omniavatar.errors import CheckpointError, ResourceError
-from omniavatar.model_files import DTYPES, dit_files
 from omniavatar.parallel.rank_layout import Layout
 from omniavatar.parallel.team import ONE, Team
 from omniavatar.parallel.vae import apply_shared_vae
@@ -49,7 +49,6 @@ from omniavatar.plan.memory import fewer_resident
 from omniavatar.plan.placement import QUANTIZE_FIELD, Placement, place
 from omniavatar.plan.run import make_step_plan, model_scale, sampling_schedule
 from omniavatar.plan.sizes import Request, vae_ranks
-from omniavatar.vae_loading import VAELoader
 
 if TYPE_CHECKING:
     from pathlib import Path

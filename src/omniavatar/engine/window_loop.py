@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from omniavatar.accel.residual_cache import PassRunner, ResidualCache
-from omniavatar.accel.room import MakeRoom, no_room, with_room
 from omniavatar.accel.short_text import prepare_text
 from omniavatar.device import arrival, download, upload
+from omniavatar.engine.retry import MakeRoom, no_room, with_room
 from omniavatar.model.dit import AudioState, RunBlocks, WanDiT
 from omniavatar.model.vae import VideoVAE
 from omniavatar.parallel.team import ONE, Team
