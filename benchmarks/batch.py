@@ -29,12 +29,12 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from omniavatar.parallel.batch.cores import bind
-from omniavatar.parallel.batch.destination import FolderDestination
-from omniavatar.parallel.batch.items import Engine, EngineFactory, Item, Made, Place
-from omniavatar.parallel.batch.ray_crew import RayCrew, Seats
-from omniavatar.parallel.batch.run import BatchResult, run_batch
-from omniavatar.parallel.batch.scheduler import Rules
+from omniavatar.serve.batch.cores import bind
+from omniavatar.serve.batch.destination import FolderDestination
+from omniavatar.serve.batch.items import Engine, EngineFactory, Item, Made, Place
+from omniavatar.serve.batch.ray_crew import RayCrew, Seats
+from omniavatar.serve.batch.run import BatchResult, run_batch
+from omniavatar.serve.batch.scheduler import Rules
 from omniavatar.types import AvatarRequest
 
 
@@ -130,9 +130,9 @@ def overhead(count: int, workers: int, seconds: float) -> dict[str, Any]:
 
 
 def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
-    from omniavatar.batch_run import AvatarEngines, make_items
     from omniavatar.config.load import load_config
     from omniavatar.engine.requests_file import RequestLine
+    from omniavatar.serve.batch.pipelines import AvatarEngines, make_items
 
     gpus = tuple(arguments.gpus.split(",")) if arguments.gpus else ()
     cores = sorted(os.sched_getaffinity(0))

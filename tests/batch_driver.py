@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from batch_stub import StubEngines, make_items
-from omniavatar.parallel.batch.destination import make_destination
-from omniavatar.parallel.batch.ray_crew import RayCrew, Seats
-from omniavatar.parallel.batch.run import BatchResult, run_batch
-from omniavatar.parallel.batch.scheduler import Rules
+from omniavatar.serve.batch.destination import make_destination
+from omniavatar.serve.batch.ray_crew import RayCrew, Seats
+from omniavatar.serve.batch.run import BatchResult, run_batch
+from omniavatar.serve.batch.scheduler import Rules
 
 
 def drive(

@@ -22,7 +22,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from omniavatar.errors import CheckpointError, InputError, OutputError, ResourceError
-from omniavatar.parallel.batch.items import Engine, Item, Made, Member, PeerLost, Place
+from omniavatar.serve.batch.items import Engine, Item, Made, Member, PeerLost, Place
 from omniavatar.types import AvatarRequest
 
 BYTES = 64

@@ -27,8 +27,8 @@ from omniavatar.cli_common import (
 from omniavatar.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
-    from omniavatar.parallel.batch.ray_crew import Seats
-    from omniavatar.parallel.batch.run import BatchResult
+    from omniavatar.serve.batch.ray_crew import Seats
+    from omniavatar.serve.batch.run import BatchResult
 
 
 def batch(
@@ -130,15 +130,15 @@ def batch(
     with reporting(log_format, quiet, make_batch_display) as (recorder, report), user_errors(report):
         require_one_process()
         choice = choose_seats(wish)
-        from omniavatar.batch_run import AvatarEngines, make_items, output_folder
         from omniavatar.config.load import load_config
         from omniavatar.engine.requests_file import read_requests
         from omniavatar.media.slug import slugify
-        from omniavatar.parallel.batch.destination import make_destination
-        from omniavatar.parallel.batch.ray_crew import RayCrew
-        from omniavatar.parallel.batch.run import run_batch
-        from omniavatar.parallel.batch.scheduler import Rules
         from omniavatar.plan.sharing import shared_among
+        from omniavatar.serve.batch.destination import make_destination
+        from omniavatar.serve.batch.pipelines import AvatarEngines, make_items, output_folder
+        from omniavatar.serve.batch.ray_crew import RayCrew
+        from omniavatar.serve.batch.run import run_batch
+        from omniavatar.serve.batch.scheduler import Rules
 
         loaded = load_config(config, hp or ())
         shared_among(loaded.config, gpus_per_job, f"--gpus-per-job {gpus_per_job}")
@@ -221,7 +221,7 @@ class Choice:
 
 def choose_seats(wish: Wish) -> Choice:
     """Workers and what each runs on. Raises ConfigError, ResourceError."""
-    from omniavatar.parallel.batch.ray_crew import Seats
+    from omniavatar.serve.batch.ray_crew import Seats
 
     devices = wish.gpus_per_job
     if devices > 1 and wish.per_gpu_jobs > 1:
@@ -247,7 +247,7 @@ def choose_seats(wish: Wish) -> Choice:
 
 def with_threads(choice: Choice, threads: int, pin: bool) -> Choice:
     """The choice where each process of a worker on the CPU has `threads`, and with `pin` cores of its own."""
-    from omniavatar.parallel.batch.cores import cores_here
+    from omniavatar.serve.batch.cores import cores_here
 
     seats, notes = choice.seats, choice.notes
     if seats.gpus_per_worker > 0:
@@ -261,7 +261,7 @@ def with_threads(choice: Choice, threads: int, pin: bool) -> Choice:
 
 
 def _local_gpus(wish: Wish, share: float) -> Choice:
-    from omniavatar.parallel.batch.ray_crew import Seats
+    from omniavatar.serve.batch.ray_crew import Seats
 
     visible = _visible_gpus()
     if not visible:

@@ -25,15 +25,15 @@ from batch_driver import drive
 from batch_stub import StubEngines, make_items, noted, video_bytes
 from engine import make_pipeline, overrides, portrait, voice
 from media_files import write_audio
-from omniavatar import batch_run
 from omniavatar.cli import app
 from omniavatar.config.load import load_config
 from omniavatar.engine.orders import EndOrder, WindowsOrder
 from omniavatar.errors import OutputError
-from omniavatar.parallel.batch.destination import FolderDestination
-from omniavatar.parallel.batch.group import GroupWorker
-from omniavatar.parallel.batch.items import Item, Outcome, Place, Task, Verdict, WorkerInfo
-from omniavatar.parallel.batch.ray_crew import workers_fitting
+from omniavatar.serve.batch import pipelines as batch_run
+from omniavatar.serve.batch.destination import FolderDestination
+from omniavatar.serve.batch.group import GroupWorker
+from omniavatar.serve.batch.items import Item, Outcome, Place, Task, Verdict, WorkerInfo
+from omniavatar.serve.batch.ray_crew import workers_fitting
 from omniavatar.types import AvatarRequest, SamplingParams
 
 TWO = Place(("cpu", "cpu"))
@@ -51,7 +51,7 @@ def ranks_of(process: psutil.Process) -> list[psutil.Process]:
     found = []
     for child in process.children(recursive=True):
         try:
-            if "omniavatar.parallel.batch.rank" in child.cmdline():
+            if "omniavatar.serve.batch.rank" in child.cmdline():
                 found.append(child)
         except psutil.Error:
             continue
@@ -166,7 +166,7 @@ def test_what_ends_a_group(
     verdict: Verdict,
     text: str,
 ) -> None:
-    monkeypatch.setattr("omniavatar.parallel.batch.group.GRACE_S", 0.5)
+    monkeypatch.setattr("omniavatar.serve.batch.group.GRACE_S", 0.5)
     worker = group(windows=5 if prompt != "one" else 100, seconds=0.05)
     if trouble:
         (notes / "follower").write_text(trouble)

@@ -19,11 +19,11 @@ from batch_stub import StubEngines, make_items, noted, video_bytes
 from omniavatar import cli_batch
 from omniavatar.cli_batch import Wish, choose_seats, with_threads
 from omniavatar.errors import ConfigError, OutputError, ResourceError
-from omniavatar.parallel.batch.destination import FolderDestination, RemoteDestination, make_destination
-from omniavatar.parallel.batch.items import Outcome, Place, Task, Verdict, WorkerInfo
-from omniavatar.parallel.batch.lease import holder_of, try_lease
-from omniavatar.parallel.batch.ray_crew import Seats
-from omniavatar.parallel.batch.worker import Worker
+from omniavatar.serve.batch.destination import FolderDestination, RemoteDestination, make_destination
+from omniavatar.serve.batch.items import Outcome, Place, Task, Verdict, WorkerInfo
+from omniavatar.serve.batch.lease import holder_of, try_lease
+from omniavatar.serve.batch.ray_crew import Seats
+from omniavatar.serve.batch.worker import Worker
 
 HOLD = """
 import sys, time
@@ -60,7 +60,7 @@ def test_lease_is_for_one_and_comes_back_when_its_holder_is_killed(tmp_path: Pat
 
 def test_lease_on_a_name_that_was_taken_over_does_not_count(tmp_path: Path, monkeypatch) -> None:
     """Between opening and locking, the holder gives back and another takes the name with a new file."""
-    import omniavatar.parallel.batch.lease as module
+    import omniavatar.serve.batch.lease as module
 
     path = tmp_path / "a.lock"
     real, steps = module.fcntl.flock, []
@@ -278,7 +278,7 @@ def test_options_that_do_not_fit(four_gpus: None, wish: Wish, error: type[Except
 
 
 def test_threads_of_workers_on_the_cpu(four_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omniavatar.parallel.batch.cores.cores_here", lambda: 4)
+    monkeypatch.setattr("omniavatar.serve.batch.cores.cores_here", lambda: 4)
     two = choose_seats(Wish("cpu", workers=2))
     assert with_threads(two, 2, True) == replace(two, seats=Seats((), 0, 2), pin=True)
     assert not with_threads(two, 2, False).pin

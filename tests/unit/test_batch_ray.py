@@ -291,7 +291,7 @@ def test_joining_a_cluster_by_ray_client(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("failures", [1, 9])
 def test_joining_is_tried_again_where_the_head_could_not_start_a_server(failures: int, message: str) -> None:
-    from omniavatar.parallel.batch.ray_crew import RayCrew
+    from omniavatar.serve.batch.ray_crew import RayCrew
 
     tried: list[str] = []
 

@@ -14,12 +14,12 @@ import pytest
 
 from batch_stub import make_items
 from omniavatar.errors import CheckpointError, OutputError, ResourceError
-from omniavatar.parallel.batch.crew import Answered, Lost, News, Started
-from omniavatar.parallel.batch.items import Item, Made, Outcome, Progress, Task, Verdict, WorkerInfo
-from omniavatar.parallel.batch.ledger import Ledger
-from omniavatar.parallel.batch.report import summary
-from omniavatar.parallel.batch.run_folder import ItemState, RunFolder
-from omniavatar.parallel.batch.scheduler import Rules, Scheduler
+from omniavatar.serve.batch.crew import Answered, Lost, News, Started
+from omniavatar.serve.batch.items import Item, Made, Outcome, Progress, Task, Verdict, WorkerInfo
+from omniavatar.serve.batch.ledger import Ledger
+from omniavatar.serve.batch.report import summary
+from omniavatar.serve.batch.run_folder import ItemState, RunFolder
+from omniavatar.serve.batch.scheduler import Rules, Scheduler
 
 INFO = WorkerInfo("host", 1, "imagined", "")
 DONE = Outcome(Verdict.done, 0.0, 1.0, Made(4, 4, 0, 2.0), 10)

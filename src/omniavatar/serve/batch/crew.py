@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from omniavatar.parallel.batch.items import Outcome, Progress, Task, WorkerInfo
+from omniavatar.serve.batch.items import Outcome, Progress, Task, WorkerInfo
 
 
 @dataclass(frozen=True)

@@ -26,19 +26,11 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from omniavatar.errors import ConfigError, ResourceError
-from omniavatar.parallel.batch.crew import Answered, Lost, News, Started
-from omniavatar.parallel.batch.destination import Destination
-from omniavatar.parallel.batch.group import GroupWorker
-from omniavatar.parallel.batch.items import (
-    EngineFactory,
-    GroupFactory,
-    Outcome,
-    Place,
-    Progress,
-    Task,
-    Verdict,
-)
-from omniavatar.parallel.batch.worker import Worker
+from omniavatar.serve.batch.crew import Answered, Lost, News, Started
+from omniavatar.serve.batch.destination import Destination
+from omniavatar.serve.batch.group import GroupWorker
+from omniavatar.serve.batch.items import EngineFactory, GroupFactory, Outcome, Place, Progress, Task, Verdict
+from omniavatar.serve.batch.worker import Worker
 
 Kind = type[Started] | type[Answered]
 

@@ -25,12 +25,12 @@ from omniavatar.engine.pipeline import AvatarPipeline
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.engine.requests_file import BadLine, RequestLine
 from omniavatar.errors import InputError, OmniAvatarError, ResourceError
-from omniavatar.parallel.batch.cores import take_cores
-from omniavatar.parallel.batch.items import Engine, Item, Made, Member, PeerLost, Place
 from omniavatar.parallel.process import Process, connect, lost_another
 from omniavatar.parallel.team import ONE, Ranks
 from omniavatar.plan.calibration import default_path
 from omniavatar.plan.sharing import shared_among
+from omniavatar.serve.batch.cores import take_cores
+from omniavatar.serve.batch.items import Engine, Item, Made, Member, PeerLost, Place
 from omniavatar.types import AvatarRequest
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from omniavatar.errors import ConfigError, OmniAvatarError
-from omniavatar.parallel.batch.destination import Destination
-from omniavatar.parallel.batch.items import (
+from omniavatar.serve.batch.destination import Destination
+from omniavatar.serve.batch.items import (
     Engine,
     EngineFactory,
     Outcome,
@@ -23,7 +23,7 @@ from omniavatar.parallel.batch.items import (
     WorkerInfo,
     verdict_of,
 )
-from omniavatar.parallel.batch.lease import holder_of, try_lease
+from omniavatar.serve.batch.lease import holder_of, try_lease
 
 
 class Worker:

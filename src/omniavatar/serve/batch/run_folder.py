@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from omniavatar.errors import OutputError
 from omniavatar.media.atomic import atomic_write_json, check_writable, translate_os_error
-from omniavatar.parallel.batch.items import Item
-from omniavatar.parallel.batch.lease import Lease, holder_of, try_lease
+from omniavatar.serve.batch.items import Item
+from omniavatar.serve.batch.lease import Lease, holder_of, try_lease
 
 FORMAT = 1
 StateName = Literal["queued", "running", "done", "failed"]

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from omniavatar.parallel.batch.lease import Lease, try_lease
+from omniavatar.serve.batch.lease import Lease, try_lease
 
 
 def cores_here() -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from omniavatar.errors import OmniAvatarError
-from omniavatar.parallel.batch.items import Task, WorkerInfo
-from omniavatar.parallel.batch.run_folder import ItemState
+from omniavatar.serve.batch.items import Task, WorkerInfo
+from omniavatar.serve.batch.run_folder import ItemState
 
 
 @dataclass

@@ -21,12 +21,12 @@ from itertools import chain
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 
-from omniavatar.parallel.batch.destination import Destination
-from omniavatar.parallel.batch.items import Member, Outcome, Place, Progress, Task, Verdict, WorkerInfo
-from omniavatar.parallel.batch.worker import enter, problem
 from omniavatar.parallel.launch import signal_name
+from omniavatar.serve.batch.destination import Destination
+from omniavatar.serve.batch.items import Member, Outcome, Place, Progress, Task, Verdict, WorkerInfo
+from omniavatar.serve.batch.worker import enter, problem
 
-RANK = "omniavatar.parallel.batch.rank"
+RANK = "omniavatar.serve.batch.rank"
 GRACE_S = 5.0
 """For the cause to be heard, once a process says that it has lost another."""
 EXIT_S = 2.0

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omniavatar.parallel.batch.crew import Crew
-from omniavatar.parallel.batch.destination import Destination
-from omniavatar.parallel.batch.items import Item
-from omniavatar.parallel.batch.ledger import Ledger
-from omniavatar.parallel.batch.report import summary
-from omniavatar.parallel.batch.run_folder import RunFolder
-from omniavatar.parallel.batch.scheduler import Event, Rules, Scheduler
+from omniavatar.serve.batch.crew import Crew
+from omniavatar.serve.batch.destination import Destination
+from omniavatar.serve.batch.items import Item
+from omniavatar.serve.batch.ledger import Ledger
+from omniavatar.serve.batch.report import summary
+from omniavatar.serve.batch.run_folder import RunFolder
+from omniavatar.serve.batch.scheduler import Event, Rules, Scheduler
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import time
 from functools import partial
 from multiprocessing.connection import Connection
 
-from omniavatar.parallel.batch.destination import Destination
-from omniavatar.parallel.batch.items import Engine, GroupFactory, Member, Outcome, Place
-from omniavatar.parallel.batch.worker import Worker, problem
+from omniavatar.serve.batch.destination import Destination
+from omniavatar.serve.batch.items import Engine, GroupFactory, Member, Outcome, Place
+from omniavatar.serve.batch.worker import Worker, problem
 
 
 def main(socket: int, pipe: int) -> None:

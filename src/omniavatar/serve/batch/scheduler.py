@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from omniavatar.errors import OmniAvatarError, OutputError, ResourceError
-from omniavatar.parallel.batch.crew import Answered, Crew, Lost, News, Started
-from omniavatar.parallel.batch.items import Item, Outcome, Task, Verdict, WorkerInfo, as_error
-from omniavatar.parallel.batch.ledger import Ledger, Slot
-from omniavatar.parallel.batch.run_folder import ItemState, RunFolder, first_state
+from omniavatar.serve.batch.crew import Answered, Crew, Lost, News, Started
+from omniavatar.serve.batch.items import Item, Outcome, Task, Verdict, WorkerInfo, as_error
+from omniavatar.serve.batch.ledger import Ledger, Slot
+from omniavatar.serve.batch.run_folder import ItemState, RunFolder, first_state
 
 Event = Callable[..., None]
 FALSE_STARTS = 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from omniavatar.parallel.batch.ledger import Ledger, Slot
+from omniavatar.serve.batch.ledger import Ledger, Slot
 
 
 def summary(ledger: Ledger) -> dict[str, Any]:

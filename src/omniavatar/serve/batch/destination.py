@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from omniavatar.errors import ConfigError, OutputError, ResourceError
 from omniavatar.media.atomic import atomic_write_json, check_writable
-from omniavatar.parallel.batch.lease import try_lease
+from omniavatar.serve.batch.lease import try_lease
 
 
 class Destination(Protocol):
