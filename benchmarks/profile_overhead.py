@@ -28,8 +28,8 @@ import torch
 from omniavatar import AvatarPipeline, AvatarRequest
 from omniavatar.config.load import load_config
 from omniavatar.engine.recorder import RunRecorder
-from omniavatar.profiling.ceilings import device_name
-from omniavatar.profiling.trace import TraceRecorder
+from omniavatar.measure.ceilings import device_name
+from omniavatar.measure.trace import TraceRecorder
 
 
 class MeteredRecorder(TraceRecorder):

@@ -31,8 +31,8 @@ from training.scale import SIZE
 from training.studio import Studio
 
 from omniavatar import AvatarPipeline, AvatarRequest
-from omniavatar.calibrate_run import calibrate
 from omniavatar.config.load import load_config
+from omniavatar.measure.calibrate import calibrate
 
 VAE_PEOPLE, VAE_FRAMES, VAE_SEED = 16, 9, 40_000
 

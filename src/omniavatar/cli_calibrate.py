@@ -19,7 +19,7 @@ from omniavatar.cli_common import (
 )
 
 if TYPE_CHECKING:
-    from omniavatar.calibrate_run import CalibrationRun
+    from omniavatar.measure.calibrate import CalibrationRun
 
 
 def calibrate(
@@ -50,9 +50,9 @@ def calibrate(
         raise typer.BadParameter("--audio belongs to --prompt and --image")
     with user_errors():
         require_one_process()
-        from omniavatar.calibrate_run import calibrate as run
         from omniavatar.config.load import load_config
         from omniavatar.console import make_display
+        from omniavatar.measure.calibrate import calibrate as run
         from omniavatar.types import AvatarRequest
 
         loaded = load_config(config, hp or ())

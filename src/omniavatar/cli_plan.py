@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from omniavatar.benchmarking.deadline import Proposal
     from omniavatar.config.schema import PipelineConfig
+    from omniavatar.measure.deadline import Proposal
     from omniavatar.plan.estimate import MemoryEstimate
     from omniavatar.plan.run import RunPlan
     from omniavatar.types import StepPlan
@@ -76,9 +76,9 @@ def plan(
 
 def _propose(config: Path, hp: list[str] | None, minutes: float, deadline: str, as_json: bool) -> None:
     """Print the proposal; ends with ResourceError where nothing meets the deadline."""
-    from omniavatar.benchmarking.deadline import parse_duration, propose
     from omniavatar.config.load import load_config
     from omniavatar.errors import ResourceError
+    from omniavatar.measure.deadline import parse_duration, propose
 
     seconds = parse_duration(deadline)
     found = propose(load_config(config, hp or ()).config, minutes, seconds, started=time.process_time())

@@ -71,9 +71,9 @@ def profile(
         from omniavatar.config.load import load_config
         from omniavatar.console import make_display
         from omniavatar.engine.requests_file import RequestLine
+        from omniavatar.measure.profile import profile_requests
+        from omniavatar.measure.report_table import print_report
         from omniavatar.media.atomic import check_writable
-        from omniavatar.profile_run import profile_requests
-        from omniavatar.profiling.report_table import print_report
 
         for path in (json_file, trace_file, torch_file):
             if path is not None:
@@ -128,11 +128,11 @@ def benchmark(
     """
     with user_errors():
         require_one_process()
-        from omniavatar.benchmarking.measure import Options
-        from omniavatar.benchmarking.page import html_page
-        from omniavatar.benchmarking.run import find_configs, measure_all
-        from omniavatar.benchmarking.summary import markdown
         from omniavatar.errors import ConfigError
+        from omniavatar.measure.benchmark.page import html_page
+        from omniavatar.measure.benchmark.row import Options
+        from omniavatar.measure.benchmark.run import find_configs, measure_all
+        from omniavatar.measure.benchmark.summary import markdown
         from omniavatar.media.atomic import check_writable
 
         try:
@@ -166,8 +166,8 @@ def doctor(
 ) -> None:
     """Say what this machine has: devices, versions, attention backends, codecs, memory, disk, weights."""
     with user_errors():
-        from omniavatar.benchmarking.run import find_configs
-        from omniavatar.doctor import examine
+        from omniavatar.measure.benchmark.run import find_configs
+        from omniavatar.measure.doctor import examine
 
         places = configs or [CONFIGS if CONFIGS.is_dir() else pocket.CONFIG]
         findings = examine(find_configs(places))

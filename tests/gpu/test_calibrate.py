@@ -9,8 +9,8 @@ import torch
 
 from engine import make_pipeline, overrides, request
 from omniavatar.accel.residual_meter import compare_residuals
-from omniavatar.calibrate_run import CalibrationRun, calibrate
 from omniavatar.config.load import load_config
+from omniavatar.measure.calibrate import CalibrationRun, calibrate
 from omniavatar.plan.calibration import find_constants
 
 pytestmark = pytest.mark.gpu

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from engine import make_pipeline, overrides, request
-from omniavatar.benchmarking.measure import Options, measure
 from omniavatar.config.load import load_config
 from omniavatar.engine.clocks import DeviceClock
 from omniavatar.engine.requests_file import RequestLine
-from omniavatar.machine import devices, free_memory
-from omniavatar.profile_run import profile_requests
-from omniavatar.profiling.ceilings import ceilings, probe
-from omniavatar.profiling.trace import TraceRecorder
+from omniavatar.measure.benchmark.row import Options, measure
+from omniavatar.measure.ceilings import ceilings, probe
+from omniavatar.measure.machine import devices, free_memory
+from omniavatar.measure.profile import profile_requests
+from omniavatar.measure.trace import TraceRecorder
 
 pytestmark = pytest.mark.gpu
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 
 from engine import make_pipeline, voice
-from omniavatar.benchmarking.full import measure_full
-from omniavatar.benchmarking.measure import Options, measure
-from omniavatar.benchmarking.page import bar_chart, html_page
-from omniavatar.benchmarking.parts import counts_of
-from omniavatar.benchmarking.run import find_configs, measure_all
-from omniavatar.benchmarking.summary import markdown, measured
-from omniavatar.benchmarking.tips import Tip, fewer_tokens, guide_tips
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.errors import ConfigError
+from omniavatar.measure.benchmark.page import bar_chart, html_page
+from omniavatar.measure.benchmark.parts import counts_of
+from omniavatar.measure.benchmark.row import Options, measure
+from omniavatar.measure.benchmark.run import find_configs, measure_all
+from omniavatar.measure.benchmark.summary import markdown, measured
+from omniavatar.measure.benchmark.tips import Tip, fewer_tokens, guide_tips
+from omniavatar.measure.benchmark.whole import measure_full
+from omniavatar.measure.flops import forward_work
+from omniavatar.measure.projection import Counts, StartCosts, Timing, WindowCosts, video_seconds
 from omniavatar.plan.run import make_plan, make_step_plan
-from omniavatar.profiling.flops import forward_work
-from omniavatar.profiling.projection import Counts, StartCosts, Timing, WindowCosts, video_seconds
 from omniavatar.sampling.cache_constants import published_constants
 from omniavatar.sampling.step_cache import compute_all
 
@@ -167,8 +167,8 @@ def test_missing_weights_become_random_ones_and_the_row_says_so(nano_row: dict[s
 
 
 def test_streaming_is_tried_last_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    from omniavatar.benchmarking import tips as tips_module
-    from omniavatar.benchmarking.parts import PartTimer
+    from omniavatar.measure.benchmark import tips as tips_module
+    from omniavatar.measure.benchmark.parts import PartTimer
 
     monkeypatch.setattr(tips_module, "PERSISTENT", 0)
     resident: list[int] = []

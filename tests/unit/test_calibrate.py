@@ -18,10 +18,10 @@ from command_line import NANO, run
 from engine import make_pipeline, overrides, request
 from omniavatar.accel import residual_meter
 from omniavatar.accel.residual_meter import ResidualMeter
-from omniavatar.calibrate_run import CalibrationRun, calibrate
 from omniavatar.config.load import load_config
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.errors import CheckpointError, ConfigError, OutputError, ResumeError
+from omniavatar.measure.calibrate import CalibrationRun, calibrate
 from omniavatar.plan.calibration import NAME, Calibration, find_constants, read_calibration
 from omniavatar.sampling.cache_constants import CacheConstants, published_constants
 from omniavatar.sampling.step_cache import compute_all, relative_changes

@@ -13,7 +13,7 @@ from typer.testing import Result
 
 from command_line import NANO, PORTRAIT, REPOSITORY, run
 from engine import overrides
-from omniavatar.benchmarking import run as benchmark_run
+from omniavatar.measure.benchmark import run as benchmark_run
 
 
 def hp(checkpoint: Path, folder: Path) -> str:

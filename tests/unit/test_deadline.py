@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from omniavatar.benchmarking.deadline import Choice, _count, choose, parse_duration, propose
 from omniavatar.cli import app
 from omniavatar.config.change import changed
 from omniavatar.config.load import load_config
 from omniavatar.errors import ConfigError
+from omniavatar.measure.deadline import Choice, _count, choose, parse_duration, propose
 from omniavatar.plan.run import compute_all, make_plan
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -15,15 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from omniavatar.accel.attention.registry import create_attention
 from omniavatar.checkpoint.layout import scale_spec
+from omniavatar.measure import flops
+from omniavatar.measure.ceilings import Ceilings, ceilings, fp8_ceilings
+from omniavatar.measure.kernels import KernelTrace
+from omniavatar.measure.quality import WINDOW, compare, ssim
+from omniavatar.measure.report import Models, RequestFigures, build_report, decoded_latents
+from omniavatar.measure.report_table import print_report, seconds_text
+from omniavatar.measure.trace import TraceRecorder, chrome_trace
 from omniavatar.model.dit import WanDiT
 from omniavatar.model.vae import WanVAE
-from omniavatar.profiling import flops
-from omniavatar.profiling.ceilings import Ceilings, ceilings, fp8_ceilings
-from omniavatar.profiling.kernels import KernelTrace
-from omniavatar.profiling.quality import WINDOW, compare, ssim
-from omniavatar.profiling.report import Models, RequestFigures, build_report, decoded_latents
-from omniavatar.profiling.report_table import print_report, seconds_text
-from omniavatar.profiling.trace import TraceRecorder, chrome_trace
 from omniavatar.sampling.windows import plan_windows
 from queue_clock import QueueClock
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from omniavatar.profiling.report_table import seconds_text
+from omniavatar.measure.report_table import seconds_text
 
 Row = Mapping[str, Any]
 RANKED_MINUTES = 5.0

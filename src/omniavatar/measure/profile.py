@@ -26,11 +26,11 @@ from omniavatar.engine.pipeline import AvatarPipeline
 from omniavatar.engine.recorder import Listener
 from omniavatar.engine.requests_file import RequestLine
 from omniavatar.engine.sidecar import peak_memory
+from omniavatar.measure.ceilings import ceilings, fp8_ceilings
+from omniavatar.measure.kernels import KernelTrace
+from omniavatar.measure.report import Models, RequestFigures, build_report
+from omniavatar.measure.trace import TraceRecorder, chrome_trace
 from omniavatar.model.vae import VAEConfig
-from omniavatar.profiling.ceilings import ceilings, fp8_ceilings
-from omniavatar.profiling.kernels import KernelTrace
-from omniavatar.profiling.report import Models, RequestFigures, build_report
-from omniavatar.profiling.trace import TraceRecorder, chrome_trace
 from omniavatar.sampling.windows import plan_windows
 from omniavatar.types import RunResult
 

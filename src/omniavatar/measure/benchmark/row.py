@@ -1,6 +1,6 @@
 """Times the parts of one configuration's window on this machine; run in a process of its own.
 
-    python -m omniavatar.benchmarking.measure '{"config": "configs/nano.yaml", "result": "row.json"}'
+    python -m omniavatar.measure.benchmark.row '{"config": "configs/nano.yaml", "result": "row.json"}'
 
 A few forwards (computed, skipped, and computed on a shorter window), one window's decode, the encode of the
 hand-over and of the portrait, audio features, and writing; everything else is counted by the plan. With
@@ -23,16 +23,6 @@ from typing import Any
 import torch
 
 from omniavatar import __version__
-from omniavatar.benchmarking.full import measure_full
-from omniavatar.benchmarking.parts import (
-    PartTimer,
-    counts_of,
-    latent_shape,
-    start_costs,
-    window_costs,
-    with_weights,
-)
-from omniavatar.benchmarking.tips import fewer_tokens, guide_tips
 from omniavatar.config.change import changed
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import PipelineConfig
@@ -40,20 +30,26 @@ from omniavatar.device import choose_device
 from omniavatar.engine.loading import DTYPES
 from omniavatar.engine.sidecar import peak_memory
 from omniavatar.errors import ConfigError, OmniAvatarError
-from omniavatar.machine import free_memory
+from omniavatar.measure.benchmark.parts import (
+    PartTimer,
+    counts_of,
+    latent_shape,
+    start_costs,
+    window_costs,
+    with_weights,
+)
+from omniavatar.measure.benchmark.tips import fewer_tokens, guide_tips
+from omniavatar.measure.benchmark.whole import measure_full
+from omniavatar.measure.ceilings import ceilings, device_name
+from omniavatar.measure.flops import forward_work
+from omniavatar.measure.machine import free_memory
+from omniavatar.measure.projection import Timing, denoise_seconds, video_seconds
 from omniavatar.plan.estimate import estimate_memory
 from omniavatar.plan.limit import device_limit
 from omniavatar.plan.placement import QUANTIZE_FIELD, place
 from omniavatar.plan.preview import assumed_scale, find_dit_config
 from omniavatar.plan.run import RunPlan, make_plan
 from omniavatar.plan.sizes import Request
-from omniavatar.profiling.ceilings import ceilings, device_name
-from omniavatar.profiling.flops import forward_work
-from omniavatar.profiling.projection import (
-    Timing,
-    denoise_seconds,
-    video_seconds,
-)
 
 AUDIO_SECONDS = 10
 TIP_MINUTES = 5.0

@@ -16,7 +16,7 @@ from types import MappingProxyType
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from omniavatar.profiling.flops import Work
+from omniavatar.measure.flops import Work
 
 HALF = (torch.bfloat16, torch.float16)
 REPEATS = 4

@@ -23,6 +23,8 @@ from omniavatar.config.schema import PipelineConfig, SamplingConfig
 from omniavatar.engine.pipeline import AvatarPipeline, Prepared
 from omniavatar.engine.recorder import Listener, RunRecorder, stage_seconds
 from omniavatar.errors import ConfigError, OutputError
+from omniavatar.measure.ceilings import device_name
+from omniavatar.measure.quality import compare
 from omniavatar.media.atomic import atomic_write_json, check_writable
 from omniavatar.plan.calibration import (
     Branch,
@@ -33,8 +35,6 @@ from omniavatar.plan.calibration import (
     model_identity,
 )
 from omniavatar.plan.run import make_step_plan, model_scale, sampling_schedule
-from omniavatar.profiling.ceilings import device_name
-from omniavatar.profiling.quality import compare
 from omniavatar.sampling.cache_constants import CacheConstants, published_constants
 from omniavatar.sampling.calibration import (
     ResidualChanges,

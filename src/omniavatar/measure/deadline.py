@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from omniavatar.accel.quantized import best_quantize
-from omniavatar.benchmarking.parts import PartTimer, counts_of, start_costs, window_costs, with_weights
 from omniavatar.config.change import changed
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.device import choose_device
 from omniavatar.errors import ConfigError
+from omniavatar.measure.benchmark.parts import PartTimer, counts_of, start_costs, window_costs, with_weights
+from omniavatar.measure.projection import video_seconds
 from omniavatar.plan.run import RunPlan
-from omniavatar.profiling.projection import video_seconds
 
 STEPS = (50, 40, 30, 25, 20, 15, 12, 10, 8)
 CACHES = ((0.06, 1), (0.12, 2), (0.24, 4))

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from omniavatar.benchmarking.summary import Row, markdown, measured, projection, ranked_minutes
-from omniavatar.profiling.report_table import seconds_text
+from omniavatar.measure.benchmark.summary import Row, markdown, measured, projection, ranked_minutes
+from omniavatar.measure.report_table import seconds_text
 
 WIDTH, LABEL, BAR, GAP, MARGIN = 900, 240, 22, 8, 110
 COLOURS = ("#3b7dd8", "#9aa5b1", "#d9822b", "#2f9e6e")

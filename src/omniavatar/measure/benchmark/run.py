@@ -15,8 +15,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from omniavatar.benchmarking.measure import Options
 from omniavatar.errors import ConfigError
+from omniavatar.measure.benchmark.row import Options
 
 
 def find_configs(places: Sequence[Path]) -> list[Path]:
@@ -47,7 +47,7 @@ def measure_all(
 
 
 def _measure(options: Options) -> dict[str, Any]:
-    command = [sys.executable, "-m", "omniavatar.benchmarking.measure", json.dumps(asdict(options))]
+    command = [sys.executable, "-m", "omniavatar.measure.benchmark.row", json.dumps(asdict(options))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     result = Path(options.result)
     if result.is_file():

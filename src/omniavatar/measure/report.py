@@ -14,16 +14,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from omniavatar.engine.recorder import StageTime
-from omniavatar.profiling.ceilings import Ceilings
-from omniavatar.profiling.flops import (
-    Grid,
-    Work,
-    decode_work,
-    encode_work,
-    forward_work,
-    skipped_forward_work,
-)
-from omniavatar.profiling.trace import DENOISE, STEP, Span
+from omniavatar.measure.ceilings import Ceilings
+from omniavatar.measure.flops import Grid, Work, decode_work, encode_work, forward_work, skipped_forward_work
+from omniavatar.measure.trace import DENOISE, STEP, Span
 
 if TYPE_CHECKING:
     from omniavatar.model.dit import DiTConfig

@@ -20,10 +20,10 @@ import numpy as np
 from omniavatar.encoders.image import prepare_image
 from omniavatar.engine.pipeline import AvatarPipeline
 from omniavatar.engine.window_loop import to_uint8
+from omniavatar.measure.quality import compare
 from omniavatar.media.audio import measure_audio
 from omniavatar.media.image import load_image
 from omniavatar.media.inspect import read_frames
-from omniavatar.profiling.quality import compare
 from omniavatar.types import AudioInput, AvatarRequest, SamplingParams
 
 PROMPT = "A woman in a blue sweater speaks into the camera, soft daylight"

@@ -20,7 +20,7 @@ from omniavatar.config.schema import ModelConfig, OutputConfig, PipelineConfig, 
 from omniavatar.device import choose_device
 from omniavatar.engine.loading import DTYPES
 from omniavatar.errors import OmniAvatarError
-from omniavatar.machine import codecs, devices, free_disk, free_memory, optional_packages, versions
+from omniavatar.measure.machine import codecs, devices, free_disk, free_memory, optional_packages, versions
 from omniavatar.media.encoders import choose_encoder, try_nvenc
 from omniavatar.plan.estimate import MemoryEstimate, estimate_memory
 from omniavatar.plan.preview import missing_files

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from omniavatar.accel.short_text import prepare_text
-from omniavatar.benchmarking.full import PROMPT, packaged_portrait
 from omniavatar.config.change import changed
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.encoders.image import prepare_image
@@ -26,13 +25,14 @@ from omniavatar.engine.models import Components
 from omniavatar.engine.pipeline import AvatarPipeline
 from omniavatar.engine.window_loop import to_uint8
 from omniavatar.engine.writer import ENCODER_THREADS
+from omniavatar.measure.benchmark.whole import PROMPT, packaged_portrait
+from omniavatar.measure.projection import Counts, StartCosts, Timing, WindowCosts
+from omniavatar.measure.report import decoded_latents
 from omniavatar.media.encoders import choose_encoder
 from omniavatar.media.video import encode_segment
 from omniavatar.plan.preview import assumed_scale, missing_files
 from omniavatar.plan.run import RunPlan, make_plan
 from omniavatar.plan.sizes import Request
-from omniavatar.profiling.projection import Counts, StartCosts, Timing, WindowCosts
-from omniavatar.profiling.report import decoded_latents
 
 AUDIO_SECONDS = 10
 TEXT_WORDS = 64
