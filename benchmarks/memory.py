@@ -32,7 +32,7 @@ from omniavatar.accel.vae import create_vae
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import random_vae
-from omniavatar.cli import grow_segments
+from omniavatar.cli.main import grow_segments
 from omniavatar.config.load import load_config
 from omniavatar.engine.retry import with_room
 from omniavatar.plan.placement import place

@@ -54,7 +54,7 @@ def ended_by_fault(fault: str, command: list[str], folder: Path) -> tuple[float,
     program = [sys.executable, str(worker), *arguments]
     launcher = (
         "import sys\n"
-        "from omniavatar.cli_common import user_errors\n"
+        "from omniavatar.cli.common import user_errors\n"
         "from omniavatar.parallel.launch import launch\n"
         f"with user_errors():\n    sys.exit(launch({program!r}, ['rank 0', 'rank 1']))"
     )

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 
 from batch_stub import StubEngines, make_items, noted, video_bytes
-from omniavatar import cli_batch
-from omniavatar.cli_batch import Wish, choose_seats, with_threads
 from omniavatar.errors import ConfigError, OutputError, ResourceError
+from omniavatar.serve.batch import seats
 from omniavatar.serve.batch.destination import FolderDestination, RemoteDestination, make_destination
 from omniavatar.serve.batch.items import Outcome, Place, Task, Verdict, WorkerInfo
 from omniavatar.serve.batch.lease import holder_of, try_lease
 from omniavatar.serve.batch.ray_crew import Seats
+from omniavatar.serve.batch.seats import Wish, choose_seats, with_threads
 from omniavatar.serve.batch.worker import Worker
 
 HOLD = """
@@ -215,7 +215,7 @@ def test_video_delivered_just_before_a_kill_is_not_made_again(tmp_path: Path, fl
 
 @pytest.fixture
 def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_batch, "_visible_gpus", lambda: ("4", "5", "6", "7"))
+    monkeypatch.setattr(seats, "_visible_gpus", lambda: ("4", "5", "6", "7"))
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
 
 
@@ -328,7 +328,7 @@ def test_workers_take_cores_of_their_own(tmp_path: Path) -> None:
 
 
 def test_without_a_gpu_the_cpu_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_batch, "_visible_gpus", lambda: ())
+    monkeypatch.setattr(seats, "_visible_gpus", lambda: ())
     with pytest.raises(ResourceError, match="use --gpus cpu --workers N"):
         choose_seats(Wish("0"))
 
@@ -345,7 +345,7 @@ def test_view_shows_workers_windows_and_time_left(monkeypatch: pytest.MonkeyPatc
 
     from rich.console import Console
 
-    from omniavatar.console_batch import BatchView
+    from omniavatar.cli.progress_batch import BatchView
 
     console = Console(file=io.StringIO(), width=120, highlight=False)
     view = BatchView(console)

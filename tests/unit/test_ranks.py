@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import typer
 
-from omniavatar.cli_common import user_errors
-from omniavatar.cli_ranks import parse_gpus, spread, start_ranks
+from omniavatar.cli.common import user_errors
+from omniavatar.cli.ranks import parse_gpus, spread, start_ranks
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.engine.pipeline import AvatarPipeline

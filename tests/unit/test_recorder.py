@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from omniavatar.console import Bars, JsonLines, Quiet, make_display
+from omniavatar.cli.progress import Bars, JsonLines, Quiet, make_display
 from omniavatar.engine.recorder import NullRecorder, RunRecorder, stage_seconds
 
 RUN = [

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from omniavatar.cli_common import ConfigOption, HpOption, user_errors
+from omniavatar.cli.common import ConfigOption, HpOption, user_errors
 
 
 class Released(StrEnum):

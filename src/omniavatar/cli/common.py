@@ -18,8 +18,8 @@ import typer
 from omniavatar.errors import ConfigError, OmniAvatarError
 
 if TYPE_CHECKING:
-    from omniavatar.console import Display
-    from omniavatar.console import LogFormat as LogName
+    from omniavatar.cli.progress import Display
+    from omniavatar.cli.progress import LogFormat as LogName
     from omniavatar.engine.recorder import RunRecorder
 
     DisplayMaker: TypeAlias = Callable[[LogName, bool, IO[str]], Display]
@@ -112,7 +112,7 @@ def reporting(
     displays: makes the display from (log format, quiet, stderr); default: that of one video at a time. Log
     records of the package are shown as messages too.
     """
-    from omniavatar.console import make_display as one_video
+    from omniavatar.cli.progress import make_display as one_video
     from omniavatar.engine.recorder import RunRecorder
 
     display = (displays or one_video)(log_format.value, quiet, sys.stderr)

@@ -1,8 +1,8 @@
 """The command line: `omniavatar generate | batch | plan | config show | download | make-checkpoint | demo |
 profile | benchmark | doctor | calibrate`.
 
-This file only lists the commands; each lives in a `cli_*` file that imports what it runs inside the
-command, so that `--help` answers without loading torch. Exit codes: docs/exit_codes.md.
+This file only lists the commands. Each has a file of its own that imports what it runs inside the command,
+so that `--help` answers without loading torch. Exit codes: docs/exit_codes.md.
 """
 
 from __future__ import annotations
@@ -14,16 +14,8 @@ from typing import Annotated
 
 import typer
 
-from omniavatar import (
-    cli_batch,
-    cli_calibrate,
-    cli_checkpoint,
-    cli_config,
-    cli_generate,
-    cli_plan,
-    cli_profile,
-)
-from omniavatar.cli_common import leave_at_once
+from omniavatar.cli import batch, benchmark, calibrate, checkpoint, config, doctor, generate, plan, profile
+from omniavatar.cli.common import leave_at_once
 
 app = typer.Typer(
     name="omniavatar",
@@ -54,19 +46,19 @@ def _options(
     return None
 
 
-app.command()(cli_generate.generate)
-app.command()(cli_batch.batch)
-app.command()(cli_plan.plan)
-config_app.command("show")(cli_config.show)
+app.command()(generate.generate)
+app.command()(batch.batch)
+app.command()(plan.plan)
+config_app.command("show")(config.show)
 app.add_typer(config_app, name="config")
-app.command()(cli_checkpoint.download)
-app.command("make-checkpoint")(cli_checkpoint.make_checkpoint)
-app.command()(cli_checkpoint.convert)
-app.command()(cli_generate.demo)
-app.command()(cli_profile.profile)
-app.command()(cli_profile.benchmark)
-app.command()(cli_profile.doctor)
-app.command()(cli_calibrate.calibrate)
+app.command()(checkpoint.download)
+app.command("make-checkpoint")(checkpoint.make_checkpoint)
+app.command()(checkpoint.convert)
+app.command()(generate.demo)
+app.command()(profile.profile)
+app.command()(benchmark.benchmark)
+app.command()(doctor.doctor)
+app.command()(calibrate.calibrate)
 
 
 def grow_segments() -> None:
@@ -93,7 +85,3 @@ def command(arguments: Sequence[str] | None = None) -> None:
     except SystemExit as ended:
         leave_at_once(ended.code)
         raise
-
-
-if __name__ == "__main__":
-    command()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from omniavatar.cli_common import ConfigOption, HpOption, JsonOption, print_warning, user_errors
+from omniavatar.cli.common import ConfigOption, HpOption, JsonOption, print_warning, user_errors
 
 if TYPE_CHECKING:
     import numpy as np

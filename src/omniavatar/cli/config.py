@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from omniavatar.cli_common import HpOption, JsonOption, user_errors
+from omniavatar.cli.common import HpOption, JsonOption, user_errors
 
 
 def show(

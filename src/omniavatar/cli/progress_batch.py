@@ -22,7 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from omniavatar.console import Display, JsonLines, LogFormat, Quiet
+from omniavatar.cli.progress import Display, JsonLines, LogFormat, Quiet
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from omniavatar.cli_common import (
+from omniavatar.cli.common import (
     INTERRUPT_NOTE,
     SOME_FAILED,
     ConfigOption,
@@ -25,7 +25,7 @@ from omniavatar.cli_common import (
     require_one_process,
     user_errors,
 )
-from omniavatar.cli_ranks import one_of_several, parse_gpus, spread, start_ranks, team_of
+from omniavatar.cli.ranks import one_of_several, parse_gpus, spread, start_ranks, team_of
 
 if TYPE_CHECKING:
     from omniavatar.config.load import LoadedConfig

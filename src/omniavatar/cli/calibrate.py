@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from omniavatar.cli_common import (
+from omniavatar.cli.common import (
     ConfigOption,
     HpOption,
     JsonOption,
@@ -50,8 +50,8 @@ def calibrate(
         raise typer.BadParameter("--audio belongs to --prompt and --image")
     with user_errors():
         require_one_process()
+        from omniavatar.cli.progress import make_display
         from omniavatar.config.load import load_config
-        from omniavatar.console import make_display
         from omniavatar.measure.calibrate import calibrate as run
         from omniavatar.types import AvatarRequest
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from omniavatar.cli_common import INTERRUPT_NOTE, INTERRUPTED, LogFormat, reporting, user_errors
+from omniavatar.cli.common import INTERRUPT_NOTE, INTERRUPTED, LogFormat, reporting, user_errors
 from omniavatar.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:

@@ -1,0 +1,90 @@
+"""`omniavatar doctor`: what this machine can run, and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from omniavatar import pocket
+from omniavatar.cli.common import (
+    JsonOption,
+    user_errors,
+)
+from omniavatar.cli.profile import CONFIGS
+
+
+def doctor(
+    configs: Annotated[
+        list[Path] | None,
+        typer.Option("--configs", metavar="FILE|FOLDER", help="Configurations to check; default: configs/."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what this machine has: devices, versions, attention backends, codecs, memory, disk, weights."""
+    with user_errors():
+        from omniavatar.measure.benchmark.run import find_configs
+        from omniavatar.measure.doctor import examine
+
+        places = configs or [CONFIGS if CONFIGS.is_dir() else pocket.CONFIG]
+        findings = examine(find_configs(places))
+        if as_json:
+            import json
+
+            typer.echo(json.dumps(findings, indent=2))
+        else:
+            _print_findings(findings)
+
+
+def _print_findings(findings: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+
+    def show(title: str, lines: Sequence[str]) -> None:
+        console.print(f"[bold]{title}[/]")
+        for line in lines:
+            console.print(f"  {line}", soft_wrap=True, markup=False)
+
+    def size(count: int) -> str:
+        return f"{count / 2**30:.1f} GiB"
+
+    def there(row: dict[str, Any]) -> str:
+        return f"{'yes' if row['there'] else 'no ':<4}{row['name']}: {row['purpose']}"
+
+    show(
+        f"devices (auto: {findings['device']}, CUDA {findings['cuda'] or 'not in this torch'})",
+        [
+            f"{row['name']}: {row['model']} ({row['capability']}), "
+            f"{size(row['free_bytes'])} of {size(row['total_bytes'])} free"
+            for row in findings["devices"]
+        ],
+    )
+    show("versions", [", ".join(f"{name} {value}" for name, value in findings["versions"].items())])
+    show(
+        "attention backends",
+        [
+            f"{dtype}: {', '.join(r['there'])} (auto: {r['auto']})"
+            for dtype, r in findings["attention"].items()
+        ],
+    )
+    show("video VAE", [f"auto: {findings['vae']}"])
+    choices = findings["memory_auto"].items()
+    show("memory: auto", [f"{scale}: {line.removeprefix('memory: ')}" for scale, line in choices])
+    show("optional packages", [there(row) for row in findings["optional"]])
+    encoder = findings["encoder"]
+    show(
+        "video and sound",
+        [
+            *(there(row) for row in findings["codecs"]),
+            f"encoder auto: {encoder['auto']} (NVENC: {encoder['nvenc']})",
+        ],
+    )
+    show("disk", [f"{size(row['free_bytes'])} free for {row['folder']}" for row in findings["disk"]])
+    show(
+        "configurations",
+        [f"{'ready' if row['ready'] else 'not ready':<10}{row['config']}" for row in findings["configs"]],
+    )
+    show("to do" if findings["problems"] else "nothing to do", findings["problems"])
