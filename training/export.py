@@ -4,7 +4,7 @@
 layers), `vae.safetensors`, `text_encoder.safetensors`, `google/umt5-xxl/` (tokenizer), `wav2vec/` (weights
 and `config.json`), `config.yaml` for `omniavatar generate --config`, and `state.json`, with which
 `training.run --resume OUT_DIR` goes on. Every file is checked against the layout. With
-`src/omniavatar/pocket/weights` as OUT_DIR they become the package's own, whose config is
+`src/omniavatar/assets/pocket/weights` as OUT_DIR they become the package's own, whose config is
 configs/pocket.yaml.
 """
 

@@ -18,7 +18,8 @@ from training.render import Renderer
 from training.scale import SIZE
 
 from engine import voice
-from omniavatar import AvatarPipeline, AvatarRequest, pocket
+from omniavatar import AvatarPipeline, AvatarRequest
+from omniavatar.assets import pocket
 from omniavatar.cli import main
 from omniavatar.config.load import load_config
 from omniavatar.config.values import POCKET_WEIGHTS

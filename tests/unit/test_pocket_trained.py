@@ -19,7 +19,8 @@ from training.portraits import SHORTEST, portrait
 from training.render import Renderer, gather
 from training.scale import OVERLAP, SIZE, WINDOW
 
-from omniavatar import AvatarPipeline, AvatarRequest, SamplingParams, Waveform, pocket
+from omniavatar import AvatarPipeline, AvatarRequest, SamplingParams, Waveform
+from omniavatar.assets import pocket
 from omniavatar.config.load import load_config
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.media.audio import decode_mono

@@ -1,4 +1,4 @@
-"""`python -m omniavatar.cli`: the command line, for programs that start it without the `omniavatar` script."""
+"""`python -m omniavatar.cli`: the command line without the `omniavatar` script."""
 
 from __future__ import annotations
 

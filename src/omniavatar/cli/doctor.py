@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from omniavatar import pocket
+from omniavatar.assets import pocket
 from omniavatar.cli.common import (
     JsonOption,
     user_errors,

@@ -138,7 +138,7 @@ def demo(
         require_one_process()
         from importlib.resources import as_file, files
 
-        from omniavatar import pocket
+        from omniavatar.assets import pocket
         from omniavatar.config.load import load_config
         from omniavatar.engine.requests_file import RequestLine
 

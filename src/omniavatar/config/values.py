@@ -80,7 +80,7 @@ def words(value: Any) -> Any:
 
 POCKET = "pocket:"
 """Beginning of a path that lies with the small model in the package."""
-POCKET_WEIGHTS = Path(__file__).parent.parent / "pocket" / "weights"
+POCKET_WEIGHTS = Path(__file__).parent.parent / "assets" / "pocket" / "weights"
 
 
 def _path(value: Any) -> Any:
