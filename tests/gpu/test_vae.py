@@ -31,7 +31,7 @@ def exact_float32():
 
 @pytest.fixture(scope="module")
 def compare_twins():
-    path = Path(__file__).resolve().parents[1] / "unit" / "test_vae_fast.py"
+    path = Path(__file__).resolve().parents[1] / "unit" / "accel" / "test_vae_fast.py"
     spec = importlib.util.spec_from_file_location("vae_twins", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -28,7 +28,7 @@ from omniavatar.engine.recorder import RunRecorder
 from omniavatar.errors import CheckpointError, ConfigError
 from omniavatar.media.inspect import read_frames
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PORTRAIT_SEED = 50_013
 SMALL = {"max_tokens": 504, "num_steps": 1, "preset": "ultrafast"}
 

@@ -17,7 +17,7 @@ from omniavatar.checkpoint.reader import TensorFiles
 from omniavatar.cli import app
 from omniavatar.media.inspect import read_frames
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 PORTRAIT = str(REPOSITORY / "examples" / "portrait.png")
 SPEECH = str(REPOSITORY / "src" / "omniavatar" / "assets" / "speech.flac")
 OF_THE_PRESET = ("num_steps", "guidance_scale", "max_tokens", "overlap_frame")

@@ -20,7 +20,7 @@ from training.takes import Take, make_take
 
 from omniavatar.config.load import load_config
 
-CONFIG = Path(__file__).resolve().parents[2] / "configs" / "pocket.yaml"
+CONFIG = Path(__file__).resolve().parents[3] / "configs" / "pocket.yaml"
 
 
 def wave(frames=120, shift=0):

@@ -25,7 +25,7 @@ from batch_driver import drive
 from batch_stub import StubEngines, noted, video_bytes
 from omniavatar.errors import CheckpointError, ResourceError
 
-TESTS = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
 

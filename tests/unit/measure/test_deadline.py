@@ -17,7 +17,7 @@ from omniavatar.errors import ConfigError
 from omniavatar.measure.deadline import Choice, _count, choose, parse_duration, propose
 from omniavatar.plan.run import compute_all, make_plan
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 SMALL = "weights=random,scale=nano,device=cpu,max_tokens=56,image_sizes_720=[[64,64]],num_steps=4"
 
 

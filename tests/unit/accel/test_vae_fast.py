@@ -242,5 +242,5 @@ def compare_twins(
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "src"))
     compare_twins("cpu", torch.float32, (8, 96), 1e-5)

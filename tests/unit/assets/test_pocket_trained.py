@@ -27,7 +27,7 @@ from omniavatar.media.audio import decode_mono
 from omniavatar.media.inspect import read_frames
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 PHONES = ROOT / "tests" / "data" / "speech_phones.json"
 PORTRAIT_SEED, OTHER_SEED = 50_013, 50_009

@@ -19,7 +19,7 @@ from omniavatar import SamplingParams
 from omniavatar.errors import OutputError, ResumeError
 from omniavatar.media.inspect import probe_video, read_frames
 
-TESTS = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import sys; sys.path.insert(0, sys.argv[1])
 from pathlib import Path

@@ -18,7 +18,7 @@ from training.stage_dit import dit_batch, draw_starts
 from training.studio import Studio
 from training.takes import Take
 
-CHECK = Path(__file__).resolve().parents[2] / "training" / "configs" / "check.yaml"
+CHECK = Path(__file__).resolve().parents[3] / "training" / "configs" / "check.yaml"
 WORD = [Phone("B", 0.1, 0.18), Phone("AA", 0.18, 0.4), Phone("UW", 0.4, 0.6)]
 
 

@@ -17,7 +17,7 @@ from omniavatar.accel.quantized import QUANTIZED, QuantLinear, apply_quantizatio
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 
-TESTS = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parents[2]
 
 
 def nano(dtype=torch.float32):

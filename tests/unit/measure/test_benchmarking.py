@@ -29,7 +29,7 @@ from omniavatar.plan.run import make_plan, make_step_plan
 from omniavatar.sampling.cache_constants import published_constants
 from omniavatar.sampling.step_cache import compute_all
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 COSTS = WindowCosts(forward=1.0, skipped_forward=0.1, decode=3.0, encode=0.5, write=2.0)
 START = StartCosts(portrait=0.25, audio_per_second=0.01)
 COUNTS = Counts(windows=4, computed=20, skipped=10, last_share=0.5, audio_seconds=100.0)

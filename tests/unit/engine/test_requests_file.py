@@ -13,7 +13,7 @@ from omniavatar.engine.requests_file import BadLine, RequestLine, read_requests
 from omniavatar.errors import InputError
 from omniavatar.types import SamplingParams
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 
 
 @pytest.fixture

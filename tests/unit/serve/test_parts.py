@@ -384,7 +384,7 @@ def test_missing_ray_is_one_line(tmp_path: Path) -> None:
 
 
 def test_the_guides_command_says_what_is_missing_here() -> None:
-    script = Path(__file__).resolve().parents[2] / "scripts" / "parallel_inference.py"
+    script = Path(__file__).resolve().parents[3] / "scripts" / "parallel_inference.py"
     arguments = ["--config", "configs/inference_1.3B_optimized.yaml", "--input_file", "your_prompts.txt"]
     command = [sys.executable, str(script), *arguments, "--gpus", "0,1,2,3", "--split_input"]
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}

@@ -19,7 +19,7 @@ from omniavatar.plan.run import make_plan
 from omniavatar.sampling.schedule import make_schedule
 from omniavatar.sampling.step_cache import compute_all
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 def write(folder: Path, text: str, name: str = "c.yaml") -> Path:
