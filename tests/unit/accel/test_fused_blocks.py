@@ -106,7 +106,7 @@ INTERPRETED = """
 import sys; sys.path.insert(0, sys.argv[1])
 import torch
 from fused_cases import compare, compare_rescale
-from omniavatar.ops.fused_triton import TritonOps
+from omniavatar.accel.kernels.fused_triton import TritonOps
 for width, heads in ((256, 2), (192, 3), (320, 5)):
     compare(TritonOps(), "cpu", torch.float32, width, heads, 1e-5, 0.12)  # the interpreter cuts float8 off
 compare(TritonOps(), "cpu", torch.bfloat16, 256, 2, 6e-3, 0.12)

@@ -253,7 +253,7 @@ PEAK = """
 import gc, pathlib, sys, torch
 from omniavatar.checkpoint import tensor_file
 from omniavatar.checkpoint.dit import DiTFiles, load_dit
-from omniavatar.ops.attention import create_attention
+from omniavatar.accel.attention.registry import create_attention
 tensor_file.RENEW_MAPPING_BYTES = 1 << 24
 options = dict(attention=create_attention("sdpa", torch.device("cpu"), torch.float32)[1], device="cpu")
 def status(field):

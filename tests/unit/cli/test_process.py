@@ -70,7 +70,7 @@ def test_ctrl_c_keeps_finished_windows_and_the_same_command_resumes(
 
 LEAVING = """
 import atexit, sys, threading, time
-from omniavatar.cli_common import leave_at_once
+from omniavatar.cli.common import leave_at_once
 
 atexit.register(print, "handlers run")
 print("printed", end="; ")

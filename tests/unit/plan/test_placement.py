@@ -16,6 +16,7 @@ from omniavatar.config.schema import PipelineConfig
 from omniavatar.device import choose_device
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.errors import ConfigError, ResourceError, ResumeError
+from omniavatar.checkpoint.layout import SCALES
 from omniavatar.plan import placement
 from omniavatar.plan.limit import device_limit, enforce_limit
 from omniavatar.plan.placement import place
@@ -210,7 +211,7 @@ def settings(**changes) -> PipelineConfig:
 
 def placed(limit_gb: float | None, kept=None, **changes):
     config = settings(fuse=True, **changes)
-    dit = placement.SCALES[-1].dit
+    dit = SCALES[-1].dit
     plan = make_plan(config, 0, (400, 720))
     limit = None if limit_gb is None else int(limit_gb * GB)
     return place(config, dit, Request(plan, False), "fast", CPU, limit, kept)

@@ -207,9 +207,9 @@ OWNER = """
 import pickle, sys
 from pathlib import Path
 from batch_stub import StubEngines, make_items
-from omniavatar.parallel.batch.destination import FolderDestination
-from omniavatar.parallel.batch.group import GroupWorker
-from omniavatar.parallel.batch.items import Place, Task
+from omniavatar.serve.batch.destination import FolderDestination
+from omniavatar.serve.batch.group import GroupWorker
+from omniavatar.serve.batch.items import Place, Task
 folder = Path(sys.argv[1])
 destination = FolderDestination(folder)
 engines = pickle.dumps(StubEngines(folder / "notes", windows=1000, seconds=0.05))

@@ -28,7 +28,7 @@ from omniavatar.serve.batch.worker import Worker
 HOLD = """
 import sys, time
 from pathlib import Path
-from omniavatar.parallel.batch.lease import try_lease
+from omniavatar.serve.batch.lease import try_lease
 lease = try_lease(Path(sys.argv[1]))
 print("held" if lease else "busy", flush=True)
 time.sleep(60)
@@ -293,7 +293,7 @@ def test_threads_of_workers_on_the_cpu(four_gpus: None, monkeypatch: pytest.Monk
 BIND = """
 import os, sys, threading
 from pathlib import Path
-from omniavatar.parallel.batch.cores import take_cores
+from omniavatar.serve.batch.cores import take_cores
 threading.Thread(target=sys.stdin.readline, daemon=True).start()
 print(take_cores(int(sys.argv[2]), Path(sys.argv[1])), flush=True)
 bound = {tuple(sorted(os.sched_getaffinity(int(thread)))) for thread in os.listdir("/proc/self/task")}
