@@ -113,7 +113,7 @@ def main() -> None:
         "hp": arguments.hp,
         "windows": result.windows,
         "frames": result.frames,
-        "attention": pipeline.components.attention_name,
+        "attention": pipeline.models.attention_name,
         "run_s": seconds[1],
         "profiled_run_s": seconds[2],
         "stages": stages,

@@ -78,7 +78,7 @@ def main() -> None:
     profiled = AvatarPipeline.from_config(config, recorder=TraceRecorder())
     meter = MeteredRecorder()
     metered = AvatarPipeline.from_config(config, recorder=meter)
-    profiled.components = metered.components = plain.components
+    profiled.models = metered.models = plain.models
     times: dict[str, list[float]] = {"plain": [], "profiled": []}
     with as_file(files("omniavatar.assets")) as assets, tempfile.TemporaryDirectory() as folder:
         request = AvatarRequest("a person", assets / "portrait.png")
@@ -108,7 +108,7 @@ def main() -> None:
     print(f"overhead {overhead:+.2%} of the median, {least:+.2%} of the fastest")
     print(f"mean of the turns {mean:+.2%}, standard error {error:.2%}")
     print(f"in the recorder {meter.spent * 1e3:.2f} ms of {whole:.2f} s, {meter.calls} calls")
-    device = plain.components.device
+    device = plain.models.device
     about = {"device": device_name(device), "torch": torch.__version__, "config": arguments.config}
     result = {"times": times, "overhead_median": overhead, "overhead_fastest": least}
     result |= {"overhead_turns": mean, "standard_error": error}

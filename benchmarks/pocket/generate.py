@@ -125,7 +125,7 @@ def _calibrate(config: Path, folder: Path, clip: Clip) -> None:
 @torch.inference_mode()
 def measure_vae(config: Path, folder: Path) -> dict[str, float]:
     """PSNR of the VAE alone on short films of held-out people, written to `made/vae.json`."""
-    components = AvatarPipeline.from_config(config).components
+    components = AvatarPipeline.from_config(config).models
     studio = Studio(iter(()), 0, torch.device("cpu"))
     rng = np.random.default_rng(VAE_SEED)
     phones = [Phone("AH", 0.1, 0.3), Phone("M", 0.3, 0.38), Phone("UW", 0.38, 0.5), Phone("IY", 0.5, 0.7)]

@@ -19,6 +19,7 @@ from omniavatar.checkpoint.vae import random_vae
 from omniavatar.engine.recorder import NullRecorder
 from omniavatar.engine.window_loop import WindowGenerator, WindowSampling
 from omniavatar.sampling.guidance import guidance_branches
+from omniavatar.sampling.passes import plan_passes
 from omniavatar.sampling.schedule import make_schedule
 from omniavatar.sampling.step_cache import compute_all
 from omniavatar.sampling.windows import plan_windows
@@ -92,7 +93,8 @@ def test_loop_does_not_depend_on_the_device():
             reference = vae.encode(image.to(device))
         conditioning = Conditioning(text[:1].to(device), text[1:].to(device), reference, audio)
         schedule = make_schedule(3, 5.0)
-        sampling = WindowSampling(7, schedule, compute_all(3), guidance_branches(2.0, 3.0, True))
+        passes = plan_passes(compute_all(3), guidance_branches(2.0, 3.0, True), has_audio=True)
+        sampling = WindowSampling(7, schedule, passes)
         loop = WindowGenerator(
             dit, vae, conditioning, sampling, NullRecorder(), convert=lambda p: p[0].cpu().numpy()
         )

@@ -1,21 +1,17 @@
-"""The video VAE a configuration names, with the decoder it names, from files or of random weights."""
+"""Loading what a configuration names, from files or as random weights of the same sizes."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import torch
-
-from omniavatar.checkpoint.dit import DiTFiles, LoraFile
-
-if TYPE_CHECKING:
-    from omniavatar.config.schema import ModelConfig
-
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from omniavatar.accel.decoder import apply_decoder
+from omniavatar.accel.offload import streamed_blocks
+from omniavatar.checkpoint.dit import DiTFiles, LoraFile, inspect_dit, load_dit, random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.tiny_decoder import (
     light_vae_config,
@@ -24,12 +20,14 @@ from omniavatar.checkpoint.tiny_decoder import (
     tiny_decoder_config,
 )
 from omniavatar.checkpoint.vae import load_vae, random_vae
+from omniavatar.encoders.audio import AudioEncoder
 from omniavatar.errors import CheckpointError
 
 if TYPE_CHECKING:
-    import torch
-
+    from omniavatar.checkpoint.dit import WeightForm
     from omniavatar.config.schema import ModelConfig
+    from omniavatar.model.attention import AttentionFn
+    from omniavatar.model.dit import DiTConfig, WanDiT
     from omniavatar.model.vae import VAEConfig, VideoDecoder, VideoVAE, WanVAE
 
 
@@ -88,3 +86,89 @@ def dit_files(model: ModelConfig) -> DiTFiles:
         lora_rank=model.lora_rank,
         lora_alpha=model.lora_alpha,
     )
+
+
+def read_dit_config(model: ModelConfig) -> DiTConfig:
+    """The DiT's sizes from file headers. Raises CheckpointError where they differ from the configuration."""
+    if model.weights == "random":
+        return scale_spec(model.scale).dit
+    found = inspect_dit(model.dit_path, adapter_dir=model.exp_path, num_heads=model.dit_config.num_heads)
+    if found.in_dim != model.dit_config.in_dim:
+        remedy = "set exp_path to the OmniAvatar folder" if found.in_dim == 16 else "set model_config.in_dim"
+        raise CheckpointError(
+            f"{model.dit_path[0]}: patch embedding with {found.in_dim} input channels, "
+            f"{model.dit_config.in_dim} expected; {remedy}"
+        )
+    if found.audio_dim and found.audio_hidden != model.dit_config.audio_hidden_size:
+        raise CheckpointError(
+            f"{model.exp_path or model.dit_path[0]}: audio packed to {found.audio_hidden} channels, "
+            f"model_config.audio_hidden_size says {model.dit_config.audio_hidden_size}; correct it"
+        )
+    if bool(found.audio_dim) != model.use_audio:
+        has = "has" if found.audio_dim else "has no"
+        raise CheckpointError(
+            f"{model.exp_path or model.dit_path[0]}: the checkpoint {has} audio layers, "
+            f"but use_audio is {model.use_audio}; correct use_audio or exp_path"
+        )
+    return found
+
+
+def loading_device(layers: int, resident: int, device: torch.device) -> Callable[[str], torch.device]:
+    """The device that the tensor of a key is read into: host memory for blocks that will be streamed."""
+    streamed = set(streamed_blocks(layers, resident))
+
+    def device_of(key: str) -> torch.device:
+        match = re.match(r"blocks\.(\d+)\.", key)
+        return torch.device("cpu") if match and int(match[1]) in streamed else device
+
+    return device_of
+
+
+def load_dit_weights(
+    model: ModelConfig,
+    sizes: DiTConfig,
+    attention: AttentionFn,
+    dtype: torch.dtype,
+    device: torch.device,
+    form: WeightForm | None,
+    device_of: Callable[[str], torch.device],
+) -> WanDiT:
+    """The DiT with its adapter and LoRAs merged, or a random one.
+
+    - form: what weights become while they are read (quantised layers).
+    - device_of: where the tensor of a key is put.
+    """
+    if model.weights == "random":
+        return random_dit(
+            sizes, attention=attention, dtype=dtype, device=device, seed=0, form=form, place=device_of
+        )
+    return load_dit(
+        dit_files(model), attention=attention, dtype=dtype, device=device, form=form, place=device_of
+    )
+
+
+def load_audio_encoder(model: ModelConfig, width: int, device: torch.device) -> AudioEncoder:
+    """wav2vec 2.0, always in float32: its features are normalised, small and cheap to compute.
+
+    width: numbers a frame that the DiT takes. Raises CheckpointError where the encoder gives another number.
+    """
+    if model.weights == "random":
+        spec = scale_spec(model.scale).wav2vec
+        encoder = AudioEncoder.random(
+            hidden=spec.hidden,
+            layers=spec.num_layers,
+            heads=spec.num_heads,
+            intermediate=spec.ffn,
+            conv_dim=spec.conv_dim,
+            device=device,
+            seed=0,
+        )
+    else:
+        assert model.wav2vec_path is not None
+        encoder = AudioEncoder.load(model.wav2vec_path, device)
+    if encoder.width != width:
+        raise CheckpointError(
+            f"{model.wav2vec_path}: gives {encoder.width} numbers a frame, the DiT's audio_proj takes "
+            f"{width}; use the wav2vec folder the checkpoint was trained with"
+        )
+    return encoder

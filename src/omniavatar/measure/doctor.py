@@ -24,7 +24,7 @@ from omniavatar.measure.machine import codecs, devices, free_disk, free_memory, 
 from omniavatar.media.encoders import choose_encoder, try_nvenc
 from omniavatar.plan.estimate import MemoryEstimate, estimate_memory
 from omniavatar.plan.preview import missing_files
-from omniavatar.plan.run import make_plan
+from omniavatar.plan.run import plan_run
 
 NEEDED_CODECS = ("libx264", "aac")
 
@@ -91,8 +91,8 @@ def _choice(scale: str, device: torch.device) -> str:
 
 
 def _estimate(config: PipelineConfig, device: torch.device) -> MemoryEstimate:
-    plan = make_plan(config, config.video.sample_rate, config.video.sizes[0])
-    return estimate_memory(config, plan, has_audio=True, device=device)
+    plan = plan_run(config, config.video.sizes[0], config.video.sample_rate)
+    return estimate_memory(config, plan, device)
 
 
 def _problems(encoders: Sequence[dict[str, Any]], configs: Sequence[dict[str, Any]]) -> list[str]:

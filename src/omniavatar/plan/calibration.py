@@ -150,6 +150,14 @@ def default_path(model: ModelConfig) -> Path | None:
     return (place.parent if place.is_file() else place) / NAME
 
 
+def constants_file(model: ModelConfig, sampling: SamplingConfig) -> Path | None:
+    """The file of measured constants that `step_cache_file` names, or that lies at the default path."""
+    if isinstance(sampling.step_cache_file, Path):
+        return sampling.step_cache_file
+    path = default_path(model) if sampling.step_cache_file == "auto" else None
+    return path if path is not None and path.is_file() else None
+
+
 def find_constants(
     model: ModelConfig, sampling: SamplingConfig, dit: DiTConfig, scale: str | None
 ) -> CacheConstants | None:
@@ -162,12 +170,7 @@ def find_constants(
     policy = sampling.cache_policy
     if policy == "none" or (policy == "teacache" and sampling.teacache_coefficients != "auto"):
         return None
-    path: Path | None
-    if isinstance(sampling.step_cache_file, Path):
-        path = sampling.step_cache_file
-    else:
-        path = default_path(model) if sampling.step_cache_file == "auto" else None
-        path = path if path is not None and path.is_file() else None
+    path = constants_file(model, sampling)
     if path is None:
         return published_constants(scale)
     calibration = read_calibration(path)

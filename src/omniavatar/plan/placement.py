@@ -22,7 +22,6 @@ from omniavatar.plan.memory import MemoryPlan, plan_memory, plan_parameters, res
 from omniavatar.plan.sizes import (
     DTYPE_BYTES,
     DiTSizes,
-    Request,
     RunSizes,
     dit_sizes,
     graph_bytes,
@@ -34,9 +33,12 @@ if TYPE_CHECKING:
     from omniavatar.accel.apply import Quantize
     from omniavatar.config.schema import PipelineConfig
     from omniavatar.model.dit import DiTConfig
+    from omniavatar.plan.run import WindowShape
 
 QUANTIZED_FORMS: tuple[Quantize, ...] = ("fp8", "int8")
 QUANTIZE_FIELD, PASS_FIELD = "runtime.quantize", "runtime.vae_latents_a_pass"
+IDENTITY_FIELDS = (QUANTIZE_FIELD, PASS_FIELD)
+"""What of a placement decides the frames; a resumed run keeps these."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def wants_graphs(
 def place(
     config: PipelineConfig,
     dit: DiTConfig,
-    request: Request,
+    shape: WindowShape,
     vae_name: str,
     device: torch.device,
     limit: int | None,
@@ -113,7 +115,7 @@ def place(
     Raises ResourceError when it cannot fit.
     """
     runtime, kept = config.runtime, kept or {}
-    run = run_sizes(config, dit, request, vae_name, device)
+    run = run_sizes(config, dit, shape, vae_name, device)
     vae_passes = pass_sizes(vae_name)
     passes = range(len(vae_passes))
     if kept.get(PASS_FIELD) in vae_passes:
@@ -122,9 +124,9 @@ def place(
 
     def placed(quantize: Quantize) -> Placement:
         plain = arranged(quantize)
-        if not wants_graphs(config, dit, request.plan.tokens, device, captures):
+        if not wants_graphs(config, dit, shape.tokens, device, captures):
             return plain
-        memory = replace(plain.memory, peak=plain.memory.peak + graph_bytes(config, dit, request))
+        memory = replace(plain.memory, peak=plain.memory.peak + graph_bytes(config, dit, shape.tokens))
         if memory.fits and not memory.streams:
             return replace(plain, memory=memory, graphs=True)
         if runtime.cuda_graphs:

@@ -21,7 +21,7 @@ from omniavatar.model.dit import DiTConfig
 if TYPE_CHECKING:
     from omniavatar.config.schema import PipelineConfig
     from omniavatar.model.vae import VAEConfig
-    from omniavatar.plan.run import RunPlan
+    from omniavatar.plan.run import WindowShape
 
 GB = 10**9
 
@@ -162,14 +162,6 @@ SHARED_DECODERS = ("full", "lightvae")
 """Those that the fast VAE's layers run; the tiny ones take less time than sharing them would save."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """What of a request decides its memory. cached: a step cache keeps residuals."""
-
-    plan: RunPlan
-    cached: bool
-
-
 def vae_ranks(config: PipelineConfig, vae_name: str) -> int:
     """Processes that share the VAE's work: all that make a video, or one.
 
@@ -187,7 +179,7 @@ def vae_ranks(config: PipelineConfig, vae_name: str) -> int:
 
 
 def run_sizes(
-    config: PipelineConfig, dit: DiTConfig, request: Request, vae_name: str, device: torch.device
+    config: PipelineConfig, dit: DiTConfig, shape: WindowShape, vae_name: str, device: torch.device
 ) -> RunSizes:
     """What a request needs beside the DiT's weights.
 
@@ -196,7 +188,7 @@ def run_sizes(
     spec = next((scale for scale in SCALES if scale.dit.dim == dit.dim), SCALES[-1])
     size = DTYPE_BYTES[config.model.dtype]
     fused = device.type == "cuda" if config.runtime.fuse is None else config.runtime.fuse
-    plan, branches = request.plan, request.plan.branches
+    branches, cached = shape.branches, shape.step_cache != "none"
     ranks = vae_ranks(config, vae_name)
     float8 = config.runtime.quantize != "none"
     return RunSizes(
@@ -205,18 +197,18 @@ def run_sizes(
         audio_encoder=tensor_bytes(wav2vec_tensors(spec.wav2vec), FLOAT),
         text_encoder=tensor_bytes(text_tensors(spec.text), size),
         held=held_bytes(dit, len({branch.text for branch in branches}), size),
-        denoise=denoise_bytes(dit, plan.tokens, size, fused, len(branches), request.cached, float8),
+        denoise=denoise_bytes(dit, shape.tokens, size, fused, len(branches), cached, float8),
         coding=tuple(
-            coding_bytes(spec.vae.dim, plan.size, size, latents, plan.overlap, vae_name == "fast", ranks)
+            coding_bytes(spec.vae.dim, shape.size, size, latents, shape.overlap, vae_name == "fast", ranks)
             for latents in pass_sizes(vae_name)
         ),
     )
 
 
-def graph_bytes(config: PipelineConfig, dit: DiTConfig, request: Request) -> int:
-    """What the captured forwards of a video's windows keep: activations, and two shapes' text."""
+def graph_bytes(config: PipelineConfig, dit: DiTConfig, tokens: int) -> int:
+    """What the captured forwards of a video's windows keep: activations of `tokens`, two shapes' text."""
     size, runtime = DTYPE_BYTES[config.model.dtype], config.runtime
-    own = -(-request.plan.tokens // runtime.sp_size)
+    own = -(-tokens // runtime.sp_size)
     activations = denoise_bytes(dit, own, size, True, 0, False, runtime.quantize != "none")
     return activations + held_bytes(dit, 2, size)
 

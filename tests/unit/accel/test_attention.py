@@ -62,7 +62,7 @@ def test_the_choice_is_said_and_kept_with_the_video(nano_checkpoint, tmp_path):
     pipeline = make_pipeline(nano_checkpoint, tmp_path / "cache", recorder, attention="fastest")
     result = pipeline.generate(request(0.3), tmp_path / "a.mp4")
     sidecar = json.loads(result.sidecar.read_text())
-    name = pipeline.components.attention_name
+    name = pipeline.models.attention_name
     assert sidecar["attention"] == name and name in ("flash", "sdpa")
     assert any(line.startswith(f"attention: {name} (measured") for line in said)
     same = make_pipeline(nano_checkpoint, tmp_path / "cache", attention=name)

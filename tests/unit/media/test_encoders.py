@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from engine import make_pipeline, request
-from omniavatar.engine import pipeline as pipeline_module
+from omniavatar import AvatarPipeline
+from omniavatar.engine.host import Host
 from omniavatar.errors import ConfigError, ResourceError, ResumeError
 from omniavatar.media import encoders, video
 from omniavatar.media.encoders import choose_encoder, encoder_options, try_nvenc
@@ -83,14 +84,20 @@ def test_a_segment_opens_the_encoder_that_was_chosen(tmp_path, monkeypatch) -> N
         assert container.streams.video[0].codec_context.name == "mpeg4"
 
 
-def test_sidecar_names_the_encoder_and_a_job_keeps_it(nano_checkpoint, tmp_path, monkeypatch) -> None:
-    pipe = make_pipeline(nano_checkpoint, tmp_path / "cache")
+def test_sidecar_names_the_encoder_and_a_job_keeps_it(nano_checkpoint, tmp_path) -> None:
     tries: list[str] = []
 
-    def choose(answer):
-        return lambda wanted, size: tries.append(wanted) or answer
+    class Choosing(Host):
+        """A machine whose encoders are all `answer`."""
 
-    monkeypatch.setattr(pipeline_module, "choose_encoder", choose("x264"))
+        def __init__(self, answer):
+            self.answer = answer
+
+        def choose_encoder(self, name, size):
+            tries.append(name)
+            return self.answer
+
+    pipe = make_pipeline(nano_checkpoint, tmp_path / "cache", host=Choosing("x264"))
     result = pipe.generate(request(0.3), tmp_path / "done.mp4")
     pipe.generate(request(0.3, prompt="another"), tmp_path / "second.mp4")
     assert tries == ["auto"], "tried once a size"
@@ -98,23 +105,21 @@ def test_sidecar_names_the_encoder_and_a_job_keeps_it(nano_checkpoint, tmp_path,
     assert sidecar["encoder"] == "x264" == json.loads(sidecar["fingerprint"]["output.encoder"])
 
     target = tmp_path / "out.mp4"
-    write = pipeline_module.VideoWriter.submit
 
-    def interrupted(self, result, begun):
-        if result.window.index == 2:
-            raise KeyboardInterrupt
-        write(self, result, begun)
+    class Interrupted(AvatarPipeline):
+        def windows(self, *arguments):
+            for result in super().windows(*arguments):
+                if result.window.index == 2:
+                    raise KeyboardInterrupt
+                yield result
 
-    monkeypatch.setattr(pipeline_module.VideoWriter, "submit", interrupted)
+    cut = make_pipeline(nano_checkpoint, tmp_path / "cache", host=Choosing("x264"), kind=Interrupted)
     with pytest.raises(KeyboardInterrupt):
-        pipe.generate(request(1.5), target)
-    monkeypatch.setattr(pipeline_module.VideoWriter, "submit", write)
-    named = make_pipeline(nano_checkpoint, tmp_path / "cache", encoder="x264")
-    other = make_pipeline(nano_checkpoint, tmp_path / "cache")
-    monkeypatch.setattr(pipeline_module, "choose_encoder", choose("nvenc"))
+        cut.generate(request(1.5), target)
+    named = make_pipeline(nano_checkpoint, tmp_path / "cache", host=Choosing("x264"), encoder="x264")
+    other = make_pipeline(nano_checkpoint, tmp_path / "cache", host=Choosing("nvenc"))
     with pytest.raises(ResumeError, match=r'output\.encoder: "x264" -> "nvenc"'):
         other.generate(request(1.5), target)
-    monkeypatch.setattr(pipeline_module, "choose_encoder", choose("x264"))
     assert named.generate(request(1.5), target).resumed_windows == 2
 
 

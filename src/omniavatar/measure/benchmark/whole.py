@@ -45,7 +45,7 @@ def measure_full(
     seconds of audio.
     """
     config = pipeline.config
-    pipeline.components.embed_prompts([PROMPT, config.sampling.negative_prompt])
+    pipeline.models.prompts.embed([PROMPT, config.sampling.negative_prompt])
     request = AvatarRequest(PROMPT, packaged_portrait(config.video.sizes[0]), voice)
     audio = measure_audio(voice, config.video.sample_rate, 0.0).samples / config.video.sample_rate
     with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
