@@ -7,10 +7,8 @@ import csv
 import json
 import runpy
 import sys
-import wave
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,44 +18,22 @@ from command_line import REPOSITORY
 from omniavatar.assets import pocket
 from omniavatar.checkpoint.reader import TensorFiles
 from omniavatar.media.inspect import probe_video
+from small_pocket import FRAMES, write_config, write_voice
 
 FOLDER = REPOSITORY / "examples"
 PROGRAMS = sorted(path.name for path in FOLDER.glob("*.py"))
 LARGEST = 60
 PUBLIC = {"omniavatar", "omniavatar.engine.recorder"}
-# The packaged model at 64x64 with one step, so that a video takes seconds.
-SMALL = {
-    "num_steps: 4": "num_steps: 1",
-    "[[192, 192]]": "[[64, 64]]",
-    "max_tokens: 1476": "max_tokens: 164\npreset: ultrafast\ndevice: cpu",
-}
-FRAMES = 24  # the portrait, then 0.3 s of silence and 0.6 s of voice at 25 frames a second
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """`pocket` with the settings of SMALL."""
-    folder = tmp_path_factory.mktemp("config")
-    text = pocket.CONFIG.read_text()
-    for old, new in SMALL.items():
-        assert old in text, old
-        text = text.replace(old, new)
-    path = folder / "small.yaml"
-    path.write_text(f"{text}\ntext_cache_dir: {folder / 'cache'}\n")
-    return str(path)
+    return str(write_config(tmp_path_factory.mktemp("config") / "small.yaml"))
 
 
 @pytest.fixture(scope="module")
 def voice(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """0.6 s of sound."""
-    path = tmp_path_factory.mktemp("voice") / "voice.wav"
-    samples = np.random.default_rng(0).integers(-3000, 3000, 9600, dtype=np.int16)
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(16000)
-        file.writeframes(samples.tobytes())
-    return str(path)
+    return str(write_voice(tmp_path_factory.mktemp("voice") / "voice.wav"))
 
 
 @pytest.fixture
@@ -76,7 +52,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def test_every_program_is_run_by_a_test_here() -> None:
     source = Path(__file__).read_text()
     assert len(PROGRAMS) >= 5
-    assert [name for name in PROGRAMS if f'run("{name}"' not in source.replace("run(\n        ", "run(")] == []
+    assert [
+        name for name in PROGRAMS if f'run("{name}"' not in source.replace("run(\n        ", "run(")
+    ] == []
 
 
 def test_the_list_of_examples_names_every_file() -> None:
@@ -154,7 +132,15 @@ def test_lora_four_steps(run, config: str, voice: str) -> None:
         f"diffusion_model.{layer}.lora_up.weight": torch.randn(rows, 4, generator=generator),
     }
     save_file(pair, "lora.safetensors")
-    arguments = ("lora.safetensors", "--config", config, "--image", str(FOLDER / "head.png"), "--audio", voice)
+    arguments = (
+        "lora.safetensors",
+        "--config",
+        config,
+        "--image",
+        str(FOLDER / "head.png"),
+        "--audio",
+        voice,
+    )
     printed = run("lora_four_steps.py", *arguments)
     plan = json.loads(Path("four_steps.json").read_text())["plan"]
     assert plan["forwards"] == 4 and plan["steps"] == 4 and "1 windows" in printed
