@@ -21,6 +21,7 @@ from PIL import Image
 from command_line import REPOSITORY
 from omniavatar.cli import app, main
 from omniavatar.config.load import load_config
+from omniavatar.errors import ConfigError
 from omniavatar.media.inspect import probe_video
 from page_commands import NEEDS, Block, blocks, inline_commands, inline_settings
 from small_pocket import write_config, write_voice
@@ -37,7 +38,7 @@ SETTINGS = {"generate": SMALL, "demo": SMALL}
 """Command -> what is put before the page's own `--hp`: 64x64 pixels and one step; the page's values win."""
 CONFIG = ("pocket", "small.yaml")
 """What `--config` of a program of examples/ is replaced by: the same settings in a file."""
-SHELL = ("cd", "git", "source", "python3", "pip", "make", "hf", "export")
+SHELL = ("source", "python3", "pip")
 """Programs that only marked blocks may use; their arguments are the reader's own."""
 
 
@@ -117,8 +118,6 @@ def run(words: list[str], block: Block) -> None:
             runpy.run_path(words[1], run_name="__main__")
         finally:
             sys.argv = before
-    elif words[0] == "cat":
-        assert all(Path(name).is_file() for name in words[1:]), f"{block.name}: {' '.join(words)}"
     else:
         pytest.fail(
             f"{block.name}: {' '.join(words)}: neither run by this test nor marked <!-- needs: ... -->"
@@ -171,7 +170,7 @@ def check_exists(words: list[str]) -> None:
             if word.startswith("scripts/"):
                 check_options([scripts[Path(word).name], *words[number + 1 :]], shown)
     else:
-        assert program in (*SHELL, "cat"), f"{shown}: what is {program}?"
+        assert program in SHELL, f"{shown}: what is {program}?"
 
 
 def check_options(arguments: list[str], shown: str) -> None:
@@ -191,6 +190,35 @@ def check_options(arguments: list[str], shown: str) -> None:
             if option in ("--hp", "-hp", "--hparams"):
                 settings.append(value or arguments[number + 1])
     load_config(None, settings)
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "omniavatar generat --config pocket",
+        "omniavatar generate --confg pocket",
+        "omniavatar generate --config configs/none.yaml",
+        "omniavatar generate --config pocket --hp num_stpes=2",
+        "torchrun scripts/inference.py --input-fil examples/infer_samples.txt",
+        "make demonstration",
+        "curl somewhere",
+    ],
+)
+def test_a_wrong_command_is_found(shown: str) -> None:
+    with pytest.raises((AssertionError, ConfigError)):
+        check_exists(shown.split())
+
+
+def test_an_unmarked_command_that_cannot_run_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "1. Do\n\n    ```sh\n    make \\\n      demo  # now\n    ```\n<!-- needs: gpu -->\n```sh\nx\n```\n"
+    )
+    unmarked, marked = blocks(page, tmp_path)
+    assert unmarked.commands() == [["make", "demo"]] and not unmarked.needs
+    assert marked.needs == ("gpu",) and marked.name == "page.md:8"
+    with pytest.raises(pytest.fail.Exception, match="nor marked"):
+        run(["make", "demo"], unmarked)
 
 
 def test_quoted_errors_are_those_of_the_package() -> None:
