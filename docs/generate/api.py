@@ -27,9 +27,9 @@ pipe = AvatarPipeline.from_config("configs/inference_1.3B_optimized.yaml")
 request = AvatarRequest(
     prompt="A woman speaks", image="face.jpg", audio="speech.mp3", sampling=SamplingParams(seed=1)
 )
-pipe.generate(request, "out.mp4")          # a file; the models stay loaded for the next request
-for chunk in pipe.stream(request):         # or frames, window by window
-    show(chunk.frames, chunk.times)        # (N, H, W, 3) uint8, seconds
+pipe.generate(request, "out.mp4")  # a file; the models stay loaded for the next request
+for chunk in pipe.stream(request):  # or frames, window by window
+    show(chunk.frames, chunk.times)  # (N, H, W, 3) uint8, seconds
 ```
 
 - **The package is quick to import.** A name is loaded when it is first used, so `import omniavatar` does not
@@ -41,7 +41,15 @@ for chunk in pipe.stream(request):         # or frames, window by window
   [examples](../examples/README.md).
 """
 
-ORDER = ("AvatarPipeline", "generate", "AvatarRequest", "SamplingParams", "Waveform", "VideoChunk", "RunResult")
+ORDER = (
+    "AvatarPipeline",
+    "generate",
+    "AvatarRequest",
+    "SamplingParams",
+    "Waveform",
+    "VideoChunk",
+    "RunResult",
+)
 """Names in the order a reader needs them; the others follow in the order of `__all__`."""
 
 
@@ -56,23 +64,25 @@ def page() -> str:
 def _entry(name: str, value: Any) -> str:
     lines = [f"## `{name}`", ""]
     if inspect.isfunction(value):
-        return "\n".join([*lines, *_call(name, value), *_prose(value)])
+        return "\n".join([*lines, *_call(name, value), *prose(value)])
     if issubclass(value, BaseModel):
-        return "\n".join([*lines, *_prose(value), *_sections(value)])
-    lines += _prose(value)
+        return "\n".join([*lines, *prose(value), *_sections(value)])
+    lines += prose(value)
     if dataclasses.is_dataclass(value):
         lines += ["| field | type | default |", "|---|---|---|"]
         lines += [_field(field) for field in dataclasses.fields(value)] + [""]
     elif issubclass(value, Exception):
-        lines += [f"- `{kind.__name__}`, exit code {kind.exit_code}" for kind in value.__subclasses__()] + [""]
+        lines += [f"- `{kind.__name__}`, exit code {kind.exit_code}" for kind in value.__subclasses__()] + [
+            ""
+        ]
     for member, found in vars(value).items():
         if member.startswith("_"):
             continue
         if isinstance(found, property):
-            lines += [f"### `{name}.{member}`", "", *_prose(found)]
+            lines += [f"### `{name}.{member}`", "", *prose(found)]
         elif isinstance(found, classmethod) or inspect.isfunction(found):
             function = found.__func__ if isinstance(found, classmethod) else found
-            lines += [f"### `{name}.{member}`", "", *_call(member, function), *_prose(function)]
+            lines += [f"### `{name}.{member}`", "", *_call(member, function), *prose(function)]
     return "\n".join(lines)
 
 
@@ -119,8 +129,8 @@ def _sections(model: type[BaseModel]) -> list[str]:
     return [*rows, ""]
 
 
-def _prose(value: Any) -> list[str]:
-    """A docstring as Markdown: paragraphs stay, indented blocks are code, `name: text` begins a list entry."""
+def prose(value: Any) -> list[str]:
+    """A docstring as Markdown: indented blocks become code, `name: text` becomes a list entry."""
     text = inspect.getdoc(value)
     if not text:
         raise ValueError(f"{value} is public and has no docstring")

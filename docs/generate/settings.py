@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from omniavatar.config.identity import NEUTRAL_FIELDS
 from omniavatar.config.schema import PipelineConfig
@@ -20,6 +21,11 @@ from omniavatar.config.values import IGNORED_KEYS
 from omniavatar.types import SamplingParams
 
 WRONG: dict[str, Any] = {
+    "decoder": "?",
+    "sampler": "?",
+    "encoder": "?",
+    "quantize": "?",
+    "vae": "?",
     "guidance_interval": (1.0, 0.0),
     "timesteps": (1.0, 2.0),
     "teacache_coefficients": "?",
@@ -94,7 +100,7 @@ def values(name: str, field: FieldInfo) -> str:
     if name in SPELT:
         return SPELT[name]
     if name in WRONG:
-        return _accepted(field, WRONG[name])
+        return accepted(field, WRONG[name])
     return _type_words(field.annotation, field.metadata)
 
 
@@ -170,15 +176,19 @@ def _listed(value: Any) -> str:
     return f"[{', '.join(map(_listed, value))}]" if isinstance(value, tuple) else str(value)
 
 
-def _accepted(field: FieldInfo, wrong: Any) -> str:
+def accepted(field: FieldInfo, wrong: Any) -> str:
     """What the field's validator says when it is given a wrong value, without "must be"."""
-    annotated = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+    annotated: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
     try:
         TypeAdapter(annotated).validate_python(wrong)
     except ValidationError as error:
-        texts = [str(row["ctx"]["error"]) for row in error.errors() if row["type"] == "value_error"]
-        return texts[0].removeprefix("must be ").removeprefix("must ")
+        (text,) = {_reason(row) for row in error.errors() if row["type"] in ("value_error", "literal_error")}
+        return text.removeprefix("must be ").removeprefix("must ").replace("'", "`")
     raise AssertionError(f"{wrong!r} was accepted")
+
+
+def _reason(error: ErrorDetails) -> str:
+    return str(error["ctx"]["expected" if error["type"] == "literal_error" else "error"])
 
 
 def _type_words(kind: Any, metadata: list[Any]) -> str:
