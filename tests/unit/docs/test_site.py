@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[3]
 OTHER_HOST = re.compile(r'<(?:script|link|img|iframe|source)[^>]+(?:src|href)="((?:https?:)?//[^"]+)"')
 
-if find_spec("mkdocs") is None or find_spec("material") is None:
-    pytest.skip("the site needs the docs extra: pip install -e '.[docs]'", allow_module_level=True)
+pytest.importorskip("material", reason="the site needs the docs extra: pip install -e '.[docs]'")
 
 from docs.generate import links  # noqa: E402  (imports mkdocs)
 
@@ -45,6 +43,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_site_builds_strictly_with_every_page(site: Path) -> None:
     for page in (REPOSITORY / "docs").glob("*.md"):
         assert (site / f"{page.stem}.html").is_file()
@@ -52,6 +51,7 @@ def test_the_site_builds_strictly_with_every_page(site: Path) -> None:
     assert not (site / "generate").exists(), "the generators are no part of the site"
 
 
+@pytest.mark.slow
 def test_pages_load_nothing_from_other_hosts(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert pages
@@ -59,11 +59,13 @@ def test_pages_load_nothing_from_other_hosts(site: Path) -> None:
         assert not OTHER_HOST.findall(page.read_text(encoding="utf-8")), page
 
 
+@pytest.mark.slow
 def test_the_search_index_lies_in_the_site(site: Path) -> None:
     index = (site / "search" / "search_index.json").read_text(encoding="utf-8")
     assert "tea_cache_l1_thresh" in index
 
 
+@pytest.mark.slow
 def test_links_out_of_docs_lead_to_files_of_the_site(site: Path) -> None:
     page = (site / "licences.html").read_text(encoding="utf-8")
     assert 'href="repository/LICENSE"' in page and 'href="repository/examples/README.html"' in page
@@ -71,6 +73,7 @@ def test_links_out_of_docs_lead_to_files_of_the_site(site: Path) -> None:
     assert 'href="../performance.html"' in back
 
 
+@pytest.mark.slow
 def test_a_broken_link_a_bad_anchor_and_a_page_outside_the_navigation_fail(tmp_path: Path) -> None:
     copy = tmp_path / "repository"
     shutil.copytree(REPOSITORY / "docs", copy / "docs", ignore=shutil.ignore_patterns("__pycache__"))
