@@ -68,7 +68,7 @@ def test_the_search_index_lies_in_the_site(site: Path) -> None:
 @pytest.mark.slow
 def test_links_out_of_docs_lead_to_files_of_the_site(site: Path) -> None:
     page = (site / "licences.html").read_text(encoding="utf-8")
-    assert 'href="repository/LICENSE"' in page and 'href="repository/examples/README.html"' in page
+    assert 'href="repository/LICENSE"' in page and 'href="repository/examples/index.html"' in page
     back = (site / "repository" / "CONTRIBUTING.html").read_text(encoding="utf-8")
     assert 'href="../performance.html"' in back
 
