@@ -111,7 +111,7 @@ def _section(section: str, model: type[BaseModel]) -> str:
     for name, field in leaves(model):
         default = _default(field.default)
         if len(default) > LONG:
-            long += [f"Default of `{name}`:", "", f"> {field.default}", ""]
+            long += [f"Default of `{name}`:", "", f"> {_listed(field.default)}", ""]
             default = "see below the table"
         changes = "run" if f"{section}.{name.split('.')[0]}" in NEUTRAL_FIELDS else "video"
         meaning = " ".join((field.description or "").split())
