@@ -77,6 +77,5 @@ def request(seconds: float | None = 0.9, **changes: Any) -> AvatarRequest:
 
 def place(pipeline: AvatarPipeline, what: AvatarRequest) -> AvatarPipeline:
     """Decide where the models of a request lie, so that they can be loaded before it runs."""
-    shape = read_inputs(pipeline.models, what).shape
-    pipeline.adopt(shape, pipeline.models.residency.place(shape, {}))
+    pipeline.adopt(read_inputs(pipeline.models, what).shape)
     return pipeline

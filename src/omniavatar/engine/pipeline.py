@@ -150,8 +150,7 @@ class AvatarPipeline:
         """Read, plan and encode a request, for as long as the body runs; the caller runs its windows."""
         inputs = read_inputs(self.models, request)
         with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
-            placement = self.models.residency.place(inputs.shape, {})
-            yield condition(self.models, self._plan(inputs, placement, Path(folder)))
+            yield condition(self.models, self._plan(inputs, None, Path(folder)))
 
     def windows(self, ready: Prepared, first: int = 0, given: Tensor | None = None) -> Iterator[WindowResult]:
         """The windows of a conditioned request from `first` on, made by all processes.
@@ -189,12 +188,13 @@ class AvatarPipeline:
             )
         )
 
-    def adopt(self, shape: WindowShape, placement: Placement) -> None:
-        """Put a placement for windows of `shape` in force, on all processes."""
+    def adopt(self, shape: WindowShape, placement: Placement | None = None) -> None:
+        """Put a placement for windows of `shape` in force, on all processes; plan one if None is given."""
+        placement = placement or self.models.residency.place(shape, {})
         self.team.order(PlaceOrder(shape, placement.identity()))
         self.models.residency.adopt(placement)
 
-    def _plan(self, inputs: Inputs, placement: Placement, folder: Path) -> Planned:
+    def _plan(self, inputs: Inputs, placement: Placement | None, folder: Path) -> Planned:
         """Adopt the placement, decode the sound, plan the windows."""
         if self.models.device.type == "cuda":
             self._recorder.use_clock(DeviceClock(self.models.device))

@@ -79,8 +79,7 @@ class PartTimer:
 
     def _place(self, pipeline: AvatarPipeline) -> None:
         """Decide where the models go, as a run does before it loads any."""
-        shape = window_shape(self._config, self._size, has_audio=True)
-        pipeline.adopt(shape, pipeline.models.residency.place(shape, {}))
+        pipeline.adopt(window_shape(self._config, self._size, has_audio=True))
 
     def plan(self, config: PipelineConfig, audio_seconds: float) -> RunPlan:
         """The plan of a video of so many seconds of sound, with the decisions of its step cache."""

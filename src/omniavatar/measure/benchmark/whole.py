@@ -24,6 +24,7 @@ from omniavatar.measure.quality import compare
 from omniavatar.media.audio import measure_audio
 from omniavatar.media.image import load_image
 from omniavatar.media.inspect import read_frames
+from omniavatar.plan.run import window_shape
 from omniavatar.types import AudioInput, AvatarRequest, SamplingParams
 
 PROMPT = "A woman in a blue sweater speaks into the camera, soft daylight"
@@ -41,10 +42,11 @@ def measure_full(
 ) -> dict[str, Any]:
     """Seconds of the video and of the baseline's, PSNR and SSIM between them, and the prediction's error.
 
-    pipeline: with its models loaded. predicted: seconds that the quick measurement foretells for so many
+    predicted: seconds that the quick measurement foretells for so many
     seconds of audio.
     """
     config = pipeline.config
+    pipeline.adopt(window_shape(config, config.video.sizes[0], has_audio=True))
     pipeline.models.prompts.embed([PROMPT, config.sampling.negative_prompt])
     request = AvatarRequest(PROMPT, packaged_portrait(config.video.sizes[0]), voice)
     audio = measure_audio(voice, config.video.sample_rate, 0.0).samples / config.video.sample_rate
