@@ -21,7 +21,7 @@ import torch
 from timing import timed, where
 
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
-from omniavatar.accel.attention.registry import available_backends, create_attention
+from omniavatar.accel.attention.registry import ATTENTION, create_attention
 from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.accel.kernels.rows import EagerOps
 from omniavatar.checkpoint.dit import random_dit
@@ -102,7 +102,7 @@ def profile(dit, grid, rows=18):
 @torch.inference_mode()
 def measure(scale, repeats, with_profile, variants, only):
     spec, ops = scale_spec(scale), create_fused(DEVICE)
-    there = available_backends(DEVICE)
+    there = ATTENTION.available(DEVICE)
     expected, rows = None, []
     for name, config, backends in LADDER:
         if name not in variants:

@@ -28,7 +28,7 @@ from omniavatar.accel.apply import AccelConfig, apply_accelerations, weight_form
 from omniavatar.accel.attention.registry import create_attention
 from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.accel.offload import OffloadConfig, Offloader
-from omniavatar.accel.vae import create_vae
+from omniavatar.accel.vae_runners import create_vae
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import random_vae

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 ImageInput: TypeAlias = "str | Path | np.ndarray | PIL.Image.Image"
 AudioInput: TypeAlias = "str | Path | Waveform"
-Sampler = Literal["euler", "renoise"]
 StepCache = Literal["none", "teacache", "magcache"]
 
 
@@ -39,7 +38,7 @@ class SamplingParams:
     audio_scale: float | None = None
     shift: float | None = None
     timesteps: tuple[float, ...] | None = None
-    sampler: Sampler | None = None
+    sampler: str | None = None
     negative_prompt: str | None = None
     step_cache: StepCache | None = None
     guidance_interval: tuple[float, float] | None = None

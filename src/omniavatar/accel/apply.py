@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from omniavatar.accel.fused_blocks import apply_fused_blocks
 from omniavatar.accel.kernels.rows import FP8, FusedOps
-from omniavatar.accel.quantized import QuantForm, apply_quantization, check_quantize, is_quantized
+from omniavatar.accel.precision import PRECISIONS, check_quantize
+from omniavatar.accel.quantized import QuantForm, apply_quantization, is_quantized
 from omniavatar.accel.short_text import apply_short_text
 from omniavatar.checkpoint.dit import WeightForm
 from omniavatar.model.dit import WanDiT
 
-Quantize = Literal["none", "fp8", "int8"]
+Quantize = str
+"""A name of `accel.precision.PRECISIONS`."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def weight_form(config: AccelConfig, ops: FusedOps, device: torch.device) -> Wei
 
     Raises ResourceError for what the device cannot do.
     """
-    if config.quantize == "none":
+    if PRECISIONS.get(config.quantize).create() is None:
         return None
     check_quantize(config.quantize, device)
     return QuantForm(ops)
@@ -38,7 +39,7 @@ def weight_form(config: AccelConfig, ops: FusedOps, device: torch.device) -> Wei
 
 def row_dtype(quantize: Quantize) -> torch.dtype:
     """What rows are quantised to; float8 where nothing is."""
-    return torch.int8 if quantize == "int8" else FP8
+    return PRECISIONS.get(quantize).create() or FP8
 
 
 def apply_accelerations(dit: WanDiT, config: AccelConfig, ops: FusedOps) -> None:

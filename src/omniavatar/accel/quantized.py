@@ -14,15 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from omniavatar.accel.kernels.rows import FP8, FusedOps, QuantRows, Rows, quantize_rows
+from omniavatar.accel.kernels.rows import FusedOps, QuantRows, Rows, quantize_rows
 from omniavatar.accel.kernels.scaled import scaled_linear
+from omniavatar.accel.precision import PRECISIONS, check_quantize
 from omniavatar.checkpoint.strict import TensorSource
-from omniavatar.errors import ResourceError
 from omniavatar.model.dit import WanDiT
 
 QUANTIZED = (
@@ -31,9 +31,6 @@ QUANTIZED = (
     "ffn.0",
     "ffn.2",
 )
-
-
-FORM_NAMES = {FP8: "fp8", torch.int8: "int8"}
 
 
 class QuantLinear(nn.Module):
@@ -76,8 +73,8 @@ class QuantForm:
 
     @property
     def name(self) -> str:
-        """fp8 or int8."""
-        return FORM_NAMES[self.ops.row_dtype]
+        """The value of `quantize` that stands for this form: fp8 or int8."""
+        return next(each.name for each in PRECISIONS if each.create() == self.ops.row_dtype)
 
     def prepare(self, model: WanDiT) -> None:
         """Replace the layers named in `QUANTIZED` in every block, in place."""
@@ -119,31 +116,6 @@ def _quantized(
 def is_quantized(dit: WanDiT) -> bool:
     """Whether the model's layers are float8 already."""
     return any(isinstance(module, QuantLinear) for module in dit.modules())
-
-
-def check_quantize(form: str, device: torch.device) -> None:
-    """Raise ResourceError where the device has no products of `form` (fp8, int8); the CPU has slow twins."""
-    if device.type != "cuda":
-        return
-    needed, remedy = {"fp8": ((8, 9), "int8 or none"), "int8": ((8, 0), "none")}[form]
-    if torch.cuda.get_device_capability(device) < needed:
-        name, version = torch.cuda.get_device_name(device), ".".join(map(str, needed))
-        raise ResourceError(
-            f"quantize: {name} has no {form} products (compute capability {version}); use quantize={remedy}"
-        )
-
-
-def best_quantize(device: torch.device) -> Literal["fp8", "int8"] | None:
-    """The form a CUDA device runs faster than bf16: float8, else int8, else None; None for a CPU."""
-    if device.type != "cuda":
-        return None
-    for form in ("fp8", "int8"):
-        try:
-            check_quantize(form, device)
-        except ResourceError:
-            continue
-        return form
-    return None
 
 
 def apply_quantization(dit: WanDiT, ops: FusedOps) -> None:

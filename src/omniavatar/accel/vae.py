@@ -16,7 +16,6 @@ Shapes: B clips, N = 4T-3 frames, T latents, H W pixels, h w = H/8 W/8.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,8 +27,7 @@ from torch import Tensor
 from omniavatar.accel.kernels import channel_norm
 from omniavatar.accel.kernels.channel_norm import AddNorm
 from omniavatar.accel.vae_frames import Clip, FrameLayers, Rows, pointwise
-from omniavatar.errors import ResourceError
-from omniavatar.model.vae import Decoder, Encoder, VideoVAE, WanVAE, denormalise, normalise
+from omniavatar.model.vae import Decoder, Encoder, WanVAE, denormalise, normalise
 
 Kernels = Literal["eager", "triton"]
 SplitRows = Callable[[int], Rows | None]
@@ -61,53 +59,15 @@ class FastVAEConfig:
     """Frames an encoding pass after the first one, a multiple of 4."""
 
 
-def available_vaes(device: torch.device) -> list[str]:
-    """Names `choose_vae` accepts on this device, besides `auto`."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return ["plain"]
-    return ["plain", "fast"]
-
-
-def pass_sizes(chosen: str) -> tuple[int, ...]:
-    """Latents a decoding pass may have, the largest first; one entry where passes are fixed.
-
-    Another size may round differently, since the convolution library chooses its kernels by shape.
-    """
-    return (2, 1) if chosen == "fast" else (1,)
-
-
 def frames_of_pass(latents: int) -> int:
-    """Frames encoded at once where so many latents are decoded at once."""
+    """Frames that are encoded at once if `latents` latents are decoded at once."""
     return 8 * latents - 4
-
-
-def choose_vae(name: str, device: torch.device) -> str:
-    """The name `name` stands for on this device; `auto` is fast, but plain on CUDA without triton.
-
-    Raises ResourceError for a name that does not exist or cannot run on `device`.
-    """
-    there = available_vaes(device)
-    chosen = there[-1] if name == "auto" else name
-    if chosen not in there:
-        raise ResourceError(
-            f"vae: {chosen!r} cannot run on {device.type} here (fast needs the package triton on CUDA); "
-            f"choose one of: auto, {', '.join(there)}"
-        )
-    return chosen
 
 
 def coding_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What a VAE computes in where the rest of a model is `dtype`: float32 on a CPU, whose convolutions in
     bfloat16 are emulated and take 15 to 40 times as long."""
     return torch.float32 if device.type == "cpu" else dtype
-
-
-def create_vae(chosen: str, vae: WanVAE, device: torch.device) -> VideoVAE:
-    """The VAE around loaded weights, by a name from `choose_vae`."""
-    if chosen == "plain":
-        return vae
-    cuda = device.type == "cuda"
-    return apply_fast_vae(vae, FastVAEConfig("triton" if cuda else "eager", paired_columns=cuda))
 
 
 def apply_fast_vae(vae: WanVAE, config: FastVAEConfig) -> FastVAE:

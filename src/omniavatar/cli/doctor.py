@@ -23,7 +23,7 @@ def doctor(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what this machine has: devices, versions, attention backends, codecs, memory, disk, weights."""
+    """Report what this machine has: devices, versions, backends, codecs, memory, disk, weights."""
     with user_errors():
         from omniavatar.measure.benchmark.run import find_configs
         from omniavatar.measure.doctor import examine
@@ -36,6 +36,12 @@ def doctor(
             typer.echo(json.dumps(findings, indent=2))
         else:
             _print_findings(findings)
+
+
+def _unavailable(backends: Sequence[dict[str, Any]]) -> list[str]:
+    """One line for each backend that is not available, with the reason."""
+    missing = [row for row in backends if not row["available"]]
+    return [f"{row['setting']}: {row['name']} ({row['reason']})" for row in missing] or ["none"]
 
 
 def _print_findings(findings: dict[str, Any]) -> None:
@@ -51,8 +57,8 @@ def _print_findings(findings: dict[str, Any]) -> None:
     def size(count: int) -> str:
         return f"{count / 2**30:.1f} GiB"
 
-    def there(row: dict[str, Any]) -> str:
-        return f"{'yes' if row['there'] else 'no ':<4}{row['name']}: {row['purpose']}"
+    def available(row: dict[str, Any]) -> str:
+        return f"{'yes' if row['available'] else 'no ':<4}{row['name']}: {row['purpose']}"
 
     show(
         f"devices (auto: {findings['device']}, CUDA {findings['cuda'] or 'not in this torch'})",
@@ -66,19 +72,20 @@ def _print_findings(findings: dict[str, Any]) -> None:
     show(
         "attention backends",
         [
-            f"{dtype}: {', '.join(r['there'])} (auto: {r['auto']})"
+            f"{dtype}: {', '.join(r['available'])} (auto: {r['auto']})"
             for dtype, r in findings["attention"].items()
         ],
     )
     show("video VAE", [f"auto: {findings['vae']}"])
+    show("backends that cannot be used here", _unavailable(findings["backends"]))
     choices = findings["memory_auto"].items()
     show("memory: auto", [f"{scale}: {line.removeprefix('memory: ')}" for scale, line in choices])
-    show("optional packages", [there(row) for row in findings["optional"]])
+    show("optional packages", [available(row) for row in findings["optional"]])
     encoder = findings["encoder"]
     show(
         "video and sound",
         [
-            *(there(row) for row in findings["codecs"]),
+            *(available(row) for row in findings["codecs"]),
             f"encoder auto: {encoder['auto']} (NVENC: {encoder['nvenc']})",
         ],
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from omniavatar.device import arrival
-from omniavatar.media.encoders import Encoder, choose_encoder
+from omniavatar.media.h264 import choose_encoder
 from omniavatar.media.video import encode_segment
 from omniavatar.plan.limit import device_limit
 
@@ -29,7 +29,7 @@ class Host:
         """A function that blocks until the device has done everything that is queued now."""
         return arrival(device)
 
-    def choose_encoder(self, name: str, size: tuple[int, int]) -> Encoder:
+    def choose_encoder(self, name: str, size: tuple[int, int]) -> str:
         """The video encoder that `output.encoder` means for frames of (height, width)."""
         return choose_encoder(name, size)
 

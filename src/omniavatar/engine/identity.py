@@ -12,7 +12,6 @@ from omniavatar import __version__
 from omniavatar.config.identity import result_values
 from omniavatar.engine.job import fingerprint
 from omniavatar.errors import InputError
-from omniavatar.media.encoders import Encoder
 from omniavatar.plan.calibration import NAME as STEP_CACHE
 from omniavatar.types import AudioInput, Waveform
 
@@ -25,7 +24,7 @@ READ_BYTES = 2**20
 
 
 def request_identity(
-    config: PipelineConfig, inputs: Inputs, encoder: Encoder, placement: Placement, attention: str
+    config: PipelineConfig, inputs: Inputs, encoder: str, placement: Placement, attention: str
 ) -> dict[str, str]:
     """What decides the frames of a request: configuration, weight files, inputs, package version.
 

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from omniavatar.accel.decoder import apply_decoder
+from omniavatar.accel.decoder import DECODERS, DecoderSource, apply_decoder
 from omniavatar.accel.offload import streamed_blocks
 from omniavatar.checkpoint.dit import DiTFiles, LoraFile, inspect_dit, load_dit, random_dit
 from omniavatar.checkpoint.layout import scale_spec
-from omniavatar.checkpoint.tiny_decoder import (
-    light_vae_config,
-    load_tiny_decoder,
-    random_tiny_decoder,
-    tiny_decoder_config,
-)
 from omniavatar.checkpoint.vae import load_vae, random_vae
 from omniavatar.encoders.audio import AudioEncoder
 from omniavatar.errors import CheckpointError
@@ -28,11 +21,11 @@ if TYPE_CHECKING:
     from omniavatar.config.schema import ModelConfig
     from omniavatar.model.attention import AttentionFn
     from omniavatar.model.dit import DiTConfig, WanDiT
-    from omniavatar.model.vae import VAEConfig, VideoDecoder, VideoVAE, WanVAE
+    from omniavatar.model.vae import VideoVAE, WanVAE
 
 
 class VAELoader:
-    """Loads a model's VAE. run: what runs loaded weights (`accel.vae.create_vae`)."""
+    """Loads a model's VAE. run: what runs loaded weights (`accel.vae_runners.create_vae`)."""
 
     def __init__(
         self, model: ModelConfig, dtype: torch.dtype, device: torch.device, run: Callable[[WanVAE], VideoVAE]
@@ -48,29 +41,18 @@ class VAELoader:
             assert model.vae_path is not None
             full = load_vae(model.vae_path, dtype=self._dtype, device=self._device)
         vae = self._run(full)
-        return vae if model.decoder == "full" else apply_decoder(vae, self._load_decoder(full.config))
-
-    def _load_decoder(self, full: VAEConfig) -> VideoDecoder:
-        """The smaller decoder that stands in for the full VAE's."""
-        model, dtype, device = self._model, self._dtype, self._device
-        raw = model.decoder == "lighttae"
-        if model.weights == "random":
-            if model.decoder == "lightvae":
-                return self._run(random_vae(light_vae_config(full), dtype=dtype, device=device, seed=1))
-            config = replace(tiny_decoder_config(full), raw_latents=raw)
-            return random_tiny_decoder(config, dtype=dtype, device=device, seed=1)
-        assert model.decoder_path is not None
-        if model.decoder == "lightvae":
-            light = load_vae(model.decoder_path, dtype=dtype, device=device)
-            if light.config.z_dim != full.z_dim:
-                raise CheckpointError(
-                    f"{model.decoder_path}: decodes latents of {light.config.z_dim} channels, "
-                    f"not {full.z_dim}; use the file for Wan 2.1"
-                )
-            return self._run(light)
-        return load_tiny_decoder(
-            model.decoder_path, raw_latents=raw, z_dim=full.z_dim, dtype=dtype, device=device
+        backend = DECODERS.get(model.decoder)
+        random = model.weights == "random"
+        assert random or backend.file is None or model.decoder_path is not None
+        source = DecoderSource(
+            None if random else model.decoder_path,
+            full.config,
+            self._dtype,
+            self._device,
+            self._run,
         )
+        decoder = backend.create(source)
+        return vae if decoder is None else apply_decoder(vae, decoder)
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

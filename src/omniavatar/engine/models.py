@@ -13,7 +13,8 @@ import torch
 
 from omniavatar.accel.attention.timing import choose_attention
 from omniavatar.accel.pinned import check_host_room
-from omniavatar.accel.vae import FastVAE, choose_vae, coding_dtype, create_vae
+from omniavatar.accel.vae import FastVAE, coding_dtype
+from omniavatar.accel.vae_runners import choose_vae, create_vae
 from omniavatar.device import choose_device
 from omniavatar.encoders.audio import AudioEncoder, open_features
 from omniavatar.engine.accelerate import accelerated_dit

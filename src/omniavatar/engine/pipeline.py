@@ -33,7 +33,6 @@ from omniavatar.engine.retry import no_retry
 from omniavatar.engine.sidecar import sidecar_values
 from omniavatar.engine.window_loop import WindowGenerator, WindowResult, WindowSampling
 from omniavatar.engine.writer import VideoWriter
-from omniavatar.media.encoders import Encoder
 from omniavatar.model.dit import RunBlocks
 from omniavatar.parallel.team import ONE, Team, check_size
 from omniavatar.plan.placement import IDENTITY_FIELDS, Placement
@@ -55,7 +54,7 @@ class AvatarPipeline:
         self.config, self.team = config, team
         self._recorder = recorder or RunRecorder()
         self._host = host or Host()
-        self._encoders: dict[tuple[int, int], Encoder] = {}
+        self._encoders: dict[tuple[int, int], str] = {}
         if config.runtime.threads:
             torch.set_num_threads(config.runtime.threads)
         self.models = Models(config, self._recorder, team, self._host)
@@ -214,7 +213,7 @@ class AvatarPipeline:
         if job.done:
             self._message(f"resuming {job.output.name} at window {job.done + 1} of {len(plan.windows)}")
 
-    def _encoder(self, size: tuple[int, int]) -> Encoder:
+    def _encoder(self, size: tuple[int, int]) -> str:
         """The video encoder for frames of `size`; chosen once for each size."""
         if size not in self._encoders:
             self._encoders[size] = self._host.choose_encoder(self.config.output.encoder, size)

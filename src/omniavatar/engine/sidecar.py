@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from omniavatar.engine.models import Models
     from omniavatar.engine.prepare import Planned
     from omniavatar.engine.recorder import Elapsed
-    from omniavatar.media.encoders import Encoder
 
 try:
     import resource
@@ -36,7 +35,7 @@ def peak_memory(device: torch.device) -> dict[str, int | None]:
 
 
 def sidecar_values(
-    job: Job, made: Planned, models: Models, config: PipelineConfig, encoder: Encoder, elapsed: Elapsed
+    job: Job, made: Planned, models: Models, config: PipelineConfig, encoder: str, elapsed: Elapsed
 ) -> dict[str, Any]:
     """Everything needed to know how a finished video was made, and to make it again."""
     plan, inputs, placement = made.plan, made.inputs, models.residency.placement

@@ -37,7 +37,7 @@ from omniavatar.sampling.denoise import noises_drawn
 from omniavatar.sampling.noise import NoiseAhead
 from omniavatar.sampling.passes import Pass, Passes
 from omniavatar.sampling.schedule import Schedule
-from omniavatar.types import Conditioning, Recorder, Sampler, Window
+from omniavatar.types import Conditioning, Recorder, Window
 
 DrawNoise = Callable[[], Tensor]
 
@@ -49,7 +49,7 @@ class WindowSampling:
     seed: int
     schedule: Schedule
     passes: Passes
-    sampler: Sampler = "euler"
+    sampler: str = "euler"
 
 
 class WindowResult:

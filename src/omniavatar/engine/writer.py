@@ -21,7 +21,6 @@ from omniavatar.engine.host import Host
 from omniavatar.engine.job import Job
 from omniavatar.errors import ResumeError
 from omniavatar.media.audio import encode_aac_track
-from omniavatar.media.encoders import Encoder
 from omniavatar.media.video import GrowingVideo
 from omniavatar.types import AudioInput, Recorder
 
@@ -51,7 +50,7 @@ class VideoWriter:
         output: OutputConfig,
         audio: AudioInput | None,
         recorder: Recorder,
-        encoder: Encoder,
+        encoder: str,
         host: Host,
     ) -> None:
         self._encoder, self._host = encoder, host

@@ -34,7 +34,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from omniavatar.errors import ResumeError
 from omniavatar.media.atomic import atomic_path, atomic_write_bytes, translate_os_error
-from omniavatar.media.encoders import CODECS, Encoder, encoder_options
+from omniavatar.media.h264 import ENCODERS, encoder_options
 
 _REORDER = 2
 _SCALER = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
@@ -49,7 +49,7 @@ def encode_segment(
     crf: float = 18,
     preset: str = "medium",
     threads: int = 1,
-    encoder: Encoder = "x264",
+    encoder: str = "x264",
 ) -> int:
     """Encode blocks of frames (n, H, W, 3) uint8 RGB as one closed H.264 file; return their number.
 
@@ -61,15 +61,15 @@ def encode_segment(
     height, width = size
     if height % 2 or width % 2:
         raise ValueError(f"H.264 in yuv420p needs even sizes, not {width}x{height}")
-    options = encoder_options(encoder, crf, preset)
+    backend, options = ENCODERS.get(encoder), encoder_options(encoder, crf, preset)
     buffer = io.BytesIO()
     count = 0
     with av.open(buffer, "w", format="mp4") as container:
-        stream = cast(av.VideoStream, container.add_stream(CODECS[encoder], rate=fps))
+        stream = cast(av.VideoStream, container.add_stream(backend.codec, rate=fps))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
         context.time_base = 1 / fps
-        if encoder == "x264":
+        if backend.threads:
             context.thread_count = threads
         context.color_primaries = context.color_trc = context.colorspace = _BT709
         context.color_range = ColorRange.MPEG

@@ -13,15 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from omniavatar.checkpoint.fingerprint import file_fingerprint
 from omniavatar.checkpoint.reader import TensorFiles
+from omniavatar.config.backends import backend_name
 from omniavatar.config.schema import ModelConfig, SamplingConfig
 from omniavatar.errors import CheckpointError, ConfigError
 from omniavatar.model.dit import DiTConfig
 from omniavatar.sampling.cache_constants import CacheConstants, published_constants
-from omniavatar.types import Sampler
 
 NAME = "step_cache.json"
 SIZES = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "text_dim", "audio_dim", "audio_hidden")
@@ -48,7 +48,7 @@ class MeasuredSchedule(_Part):
     steps: int = Field(ge=2)
     shift: Positive
     timesteps: tuple[Positive, ...] | None
-    sampler: Sampler
+    sampler: Annotated[str, BeforeValidator(backend_name("sampling.sampler"))]
 
 
 class Branch(_Part):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from omniavatar.accel.vae import choose_vae
+from omniavatar.accel.vae_runners import choose_vae
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.errors import ResourceError
 from omniavatar.plan.limit import device_limit

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from omniavatar.accel.graphs import launches_show
-from omniavatar.accel.quantized import best_quantize
-from omniavatar.accel.vae import pass_sizes
+from omniavatar.accel.precision import PRECISIONS, best_quantize
+from omniavatar.accel.vae_runners import pass_sizes
 from omniavatar.errors import ResourceError
 from omniavatar.plan.memory import MemoryPlan, plan_memory, plan_parameters, resident_blocks, smaller
 from omniavatar.plan.sizes import (
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from omniavatar.model.dit import DiTConfig
     from omniavatar.plan.run import WindowShape
 
-QUANTIZED_FORMS: tuple[Quantize, ...] = ("fp8", "int8")
 QUANTIZE_FIELD, PASS_FIELD = "runtime.quantize", "runtime.vae_latents_a_pass"
 IDENTITY_FIELDS = (QUANTIZE_FIELD, PASS_FIELD)
 """What of a placement decides the frames; a resumed run keeps these."""
@@ -152,9 +151,8 @@ def place(
         return Placement(quantize, memory, sizes, run, vae_passes)
 
     wanted = kept.get(QUANTIZE_FIELD) if runtime.quantize == "auto" else runtime.quantize
-    for form in QUANTIZED_FORMS:
-        if wanted == form:
-            return placed(form)
+    if isinstance(wanted, str) and wanted in PRECISIONS.names and not PRECISIONS.get(wanted).exact:
+        return placed(wanted)
     best = best_quantize(device)
     if wanted == "none" or best is None:
         exact = placed("none")

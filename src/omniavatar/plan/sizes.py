@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from omniavatar.accel.decoder import DECODERS
 from omniavatar.accel.quantized import QUANTIZED
-from omniavatar.accel.vae import frames_of_pass, pass_sizes
+from omniavatar.accel.vae import frames_of_pass
+from omniavatar.accel.vae_runners import pass_sizes
 from omniavatar.checkpoint.dit import keep_float32
 from omniavatar.checkpoint.layout import SCALES, Shape, dit_tensors, text_tensors, wav2vec_tensors
 from omniavatar.checkpoint.layout_vae import vae_tensors
-from omniavatar.checkpoint.tiny_decoder import light_vae_config, tiny_decoder_config, tiny_decoder_tensors
 from omniavatar.errors import ConfigError
 from omniavatar.model.dit import DiTConfig
 
 if TYPE_CHECKING:
     from omniavatar.config.schema import PipelineConfig
-    from omniavatar.model.vae import VAEConfig
     from omniavatar.plan.run import WindowShape
 
 GB = 10**9
@@ -158,9 +158,6 @@ def tensor_bytes(tensors: Iterable[tuple[str, Shape]], dtype_bytes: int) -> int:
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
-SHARED_DECODERS = ("full", "lightvae")
-"""Those that the fast VAE's layers run; the tiny ones take less time than sharing them would save."""
-
 
 def vae_ranks(config: PipelineConfig, vae_name: str) -> int:
     """Processes that share the VAE's work: all that make a video, or one.
@@ -168,11 +165,12 @@ def vae_ranks(config: PipelineConfig, vae_name: str) -> int:
     Raises ConfigError where `vae_parallel` asks for what cannot be.
     """
     runtime = config.runtime
-    can = runtime.processes > 1 and vae_name == "fast" and config.model.decoder in SHARED_DECODERS
+    can = runtime.processes > 1 and vae_name == "fast" and DECODERS.get(config.model.decoder).shares_rows
     if runtime.vae_parallel and not can:
+        shared = ", ".join(each.name for each in DECODERS if each.shares_rows)
         raise ConfigError(
             f"vae_parallel: needs several processes, vae: fast and one of the decoders "
-            f"{', '.join(SHARED_DECODERS)}, not {runtime.processes}, {vae_name} and {config.model.decoder}; "
+            f"{shared}, not {runtime.processes}, {vae_name} and {config.model.decoder}; "
             "leave it out to share the VAE where it can be"
         )
     return runtime.processes if can and runtime.vae_parallel is not False else 1
@@ -193,7 +191,7 @@ def run_sizes(
     float8 = config.runtime.quantize != "none"
     return RunSizes(
         vae=tensor_bytes(vae_tensors(spec.vae), size)
-        + tensor_bytes(_decoder_tensors(config, spec.vae), size),
+        + tensor_bytes(DECODERS.get(config.model.decoder).tensors(spec.vae), size),
         audio_encoder=tensor_bytes(wav2vec_tensors(spec.wav2vec), FLOAT),
         text_encoder=tensor_bytes(text_tensors(spec.text), size),
         held=held_bytes(dit, len({branch.text for branch in branches}), size),
@@ -211,12 +209,3 @@ def graph_bytes(config: PipelineConfig, dit: DiTConfig, tokens: int) -> int:
     own = -(-tokens // runtime.sp_size)
     activations = denoise_bytes(dit, own, size, True, 0, False, runtime.quantize != "none")
     return activations + held_bytes(dit, 2, size)
-
-
-def _decoder_tensors(config: PipelineConfig, vae: VAEConfig) -> Iterable[tuple[str, Shape]]:
-    """Weights of a smaller decoder beside the full VAE, which stays for encoding."""
-    if config.model.decoder == "full":
-        return ()
-    if config.model.decoder == "lightvae":
-        return vae_tensors(light_vae_config(vae))
-    return tiny_decoder_tensors(tiny_decoder_config(vae))

@@ -13,24 +13,31 @@ from hypothesis import strategies as st
 
 from engine import make_pipeline, request
 from omniavatar.accel.attention.packages import SageAttention
-from omniavatar.accel.attention.registry import create_attention
-from omniavatar.accel.attention.timing import NEAR, PREFERENCE, attention_seconds, choose_attention, pick
+from omniavatar.accel.attention.registry import ATTENTION, create_attention
+from omniavatar.accel.attention.timing import NEAR, attention_seconds, choose_attention, pick
+from omniavatar.device import Backend
 from omniavatar.errors import ResourceError
 
 CPU = torch.device("cpu")
 
 
-@given(st.dictionaries(st.sampled_from(PREFERENCE), st.floats(1e-4, 1.0), min_size=1))
+@given(st.dictionaries(st.sampled_from(ATTENTION.names), st.floats(1e-4, 1.0), min_size=1))
 def test_the_fastest_or_a_preferred_one_as_good(seconds):
-    chosen, best = pick(seconds), min(seconds.values())
+    chosen, best, preferred = pick(seconds), min(seconds.values()), list(seconds)
     assert seconds[chosen] <= best * NEAR
-    earlier = PREFERENCE[: PREFERENCE.index(chosen)]
-    assert all(name not in seconds or seconds[name] > best * NEAR for name in earlier)
+    assert all(seconds[name] > best * NEAR for name in preferred[: preferred.index(chosen)])
+
+
+def test_exact_backends_are_preferred_in_the_order_of_their_rank():
+    ranked = [each for each in ATTENTION if each.exact and each.rank is not None]
+    names = [each.name for each in sorted(ranked, key=lambda each: -each.rank)]
+    assert names == ["fa3", "cudnn", "flash", "flex", "efficient", "sdpa"]
+    assert all(each.rank is None for each in ATTENTION if not each.exact), "auto never loses anything"
 
 
 def test_measured_on_the_cpu():
     seconds = attention_seconds(CPU, torch.float32, heads=2, head_dim=16)
-    assert set(seconds) == {"flash", "sdpa"} and all(value > 0 for value in seconds.values())
+    assert list(seconds) == ["flash", "sdpa"] and all(value > 0 for value in seconds.values())
     name, attention, line = choose_attention("fastest", CPU, torch.float32, 2, 16)
     assert name in seconds and line is not None and f"attention: {name} (measured at 2 heads x 512" in line
     q = torch.randn(1, 5, 2, 16)
@@ -39,19 +46,19 @@ def test_measured_on_the_cpu():
     assert choose_attention("math", CPU, torch.float32, 2, 16)[2] is None
 
 
-def test_a_backend_that_refuses_is_left_out(monkeypatch):
-    from omniavatar.accel.attention import timing as attention_timing
+def test_a_backend_that_refuses_is_left_out():
+    refused = []
 
-    def refusing(name, device, dtype):
-        def attention(q, k, v):
-            if name == "flash":
-                raise RuntimeError("No available kernel")
-            return q
+    def refusing(q, k, v):
+        refused.append(q.shape)
+        raise RuntimeError("No available kernel")
 
-        return name, attention
-
-    monkeypatch.setattr(attention_timing, "create_attention", refusing)
-    assert set(attention_seconds(CPU, torch.float32, 1, 8)) == {"sdpa"}
+    backend = Backend(name="refusing", create=lambda device: refusing, exact=True, doc="Refuses.", rank=99)
+    ATTENTION.register(backend)
+    try:
+        assert set(attention_seconds(CPU, torch.float32, 1, 8)) == {"flash", "sdpa"} and refused
+    finally:
+        ATTENTION.unregister("refusing")
 
 
 def test_the_choice_is_said_and_kept_with_the_video(nano_checkpoint, tmp_path):
@@ -75,11 +82,17 @@ def test_the_choice_is_said_and_kept_with_the_video(nano_checkpoint, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("sage", "pip install sageattention"), ("flex", "needs a CUDA GPU"), ("fa3", "pip install fa3-fwd")],
+    [
+        ("sage", "pip install sageattention"),
+        ("flex", "needs a CUDA GPU"),
+        ("fa3", "pip install fa3-fwd"),
+        ("cudnn", "needs a CUDA GPU, the device is cpu"),
+    ],
 )
 def test_what_is_not_there_names_the_remedy(name, hint):
     with pytest.raises(
-        ResourceError, match=f"'{name}' cannot run on cpu .*{hint}.*use one of: auto, fastest"
+        ResourceError,
+        match=f"attention: {name} cannot be used here .*{hint}.*use one of: auto, fastest, sdpa",
     ):
         create_attention(name, CPU, torch.float32)
 

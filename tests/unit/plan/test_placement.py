@@ -369,15 +369,19 @@ def test_a_cuda_device_has_its_number(monkeypatch):
 
 
 def test_which_form_a_card_takes(monkeypatch):
-    from omniavatar.accel.quantized import best_quantize, check_quantize
+    from omniavatar.accel.precision import best_quantize, check_quantize
 
     card = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     for capability, best in (((9, 0), "fp8"), ((8, 9), "fp8"), ((8, 6), "int8"), ((7, 5), None)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert best_quantize(card) == best
-    with pytest.raises(ResourceError, match=r"a card has no int8 products .*8.0.; use quantize=none"):
+    with pytest.raises(
+        ResourceError, match=r"a card has no int8 products.*capability 8\.0\); use one of: auto, none$"
+    ):
         check_quantize("int8", card)
-    with pytest.raises(ResourceError, match=r"no fp8 products .*8.9.; use quantize=int8 or none"):
+    with pytest.raises(
+        ResourceError, match=r"a card has no fp8 products.*capability 8\.9\); use one of: auto, none$"
+    ):
         check_quantize("fp8", card)
     assert best_quantize(CPU) is None

@@ -28,7 +28,7 @@ from omniavatar.engine.writer import ENCODER_THREADS
 from omniavatar.measure.benchmark.whole import PROMPT, packaged_portrait
 from omniavatar.measure.projection import Counts, StartCosts, Timing, WindowCosts
 from omniavatar.measure.report import decoded_latents
-from omniavatar.media.encoders import choose_encoder
+from omniavatar.media.h264 import choose_encoder
 from omniavatar.media.video import encode_segment
 from omniavatar.plan.calibration import find_constants
 from omniavatar.plan.preview import assumed_scale, missing_files
