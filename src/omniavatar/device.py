@@ -47,7 +47,7 @@ class Backend:
     - unavailable: takes the device (video encoders: the picture size) and returns None if the backend can be
       used, else the reason with its remedy.
     - rank: `auto` takes the available backend with the highest rank; None: it is used by name only.
-    - suits: takes what `auto` passes to `Registry.choose`; False if `auto` must not take the backend there.
+    - suits: takes what `auto` passes to `Registry.choose`; False if `auto` must not take the backend.
     """
 
     name: str

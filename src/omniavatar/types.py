@@ -1,4 +1,4 @@
-"""The frozen values that flow through the house.
+"""The frozen values that pass between the parts of the package.
 
 Shape letters: B batch, N video frames, T latent frames, H W pixels, h w latent pixels, D audio width.
 """
@@ -30,7 +30,7 @@ class Waveform:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What one request may change about sampling; `None` takes the pipeline's configured value."""
+    """The sampling values that a request may change; None takes the pipeline's configured value."""
 
     seed: int | None = None
     num_steps: int | None = None
@@ -90,7 +90,7 @@ class Window:
 class StepPlan:
     """For each step: run the blocks (True) or reuse the last residual (False). Known before step 0.
 
-    source: where the constants come from that it was decided by; empty without a step cache.
+    source: where its constants come from; empty without a step cache.
     """
 
     compute: tuple[bool, ...]
@@ -110,7 +110,7 @@ class StepPlan:
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """Everything a request is conditioned on, made once before the first window.
+    """All conditioning of a request, made once before the first window.
 
     text_positive, text_negative: (1, 512, text_dim). reference_latent: (1, 16, 1, h, w) normalised.
     audio: (frames, D) float32 array-like (usually memory-mapped) or None for a silent video.
@@ -142,7 +142,7 @@ class VideoChunk:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one `generate` did. `sidecar` is the JSON written beside the video."""
+    """The result of one `generate`. sidecar: the JSON file beside the video."""
 
     output: Path
     sidecar: Path
@@ -153,7 +153,7 @@ class RunResult:
 
 
 class Recorder(Protocol):
-    """Where the run reports to: timings of named stages, and events for progress and logs."""
+    """Receives a run's reports: timings of named stages, and events for progress and logs."""
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         """Time a named stage (stages nest; times of a repeated name add up)."""

@@ -1,4 +1,4 @@
-"""The one order of what is applied to a loaded model: merge (loading) > quantise > fuse > text."""
+"""The order of what is applied to a loaded model: merge (while loading) > quantise > fuse > text."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Quantize = str
 
 @dataclass(frozen=True)
 class AccelConfig:
-    """quantize: float8 or int8 linear layers, or none (exact). fuse: element-wise work in single passes."""
+    """quantize: precision of the linear layers. fuse: element-wise work in single passes."""
 
     quantize: Quantize = "none"
     fuse: bool = False
 
 
 def weight_form(config: AccelConfig, ops: FusedOps, device: torch.device) -> WeightForm | None:
-    """The form weights take while they are loaded; `ops` are made for its rows (`row_dtype`).
+    """The form that weights take while they are loaded, None for their own. ops: made for `row_dtype`.
 
-    Raises ResourceError for what the device cannot do.
+    Raises ResourceError if the device lacks the precision.
     """
     if PRECISIONS.get(config.quantize).create() is None:
         return None
@@ -38,14 +38,14 @@ def weight_form(config: AccelConfig, ops: FusedOps, device: torch.device) -> Wei
 
 
 def row_dtype(quantize: Quantize) -> torch.dtype:
-    """What rows are quantised to; float8 where nothing is."""
+    """The dtype that rows are quantised to; float8 if nothing is quantised."""
     return PRECISIONS.get(quantize).create() or FP8
 
 
 def apply_accelerations(dit: WanDiT, config: AccelConfig, ops: FusedOps) -> None:
     """Change `dit` in place as configured; a model loaded in its `weight_form` is not quantised again.
 
-    Raises ResourceError for what the device cannot do.
+    Raises ResourceError if the device lacks the precision.
     """
     if config.quantize != "none" and not is_quantized(dit):
         apply_quantization(dit, ops)

@@ -1,11 +1,12 @@
-"""Linear layers of the blocks in float8 (e4m3) or int8, one scale a row of weights and a row of activations.
+"""Linear layers of the blocks in float8 (e4m3) or int8, one scale for each row of weights and activations.
 
 What changes: q, k, v, o of self-attention, q and o of cross-attention and both feed-forward layers become
-`QuantLinear`; keys and values of the text (made once a prompt), embeddings, modulation and head stay as they
-are. Weights are quantised after the merge. What it loses: float8 about 2.6 % relative error a product (3
-mantissa bits), 1.5 to 4 % of a whole forward on random weights; int8 about 1 % a product on even rows and
-more on rows with outliers, which float8 takes better. Measure it beside the speed.
-Limits: float8 needs compute capability 8.9, int8 8.0; the CPU runs the slow twins.
+`QuantLinear`. Keys and values of the text (made once for a prompt), embeddings, modulation and head are
+unchanged. Weights are quantised after the merge.
+What it loses: float8 has about 2.6 % relative error a product (3 mantissa bits), and 1.5 to 4 % a forward on
+random weights. int8 has about 1 % a product on even rows and more on rows with outliers, where float8 is
+better. Measure the error together with the speed.
+Limits: float8 needs compute capability 8.9, int8 8.0; the CPU runs slow equivalents.
 Source: FP8 formats for deep learning (arXiv 2209.05433), LLM.int8() (arXiv 2208.07339); row-wise scaling as
 in PyTorch's `_scaled_mm`.
 """
@@ -34,7 +35,7 @@ QUANTIZED = (
 
 
 class QuantLinear(nn.Module):
-    """A linear layer with float8 or int8 weights. Takes plain rows (and quantises them) or quantised ones."""
+    """A linear layer with float8 or int8 weights. It takes quantised rows, or quantises plain rows."""
 
     weight: Tensor
     weight_scale: Tensor
@@ -52,7 +53,7 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, ops: FusedOps) -> QuantLinear:
-        """Quantise the rows of a layer's weight; the output dtype is the layer's."""
+        """The layer with the rows of its weight quantised; the output dtype is unchanged."""
         rows = quantize_rows(linear.weight.detach().float(), ops.row_dtype)
         bias = None if linear.bias is None else linear.bias.detach()
         return cls(rows.data, rows.scale, bias, linear.weight.dtype, ops)
@@ -66,7 +67,7 @@ class QuantLinear(nn.Module):
 class QuantForm:
     """How merged weights become float8 or int8 while they are loaded (`checkpoint.dit.WeightForm`).
 
-    Each weight is quantised from the float32 sum of the merge, on the device, one at a time.
+    The weights are quantised one at a time on the device, each from the float32 sum of the merge.
     """
 
     ops: FusedOps
@@ -85,7 +86,7 @@ class QuantForm:
                 setattr(block.get_submodule(parent), leaf, QuantLinear.from_linear(linear, self.ops))
 
     def convert(self, sources: Mapping[str, TensorSource], device: torch.device) -> dict[str, TensorSource]:
-        """Each quantised weight as two sources, data and scales."""
+        """The sources, with two for each quantised weight: data and scales."""
         converted: dict[str, TensorSource] = {}
         for key, source in sources.items():
             converted |= (
@@ -114,7 +115,7 @@ def _quantized(
 
 
 def is_quantized(dit: WanDiT) -> bool:
-    """Whether the model's layers are float8 already."""
+    """Whether the model's layers are quantised already."""
     return any(isinstance(module, QuantLinear) for module in dit.modules())
 
 

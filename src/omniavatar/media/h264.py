@@ -112,15 +112,15 @@ def encoder_options(encoder: str, crf: float, preset: str) -> dict[str, str]:
     return options
 
 
-def choose_encoder(wanted: str, size: tuple[int, int], encoders: Registry[H264Encoder] = ENCODERS) -> str:
-    """Name of the encoder that `wanted` stands for with frames of `size` (H, W).
+def choose_encoder(value: str, size: tuple[int, int], encoders: Registry[H264Encoder] = ENCODERS) -> str:
+    """Name of the encoder for `value` (`auto` or a name) and frames of `size` (H, W).
 
     `auto` takes NVENC if it works, else x264; the choice is logged. Raises ConfigError for an unknown name,
     ResourceError for an encoder that cannot be used.
     """
-    chosen = encoders.resolve(wanted, size)
-    if wanted == "auto":
-        refused = [reason for reason in encoders.reasons(size).values() if reason is not None]
-        detail = f"{chosen.codec}; not used: {', '.join(refused)}" if refused else chosen.codec
-        _log.info("video encoder: %s (%s)", chosen.name, detail)
+    chosen = encoders.resolve(value, size)
+    if value == "auto":
+        better = [each for each in encoders if (each.rank or 0) > (chosen.rank or 0)]
+        reasons = [f"{each.name}: {each.unavailable(size)}" for each in better]
+        _log.info("video encoder: %s", "; not ".join([f"{chosen.name} ({chosen.codec})", *reasons]))
     return chosen.name

@@ -32,14 +32,14 @@ class Schedule:
 
 
 def make_schedule(num_steps: int, shift: float, timesteps: tuple[float, ...] | None = None) -> Schedule:
-    """The shifted schedule of `num_steps`, or exactly the `timesteps` (in (0, 1000], descending) given.
+    """The shifted schedule of `num_steps`, or that of explicit `timesteps` (descending, in (0, 1000]).
 
-    Explicit timesteps are final: `shift` and `num_steps` do not act on them.
+    With explicit timesteps `shift` and `num_steps` have no effect.
     """
     if timesteps is not None:
         falling = all(a > b for a, b in itertools.pairwise(timesteps))
         if not timesteps or not falling or timesteps[0] > 1000 or timesteps[-1] <= 0:
-            raise ConfigError(f"timesteps: need values in (0, 1000], each below the last, not {timesteps}")
+            raise ConfigError(f"timesteps: must descend within (0, 1000], not {timesteps}")
         return Schedule(tuple(t / 1000.0 for t in timesteps))
     if num_steps < 1 or shift <= 0:
         raise ConfigError(f"num_steps must be >= 1 and shift > 0, not {num_steps} and {shift}")

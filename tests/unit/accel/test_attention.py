@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from engine import make_pipeline, request
 from omniavatar.accel.attention.packages import SageAttention
-from omniavatar.accel.attention.registry import ATTENTION, create_attention
+from omniavatar.accel.attention.registry import ATTENTION, choose_backend, create_attention
 from omniavatar.accel.attention.timing import NEAR, attention_seconds, choose_attention, pick
 from omniavatar.device import Backend
 from omniavatar.errors import ResourceError
@@ -95,6 +96,29 @@ def test_what_is_not_there_names_the_remedy(name, hint):
         match=f"attention: {name} cannot be used here .*{hint}.*use one of: auto, fastest, sdpa",
     ):
         create_attention(name, CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "dtype", "chosen", "more"),
+    [
+        ((9, 0), ("fa3_fwd_interface",), torch.bfloat16, "fa3", ("fa3", "fa3_fp8")),
+        ((9, 0), ("fa3_fwd_interface",), torch.float32, "sdpa", ("fa3", "fa3_fp8")),
+        ((9, 0), ("triton",), torch.bfloat16, "cudnn", ("flex",)),
+        ((10, 0), ("fa3_fwd_interface",), torch.float16, "cudnn", ()),
+        ((8, 9), ("sageattention", "triton"), torch.bfloat16, "sdpa", ("flex", "sage")),
+        ((7, 5), ("sageattention", "triton"), torch.float16, "sdpa", ("flex",)),
+    ],
+)
+def test_what_auto_means_on_a_gpu(monkeypatch, capability, installed, dtype, chosen, more):
+    for name in ("fa3_fwd_interface", "sageattention", "triton"):
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None) if name in installed else None
+        monkeypatch.setitem(sys.modules, name, module if name in installed else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = torch.device("cuda", 0)
+    assert choose_backend(gpu, dtype) == chosen
+    assert ATTENTION.available(gpu)[:5] == ("sdpa", "math", "flash", "efficient", "cudnn")
+    assert ATTENTION.available(gpu)[5:] == more
 
 
 def test_sage_takes_long_keys_only(monkeypatch):

@@ -318,7 +318,7 @@ def test_finishing_too_early_is_a_bug_of_the_caller(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="at least one segment"):
             video.finish()
         video.append(part)
-        with pytest.raises(ValueError, match="sound goes on"):
+        with pytest.raises(ValueError, match="sound continues"):
             video.finish()
 
 
