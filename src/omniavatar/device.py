@@ -64,7 +64,12 @@ B = TypeVar("B", bound=Backend)
 
 
 class Registry(Generic[B]):
-    """The backends of one setting by name, in the order they were registered."""
+    """The backends of one setting by name, in the order they were registered.
+
+    - setting: key of the setting, such as `runtime.attention`.
+    - words: values of the setting that are not backends, such as `auto`.
+    - unknown: the error of a name that is not registered.
+    """
 
     def __init__(
         self,
@@ -73,11 +78,6 @@ class Registry(Generic[B]):
         words: tuple[str, ...] = (),
         unknown: type[OmniAvatarError] = ConfigError,
     ) -> None:
-        """
-        - setting: key of the setting, such as `runtime.attention`.
-        - words: values of the setting that are not backends, such as `auto`.
-        - unknown: the error of a name that is not registered.
-        """
         self.setting, self.words = setting, words
         self._unknown = unknown
         self._backends: dict[str, B] = {}

@@ -3,7 +3,8 @@
 Shapes: B batch, L query tokens, S key tokens, H heads, D head dim. Every backend is an `AttentionFn`:
 q (B, L, H, D), k and v (B, S, H, D) -> (B, L, H, D), softmax scale 1/sqrt(D), no mask, dtype of q.
 `auto` and `fastest` choose once, before the run, and never fall back while it runs. `auto` takes the best
-rank; `fastest` times the exact backends that have a rank (`accel.attention.timing`).
+rank; `fastest` times the exact backends that have a rank (`accel.attention.timing`). Lossy ones have no rank:
+they are used by name only.
 """
 
 from __future__ import annotations
