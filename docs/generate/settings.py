@@ -15,6 +15,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from omniavatar.config.backends import backend_rows
 from omniavatar.config.identity import NEUTRAL_FIELDS
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.config.values import IGNORED_KEYS
@@ -121,23 +122,20 @@ def _section(section: str, model: type[BaseModel]) -> str:
 
 
 def _backends() -> str:
-    """Settings that choose one of several implementations."""
+    """The backends of every registry, one row each."""
     rows = [
         "## Choices of an implementation",
         "",
-        "`omniavatar doctor` says which of them this machine can use.",
+        "`omniavatar doctor` reports which of them this machine can use. **exact**: the model's frames change by",
+        "rounding at most. **lossy**: the frames change.",
         "",
-        "| key | choices |",
-        "|---|---|",
+        "| key | value | frames | what it is | needs |",
+        "|---|---|---|---|---|",
     ]
-    for key in ("attention", "quantize", "vae", "decoder", "sampler", "step_cache", "encoder", "exchange"):
-        name, field = next(
-            (name, field)
-            for section in PipelineConfig.model_fields.values()
-            for name, field in leaves(_model(section))
-            if name == key
-        )
-        rows.append(f"| [`{name}`](#{name}) | {values(name, field)} |")
+    for row in backend_rows():
+        key = row.setting.rpartition(".")[2]
+        frames = "exact" if row.exact else "lossy"
+        rows.append(f"| [`{key}`](#{key}) | `{row.name}` | {frames} | {row.doc} | {row.needs} |")
     return "\n".join([*rows, ""])
 
 

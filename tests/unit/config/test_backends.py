@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from docs.generate import settings
 from typer.testing import CliRunner
 
 from engine import request
@@ -86,6 +87,8 @@ def test_a_fake_attention_backend_is_one_record(register: Register) -> None:
     with pytest.raises(ResourceError, match=r"attention: 'fkae' is not known; use one of: .*sdpa.*, fake$"):
         create_attention("fkae", CPU, torch.float32)
     assert BackendRow("runtime.attention", "fake", True, "A fake.", "imagination") in backend_rows()
+    row = "| [`attention`](#attention) | `fake` | exact | A fake. | imagination |"
+    assert row in settings.page().splitlines()
 
 
 def test_a_fake_attention_backend_makes_the_video(register: Register) -> None:
