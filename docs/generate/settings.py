@@ -126,8 +126,8 @@ def _backends() -> str:
     rows = [
         "## Choices of an implementation",
         "",
-        "`omniavatar doctor` reports which of them this machine can use. **exact**: the model's frames change by",
-        "rounding at most. **lossy**: the frames change.",
+        "`omniavatar doctor` reports which of them this machine can use.",
+        "**exact**: the model's frames change by rounding at most. **lossy**: the frames change.",
         "",
         "| key | value | frames | what it is | needs |",
         "|---|---|---|---|---|",
