@@ -77,7 +77,7 @@ def test_measuring_changes_nothing(folder, cache):
     pipeline = make_pipeline(folder, cache, num_steps=3)
     with pipeline.prepare(request(0.3)) as ready:
         meter = ResidualMeter()
-        arguments = (ready.sampling, ready.conditioning, compute_all(3))
+        arguments = (ready.decided(compute_all(3)).window_sampling, ready.conditioning)
         window = ready.plan.windows[0]
         (plain,) = pipeline.window_generator(*arguments).run([window])
         (measured,) = pipeline.window_generator(*arguments, meter.window).run([window])

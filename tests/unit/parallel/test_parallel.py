@@ -157,9 +157,8 @@ def two_windows(
     conditioning = Conditioning(*text, reference, audio if team.leads else np.empty((0, SMALL.audio_dim)))
     plan = StepPlan(tuple(letter == "C" for letter in computed))
     branches = guidance_branches(*scales, has_audio=True)
-    sampling = WindowSampling(
-        7, make_schedule(len(computed), 5.0, None), plan, branches, guidance_interval=interval
-    )
+    passes = plan_passes(plan, branches, has_audio=True, interval=interval)
+    sampling = WindowSampling(7, make_schedule(len(computed), 5.0, None), passes)
     vae = HalfVAE() if team.leads else None
     made = WindowGenerator(
         dit, vae, conditioning, sampling, NullRecorder(), make_cache=ResidualCache, team=team
