@@ -1,4 +1,4 @@
-"""Commands as processes of their own: whole runs, Ctrl-C, how a command ends."""
+"""Commands in their own processes: whole runs, Ctrl-C, how a command ends."""
 
 from __future__ import annotations
 

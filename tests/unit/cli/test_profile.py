@@ -1,4 +1,4 @@
-"""`omniavatar profile`, `benchmark` and `doctor` as a user calls them."""
+"""`omniavatar profile`, `benchmark` and `doctor` from the command line."""
 
 from __future__ import annotations
 
