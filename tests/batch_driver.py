@@ -1,4 +1,4 @@
-"""A driver of a batch as a process of its own: tests kill it. `python batch_driver.py '{"folder": ...}'`."""
+"""A batch driver in its own process, which tests kill: `python batch_driver.py '{"folder": ...}'`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def drive(
     event: Any = None,
     **rules: Any,
 ) -> BatchResult:
-    """One run of a batch of stub items in `folder`: videos in out/, states in run/, notes in notes/."""
+    """Run a batch of stub items in `folder`: videos in out/, states in run/, the engines' log in notes/."""
     (folder / "notes").mkdir(parents=True, exist_ok=True)
     destination = make_destination(output or str(folder / "out"), folder / "run" / "work")
     engines = engines or StubEngines(folder / "notes")
