@@ -43,14 +43,23 @@ def make_schedule(num_steps: int, shift: float, timesteps: tuple[float, ...] | N
     Explicit timesteps are final: `shift` and `num_steps` do not act on them.
     """
     if timesteps is not None:
-        falling = all(a > b for a, b in itertools.pairwise(timesteps))
-        if not timesteps or not falling or timesteps[0] > 1000 or timesteps[-1] <= 0:
-            raise ConfigError(f"timesteps: need values in (0, 1000], each below the last, not {timesteps}")
+        if error := timesteps_error(timesteps):
+            raise ConfigError(f"timesteps: {error}; got {timesteps}")
         return Schedule(tuple(t / 1000.0 for t in timesteps))
     if num_steps < 1 or shift <= 0:
         raise ConfigError(f"num_steps must be >= 1 and shift > 0, not {num_steps} and {shift}")
     linear = np.linspace(1.0, 0.0, num_steps + 1)[:-1]
     return Schedule(tuple(float(s) for s in shift * linear / (1.0 + (shift - 1.0) * linear)))
+
+
+def timesteps_error(timesteps: tuple[float, ...]) -> str | None:
+    """What is wrong with explicit timesteps; None if they are valid."""
+    if not timesteps:
+        return "must not be empty; leave the key out to use num_steps and shift"
+    descending = all(a > b for a, b in itertools.pairwise(timesteps))
+    if not descending or timesteps[0] > 1000 or timesteps[-1] <= 0:
+        return "must descend strictly within (0, 1000], such as [1000, 750, 500, 250]"
+    return None
 
 
 def euler_step(sample: Tensor, velocity: Tensor, sigma: float, next_sigma: float) -> Tensor:

@@ -78,8 +78,8 @@ def test_script_takes_the_originals_arguments_from_any_folder(tmp_path: Path) ->
         cwd=tmp_path,
     )
     assert done.returncode == 2
-    wanted = "no such config file; see the folder configs/, or use pocket, the packaged model"
-    assert done.stderr == f"error: configs/none.yaml: {wanted}\n"
+    expected = "config file not found; choose one in configs/, or use pocket for the packaged model"
+    assert done.stderr == f"error: configs/none.yaml: {expected}\n"
 
 
 def test_version() -> None:
