@@ -11,7 +11,8 @@ from compare import dit_config, relative_error, under
 from safetensors.torch import save_file
 
 from omniavatar.accel.attention.registry import create_attention
-from omniavatar.checkpoint.dit import DiTFiles, inspect_dit, load_dit
+from omniavatar.checkpoint.dit import DiTFiles, load_dit
+from omniavatar.checkpoint.dit_sizes import inspect_dit
 from omniavatar.checkpoint.layout import (
     TextSpec,
     Wav2VecSpec,

@@ -120,8 +120,8 @@ class TextEncoder:
             shapes = {key: files.shape(key) for key in files.keys()}  # noqa: SIM118  (not a dict)
             stack = _stack(sizes_of(shapes, files.origin))
             sources = file_sources(files, library_key)
-            place = "cpu" if layer_by_layer else device
-            load_strict(stack, sources, dtype=dtype, device=place, origin=files.origin)
+            home = "cpu" if layer_by_layer else device
+            load_strict(stack, sources, dtype=dtype, device=home, origin=files.origin)
         return cls(_frozen(stack, torch.device(device), layer_by_layer), tokenizer, device)
 
     @torch.inference_mode()
@@ -168,8 +168,8 @@ def random_text_encoder(
     Prompts are tokenized by `ByteTokenizer`. Needs a vocabulary of at least 259.
     """
     stack = _stack(sizes)
-    place = "cpu" if layer_by_layer else None
-    fill_random(stack, dtype=dtype, device=device, seed=seed, place=place)
+    move_to = "cpu" if layer_by_layer else None
+    fill_random(stack, dtype=dtype, device=device, seed=seed, move_to=move_to)
     for block in stack.block:
         block.layer[0].SelfAttention.q.weight.mul_(sizes["d_kv"] ** -0.5)
     return TextEncoder(_frozen(stack, torch.device(device), layer_by_layer), ByteTokenizer(), device)

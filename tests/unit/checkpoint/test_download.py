@@ -1,4 +1,4 @@
-"""Download: the right files into the reference layout; a clear error for each way it fails."""
+"""Download: the right files at the official paths, and a clear error for each kind of failure."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_repositories_and_patterns_cover_the_layout():
 
 
 def released(monkeypatch, tmp_path):
-    """Let the nano scale stand for the 1.3B's released files."""
+    """Use the sizes of the nano model as those of the released 1.3B files."""
     source = make_checkpoint("nano", tmp_path / "hub")
     monkeypatch.setattr(module, "scale_spec", lambda name: scale_spec("nano"))
 
@@ -102,7 +102,7 @@ def hub_error(status: int) -> Exception:
 
 
 def transport_error() -> Exception:
-    """What the hub's HTTP client raises when a connection breaks (no OSError)."""
+    """The error of the hub's HTTP client for a broken connection, which is not an OSError."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return HfHubHTTPError.__bases__[0]("connection reset")
@@ -117,7 +117,7 @@ def not_found_locally() -> Exception:
 @pytest.mark.parametrize(
     ("make", "kind", "says"),
     [
-        (lambda: hub_error(401), ResourceError, "log in"),
+        (lambda: hub_error(401), ResourceError, "auth login"),
         (lambda: hub_error(403), ResourceError, "licence"),
         (lambda: hub_error(404), ResourceError, "renamed"),
         (lambda: hub_error(503), ResourceError, "503"),

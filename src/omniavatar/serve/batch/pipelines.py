@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from omniavatar import __version__
+from omniavatar.checkpoint.fingerprint import file_stamp
 from omniavatar.config.identity import result_values
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.device import choose_device
@@ -196,8 +197,7 @@ def _constants_file(config: PipelineConfig) -> str | None:
 
 
 def _file(path: Path) -> str:
-    found = path.stat()
-    return f"{path.name}: {found.st_size} bytes, modified {found.st_mtime_ns}"
+    return f"{path.name}: {file_stamp(path)}"
 
 
 def output_folder(config: PipelineConfig) -> Path:
