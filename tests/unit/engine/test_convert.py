@@ -75,16 +75,16 @@ def test_random_float8_weights_are_those_of_the_plain_model():
     assert same_weights(random_dit(spec, form=FLOAT8, **options), plain)
 
 
-def test_every_weight_asks_for_its_device(nano_checkpoint):
-    asked: list[str] = []
+def test_every_weight_goes_to_its_own_device(nano_checkpoint):
+    keys: list[str] = []
 
     def device_of(key: str) -> torch.device:
-        asked.append(key)
+        keys.append(key)
         return CPU
 
     placed = load(files_of(nano_checkpoint), form=FLOAT8, device_of=device_of)
-    assert sorted(asked) == sorted(placed.state_dict())
-    assert "blocks.1.ffn.0.weight_scale" in asked
+    assert sorted(keys) == sorted(placed.state_dict())
+    assert "blocks.1.ffn.0.weight_scale" in keys
 
 
 @pytest.mark.parametrize("quantize", ["none", "fp8", "int8"])
@@ -143,7 +143,7 @@ def test_wrong_use_of_a_converted_file(nano_checkpoint, tmp_path):
 
 
 def test_nothing_is_left_of_a_failed_conversion(nano_checkpoint, tmp_path, monkeypatch):
-    with pytest.raises(OutputError, match="must have the extension .safetensors"):
+    with pytest.raises(OutputError, match="must have the extension"):
         converted(nano_checkpoint, tmp_path / "one.pt", tmp_path)
     full = tmp_path / "full" / "one.safetensors"
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
