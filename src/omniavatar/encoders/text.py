@@ -58,7 +58,7 @@ UMT5_XXL: Mapping[str, int] = {
 
 
 def library_key(key: str) -> str:
-    """The name in transformers' UMT5 encoder stack of a key in the released file; other keys are unchanged."""
+    """The name in transformers' UMT5 encoder stack of a key in the released file; others are kept."""
     block = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
     if block and block[2] in BLOCK_KEYS:
         return f"block.{block[1]}.{BLOCK_KEYS[block[2]]}"

@@ -76,7 +76,7 @@ def test_packaged_portrait_is_the_held_out_render():
         portrait(Renderer(Head("cpu"), SIZE), 100_000)
 
 
-def test_demo_says_what_its_model_is_and_where_the_video_lies(weights, tmp_path, monkeypatch, capsys):
+def test_demo_describes_its_model_and_names_the_video(weights, tmp_path, monkeypatch, capsys):
     packaged = tmp_path / "pocket"
     packaged.mkdir()
     shutil.copy(weights / "config.yaml", packaged / "pocket.yaml")
@@ -91,7 +91,7 @@ def test_demo_says_what_its_model_is_and_where_the_video_lies(weights, tmp_path,
     frames = list(read_frames(output))
     assert len(frames) == 160 and frames[0].shape == (64, 64, 3)
     said = capsys.readouterr().err
-    assert "photographs of real people are outside it" in said and str(output) in said
+    assert "it does not work on photographs" in said and str(output) in said
 
 
 @pytest.fixture(scope="module")

@@ -108,7 +108,7 @@ def test_invalid_gpu_lists(text: str) -> None:
 
 
 def test_a_pipeline_of_several_processes_is_not_made_by_one() -> None:
-    with pytest.raises(ConfigError, match="2 processes make one video, 1 runs"):
+    with pytest.raises(ConfigError, match="2 processes are configured, but 1 runs"):
         AvatarPipeline(config(sp_size=2))
 
 

@@ -1,4 +1,4 @@
-"""One video on several processes: every way to share the work gives what one process gives."""
+"""One video on several processes: every way to share the work gives the result of one process."""
 
 from __future__ import annotations
 
@@ -80,13 +80,13 @@ def forward_on_ranks(team: Ranks, heads: int, batch: int, fuse: bool, pieces: in
     ("size", "heads", "batch", "fuse", "pieces", "share"),
     [
         (2, 4, 1, False, 1, False),
-        (2, 4, 1, False, 2, False),  # heads in pieces, their exchanges under way together
-        (2, 4, 2, True, 1, False),  # fused: sent as made, the output layer in two products
+        (2, 4, 1, False, 2, False),  # heads in pieces, with overlapping exchanges
+        (2, 4, 2, True, 1, False),  # fused: sent when computed, the output layer in two products
         (4, 4, 1, True, 1, False),
         (4, 6, 2, True, 1, True),
         (4, 4, 2, True, 4, False),
         (4, 6, 1, False, 2, False),  # 2 ranks share the heads, 2 the query tokens
-        (2, 3, 2, True, 1, False),  # none divide the heads
+        (2, 3, 2, True, 1, False),  # no number of ranks divides the heads
         (4, 6, 1, True, 3, True),
         (2, 4, 1, False, 2, True),
     ],
@@ -97,7 +97,7 @@ def test_a_forward_shared_by_ranks_is_the_forward_of_one(
     expected = velocity(small_dit(heads), ONE, batch)
     found = pools[size].run(forward_on_ranks, heads, batch, fuse, pieces, share)
     for each in found:
-        assert torch.equal(each, found[0])  # ranks go on from the very same sample
+        assert torch.equal(each, found[0])  # all ranks continue with the same sample
         assert differs(each, expected) < 1e-5
 
 
@@ -131,7 +131,7 @@ def held_bytes(team: Ranks) -> tuple[int, int]:
 
 
 class HalfVAE:
-    """Stands in for the VAE on the leader: a hand-over that depends on what was decoded."""
+    """Replaces the VAE on the leader: its hand-over depends on the decoded latents."""
 
     def decode_stream(self, latent: Tensor) -> Iterator[Tensor]:
         frames = latent.shape[2] * 4 - 3

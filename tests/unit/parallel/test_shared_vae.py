@@ -1,4 +1,4 @@
-"""The VAE's work by rows over several processes: pixels and latents of one process, on every rank."""
+"""The VAE shared by several processes: every rank gets the pixels and latents of one process."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
         (2, 2, 3, 1, 2, SLOW_TWINS),
         (4, 7, 3, 1, 2, {}),
         (4, 4, 2, 2, 2, SLOW_TWINS),  # one row each
-        (4, 3, 4, 1, 2, {}),  # fewer rows than ranks: each computes all
+        (4, 3, 4, 1, 2, {}),  # fewer rows than ranks: each rank computes all rows
     ],
 )
 def test_rows_on_ranks_are_the_picture_of_one(
@@ -75,7 +75,7 @@ def test_rows_on_ranks_are_the_picture_of_one(
 
 
 class Strangers(PictureRows):
-    """Rows whose neighbours send zeros."""
+    """Picture rows whose neighbours send zeros."""
 
     def border(self, window: Tensor, above: bool = True, below: bool = True) -> None:
         if above:
@@ -96,7 +96,7 @@ def test_the_comparison_would_notice_a_missing_row(pools: dict[int, RankPool]) -
 
 
 def borders(team: Ranks) -> list[Tensor]:
-    """Rank r's rows are r + 1; what its windows look like once the neighbours' rows are there."""
+    """The windows of a rank after a swap; the rows of rank r hold the value r + 1."""
     made = []
     for above, below in ((True, True), (False, True), (True, False)):
         window = torch.full((2, 3 + above + below, 2, 1), team.rank + 1.0)
@@ -118,9 +118,9 @@ def test_rows_are_dealt_out_whole() -> None:
     frames = torch.arange(56.0).view(1, 56, 1, 1)
     runs = [PictureRows(Place(rank, 4), 7).mine(frames) for rank in range(4)]  # type: ignore[arg-type]
     assert [run.shape[1] for run in runs] == [16, 16, 16, 8] and torch.equal(torch.cat(runs, 1), frames)
-    with pytest.raises(ValueError, match="54 rows of pixels for 7"):
+    with pytest.raises(ValueError, match="54 pixel rows are not a multiple of 7"):
         PictureRows(Place(0, 2), 7).mine(frames[:, :54])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="3 rows for 4 ranks"):
+    with pytest.raises(ValueError, match="3 rows are too few for 4 ranks"):
         PictureRows(Place(0, 4), 3)  # type: ignore[arg-type]
 
 
