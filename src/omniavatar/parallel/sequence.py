@@ -2,10 +2,10 @@
 
 `shard` wraps any function with the signature of `WanDiT.run_blocks`: each rank gets a run of tokens with
 their positions and the audio of their frames. Only self-attention needs the tokens of other ranks, and
-`attention` wraps any `AttentionFn` for it. An all-to-all turns "my tokens, all heads" into "all tokens, my heads", and
-another one turns the result back (Ulysses). If the number of ranks does not divide the heads, groups of ranks
-also share the query tokens and gather the keys and values of their heads. A ring of partial softmaxes would
-move the same bytes, but this is exact and works with every kernel.
+`attention` wraps any `AttentionFn` for it. An all-to-all turns "my tokens, all heads" into "all tokens, my
+heads", and another one turns the result back (Ulysses). If the number of ranks does not divide the heads,
+groups of ranks also share the query tokens and gather the keys and values of their heads. A ring of partial
+softmaxes would move the same bytes, but this is exact and works with every kernel.
 
 A `HeadExchange` transports the heads; on CUDA it uses a separate stream. A fused block sends v, q and k as
 soon as each is computed, so the transfer of v and q overlaps the next projection. It multiplies the result of

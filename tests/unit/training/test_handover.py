@@ -1,4 +1,4 @@
-"""Doubles: what windows are handed in training resembles the film, and only given latents are replaced."""
+"""Doubles: handed frames resemble the film, and only given latents are replaced."""
 
 from dataclasses import fields, replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Optimisers, the supply of clips beside training, and what remains of a run that is cut off."""
+"""Optimisers, the supply of clips during training, and the state of an interrupted run."""
 
 import threading
 import time
