@@ -241,9 +241,9 @@ class VideoConfig(_Section):
             length = window_length(self.max_tokens, height, width)
         except ConfigError as error:
             raise FieldError(str(error), "max_tokens") from error
-        if error := overlap_error(self.overlap_frame, length):
+        if problem := overlap_error(self.overlap_frame, length):
             raise FieldError(
-                f"{error}; windows have {length} frames at {height}x{width}", "overlap_frame", "max_tokens"
+                f"{problem}; windows have {length} frames at {height}x{width}", "overlap_frame", "max_tokens"
             )
         return self
 
