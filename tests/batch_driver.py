@@ -42,15 +42,15 @@ def drive(
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    path = Path(asked.pop("folder"))
-    settings = asked.pop("engine", {})
+    options = json.loads(sys.argv[1])
+    path = Path(options.pop("folder"))
+    settings = options.pop("engine", {})
 
     def show(name: str, **fields: Any) -> None:
         print(json.dumps({"event": name, **fields}), flush=True)
 
     made = drive(
-        path, asked.pop("prompts"), engines=StubEngines(path / "notes", **settings), event=show, **asked
+        path, options.pop("prompts"), engines=StubEngines(path / "notes", **settings), event=show, **options
     )
     if made.ledger.error:
         print(made.ledger.error, file=sys.stderr)

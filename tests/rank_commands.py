@@ -64,16 +64,16 @@ def ended_by_fault(fault: str, command: list[str], folder: Path) -> tuple[float,
 
 def check_fault(fault: str, command: list[str], folder: Path) -> None:
     """Assert that all processes end in time, report the fault's message and write no video."""
-    seconds, code, said = ended_by_fault(fault, command, folder)
+    seconds, code, errors_text = ended_by_fault(fault, command, folder)
     assert seconds < MOST_TO_END_S
     _, message = FAULTS[fault]
     if fault == "memory":
-        assert code == 7, said
+        assert code == 7, errors_text
         lines = (
-            line for line in said.splitlines() if not line.startswith("video encoder:")
+            line for line in errors_text.splitlines() if not line.startswith("video encoder:")
         )  # NVENC's refusal
         errors = [line for line in lines if "error" in line.lower()]
-        assert len(errors) == 1 and message in errors[0], said
+        assert len(errors) == 1 and message in errors[0], errors_text
     else:
-        assert message in said and "lost contact" not in said, said
+        assert message in errors_text and "lost contact" not in errors_text, errors_text
     assert not (folder / "x.mp4").exists()

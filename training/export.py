@@ -53,14 +53,14 @@ def released(nets: Nets) -> dict[str, tuple[nn.Module, dict[str, str], Iterable[
     """For each file: the network, the network's tensor names by released name, and the required layout."""
     old_names = {library: key for key, library in RENAMED.items()}
     wav2vec = {f"wav2vec2.{old_names.get(name, name)}": name for name in nets.audio.wav2vec.state_dict()}
-    heard = [(key, shape) for key, shape in wav2vec_tensors(POCKET.wav2vec) if not key.startswith("lm_head")]
+    used = [(key, shape) for key, shape in wav2vec_tensors(POCKET.wav2vec) if not key.startswith("lm_head")]
     text = {key: name for name, key in text_names().items()}
     same = {name: {key: key for key in getattr(nets, name).state_dict()} for name in ("dit", "vae")}
     return {
         "dit": (nets.dit, same["dit"], dit_tensors(POCKET.dit)),
         "vae": (nets.vae, same["vae"], vae_tensors(POCKET.vae)),
         "text_encoder": (nets.text.stack, text, text_tensors(POCKET.text)),
-        "wav2vec/model": (nets.audio.wav2vec, wav2vec, heard),
+        "wav2vec/model": (nets.audio.wav2vec, wav2vec, used),
     }
 
 
@@ -86,11 +86,11 @@ def export(nets: Nets, out: Path) -> int:
     for name, (module, names, layout) in released(nets).items():
         held = module.state_dict()
         weights = {key: held[library] for key, library in names.items()}
-        wanted = dict(layout)
+        expected = dict(layout)
         found = {key: tuple(value.shape) for key, value in weights.items()}
-        if found != wanted:
+        if found != expected:
             raise ValueError(
-                f"{name}: differs from the layout in {sorted(set(found.items()) ^ set(wanted.items()))[:4]}"
+                f"{name}: differs from the layout in {sorted(set(found.items()) ^ set(expected.items()))[:4]}"
             )
         path = out / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -105,12 +105,12 @@ def no_heads(heads: list[np.ndarray], backgrounds: np.ndarray, rng: np.random.Ge
     return result
 
 
-def classifier(wanted: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float]:
+def classifier(positive: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float]:
     """Weights and bias from ridge regression of rows on +1 and -1; both classes have equal weight."""
-    rows = np.concatenate([wanted, other])
+    rows = np.concatenate([positive, other])
     middle, scale = rows.mean(0), rows.std(0) + 1e-6
-    target = np.concatenate([np.ones(len(wanted)), -np.ones(len(other))])
-    weight = np.concatenate([np.full(len(part), 0.5 / len(part)) for part in (wanted, other)])
+    target = np.concatenate([np.ones(len(positive)), -np.ones(len(other))])
+    weight = np.concatenate([np.full(len(part), 0.5 / len(part)) for part in (positive, other)])
     inputs = np.concatenate([(rows - middle) / scale, np.ones((len(rows), 1))], 1)
     weighted = inputs * weight[:, None]
     solved = np.linalg.solve(weighted.T @ inputs + RIDGE * np.eye(inputs.shape[1]), weighted.T @ target)
@@ -118,7 +118,7 @@ def classifier(wanted: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float
     return weights, float(solved[-1] - weights @ middle)
 
 
-def heard(encoder: AudioEncoder, sounds: Iterator[np.ndarray], hidden: int) -> list[np.ndarray]:
+def speech_rows(encoder: AudioEncoder, sounds: Iterator[np.ndarray], hidden: int) -> list[np.ndarray]:
     """`speech_vectors` of each int16 sound."""
     with tempfile.TemporaryDirectory() as folder:
         return [
@@ -149,7 +149,7 @@ def speech_limits(
     ]
     rng = np.random.default_rng(TAKE_SEED)
     other = [no_speech(rng, (TAKE_FRAMES - 1) * SAMPLES_A_FRAME) for _ in range(takes)]
-    speech, noise = (heard(encoder, iter(sounds), hidden) for sounds in (speaking, other))
+    speech, noise = (speech_rows(encoder, iter(sounds), hidden) for sounds in (speaking, other))
     half = takes // 2
     weights, bias = classifier(np.concatenate(speech[:half]), np.concatenate(noise[:half]))
     measured = {
@@ -158,7 +158,7 @@ def speech_limits(
     }
     if recordings is not None:
         sounds = (recordings.utterance(number)[0] for number in range(len(recordings)))
-        rows = [row for row in heard(encoder, sounds, hidden) if len(row)]
+        rows = [row for row in speech_rows(encoder, sounds, hidden) if len(row)]
         shares = [float(np.mean(row @ weights + bias > 0)) for row in rows]
         measured["least_share_of_a_recording"] = min(shares)
     return weights, bias, measured
@@ -223,14 +223,14 @@ def set_limits(weights: Path, portraits: int, takes: int, recordings: SpeechSet 
     heads = [portrait(renderer, PORTRAIT_SEED + number) for number in range(portraits)]
     rooms = draw_looks(renderer.head, portraits // 7 + 1, PORTRAIT_SEED - 1, SIZE).background
     encoder = AudioEncoder.load(weights / "wav2vec", device)
-    speech_weights, speech_bias, heard_right = speech_limits(encoder, takes, recordings)
+    speech_weights, speech_bias, speech_measured = speech_limits(encoder, takes, recordings)
     limits, measured = portrait_limits(
         heads,
         (rooms * 255).byte().permute(0, 2, 3, 1).numpy(),
         partial(after_vae, vae),
         (speech_weights, speech_bias),
     )
-    measured |= heard_right
+    measured |= speech_measured
     limits.save(weights / "input_limits.json", measured)
     print(json.dumps(measured))
     return limits

@@ -123,8 +123,8 @@ def articulate(phones: list[Phone], times: np.ndarray) -> np.ndarray:
         near = (end > moment.min() - 0.6) & (start < moment.max() + 0.6)
         away = np.maximum(np.maximum(core_start[near] - moment, moment - core_end[near]), 0)
         pull = strengths[index[near]] * np.exp(-away[..., None] / reach)
-        wanted = targets[index[near]] * effort[near][:, None]
-        result[begin : begin + 64] = (pull * wanted).sum(1) / pull.sum(1)
+        weighted = targets[index[near]] * effort[near][:, None]
+        result[begin : begin + 64] = (pull * weighted).sum(1) / pull.sum(1)
     return result
 
 

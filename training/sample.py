@@ -61,11 +61,11 @@ def sample(nets: Nets, film: Film, steps: int, audio_scale: float = 1.0) -> Samp
 
         def velocity(x: Tensor, number: int, y: Tensor = y, speech=speech, silence=silence) -> Tensor:  # type: ignore[no-untyped-def]
             timestep = torch.full((count,), schedule.timesteps[number], device=device)
-            heard = nets.dit(x, y, timestep, text, speech)
+            with_speech = nets.dit(x, y, timestep, text, speech)
             if audio_scale == 1:
-                return heard
-            unheard = nets.dit(x, y, timestep, text, silence)
-            return unheard + audio_scale * (heard - unheard)
+                return with_speech
+            without_speech = nets.dit(x, y, timestep, text, silence)
+            return without_speech + audio_scale * (with_speech - without_speech)
 
         noise = torch.randn(wide.shape, device=device, generator=generator)
         latent = denoise(velocity, schedule, given, noise.clone)

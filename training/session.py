@@ -35,7 +35,7 @@ from training.stage_vae import train_vae
 from training.studio import HELD_OUT_SEEDS, Studio, still
 from training.takes import TakeFactory, make_take
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 STAGES = ("vae", "audio", "decoder", "dit")
 AFTER_DIT = ("decoder", "dit")
 """Stages that do not change the inputs of a DiT."""
@@ -60,11 +60,11 @@ def gather_speech(
 ) -> SpeechSet:
     """The speech of this session and rank, mapped from files in `folder`; every rank has other sentences."""
     began = time.monotonic()
-    wanted = settings.speech
-    sets = [SpeechSet.load(Path(wanted.recorded))] * wanted.copies if wanted.recorded else []
-    if wanted.utterances:
+    source = settings.speech
+    sets = [SpeechSet.load(Path(source.recorded))] * source.copies if source.recorded else []
+    if source.utterances:
         seed = settings.seed + 1 + session + 1000 * ranks.index
-        sets.insert(0, synthesise(wanted.utterances // ranks.count, seed, workers))
+        sets.insert(0, synthesise(source.utterances // ranks.count, seed, workers))
     speech = SpeechSet.join(sets)
     taken = time.monotonic() - began
     print(
@@ -101,7 +101,7 @@ class Session:
     ) -> None:
         """`folder` is for speech, `out` for the results."""
         self.settings, self.ranks, self.device, self.out = settings, ranks, device, out
-        self.nets = Nets.fresh(settings.seed, HERE / "assets" / TOKENIZER)
+        self.nets = Nets.fresh(settings.seed, FOLDER / "assets" / TOKENIZER)
         self.facts: dict[str, Any] = {"sessions": 0, "minutes": dict.fromkeys(STAGES, 0.0), "log": []}
         if resume is not None:
             self.facts = resume_from(self.nets, resume)
@@ -222,7 +222,7 @@ def _draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stages", nargs="+", required=True, help="such as vae=5 audio=3 dit=12 (minutes)")
-    parser.add_argument("--config", type=Path, default=HERE / "configs" / "pocket.yaml")
+    parser.add_argument("--config", type=Path, default=FOLDER / "configs" / "pocket.yaml")
     parser.add_argument("--resume", type=Path, help="folder written by an earlier session")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sample-steps", type=int, default=12)

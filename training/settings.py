@@ -133,11 +133,11 @@ def read_settings(path: Path) -> Settings:
 
 
 def _build(kind: Any, table: Any, where: str) -> Any:
-    wanted = {field.name for field in fields(kind)}
+    known = {field.name for field in fields(kind)}
     given = set(table) if isinstance(table, dict) else set()
-    if given != wanted:
+    if given != known:
         raise ValueError(
-            f"{where}: missing {sorted(wanted - given) or 'nothing'}, "
-            f"unknown {sorted(given - wanted) or 'nothing'}"
+            f"{where}: missing {sorted(known - given) or 'nothing'}, "
+            f"unknown {sorted(given - known) or 'nothing'}"
         )
     return kind(**table)

@@ -23,7 +23,7 @@ from training.settings import Settings, read_settings
 from training.stage_dit import compiled_blocks, dit_batch, dit_loss
 from training.stage_vae import to_pixels, vae_loss
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 
 
 def timed(name: str, unit: str, amount: float, repeats: int, work: Callable[[], object]) -> None:
@@ -71,7 +71,7 @@ def measure(settings: Settings, device: torch.device, repeats: int, profile: boo
     if profile:
         kernels("render", lambda: renderer.frames(looks, performance))
     frames, _ = renderer.frames(looks, performance)
-    nets = Nets.fresh(0, HERE / "assets" / TOKENIZER).to(device)
+    nets = Nets.fresh(0, FOLDER / "assets" / TOKENIZER).to(device)
     if device.type == "cuda":
         channels_last(nets.vae)
     pixels = to_pixels(frames[..., : settings.vae.crop, : settings.vae.crop])
@@ -121,7 +121,7 @@ def measure(settings: Settings, device: torch.device, repeats: int, profile: boo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, default=HERE / "configs" / "pocket.yaml")
+    parser.add_argument("--config", type=Path, default=FOLDER / "configs" / "pocket.yaml")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="also print the slowest GPU kernels")
     arguments = parser.parse_args()

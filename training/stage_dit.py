@@ -171,8 +171,8 @@ def dit_batch(
     mask = (~known).float().expand(-1, -1, -1, *clean.shape[3:])
     y = torch.cat([reference.expand_as(clean), mask], 1)
     weight = (1 + settings.mouth * stories["weight"][every, which].float())[:, None] * mask
-    heard = (uniform() >= settings.drop_audio).float()[:, None, None]
-    told = uniform() >= settings.drop_text
+    keep_audio = (uniform() >= settings.drop_audio).float()[:, None, None]
+    keep_text = uniform() >= settings.drop_text
     nothing = torch.zeros_like(stories["ids"])
     nothing[:, 0] = 1
     first = torch.zeros_like(stories["mask"])
@@ -183,9 +183,9 @@ def dit_batch(
         "timestep": 1000 * sigma,
         "target": noise - clean,
         "weight": weight / weight.mean(),
-        "audio": window_audio(stories["audio"], starts) * heard,
-        "ids": torch.where(told[:, None], stories["ids"], nothing),
-        "mask": torch.where(told[:, None], stories["mask"], first),
+        "audio": window_audio(stories["audio"], starts) * keep_audio,
+        "ids": torch.where(keep_text[:, None], stories["ids"], nothing),
+        "mask": torch.where(keep_text[:, None], stories["mask"], first),
     }
 
 

@@ -1,4 +1,4 @@
-"""OmniAvatar's adapter merged into its base gives the recorded output; recordings have the official names."""
+"""OmniAvatar's adapter merged into its base gives the recorded output; keys have the official names."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ATTENTION = create_attention("sdpa", torch.device("cpu"), torch.float32)[1]
 
 
 def write(golden, folder: Path, *, default: bool = True, alpha: float | None = None) -> tuple[Path, Path]:
-    """The recording as a user has it: base as safetensors, adapter as pytorch_model.pt and config.json."""
+    """The recording as user files: base as safetensors, adapter as pytorch_model.pt and config.json."""
     tensors, metadata = golden("adapter.safetensors")
     adapter = under(tensors, "adapter.")
     if not default:

@@ -115,7 +115,7 @@ def not_found_locally() -> Exception:
 
 
 @pytest.mark.parametrize(
-    ("make", "kind", "says"),
+    ("make", "kind", "text"),
     [
         (lambda: hub_error(401), ResourceError, "auth login"),
         (lambda: hub_error(403), ResourceError, "licence"),
@@ -127,13 +127,13 @@ def not_found_locally() -> Exception:
         (lambda: OSError(28, "No space left on device"), OutputError, "No space left"),
     ],
 )
-def test_failures(make, kind: type[OmniAvatarError], says, tmp_path):
+def test_failures(make, kind: type[OmniAvatarError], text, tmp_path):
     error = make()
 
     def snapshot(**arguments: object) -> None:
         raise error
 
-    with pytest.raises(kind, match=says) as caught:
+    with pytest.raises(kind, match=text) as caught:
         download("1.3B", tmp_path, snapshot=snapshot)
     assert "\n" not in str(caught.value)
     assert "Wan2.1-T2V-1.3B" in str(caught.value)

@@ -83,17 +83,17 @@ def row(config: str, **changes: Any) -> dict[str, Any]:
 
 
 def test_benchmark_writes_three_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+    calls: list[Any] = []
 
     def measure_all(configs: Any, options: Any, report: Any) -> list[dict[str, Any]]:
-        asked.append(options)
+        calls.append(options)
         return [row(str(config)) for config in configs]
 
     monkeypatch.setattr(benchmark_run, "measure_all", measure_all)
     out = tmp_path / "out"
     result = run("benchmark", "--configs", NANO, "-o", str(out), "--minutes", "0.5,2", "--repeats", "3")
     assert result.exit_code == 1 and "no configuration could be measured" in result.stderr
-    assert asked[0].minutes == (0.5, 2.0) and asked[0].repeats == 3
+    assert calls[0].minutes == (0.5, 2.0) and calls[0].repeats == 3
     assert read(out / "benchmark.json")["rows"][0]["reason"] == "too large"
     assert "too large" in (out / "benchmark.md").read_text() and (out / "benchmark.html").is_file()
     assert run("benchmark", "--configs", NANO, "-o", str(out), "--minutes", "x").exit_code == 2

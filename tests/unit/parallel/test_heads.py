@@ -267,8 +267,8 @@ def arranged_as_if_on_gpus(team: Ranks, machines: str) -> tuple[str | None, bool
 def test_auto_copies_directly_where_it_can(
     pools: dict[int, RankPool], machines: str, expected: str, captures: bool
 ) -> None:
-    for said, captured in pools[4].run(arranged_as_if_on_gpus, machines):
-        assert said is not None and said.startswith(expected) and captured is captures
+    for text, captured in pools[4].run(arranged_as_if_on_gpus, machines):
+        assert text is not None and text.startswith(expected) and captured is captures
 
 
 @pytest.mark.parametrize(

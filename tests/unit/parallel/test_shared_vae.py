@@ -66,12 +66,12 @@ def test_rows_on_ranks_are_the_picture_of_one(
 ) -> None:
     pieces, latents = coded(fast_vae(at_once, **options), None, rows, columns, batch)
     found = pools[size].run(coded_on_ranks, rows, columns, batch, at_once, options)
-    for pieces_there, latents_there in found:
-        for there, first in zip(pieces_there, found[0][0], strict=True):
-            assert torch.equal(there, first)
-        assert largest_difference(torch.cat(pieces_there, 2), torch.cat(pieces, 2)) < 1e-5
-        assert torch.equal(latents_there, found[0][1])
-        assert largest_difference(latents_there, latents) < 1e-5
+    for rank_pieces, rank_latents in found:
+        for piece, first in zip(rank_pieces, found[0][0], strict=True):
+            assert torch.equal(piece, first)
+        assert largest_difference(torch.cat(rank_pieces, 2), torch.cat(pieces, 2)) < 1e-5
+        assert torch.equal(rank_latents, found[0][1])
+        assert largest_difference(rank_latents, latents) < 1e-5
 
 
 class Strangers(PictureRows):
@@ -130,17 +130,17 @@ class Place:
 
 
 def test_a_smaller_decoder_is_shared_where_it_is_a_fast_vae() -> None:
-    asked: list[int] = []
+    calls: list[int] = []
 
     def split(rows: int) -> None:
-        asked.append(rows)
+        calls.append(rows)
 
     latent, video = clip(2, 2)
     shared = apply_shared_vae(OtherDecoder(fast_vae(), fast_vae()), split)
     with torch.inference_mode():
         list(shared.decode_stream(latent))
         shared.encode(video)
-    assert asked == [2, 2]
+    assert calls == [2, 2]
     with pytest.raises(TypeError, match="only the fast VAE"):
         apply_shared_vae(random_vae(VAEConfig(dim=8), dtype=torch.float32, device="cpu", seed=0), split)
 

@@ -145,10 +145,14 @@ def test_killed_worker_costs_only_the_window_it_was_at(tmp_path: Path) -> None:
 
 
 def start_driver(
-    folder: Path, environment: dict[str, str] | None = None, **asked: Any
+    folder: Path, environment: dict[str, str] | None = None, **options: Any
 ) -> subprocess.Popen[str]:
     (folder / "notes").mkdir(exist_ok=True)
-    arguments = [sys.executable, str(TESTS / "batch_driver.py"), json.dumps({"folder": str(folder), **asked})]
+    arguments = [
+        sys.executable,
+        str(TESTS / "batch_driver.py"),
+        json.dumps({"folder": str(folder), **options}),
+    ]
     variables = {name: text for name, text in os.environ.items() if not name.startswith("RAY_AUTH")}
     variables |= environment or {}
     return subprocess.Popen(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from training.loop import Budget, Optimiser, Pool
 from training.muon import Muon, orthogonalised
-from training.session import HERE
+from training.session import FOLDER
 from training.settings import read_settings
 from training.supply import Supply
 
@@ -53,7 +53,7 @@ class Blocks(torch.nn.Module):
 def stage(**changes):
     from dataclasses import replace
 
-    return replace(read_settings(HERE / "configs" / "check.yaml").dit, warmup=1, **changes)
+    return replace(read_settings(FOLDER / "configs" / "check.yaml").dit, warmup=1, **changes)
 
 
 def test_muon_has_the_blocks_matrices_and_adam_the_rest():
