@@ -28,7 +28,7 @@ SHORTEST = 16
 def portrait(renderer: Renderer, seed: int) -> np.ndarray:
     """The portrait of the person drawn from `seed`: uint8 (SIZE, SIZE, 3)."""
     if not 0 <= seed < HELD_OUT_SEEDS:
-        raise ValueError(f"seed {seed} may be in the training data; choose one below {HELD_OUT_SEEDS}")
+        raise ValueError(f"seed {seed} is not held out; choose one below {HELD_OUT_SEEDS}")
     manner = Manner("neutral", "still", "")
     tracks = perform(renderer.head.names, [], SHORTEST, manner, np.random.default_rng((seed, 5)))
     first = {name: track[:1] for name, track in tracks.items()}
