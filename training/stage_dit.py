@@ -3,7 +3,7 @@
 A clip in the pool is a story: the portrait, sound and prompt, and windows of the story as latents. The first
 window starts at the portrait, the others at random frames. Each window is encoded separately, as in the
 hand-over of the engine. In a later window the given latents often come from a double (`training.handover`) or
-are disturbed (noise, and an offset and gain per channel), so that the model learns to return to the portrait
+are disturbed (noise, and an offset and gain per channel). The model thus learns to return to the portrait
 instead of drifting. For guidance, speech and prompt are dropped at random: speech becomes zero vectors, the
 prompt becomes empty. Noise levels follow the engine's schedule with shift 5.
 

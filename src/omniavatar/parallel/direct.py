@@ -73,8 +73,8 @@ class _Direct:
 class DirectRows(_Direct):
     """Implements `exchange.RowExchange`: slots for the keys and values of two blocks, used in turn.
 
-    A slot is free when it is used again: a rank sends the keys of a block only after it received the others'
-    values of the previous block, and they sent these after they had read the slots of the block before.
+    A slot is free when it is used again. A rank sends the keys of a block only after it received the others'
+    values of the previous block. They sent these values after they had read the slots of the block before.
     """
 
     def __init__(self, mailbox: Mailbox, index: int, size: int) -> None:
@@ -94,8 +94,8 @@ class DirectRows(_Direct):
 class DirectHeads(_Direct):
     """Implements `exchange.HeadExchange`: one slot for each exchange in the attention of a block.
 
-    A slot is free when it is used again: a rank sends v of the next block only after it received the others'
-    results of this block, and they sent these after they had read v. The same holds for the other slots.
+    A slot is free when it is used again. A rank sends v of the next block only after it received the others'
+    results of this block. They sent these results after they had read v. The same holds for the other slots.
     """
 
     def __init__(self, mailbox: Mailbox, index: int, size: int, pieces: int = 1) -> None:

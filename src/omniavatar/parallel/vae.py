@@ -1,8 +1,8 @@
 """Runs the fast VAE on all ranks of a video; each rank codes a run of the picture's rows.
 
-Every rank has the latents already (or the pixels, for the hand-over). It computes its own rows of every
-layer, swaps one row with each neighbour before a 3x3 convolution, and gathers the keys and values of the
-attention and the result (`accel.vae_frames`, `parallel.picture_rows`). All ranks call the methods with the
+Every rank has the latents already (or the pixels, for the hand-over). It computes its own rows of every layer
+and swaps one row with each neighbour before a 3x3 convolution. It gathers the keys and values of the
+attention, and the result (`accel.vae_frames`, `parallel.picture_rows`). All ranks call the methods with the
 same values and get the whole result. The memory for past frames and activations is divided by the number of
 ranks.
 Cost in quality: only the rounding of convolutions with other heights.

@@ -1,10 +1,10 @@
 """Workers as Ray actors; the only file that imports Ray.
 
-Without an address, Ray is started on this machine and stopped at the end. It gets no dashboard, sends no
-usage report, and has its own token and its own temporary folder with a short name (a Unix socket path may
-have about 100 characters). With an address, the driver joins a running cluster; Ray then places the workers
-and handles the nodes. Ray does not restart a dead worker but reports it: the scheduler knows which item it
-had.
+Without an address, Ray is started on this machine and stopped at the end. It gets no dashboard and sends no
+usage report. It has its own token and its own temporary folder; the folder's name is short, because a Unix
+socket path may have about 100 characters. With an address, the driver joins a running cluster; Ray then
+places the workers and handles the nodes. Ray does not restart a dead worker but reports it: the scheduler
+knows which item it had.
 Source: Ray's documentation of actors, fault tolerance and fractional GPUs.
 """
 
