@@ -298,7 +298,7 @@ def large(tmp_path_factory):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak memory counter")
-def test_loading_takes_no_second_copy(large, nano_checkpoint):
+def test_loading_needs_no_second_copy_of_the_weights(large, nano_checkpoint):
     root, size = large
     assert size > 250e6
     arguments = [sys.executable, "-c", PEAK, root, nano_checkpoint]

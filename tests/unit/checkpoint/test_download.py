@@ -72,7 +72,7 @@ def test_damaged_arrival_is_noticed(monkeypatch, tmp_path):
         download("1.3B", tmp_path / "other", snapshot=snapshot)
 
 
-def test_disk_is_checked_first_and_counts_what_is_there(monkeypatch, tmp_path):
+def test_disk_check_comes_first_and_counts_downloaded_files(monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(synthetic.shutil, "disk_usage", lambda path: usage(10**12, 0, 10**10))
 

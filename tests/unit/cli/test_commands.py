@@ -48,7 +48,7 @@ def test_every_command_has_help(command: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="growing segments need Linux")
 @pytest.mark.parametrize("name", ["", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_segments_of_memory_grow_unless_the_environment_says_otherwise(
+def test_memory_segments_grow_unless_the_environment_configures_them(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

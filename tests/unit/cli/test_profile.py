@@ -67,7 +67,7 @@ def test_profile_writes_both_traces(profiled: tuple[Path, Result]) -> None:
     assert "aten::addmm" in kernels and read(folder / "json.json")["kernel_trace_window"] == 1
 
 
-def test_profile_wants_whole_requests() -> None:
+def test_profile_needs_complete_requests() -> None:
     assert run("profile", "-c", NANO, "--prompt", "a person").exit_code == 2
     assert run("profile", "-c", NANO, "--image", PORTRAIT).exit_code == 2
 
@@ -99,7 +99,7 @@ def test_benchmark_writes_three_reports(tmp_path: Path, monkeypatch: pytest.Monk
     assert run("benchmark", "--configs", NANO, "-o", str(out), "--minutes", "x").exit_code == 2
 
 
-def test_doctor_knows_the_machine(nano_checkpoint: Path, tmp_path: Path) -> None:
+def test_doctor_reports_the_machine(nano_checkpoint: Path, tmp_path: Path) -> None:
     config = tmp_path / "mine.yaml"
     config.write_text("dit_path: nowhere.safetensors\nscale: nano\n")
     result = run("doctor", "--configs", str(config), "--json")

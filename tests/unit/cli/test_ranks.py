@@ -144,7 +144,7 @@ def frames(path: Path) -> np.ndarray:
 @pytest.mark.parametrize(
     "shares", ["sp_size=2,use_fsdp=true,vae_parallel=false", "cfg_parallel=2,vae_parallel=true"]
 )
-def test_a_video_made_by_two_processes_is_that_of_one(
+def test_a_video_of_two_processes_equals_that_of_one(
     shares: str, command: list[str], video_of_one: Path, tmp_path: Path
 ) -> None:
     two = generated(command, tmp_path / "two.mp4", "--gpus", "0,1", f"--hp={shares}")

@@ -74,7 +74,7 @@ def test_hash_ignores_only_values_that_do_not_change_the_video() -> None:
     assert set(flat_values(PipelineConfig())) - set(result_values(PipelineConfig())) == NEUTRAL_FIELDS
 
 
-def test_tokenizer_lies_beside_the_text_encoder() -> None:
+def test_tokenizer_is_beside_the_text_encoder() -> None:
     assert hp("text_encoder_path=a/t5.pth").model.tokenizer_folder == Path("a/google/umt5-xxl")
     assert hp("text_encoder_path=a/t5.pth,tokenizer_path=b").model.tokenizer_folder == Path("b")
 
@@ -238,7 +238,7 @@ def test_exp_path_of_the_override_decides_which_config_json_is_read(tmp_path: Pa
     assert load_config(path, [f"exp_path={tmp_path / 'b'}"]).config.model.lora_rank == 16
 
 
-def test_pattern_becomes_the_sorted_shards_and_stays_when_nothing_matches(tmp_path: Path) -> None:
+def test_pattern_becomes_sorted_shards_or_stays_without_matches(tmp_path: Path) -> None:
     for number in (2, 1, 3):
         (tmp_path / f"m-{number}.safetensors").touch()
     found = load_config(None, {"dit_path": f"{tmp_path}/m-*.safetensors"}).config.model.dit_path

@@ -281,7 +281,7 @@ def test_front_end_geometry() -> None:
     assert [front.features(n) for n in (399, 400, 719, 720, 32000)] == [0, 1, 1, 2, 99]
 
 
-def test_files_give_back_what_they_got(tmp_path: Path) -> None:
+def test_row_files_return_the_written_values(tmp_path: Path) -> None:
     values = torch.randn(7, 3)
     with RowFile(tmp_path / "rows", 7, 3) as rows:
         rows.write(4, values[4:])

@@ -220,7 +220,7 @@ def test_what_leaves_is_held_until_it_has_been_waited_for() -> None:
         ),
     ],
 )
-def test_direct_copies_want_gpus_that_reach_each_other(reaches: list[Reach], reason: str | None) -> None:
+def test_direct_copies_need_gpus_that_access_each_other(reaches: list[Reach], reason: str | None) -> None:
     found = obstacle(reaches)
     assert found is None if reason is None else str(found).startswith(reason)
 
@@ -236,7 +236,7 @@ def arranged(team: Ranks) -> tuple[str | None, str | None, bool, str]:
     return auto, alone, captures, ""
 
 
-def test_a_team_says_how_its_heads_travel(pools: dict[int, RankPool]) -> None:
+def test_a_team_reports_its_exchange(pools: dict[int, RankPool]) -> None:
     for auto, alone, captures, refused in pools[2].run(arranged):
         assert auto == alone == "exchanges: gloo (no direct copies: needs CUDA)" and not captures
         assert (

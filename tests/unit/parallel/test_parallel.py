@@ -91,7 +91,7 @@ def forward_on_ranks(team: Ranks, heads: int, batch: int, fuse: bool, pieces: in
         (2, 4, 1, False, 2, True),
     ],
 )
-def test_a_forward_shared_by_ranks_is_the_forward_of_one(
+def test_a_shared_forward_equals_that_of_one_rank(
     pools: dict[int, RankPool], size: int, heads: int, batch: int, fuse: bool, pieces: int, share: bool
 ) -> None:
     expected = velocity(small_dit(heads), ONE, batch)
@@ -179,7 +179,7 @@ def two_windows(
         (4, 1, (4.5, 3.0), "Css", (0.0, 1.0)),
     ],
 )
-def test_windows_made_by_ranks_are_those_of_one(
+def test_shared_windows_equal_those_of_one_rank(
     pools: dict[int, RankPool],
     size: int,
     guidance: int,
@@ -231,7 +231,7 @@ def test_uneven_rows_of_any_type_arrive(pools: dict[int, RankPool]) -> None:
 
 
 @pytest.mark.parametrize(("guidance", "sequence", "heads"), [(1, 8, 12), (2, 4, 40), (3, 2, 12), (1, 5, 12)])
-def test_layout_gives_every_rank_one_place(guidance: int, sequence: int, heads: int) -> None:
+def test_layout_gives_every_rank_one_index(guidance: int, sequence: int, heads: int) -> None:
     layout = Layout(guidance, sequence, heads)
     assert heads % layout.ulysses == 0 and layout.ulysses * layout.rows == sequence
     for groups in (

@@ -61,7 +61,7 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
         (4, 3, 4, 1, 2, {}),  # fewer rows than ranks: each rank computes all rows
     ],
 )
-def test_rows_on_ranks_are_the_picture_of_one(
+def test_shared_rows_equal_the_picture_of_one_rank(
     pools: dict[int, RankPool], size: int, rows: int, columns: int, batch: int, at_once: int, options
 ) -> None:
     pieces, latents = coded(fast_vae(at_once, **options), None, rows, columns, batch)
@@ -106,7 +106,7 @@ def borders(team: Ranks) -> list[Tensor]:
     return made
 
 
-def test_neighbours_rows_arrive_and_beyond_the_picture_there_is_nothing(pools: dict[int, RankPool]) -> None:
+def test_border_rows_come_from_neighbours_and_are_zero_beyond_the_picture(pools: dict[int, RankPool]) -> None:
     for rank, (both, below, above) in enumerate(pools[4].run(borders)):
         before, after = float(rank), float(rank + 2) if rank < 3 else 0.0
         own = [rank + 1.0] * 3

@@ -109,7 +109,7 @@ def later(action: Callable[[], Any]) -> threading.Thread:
     return thread
 
 
-def test_items_one_after_the_other_and_a_bad_one_alone(
+def test_a_bad_item_does_not_affect_the_others(
     group: Callable[..., GroupWorker], tmp_path: Path, notes: Path
 ) -> None:
     worker = group(seconds=0.1)
@@ -325,7 +325,7 @@ def test_batch_of_videos_that_two_processes_make_together(nano_checkpoint: Path,
 
 
 @pytest.mark.slow
-def test_video_goes_on_after_a_process_of_two_was_killed(nano_checkpoint: Path, inputs: Path) -> None:
+def test_video_resumes_after_one_of_two_processes_was_killed(nano_checkpoint: Path, inputs: Path) -> None:
     config = load_config(None, overrides(nano_checkpoint, inputs / "cache", crf=0)).config
     engines = pickle.dumps(batch_run.AvatarEngines(config))
     destination = FolderDestination(inputs)

@@ -165,7 +165,7 @@ def start_driver(
     )
 
 
-def test_killed_driver_takes_its_workers_along_and_a_second_run_finishes(tmp_path: Path) -> None:
+def test_workers_end_with_a_killed_driver_and_a_second_run_finishes(tmp_path: Path) -> None:
     prompts = [f"p{i}" for i in range(10)]
     engine = {"windows": 6, "seconds": 0.1}
     driver = start_driver(tmp_path, prompts=prompts, engine=engine)
@@ -233,7 +233,7 @@ def test_killed_node_of_a_cluster(tmp_path: Path) -> None:
         killer.join()
     finally:
         cluster.shutdown()
-    assert len(result.summary["workers"]) == 2, "as many workers as the cluster has room for"
+    assert len(result.summary["workers"]) == 2, "as many workers as the cluster can run"
     assert result.summary["done"] == 12 and result.summary["failed"] == 0
     assert sum(row["lost"] for row in result.summary["workers"]) == 1
     check_videos(tmp_path, prompts, windows=6)
@@ -340,7 +340,7 @@ def test_weights_that_cannot_be_used_end_the_batch_with_their_error(tmp_path: Pa
     assert result.summary["remaining"] == 2 and result.summary["failed"] == 0
 
 
-def test_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+def test_unreachable_cluster_is_one_line(tmp_path: Path) -> None:
     result = drive(tmp_path, ["a"], address="127.0.0.1:1")
     assert isinstance(result.ledger.error, ResourceError) and "\n" not in str(result.ledger.error)
     assert "--ray-address 127.0.0.1:1" in str(result.ledger.error)
@@ -356,7 +356,7 @@ def test_failing_network_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert result.summary["done"] == 3, result.summary["failures"]
     far = tmp_path / "far"
     wanted = {f"0000{i}.{ending}" for i in range(3) for ending in ("mp4", "json")}
-    assert {path.name for path in far.iterdir()} == wanted, "no part stays behind"
+    assert {path.name for path in far.iterdir()} == wanted, "no partial file remains"
     assert [(far / f"0000{i}.mp4").read_bytes() for i in range(3)] == [video_bytes(p) for p in prompts]
     assert drive(tmp_path, prompts, output=url).summary["skipped"] == 3
 

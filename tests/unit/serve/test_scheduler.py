@@ -173,7 +173,7 @@ def test_attempts(tmp_path: Path, verdict: Verdict, attempts: int) -> None:
     assert crew.dismissed.count(crew.given[0][0]) == (1 + attempts if verdict is Verdict.broken else 1)
 
 
-def test_worker_is_replaced_where_its_answer_says_so(tmp_path: Path) -> None:
+def test_worker_is_replaced_if_its_answer_requests_it(tmp_path: Path) -> None:
     spent = replace(failure(Verdict.failed), replace=True)
     crew = SimulatedCrew(lambda slot, task: spent if task.item.key == "00000" else DONE, workers=1)
     ledger = run(crew, make_items(["a", "b"]), tmp_path)

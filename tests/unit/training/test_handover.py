@@ -41,7 +41,7 @@ def test_a_double_resembles_its_person_in_the_same_room(head):
     assert torch.equal(again.identity, made.identity)
 
 
-def test_softening_takes_fine_structure_and_leaves_the_rest():
+def test_softening_removes_only_fine_structure():
     torch.manual_seed(0)
     coarse = torch.nn.functional.interpolate(torch.rand(2, 3, 6, 6), (48, 48), mode="bicubic") * 200
     frames = (coarse[:, None] + 40 * torch.rand(2, 1, 3, 48, 48)).clamp(0, 255).to(torch.uint8)

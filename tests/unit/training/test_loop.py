@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_muon_takes_the_steps_of_torchs(decay):
+def test_muon_steps_equal_those_of_torch(decay):
     shapes = [(8, 8), (8, 24), (24, 8), (8, 8), (8, 24)]
     torch.manual_seed(0)
     ours, theirs = ([torch.nn.Parameter(torch.randn(shape)) for shape in shapes] for _ in range(2))

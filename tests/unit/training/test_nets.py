@@ -327,7 +327,7 @@ def test_settings_are_strict(tmp_path):
         parse_stages(["vea=5"])
 
 
-def test_a_mirrored_film_keeps_mouths_where_they_are_seen():
+def test_a_mirrored_film_mirrors_mouth_positions():
     frames = torch.full((2, 3, 3, 8, 10), 100, dtype=torch.uint8)
     frames[..., 4, 7] = 200
     mouth = torch.tensor([7.0, 4.0]).expand(2, 3, 2)
