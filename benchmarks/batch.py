@@ -31,7 +31,7 @@ from typing import Any
 
 from omniavatar.serve.batch.cores import bind
 from omniavatar.serve.batch.destination import FolderDestination
-from omniavatar.serve.batch.items import Engine, EngineFactory, Item, Made, Place
+from omniavatar.serve.batch.items import Engine, EngineFactory, Item, Made, Seat
 from omniavatar.serve.batch.ray_crew import RayCrew, Seats
 from omniavatar.serve.batch.run import BatchResult, run_batch
 from omniavatar.serve.batch.scheduler import Rules
@@ -44,7 +44,7 @@ class Sleepers:
 
     seconds: float
 
-    def __call__(self, place: Place) -> Engine:
+    def __call__(self, seat: Seat) -> Engine:
         return _Sleeper(self.seconds)
 
 
@@ -102,9 +102,9 @@ def overhead(count: int, workers: int, seconds: float) -> dict[str, Any]:
     load = os.getloadavg()[0]
     result, _ = measure(items, Sleepers(seconds), Seats((), 0, 1), workers)
     summary = result.summary
-    present = sum(row["present_seconds"] for row in summary["workers"])
+    present = sum(row["ready_seconds"] for row in summary["workers"])
     busy = sum(row["busy_seconds"] for row in summary["workers"])
-    paused = busy * summary["overhead"] / (1 - summary["overhead"])
+    paused = busy * summary["pause_share"] / (1 - summary["pause_share"])
     parts = {
         "pauses": paused / present,
         "inside": (busy - count * seconds) / present,
@@ -114,8 +114,8 @@ def overhead(count: int, workers: int, seconds: float) -> dict[str, Any]:
     told = ", ".join(f"{name} {100 * share:.2f} %" for name, share in parts.items())
     print(
         f"{count} items of {seconds:g} s, {workers} workers: {summary['wall_seconds']:.1f} s in all, "
-        f"{100 * lost:.2f} % lost ({told}); pause between two items {1000 * summary['gap_seconds']:.2f} ms; "
-        f"load before {load:.1f}"
+        f"{100 * lost:.2f} % lost ({told}); "
+        f"pause between two items {1000 * summary['mean_pause_seconds']:.2f} ms; load before {load:.1f}"
     )
     return {
         "items": count,
@@ -123,7 +123,7 @@ def overhead(count: int, workers: int, seconds: float) -> dict[str, Any]:
         "item_seconds": seconds,
         "lost": lost,
         **parts,
-        "gap_seconds": summary["gap_seconds"],
+        "gap_seconds": summary["mean_pause_seconds"],
         "wall_seconds": summary["wall_seconds"],
         "load_before": load,
     }
@@ -155,7 +155,7 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
                 result, watch = measure(make_items(lines, config), engines, seats, count)
                 begun, ended = watch.ended[count - 1], watch.ended[-1]
                 runs[count].append((arguments.items - count) / (ended - begun))
-                pauses[count].append(result.summary["overhead"] or 0.0)
+                pauses[count].append(result.summary["pause_share"] or 0.0)
                 print(
                     f"{count} workers: {runs[count][-1]:.4f} items/s after each one's first, "
                     f"{100 * pauses[count][-1]:.2f} % pauses; load after {os.getloadavg()[0]:.1f}",

@@ -1,4 +1,4 @@
-"""The sizes of OmniAvatar-Pocket and of its clips: one place, in the engine's own terms."""
+"""The sizes of OmniAvatar-Pocket and of its clips, in the engine's terms."""
 
 from __future__ import annotations
 

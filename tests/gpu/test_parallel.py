@@ -1,4 +1,4 @@
-"""One video on several ranks: kernels on a rank's share, weights gathered by NCCL, two real GPUs."""
+"""One video on several ranks: kernels on the share of a rank, weights gathered by NCCL, two real GPUs."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def shared_forward(
 def test_kernels_on_a_ranks_tokens(size: int, attention: str, quantize: str) -> None:
     device = torch.device("cuda", 0)
     if attention not in ("auto", *ATTENTION.available(device)):
-        pytest.skip("FlashAttention-3 is not here")
+        pytest.skip("FlashAttention-3 is not available")
     alone, found = shared_forward(device, size, attention, quantize)
     for each in found:
         assert torch.equal(each, found[0])
@@ -176,7 +176,7 @@ def test_the_vae_on_a_ranks_rows(
 
 
 def coded_on_gpu(team: Ranks, exchange: Any) -> tuple[Tensor, Tensor]:
-    """The second time no call may make the host wait."""
+    """In the second run no call may make the host wait."""
     team.arrange(Layout(1, team.size, 12), exchange)
     device = torch.device("cuda", team.rank)
     pixels, latents, vae = coded(device, torch.bfloat16, team.picture_rows)
@@ -238,7 +238,7 @@ def test_two_gpus_make_the_video_of_one(shares: str, nano_checkpoint: Path, tmp_
 def test_a_gpu_that_fails_in_a_forward_ends_the_run(
     fault: str, nano_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """The other GPU waits in a kernel for what the failing one was to write."""
+    """The other GPU waits in a kernel for data from the failing one."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     check_fault(fault, generate_command(nano_checkpoint, tmp_path, device="auto"), tmp_path)

@@ -1,1 +1,1 @@
-"""What `omniavatar demo` runs on: copies of the portrait and speech of examples/."""
+"""Inputs of `omniavatar demo`: copies of the portrait and speech in examples/."""

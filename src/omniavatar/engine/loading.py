@@ -10,7 +10,8 @@ import torch
 
 from omniavatar.accel.decoder import DECODERS, DecoderSource, apply_decoder
 from omniavatar.accel.offload import streamed_blocks
-from omniavatar.checkpoint.dit import DiTFiles, LoraFile, inspect_dit, load_dit, random_dit
+from omniavatar.checkpoint.dit import DiTFiles, LoraFile, load_dit, random_dit
+from omniavatar.checkpoint.dit_sizes import inspect_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import load_vae, random_vae
 from omniavatar.encoders.audio import AudioEncoder
@@ -122,10 +123,10 @@ def load_dit_weights(
     """
     if model.weights == "random":
         return random_dit(
-            sizes, attention=attention, dtype=dtype, device=device, seed=0, form=form, place=device_of
+            sizes, attention=attention, dtype=dtype, device=device, seed=0, form=form, device_of=device_of
         )
     return load_dit(
-        dit_files(model), attention=attention, dtype=dtype, device=device, form=form, place=device_of
+        dit_files(model), attention=attention, dtype=dtype, device=device, form=form, device_of=device_of
     )
 
 

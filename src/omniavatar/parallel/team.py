@@ -1,8 +1,8 @@
-"""What the main path sees of the processes that make one video together: a `Team`.
+"""`Team`: the interface of the main path to the processes that make one video together.
 
-`ONE` is a single process, for which everything here does nothing. Otherwise rank 0 leads: it alone reads
-inputs, decides and writes. The others wait for its orders (Python objects, between videos only; see
-`AvatarPipeline.follow`) and run the same loop of windows, in which only tensors travel.
+`ONE` is a single process, for which every method does nothing. Otherwise rank 0 is the leader: it alone reads
+inputs, decides and writes. The other ranks wait for its orders (`AvatarPipeline.follow`; Python objects, only
+between videos) and run the same loop of windows, in which only tensors are exchanged.
 """
 
 from __future__ import annotations
@@ -36,13 +36,16 @@ from omniavatar.sampling.passes import Pass, Passes
 Exchange = Literal["auto", "direct", "collective"]
 StepVelocities = Callable[[Sequence[Pass], Predict, Tensor], Iterable[Tensor]]
 PATIENCE = timedelta(days=7)
-"""How long a rank waits for the next order; a rank that died is noticed by its supervisor, not by this."""
+"""How long a rank waits for the next order. The supervisor, not this limit, detects a rank that died."""
 STEP_TIMEOUT = timedelta(minutes=10)
-"""Longest wait inside a video, for a window's decoding or a full writer."""
+"""Longest wait inside a video, for the decoding of a window or a full writer queue."""
 
 
 class Team(Protocol):
-    """The processes of one video. leads: this one reads inputs and writes the video."""
+    """The processes of one video.
+
+    leads: whether this process reads inputs and writes the video.
+    """
 
     @property
     def size(self) -> int: ...
@@ -51,11 +54,14 @@ class Team(Protocol):
     def leads(self) -> bool: ...
 
     def arrange(self, layout: Layout, exchange: Exchange = "auto") -> str | None:
-        """Form the groups; once, by all ranks, before anything below.
+        """Form the groups. All ranks call it once, before the methods below.
 
-        exchange: how heads, rows and borders travel: direct (`parallel.direct`), collective, or auto: direct
-        where the GPUs concerned reach each other, for attention and for the VAE's borders each.
-        Returns what was chosen and why, None for one process. Raises ResourceError where direct cannot be.
+        Returns the chosen exchange and the reason, as text; None for one process.
+
+        exchange: direct (`parallel.direct`), collective, or auto: direct if the GPUs involved can access each
+        other, decided separately for attention and for the borders in the VAE.
+
+        Raises ResourceError if direct is not possible.
         """
 
     @property
@@ -63,35 +69,39 @@ class Team(Protocol):
         """Whether the exchanges inside a forward can be captured in a CUDA graph."""
 
     def apply(self, dit: WanDiT) -> None:
-        """Make self-attention span the ranks of a forward; after the optimisations, before offloading."""
+        """Make self-attention span the ranks of a forward; call it after other optimisations, before
+        offloading."""
 
     def shard(self, run_blocks: RunBlocks) -> RunBlocks:
-        """`run_blocks` on this rank's tokens. A step cache belongs inside: it keeps local residuals."""
+        """A function that runs `run_blocks` on this rank's tokens.
+
+        A step cache must be inside `run_blocks`, because its residuals belong to the tokens of one rank.
+        """
 
     def velocities(self, passes: Passes) -> StepVelocities:
-        """What gives the velocities of a step's passes."""
+        """A function that returns the velocities of a step's passes."""
 
     def share(self, values: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        """The leader's float32 `values` on every rank; the others pass None."""
+        """The leader's float32 `values` on every rank; the other ranks pass None."""
 
     def order(self, what: Any) -> None:
-        """Tell the other ranks what comes next; by the leader."""
+        """Send an order to the other ranks; only the leader calls it."""
 
     def next_order(self) -> Any:
-        """The leader's next order; by the others."""
+        """The next order of the leader; only the other ranks call it."""
 
     def meet(self) -> None:
-        """Wait until all ranks are here, however long it takes."""
+        """Wait for all ranks, without a time limit."""
 
     def picture_rows(self, rows: int) -> PictureRows | None:
-        """This rank's run of a picture of so many latent rows; None where each has the whole picture."""
+        """This rank's run in a picture of `rows` latent rows; None if every rank computes all rows."""
 
     def weight_peers(self) -> Peers | None:
-        """The ranks that may share the weights among them: they run the same blocks in the same order."""
+        """The ranks that can share weights, because they run the same blocks in the same order."""
 
 
 class OneProcess:
-    """A team of one."""
+    """A team of one process."""
 
     size = 1
     leads = True
@@ -107,7 +117,7 @@ class OneProcess:
         return run_blocks
 
     def velocities(self, passes: Passes) -> StepVelocities:
-        return _all_here
+        return _predict_all
 
     def share(self, values: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
         assert values is not None
@@ -129,7 +139,7 @@ class OneProcess:
         return None
 
 
-def _all_here(row: Sequence[Pass], predict: Predict, like: Tensor) -> Iterator[Tensor]:
+def _predict_all(row: Sequence[Pass], predict: Predict, like: Tensor) -> Iterator[Tensor]:
     return map(predict, row)
 
 
@@ -137,10 +147,10 @@ ONE = OneProcess()
 
 
 def _exchange_options() -> Any:
-    """NCCL's kernels start before those of the model that are ready at the same time.
+    """Options that give NCCL's kernels priority over the model's kernels.
 
-    Otherwise a product takes every multiprocessor first, and an exchange that was to travel beside it waits
-    for its end (two H100, 14B, 30,375 tokens: 1.207 s a forward without priority, 1.199 with it).
+    Without them a matrix product takes every multiprocessor first, and an exchange that should overlap it
+    waits for its end (two H100, 14B, 30,375 tokens: 1.207 s per forward without priority, 1.199 s with it).
     """
     if dist.get_backend() != "nccl":
         return None
@@ -150,7 +160,7 @@ def _exchange_options() -> Any:
 
 
 class Ranks:
-    """A team of the processes of torch's default group, which is initialised already."""
+    """A team of the processes in torch's default group, which must be initialised."""
 
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -167,7 +177,7 @@ class Ranks:
         self._guidance: GuidanceParallel | None = None
         self._weights: Peers | None = None
         self.last_order: Any = None
-        """What the leader told the others last, for who must know what they are at after an error."""
+        """The leader's last order; after an error, it shows whether the other ranks are inside a video."""
 
     @property
     def leads(self) -> bool:
@@ -185,9 +195,11 @@ class Ranks:
         in_attention = next(filter(None, (self._obstacle(ranks) for ranks in shared)), None)
         in_all = self._obstacle(range(self.size))
         if exchange == "direct" and in_all:
-            raise ResourceError(f"exchange: direct copies between GPUs: {in_all}; use exchange=auto")
-        wanted = exchange != "collective"
-        attention, everywhere = wanted and not in_attention, wanted and not in_all
+            raise ResourceError(
+                f"exchange: direct copies between GPUs are not possible: {in_all}; use exchange=auto"
+            )
+        may_copy = exchange != "collective"
+        attention, everywhere = may_copy and not in_attention, may_copy and not in_all
         self._sequence = None
         if layout.sequence > 1:
             self._sequence = SequenceParallel(
@@ -198,9 +210,9 @@ class Ranks:
         if everywhere:
             self._border = DirectBorder(self._mailbox(self._everyone), self.rank, self.size)
             return "exchanges: direct copies between the GPUs"
-        why = f" (no direct copies: {in_attention or in_all})" if wanted else ""
+        why = f" (no direct copies: {in_attention or in_all})" if may_copy else ""
         if attention and layout.sequence > 1:
-            return f"exchanges: attention's by direct copies, the rest by {dist.get_backend()}{why}"
+            return f"exchanges: direct copies in attention, {dist.get_backend()} elsewhere{why}"
         return f"exchanges: {dist.get_backend()}{why}"
 
     def _obstacle(self, ranks: Iterable[int]) -> str | None:
@@ -221,18 +233,18 @@ class Ranks:
 
     @property
     def captures(self) -> bool:
-        """NCCL's collectives are not: they could be, but NCCL then hangs when it is left (torch 2.11)."""
+        """False with NCCL's collectives: after a capture, NCCL hangs when it is shut down (torch 2.11)."""
         return self._captures
 
     def _peers(self, lists: list[list[int]]) -> Peers:
-        """This rank's group of `lists`, made once."""
+        """This rank's group among `lists`; each set of groups is made only once."""
         key = tuple(map(tuple, lists))
         if key not in self._groups:
             self._groups[key] = self._new_peers(lists)
         return self._groups[key]
 
     def _new_peers(self, lists: list[list[int]]) -> Peers:
-        """A communicator of its own; every rank makes all of `lists`, in the same order."""
+        """A new communicator; every rank must make all groups in `lists`, in the same order."""
         mine: Peers | None = None
         for ranks in lists:
             group = dist.new_group(ranks, timeout=STEP_TIMEOUT, pg_options=_exchange_options())
@@ -277,10 +289,10 @@ class Ranks:
         return self._weights
 
 
-def check_size(team: Team, wanted: int) -> None:
-    """Raise ConfigError unless the team has `wanted` processes."""
-    if team.size != wanted:
+def check_size(team: Team, processes: int) -> None:
+    """Raise ConfigError unless the team has this number of processes."""
+    if team.size != processes:
         raise ConfigError(
-            f"sp_size, cfg_parallel: {wanted} processes make one video, {team.size} runs; start them with "
-            f"torchrun --nproc_per_node={wanted} or generate --gpus, or set both to 1"
+            f"sp_size, cfg_parallel: {processes} processes are configured, but {team.size} runs; start them "
+            f"with torchrun --nproc_per_node={processes} or `generate --gpus`, or set both to 1"
         )

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omniavatar.checkpoint.dit import inspect_dit
+from omniavatar.checkpoint.dit_sizes import inspect_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.config.schema import ModelConfig
 
