@@ -28,7 +28,8 @@ import torch
 
 from omniavatar.accel.vae import FastVAEConfig, apply_fast_vae
 from omniavatar.checkpoint.vae import random_vae
-from omniavatar.model.vae import VAEConfig, VideoDecoder, VideoVAE
+from omniavatar.model.sizes import VAEConfig
+from omniavatar.model.vae import VideoDecoder, VideoVAE
 
 HEIGHT, WIDTH = 400, 720
 WARM_UP = 2

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from omniavatar.checkpoint.layout import ScaleSpec, TextSpec, Wav2VecSpec
-from omniavatar.model.dit import DiTConfig
-from omniavatar.model.vae import VAEConfig
+from omniavatar.model.sizes import DiTConfig, VAEConfig
 
 SIZE = 192
 WINDOW = 41

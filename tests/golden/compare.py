@@ -7,8 +7,9 @@ import json
 import torch
 
 from omniavatar.accel.attention.registry import create_attention
-from omniavatar.model.dit import DiTConfig, WanDiT
-from omniavatar.model.vae import VAEConfig, WanVAE
+from omniavatar.model.dit import WanDiT
+from omniavatar.model.sizes import DiTConfig, VAEConfig
+from omniavatar.model.vae import WanVAE
 
 
 def relative_error(value: torch.Tensor, recorded: torch.Tensor) -> float:

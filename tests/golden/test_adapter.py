@@ -24,7 +24,7 @@ from omniavatar.checkpoint.layout import (
 from omniavatar.checkpoint.layout_vae import vae_tensors
 from omniavatar.checkpoint.vae import inspect_vae
 from omniavatar.encoders.audio import library_key
-from omniavatar.model.vae import VAEConfig
+from omniavatar.model.sizes import VAEConfig
 
 ATTENTION = create_attention("sdpa", torch.device("cpu"), torch.float32)[1]
 

@@ -17,7 +17,7 @@ from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.model.dit import WanDiT
 from omniavatar.parallel.rank_layout import Layout
-from omniavatar.parallel.team import Ranks
+from omniavatar.parallel.ranks import Ranks
 from ranks import RankPool
 
 pytestmark = pytest.mark.gpu

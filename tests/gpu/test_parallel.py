@@ -25,13 +25,14 @@ from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.model.dit import WanDiT
-from omniavatar.model.vae import VAEConfig, VideoVAE
+from omniavatar.model.sizes import VAEConfig
+from omniavatar.model.vae import VideoVAE
 from omniavatar.parallel.exchange import CollectiveHeads, CollectiveRows
 from omniavatar.parallel.peers import Peers
 from omniavatar.parallel.picture_rows import PictureRows
 from omniavatar.parallel.rank_layout import Layout
+from omniavatar.parallel.ranks import Ranks
 from omniavatar.parallel.sequence import SequenceParallel
-from omniavatar.parallel.team import Ranks
 from omniavatar.parallel.vae import apply_shared_vae
 from omniavatar.parallel.weights import apply_shared_weights
 from rank_commands import FAULTS, check_fault, generate_command

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from omniavatar.checkpoint.dit_sizes import dit_config, read_adapter_config
+from omniavatar.checkpoint.dit_sizes import dit_config, keep_float32, read_adapter_config
 from omniavatar.checkpoint.initial import random_weight
 from omniavatar.checkpoint.lora import Delta, plan_lora
 from omniavatar.checkpoint.reader import PathLike, TensorFiles
@@ -26,7 +26,8 @@ from omniavatar.checkpoint.staging import Staging
 from omniavatar.checkpoint.strict import DeviceOf, TensorSource, file_sources, load_strict
 from omniavatar.errors import CheckpointError
 from omniavatar.model.attention import AttentionFn
-from omniavatar.model.dit import DiTConfig, WanDiT
+from omniavatar.model.dit import WanDiT
+from omniavatar.model.sizes import DiTConfig
 
 FORM_KEY = "omniavatar.form"
 """Header key of a converted file: the form of its weights; missing for plain weights."""
@@ -42,19 +43,6 @@ class LoraFile:
 
     path: PathLike
     strength: float = 1.0
-
-
-def keep_float32(key: str) -> bool:
-    """Whether a weight of the DiT stays float32 for every dtype of the model.
-
-    The precision of the sampler depends on these small weights (1.4 % of the 14B): patch embedding, head,
-    time and audio layers, modulation, and the scales of all norms.
-    """
-    return (
-        key.startswith(("patch_embedding.", "head.", "time_embedding.", "time_projection.", "audio_"))
-        or key.endswith("modulation")
-        or ".norm" in key
-    )
 
 
 class WeightForm(Protocol):

@@ -17,8 +17,7 @@ from typing import Literal
 import torch
 
 from omniavatar.errors import ConfigError
-from omniavatar.model.dit import DiTConfig
-from omniavatar.model.vae import VAEConfig
+from omniavatar.model.sizes import DiTConfig, VAEConfig
 
 SHARD_BYTES = 10_000_000_000
 LORA_LAYERS = ("q", "k", "v", "o", "ffn.0", "ffn.2")

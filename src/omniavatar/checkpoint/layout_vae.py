@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from omniavatar.checkpoint.layout import Shape
-from omniavatar.model.vae import VAEConfig
+from omniavatar.model.sizes import VAEConfig
 
 
 def vae_tensors(config: VAEConfig) -> Iterator[tuple[str, Shape]]:

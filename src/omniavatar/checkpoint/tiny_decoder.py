@@ -13,8 +13,8 @@ from omniavatar.checkpoint.layout import Shape
 from omniavatar.checkpoint.reader import PathLike, TensorFiles
 from omniavatar.checkpoint.strict import file_sources, load_strict
 from omniavatar.errors import CheckpointError
+from omniavatar.model.sizes import VAEConfig
 from omniavatar.model.tiny_decoder import TinyDecoder, TinyDecoderConfig
-from omniavatar.model.vae import VAEConfig
 
 RELEASED_VAE_DIM = 96
 LIGHT_DIVISOR = 4

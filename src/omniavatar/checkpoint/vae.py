@@ -10,7 +10,8 @@ from omniavatar.checkpoint.initial import fill_random
 from omniavatar.checkpoint.reader import PathLike, TensorFiles
 from omniavatar.checkpoint.strict import file_sources, load_strict
 from omniavatar.errors import CheckpointError
-from omniavatar.model.vae import VAEConfig, WanVAE
+from omniavatar.model.sizes import VAEConfig
+from omniavatar.model.vae import WanVAE
 
 
 def inspect_vae(path: PathLike) -> VAEConfig:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from omniavatar.parallel.team import STEP_TIMEOUT, Ranks
+from omniavatar.parallel.ranks import STEP_TIMEOUT, Ranks
 
 STORE_VARIABLE = "OMNIAVATAR_STORE"
 """Environment variable with the file through which processes started by `parallel.launch` find each other."""

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from omniavatar.accel.attention.registry import create_attention
-from omniavatar.checkpoint.dit import DiTFiles, LoraFile, keep_float32, load_dit, random_dit
-from omniavatar.checkpoint.dit_sizes import inspect_dit
+from omniavatar.checkpoint.dit import DiTFiles, LoraFile, load_dit, random_dit
+from omniavatar.checkpoint.dit_sizes import inspect_dit, keep_float32
 from omniavatar.checkpoint.layout import SCALES, dit_tensors, scale_spec
 from omniavatar.checkpoint.vae import inspect_vae, load_vae, random_vae
 from omniavatar.errors import CheckpointError

@@ -17,7 +17,7 @@ from omniavatar.checkpoint.lora import plan_lora
 from omniavatar.checkpoint.lora_keys import PREFIXES, LayerNames, diffusers_name, strip_prefixes
 from omniavatar.checkpoint.reader import TensorFiles
 from omniavatar.errors import CheckpointError
-from omniavatar.model.dit import DiTConfig
+from omniavatar.model.sizes import DiTConfig
 
 CONFIG = DiTConfig(32, 48, 1, 4, text_dim=24, freq_dim=16, audio_dim=20)
 SHAPES = dict(dit_tensors(CONFIG))

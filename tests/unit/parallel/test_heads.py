@@ -19,7 +19,7 @@ from omniavatar.parallel.exchange import CollectiveHeads, CollectiveRows, HeadEx
 from omniavatar.parallel.mailbox import Reach, obstacle
 from omniavatar.parallel.picture_rows import PictureRows
 from omniavatar.parallel.rank_layout import Layout, deal, starts
-from omniavatar.parallel.team import Ranks
+from omniavatar.parallel.ranks import Ranks
 from ranks import RankPool
 from thread_ranks import Board, ThreadPeers, on_threads
 

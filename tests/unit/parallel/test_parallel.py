@@ -21,10 +21,12 @@ from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.engine.recorder import NullRecorder
 from omniavatar.engine.window_loop import WindowGenerator, WindowSampling
-from omniavatar.model.dit import DiTConfig, WanDiT
+from omniavatar.model.dit import WanDiT
+from omniavatar.model.sizes import DiTConfig
 from omniavatar.parallel.guidance import branch_owners
 from omniavatar.parallel.rank_layout import Layout, deal, starts
-from omniavatar.parallel.team import ONE, Ranks
+from omniavatar.parallel.ranks import Ranks
+from omniavatar.parallel.team import ONE
 from omniavatar.parallel.weights import apply_shared_weights
 from omniavatar.sampling.guidance import guidance_branches
 from omniavatar.sampling.passes import plan_passes

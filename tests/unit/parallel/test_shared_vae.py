@@ -12,9 +12,9 @@ from omniavatar.checkpoint.vae import random_vae
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.errors import ConfigError
-from omniavatar.model.vae import VAEConfig
+from omniavatar.model.sizes import VAEConfig
 from omniavatar.parallel.picture_rows import PictureRows
-from omniavatar.parallel.team import Ranks
+from omniavatar.parallel.ranks import Ranks
 from omniavatar.parallel.vae import apply_shared_vae
 from omniavatar.plan.sizes import coding_bytes, vae_ranks
 from ranks import RankPool

@@ -26,8 +26,7 @@ from omniavatar import __version__
 from omniavatar.config.change import changed
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import PipelineConfig
-from omniavatar.device import choose_device
-from omniavatar.engine.loading import DTYPES
+from omniavatar.device import choose_device, torch_dtype
 from omniavatar.engine.sidecar import peak_memory
 from omniavatar.errors import ConfigError, OmniAvatarError
 from omniavatar.measure.benchmark.parts import (
@@ -109,7 +108,7 @@ def _not_possible(config: PipelineConfig, device: torch.device, options: Options
     if device.type != "cuda" and need > free:
         return f"needs about {need / 2**30:.1f} GiB, this machine has {free / 2**30:.1f} GiB free"
     dit, _ = find_dit_config(config.model)
-    limits = ceilings(device, DTYPES[config.model.dtype])
+    limits = ceilings(device, torch_dtype(config.model.dtype))
     least = limits.floor_seconds(forward_work(dit, latent_shape(plan)))
     if least > options.forward_limit:
         return (

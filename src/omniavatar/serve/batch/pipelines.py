@@ -26,7 +26,8 @@ from omniavatar.engine.recorder import RunRecorder
 from omniavatar.engine.requests_file import BadLine, RequestLine
 from omniavatar.errors import InputError, OmniAvatarError, ResourceError
 from omniavatar.parallel.process import Process, connect, lost_another
-from omniavatar.parallel.team import ONE, Ranks
+from omniavatar.parallel.ranks import Ranks
+from omniavatar.parallel.team import ONE
 from omniavatar.plan.calibration import constants_file
 from omniavatar.plan.sharing import shared_among
 from omniavatar.serve.batch.cores import take_cores
