@@ -9,8 +9,6 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-import numpy as np
-
 from omniavatar.errors import ConfigError
 
 
@@ -42,6 +40,8 @@ def make_schedule(num_steps: int, shift: float, timesteps: tuple[float, ...] | N
         return Schedule(tuple(t / 1000.0 for t in timesteps))
     if num_steps < 1 or shift <= 0:
         raise ConfigError(f"num_steps must be >= 1 and shift > 0, not {num_steps} and {shift}")
+    import numpy as np
+
     linear = np.linspace(1.0, 0.0, num_steps + 1)[:-1]
     return Schedule(tuple(float(s) for s in shift * linear / (1.0 + (shift - 1.0) * linear)))
 

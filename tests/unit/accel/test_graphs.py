@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from omniavatar.accel import graphs
 from omniavatar.accel.attention.registry import create_attention
 from omniavatar.accel.graphs import FORWARDS_FIRST, MOST, GraphedBlocks
 from omniavatar.checkpoint.dit import random_dit
@@ -22,7 +21,7 @@ from omniavatar.model.dit import WanDiT
 from omniavatar.model.layers import BlockInputs, TokenAudio
 from omniavatar.model.rope import rope_table
 from omniavatar.model.sizes import DiTConfig
-from omniavatar.plan.placement import Placement, launches_show, place, wants_graphs
+from omniavatar.plan.placement import SMALL_BLOCK, Placement, launches_show, place, wants_graphs
 from omniavatar.plan.run import window_shape
 
 CPU = torch.device("cpu")
@@ -127,7 +126,7 @@ def test_launches_show_where_a_block_is_short() -> None:
     assert launches_show(small, 15750, 2) and launches_show(small, 30375, 4)
     assert not launches_show(small, 15750) and not launches_show(small, 30375, 2)
     assert not launches_show(large, 15750, 2)
-    assert graphs.SMALL_BLOCK < 5e12
+    assert SMALL_BLOCK < 5e12
 
 
 def test_who_wants_graphs() -> None:
