@@ -1,7 +1,8 @@
 """The settings whose values are backends, and the registry of each.
 
-The registries lie in the rooms that own the backends, some of them above this one. They are imported by name,
-when a value is checked. So the configuration depends on no room above it and loads no heavy package.
+The rooms that own the backends hold the registries; some of these rooms are above this one. A registry is
+imported by name when a value is checked, so the configuration does not depend on a room above it and loads no
+heavy package.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ REGISTRIES: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True)
 class BackendRow:
-    """One row of the settings page. exact: it changes results by rounding at most."""
+    """One row of the settings page.
+
+    exact: whether the backend changes results only by rounding.
+    """
 
     setting: str
     name: str
@@ -55,7 +59,7 @@ def backend_rows() -> list[BackendRow]:
 
 
 def backend_name(setting: str) -> Callable[[Any], Any]:
-    """A check for the values of a setting: ValueError lists what is allowed."""
+    """A check for the values of a setting, which raises ValueError with the allowed values."""
 
     def check(value: Any) -> Any:
         allowed = registry(setting).values
