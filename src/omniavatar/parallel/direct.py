@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from omniavatar.parallel.exchange import Arriving, Converted
+from omniavatar.parallel.exchange import Arriving, PendingConversion
 from omniavatar.parallel.rank_layout import starts
 
 
@@ -88,7 +88,7 @@ class DirectRows(_Direct):
         own = slot.view(self.index, shape, dtype)
         own[mine].copy_(rows)
         targets = {rank: slot.view(rank, shape, dtype)[mine] for rank in self._others()}
-        return Converted(self._send(slot, dict.fromkeys(targets, rows), targets), lambda _: own)
+        return PendingConversion(self._send(slot, dict.fromkeys(targets, rows), targets), lambda _: own)
 
 
 class DirectHeads(_Direct):
@@ -112,7 +112,7 @@ class DirectHeads(_Direct):
         targets = {
             rank: slot.view(rank, shape, x_BlHD.dtype)[first : first + counts[self.index]] for rank in leaving
         }
-        return Converted(self._send(slot, leaving, targets), lambda _: own)
+        return PendingConversion(self._send(slot, leaving, targets), lambda _: own)
 
     def to_tokens(self, out_LBhD: Tensor, counts: list[int]) -> Arriving[list[Tensor]]:
         parts = out_LBhD.split(counts)
@@ -127,7 +127,7 @@ class DirectHeads(_Direct):
         def by_rank(_: None) -> list[Tensor]:
             return [parts[rank] if rank == self.index else arrived[rank] for rank in range(self.size)]
 
-        return Converted(self._send(slot, leaving, targets), by_rank)
+        return PendingConversion(self._send(slot, leaving, targets), by_rank)
 
 
 class _Sent:

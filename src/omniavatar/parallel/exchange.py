@@ -86,7 +86,7 @@ class Arrived(Generic[T]):
         return self._value
 
 
-class Converted(Generic[S, T]):
+class PendingConversion(Generic[S, T]):
     """A pending result that is converted when it arrives."""
 
     def __init__(self, pending: Arriving[S], convert: Callable[[S], T]) -> None:
@@ -114,7 +114,7 @@ class CollectiveHeads:
             return Arrived([out_LBhD])
         own = counts[self.index]
         pending = self._peers.all_to_all(out_LBhD, counts, [own] * self.size)
-        return Converted(pending, lambda rows: list(rows.split(own)))
+        return PendingConversion(pending, lambda rows: list(rows.split(own)))
 
 
 class CollectiveRows:

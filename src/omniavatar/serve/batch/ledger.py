@@ -10,7 +10,7 @@ from omniavatar.serve.batch.run_folder import ItemState
 
 
 @dataclass
-class Slot:
+class WorkerSlot:
     """One worker slot and the work of its workers so far. Times are in seconds.
 
     info: the worker now, None while none is ready; `known` keeps the last one.
@@ -49,7 +49,7 @@ class Ledger:
 
     states: dict[str, ItemState]
     skipped: set[str] = field(default_factory=set)
-    slots: list[Slot] = field(default_factory=list)
+    slots: list[WorkerSlot] = field(default_factory=list)
     wall: float = 0.0
     error: OmniAvatarError | None = None
     interrupted: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from omniavatar.serve.batch.ledger import Ledger, Slot
+from omniavatar.serve.batch.ledger import Ledger, WorkerSlot
 
 
 def summary(ledger: Ledger) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def summary(ledger: Ledger) -> dict[str, Any]:
     }
 
 
-def _worker(slot: Slot) -> dict[str, Any]:
+def _worker(slot: WorkerSlot) -> dict[str, Any]:
     known = slot.known
     return {
         "worker": slot.number,

@@ -20,7 +20,7 @@ from typing import Any
 from omniavatar.errors import OmniAvatarError, OutputError, ResourceError
 from omniavatar.serve.batch.crew import Answered, Crew, Lost, News, Started
 from omniavatar.serve.batch.items import Item, Outcome, Task, Verdict, WorkerInfo, as_error
-from omniavatar.serve.batch.ledger import Ledger, Slot
+from omniavatar.serve.batch.ledger import Ledger, WorkerSlot
 from omniavatar.serve.batch.run_folder import ItemState, RunFolder, first_state
 
 Event = Callable[..., None]
@@ -108,7 +108,7 @@ class Scheduler:
         except OmniAvatarError as error:
             ledger.error = error
             return
-        ledger.slots = [Slot(number) for number in range(min(self._crew.workers, len(self._queue)))]
+        ledger.slots = [WorkerSlot(number) for number in range(min(self._crew.workers, len(self._queue)))]
         try:
             for slot in ledger.slots:
                 self._hire(slot)
@@ -173,18 +173,18 @@ class Scheduler:
                 "or run `ray status` to see what the cluster lacks"
             )
 
-    def _hire(self, slot: Slot) -> None:
+    def _hire(self, slot: WorkerSlot) -> None:
         slot.starts += 1
         self._crew.hire(slot.number)
 
-    def _end(self, slot: Slot) -> None:
+    def _end(self, slot: WorkerSlot) -> None:
         """Kill the slot's worker, if it has one."""
         self._crew.dismiss(slot.number)
         if slot.info is not None:
             slot.present += self._clock() - slot.ready_since
         slot.task, slot.info, slot.last_ended = None, None, None
 
-    def _give(self, ledger: Ledger, slot: Slot, item: Item) -> None:
+    def _give(self, ledger: Ledger, slot: WorkerSlot, item: Item) -> None:
         attempts = self._attempts[item.key] = self._attempts.get(item.key, 0) + 1
         slot.task, slot.given_at = Task(item, self._rules.fresh and attempts == 1), self._clock()
         self._crew.give(slot.number, slot.task)
@@ -211,11 +211,11 @@ class Scheduler:
             case Lost(reason=reason):
                 self._lost(ledger, slot, reason)
 
-    def _close(self, slot: Slot, reason: str) -> None:
+    def _close(self, slot: WorkerSlot, reason: str) -> None:
         slot.closed = reason
         self._event("worker_closed", worker=slot.number, reason=_last_line(reason))
 
-    def _answered(self, ledger: Ledger, slot: Slot, outcome: Outcome) -> None:
+    def _answered(self, ledger: Ledger, slot: WorkerSlot, outcome: Outcome) -> None:
         assert slot.task is not None
         item, slot.task = slot.task.item, None
         slot.busy += outcome.ended - outcome.began
@@ -247,7 +247,7 @@ class Scheduler:
                 self._again(ledger, slot, item, outcome.error, outcome.error_class, at_once=False)
                 self._check_storage(ledger, item, outcome)
 
-    def _done(self, ledger: Ledger, slot: Slot, item: Item, outcome: Outcome) -> None:
+    def _done(self, ledger: Ledger, slot: WorkerSlot, item: Item, outcome: Outcome) -> None:
         self._storage_errors.clear()
         made = outcome.made
         frames, seconds, windows = (made.frames, made.video_seconds, made.windows) if made else (0, 0.0, 0)
@@ -277,7 +277,7 @@ class Scheduler:
             seconds=spent,
         )
 
-    def _lost(self, ledger: Ledger, slot: Slot, reason: str) -> None:
+    def _lost(self, ledger: Ledger, slot: WorkerSlot, reason: str) -> None:
         task, started = slot.task, slot.info is not None
         slot.lost += 1
         self._end(slot)
@@ -291,7 +291,7 @@ class Scheduler:
             self._again(ledger, slot, task.item, f"its worker died: {reason}", "WorkerDied", at_once=True)
 
     def _again(
-        self, ledger: Ledger, slot: Slot, item: Item, error: str, error_class: str, *, at_once: bool
+        self, ledger: Ledger, slot: WorkerSlot, item: Item, error: str, error_class: str, *, at_once: bool
     ) -> None:
         """Queue an item for a retry, or mark it as failed after its last attempt."""
         attempts = self._attempts[item.key]
@@ -309,7 +309,7 @@ class Scheduler:
         self._put_off += 1
         heapq.heappush(self._later, (self._clock() + seconds, self._put_off, item))
 
-    def _fail(self, ledger: Ledger, slot: Slot, item: Item, error: str, error_class: str) -> None:
+    def _fail(self, ledger: Ledger, slot: WorkerSlot, item: Item, error: str, error_class: str) -> None:
         slot.failed += 1
         self._save(ledger, item, state="failed", error=error, error_class=error_class)
         self._event(
