@@ -1,4 +1,4 @@
-# `make demo` and `make test` do everything on a fresh machine: they make .venv once and install into it.
+# `make demo`, `make check` and `make test` do everything on a fresh machine: they make .venv once and install into it.
 # PYTHON=/path/to/python3.12 picks another interpreter.
 
 SHELL := /bin/bash
@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	&& echo $$p && break; done 2>/dev/null)
 WORKERS ?= 2
 
-.PHONY: demo test lint docs format install clean
+.PHONY: demo check test lint docs format install clean
 
 install: $(STAMP)
 
@@ -31,8 +31,15 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n $(WORKERS) --dist worksteal
+
+# while you work: lint and the fast tests, at most 2 minutes on two idle cores
+check: lint
+	$(PYTEST) -m "not slow and not gpu"
+
+# before you hand over, and in the continuous integration: every test
 test: lint
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n $(WORKERS) --dist worksteal
+	$(PYTEST)
 
 # writes the generated pages, then builds the site into build/site; a broken link or a missing page fails
 docs: $(STAMP)

@@ -4,7 +4,7 @@ Like a real engine, it appends windows to `<output>.job`, continues an interrupt
 window, and renames the finished video. It logs its actions in `<notes>/log`. The first word of the prompt
 selects a failure: `bad`, `oom`, `bug`, `weights`, `full` (while `<notes>/full` exists), `slow`; in a group
 also `peer` (the leader loses a follower) and `uneven` (an error that leaves the other ranks blocked).
-In a group, followers log their start and wait; `<notes>/follower` selects how the next one fails.
+In a group, followers log their start and wait; `fail_follower` makes the next one fail.
 """
 
 from __future__ import annotations
@@ -52,11 +52,12 @@ fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
 
 @dataclass(frozen=True)
 class StubEngines:
-    """Makes engines that take `seconds` per window."""
+    """Makes engines that take `seconds` per window; `paced` ones also wait for `release_window`."""
 
     notes: Path
     windows: int = 4
     seconds: float = 0.01
+    paced: bool = False
 
     def __call__(self, seat: Seat) -> Engine:
         if (self.notes / "no_engine").exists():
@@ -78,13 +79,14 @@ class StubEngines:
             raise ResourceError("max_tokens: 30000 needs more GPU memory than is free; lower max_tokens")
         if what == "exit":
             os._exit(3)
+        assert what == "bug", what
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 class StubEngine:
     def __init__(self, settings: StubEngines, role: str = "engine") -> None:
         self.settings = settings
-        self.sound = True
+        self.sound, self.released = True, 0
         self.note(role, "-")
 
     def device(self) -> str:
@@ -122,6 +124,7 @@ class StubEngine:
             on_window(done, windows)
             for window in range(done, windows):
                 time.sleep(self.settings.seconds)
+                self.wait_for_release()
                 if window == 1:
                     self.fail(trouble, notes)
                 with job.open("r+b" if job.exists() else "wb") as file:
@@ -134,6 +137,13 @@ class StubEngine:
             self.note("end", output.name)
             return Made(windows, windows, done, float(windows))
 
+    def wait_for_release(self) -> None:
+        if not self.settings.paced:
+            return
+        self.released += 1
+        while not (self.settings.notes / f"released{self.released}").exists():
+            time.sleep(0.005)
+
     def fail(self, trouble: str, notes: Path) -> None:
         if trouble == "oom":
             raise ResourceError("max_tokens: 30000 needs more GPU memory than is free; lower max_tokens")
@@ -142,6 +152,7 @@ class StubEngine:
         if trouble == "bug":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if trouble == "peer":
+            self.note("complaint", "-")
             raise PeerLost("lost contact with another process (connection closed by peer)")
         if trouble == "uneven":
             self.sound = False
@@ -157,6 +168,17 @@ def window_bytes(prompt: str, window: int) -> bytes:
 def video_bytes(prompt: str, windows: int = 4) -> bytes:
     """The bytes of a video made without interruption."""
     return b"".join(window_bytes(prompt, window) for window in range(windows))
+
+
+def fail_follower(notes: Path, trouble: str) -> None:
+    """Have the follower of the group fail. The file appears whole: the follower looks for it all the time."""
+    (notes / "follower.new").write_text(trouble)
+    os.replace(notes / "follower.new", notes / "follower")
+
+
+def release_window(notes: Path, number: int) -> None:
+    """Let an engine that is `paced` make its window `number`, counted from 1 over all its videos."""
+    (notes / f"released{number}").touch()
 
 
 def make_items(prompts: list[str]) -> list[Item]:

@@ -1,26 +1,75 @@
-"""Fixtures for every test: skips GPU tests without a GPU, and makes one nano checkpoint for the whole run."""
+"""For every test: which are slow or need a GPU, and one nano checkpoint for the whole run.
+
+`make check` leaves out tests marked `slow`: those that start Python processes, and those that take more than
+about 2 s. Tests that use a fixture of `SLOW_FIXTURES` have the mark by that, the others by hand. A test
+without it fails when it starts a Python process, or takes more than `MOST_FAST_S`.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from ranks import RankPool
+
+
+SLOW_FIXTURES = {"nano_checkpoint", "pools"}
+"""Their tests run the pipeline on real files, or in several processes."""
+MOST_FAST_S = 10.0
+"""Processor time that a test without the mark may take: room for first imports and slow machines."""
+
+settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy machine")
+
+_fast_test: str | None = None
 
 
 def pytest_configure() -> None:
     """One token for every Ray instance of this process, because Ray reads it only once."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", "5eed" * 16)
+    sys.addaudithook(_refuse_processes)
 
 
+def _refuse_processes(event: str, arguments: tuple[object, ...]) -> None:
+    if event == "subprocess.Popen" and _fast_test is not None:
+        program = os.path.basename(str(arguments[0]))
+        assert not program.startswith("python"), f"{_fast_test} starts a Python process: mark it slow"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    global _fast_test
+    _fast_test = None if item.get_closest_marker("slow") or item.get_closest_marker("gpu") else item.nodeid
+    try:
+        return (yield)
+    finally:
+        _fast_test = None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    begun = time.process_time()
+    result = yield
+    taken = time.process_time() - begun
+    assert _fast_test is None or taken <= MOST_FAST_S, f"{taken:.1f} s of processor time: mark it slow"
+    return result
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch

@@ -21,8 +21,8 @@ FAULTS = {
     "death": ("os.kill(os.getpid(), signal.SIGKILL)", "its process was killed by SIGKILL"),
 }
 """What rank 1 does in a forward, and the message the user sees."""
-MOST_TO_END_S = 30
-"""Limit of the time from the fault to the end of all processes."""
+MOST_TO_END_S = 90
+"""Limit of the time from the fault to the end of all processes on a busy machine; exchanges wait longer."""
 
 
 def generate_command(checkpoint: Path, folder: Path, **changes: Any) -> list[str]:
@@ -58,7 +58,7 @@ def ended_by_fault(fault: str, command: list[str], folder: Path) -> tuple[float,
         "from omniavatar.parallel.launch import launch\n"
         f"with user_errors():\n    sys.exit(launch({program!r}, ['rank 0', 'rank 1']))"
     )
-    ended = subprocess.run([sys.executable, "-c", launcher], capture_output=True, text=True, timeout=180)
+    ended = subprocess.run([sys.executable, "-c", launcher], capture_output=True, text=True, timeout=600)
     return time.time() - mark.stat().st_mtime, ended.returncode, ended.stderr
 
 

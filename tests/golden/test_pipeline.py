@@ -50,6 +50,7 @@ def step_plan(dit, schedule, threshold):
     return teacache_plan(relative_changes(modulations.numpy()), polynomial, threshold, guard=False)
 
 
+@pytest.mark.slow
 def test_every_run(golden, recording):
     tensors, metadata, vae = recording
     runs = json.loads(metadata["runs"])

@@ -223,7 +223,7 @@ class Offloader:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         if self._hosts:
-            self._attach(min(config.ring, len(self._hosts)))
+            self.attach_ring(min(config.ring, len(self._hosts)))
         self._applied = config
 
     def _send(self, index: int) -> None:
@@ -246,7 +246,8 @@ class Offloader:
         self._hosts[index] = _HostBlock(host_block, buffer, layout, views, shared)
         self._dit.blocks[index] = StreamedBlock(host_block, index)
 
-    def _attach(self, ring: int) -> None:
+    def attach_ring(self, ring: int) -> None:
+        """Allocate `ring` buffers on the device, through which the streamed blocks run."""
         host = next(iter(self._hosts.values()))
         slots = []
         for _ in range(ring):

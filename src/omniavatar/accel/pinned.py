@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -56,9 +57,9 @@ def host_memory() -> tuple[int, int]:
     return int(fields["MemAvailable"].split()[0]) * 1024, total
 
 
-def check_host_room(size: int) -> None:
+def check_host_room(size: int, memory: Callable[[], tuple[int, int]] = host_memory) -> None:
     """Raise ResourceError if the host has less than `size` bytes: the process would be killed later."""
-    available = host_memory()[0]
+    available = memory()[0]
     if size > available:
         raise ResourceError(_refusal(size, f"{available / 2**30:.2f} GiB are available"))
 

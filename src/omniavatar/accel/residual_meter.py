@@ -73,7 +73,7 @@ class _WindowMeter:
         return run_and_compare
 
 
-def compare_residuals(new: Tensor, old: Tensor) -> Tensor:
+def compare_residuals(new: Tensor, old: Tensor, tokens_a_piece: int = TOKENS_A_PIECE) -> Tensor:
     """Magnitude ratio, its standard deviation, cosine distance and relative L1 change (4,) float32.
 
     new, old: (B, L, C), any float dtype; computed in float32.
@@ -81,7 +81,7 @@ def compare_residuals(new: Tensor, old: Tensor) -> Tensor:
     new, old = new.flatten(0, -2), old.flatten(0, -2)
     ratios, cosines = [], []
     change = size = torch.zeros((), device=new.device)
-    for a, b in zip(new.split(TOKENS_A_PIECE), old.split(TOKENS_A_PIECE), strict=True):
+    for a, b in zip(new.split(tokens_a_piece), old.split(tokens_a_piece), strict=True):
         a, b = a.float(), b.float()
         norm_a, norm_b = a.norm(dim=-1), b.norm(dim=-1)
         ratios.append(norm_a / norm_b.clamp_min(SMALLEST))

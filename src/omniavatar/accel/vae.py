@@ -31,7 +31,7 @@ from torch import Tensor
 from omniavatar.accel.kernels import channel_norm
 from omniavatar.accel.kernels.channel_norm import AddNorm
 from omniavatar.accel.vae_frames import Clip, FrameLayers, SharedRows, pointwise
-from omniavatar.accel.vae_runners import frames_of_pass
+from omniavatar.model.sizes import frames_of_pass
 from omniavatar.model.vae import Decoder, Encoder, WanVAE, denormalise, normalise
 
 Kernels = Literal["eager", "triton"]

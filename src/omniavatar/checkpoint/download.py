@@ -56,15 +56,22 @@ def hub_folders(spec: ScaleSpec) -> tuple[HubFolder, ...]:
     )
 
 
-def download(scale: str, root: PathLike = "pretrained_models", *, snapshot: Snapshot | None = None) -> Path:
+def download(
+    scale: str,
+    root: PathLike = "pretrained_models",
+    *,
+    snapshot: Snapshot | None = None,
+    spec: ScaleSpec | None = None,
+) -> Path:
     """Download the files of `scale` ('1.3B' or '14B') below `root` and return `root`.
 
     snapshot: replaces `huggingface_hub.snapshot_download`.
+    spec: the files to expect; None for those of the release.
 
     Raises ConfigError for a scale without release, OutputError if the disk is too small or read-only,
     ResourceError if the hub is unreachable or refuses, CheckpointError if a file is damaged.
     """
-    spec = scale_spec(scale)
+    spec = spec or scale_spec(scale)
     if scale == "nano":
         raise ConfigError(
             "scale: nano is not on the hub; run `omniavatar make-checkpoint --scale nano` to make one"

@@ -46,12 +46,12 @@ def adapter_folder(spec: ScaleSpec) -> str:
     return f"OmniAvatar-{spec.name}"
 
 
-def checkpoint_layout(spec: ScaleSpec) -> tuple[FileLayout, ...]:
+def checkpoint_layout(spec: ScaleSpec, shard_bytes: int = SHARD_BYTES) -> tuple[FileLayout, ...]:
     """Every weight file of a checkpoint; the tensors of a file are sorted by name, as in the release."""
     base = base_folder(spec)
     base_config = replace(spec.dit, in_dim=LATENT_CHANNELS, audio_dim=0)
     return (
-        *_shards(base, _entries(dit_tensors(base_config), torch.float32)),
+        *_shards(base, _entries(dit_tensors(base_config), torch.float32), shard_bytes),
         FileLayout(f"{base}/{TEXT_ENCODER}", "torch", _entries(text_tensors(spec.text), torch.bfloat16)),
         FileLayout(f"{base}/{VAE}", "torch", _entries(vae_tensors(spec.vae), torch.float32)),
         FileLayout(
@@ -75,12 +75,12 @@ def _by_name(entries: Iterable[TensorEntry]) -> tuple[TensorEntry, ...]:
     return tuple(sorted(entries, key=lambda entry: entry.key))
 
 
-def _shards(folder: str, entries: tuple[TensorEntry, ...]) -> tuple[FileLayout, ...]:
-    """Shards of at most 10 GB, filled in the order of the layers, as Hugging Face's tools do."""
+def _shards(folder: str, entries: tuple[TensorEntry, ...], shard_bytes: int) -> tuple[FileLayout, ...]:
+    """Shards of at most `shard_bytes`, filled in the order of the layers, as Hugging Face's tools do."""
     shards: list[list[TensorEntry]] = [[]]
     held = 0
     for entry in entries:
-        if held + entry.num_bytes > SHARD_BYTES and shards[-1]:
+        if held + entry.num_bytes > shard_bytes and shards[-1]:
             shards.append([])
             held = 0
         shards[-1].append(entry)

@@ -40,9 +40,12 @@ class TensorFiles:
     """The tensors of a file, a list of shards, an index file, or a Hugging Face folder.
 
     Use it as a context manager or call `close`. Raises CheckpointError if a file is missing or damaged.
+
+    renew_after: see `open_tensor_file`.
     """
 
-    def __init__(self, paths: PathLike | Sequence[PathLike]) -> None:
+    def __init__(self, paths: PathLike | Sequence[PathLike], renew_after: int | None = None) -> None:
+        self._renew_after = renew_after
         given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
         if not given:
             raise CheckpointError("no weight file is given; set its path")
@@ -58,7 +61,7 @@ class TensorFiles:
             raise
 
     def _add(self, path: Path) -> None:
-        file = open_tensor_file(path)
+        file = open_tensor_file(path, self._renew_after)
         self._files.append(file)
         for key in file.index:
             if key in self._owner:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from omniavatar.checkpoint.layout import (
     CONV_STRIDES,
     LATENT_CHANNELS,
     LORA_LAYERS,
+    SHARD_BYTES,
+    FileLayout,
     ScaleSpec,
     Wav2VecSpec,
     scale_spec,
@@ -42,24 +45,31 @@ _PIECES = (
 )
 
 
-def make_checkpoint(scale: str, out: Path, seed: int = 0, progress: Progress | None = None) -> Path:
+def make_checkpoint(
+    scale: str,
+    out: Path,
+    seed: int = 0,
+    progress: Progress | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
     """Write the checkpoint of `scale` ('nano', '1.3B', '14B') below `out` and return `out`.
 
     The same seed gives the same bytes.
 
     progress: called with (bytes written, total bytes).
+    shard_bytes: limit of the size of a file of the base model.
 
     Raises ConfigError for an unknown scale, OutputError if the disk is too small or read-only.
     """
     spec = scale_spec(scale)
-    layouts = checkpoint_layout(spec)
+    layouts = checkpoint_layout(spec, shard_bytes)
     total = sum(layout.num_bytes for layout in layouts)
     require_space(out, total + SIDE_FILES_BYTES, f"the synthetic {scale} checkpoint")
     on_bytes = byte_counter(progress, total)
     try:
         for layout in layouts:
             write_random(out, layout, seed, on_bytes)
-        _write_side_files(out, spec)
+        _write_side_files(out, spec, layouts)
     except OSError as error:
         raise OutputError(
             f"{out}: cannot write the checkpoint ({error.strerror or error}); check the disk and permissions"
@@ -80,10 +90,10 @@ def require_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
-def _write_side_files(out: Path, spec: ScaleSpec) -> None:
+def _write_side_files(out: Path, spec: ScaleSpec, layouts: Sequence[FileLayout]) -> None:
     base = out / base_folder(spec)
     _write_json(base / "config.json", _base_config(spec))
-    shards = [layout for layout in checkpoint_layout(spec) if f"/{DIT_STEM}" in layout.path]
+    shards = [layout for layout in layouts if f"/{DIT_STEM}" in layout.path]
     if len(shards) > 1:
         names = {entry.key: Path(shard.path).name for shard in shards for entry in shard.tensors}
         index = {

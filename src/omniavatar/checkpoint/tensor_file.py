@@ -77,12 +77,15 @@ class TensorFile(Protocol):
     def close(self) -> None: ...
 
 
-def open_tensor_file(path: Path) -> TensorFile:
-    """The file at `path`, with its header read and checked. Raises CheckpointError."""
+def open_tensor_file(path: Path, renew_after: int | None = None) -> TensorFile:
+    """The file at `path`, with its header read and checked. Raises CheckpointError.
+
+    renew_after: bytes to read before a file of torch.save is mapped again; None for RENEW_MAPPING_BYTES.
+    """
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
-        return TorchFile(path)
+        return TorchFile(path, renew_after)
     raise CheckpointError(f"{path}: unknown type of weight file; use .safetensors, .pth, .pt or a folder")
 
 
@@ -156,8 +159,9 @@ class TorchFile:
 
     metadata: Mapping[str, str] = {}
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, renew_after: int | None = None) -> None:
         self.path = path
+        self._renew_after = RENEW_MAPPING_BYTES if renew_after is None else renew_after
         with path.open("rb") as file:
             if file.read(2) not in (b"PK", b"\x80\x02"):
                 raise _damaged(path, "it was not written by torch.save")
@@ -214,7 +218,7 @@ class TorchFile:
 
     def _mapped(self, key: str, used_bytes: int) -> Tensor:
         with self._lock:
-            if self._tensors is None or (self._mappable and self._bytes_read > RENEW_MAPPING_BYTES):
+            if self._tensors is None or (self._mappable and self._bytes_read > self._renew_after):
                 self._tensors = None
                 self._tensors = self._map()
                 self._bytes_read = 0

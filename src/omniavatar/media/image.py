@@ -17,6 +17,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,17 @@ from omniavatar.errors import InputError
 from omniavatar.media.input_files import existing_file
 
 MIN_SIDE = 16
-REDUCE_ABOVE_PIXELS = 40_000_000
-REDUCE_TO_SIDE = 2880
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Images of more than `above_pixels` are reduced until their shorter side is about `to_side`."""
+
+    above_pixels: int = 40_000_000
+    to_side: int = 2880
+
+
+REDUCTION = Reduction()
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +46,9 @@ _log = logging.getLogger(__name__)
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 
 
-def load_image(source: str | Path | PIL.Image.Image | np.ndarray) -> np.ndarray:
+def load_image(
+    source: str | Path | PIL.Image.Image | np.ndarray, reduction: Reduction = REDUCTION
+) -> np.ndarray:
     """Read an image as (h, w, 3) uint8 RGB.
 
     source: a file, a PIL image, or an array (h, w), (h, w, 1), (h, w, 3), (h, w, 4), uint8 or float in [0,
@@ -49,10 +61,10 @@ def load_image(source: str | Path | PIL.Image.Image | np.ndarray) -> np.ndarray:
     elif isinstance(source, PIL.Image.Image):
         name = "the PIL image"
         with _damage_as_one_line(name):
-            pixels = _decode(source, name)
+            pixels = _decode(source, name, reduction)
     else:
         name = f"image {source}"
-        pixels = _from_file(existing_file(source, name), name)
+        pixels = _from_file(existing_file(source, name), name, reduction)
     height, width = pixels.shape[:2]
     if min(height, width) < MIN_SIDE:
         raise InputError(
@@ -61,17 +73,17 @@ def load_image(source: str | Path | PIL.Image.Image | np.ndarray) -> np.ndarray:
     return pixels
 
 
-def _from_file(path: Path, name: str) -> np.ndarray:
+def _from_file(path: Path, name: str, reduction: Reduction) -> np.ndarray:
     with warnings.catch_warnings(), _damage_as_one_line(name):
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
         with PIL.Image.open(path) as image:
             if getattr(image, "n_frames", 1) > 1:
                 _log.info("%s is animated: its first frame is used", name)
                 image.seek(0)
-            if image.width * image.height > REDUCE_ABOVE_PIXELS:
-                scale = max(1, min(image.size) // REDUCE_TO_SIDE)
+            if image.width * image.height > reduction.above_pixels:
+                scale = max(1, min(image.size) // reduction.to_side)
                 image.draft(None, (image.width // scale, image.height // scale))
-            return _decode(image, name)
+            return _decode(image, name, reduction)
 
 
 @contextmanager
@@ -87,18 +99,18 @@ def _damage_as_one_line(name: str) -> Iterator[None]:
         raise InputError(f"{name} is damaged or truncated ({reason}); export or download it again") from error
 
 
-def _decode(image: PIL.Image.Image, name: str) -> np.ndarray:
+def _decode(image: PIL.Image.Image, name: str, reduction: Reduction) -> np.ndarray:
     """(h, w, 3) uint8 of an opened image of any mode."""
     image.load()
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _grey_from_deep(ImageOps.exif_transpose(image), name)
-    if image.width * image.height > REDUCE_ABOVE_PIXELS:
-        image = _reduced(image)
+    if image.width * image.height > reduction.above_pixels:
+        image = _reduced(image, reduction)
     return np.asarray(_to_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
 
 
-def _reduced(image: PIL.Image.Image) -> PIL.Image.Image:
-    factor = min(image.size) // REDUCE_TO_SIDE
+def _reduced(image: PIL.Image.Image, reduction: Reduction) -> PIL.Image.Image:
+    factor = min(image.size) // reduction.to_side
     if factor < 2:
         return image
     if image.mode in ("1", "P", "PA"):

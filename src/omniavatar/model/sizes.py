@@ -49,3 +49,8 @@ FRAMES_PER_LATENT = 4
 def audio_block_indices(num_layers: int) -> range:
     """Indices of the blocks that receive audio: 2 to num_layers//2, both included."""
     return range(2, num_layers // 2 + 1)
+
+
+def frames_of_pass(latents: int) -> int:
+    """Frames that are encoded at once if `latents` latents are decoded at once."""
+    return 8 * latents - 4

@@ -59,8 +59,8 @@ class Ranks:
         assert dist.group.WORLD is not None
         self._everyone = Peers(dist.group.WORLD, self.rank, self.size)
         self._orders = dist.new_group(backend="gloo", timeout=PATIENCE)
-        self._reaches: list[Reach] = [Reach.of(device)] * self.size
-        dist.all_gather_object(self._reaches, Reach.of(device), group=self._orders)
+        self.reaches: list[Reach] = [Reach.of(device)] * self.size
+        dist.all_gather_object(self.reaches, Reach.of(device), group=self._orders)
         self._sequence: SequenceParallel | None = None
         self._captures = True
         self._border: BorderExchange | None = None
@@ -106,7 +106,7 @@ class Ranks:
         return f"exchanges: {dist.get_backend()}{why}"
 
     def _obstacle(self, ranks: Iterable[int]) -> str | None:
-        return obstacle([self._reaches[rank] for rank in ranks])
+        return obstacle([self.reaches[rank] for rank in ranks])
 
     def _heads(self, peers: Peers, direct: bool) -> HeadExchange:
         if not direct or peers.size == 1:

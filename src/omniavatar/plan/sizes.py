@@ -11,11 +11,12 @@ import torch
 
 from omniavatar.accel.decoder import DECODERS
 from omniavatar.accel.precision import QUANTIZED
-from omniavatar.accel.vae_runners import frames_of_pass, pass_sizes
+from omniavatar.accel.vae_runners import pass_sizes
 from omniavatar.checkpoint.dit_sizes import keep_float32
 from omniavatar.checkpoint.layout import SCALES, Shape, dit_tensors, text_tensors, wav2vec_tensors
 from omniavatar.checkpoint.layout_vae import vae_tensors
 from omniavatar.errors import ConfigError
+from omniavatar.model.sizes import frames_of_pass
 
 if TYPE_CHECKING:
     from omniavatar.config.schema import PipelineConfig

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
+from command_line import REPOSITORY
 from engine import make_pipeline, overrides, request
 from omniavatar.accel.decoder import OtherDecoder, apply_decoder
 from omniavatar.accel.vae import FastVAE
@@ -266,7 +267,7 @@ def test_names_and_paths_go_together(nano_checkpoint, cache, tmp_path) -> None:
 
 def test_plan_names_the_decoder_and_counts_its_weights() -> None:
     def planned(*more: str) -> dict[str, Any]:
-        command = ["plan", "--config", "configs/inference_1.3B.yaml", "--json"]
+        command = ["plan", "--config", str(REPOSITORY / "configs" / "inference_1.3B.yaml"), "--json"]
         result = CliRunner().invoke(app, [*command, *(f"--hp={each}" for each in more)])
         assert result.exit_code == 0, result.output
         return json.loads(result.stdout)

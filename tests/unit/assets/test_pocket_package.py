@@ -76,6 +76,7 @@ def test_packaged_portrait_is_the_held_out_render():
         portrait(Renderer(Head("cpu"), SIZE), 100_000)
 
 
+@pytest.mark.slow
 def test_demo_describes_its_model_and_names_the_video(weights, tmp_path, monkeypatch, capsys):
     packaged = tmp_path / "pocket"
     packaged.mkdir()
@@ -109,6 +110,7 @@ def notes(limits, pixels, lost=0.0):
     return limits.portrait_notes(picture, picture + lost)
 
 
+@pytest.mark.slow
 def test_rendered_heads_pass_and_other_pictures_are_warned_of(limits):
     head = np.asarray(Image.open(pocket.PORTRAIT))
     assert not notes(limits, head)
@@ -125,6 +127,7 @@ def test_rendered_heads_pass_and_other_pictures_are_warned_of(limits):
     assert "the VAE loses detail" in notes(limits, head, lost=0.3)[0]
 
 
+@pytest.mark.slow
 def test_sound_without_speech_is_warned_of(limits):
     speech, noise = np.full((100, 5), 2.0, np.float32), np.zeros((100, 5), np.float32)
     assert not limits.speech_notes(speech)
@@ -140,6 +143,7 @@ def test_classifier_parts_what_can_be_parted():
     assert np.mean(wanted @ weights + bias > 0) > 0.9 and np.mean(other @ weights + bias < 0) > 0.9
 
 
+@pytest.mark.slow
 def test_limits_are_kept_in_a_file(limits, tmp_path):
     path = tmp_path / "input_limits.json"
     limits.save(path, {"portraits": 40})
@@ -158,6 +162,7 @@ def test_limits_are_kept_in_a_file(limits, tmp_path):
             InputLimits.load(path)
 
 
+@pytest.mark.slow
 def test_odd_inputs_are_warned_of_and_make_a_video_all_the_same(weights, limits, tmp_path):
     """A picture of noise with a voice of noise, through the whole engine."""
     file = tmp_path / "input_limits.json"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import shutil
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
-from omniavatar.checkpoint import download as module
-from omniavatar.checkpoint import synthetic
 from omniavatar.checkpoint.download import download, hub_folders
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.layout_files import checkpoint_layout
@@ -20,7 +19,7 @@ from omniavatar.errors import CheckpointError, ConfigError, OmniAvatarError, Out
 @pytest.fixture(autouse=True)
 def roomy_disk(monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(synthetic.shutil, "disk_usage", lambda path: usage(10**12, 0, 10**12))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, 10**12))
 
 
 def test_repositories_and_patterns_cover_the_layout():
@@ -39,10 +38,9 @@ def test_repositories_and_patterns_cover_the_layout():
         assert not any(fnmatch.fnmatch("assets/video.mp4", pattern) for pattern in base)
 
 
-def released(monkeypatch, tmp_path):
-    """Use the sizes of the nano model as those of the released 1.3B files."""
+def released(tmp_path):
+    """The nano model, whose sizes stand for those of the released 1.3B files."""
     source = make_checkpoint("nano", tmp_path / "hub")
-    monkeypatch.setattr(module, "scale_spec", lambda name: scale_spec("nano"))
 
     def snapshot(*, repo_id: str, local_dir: Path, allow_patterns: list[str]) -> None:
         for path in (source / local_dir.name).rglob("*"):
@@ -54,27 +52,27 @@ def released(monkeypatch, tmp_path):
     return source, snapshot
 
 
-def test_what_arrives_is_a_complete_checkpoint(monkeypatch, tmp_path):
-    source, snapshot = released(monkeypatch, tmp_path)
-    root = download("1.3B", tmp_path / "models", snapshot=snapshot)
+def test_what_arrives_is_a_complete_checkpoint(tmp_path):
+    source, snapshot = released(tmp_path)
+    root = download("1.3B", tmp_path / "models", snapshot=snapshot, spec=scale_spec("nano"))
     names = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
     assert {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()} == names
 
 
-def test_damaged_arrival_is_noticed(monkeypatch, tmp_path):
-    source, snapshot = released(monkeypatch, tmp_path)
+def test_damaged_arrival_is_noticed(tmp_path):
+    source, snapshot = released(tmp_path)
     vae = source / "Wan2.1-T2V-nano" / "Wan2.1_VAE.pth"
     vae.write_bytes(vae.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"Wan2\.1_VAE\.pth: damaged"):
-        download("1.3B", tmp_path / "models", snapshot=snapshot)
+        download("1.3B", tmp_path / "models", snapshot=snapshot, spec=scale_spec("nano"))
     vae.unlink()
     with pytest.raises(CheckpointError, match=r"Wan2\.1_VAE\.pth"):
-        download("1.3B", tmp_path / "other", snapshot=snapshot)
+        download("1.3B", tmp_path / "other", snapshot=snapshot, spec=scale_spec("nano"))
 
 
 def test_disk_check_comes_first_and_counts_downloaded_files(monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(synthetic.shutil, "disk_usage", lambda path: usage(10**12, 0, 10**10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, 10**10))
 
     def never(**arguments: object) -> None:
         raise AssertionError("fetched")

@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from omniavatar.checkpoint import tensor_file
 from omniavatar.checkpoint.reader import TensorFiles
 from omniavatar.errors import CheckpointError
 
@@ -78,9 +77,8 @@ def test_transposed_and_shared_tensors(tmp_path):
         assert not files.load("p").requires_grad
 
 
-def test_mapping_is_renewed(folder, monkeypatch):
-    monkeypatch.setattr(tensor_file, "RENEW_MAPPING_BYTES", 1)
-    with TensorFiles(folder / "x.pth") as files:
+def test_mapping_is_renewed(folder):
+    with TensorFiles(folder / "x.pth", renew_after=1) as files:
         assert_same(files)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import namedtuple
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from omniavatar.checkpoint import synthetic
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.layout_files import checkpoint_layout
 from omniavatar.checkpoint.reader import TensorFiles
@@ -110,11 +110,8 @@ def test_tokenizer_folder_is_read_by_auto_tokenizer(nano_checkpoint):
     assert len(long.input_ids[0]) == 512 and long.input_ids[0][-1] == 1
 
 
-def test_index_of_the_shards(tmp_path, monkeypatch):
-    from omniavatar.checkpoint import layout_files
-
-    monkeypatch.setattr(layout_files, "SHARD_BYTES", 4_000_000)
-    make_checkpoint("nano", tmp_path)
+def test_index_of_the_shards(tmp_path):
+    make_checkpoint("nano", tmp_path, shard_bytes=4_000_000)
     base = tmp_path / "Wan2.1-T2V-nano"
     shards = sorted(base.glob("diffusion_pytorch_model-*.safetensors"))
     assert len(shards) == 6
@@ -126,7 +123,7 @@ def test_index_of_the_shards(tmp_path, monkeypatch):
 
 def test_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(synthetic.shutil, "disk_usage", lambda path: usage(10**12, 10**12, 5 * 10**9))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, 5 * 10**9))
     with pytest.raises(OutputError, match=r"14B checkpoint needs 71\.9 GB, but the disk has 5\.0 GB free"):
         make_checkpoint("14B", tmp_path / "new" / "folder")
     assert not (tmp_path / "new").exists()
@@ -142,7 +139,7 @@ def test_disk_filling_up_leaves_no_half_file(tmp_path, monkeypatch):
     def fail(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("omniavatar.checkpoint.tensor_writer.torch.save", fail)
+    monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OutputError, match="No space left on device"):
         make_checkpoint("nano", tmp_path)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [

@@ -19,7 +19,7 @@ from omniavatar.cli import app
 from omniavatar.types import AvatarRequest, SamplingParams
 
 pytestmark = pytest.mark.slow
-PROMPTS = ("a woman speaks", "a man speaks", "a child speaks")
+PROMPTS = ("a woman speaks", "a man speaks")
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +75,14 @@ def test_batch_with_a_killed_worker_gives_the_same_videos(
     over.set()
     killer.join()
     summary = json.loads(result.stdout)
-    assert result.exit_code == 1 and "1 of 4 items failed" in result.stderr
-    assert (summary["done"], summary["failed"]) == (3, 1)
+    assert result.exit_code == 1 and "1 of 3 items failed" in result.stderr
+    assert (summary["done"], summary["failed"]) == (2, 1)
     assert sum(row["lost"] for row in summary["workers"]) == 1
     assert "broken.png" in summary["failures"][0]["error"] and summary["failures"][0]["line"] == 2
     assert summary["real_time_factor"] == pytest.approx(summary["wall_seconds"] / summary["video_seconds"])
 
     pipeline = make_pipeline(nano_checkpoint, cache, threads=1)
-    for index, seed in ((0, 0), (2, 1), (3, 2)):
+    for index, seed in ((0, 0), (2, 1)):
         request = AvatarRequest(
             PROMPTS[seed], inputs / "face.png", inputs / "voice.flac", SamplingParams(seed=seed)
         )
@@ -95,7 +95,7 @@ def test_batch_with_a_killed_worker_gives_the_same_videos(
 
     before = set(output.glob("*.mp4"))
     lines = (inputs / "in.jsonl").read_text().splitlines()
-    (inputs / "two.jsonl").write_text("\n".join(lines[:2]))
+    (inputs / "two.jsonl").write_text("\n".join([lines[0], json.dumps({"prompt": "no picture"})]))
     elsewhere = f"file://{tmp_path / 'elsewhere'}"
     rest = ("--input_file", str(inputs / "two.jsonl"), "--run-dir", str(tmp_path / "run"), "--workers", "1")
     again = batch(nano_checkpoint, cache, inputs, elsewhere, *rest)

@@ -19,6 +19,7 @@ from omniavatar.types import AvatarRequest, RunResult
 # Starting up
 
 
+@pytest.mark.slow
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
     code = (
         "import sys\nfrom omniavatar.cli import main\n"
@@ -29,9 +30,10 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     seconds, done = timed(sys.executable, "-c", code)
     assert done.returncode == 0, done.stderr
     assert "generate" in done.stdout and "make-checkpoint" in done.stdout
-    assert seconds < 8, "2 s on an idle machine; this bound allows for a busy one"
+    assert seconds < 2, "of processor time"
 
 
+@pytest.mark.slow
 def test_import_loads_neither_torch_nor_pydantic() -> None:
     code = "import sys, omniavatar; assert not {'torch', 'pydantic', 'numpy'} & set(sys.modules)"
     assert timed(sys.executable, "-c", code)[1].returncode == 0
@@ -64,6 +66,7 @@ def test_memory_segments_grow_unless_the_environment_configures_them(
     assert found == expected
 
 
+@pytest.mark.slow
 def test_script_takes_the_originals_arguments_from_any_folder(tmp_path: Path) -> None:
     script = str(REPOSITORY / "scripts" / "inference.py")
     _, done = timed(

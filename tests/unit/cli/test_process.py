@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import processes
 from command_line import NANO, PORTRAIT, REPOSITORY, SPEECH, timed
 
 
@@ -48,7 +49,7 @@ def test_ctrl_c_keeps_finished_windows_and_the_same_command_resumes(
         *("--prompt", "p", "--image", PORTRAIT, "--output", "x.mp4"),
         f"--hp={hp},seq_len=400,text_cache_dir={tmp_path / 'cache'}",
     ]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+    with processes.start(command, cwd=tmp_path, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         for line in process.stderr:
             event = json.loads(line)
@@ -81,6 +82,7 @@ sys.exit({code})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "code", "expected"),
     [

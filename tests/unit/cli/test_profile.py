@@ -117,6 +117,7 @@ def test_doctor_reports_the_machine(nano_checkpoint: Path, tmp_path: Path) -> No
     assert "not ready" in text and "attention backends" in text and "torch" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["profile_inference.py", "speed_benchmark.py"])
 def test_the_guides_scripts_start_from_any_folder(script: str, tmp_path: Path) -> None:
     command = [sys.executable, str(REPOSITORY / "scripts" / script), "--help"]

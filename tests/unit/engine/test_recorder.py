@@ -35,7 +35,9 @@ def test_nested_stages_add_up() -> None:
     times = recorder.timings()
     assert times["outer"].count == times["inner"].count == 2
     assert times["outer"].seconds >= times["inner"].seconds >= 0.02
-    assert times["outer"].own_seconds < 0.01 and times["inner"].own_seconds == times["inner"].seconds
+    without_inner = times["outer"].seconds - times["inner"].seconds
+    assert times["outer"].own_seconds == pytest.approx(without_inner)
+    assert times["inner"].own_seconds == times["inner"].seconds
 
 
 def test_stage_counts_also_when_it_raises_and_nesting_survives() -> None:
@@ -78,11 +80,11 @@ def test_stage_seconds_is_the_difference() -> None:
 
 def test_overhead_is_small() -> None:
     recorder = RunRecorder()
-    start = time.perf_counter()
+    start = time.thread_time()  # of this thread: others may have the core meanwhile
     for _ in range(10_000):
         with recorder.stage("x"):
             pass
-    assert time.perf_counter() - start < 1.0
+    assert time.thread_time() - start < 1.0
 
 
 def test_null_recorder_does_nothing() -> None:

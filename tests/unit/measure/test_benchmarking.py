@@ -168,10 +168,8 @@ def test_missing_weights_become_random_ones_and_the_row_says_so(nano_row: dict[s
 
 
 def test_streaming_is_tried_last_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    from omniavatar.measure.benchmark import tips as tips_module
     from omniavatar.measure.benchmark.parts import PartTimer
 
-    monkeypatch.setattr(tips_module, "PERSISTENT", 0)
     resident: list[int] = []
     real = PartTimer.forward_timings
 
@@ -182,7 +180,7 @@ def test_streaming_is_tried_last_and_measured(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(PartTimer, "forward_timings", timed)
     settings = "weights=random,scale=nano,device=cpu,max_tokens=56,image_sizes_720=[[64,64]]"
-    row = measure(Options(str(CONFIGS / "nano.yaml"), "", (settings,), 0, 1, forward_limit=1e6))
+    row = measure(Options(str(CONFIGS / "nano.yaml"), "", (settings,), 0, 1, forward_limit=1e6), persistent=0)
     assert resident == [6, 6, 0]
     tip = row["tips"][-1]
     assert tip["change"].startswith("num_persistent_param_in_dit to 0") and tip["after"] > tip["before"]
@@ -225,6 +223,7 @@ def test_what_cannot_run_is_skipped_with_the_reason() -> None:
     assert row["status"] == "skipped" and "this machine has" in row["reason"]
 
 
+@pytest.mark.slow
 def test_a_config_with_an_error_is_a_row_of_a_process_of_its_own(tmp_path: Path) -> None:
     bad = tmp_path / "bad.yaml"
     bad.write_text("num_stepz: 3\n")

@@ -179,11 +179,11 @@ def test_chrome_trace_has_what_perfetto_reads() -> None:
 
 def test_recording_costs_well_under_a_percent_of_a_step() -> None:
     recorder = TraceRecorder()
-    begun = time.perf_counter()
+    begun = time.thread_time()  # of this thread: others may have the core meanwhile
     for step in range(1000):
         with recorder.stage("denoise"):
             recorder.event("step", window=0, step=step, steps=1000, action="compute")
-    assert (time.perf_counter() - begun) / 1000 < 5e-4, "the nano model's step on a CPU takes 50 ms and more"
+    assert (time.thread_time() - begun) / 1000 < 5e-4, "the nano model's step on a CPU takes 50 ms and more"
 
 
 def test_kernel_trace_covers_one_window(tmp_path: Path) -> None:

@@ -208,6 +208,7 @@ def test_a_really_full_disk(small_disk: Path, tmp_path: Path) -> None:
         assert probe_video(small_disk / "p.mp4").frames == 50
 
 
+@pytest.mark.slow
 def test_a_file_size_limit(tmp_path: Path) -> None:
     """`ulimit -f` in a process of its own: every writer says so in one line and leaves nothing half."""
     (tmp_path / "out").mkdir()

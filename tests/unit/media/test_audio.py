@@ -302,6 +302,7 @@ def test_unwritable_output(tmp_path: Path) -> None:
         decode_mono(Waveform(np.ones(10), 16000), tmp_path / "nowhere" / "mono.f32")
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_length(tmp_path: Path) -> None:
     code = (
         "import resource, sys\nfrom pathlib import Path\n"

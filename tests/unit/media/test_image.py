@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 
 from omniavatar.errors import InputError
-from omniavatar.media.image import MIN_SIDE, load_image
+from omniavatar.media.image import MIN_SIDE, Reduction, load_image
 
 RED, BLUE = (250, 10, 10), (10, 10, 250)
 
@@ -212,6 +212,7 @@ def test_every_cut_gives_an_image_or_one_line(tmp_path: Path, form: str) -> None
             assert "\n" not in str(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["jpg", "png"])
 def test_hundred_megapixels(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"huge.{form}"
@@ -244,7 +245,6 @@ def test_decompression_bomb_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "PA", "LA", "I;16", "I", "F", "CMYK", "HSV", "RGBX"])
-def test_images_above_the_reduction_limit_in_every_mode(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omniavatar.media.image.REDUCE_ABOVE_PIXELS", 1000)
-    monkeypatch.setattr("omniavatar.media.image.REDUCE_TO_SIDE", 20)
-    assert load_image(PIL.Image.new(mode, (100, 60))).shape == (20, 34, 3)
+def test_images_above_the_reduction_limit_in_every_mode(mode: str) -> None:
+    small = Reduction(above_pixels=1000, to_side=20)
+    assert load_image(PIL.Image.new(mode, (100, 60)), small).shape == (20, 34, 3)

@@ -155,6 +155,7 @@ def test_resumed_is_uninterrupted_byte_for_byte(tmp_path: Path) -> None:
     assert once.read_bytes() == twice.read_bytes()
 
 
+@pytest.mark.slow
 def test_kill_minus_nine(tmp_path: Path) -> None:
     parts = segments(tmp_path, [13, 1, 8])
     code = (

@@ -247,11 +247,11 @@ def test_a_team_reports_its_exchange(pools: dict[int, RankPool]) -> None:
 def arranged_as_if_on_gpus(team: Ranks, machines: str) -> tuple[str | None, bool]:
     """The choice of `auto` for GPUs in these machines, one letter per rank."""
     numbers = range(len(machines))
-    usual = team._reaches
-    team._reaches = [Reach(f"{name} 1", rank, tuple(numbers)) for rank, name in enumerate(machines)]
-    with mock.patch("omniavatar.parallel.team.SymmetricMailbox"):
+    usual = team.reaches
+    team.reaches = [Reach(f"{name} 1", rank, tuple(numbers)) for rank, name in enumerate(machines)]
+    with mock.patch("omniavatar.parallel.ranks.SymmetricMailbox"):
         found = team.arrange(Layout(2, 2, 4)), team.captures
-    team._reaches = usual
+    team.reaches = usual
     team.arrange(Layout(2, 2, 4))
     return found
 

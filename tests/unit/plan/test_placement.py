@@ -165,7 +165,7 @@ def test_out_of_memory_while_making_room(nano_checkpoint, cache, whole, tmp_path
     """The ring's buffers are allocated too: when they fail, the next step down is taken."""
     pipe = make_pipeline(nano_checkpoint, cache)
     attached, failed = [], []
-    monkeypatch.setattr(Offloader, "_attach", failing(Offloader._attach, attached, {0, 1}))
+    monkeypatch.setattr(Offloader, "attach_ring", failing(Offloader.attach_ring, attached, {0, 1}))
     place_models(pipe, request(SECONDS))
     pipe.models.dit.attention = failing(pipe.models.dit.attention, failed, {30})
     pipe.generate(request(SECONDS), tmp_path / "out.mp4")
@@ -280,15 +280,14 @@ def test_limit_of_a_device(monkeypatch):
     assert device_limit("auto", cuda) == device_limit(10, cuda) == 6 * GB
 
 
-def test_host_without_room_for_streamed_blocks_is_an_error_and_not_a_kill(monkeypatch):
+def test_host_without_room_for_streamed_blocks_is_an_error_and_not_a_kill():
     from omniavatar.accel import pinned
 
     need = placed(10).streamed_bytes
     assert 20 * GB < need < 28.2 * GB and placed(80).streamed_bytes == 0
-    monkeypatch.setattr(pinned, "host_memory", lambda: (16 * GB, 32 * GB))
     with pytest.raises(ResourceError, match=r"host memory for streamed weights .*quantize=fp8"):
-        pinned.check_host_room(need)
-    pinned.check_host_room(0)
+        pinned.check_host_room(need, lambda: (16 * GB, 32 * GB))
+    pinned.check_host_room(0, lambda: (16 * GB, 32 * GB))
 
 
 def test_a_number_is_enforced_on_cuda_and_auto_leaves_the_allocator_alone(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import json
 import os
 import re
@@ -16,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from batch_stub import StubEngines, make_items, noted, video_bytes
+from command_line import NANO, REPOSITORY
 from omniavatar.errors import ConfigError, OutputError, ResourceError
-from omniavatar.serve.batch import seats
 from omniavatar.serve.batch.destination import FolderDestination, RemoteDestination, make_destination
 from omniavatar.serve.batch.items import Outcome, Seat, Task, Verdict, WorkerInfo
 from omniavatar.serve.batch.lease import holder_of, try_lease
@@ -45,6 +46,7 @@ def hold(path: Path) -> subprocess.Popen[str]:
 # leases
 
 
+@pytest.mark.slow
 def test_only_one_holds_a_lease_and_it_is_released_when_its_holder_is_killed(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.lock"
     process = hold(path)
@@ -61,20 +63,18 @@ def test_only_one_holds_a_lease_and_it_is_released_when_its_holder_is_killed(tmp
 
 def test_lease_on_a_name_that_was_taken_over_does_not_count(tmp_path: Path, monkeypatch) -> None:
     """Between open and lock, the holder releases the lease and another process creates a new lock file."""
-    import omniavatar.serve.batch.lease as module
-
     path = tmp_path / "a.lock"
-    real, steps = module.fcntl.flock, []
+    real, steps = fcntl.flock, []
 
     def flock(handle: int, how: int) -> None:
         if not steps:
             steps.append("the old file is deleted, a new one has its name")
             path.unlink()
             steps.append(path.open("w"))
-            real(steps[-1], module.fcntl.LOCK_EX)
+            real(steps[-1], fcntl.LOCK_EX)
         real(handle, how)
 
-    monkeypatch.setattr(module.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     assert try_lease(path) is None
 
 
@@ -87,6 +87,7 @@ def test_lease_where_nothing_can_be_written(tmp_path: Path) -> None:
 # destinations
 
 
+@pytest.mark.slow
 def test_folder_removes_only_the_leftovers_of_killed_processes(tmp_path: Path) -> None:
     process = hold(tmp_path / ".00001.mp4.lock")
     for name in (".00000.mp4.lock", ".batch-0123", ".own.lock", "a.mp4"):
@@ -167,6 +168,7 @@ def worker(tmp_path: Path) -> Worker:
     return made
 
 
+@pytest.mark.slow
 def test_worker_makes_an_item_and_skips_one_that_another_process_makes(tmp_path: Path) -> None:
     first = worker(tmp_path)
     with FolderDestination.prepared(first._destination):
@@ -215,10 +217,13 @@ def test_video_delivered_just_before_a_kill_is_not_made_again(tmp_path: Path, fl
 # options
 
 
-@pytest.fixture
-def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seats, "_visible_gpus", lambda: ("4", "5", "6", "7"))
+@pytest.fixture(autouse=True)
+def sixteen_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
+
+
+def four_gpus() -> tuple[str, ...]:
+    return "4", "5", "6", "7"
 
 
 @pytest.mark.parametrize(
@@ -244,8 +249,8 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         (Options(ray_address="ray://h:1", gpus_per_job=4), Seats((), 4.0, 4, "ray://h:1", 4), None),
     ],
 )
-def test_seats(four_gpus: None, options: Options, seats: Seats, workers: int | None) -> None:
-    plan = plan_workers(options)
+def test_seats(options: Options, seats: Seats, workers: int | None) -> None:
+    plan = plan_workers(options, four_gpus)
     assert (plan.seats, plan.workers) == (seats, workers)
     assert bool(plan.notes) == (options == Options("1,2")), "a note names idle GPUs"
 
@@ -266,10 +271,8 @@ def test_seats(four_gpus: None, options: Options, seats: Seats, workers: int | N
         (Options("0,1,3", split_input=True, gpus_per_job=2), ("4", "5"), "GPUs 7 .* does not divide 3"),
     ],
 )
-def test_gpus_that_no_job_can_use(
-    four_gpus: None, options: Options, used: tuple[str, ...], note: str
-) -> None:
-    plan = plan_workers(options)
+def test_gpus_that_no_job_can_use(options: Options, used: tuple[str, ...], note: str) -> None:
+    plan = plan_workers(options, four_gpus)
     assert (plan.seats.gpus, plan.workers, len(plan.notes)) == (used, 1, 1)
     assert re.match(note, plan.notes[0]), plan.notes
 
@@ -292,24 +295,23 @@ def test_gpus_that_no_job_can_use(
         (Options("1", gpus_per_job=2), ResourceError, "--gpus-per-job 2: only 1 selected"),
     ],
 )
-def test_options_that_do_not_fit(
-    four_gpus: None, options: Options, error: type[Exception], text: str
-) -> None:
+def test_options_that_do_not_fit(options: Options, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
-        plan_workers(options)
+        plan_workers(options, four_gpus)
 
 
-def test_threads_of_workers_on_the_cpu(four_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omniavatar.serve.batch.cores.bindable_cores", lambda: 4)
+def test_threads_of_workers_on_the_cpu() -> None:
     two = plan_workers(Options("cpu", workers=2))
-    assert with_threads(two, 2, True) == replace(two, seats=Seats((), 0, 2), pin=True)
-    assert not with_threads(two, 2, False).pin
+    assert with_threads(two, 2, True, cores=4) == replace(two, seats=Seats((), 0, 2), pin=True)
+    assert not with_threads(two, 2, False, cores=4).pin
     group = plan_workers(Options("cpu", workers=2, gpus_per_job=2))
-    crowded = with_threads(group, 2, True)
+    crowded = with_threads(group, 2, True, cores=4)
     assert crowded.seats == Seats((), 0, 4, devices=2) and not crowded.pin
     assert crowded.notes == ("8 threads share 4 cores: workers are not bound to cores",)
-    assert with_threads(plan_workers(Options("cpu", ray_address="auto")), 8, True).pin, "Ray counts the cores"
-    assert with_threads(plan_workers(Options("0")), 8, True) == plan_workers(Options("0"))
+    on_ray = plan_workers(Options("cpu", ray_address="auto"))
+    assert with_threads(on_ray, 8, True, cores=4).pin, "Ray counts the cores"
+    on_gpu = plan_workers(Options("0"), four_gpus)
+    assert with_threads(on_gpu, 8, True, cores=4) == on_gpu
 
 
 BIND = """
@@ -324,6 +326,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="binds processes to cores")
 def test_workers_do_not_share_cores(tmp_path: Path) -> None:
     cores = sorted(os.sched_getaffinity(0))
@@ -349,10 +352,9 @@ def test_workers_do_not_share_cores(tmp_path: Path) -> None:
         holder.communicate()
 
 
-def test_without_a_gpu_the_error_suggests_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seats, "_visible_gpus", lambda: ())
+def test_without_a_gpu_the_error_suggests_the_cpu() -> None:
     with pytest.raises(ResourceError, match="use --gpus cpu --workers N"):
-        plan_workers(Options("0"))
+        plan_workers(Options("0"), lambda: ())
 
 
 def test_devices_of_a_worker() -> None:
@@ -390,14 +392,15 @@ def test_view_shows_workers_windows_and_time_left(monkeypatch: pytest.MonkeyPatc
     assert "image: [red] broken" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_missing_ray_is_one_line(tmp_path: Path) -> None:
     code = "import sys; sys.modules['ray'] = None\nfrom omniavatar.cli import main\nmain(sys.argv[1:])\n"
     (tmp_path / "face.png").touch()
     (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "a", "image": "face.png"}))
-    arguments = ["batch", "--config", "configs/nano.yaml", "--input_file", str(tmp_path / "in.jsonl")]
+    arguments = ["batch", "--config", NANO, "--input_file", str(tmp_path / "in.jsonl")]
     arguments += ["--gpus", "cpu", "--quiet", "--output", str(tmp_path / "out")]
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, cwd=REPOSITORY
     )
     assert done.returncode == 7
     assert done.stderr == (
@@ -405,11 +408,12 @@ def test_missing_ray_is_one_line(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_guides_command_reports_a_missing_gpu() -> None:
-    script = Path(__file__).resolve().parents[3] / "scripts" / "parallel_inference.py"
+    script = REPOSITORY / "scripts" / "parallel_inference.py"
     arguments = ["--config", "configs/inference_1.3B_optimized.yaml", "--input_file", "your_prompts.txt"]
     command = [sys.executable, str(script), *arguments, "--gpus", "0,1,2,3", "--split_input"]
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=hidden)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=hidden, cwd=REPOSITORY)
     assert (done.returncode, done.stdout) == (7, "")
     assert done.stderr == "error: --gpus: this machine has no CUDA device; use --gpus cpu --workers N\n"

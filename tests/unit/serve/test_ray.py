@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
+import processes
 from batch_driver import drive
 from batch_stub import StubEngines, noted, video_bytes
 from omniavatar.errors import CheckpointError, ResourceError
@@ -29,22 +30,59 @@ TESTS = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
 
+MODULES = os.pathsep.join(path for path in sys.path if path)
+
+
 @pytest.fixture(autouse=True)
-def nothing_stays_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every run must end its processes. Lets workers import the test modules."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+def nothing_stays_behind(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each run ends what it started; workers find the modules of the tests.
+
+    The shared cluster keeps processes, and starts some when it likes, but none of them may be at work.
+    """
+    monkeypatch.setenv("PYTHONPATH", MODULES)
+    shared = "cluster" in request.fixturenames
+    before = {process.pid for process in ray_processes()}
+
+    def left() -> list[psutil.Process]:
+        new = [process for process in ray_processes() if process.pid not in before]
+        if shared:
+            return [process for process in new if "ray::IDLE" not in name_of(process)]
+        return [process for process in new if parent_of(process) not in before]
+
     yield
-    deadline = time.monotonic() + 20
-    while left := [p for p in psutil.Process().children(recursive=True) if "ray" in " ".join(cmdline(p))]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.2)
+    wait_for(lambda: not left())
 
 
-def cmdline(process: psutil.Process) -> list[str]:
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """Address of a Ray of two cores that tests share: starting one takes longer than most of them."""
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", MODULES)
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        made.wait_for_nodes()
+    yield made.address
+    made.shutdown()
+    wait_for(lambda: not ray_processes())
+
+
+def ray_processes() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if "ray" in name_of(p)]
+
+
+def parent_of(process: psutil.Process) -> int:
     try:
-        return process.cmdline()
+        return process.ppid()
     except psutil.Error:
-        return []
+        return 0
+
+
+def name_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def states(folder: Path) -> dict[str, dict[str, Any]]:
@@ -86,7 +124,9 @@ def at_once(action: Callable[[], None]) -> threading.Thread:
     return thread
 
 
-def test_a_batch_fails_where_it_must_and_a_second_run_does_only_the_rest(tmp_path: Path) -> None:
+def test_a_batch_fails_where_it_must_and_a_second_run_does_only_the_rest(
+    tmp_path: Path, cluster: str
+) -> None:
     prompts = ["one", "bad two", "three", "oom four", "bug five", "full six", "seven"]
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "full").touch()
@@ -108,17 +148,17 @@ def test_a_batch_fails_where_it_must_and_a_second_run_does_only_the_rest(tmp_pat
     (tmp_path / "out" / "00006.mp4").unlink()
     prompts[2] = "changed"
     made = noted(tmp_path / "notes", "begin")
-    again = drive(tmp_path, prompts, retries=0).summary
+    again = drive(tmp_path, prompts, retries=0, address=cluster).summary
     assert (again["done"], again["skipped"], again["failed"]) == (3, 1, 3)
     assert sorted(noted(tmp_path / "notes", "begin")[len(made) :]) == [f"0000{i}.mp4" for i in range(1, 7)]
     for index in (0, 5, 6):
         assert (tmp_path / "out" / f"0000{index}.mp4").read_bytes() == video_bytes(prompts[index])
 
-    fresh = drive(tmp_path, ["one"], fresh=True)
+    fresh = drive(tmp_path, ["one"], fresh=True, address=cluster)
     assert fresh.summary["done"] == 1 and len(noted(tmp_path / "notes", "begin")) == len(made) + 7
 
 
-def test_killed_worker_costs_only_the_window_it_was_at(tmp_path: Path) -> None:
+def test_killed_worker_costs_only_the_window_it_was_at(tmp_path: Path, cluster: str) -> None:
     prompts = [f"p{i}" for i in range(8)]
     engines = StubEngines(tmp_path / "notes", windows=6, seconds=0.1)
 
@@ -134,7 +174,7 @@ def test_killed_worker_costs_only_the_window_it_was_at(tmp_path: Path) -> None:
             assert fields["windows"] == 6
             windows.append(fields["window"])
 
-    result = drive(tmp_path, prompts, engines=engines, event=listen)
+    result = drive(tmp_path, prompts, engines=engines, event=listen, address=cluster)
     killer.join()
     assert set(windows) >= {1, 2, 3, 4}
     assert result.summary["failed"] == 0 and result.summary["done"] == 8
@@ -155,17 +195,16 @@ def start_driver(
     ]
     variables = {name: text for name, text in os.environ.items() if not name.startswith("RAY_AUTH")}
     variables |= environment or {}
-    return subprocess.Popen(
+    return processes.start(
         arguments,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
         env=variables,
         start_new_session=True,
     )
 
 
-def test_workers_end_with_a_killed_driver_and_a_second_run_finishes(tmp_path: Path) -> None:
+def test_workers_end_with_a_killed_driver_and_a_second_run_finishes(tmp_path: Path, cluster: str) -> None:
     prompts = [f"p{i}" for i in range(10)]
     engine = {"windows": 6, "seconds": 0.1}
     driver = start_driver(tmp_path, prompts=prompts, engine=engine)
@@ -176,7 +215,7 @@ def test_workers_end_with_a_killed_driver_and_a_second_run_finishes(tmp_path: Pa
     finished = set(noted(tmp_path / "notes", "end"))
     begun = states(tmp_path)
     assert sorted(state["state"] for state in begun.values()).count("running") in (1, 2)
-    result = drive(tmp_path, prompts, engines=StubEngines(tmp_path / "notes", **engine))
+    result = drive(tmp_path, prompts, engines=StubEngines(tmp_path / "notes", **engine), address=cluster)
     assert result.summary["done"] + result.summary["skipped"] == 10
     assert result.summary["skipped"] >= len(finished) - 2
     check_videos(tmp_path, prompts, windows=6)
@@ -300,7 +339,7 @@ def test_joining_a_cluster_by_ray_client(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("failures", [1, 9])
 def test_joining_is_tried_again_where_the_head_could_not_start_a_server(failures: int, message: str) -> None:
-    from omniavatar.serve.batch.ray_crew import RayCrew
+    from omniavatar.serve.batch.ray_crew import join_cluster
 
     tried: list[str] = []
 
@@ -311,14 +350,12 @@ def test_joining_is_tried_again_where_the_head_could_not_start_a_server(failures
             if len(tried) <= failures:
                 raise RuntimeError(message)
 
-    crew = RayCrew.__new__(RayCrew)
-    crew._ray = Head
     if failures == 1:
-        crew._join("auto")
+        join_cluster(Head, "auto")
         assert tried == ["auto"] * 2
     else:
         with pytest.raises(ResourceError, match=r"cannot join .*(client server failed|zombie)"):
-            crew._join("auto")
+            join_cluster(Head, "auto")
         assert tried == ["auto"] * 3
 
 
@@ -330,12 +367,12 @@ def answers(port: int) -> bool:
         return False
 
 
-def test_weights_that_cannot_be_used_end_the_batch_with_their_error(tmp_path: Path) -> None:
-    result = drive(tmp_path, ["weights a", "b", "c"], workers=1)
+def test_weights_that_cannot_be_used_end_the_batch_with_their_error(tmp_path: Path, cluster: str) -> None:
+    result = drive(tmp_path, ["weights a", "b", "c"], workers=1, address=cluster)
     assert isinstance(result.ledger.error, CheckpointError) and "missing shard" in str(result.ledger.error)
     assert result.summary["remaining"] == 2 and result.summary["failed"] == 1
     (tmp_path / "notes" / "no_engine").touch()
-    result = drive(tmp_path, ["a", "b"])
+    result = drive(tmp_path, ["a", "b"], address=cluster)
     assert isinstance(result.ledger.error, CheckpointError)
     assert result.summary["remaining"] == 2 and result.summary["failed"] == 0
 
@@ -361,7 +398,7 @@ def test_failing_network_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert drive(tmp_path, prompts, output=url).summary["skipped"] == 3
 
 
-def test_soak_of_200_items_with_random_kills(tmp_path: Path) -> None:
+def test_soak_of_200_items_with_random_kills(tmp_path: Path, cluster: str) -> None:
     prompts = [f"p{i}" for i in range(200)]
     engines = StubEngines(tmp_path / "notes", windows=4, seconds=0.01)
     dice = random.Random(7)
@@ -369,7 +406,7 @@ def test_soak_of_200_items_with_random_kills(tmp_path: Path) -> None:
     kills: list[int] = []
 
     def kill() -> None:
-        while not stop.wait(dice.uniform(0.6, 1.8)):
+        while len(kills) < 8 and not stop.wait(dice.uniform(0.3, 0.9)):
             try:
                 pids = worker_pids(tmp_path)
                 os.kill(dice.choice(pids), signal.SIGKILL)
@@ -378,7 +415,7 @@ def test_soak_of_200_items_with_random_kills(tmp_path: Path) -> None:
                 continue
 
     killer = at_once(kill)
-    result = drive(tmp_path, prompts, engines=engines, retries=20)
+    result = drive(tmp_path, prompts, engines=engines, retries=20, address=cluster)
     stop.set()
     killer.join()
     assert len(kills) >= 3
@@ -388,7 +425,7 @@ def test_soak_of_200_items_with_random_kills(tmp_path: Path) -> None:
 
 
 def test_pauses_between_items_are_short_with_10000_queued_and_two_workers_do_twice_as_much(
-    tmp_path: Path,
+    tmp_path: Path, cluster: str
 ) -> None:
     """Compares the pause of a worker between two queued items with the time of an item.
 
@@ -398,7 +435,7 @@ def test_pauses_between_items_are_short_with_10000_queued_and_two_workers_do_twi
     for attempt in range(5):
         folder = tmp_path / str(attempt)
         folder.mkdir()
-        gap, use, apart = pauses_and_use(folder)
+        gap, use, apart = pauses_and_use(folder, cluster)
         tries.append((gap, use, apart))
         # an idle machine has pauses of 2 to 4 ms and a utilization of 0.97; the limit is 1 % of 2 s
         if gap < 0.02 and use > 2 * 0.9 and apart <= 4:
@@ -406,7 +443,7 @@ def test_pauses_between_items_are_short_with_10000_queued_and_two_workers_do_twi
     raise AssertionError(f"pause, workers at work, items more on one than on the other: {tries}")
 
 
-def pauses_and_use(tmp_path: Path) -> tuple[float, float, int]:
+def pauses_and_use(tmp_path: Path, cluster: str) -> tuple[float, float, int]:
     """Mean pause between items, sum of both utilizations, and difference of the item counts of two workers.
 
     10,000 items of 0.2 s are queued; the run stops after 60.
@@ -421,7 +458,7 @@ def pauses_and_use(tmp_path: Path) -> tuple[float, float, int]:
                 raise KeyboardInterrupt
 
     engines = StubEngines(tmp_path / "notes", windows=1, seconds=seconds)
-    result = drive(tmp_path, [f"p{i}" for i in range(10_000)], engines=engines, event=listen)
+    result = drive(tmp_path, [f"p{i}" for i in range(10_000)], engines=engines, event=listen, address=cluster)
     figures = result.summary
     assert figures["stopped_by"] == "interrupted" and figures["remaining"] == 10_000 - enough
     first, second = figures["workers"]

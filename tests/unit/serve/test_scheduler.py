@@ -85,9 +85,10 @@ def run(
     before: Mapping[str, ItemState] | None = None,
     sizes: Mapping[str, int] | None = None,
     event: Any = None,
+    run_folder: RunFolder | None = None,
     **rules: Any,
 ) -> Ledger:
-    run_folder = RunFolder(folder)
+    run_folder = run_folder or RunFolder(folder)
     with run_folder.own():
         scheduler = Scheduler(
             lambda: crew, run_folder, Rules(**rules), event or (lambda name, **f: None), lambda: crew.now
@@ -273,18 +274,17 @@ def test_full_disk_ends_the_batch_before_every_item_fails(tmp_path: Path) -> Non
     assert ledger.error is None and sum(s == "done" for s in names(ledger).values()) == 19
 
 
-def test_states_that_cannot_be_written_cost_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(self: RunFolder, state: ItemState) -> None:
-        raise OutputError("cannot write x: the disk is full; free some space")
+def test_states_that_cannot_be_written_cost_a_warning(tmp_path: Path) -> None:
+    class FullFolder(RunFolder):
+        def write(self, state: ItemState) -> None:
+            raise OutputError("cannot write x: the disk is full; free some space")
 
-    monkeypatch.setattr(RunFolder, "write", full)
     events: list[str] = []
     ledger = run(
         SimulatedCrew(),
         make_items(["a", "b"]),
         tmp_path,
+        run_folder=FullFolder(tmp_path),
         event=lambda name, **fields: name == "message" and events.append(fields["text"]),
     )
     assert set(names(ledger).values()) == {"done"}

@@ -186,7 +186,7 @@ def test_the_dit_learns_one_batch(nets, settings):
     torch.manual_seed(0)
     dit, text = copy.deepcopy(nets.dit), copy.deepcopy(nets.text)
     batch = dit_batch(stories(), settings.dit, torch.Generator().manual_seed(2))
-    ratio = falls({"dit": dit, "text": text}, settings.dit, 25, lambda: dit_loss(dit, text, batch))
+    ratio = falls({"dit": dit, "text": text}, settings.dit, 10, lambda: dit_loss(dit, text, batch))
     assert ratio < 0.8
 
 
@@ -197,7 +197,7 @@ def test_the_audio_encoder_learns_one_batch(nets, settings):
     pitch = (labels + 1).repeat_interleave(640, 1) * 200
     sound = training_nets.normalise_sound(torch.sin(2 * torch.pi * pitch * torch.arange(24 * 640) / 16000))
     clips = {"phones": labels, "shape": torch.zeros(2, 24, 10)}
-    ratio = falls({"audio": net}, settings.audio, 25, lambda: audio_loss(net, clips, sound, 20.0)[0])
+    ratio = falls({"audio": net}, settings.audio, 8, lambda: audio_loss(net, clips, sound, 20.0)[0])
     assert ratio < 0.5
 
 
@@ -208,7 +208,7 @@ def test_the_vae_learns_one_clip(nets, settings):
     axis = torch.linspace(-1, 1, 32)
     pixels = (axis[:, None] * axis).expand(1, 3, 5, 32, 32) * torch.linspace(0.5, 1, 5).view(1, 1, 5, 1, 1)
     weight = torch.ones(1, 5, 32, 32)
-    ratio = falls({"vae": vae}, settings.vae, 25, lambda: vae_loss(vae, pixels, weight, settings.vae)[0])
+    ratio = falls({"vae": vae}, settings.vae, 8, lambda: vae_loss(vae, pixels, weight, settings.vae)[0])
     assert ratio < 0.6
 
 

@@ -37,7 +37,7 @@ from omniavatar.measure.benchmark.parts import (
     window_costs,
     with_weights,
 )
-from omniavatar.measure.benchmark.tips import fewer_tokens, guide_tips
+from omniavatar.measure.benchmark.tips import PERSISTENT, fewer_tokens, guide_tips
 from omniavatar.measure.benchmark.whole import measure_full
 from omniavatar.measure.ceilings import ceilings, device_name
 from omniavatar.measure.flops import forward_work
@@ -68,8 +68,11 @@ class Options:
     full: bool = False
 
 
-def measure(options: Options) -> dict[str, Any]:
-    """The row of one configuration. Raises OmniAvatarError for one that cannot be used."""
+def measure(options: Options, persistent: int = PERSISTENT) -> dict[str, Any]:
+    """The row of one configuration. Raises OmniAvatarError for one that cannot be used.
+
+    persistent: parameters that the tip on streaming leaves on the device.
+    """
     config = load_config(options.config, options.overrides).config
     config, missing = with_weights(config)
     device = choose_device(config.runtime.device)
@@ -91,7 +94,8 @@ def measure(options: Options) -> dict[str, Any]:
     if reason is not None:
         return {**row, "status": "skipped", "reason": reason}
     try:
-        return {**row, "status": "measured", **_Measurement(config, device, options, row["notes"]).run()}
+        measured = _Measurement(config, device, options, row["notes"]).run(persistent)
+        return {**row, "status": "measured", **measured}
     except torch.cuda.OutOfMemoryError as error:
         return {**row, "status": "skipped", "reason": f"out of GPU memory: {str(error).split('.')[0]}"}
 
@@ -128,7 +132,7 @@ class _Measurement:
         self._parts = PartTimer(config, options.warm_up, options.repeats)
         self._models = self._parts.pipeline.models
 
-    def run(self) -> dict[str, Any]:
+    def run(self, persistent: int) -> dict[str, Any]:
         config, options, models = self._config, self._options, self._models
         loading = self._parts.load()
         plan = self._parts.plan(config, 60.0)
@@ -211,7 +215,7 @@ class _Measurement:
                 row["full"] = measure_full(
                     self._parts.pipeline, voice, lambda audio: seconds(config, audio / 60)
                 )
-        return {**row, "tips": [tip.as_dict() for tip in guide_tips(config, tried, cached)]}
+        return {**row, "tips": [tip.as_dict() for tip in guide_tips(config, tried, cached, persistent)]}
 
     def _forward_elsewhere(self, config: PipelineConfig, plan: RunPlan, known: Timing) -> Timing:
         """A forward with the blocks where `config` puts them; `known`, if that is where they are."""

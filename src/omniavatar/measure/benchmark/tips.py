@@ -48,7 +48,10 @@ class Tip:
 
 
 def guide_tips(
-    config: PipelineConfig, seconds: Callable[[PipelineConfig], float], cached: bool = True
+    config: PipelineConfig,
+    seconds: Callable[[PipelineConfig], float],
+    cached: bool = True,
+    persistent: int = PERSISTENT,
 ) -> list[Tip]:
     """The tips, tried on `config`; all but the step cache's own without its step cache if not `cached`.
 
@@ -116,9 +119,9 @@ def guide_tips(
         ),
         (
             "few persistent parameters",
-            f"num_persistent_param_in_dit to {PERSISTENT}, the rest streamed",
+            f"num_persistent_param_in_dit to {persistent}, the rest streamed",
             config,
-            changed(config, runtime={"memory": "auto", "num_persistent_param_in_dit": PERSISTENT}),
+            changed(config, runtime={"memory": "auto", "num_persistent_param_in_dit": persistent}),
         ),
     ]
     return [_cache_tip(whole, plain, seconds), *(_try(*trial, seconds) for trial in trials)]

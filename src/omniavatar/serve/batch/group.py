@@ -37,10 +37,19 @@ class GroupWorker:
     """A `Worker` on several devices.
 
     factory: a pickled `GroupFactory`.
+    grace_s: seconds to wait for the cause of a failure after its first symptom.
     """
 
-    def __init__(self, factory: bytes, seat: Seat, destination: Destination, folder: str) -> None:
+    def __init__(
+        self,
+        factory: bytes,
+        seat: Seat,
+        destination: Destination,
+        folder: str,
+        grace_s: float = GRACE_S,
+    ) -> None:
         self._factory, self._seat, self._destination, self._folder = factory, seat, destination, folder
+        self._grace_s = grace_s
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
         self._life_pipe: int | None = None  # the ranks end when its last writer closes it
@@ -140,7 +149,7 @@ class GroupWorker:
         first: the first message about the failure, from `rank`.
         """
         symptom: Outcome | None = None
-        for each, message in chain([(rank, first)], self._messages(time.monotonic() + GRACE_S)):
+        for each, message in chain([(rank, first)], self._messages(time.monotonic() + self._grace_s)):
             if isinstance(message, Progress | WorkerInfo):
                 continue
             found = self._exit(each, began) if message is None else self._named(each, message)

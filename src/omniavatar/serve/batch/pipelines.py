@@ -49,12 +49,12 @@ class AvatarEngines:
 
     def __call__(self, seat: Seat) -> Engine:
         config = self._on(self.config, seat.devices[0])
-        return _AvatarEngine(config, None, self._take_cores(config))
+        return AvatarEngine(config, None, self._take_cores(config))
 
     def lead(self, member: Member) -> Engine:
         with _peer_errors():
             config = self._shared(member)
-            return _AvatarEngine(config, _join(member, config), self._take_cores(config))
+            return AvatarEngine(config, _join(member, config), self._take_cores(config))
 
     def follow(self, member: Member) -> None:
         with _peer_errors():
@@ -97,17 +97,23 @@ def _peer_errors() -> Iterator[None]:
         raise PeerLost(f"lost contact with another process ({str(error).splitlines()[0][:200]})") from error
 
 
-class _AvatarEngine:
+class AvatarEngine:
     """An `AvatarPipeline` that reports its windows.
 
     team: the processes that make each video together; None for one process.
     """
 
-    def __init__(self, config: PipelineConfig, team: Ranks | None, cores: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        config: PipelineConfig,
+        team: Ranks | None,
+        cores: tuple[int, ...],
+        make_pipeline: Callable[..., AvatarPipeline] = AvatarPipeline.from_config,
+    ) -> None:
         self._on_window: Callable[[int, int], None] = lambda done, windows: None
         self._team, self._cores = team, cores
         recorder = RunRecorder([self._listen])
-        self._pipeline = AvatarPipeline.from_config(config, recorder=recorder, team=team or ONE)
+        self._pipeline = make_pipeline(config, recorder=recorder, team=team or ONE)
 
     def run(
         self, request: AvatarRequest, output: Path, fresh: bool, on_window: Callable[[int, int], None]

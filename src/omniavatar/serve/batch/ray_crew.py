@@ -105,7 +105,7 @@ class RayCrew:
             if seats.address is None:
                 self._start_ray(workers or 1)
             else:
-                self._join(seats.address)
+                join_cluster(ray, seats.address)
             self._workers = workers or self._cluster_capacity()
         except BaseException:
             self.close()
@@ -141,25 +141,6 @@ class RayCrew:
                 del os.environ["CUDA_VISIBLE_DEVICES"]
             else:
                 os.environ["CUDA_VISIBLE_DEVICES"] = before
-
-    def _join(self, address: str) -> None:
-        _check_listening(address)
-        for attempts_left in reversed(range(_JOIN_ATTEMPTS)):
-            try:
-                self._ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-                return
-            except ImportError as error:
-                raise ResourceError(
-                    f"--ray-address {address}: {_one_line(error)}; pip install 'omniavatar[batch]'"
-                ) from None
-            except Exception as error:
-                if attempts_left and any(sign in str(error) for sign in _CLIENT_SERVER_DIED):
-                    continue
-                raise ResourceError(
-                    f"--ray-address {address}: cannot join the cluster ({_one_line(error)}); check that it "
-                    "runs, that it has the same versions of Ray and Python, and that its token is in "
-                    "RAY_AUTH_TOKEN or ~/.ray/auth_token"
-                ) from error
 
     def _cluster_capacity(self) -> int:
         """Number of workers the cluster can run now; a worker never spans nodes."""
@@ -244,6 +225,30 @@ class RayCrew:
         self._ray.shutdown()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def join_cluster(ray: Any, address: str) -> None:
+    """Connect to a running cluster. Raises ResourceError.
+
+    ray: the module.
+    """
+    _check_listening(address)
+    for attempts_left in reversed(range(_JOIN_ATTEMPTS)):
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            return
+        except ImportError as error:
+            raise ResourceError(
+                f"--ray-address {address}: {_one_line(error)}; pip install 'omniavatar[batch]'"
+            ) from None
+        except Exception as error:
+            if attempts_left and any(sign in str(error) for sign in _CLIENT_SERVER_DIED):
+                continue
+            raise ResourceError(
+                f"--ray-address {address}: cannot join the cluster ({_one_line(error)}); check that it "
+                "runs, that it has the same versions of Ray and Python, and that its token is in "
+                "RAY_AUTH_TOKEN or ~/.ray/auth_token"
+            ) from error
 
 
 def workers_fitting(node_resources: Sequence[float], share: float) -> int:

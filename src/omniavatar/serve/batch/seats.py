@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -40,8 +41,11 @@ class WorkerPlan:
     pin: bool = False
 
 
-def plan_workers(options: WorkerOptions) -> WorkerPlan:
-    """The workers for these options. Raises ConfigError, ResourceError."""
+def plan_workers(options: WorkerOptions, visible: Callable[[], tuple[str, ...]] | None = None) -> WorkerPlan:
+    """The workers for these options. Raises ConfigError, ResourceError.
+
+    visible: returns the GPUs of this machine; None for those that torch can use.
+    """
     from omniavatar.serve.batch.ray_crew import Seats
 
     devices = options.gpus_per_job
@@ -65,28 +69,30 @@ def plan_workers(options: WorkerOptions) -> WorkerPlan:
         raise ConfigError(
             "--workers: works only with --gpus cpu or --ray-address; use --gpus and --per_gpu_jobs"
         )
-    return _local_gpus(options, share)
+    return _local_gpus(options, share, (visible or visible_gpus)())
 
 
-def with_threads(plan: WorkerPlan, threads: int, pin: bool) -> WorkerPlan:
-    """`plan` with `threads` per process of a CPU worker; with `pin`, bound to cores if there are enough."""
+def with_threads(plan: WorkerPlan, threads: int, pin: bool, cores: int | None = None) -> WorkerPlan:
+    """`plan` with `threads` per process of a CPU worker; with `pin`, bound to cores if there are enough.
+
+    cores: of this machine; None to count them.
+    """
     from omniavatar.serve.batch.cores import bindable_cores
 
     seats, notes = plan.seats, plan.notes
     if seats.gpus_per_worker > 0:
         return plan
     seats = replace(seats, cpus_per_worker=threads * seats.devices)
-    available = bindable_cores()
+    available = bindable_cores() if cores is None else cores
     needed = seats.cpus_per_worker * (plan.workers or 1) if seats.address is None else 1
     if pin and available and needed > available:
         notes = (*notes, f"{needed} threads share {available} cores: workers are not bound to cores")
     return replace(plan, seats=seats, notes=notes, pin=pin and needed <= available)
 
 
-def _local_gpus(options: WorkerOptions, share: float) -> WorkerPlan:
+def _local_gpus(options: WorkerOptions, share: float, visible: tuple[str, ...]) -> WorkerPlan:
     from omniavatar.serve.batch.ray_crew import Seats
 
-    visible = _visible_gpus()
     if not visible:
         raise ResourceError("--gpus: this machine has no CUDA device; use --gpus cpu --workers N")
     devices = options.gpus_per_job
@@ -119,7 +125,7 @@ def _selected(text: str | None, visible: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(visible[int(number)] for number in numbers)
 
 
-def _visible_gpus() -> tuple[str, ...]:
+def visible_gpus() -> tuple[str, ...]:
     """The GPUs that torch can use, by their names in CUDA_VISIBLE_DEVICES."""
     import torch
 
