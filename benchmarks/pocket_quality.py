@@ -1,18 +1,18 @@
 """How well OmniAvatar-Pocket talks, on people and speech it never saw: its table and its trade-offs.
 
-In the repository root with PYTHONPATH=src:. (files lie below --work, default benchmarks/build/pocket):
+Files lie below --work, default benchmarks/build/pocket:
 
-    python benchmarks/pocket_quality.py prepare --recordings ../shared/examples/speech
-    python benchmarks/pocket_quality.py measure --truth-only        # the ceiling: the renderer's own films
-    python benchmarks/pocket_quality.py generate --config configs/pocket.yaml --workers 2
-    python benchmarks/pocket_quality.py measure
-    python benchmarks/pocket_quality.py generate --config configs/pocket.yaml --tradeoff   # better on a GPU
-    python benchmarks/pocket_quality.py measure --tradeoff
+    python -m benchmarks pocket_quality prepare --recordings ../shared/examples/speech
+    python -m benchmarks pocket_quality measure --truth-only     # the ceiling: the renderer's own films
+    python -m benchmarks pocket_quality generate --config configs/pocket.yaml --workers 2
+    python -m benchmarks pocket_quality measure
+    python -m benchmarks pocket_quality generate --config configs/pocket.yaml --tradeoff  # better on a GPU
+    python -m benchmarks pocket_quality measure --tradeoff
 
 `prepare` needs the synthesisers (`training/fetch_tools.sh`) and renders for some minutes. `generate` runs on
-any machine that runs the engine and needs of --work only `inputs`; of what it writes only `made` is needed by
-`measure`, which makes itself an environment for MediaPipe (Python up to 3.12).
-`measure` prints the table in Markdown, then one line of JSON.
+any machine that runs the engine; it needs only `inputs` of --work. `measure` needs only what `generate` wrote
+to `made`, and makes an environment for MediaPipe (Python up to 3.12).
+It prints the table in Markdown, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ import argparse
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
 from benchmarks.pocket import faces, generate, material, quality, tradeoff
+from benchmarks.shared.options import make_parser
 
 WORK = Path("benchmarks/build/pocket")
 TRADEOFF_CLIPS = 4
@@ -110,8 +113,8 @@ def measure(arguments: argparse.Namespace) -> None:
     print(json.dumps(result))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser(__name__, __doc__)
     commands = parser.add_subparsers(required=True)
     for name, run, words in (
         ("prepare", prepare, "render the test clips"),
@@ -137,9 +140,5 @@ def main() -> None:
         else:
             command.add_argument("--truth-only", action="store_true", help="only the films' figures")
             command.add_argument("--plots", type=Path, help="folder for the plots, such as docs/images")
-    arguments = parser.parse_args()
-    arguments.run(arguments)
-
-
-if __name__ == "__main__":
-    main()
+    options = parser.parse_args(arguments)
+    options.run(arguments)

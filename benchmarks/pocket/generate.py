@@ -20,9 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.pocket.material import LOOKS_SEED, TAKE_SEED, Clip
-from benchmarks.pocket.measures import psnr
-from benchmarks.pocket.video_files import CRF, PRESET
 from training.looks import draw_looks
 from training.motion import Manner, perform
 from training.phones import Phone
@@ -30,6 +27,9 @@ from training.render import gather
 from training.scale import SIZE
 from training.studio import Studio
 
+from benchmarks.pocket.material import LOOKS_SEED, TAKE_SEED, Clip
+from benchmarks.pocket.measures import psnr
+from benchmarks.pocket.video_files import CRF, PRESET
 from omniavatar import AvatarPipeline, AvatarRequest
 from omniavatar.config.load import load_config
 from omniavatar.measure.calibrate import calibrate

@@ -19,8 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from benchmarks.pocket import measures
-from benchmarks.pocket.video_files import write_video
 from PIL import Image
 from training.head import Head
 from training.looks import draw_looks
@@ -30,6 +28,9 @@ from training.scale import SIZE
 from training.speech import SAMPLE_RATE, SpeechSet, synthesise
 from training.studio import HELD_OUT_SEEDS, Studio
 from training.takes import SAMPLES_A_FRAME, Take, make_take
+
+from benchmarks.pocket import measures
+from benchmarks.pocket.video_files import write_video
 
 FRAMES = 126
 LONG_SECONDS = 60

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
+
 from benchmarks.pocket import measures
 from benchmarks.pocket.faces import read_faces
 from benchmarks.pocket.material import Clip
 from benchmarks.pocket.video_files import read_video
-from PIL import Image
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from benchmarks.pocket.generate import DEFAULT, Variant
 from benchmarks.pocket.material import Clip
 from benchmarks.pocket.measures import psnr
