@@ -64,7 +64,7 @@ app.command()(calibrate.calibrate)
 def grow_segments() -> None:
     """Take CUDA memory in segments that grow, unless the environment says otherwise.
 
-    After a larger plan its pieces otherwise stay too small for the next (`benchmarks/memory.py`: no step down
+    After a larger plan its pieces otherwise stay too small for the next (`python -m benchmarks memory`: no step down
     with it, one at each limit without).
     """
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
