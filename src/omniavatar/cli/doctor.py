@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from omniavatar.assets import pocket
+from omniavatar.cli.benchmark import CONFIGS
 from omniavatar.cli.common import (
     JsonOption,
     user_errors,
 )
-from omniavatar.cli.profile import CONFIGS
 
 
 def doctor(

@@ -64,8 +64,8 @@ app.command()(calibrate.calibrate)
 def grow_segments() -> None:
     """Take CUDA memory in segments that grow, unless the environment says otherwise.
 
-    After a larger plan its pieces otherwise stay too small for the next (`python -m benchmarks memory`: no step down
-    with it, one at each limit without).
+    Otherwise the pieces left by a larger plan stay too small for the next one. `python -m benchmarks memory`
+    takes no step down with it, and one at each limit without.
     """
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -204,17 +204,17 @@ def _print(plan: RunPlan, memory: MemoryEstimate, decoder: str) -> None:
         ("passes a step", _passes_text(plan)),
         ("forwards", f"{plan.forwards} in all ({plan.forwards_skipped} skipped)"),
         ("decoder", "the VAE's" if decoder == "full" else f"{decoder} (the VAE encodes)"),
-        ("DiT weights", _size_text(memory.dit)),
-        ("VAE weights", _size_text(memory.vae)),
-        ("audio encoder", _size_text(memory.audio_encoder)),
-        ("text encoder", f"{_size_text(memory.text_encoder)}, only while new prompts are embedded"),
-        ("activations", f"about {_size_text(memory.activations)}"),
+        ("DiT weights", bytes_text(memory.dit)),
+        ("VAE weights", bytes_text(memory.vae)),
+        ("audio encoder", bytes_text(memory.audio_encoder)),
+        ("text encoder", f"{bytes_text(memory.text_encoder)}, only while new prompts are embedded"),
+        ("activations", f"about {bytes_text(memory.activations)}"),
         (
             "device memory",
-            f"about {_size_text(memory.device_peak)} at its peak with everything on the device",
+            f"about {bytes_text(memory.device_peak)} at its peak with everything on the device",
         ),
         ("on this machine", memory.choice.removeprefix("memory: ")),
-        ("audio features", f"{_size_text(memory.audio_features_file)} on disk"),
+        ("audio features", f"{bytes_text(memory.audio_features_file)} on disk"),
     ]
     table = Table(show_header=False, pad_edge=False, box=None)
     table.add_column(style="bold")
@@ -244,7 +244,3 @@ def _passes_text(plan: RunPlan) -> str:
     return (
         guided if plan.guided == plan.steps else f"{guided}; at {plan.guided} of {plan.steps} steps, else 1"
     )
-
-
-def _size_text(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"

@@ -115,7 +115,11 @@ def spread(config: PipelineConfig, gpus: Sequence[int] | None, process: Process)
         if gpus is not None and process.world not in (1, len(gpus)):
             raise ConfigError(f"--gpus: names {len(gpus)} for {process.world} processes; leave it out")
         changes["device"] = _device(gpus, process.local_rank)
-    return config.model_copy(update={"runtime": runtime.model_copy(update=changes)}) if changes else config
+    if not changes:
+        return config
+    from omniavatar.config.change import changed
+
+    return changed(config, runtime=changes)
 
 
 def _device(gpus: Sequence[int] | None, local_rank: int) -> str:

@@ -26,7 +26,7 @@ from omniavatar.config.values import (
     choice_or_path,
     coefficients,
     descending_timesteps,
-    device_name,
+    device_setting,
     dtype_name,
     lora_entry,
     memory_limit,
@@ -277,7 +277,7 @@ class OutputConfig(_Section):
 class RuntimeConfig(_Section):
     """Where and how the model runs."""
 
-    device: Annotated[str, AfterValidator(device_name)] = "auto"
+    device: Annotated[str, AfterValidator(device_setting)] = "auto"
     """auto (cuda when there is one), cpu, cuda or cuda:N."""
     attention: str = "auto"
     """Attention backend by name (`omniavatar doctor` lists them); auto: the fastest exact one by our table;

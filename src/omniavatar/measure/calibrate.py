@@ -19,16 +19,17 @@ import torch
 
 from omniavatar import __version__
 from omniavatar.accel.residual_meter import ResidualMeter
+from omniavatar.config.change import changed
 from omniavatar.config.schema import PipelineConfig, SamplingConfig
+from omniavatar.device import device_name
 from omniavatar.engine.pipeline import AvatarPipeline, Prepared
 from omniavatar.engine.recorder import Listener, RunRecorder, stage_seconds
 from omniavatar.errors import ConfigError, OutputError
-from omniavatar.measure.ceilings import device_name
 from omniavatar.measure.quality import compare
 from omniavatar.media.atomic import atomic_write_json, check_writable
 from omniavatar.plan.calibration import (
-    Branch,
     Calibration,
+    MeasuredBranch,
     TeaCache,
     default_path,
     measured_schedule,
@@ -126,8 +127,7 @@ def calibrate(
         raise ConfigError("num_steps: one step has none to compare with; use at least 2")
     path = calibration_output(config, output)
     recorder = RunRecorder(listeners)
-    whole = {"step_cache": "none", "guidance_interval": (0.0, 1.0)}
-    plain = config.model_copy(update={"sampling": config.sampling.model_copy(update=whole)})
+    plain = changed(config, sampling={"step_cache": "none", "guidance_interval": (0.0, 1.0)})
     pipeline = AvatarPipeline.from_config(plain, recorder=recorder)
     with pipeline.prepare(request) as ready:
         chosen = ready.plan.windows[:windows]
@@ -180,7 +180,7 @@ def _calibration(
             "python": platform.python_version(),
         },
         time_changes=time_changes,
-        branches={name: Branch(**asdict(each)) for name, each in changes.items()},
+        branches={name: MeasuredBranch(**asdict(each)) for name, each in changes.items()},
         magnitude_ratios=shared_ratios(changes),
         teacache=TeaCache(**asdict(fit)),
     )

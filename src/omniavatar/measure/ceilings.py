@@ -16,6 +16,7 @@ from types import MappingProxyType
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from omniavatar.device import device_name
 from omniavatar.measure.flops import Work
 
 HALF = (torch.bfloat16, torch.float16)
@@ -81,10 +82,6 @@ def fp8_ceilings(device: torch.device) -> Ceilings | None:
     return Ceilings(
         device_name(device), "fp8", known.matrix_fp8, known.attention_fp8, known.source.replace("bf16", "fp8")
     )
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @torch.inference_mode()

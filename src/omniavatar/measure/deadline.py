@@ -40,7 +40,7 @@ _PART = re.compile(r"(\d+(?:\.\d+)?)\s*(h|min|m|s)")
 
 
 @dataclass(frozen=True)
-class Choice:
+class Candidate:
     """One combination of settings (by flat key), its points, and the predicted seconds with loading."""
 
     settings: Mapping[str, Any]
@@ -65,9 +65,9 @@ class Proposal:
     deadline: float
     loading: float
     loading_parts: Mapping[str, float]
-    as_configured: Choice
-    chosen: Choice | None
-    others: tuple[Choice, ...]
+    as_configured: Candidate
+    chosen: Candidate | None
+    others: tuple[Candidate, ...]
     notes: tuple[str, ...]
 
 
@@ -96,7 +96,7 @@ def propose(
     """
     config, note = with_weights(config)
     notes = [note] if note else []
-    choices: list[Choice] = []
+    choices: list[Candidate] = []
     loading: dict[str, float] = {}
     embedding = 0.0
     for quantize in _precisions(config):
@@ -119,13 +119,13 @@ def propose(
         torch.cuda.empty_cache()
     all_loading = sum(loading.values())
     choices = [
-        Choice(each.settings, each.points, each.seconds + all_loading, each.forwards) for each in choices
+        Candidate(each.settings, each.points, each.seconds + all_loading, each.forwards) for each in choices
     ]
     return choose(choices, minutes, deadline, loading, notes)
 
 
 def choose(
-    choices: list[Choice], minutes: float, deadline: float, loading: Mapping[str, float], notes: list[str]
+    choices: list[Candidate], minutes: float, deadline: float, loading: Mapping[str, float], notes: list[str]
 ) -> Proposal:
     """The choice with the fewest points within the deadline less its margin."""
     ranked = sorted(choices, key=lambda each: (each.points, each.seconds))
@@ -154,7 +154,7 @@ def _count(
     minutes: float,
     quantize: str,
     configured: str,
-) -> Iterator[Choice]:
+) -> Iterator[Candidate]:
     precision = ({}, 0.0) if quantize == configured else ({"quantize": quantize}, 1.0)
     for combination in itertools.product(_steps(config), _caches(config), _intervals(config)):
         settings: dict[str, Any] = dict(precision[0])
@@ -167,7 +167,7 @@ def _count(
             counted = plan(changed(config, sampling=sampling), minutes * 60)
         except ConfigError:
             continue
-        yield Choice(settings, points, seconds(counted), counted.forwards)
+        yield Candidate(settings, points, seconds(counted), counted.forwards)
 
 
 Axis = list[tuple[dict[str, Any], float]]

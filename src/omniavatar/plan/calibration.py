@@ -51,7 +51,7 @@ class MeasuredSchedule(_Part):
     sampler: Sampler
 
 
-class Branch(_Part):
+class MeasuredBranch(_Part):
     """`sampling.calibration.ResidualChanges` of one branch."""
 
     magnitude_ratios: tuple[Positive, ...]
@@ -79,7 +79,7 @@ class Calibration(_Part):
     schedule: MeasuredSchedule
     measured: dict[str, Any]
     time_changes: tuple[Share, ...]
-    branches: dict[str, Branch] = Field(min_length=1)
+    branches: dict[str, MeasuredBranch] = Field(min_length=1)
     magnitude_ratios: tuple[Positive, ...]
     teacache: TeaCache
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from omniavatar.config.change import changed
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.errors import ConfigError
 from omniavatar.sampling.guidance import guidance_branches
@@ -22,8 +23,7 @@ def shared_among(config: PipelineConfig, count: int, asked: str) -> PipelineConf
             "cfg_parallel out"
         )
     groups = _guidance_groups(config, count)
-    changes = {"cfg_parallel": groups, "sp_size": count // groups}
-    return config.model_copy(update={"runtime": runtime.model_copy(update=changes)})
+    return changed(config, runtime={"cfg_parallel": groups, "sp_size": count // groups})
 
 
 def _guidance_groups(config: PipelineConfig, count: int) -> int:

@@ -14,7 +14,7 @@ from omniavatar.cli import app
 from omniavatar.config.change import changed
 from omniavatar.config.load import load_config
 from omniavatar.errors import ConfigError
-from omniavatar.measure.deadline import Choice, _count, choose, parse_duration, propose
+from omniavatar.measure.deadline import Candidate, _count, choose, parse_duration, propose
 from omniavatar.plan.run import compute_all, make_plan
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -45,7 +45,7 @@ def test_what_is_no_duration(text: str) -> None:
     st.floats(0, 1500),
 )
 def test_the_fewest_points_within_the_deadline(pairs, deadline, as_is) -> None:
-    choices = [Choice({}, 0.0, as_is, 1), *(Choice({"num_steps": 1}, p, s, 1) for p, s in pairs)]
+    choices = [Candidate({}, 0.0, as_is, 1), *(Candidate({"num_steps": 1}, p, s, 1) for p, s in pairs)]
     found = choose(choices, 5, deadline, {}, [])
     fitting = [each for each in choices if each.seconds <= deadline * 0.95]
     assert found.as_configured == choices[0]
