@@ -1,9 +1,9 @@
-"""Videos of the test clips by the real engine, one folder a variant, nothing measured yet.
+"""Makes videos of the test clips with the real engine, one folder for each variant. Measures nothing.
 
-Runs wherever the engine runs, GPU machines included; measuring is a command of its own, for a machine that
-has MediaPipe. Every variant is the given configuration with a few keys changed. The silence the engine puts
-in front of the sound is left out, so that frame f of a video is frame f of its film. A finished video is
-left as it is, so a cut run goes on.
+Runs wherever the engine runs, GPU machines included; measuring is another command, for a machine with
+MediaPipe. Every variant is the given configuration with a few keys changed. The engine's silence before the
+sound is left out, so that frame f of a video is frame f of its film. Finished videos are kept, so an
+interrupted run continues.
 
 Files: `made/VARIANT/NAME.mp4` with the engine's sidecar `NAME.json`, and `made/vae.json`.
 """
@@ -39,17 +39,17 @@ VAE_PEOPLE, VAE_FRAMES, VAE_SEED = 16, 9, 40_000
 
 @dataclass(frozen=True)
 class Variant:
-    """A configuration to compare: the keys it changes, and the group of the table it is shown in."""
+    """A configuration to compare: the keys it changes, and its group in the table."""
 
     name: str
     group: str = "default"
     changes: Mapping[str, Any] = field(default_factory=dict)
     calibrated: bool = False
-    """Needs step-cache constants of the model (`omniavatar calibrate`), measured at the default steps."""
+    """Whether it needs step-cache constants of the model (`omniavatar calibrate`)."""
     against: str = ""
-    """The variant whose videos it should come to, faster: PSNR is read against those."""
+    """The exact variant that it approximates faster; PSNR is measured against its videos."""
     device: str = ""
-    """cpu or cuda where it is meant for one of them."""
+    """cpu or cuda if it is meant for one of them only."""
 
 
 DEFAULT = Variant("default")
@@ -57,7 +57,7 @@ DEFAULT = Variant("default")
 
 @dataclass(frozen=True)
 class Job:
-    """Some clips of one variant, for one process."""
+    """The clips of one variant that one process makes."""
 
     config: Path
     folder: Path
@@ -67,7 +67,7 @@ class Job:
 
 
 def overrides(job: Job) -> dict[str, Any]:
-    """What is changed in the configuration for a job."""
+    """The settings that a job changes in the configuration."""
     changes: dict[str, Any] = {
         "silence_duration_s": 0,
         "crf": CRF,
@@ -95,7 +95,7 @@ def _work(job: Job) -> None:
 def generate(
     config: Path, folder: Path, variants: Iterable[Variant], clips: list[Clip], workers: int
 ) -> None:
-    """All clips of all variants. workers: processes, each with one thread if there are several."""
+    """Make all clips of all variants. workers: processes; several have one thread each."""
     variants = list(variants)
     if any(variant.calibrated for variant in variants) and not (folder / "step_cache.json").exists():
         _calibrate(config, folder, clips[0])
@@ -124,7 +124,7 @@ def _calibrate(config: Path, folder: Path, clip: Clip) -> None:
 
 @torch.inference_mode()
 def measure_vae(config: Path, folder: Path) -> dict[str, float]:
-    """PSNR of the VAE alone on short films of held-out people, written to `made/vae.json`."""
+    """PSNR of the VAE alone on short films of held-out people; also written to `made/vae.json`."""
     components = AvatarPipeline.from_config(config).components
     studio = Studio(iter(()), 0, torch.device("cpu"))
     rng = np.random.default_rng(VAE_SEED)
@@ -149,5 +149,5 @@ def measure_vae(config: Path, folder: Path) -> dict[str, float]:
 
 
 def seeds_used() -> dict[str, int]:
-    """First seeds of what is held out, for the report."""
+    """The first seeds of the held-out takes, looks and VAE films, for the report."""
     return {"takes": TAKE_SEED, "looks": LOOKS_SEED, "vae": VAE_SEED}

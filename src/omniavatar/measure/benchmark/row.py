@@ -1,4 +1,4 @@
-"""Times the parts of one configuration's window on this machine; run in a process of its own.
+"""Times the parts of one configuration's window on this machine; `run.py` starts it as a process.
 
     python -m omniavatar.measure.benchmark.row '{"config": "configs/nano.yaml", "result": "row.json"}'
 
