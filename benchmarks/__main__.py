@@ -41,7 +41,7 @@ def overview() -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark that the first argument names with the other arguments.
 
-    Raises SystemExit with code 2 for an unknown name.
+    Raises SystemExit with code 2 for an unknown name, and with the exit code of an `OmniAvatarError`.
     """
     name, *options = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
@@ -55,7 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
         raise SystemExit(2)
-    importlib.import_module(f"benchmarks.{name}").main(options)
+    from omniavatar.errors import OmniAvatarError
+
+    try:
+        importlib.import_module(f"benchmarks.{name}").main(options)
+    except OmniAvatarError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def watch(folder: Path, where: str, clips: list[Clip]) -> list[Watched]:
     missing = [str(video) for video in videos if not video.exists()]
     if missing:
         raise FileNotFoundError(
-            f"{missing[0]}: missing, with {len(missing) - 1} others; run "
+            f"{missing[0]}: no such video ({len(missing)} missing); run "
             "`python -m benchmarks pocket_quality generate` first"
         )
     faces = read_faces(videos, folder / "faces" / where)

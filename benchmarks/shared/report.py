@@ -22,7 +22,7 @@ def where(device: torch.device | None = None) -> dict[str, str | int | None]:
     }
 
 
-def spread(median: float, fastest: float, slowest: float, digits: int = 3) -> str:
+def spread(median: float, fastest: float, slowest: float, *, digits: int = 3) -> str:
     """`median (fastest..slowest)`."""
     return f"{median:.{digits}f} ({fastest:.{digits}f}..{slowest:.{digits}f})"
 

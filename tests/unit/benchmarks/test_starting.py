@@ -9,6 +9,8 @@ import sys
 import pytest
 from benchmarks.__main__ import FOLDER, descriptions, main
 
+from omniavatar.errors import InputError
+
 ROOT = FOLDER.parent
 SMALL = ["weights=random", "scale=nano", "device=cpu", "max_tokens=56", "image_sizes_720=[[64,64]]"]
 
@@ -40,6 +42,14 @@ def test_an_unknown_name_is_one_line_with_the_nearest(capsys: pytest.CaptureFixt
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: no benchmark is called scalling; nearest: scaling")
+
+
+def test_an_error_of_the_engine_is_one_line_with_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["check_video", "nowhere.mp4", "nowhere.wav"])
+    assert ended.value.code == InputError.exit_code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "nowhere.mp4" in line
 
 
 @pytest.mark.parametrize("name", descriptions())
