@@ -21,7 +21,7 @@ from benchmarks.shared.options import add_repeats, make_parser, words
 from benchmarks.shared.report import print_result, print_table, spread
 from benchmarks.shared.timing import require_cuda, timed
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
-from omniavatar.accel.attention.registry import available_backends, create_attention
+from omniavatar.accel.attention.registry import ATTENTION, create_attention
 from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.accel.kernels.rows import EagerOps
 from omniavatar.checkpoint.dit import random_dit
@@ -106,7 +106,7 @@ def profile(dit, grid, rows=18):
 def measure(scale, repeats, with_profile, variants, only):
     """The rows of one scale. only: attention backends; all of a variant's if empty."""
     spec, ops = scale_spec(scale), create_fused(DEVICE)
-    available = available_backends(DEVICE)
+    available = ATTENTION.available(DEVICE)
     expected, rows = None, []
     for name, config, backends in LADDER:
         if name not in variants:

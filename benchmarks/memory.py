@@ -29,16 +29,16 @@ from omniavatar.accel.apply import AccelConfig, apply_accelerations, weight_form
 from omniavatar.accel.attention.registry import create_attention
 from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.accel.offload import OffloadConfig, Offloader
-from omniavatar.accel.vae import create_vae
+from omniavatar.accel.vae_runners import create_vae
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.cli.main import grow_segments
 from omniavatar.config.load import load_config
-from omniavatar.engine.retry import with_room
+from omniavatar.engine.retry import retry_with_less
 from omniavatar.plan.placement import place
-from omniavatar.plan.run import make_plan
-from omniavatar.plan.sizes import GB, Request
+from omniavatar.plan.run import window_shape
+from omniavatar.plan.sizes import GB
 
 DEVICE, DTYPE, SIZE, GRID = torch.device("cuda", 0), torch.bfloat16, (400, 720), (27, 50, 90)
 CASES = (
@@ -62,8 +62,8 @@ class Model:
         self.offloader = Offloader(self.dit, DEVICE)
         self.args = inputs(self.dit, GRID)
         self.second_text = self.dit.prepare_text(torch.zeros(1, 512, spec.dit.text_dim, device=DEVICE))
-        request = Request(make_plan(self.config, 0, SIZE), cached=False)
-        self.placed = partial(place, self.config, spec.dit, request, "fast", DEVICE)
+        shape = window_shape(self.config, SIZE, has_audio=True)
+        self.placed = partial(place, self.config, spec.dit, shape, "fast", DEVICE)
         self.ballast = torch.empty(self.placed(None).run.audio_encoder, dtype=torch.uint8, device=DEVICE)
         self.steps_down = 0
 
@@ -91,7 +91,7 @@ class Model:
                 f"error: {self.placement.describe()}: {reason}; {held[0]:.1f} GB held, {held[1]:.1f} reserved"
             )
         self.placement, self.steps_down = smaller, self.steps_down + 1
-        with_room(self.arrange, self.step_down)
+        retry_with_less(self.arrange, self.step_down)
 
 
 def decode(vae, latent) -> str:
@@ -127,14 +127,14 @@ def measure(scale: str, quantize: str, limits, repeats: int) -> list[dict]:
         moving = time.perf_counter() - begun
         torch.cuda.reset_peak_memory_stats()
         forward = partial(model.dit, sample, y, timestep, text, audio)
-        times = with_room(partial(timed, forward, repeats), model.step_down)
+        times = retry_with_less(partial(timed, forward, repeats), model.step_down)
         out = forward().cpu()
         forward_peak = torch.cuda.max_memory_allocated()
         these_keys = torch.stack([k for k, _ in model.dit.prepare_text(texts)]).cpu()
         torch.cuda.reset_peak_memory_stats()
-        coding = with_room(partial(timed, partial(decode_only, model.vae, latent), 1), model.step_down)
+        coding = retry_with_less(partial(timed, partial(decode_only, model.vae, latent), 1), model.step_down)
         digest = decode(model.vae, latent)
-        with_room(partial(model.vae.encode, tail), model.step_down)
+        retry_with_less(partial(model.vae.encode, tail), model.step_down)
         coding_peak = torch.cuda.max_memory_allocated()
         if expected is None:
             expected, resident, pixels, keys = out, times.median, digest, these_keys

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     profiled = AvatarPipeline.from_config(config, recorder=TraceRecorder())
     meter = MeteredRecorder()
     metered = AvatarPipeline.from_config(config, recorder=meter)
-    profiled.components = metered.components = plain.components
+    profiled.models = metered.models = plain.models
     times: dict[str, list[float]] = {"plain": [], "profiled": []}
     with tempfile.TemporaryDirectory() as folder:
         request = AvatarRequest("a person", PORTRAIT)
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"in the recorder {meter.spent * 1e3:.2f} ms of {whole:.2f} s, {meter.calls} calls")
     print_result(
         "profile_overhead",
-        plain.components.device,
+        plain.models.device,
         config=options.config,
         recorders=[RunRecorder.__name__, TraceRecorder.__name__],
         times=times,

@@ -32,7 +32,7 @@ from omniavatar.assets import PORTRAIT
 from omniavatar.config.load import load_config
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.media.inspect import probe_video
-from omniavatar.plan.run import make_plan
+from omniavatar.plan.run import plan_run
 
 SIZE = (400, 720)
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     values = ["weights=random", f"scale={options.scale}", f"image_sizes_720={[list(SIZE)]}"]
     config = load_config(options.config, [*values, *options.hp]).config
     lead = config.video.silence_duration_s
-    whole = make_plan(config, round((options.minutes * 60 + lead) * RATE), config.video.sizes[0])
+    whole = plan_run(config, config.video.sizes[0], round((options.minutes * 60 + lead) * RATE))
     if len(whole.windows) < 2:
         raise SystemExit("error: the video has one window only; give more --minutes")
 

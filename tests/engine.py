@@ -10,6 +10,8 @@ import numpy as np
 
 from omniavatar import AvatarPipeline, AvatarRequest, Waveform
 from omniavatar.config.load import load_config
+from omniavatar.engine.host import Host
+from omniavatar.engine.prepare import read_inputs
 
 SIDE = 64
 
@@ -36,9 +38,16 @@ def overrides(checkpoint: Path, cache: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-def make_pipeline(checkpoint: Path, cache: Path, recorder: Any = None, **changes: Any) -> AvatarPipeline:
+def make_pipeline(
+    checkpoint: Path,
+    cache: Path,
+    recorder: Any = None,
+    host: Host | None = None,
+    kind: type[AvatarPipeline] = AvatarPipeline,
+    **changes: Any,
+) -> AvatarPipeline:
     config = load_config(None, overrides(checkpoint, cache, **changes)).config
-    return AvatarPipeline.from_config(config, recorder=recorder)
+    return kind.from_config(config, recorder=recorder, host=host)
 
 
 def portrait(seed: int = 0, side: int = 90) -> np.ndarray:
@@ -64,3 +73,9 @@ def request(seconds: float | None = 0.9, **changes: Any) -> AvatarRequest:
         **changes,
     }
     return AvatarRequest(**values)
+
+
+def place(pipeline: AvatarPipeline, what: AvatarRequest) -> AvatarPipeline:
+    """Decide where the models of a request lie, so that they can be loaded before it runs."""
+    pipeline.adopt(read_inputs(pipeline.models, what).shape)
+    return pipeline

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from omniavatar.accel.vae import choose_vae, create_vae
+from omniavatar.accel.vae_runners import choose_vae, create_vae
 from omniavatar.checkpoint.vae import load_vae
 from omniavatar.encoders.audio import AudioEncoder
 from omniavatar.encoders.image import prepare_image

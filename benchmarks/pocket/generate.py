@@ -125,7 +125,7 @@ def _calibrate(config: Path, folder: Path, clip: Clip) -> None:
 @torch.inference_mode()
 def measure_vae(config: Path, folder: Path) -> dict[str, float]:
     """PSNR of the VAE alone on short films of held-out people; also written to `made/vae.json`."""
-    components = AvatarPipeline.from_config(config).components
+    models = AvatarPipeline.from_config(config).models
     studio = Studio(iter(()), 0, torch.device("cpu"))
     rng = np.random.default_rng(VAE_SEED)
     phones = [Phone("AH", 0.1, 0.3), Phone("M", 0.3, 0.38), Phone("UW", 0.38, 0.5), Phone("IY", 0.5, 0.7)]
@@ -138,8 +138,8 @@ def measure_vae(config: Path, folder: Path) -> dict[str, float]:
     films = studio.renderer.frames(looks, gather(tracks, studio.head.device))[0]
     values = []
     for film in films:
-        pixels = (film.float() / 127.5 - 1).transpose(0, 1)[None].to(components.device)
-        again = components.vae.decode(components.vae.encode(pixels))[0].transpose(0, 1)
+        pixels = (film.float() / 127.5 - 1).transpose(0, 1)[None].to(models.device)
+        again = models.vae.decode(models.vae.encode(pixels))[0].transpose(0, 1)
         bytes_again = ((again.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         values.append(psnr(bytes_again.cpu().numpy(), film.numpy()))
     result = {"psnr_mean_db": float(np.mean(values)), "psnr_least_db": float(np.min(values))}

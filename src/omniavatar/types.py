@@ -1,4 +1,4 @@
-"""The frozen values that flow through the house.
+"""The frozen values that pass between the parts of the package.
 
 Shape letters: B batch, N video frames, T latent frames, H W pixels, h w latent pixels, D audio width.
 """
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 ImageInput: TypeAlias = "str | Path | np.ndarray | PIL.Image.Image"
 AudioInput: TypeAlias = "str | Path | Waveform"
-Sampler = Literal["euler", "renoise"]
 StepCache = Literal["none", "teacache", "magcache"]
 
 
@@ -38,7 +37,7 @@ class Waveform:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What one request may change about sampling; `None` takes the pipeline's configured value."""
+    """The sampling values that a request may change; None takes the pipeline's configured value."""
 
     seed: int | None = None
     num_steps: int | None = None
@@ -46,7 +45,7 @@ class SamplingParams:
     audio_scale: float | None = None
     shift: float | None = None
     timesteps: tuple[float, ...] | None = None
-    sampler: Sampler | None = None
+    sampler: str | None = None
     negative_prompt: str | None = None
     step_cache: StepCache | None = None
     guidance_interval: tuple[float, float] | None = None
@@ -98,7 +97,7 @@ class Window:
 class StepPlan:
     """For each step: run the blocks (True) or reuse the last residual (False). Known before step 0.
 
-    source: where the constants come from that it was decided by; empty without a step cache.
+    source: where its constants come from; empty without a step cache.
     """
 
     compute: tuple[bool, ...]
@@ -118,7 +117,7 @@ class StepPlan:
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """Everything a request is conditioned on, made once before the first window.
+    """All conditioning of a request, made once before the first window.
 
     text_positive, text_negative: (1, 512, text_dim). reference_latent: (1, 16, 1, h, w) normalised.
     audio: (frames, D) float32 array-like (usually memory-mapped) or None for a silent video.
@@ -150,7 +149,7 @@ class VideoChunk:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one `generate` did. `sidecar` is the JSON written beside the video."""
+    """The result of one `generate`. sidecar: the JSON file beside the video."""
 
     output: Path
     sidecar: Path
@@ -161,7 +160,7 @@ class RunResult:
 
 
 class Recorder(Protocol):
-    """Where the run reports to: timings of named stages, and events for progress and logs."""
+    """Receives a run's reports: timings of named stages, and events for progress and logs."""
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         """Time a named stage (stages nest; times of a repeated name add up)."""

@@ -15,6 +15,7 @@ from omniavatar.engine.recorder import NullRecorder
 from omniavatar.engine.window_loop import WindowGenerator, WindowSampling
 from omniavatar.sampling.cache_constants import TEACACHE_POLYNOMIALS
 from omniavatar.sampling.guidance import guidance_branches
+from omniavatar.sampling.passes import plan_passes
 from omniavatar.sampling.schedule import make_schedule
 from omniavatar.sampling.step_cache import compute_all, relative_changes, teacache_plan
 from omniavatar.sampling.windows import frames_for, padded_audio_frames, plan_windows, window_length
@@ -98,7 +99,7 @@ def check_run(golden, tensors, metadata, vae, name, run):
         dit,
         vae,
         conditioning,
-        WindowSampling(0, schedule, plan, branches),
+        WindowSampling(0, schedule, plan_passes(plan, branches, has_audio=True)),
         NullRecorder(),
         convert=lambda pixels: pixels[0].transpose(0, 1).numpy(),
         draw_noise=recorded_noise,

@@ -7,7 +7,7 @@ import torch
 
 from fused_cases import compare, compare_rescale
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
-from omniavatar.accel.attention.registry import available_backends, create_attention
+from omniavatar.accel.attention.registry import ATTENTION, create_attention
 from omniavatar.accel.attention.timing import attention_seconds, pick
 from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.accel.kernels.rows import quantize_rows
@@ -19,6 +19,7 @@ from omniavatar.checkpoint.vae import random_vae
 from omniavatar.engine.recorder import NullRecorder
 from omniavatar.engine.window_loop import WindowGenerator, WindowSampling
 from omniavatar.sampling.guidance import guidance_branches
+from omniavatar.sampling.passes import plan_passes
 from omniavatar.sampling.schedule import make_schedule
 from omniavatar.sampling.step_cache import compute_all
 from omniavatar.sampling.windows import plan_windows
@@ -73,7 +74,7 @@ def test_forward_float32():
 
 @pytest.mark.parametrize("backend", ["sdpa", "math", "flash", "efficient", "cudnn"])
 def test_attention_backends(backend):
-    assert backend in available_backends(torch.device("cuda"))
+    assert backend in ATTENTION.available(torch.device("cuda"))
     exact = forward(nano("cpu", torch.float32)[0], "cpu", torch.float32)
     half = forward(nano("cuda", torch.bfloat16, backend)[0], "cuda", torch.bfloat16)
     assert relative_l2(half, exact) < 2e-2
@@ -92,7 +93,8 @@ def test_loop_does_not_depend_on_the_device():
             reference = vae.encode(image.to(device))
         conditioning = Conditioning(text[:1].to(device), text[1:].to(device), reference, audio)
         schedule = make_schedule(3, 5.0)
-        sampling = WindowSampling(7, schedule, compute_all(3), guidance_branches(2.0, 3.0, True))
+        passes = plan_passes(compute_all(3), guidance_branches(2.0, 3.0, True), has_audio=True)
+        sampling = WindowSampling(7, schedule, passes)
         loop = WindowGenerator(
             dit, vae, conditioning, sampling, NullRecorder(), convert=lambda p: p[0].cpu().numpy()
         )
@@ -138,7 +140,7 @@ def test_int8_product(tokens):
 
 @pytest.mark.parametrize("backend", ["fa3", "fa3_fp8"])
 def test_flash_attention_3(backend):
-    if backend not in available_backends(torch.device("cuda")):
+    if backend not in ATTENTION.available(torch.device("cuda")):
         pytest.skip("fa3-fwd is not installed")
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 1300, 4, 128, generator=generator).cuda().bfloat16() for _ in range(3))
@@ -161,7 +163,7 @@ def test_accelerated_forward(config, limit):
 @pytest.mark.parametrize(("backend", "limit"), [("flex", 1e-2), ("sage", 8e-2)])
 def test_other_attention(backend, limit):
     device = torch.device("cuda", 0)
-    if backend not in available_backends(device):
+    if backend not in ATTENTION.available(device):
         pytest.skip(f"{backend} is not installed")
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 1300, 4, 128, generator=generator).to(device).bfloat16() for _ in range(3))
@@ -177,5 +179,5 @@ def test_other_attention(backend, limit):
 def test_measured_attention_is_exact_and_there():
     device = torch.device("cuda", 0)
     seconds = attention_seconds(device, torch.bfloat16, 12, 128)
-    assert {"cudnn", "flash"} <= set(seconds) <= set(available_backends(device))
+    assert {"cudnn", "flash"} <= set(seconds) <= set(ATTENTION.available(device))
     assert seconds[pick(seconds)] <= min(seconds.values()) * 1.03

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
-from omniavatar.accel.attention.registry import available_backends, create_attention
+from omniavatar.accel.attention.registry import ATTENTION, create_attention
 from omniavatar.accel.graphs import FORWARDS_FIRST, CudaCapture, GraphedBlocks
 from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.checkpoint.dit import random_dit
@@ -46,7 +46,7 @@ def arguments(dit: WanDiT, seed: int, frames: int, heard: bool = True) -> tuple[
 
 
 def backend_or_skip(attention: str) -> None:
-    if attention not in ("auto", *available_backends(torch.device("cuda", 0))):
+    if attention not in ("auto", *ATTENTION.available(torch.device("cuda", 0))):
         pytest.skip("FlashAttention-3 is not here")
 
 

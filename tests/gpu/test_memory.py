@@ -193,12 +193,12 @@ def pipeline(**changes):
     generator = torch.Generator().manual_seed(5)
     for prompt in (request().prompt, pipe.config.sampling.negative_prompt):
         embedding = torch.randn(1, 512, 4096, generator=generator)
-        pipe.components._embeddings[prompt] = embedding.to(CUDA, torch.bfloat16)
+        pipe.models.prompts.remember(prompt, embedding.to(torch.bfloat16))
     return pipe, messages
 
 
 def streamed(pipe) -> int:
-    return sum(isinstance(block, StreamedBlock) for block in pipe.components.dit.blocks)
+    return sum(isinstance(block, StreamedBlock) for block in pipe.models.dit.blocks)
 
 
 def test_videos_under_a_number_and_after_failed_allocations_are_the_same(tmp_path, monkeypatch):

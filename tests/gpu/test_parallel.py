@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
-from omniavatar.accel.attention.registry import available_backends, create_attention
+from omniavatar.accel.attention.registry import ATTENTION, create_attention
 from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.accel.vae import FastVAEConfig, SplitRows, apply_fast_vae
 from omniavatar.checkpoint.dit import random_dit
@@ -106,7 +106,7 @@ def shared_forward(
 @pytest.mark.parametrize(("attention", "quantize"), [("auto", "none"), ("auto", "fp8"), ("fa3_fp8", "fp8")])
 def test_kernels_on_a_ranks_tokens(size: int, attention: str, quantize: str) -> None:
     device = torch.device("cuda", 0)
-    if attention not in ("auto", *available_backends(device)):
+    if attention not in ("auto", *ATTENTION.available(device)):
         pytest.skip("FlashAttention-3 is not here")
     alone, found = shared_forward(device, size, attention, quantize)
     for each in found:

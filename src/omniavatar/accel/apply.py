@@ -1,50 +1,51 @@
-"""The one order of what is applied to a loaded model: merge (loading) > quantise > fuse > text."""
+"""The order of what is applied to a loaded model: merge (while loading) > quantise > fuse > text."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from omniavatar.accel.fused_blocks import apply_fused_blocks
 from omniavatar.accel.kernels.rows import FP8, FusedOps
-from omniavatar.accel.quantized import QuantForm, apply_quantization, check_quantize, is_quantized
+from omniavatar.accel.precision import PRECISIONS, check_quantize
+from omniavatar.accel.quantized import QuantForm, apply_quantization, is_quantized
 from omniavatar.accel.short_text import apply_short_text
 from omniavatar.checkpoint.dit import WeightForm
 from omniavatar.model.dit import WanDiT
 
-Quantize = Literal["none", "fp8", "int8"]
+Quantize = str
+"""A name of `accel.precision.PRECISIONS`."""
 
 
 @dataclass(frozen=True)
 class AccelConfig:
-    """quantize: float8 or int8 linear layers, or none (exact). fuse: element-wise work in single passes."""
+    """quantize: precision of the linear layers. fuse: element-wise work in single passes."""
 
     quantize: Quantize = "none"
     fuse: bool = False
 
 
 def weight_form(config: AccelConfig, ops: FusedOps, device: torch.device) -> WeightForm | None:
-    """The form weights take while they are loaded; `ops` are made for its rows (`row_dtype`).
+    """The form that weights take while they are loaded, None for their own. ops: made for `row_dtype`.
 
-    Raises ResourceError for what the device cannot do.
+    Raises ResourceError if the device lacks the precision.
     """
-    if config.quantize == "none":
+    if PRECISIONS.get(config.quantize).create() is None:
         return None
     check_quantize(config.quantize, device)
     return QuantForm(ops)
 
 
 def row_dtype(quantize: Quantize) -> torch.dtype:
-    """What rows are quantised to; float8 where nothing is."""
-    return torch.int8 if quantize == "int8" else FP8
+    """The dtype that rows are quantised to; float8 if nothing is quantised."""
+    return PRECISIONS.get(quantize).create() or FP8
 
 
 def apply_accelerations(dit: WanDiT, config: AccelConfig, ops: FusedOps) -> None:
     """Change `dit` in place as configured; a model loaded in its `weight_form` is not quantised again.
 
-    Raises ResourceError for what the device cannot do.
+    Raises ResourceError if the device lacks the precision.
     """
     if config.quantize != "none" and not is_quantized(dit):
         apply_quantization(dit, ops)

@@ -1,11 +1,11 @@
-"""The tensors of one block as a single run of bytes, and copies of the block that look into such a run.
+"""The tensors of one block in a single buffer, and copies of the block whose tensors are views of a buffer.
 
-A block is copied to the device as one piece, so its tensors are laid out behind each other. Tensors that
-overlap (the packed projection of a fused block and the layers that are views of it) stay views of each other.
-`rebuilt` makes a twin of a block whose tensors lie in a given buffer; the module's own code runs unchanged.
+A block is copied to the device as one piece, so its tensors lie behind each other in one buffer. Tensors that
+overlap (the packed projection of a fused block and the layers that are views of it) still overlap there.
+`rebuilt` makes a copy of a block whose tensors lie in a given buffer; the module's code is unchanged.
 
-Limits: a tensor that does not hang on a module, its attributes, or tuples, lists, dicts and dataclasses of
-these is not found; it would be copied along and stay on its device, and the first product would say so.
+Limits: tensors are found in modules, their attributes, and tuples, lists, dicts and dataclasses of these.
+Another tensor would stay on its device, and the first product with it would fail.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ALIGNMENT = 256
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """Where one tensor lies in the run of bytes."""
+    """Where one tensor lies in the buffer."""
 
     offset: int
     dtype: torch.dtype
@@ -42,14 +42,14 @@ class TensorPlace:
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Size of the run in bytes and the place of each tensor, in the order of `block_tensors`."""
+    """Size of the buffer in bytes and the place of each tensor, in the order of `block_tensors`."""
 
     size: int
     places: tuple[TensorPlace, ...]
 
 
 def block_tensors(block: nn.Module, without: Collection[int] = ()) -> list[Tensor]:
-    """Every tensor of a block once, hidden ones included, but those whose id is in `without`."""
+    """Every tensor of a block once, also those in plain attributes. without: ids of tensors to leave out."""
     found: dict[int, Tensor] = {}
     for module in block.modules():
         for tensor in _reachable({key: value for key, value in vars(module).items() if key != "_modules"}):
@@ -59,7 +59,7 @@ def block_tensors(block: nn.Module, without: Collection[int] = ()) -> list[Tenso
 
 
 def layout_of(tensors: list[Tensor]) -> BlockLayout:
-    """Places for `tensors`; those that overlap now overlap in the same way there."""
+    """Places for `tensors`; tensors that overlap also overlap in the buffer."""
     pieces: list[list[int]] = []
     end: tuple[torch.device, int] | None = None
     for i in sorted(range(len(tensors)), key=lambda i: (str(tensors[i].device), tensors[i].data_ptr())):
@@ -93,7 +93,7 @@ def fill(buffer: Tensor, tensors: list[Tensor], layout: BlockLayout) -> None:
 def rebuilt(
     block: nn.Module, tensors: list[Tensor], layout: BlockLayout, buffer: Tensor, shared: Collection[object]
 ) -> tuple[nn.Module, list[Tensor]]:
-    """A twin of `block` whose `tensors` are views of `buffer`, and these views; `shared` is not copied."""
+    """A copy of `block` whose `tensors` are views of `buffer`, and these views; `shared` is not copied."""
     views = [place.view(buffer) for place in layout.places]
     memo: dict[int, Any] = {id(each): each for each in shared}
     memo |= {id(tensor): view for tensor, view in zip(tensors, views, strict=True)}

@@ -1,29 +1,156 @@
-"""Smaller decoders by name. What changes: latents become pixels in another network; encoding stays the full
-VAE's, which the hand-over between windows needs (it encodes pixels, whoever made them).
+"""Picture decoders by name: what turns latents into pixels in place of the full VAE.
 
-| name | file | what it is |
-|---|---|---|
-| lightvae | `lightvaew2_1.pth` (lightx2v/Autoencoders) | the full VAE with a quarter of the channels |
-| taehv | `taew2_1.pth` (madebyollin/taehv) | TAEHV, see `model.tiny_decoder` |
-| lighttae | `lighttaew2_1.pth` (lightx2v/Autoencoders) | TAEHV on the full VAE's own latents |
+Encoding stays the full VAE's: the hand-over between windows encodes the pixels of any decoder.
+A smaller decoder loses detail, and the next window starts from what it blurred. By the publishers'
+comparisons lightvae loses least. Sources: github.com/madebyollin/taehv, github.com/ModelTC/LightX2V.
 
-What it loses: detail, by the publishers' comparisons least with lightvae; and what a decoder blurs is handed
-over to the next window. Sources: github.com/madebyollin/taehv, github.com/ModelTC/LightX2V.
+`create` takes a `DecoderSource` and returns a `VideoDecoder`, None for the full VAE's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from omniavatar.device import Backend, Registry
 
-from omniavatar.model.tiny_decoder import TinyDecoder
-from omniavatar.model.vae import VideoDecoder, VideoVAE
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor
+
+    from omniavatar.checkpoint.layout import Shape
+    from omniavatar.model.vae import VAEConfig, VideoDecoder, VideoVAE, WanVAE
+
+
+@dataclass(frozen=True)
+class DecoderSource:
+    """What a decoder is made from.
+
+    - path: its file; None makes random weights.
+    - full: sizes of the full VAE.
+    - run: runs a loaded VAE as `vae` says (`accel.vae_runners.create_vae`).
+    """
+
+    path: Path | None
+    full: VAEConfig
+    dtype: torch.dtype
+    device: torch.device
+    run: Callable[[WanVAE], VideoVAE]
+
+
+def _no_tensors(full: VAEConfig) -> Iterable[tuple[str, Shape]]:
+    return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureDecoder(Backend):
+    """A decoder.
+
+    - file: the released file that `decoder_path` names; None: no file is needed.
+    - tensors: names and shapes of its weights beside a full VAE of these sizes, to count their memory.
+    - shares_rows: the GPUs of one video can share its pictures' rows.
+    """
+
+    file: str | None = None
+    tensors: Callable[[VAEConfig], Iterable[tuple[str, Shape]]] = _no_tensors
+    shares_rows: bool = False
+
+
+def _full(source: DecoderSource) -> None:
+    return None
+
+
+def _light_vae(source: DecoderSource) -> VideoDecoder:
+    from omniavatar.checkpoint.tiny_decoder import light_vae_config
+    from omniavatar.checkpoint.vae import load_vae, random_vae
+    from omniavatar.errors import CheckpointError
+
+    dtype, device = source.dtype, source.device
+    if source.path is None:
+        return source.run(random_vae(light_vae_config(source.full), dtype=dtype, device=device, seed=1))
+    light = load_vae(source.path, dtype=dtype, device=device)
+    if light.config.z_dim != source.full.z_dim:
+        raise CheckpointError(
+            f"{source.path}: decodes latents of {light.config.z_dim} channels, "
+            f"not {source.full.z_dim}; use the file for Wan 2.1"
+        )
+    return source.run(light)
+
+
+def _tiny(raw_latents: bool) -> Callable[[DecoderSource], VideoDecoder]:
+    def create(source: DecoderSource) -> VideoDecoder:
+        from omniavatar.checkpoint.tiny_decoder import (
+            load_tiny_decoder,
+            random_tiny_decoder,
+            tiny_decoder_config,
+        )
+
+        dtype, device = source.dtype, source.device
+        if source.path is None:
+            config = replace(tiny_decoder_config(source.full), raw_latents=raw_latents)
+            return random_tiny_decoder(config, dtype=dtype, device=device, seed=1)
+        return load_tiny_decoder(
+            source.path, raw_latents=raw_latents, z_dim=source.full.z_dim, dtype=dtype, device=device
+        )
+
+    return create
+
+
+def _light_vae_tensors(full: VAEConfig) -> Iterable[tuple[str, Shape]]:
+    from omniavatar.checkpoint.layout_vae import vae_tensors
+    from omniavatar.checkpoint.tiny_decoder import light_vae_config
+
+    return vae_tensors(light_vae_config(full))
+
+
+def _tiny_tensors(full: VAEConfig) -> Iterable[tuple[str, Shape]]:
+    from omniavatar.checkpoint.tiny_decoder import tiny_decoder_config, tiny_decoder_tensors
+
+    return tiny_decoder_tensors(tiny_decoder_config(full))
+
+
+DECODERS: Registry[PictureDecoder] = Registry(
+    "model.decoder",
+    PictureDecoder(
+        name="full", create=_full, exact=True, doc="The decoder of the VAE itself.", shares_rows=True
+    ),
+    PictureDecoder(
+        name="lightvae",
+        create=_light_vae,
+        exact=False,
+        doc="The full VAE with a quarter of the channels (lightx2v/Autoencoders): softer.",
+        file="lightvaew2_1.pth",
+        tensors=_light_vae_tensors,
+        shares_rows=True,
+    ),
+    PictureDecoder(
+        name="taehv",
+        create=_tiny(raw_latents=False),
+        exact=False,
+        doc="TAEHV (madebyollin/taehv): the fastest, softer.",
+        file="taew2_1.pth",
+        tensors=_tiny_tensors,
+    ),
+    PictureDecoder(
+        name="lighttae",
+        create=_tiny(raw_latents=True),
+        exact=False,
+        doc="TAEHV on the full VAE's own latents (lightx2v/Autoencoders): the fastest, softer.",
+        file="lighttaew2_1.pth",
+        tensors=_tiny_tensors,
+    ),
+)
 
 
 def apply_decoder(vae: VideoVAE, decoder: VideoDecoder) -> VideoVAE:
-    """`vae` with `decoder` in the place of its own; a `TinyDecoder`'s weights become channels-last."""
+    """`vae` with `decoder` in place of its own; the weights of a `TinyDecoder` become channels-last."""
+    import torch
+
+    from omniavatar.model.tiny_decoder import TinyDecoder
+
     if isinstance(decoder, TinyDecoder):
         decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return OtherDecoder(vae, decoder)

@@ -1,13 +1,13 @@
 """Transformer blocks with their element-wise work fused into single passes.
 
-What changes: q, k and v come from one product over one packed weight, of which the layers' own tensors
-become views (state-dict keys stay); norms, modulation, rotation, gates and residual additions are the passes
-of `ops.fused`; where a linear layer is float8, the pass before it hands over float8 rows, and where attention
-is, rotated q and k come out in float8.
-What it loses: nothing but rounding (relative L2 about 1e-3 a forward in bf16).
-Memory: tensors are dropped as soon as they are used, so that a block holds 8 widths of the tokens at
-most (residual before and after, q k v, rotated q and k, attention's result).
-Source: AdaLN modulation of DiT (arXiv 2212.09748), fused as serving engines do.
+What changes: q, k and v come from one product with one packed weight; the tensors of the three layers become
+views of it, and the state-dict keys are unchanged. Norms, modulation, rotation, gates and residual additions
+are the passes of `kernels.rows.FusedOps`. The pass before a quantised linear layer returns quantised rows;
+rotated q and k are float8 if the attention takes float8.
+What it loses: rounding only (relative L2 about 1e-3 a forward in bf16).
+Memory: tensors are freed as soon as they are used, so a block holds at most 8 tensors of the tokens' width
+(residual before and after, q k v, rotated q and k, attention's result).
+Source: AdaLN modulation of DiT (arXiv 2212.09748), fused as in serving engines.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Layer = nn.Linear | QuantLinear
 
 @dataclass(frozen=True, eq=False)
 class PackedProjection:
-    """Several linear layers of one input as one product. `weight_scale` is None unless float8."""
+    """Several linear layers of one input as one product. `weight_scale` is None for weights not quantised."""
 
     weight: Tensor
     bias: Tensor | None
@@ -42,7 +42,7 @@ class PackedProjection:
 
     @classmethod
     def pack(cls, layers: list[Layer]) -> PackedProjection:
-        """Put the layers' weights side by side and make the layers views of the result."""
+        """Pack the layers' weights into one tensor and make the layers' weights views of it."""
         sizes = [layer.weight.shape[0] for layer in layers]
         weight = torch.cat([layer.weight.detach() for layer in layers])
         for layer, part in zip(layers, weight.split(sizes), strict=True):
@@ -59,7 +59,7 @@ class PackedProjection:
         )
 
     def part(self, index: int) -> PackedProjection:
-        """One of the layers, of equal sizes, by itself."""
+        """One of the layers alone; all must have the same size."""
 
         def cut(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.chunk(self.layers)[index]
@@ -76,7 +76,7 @@ class PackedProjection:
 
 
 class FusedBlock(nn.Module):
-    """Stands in for `model.layers.Block`: same tensors, keys and signature."""
+    """Replaces `model.layers.Block`: same tensors, keys and signature."""
 
     def __init__(self, block: Block, ops: FusedOps) -> None:
         super().__init__()
@@ -122,7 +122,9 @@ class FusedBlock(nn.Module):
             attended = own.o(attended.flatten(-2))
 
         scale, shift = self._norm3
-        x, rows = ops.norm(x, scale, shift, eps, update_BLC=attended, gate=gate_a, quantize=_float8(cross.q))
+        x, rows = ops.norm(
+            x, scale, shift, eps, update_BLC=attended, gate=gate_a, quantize=_is_quantized(cross.q)
+        )
         del attended
         q = ops.rms(cross.q(rows), cross.norm_q.weight, eps).unflatten(-1, (heads, -1))
         del rows
@@ -130,10 +132,10 @@ class FusedBlock(nn.Module):
         del q
         attended = cross.o(attended.flatten(-2))
 
-        x, rows = ops.norm(x, scale_f, shift_f, eps, update_BLC=attended, quantize=_float8(up))
+        x, rows = ops.norm(x, scale_f, shift_f, eps, update_BLC=attended, quantize=_is_quantized(up))
         del attended
         hidden: Rows
-        if _float8(down):
+        if _is_quantized(down):
             hidden = ops.quantize(up(rows), gelu=True)
         else:
             hidden = ops.linear_gelu(cast(Tensor, rows), up.weight, cast(Tensor, up.bias))
@@ -148,8 +150,11 @@ class FusedBlock(nn.Module):
     def _attend_together(
         self, rows: Rows, rope: RopeTable, attention: TravellingAttention, kind: torch.dtype
     ) -> Tensor:
-        """Self-attention and its output layer, among several processes: v travels while q is computed, q
-        while k is, and other heads' results while the product with those that are here is."""
+        """Self-attention and its output layer among several processes.
+
+        v is sent while q is computed, and q while k is. Results of other processes' heads arrive while the
+        product with the local heads runs.
+        """
         own, heads = self.self_attn, self.num_heads
         v = attention.send(self._qkv.part(2)(rows).unflatten(-1, (heads, -1)))
         q = attention.send(self._rotated(self._qkv.part(0)(rows), own.norm_q, rope, kind))
@@ -160,12 +165,13 @@ class FusedBlock(nn.Module):
         return attention.attend_linear(q, k, v, own.o.weight, own.o.bias)
 
 
-def _float8(layer: nn.Module) -> bool:
+def _is_quantized(layer: nn.Module) -> bool:
+    """Whether the layer takes quantised rows (float8 or int8)."""
     return isinstance(layer, QuantLinear)
 
 
 def _vectors(modulation: Tensor, time_B6C: Tensor) -> list[Tensor]:
-    """The six modulation vectors, (B, 1, C) float32 and contiguous; the scales have their 1 added."""
+    """The six modulation vectors, (B, 1, C) float32 and contiguous; 1 is added to the scales."""
     shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (modulation.float() + time_B6C.float()).split(
         1, dim=1
     )
@@ -174,6 +180,6 @@ def _vectors(modulation: Tensor, time_B6C: Tensor) -> list[Tensor]:
 
 
 def apply_fused_blocks(dit: WanDiT, ops: FusedOps) -> None:
-    """Replace every block in place. After float8, before compiling or offloading."""
+    """Replace every block in place: after quantisation, before sharding and offloading."""
     for index, block in enumerate(dit.blocks):
         dit.blocks[index] = FusedBlock(cast(Block, block), ops)

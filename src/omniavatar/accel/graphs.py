@@ -1,12 +1,13 @@
 """The blocks of a forward as one CUDA graph: the host launches once instead of a thousand times.
 
-What changes: a forward of a shape that was seen before is captured, with inputs of its own into which those
-of each call are copied, and replayed from then on. It pays where a block takes the device less time than the
-host needs to launch it: small models on few tokens, above all when several GPUs share them and every block
-brings four exchanges besides (1.3B, 7,875 tokens on each of two H100: 3.3 ms to launch a block, 2.3 to run).
-What it loses: nothing, the same kernels run on the same values; a copy of the inputs (0.1 ms), the memory of
-the captured forward, and a capture (about as long as a forward) for each shape.
-Limits: blocks that stay on the device. What is captured holds their addresses: `clear` before they move.
+What changes: a forward of a shape that occurred before is captured and replayed from then on. It has its own
+input tensors, into which the inputs of each call are copied. This is faster if the device computes a block in
+less time than the host needs to launch it: small models on few tokens, above all if several GPUs share them
+and every block has four exchanges (1.3B, 7,875 tokens on each of two H100: 3.3 ms to launch a block, 2.3 to
+run it).
+What it loses: nothing, the same kernels run on the same values. It costs a copy of the inputs (0.1 ms), the
+memory of the captured forward, and a capture (about as long as a forward) for each shape.
+Limits: blocks must stay on the device. A graph holds their addresses: call `clear` before they move.
 Source: CUDA graphs in PyTorch (torch.cuda.CUDAGraph).
 
 Shapes: B batch, L tokens, C width.
@@ -27,30 +28,30 @@ from omniavatar.model.layers import BlockInputs, TokenAudio
 from omniavatar.model.rope import RopeTable
 
 SMALL_BLOCK = 2.4e12
-"""Floating-point operations of a block that are fewer than launches take: 4 ms at 600 TFLOP/s. On slower
-devices such a block takes longer, and a graph brings and costs nothing."""
+"""Up to this many floating-point operations (4 ms at 600 TFLOP/s) a block takes less time than its launches.
+On slower devices such a block takes longer, and a graph neither gains nor costs time."""
 FORWARDS_FIRST = 4
-"""Forwards of a shape before one is captured, which pays after some ten: as many as the last window of a
-few-step video has, whose shape occurs once."""
+"""Forwards of a shape before it is captured. A capture gains time after about ten forwards; the last window
+of a few-step video has a shape that occurs once and only four."""
 MOST = 4
-"""Shapes kept; a video has two, of its windows and of the last one."""
+"""Captured shapes that are kept; a video has two: its windows, and its last window."""
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
 
 
 def launches_show(config: DiTConfig, tokens: int, ranks: int = 1) -> bool:
-    """Whether a block on `tokens` tokens, shared by `ranks`, is shorter than launching it."""
+    """Whether a block on `tokens` tokens, shared by `ranks`, computes faster than the host launches it."""
     own, width = tokens / ranks, config.dim
     products = 2 * own * width * (6 * width + 2 * config.ffn_dim)
     return products + 4 * own * tokens * width < SMALL_BLOCK
 
 
 class CudaCapture:
-    """Captures what a function launches; calling what it returns first launches all of it again.
+    """Captures what a function launches; the returned replay function launches all of it again.
 
-    All captures share their memory, so what one leaves is gone when another one is replayed. Neither the
-    device is waited for nor its cached memory freed, as `torch.cuda.graph` does: that would cost a run in
-    full swing more than the capture.
+    All captures share their memory: a replay overwrites the results of other captures. Unlike
+    `torch.cuda.graph` it neither waits for the device nor frees its cached memory, which would cost a running
+    video more than the capture.
     """
 
     def __init__(self) -> None:
@@ -61,10 +62,10 @@ class CudaCapture:
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         collecting = gc.isenabled()
-        gc.disable()  # what it frees might call CUDA
+        gc.disable()  # freeing objects might call CUDA
         try:
             with torch.cuda.stream(self._stream):
-                # other threads go on calling CUDA: the video's writers, NCCL's watchdog
+                # other threads keep calling CUDA: the video's writer, NCCL's watchdog
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     out = work()
@@ -78,9 +79,10 @@ class CudaCapture:
 
 
 class GraphedBlocks:
-    """Stands in for `WanDiT.run_blocks` (see there for the arguments).
+    """Replaces `WanDiT.run_blocks`, which documents the arguments.
 
-    The first `FORWARDS_FIRST` of a shape run as ever, which compiles and allocates; the next one is captured.
+    The first `FORWARDS_FIRST` forwards of a shape run normally, which compiles and allocates; the next one is
+    captured.
     """
 
     def __init__(self, run_blocks: RunBlocks, capture: Capture) -> None:
@@ -88,14 +90,14 @@ class GraphedBlocks:
         self._entries: dict[Any, _Entry | int] = {}
 
     def clear(self) -> None:
-        """Forget what was captured, and give its memory back."""
+        """Drop all captures and free their memory."""
         self._entries.clear()
 
     def __call__(self, tokens_BLC: Tensor, inputs: BlockInputs) -> Tensor:
         key = _shapes(tokens_BLC, inputs)
         found = self._entries.pop(key, 0)
         while len(self._entries) >= MOST:
-            del self._entries[next(iter(self._entries))]  # the shape that was not used for longest
+            del self._entries[next(iter(self._entries))]  # the least recently used shape
         if found == FORWARDS_FIRST:
             found = _Entry(self._run_blocks, self._capture, tokens_BLC, inputs)
         if isinstance(found, _Entry):
@@ -126,7 +128,7 @@ class _Entry:
         return self._out.clone()
 
     def _rebuilt(self, inputs: BlockInputs) -> tuple[Tensor, BlockInputs]:
-        """This entry's tensors in the places of those of a call."""
+        """The arguments of a call with this entry's tensors in place of the call's."""
         own = iter(self._own)
         tokens, modulation, rope = next(own), next(own), RopeTable(next(own), next(own))
         audio = tuple(None if each is None else next(own) for each in _per_frame(inputs))
@@ -141,13 +143,13 @@ def _per_frame(inputs: BlockInputs) -> list[Tensor | None]:
 
 
 def _changing(tokens_BLC: Tensor, inputs: BlockInputs) -> Iterator[Tensor]:
-    """Every tensor of a call but the text's, in a fixed order."""
+    """Every tensor of a call except the text's, in a fixed order."""
     yield from (tokens_BLC, inputs.modulation, inputs.rope.cos, inputs.rope.sin)
     yield from (each for each in _per_frame(inputs) if each is not None)
 
 
 def _shapes(tokens_BLC: Tensor, inputs: BlockInputs) -> Any:
-    """All that a captured forward depends on besides the values it copies."""
+    """Everything that a captured forward depends on, except the values it copies."""
     run = (inputs.audio.first, inputs.audio.total) if isinstance(inputs.audio, TokenAudio) else None
     tensors = tuple((tensor.shape, tensor.dtype) for tensor in _changing(tokens_BLC, inputs))
     heard = tuple(each is not None for each in _per_frame(inputs))

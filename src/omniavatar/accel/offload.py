@@ -1,20 +1,20 @@
-"""Streaming of transformer blocks: those beyond the resident ones live in host memory and visit the device.
+"""Streaming of transformer blocks: some lie in host memory and are copied to the device when needed.
 
-What changes: a streamed block's weights are one piece of pinned host memory. A small ring of device buffers
-takes them in turn; each buffer has a twin of the block whose tensors are views of it, so a forward moves no
-pointer. While one block computes, the next ones are copied on a stream of their own: the computing stream
-waits for an event of the copy, the copy for an event of the last computation that read the buffer, and the
-host for nothing. After the last block comes the first one again: its copy hides behind head, sampler and the
-next embedding. Keys and values of the text need two layers of each block once a prompt; these stay in host
-memory (`HostLinear`) and take no room in the ring. Streamed blocks lie evenly among the resident ones.
-What it loses: nothing, results are equal to the bit; time only where a copy outlasts the computation it hides
-behind (14B in bf16: 0.60 GB a block, 11 ms at 55 GB/s).
+What changes: a streamed block's weights are one piece of pinned host memory. They are copied in turn into a
+small ring of device buffers. Each buffer has a copy of the block whose tensors are views of it, so a forward
+changes no pointer. While one block computes, the next ones are copied on a separate stream. The computing
+stream waits for an event of the copy, the copy for an event of the last computation that read the buffer; the
+host never waits. The first block follows the last one: its copy overlaps with head, sampler and the next
+embedding. Two layers of each block make the text's keys and values, once for a prompt. They stay in host
+memory (`HostLinear`) and outside the ring. Streamed blocks are spread evenly among the resident ones.
+What it loses: nothing, results are bit-identical. It costs time only if a copy takes longer than the
+computation it overlaps with (14B in bf16: 0.60 GB a block, 11 ms at 55 GB/s).
 
-Blocks are replaced in `dit.blocks` by `StreamedBlock`s of the same keys and signature, so `run_blocks`, a
-cache around it and `prepare_text` stay as they are. On the CPU the same bookkeeping runs with plain copies.
+Blocks are replaced in `dit.blocks` by `StreamedBlock`s with the same keys and signature, so `run_blocks`, a
+cache around it and `prepare_text` are unchanged. On the CPU the same bookkeeping runs with plain copies.
 
-Limits: all streamed blocks have one layout; weights must not be moved or changed afterwards; host memory for
-them is taken whole and locked. Source: weight streaming as in FlexGen (arXiv 2303.06865).
+Limits: all streamed blocks have one layout. Weights must not be moved or changed afterwards. Host memory for
+them is allocated and locked at once. Source: weight streaming as in FlexGen (arXiv 2303.06865).
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from omniavatar.model.dit import WanDiT
 from omniavatar.model.layers import CrossAttention
 
 PARKED = ("k", "v")
-"""Layers of a block's cross-attention used once a prompt, for the text's keys and values."""
+"""Layers of a block's cross-attention that are used once for a prompt: the text's keys and values."""
 
 
 @dataclass(frozen=True)
 class OffloadConfig:
-    """resident_blocks: blocks that stay on the device. ring: buffers for the others; 1 hides no copy."""
+    """resident_blocks: blocks that stay on the device. ring: buffers for the others; 1 overlaps no copy."""
 
     resident_blocks: int
     ring: int = 2
 
 
 @dataclass(eq=False)
-class Slot:
+class RingSlot:
     """One device buffer, the block that computes from it, and the index of the block it holds."""
 
     buffer: Tensor
@@ -56,39 +56,39 @@ class Slot:
 
 
 class Copies(Protocol):
-    """How weights get into a slot. Calls for one slot come as copy, wait, (compute), computed, copy, ..."""
+    """Copies weights into slots. The calls for one slot are copy, wait, (compute), computed, copy, ..."""
 
-    def copy(self, slot: Slot, host: Tensor) -> None:
-        """Begin to fill the slot, after the last computation that read it."""
+    def copy(self, slot: RingSlot, host: Tensor) -> None:
+        """Start to fill the slot once the last computation that reads it is done."""
 
-    def wait(self, slot: Slot) -> None:
-        """What is computed from now on sees the filled slot."""
+    def wait(self, slot: RingSlot) -> None:
+        """Make later computations wait until the slot is filled."""
 
-    def computed(self, slot: Slot) -> None:
-        """The computation that reads the slot has been handed to the device."""
+    def computed(self, slot: RingSlot) -> None:
+        """Record that the computation that reads the slot is queued."""
 
 
 class DirectCopies:
-    """Copies at once, for devices without streams; the twin of `StreamCopies`."""
+    """Copies that block, for devices without streams: the slow equivalent of `StreamCopies`."""
 
-    def copy(self, slot: Slot, host: Tensor) -> None:
+    def copy(self, slot: RingSlot, host: Tensor) -> None:
         slot.buffer.copy_(host)
 
-    def wait(self, slot: Slot) -> None:
+    def wait(self, slot: RingSlot) -> None:
         pass
 
-    def computed(self, slot: Slot) -> None:
+    def computed(self, slot: RingSlot) -> None:
         pass
 
 
 class StreamCopies:
-    """Copies on a CUDA stream of their own; a slot's two events are (filled, read)."""
+    """Copies on a separate CUDA stream; a slot's two events are (filled, read)."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
-    def copy(self, slot: Slot, host: Tensor) -> None:
+    def copy(self, slot: RingSlot, host: Tensor) -> None:
         if not slot.events:
             slot.events = [torch.cuda.Event(), torch.cuda.Event()]
             slot.events[1].record(torch.cuda.current_stream(self._device))
@@ -98,24 +98,24 @@ class StreamCopies:
             slot.buffer.copy_(host, non_blocking=True)
         filled.record(self._stream)
 
-    def wait(self, slot: Slot) -> None:
+    def wait(self, slot: RingSlot) -> None:
         torch.cuda.current_stream(self._device).wait_event(slot.events[0])
 
-    def computed(self, slot: Slot) -> None:
+    def computed(self, slot: RingSlot) -> None:
         slot.events[1].record(torch.cuda.current_stream(self._device))
 
 
 class BlockRing:
-    """Which streamed block lies in which slot, and what is copied next."""
+    """Decides which slot holds which streamed block, and what is copied next."""
 
-    def __init__(self, hosts: dict[int, Tensor], slots: Sequence[Slot], copies: Copies) -> None:
+    def __init__(self, hosts: dict[int, Tensor], slots: Sequence[RingSlot], copies: Copies) -> None:
         self.slots = tuple(slots)
         self._hosts, self._copies = hosts, copies
         self._order = sorted(hosts)
         self._position = {index: place for place, index in enumerate(self._order)}
 
     def run(self, index: int, *args: Any) -> Tensor:
-        """Compute block `index`; the blocks after it are on their way before this returns."""
+        """Compute block `index`; the copies of the next blocks are queued before this returns."""
         slot = self._fetch(index, self._after(index, inclusive=True))
         self._copies.wait(slot)
         try:
@@ -128,13 +128,13 @@ class BlockRing:
         return out
 
     def _after(self, index: int, inclusive: bool) -> list[int]:
-        """As many blocks as there are slots, in cyclic order, from `index` or the block after it."""
+        """One block for each slot, in cyclic order, from `index` or the block after it."""
         first = self._position[index] + (not inclusive)
         count = min(len(self.slots), len(self._order))
         return [self._order[(first + step) % len(self._order)] for step in range(count)]
 
-    def _fetch(self, index: int, keep: Sequence[int]) -> Slot:
-        """The slot of block `index`, filled from the host if need be; slots of `keep` are not given up."""
+    def _fetch(self, index: int, keep: Sequence[int]) -> RingSlot:
+        """The slot of block `index`, filled from the host if necessary; blocks of `keep` are not replaced."""
         held = next((slot for slot in self.slots if slot.holds == index), None)
         if held is not None:
             return held
@@ -146,7 +146,7 @@ class BlockRing:
 
 
 class HostLinear(nn.Module):
-    """A linear layer that lives in host memory and visits the device of its input for each call."""
+    """A linear layer in host memory; each call copies its weights to the device of the input."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class HostLinear(nn.Module):
 
 
 class StreamedBlock(nn.Module):
-    """Stands in for a block whose weights are in host memory: same keys and signature."""
+    """Replaces a block whose weights are in host memory: same keys and signature."""
 
     def __init__(self, host_block: nn.Module, index: int) -> None:
         super().__init__()
@@ -172,13 +172,13 @@ class StreamedBlock(nn.Module):
 
     def forward(self, *args: Any) -> Tensor:
         if self.ring is None:
-            raise RuntimeError(f"block {self.index} is in host memory and has no ring to run in")
+            raise RuntimeError(f"block {self.index} is in host memory and is not attached to a ring")
         return self.ring.run(self.index, *args)
 
 
 @dataclass(frozen=True, eq=False)
 class _HostBlock:
-    """A block in host memory: `block`'s `tensors` are views of `buffer`; `shared` is common to its twins."""
+    """A block in host memory: `tensors` of `block` are views of `buffer`; its copies share `shared`."""
 
     block: nn.Module
     buffer: Tensor
@@ -188,7 +188,7 @@ class _HostBlock:
 
 
 class Offloader:
-    """The streamed part of one model. More blocks may be sent to the host later, none come back."""
+    """The streamed part of one model. More blocks may be moved to the host later; none are moved back."""
 
     def __init__(self, dit: WanDiT, device: torch.device, copies: Copies | None = None) -> None:
         self._dit, self._device = dit, device
@@ -200,12 +200,13 @@ class Offloader:
     @torch.inference_mode(False)
     @torch.no_grad()
     def apply(self, config: OffloadConfig) -> None:
-        """Stream as many blocks as `config` says, those streamed already among them. Waits for the device.
+        """Stream all but `config.resident_blocks` blocks, in addition to those streamed already.
 
-        Raises ResourceError when the host has no memory to lock, ValueError for blocks of different layouts.
+        It waits for the device. Raises ResourceError if the host has no memory to lock, ValueError for blocks
+        of different layouts.
         """
         if config.ring < 1:
-            raise ValueError("a ring has at least one buffer")
+            raise ValueError("a ring must have at least one buffer")
         if config == self._applied:
             return
         self._applied = None
@@ -213,10 +214,10 @@ class Offloader:
             torch.cuda.synchronize(self._device)
         self._detach()
         blocks = self._dit.blocks
-        wanted = len(blocks) - config.resident_blocks
+        streamed = len(blocks) - config.resident_blocks
         even = streamed_blocks(len(blocks), config.resident_blocks)
         for index in (*even, *range(len(blocks))):
-            if len(self._hosts) < wanted and index not in self._hosts:
+            if len(self._hosts) < streamed and index not in self._hosts:
                 self._send(index)
         gc.collect()
         if self._device.type == "cuda":
@@ -237,7 +238,7 @@ class Offloader:
         tensors = block_tensors(block, {id(tensor) for tensor in stays})
         layout = layout_of(tensors)
         if any(other.layout != layout for other in self._hosts.values()):
-            raise ValueError(f"block {index} is laid out unlike the streamed blocks before it")
+            raise ValueError(f"block {index} has another layout than the streamed blocks before it")
         shared = [*stays, *(vars(module)["_ops"] for module in block.modules() if "_ops" in vars(module))]
         buffer = host_buffer(layout.size, self._device)
         fill(buffer, tensors, layout)
@@ -251,7 +252,7 @@ class Offloader:
         for _ in range(ring):
             buffer = torch.empty(host.layout.size, dtype=torch.uint8, device=self._device)
             block, _ = rebuilt(host.block, host.tensors, host.layout, buffer, host.shared)
-            slots.append(Slot(buffer, block))
+            slots.append(RingSlot(buffer, block))
         copies = self._copies
         if copies is None:
             copies = StreamCopies(self._device) if self._device.type == "cuda" else DirectCopies()
@@ -266,7 +267,7 @@ class Offloader:
 
 
 def streamed_blocks(blocks: int, resident: int) -> list[int]:
-    """Indices of the blocks to stream, evenly among the resident ones."""
+    """Indices of the blocks to stream, spread evenly among the resident ones."""
     streamed = max(blocks - resident, 0)
     return [i * blocks // streamed for i in range(streamed)]
 
@@ -274,7 +275,7 @@ def streamed_blocks(blocks: int, resident: int) -> list[int]:
 def apply_offload(
     dit: WanDiT, config: OffloadConfig, device: torch.device, copies: Copies | None = None
 ) -> Offloader:
-    """Stream blocks of `dit` to `device`, in place; after every other optimisation. See `Offloader.apply`."""
+    """Stream blocks of `dit` to `device`, in place, after all other optimisations. See `Offloader.apply`."""
     offloader = Offloader(dit, device, copies)
     offloader.apply(config)
     return offloader

@@ -1,8 +1,8 @@
-"""Host memory that a CUDA device reads at full speed: page-locked, of exactly the size asked for.
+"""Host memory that a CUDA device reads at full speed: page-locked, of exactly the requested size.
 
-PyTorch's own pinned allocator rounds up to powers of two, which for blocks of 0.6 GB takes 1.8 times the
-memory; here whole pages are mapped and registered with CUDA, and unregistered when the last tensor on them
-goes. Host to device on an H100: 55 GB/s against 3.9 GB/s from pageable memory.
+PyTorch's pinned allocator rounds up to powers of two, which takes 1.8 times the memory for blocks of 0.6 GB.
+Here whole pages are mapped and registered with CUDA, and unregistered when their last tensor is freed.
+Host to device on an H100: 55 GB/s, against 3.9 GB/s from pageable memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from omniavatar.errors import ResourceError
 def host_buffer(size: int, device: torch.device) -> Tensor:
     """`size` bytes of host memory as uint8, locked for copies to `device` if that is a CUDA device.
 
-    Raises ResourceError when the host cannot give or lock that much.
+    Raises ResourceError if the host cannot allocate or lock that much.
     """
     if device.type != "cuda":
         return torch.empty(size, dtype=torch.uint8)
@@ -47,7 +47,7 @@ def host_copy(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def host_memory() -> tuple[int, int]:
-    """(available, total) bytes of the host; available is the total where /proc/meminfo is missing."""
+    """(available, total) bytes of the host; available is the total if /proc/meminfo is missing."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     meminfo = Path("/proc/meminfo")
     if not meminfo.is_file():
@@ -57,7 +57,7 @@ def host_memory() -> tuple[int, int]:
 
 
 def check_host_room(size: int) -> None:
-    """Raise ResourceError where the host has less than `size` bytes: it would be killed, not refused."""
+    """Raise ResourceError if the host has less than `size` bytes: the process would be killed later."""
     available = host_memory()[0]
     if size > available:
         raise ResourceError(_refusal(size, f"{available / 2**30:.2f} GiB are available"))
@@ -69,6 +69,6 @@ def _unregister(address: int) -> None:
 
 def _refusal(size: int, reason: str) -> str:
     return (
-        f"memory: {size / 2**30:.2f} GiB of host memory for streamed weights cannot be had ({reason}); "
+        f"memory: {size / 2**30:.2f} GiB of host memory for streamed weights cannot be allocated ({reason}); "
         "raise memory (or num_persistent_param_in_dit), use quantize=fp8, or free host memory"
     )

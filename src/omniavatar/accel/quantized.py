@@ -1,11 +1,12 @@
-"""Linear layers of the blocks in float8 (e4m3) or int8, one scale a row of weights and a row of activations.
+"""Linear layers of the blocks in float8 (e4m3) or int8, one scale for each row of weights and activations.
 
 What changes: q, k, v, o of self-attention, q and o of cross-attention and both feed-forward layers become
-`QuantLinear`; keys and values of the text (made once a prompt), embeddings, modulation and head stay as they
-are. Weights are quantised after the merge. What it loses: float8 about 2.6 % relative error a product (3
-mantissa bits), 1.5 to 4 % of a whole forward on random weights; int8 about 1 % a product on even rows and
-more on rows with outliers, which float8 takes better. Measure it beside the speed.
-Limits: float8 needs compute capability 8.9, int8 8.0; the CPU runs the slow twins.
+`QuantLinear`. Keys and values of the text (made once for a prompt), embeddings, modulation and head are
+unchanged. Weights are quantised after the merge.
+What it loses: float8 has about 2.6 % relative error a product (3 mantissa bits), and 1.5 to 4 % a forward on
+random weights. int8 has about 1 % a product on even rows and more on rows with outliers, where float8 is
+better. Measure the error together with the speed.
+Limits: float8 needs compute capability 8.9, int8 8.0; the CPU runs slow equivalents.
 Source: FP8 formats for deep learning (arXiv 2209.05433), LLM.int8() (arXiv 2208.07339); row-wise scaling as
 in PyTorch's `_scaled_mm`.
 """
@@ -14,15 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from omniavatar.accel.kernels.rows import FP8, FusedOps, QuantRows, Rows, quantize_rows
+from omniavatar.accel.kernels.rows import FusedOps, QuantRows, Rows, quantize_rows
 from omniavatar.accel.kernels.scaled import scaled_linear
+from omniavatar.accel.precision import PRECISIONS, check_quantize
 from omniavatar.checkpoint.strict import TensorSource
-from omniavatar.errors import ResourceError
 from omniavatar.model.dit import WanDiT
 
 QUANTIZED = (
@@ -33,11 +34,8 @@ QUANTIZED = (
 )
 
 
-FORM_NAMES = {FP8: "fp8", torch.int8: "int8"}
-
-
 class QuantLinear(nn.Module):
-    """A linear layer with float8 or int8 weights. Takes plain rows (and quantises them) or quantised ones."""
+    """A linear layer with float8 or int8 weights. It takes quantised rows, or quantises plain rows."""
 
     weight: Tensor
     weight_scale: Tensor
@@ -55,7 +53,7 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, ops: FusedOps) -> QuantLinear:
-        """Quantise the rows of a layer's weight; the output dtype is the layer's."""
+        """The layer with the rows of its weight quantised; the output dtype is unchanged."""
         rows = quantize_rows(linear.weight.detach().float(), ops.row_dtype)
         bias = None if linear.bias is None else linear.bias.detach()
         return cls(rows.data, rows.scale, bias, linear.weight.dtype, ops)
@@ -69,15 +67,15 @@ class QuantLinear(nn.Module):
 class QuantForm:
     """How merged weights become float8 or int8 while they are loaded (`checkpoint.dit.WeightForm`).
 
-    Each weight is quantised from the float32 sum of the merge, on the device, one at a time.
+    The weights are quantised one at a time on the device, each from the float32 sum of the merge.
     """
 
     ops: FusedOps
 
     @property
     def name(self) -> str:
-        """fp8 or int8."""
-        return FORM_NAMES[self.ops.row_dtype]
+        """The value of `quantize` that stands for this form: fp8 or int8."""
+        return next(each.name for each in PRECISIONS if each.create() == self.ops.row_dtype)
 
     def prepare(self, model: WanDiT) -> None:
         """Replace the layers named in `QUANTIZED` in every block, in place."""
@@ -88,7 +86,7 @@ class QuantForm:
                 setattr(block.get_submodule(parent), leaf, QuantLinear.from_linear(linear, self.ops))
 
     def convert(self, sources: Mapping[str, TensorSource], device: torch.device) -> dict[str, TensorSource]:
-        """Each quantised weight as two sources, data and scales."""
+        """The sources, with two for each quantised weight: data and scales."""
         converted: dict[str, TensorSource] = {}
         for key, source in sources.items():
             converted |= (
@@ -117,33 +115,8 @@ def _quantized(
 
 
 def is_quantized(dit: WanDiT) -> bool:
-    """Whether the model's layers are float8 already."""
+    """Whether the model's layers are quantised already."""
     return any(isinstance(module, QuantLinear) for module in dit.modules())
-
-
-def check_quantize(form: str, device: torch.device) -> None:
-    """Raise ResourceError where the device has no products of `form` (fp8, int8); the CPU has slow twins."""
-    if device.type != "cuda":
-        return
-    needed, remedy = {"fp8": ((8, 9), "int8 or none"), "int8": ((8, 0), "none")}[form]
-    if torch.cuda.get_device_capability(device) < needed:
-        name, version = torch.cuda.get_device_name(device), ".".join(map(str, needed))
-        raise ResourceError(
-            f"quantize: {name} has no {form} products (compute capability {version}); use quantize={remedy}"
-        )
-
-
-def best_quantize(device: torch.device) -> Literal["fp8", "int8"] | None:
-    """The form a CUDA device runs faster than bf16: float8, else int8, else None; None for a CPU."""
-    if device.type != "cuda":
-        return None
-    for form in ("fp8", "int8"):
-        try:
-            check_quantize(form, device)
-        except ResourceError:
-            continue
-        return form
-    return None
 
 
 def apply_quantization(dit: WanDiT, ops: FusedOps) -> None:

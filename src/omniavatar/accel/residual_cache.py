@@ -1,9 +1,10 @@
-"""Reuses the residual of the whole block stack where a pass of the plan says so.
+"""Reuses the residual of the whole block stack in the passes that the plan skips.
 
-What changes: at a skipped pass the blocks (audio additions included) are replaced by adding the residual
-`tokens after - tokens before` of the branch's last computed step, kept apart for every guidance branch and
-only as long as a later step reuses it. Embedding and head always run. What it loses: skipped passes are
-approximations (see sampling.step_cache for the plans, sampling.passes for branches that pause).
+What changes: a skipped pass does not run the blocks (audio additions included). It adds the residual
+`tokens after - tokens before` of the branch's last computed step. Each guidance branch has its own residual,
+kept only while a later step reuses it. Embedding and head always run.
+What it loses: skipped passes are approximations (plans: `sampling.step_cache`; branches that pause:
+`sampling.passes`).
 Source: TeaCache (arXiv 2411.19108), MagCache (arXiv 2506.09045).
 """
 
@@ -19,7 +20,7 @@ from omniavatar.sampling.passes import Pass
 
 
 class PassRunner(Protocol):
-    """Gives what stands in for the block stack in each pass of a window."""
+    """Provides what runs in place of the block stack in each pass of a window."""
 
     def runner(self, each: Pass) -> RunBlocks: ...
 
@@ -32,7 +33,7 @@ class ResidualCache:
         self._residuals: dict[str, Tensor] = {}
 
     def runner(self, each: Pass) -> RunBlocks:
-        """What stands in for the block stack in this pass."""
+        """What runs in place of the block stack in this pass."""
         branch = each.branch.name
         if not each.compute:
             residual = self._residuals[branch] if each.keep else self._residuals.pop(branch)

@@ -1,9 +1,9 @@
-"""Measures how the block stack's residual changes from step to step, while a window runs with every step.
+"""Measures how the block stack's residual changes from step to step, in windows that compute every step.
 
-Stands in for `ResidualCache` (same seam, `PassRunner`) and changes nothing: each branch's residual is kept
-until the branch's next step and compared with the new one in float32, some thousand tokens at a time, on
-the device; nothing waits for it before `changes`. Costs one residual a branch of memory, and a few passes
-over the tokens a forward.
+It takes the place of `ResidualCache` (both are a `PassRunner`) and changes no result. Each branch's residual
+is kept until the branch's next step and compared with the new one on the device, in float32, a few thousand
+tokens at a time. Nothing waits for the device before `changes`. It costs the memory of one residual for each
+branch, and a few passes over the tokens in each forward.
 Source of what is measured: MagCache (arXiv 2506.09045), TeaCache (arXiv 2411.19108).
 """
 
@@ -20,28 +20,28 @@ from omniavatar.sampling.passes import Pass
 
 TOKENS_A_PIECE = 4096
 SMALLEST = 1e-12
-Rows = dict[str, list[Tensor]]
+Figures = dict[str, list[Tensor]]
 """For each branch, from its second step on, the four figures of `ResidualChanges`."""
 
 
 class ResidualMeter:
-    """Give `window` to `WindowGenerator` as `make_cache`, `keep` each window that is done, read `changes`."""
+    """Pass `window` to `WindowGenerator` as `make_cache`, call `keep` after each window, read `changes`."""
 
     def __init__(self) -> None:
-        self._begun: Rows = {}
-        self._windows: list[Rows] = []
+        self._begun: Figures = {}
+        self._windows: list[Figures] = []
 
     def window(self, run_blocks: RunBlocks) -> PassRunner:
-        """The runner of one window. What was measured of a window that was not kept is forgotten."""
+        """The runner of one window. Figures of a window that was not kept are dropped."""
         self._begun = {}
         return _WindowMeter(run_blocks, self._begun)
 
     def keep(self) -> None:
-        """The window begun last has come to its end: it counts."""
+        """Keep the figures of the last window."""
         self._windows.append(self._begun)
 
     def changes(self) -> dict[str, ResidualChanges]:
-        """For each branch the median over the kept windows, one number a step."""
+        """For each branch the median over the kept windows, one number for each step."""
         found = {}
         for name in self._windows[0]:
             rows = torch.stack([torch.stack(window[name]) for window in self._windows])
@@ -52,9 +52,9 @@ class ResidualMeter:
 
 
 class _WindowMeter:
-    """Adds to `rows`; the residuals live as long as the window."""
+    """Appends to `rows`; keeps the residuals of one window."""
 
-    def __init__(self, run_blocks: RunBlocks, rows: Rows) -> None:
+    def __init__(self, run_blocks: RunBlocks, rows: Figures) -> None:
         self._run_blocks, self._rows = run_blocks, rows
         self._residuals: dict[str, Tensor] = {}
 

@@ -1,10 +1,11 @@
 """The prompt's keys without their padding, on a CPU.
 
-Prompts are padded with zeros to 512 tokens, and the padding is attended to like words. All of it has one key
-and one value: to meet a key m times in a softmax is to meet it once with log m added to its score. So the
-words and one token of padding are kept, and what is added goes along as one more column of the keys.
-What it loses: nothing but rounding. What it gains: attention to the text costs what its words cost, a seventh
-of a forward of the pocket model; with a GPU and real sizes, where it is a hundredth, nothing is changed.
+Prompts are padded with zeros to 512 tokens, and the model attends to the padding as it does to words. All
+padding has the same key and value, and a key that occurs m times in a softmax equals one key with log m added
+to its score. So the words and one token of padding are kept; the added score is one more column of the keys.
+What it loses: rounding only. What it gains: attention to the text costs only what the words cost, which saves
+a seventh of a forward of the pocket model. With a GPU and real sizes it is a hundredth, so nothing is changed
+there.
 
 Shapes: B batch, S text tokens, H heads, D head dim, L video tokens.
 """
@@ -22,7 +23,7 @@ from omniavatar.model.dit import TextState, WanDiT
 
 
 class WeightedKeys:
-    """Attention whose keys may have one column more than the queries, which is added to their scores."""
+    """Attention whose keys may have one column more than the queries; the column is added to their scores."""
 
     def __init__(self, attention: AttentionFn) -> None:
         self.attention = attention
@@ -37,12 +38,12 @@ class WeightedKeys:
 
 
 def apply_short_text(dit: WanDiT) -> None:
-    """Let the text attention of `dit` take what `prepare_text` makes."""
+    """Make the text attention of `dit` take the keys that `prepare_text` returns."""
     dit.text_attention = WeightedKeys(dit.text_attention)
 
 
 def prepare_text(dit: WanDiT, embedding_BSE: Tensor) -> TextState:
-    """`dit.prepare_text`, without the padding where `apply_short_text` was applied."""
+    """`dit.prepare_text`, without the padding if `apply_short_text` was applied."""
     text = dit.prepare_text(embedding_BSE)
     if not isinstance(dit.text_attention, WeightedKeys):
         return text
@@ -53,7 +54,7 @@ def prepare_text(dit: WanDiT, embedding_BSE: Tensor) -> TextState:
 
 
 def _words(embedding_BSE: Tensor) -> int:
-    """Tokens before the padding, the most of all rows."""
+    """Number of tokens before the padding, the largest of all rows."""
     used = (embedding_BSE != 0).any(-1).any(0).nonzero()
     return int(used.max()) + 1 if len(used) else 0
 

@@ -1,14 +1,18 @@
 """The video VAE at the speed of its convolutions: the plain module's weights on channels-last frames.
 
-What changes: frames are channels-last; bias, residual sum, norm and SiLU are one kernel that writes straight
-into the next convolution's input (`vae_frames`, `kernels.channel_norm`); nearest doubling and the convolution
-after it are one 2x2 convolution with four output phases; narrow convolutions take two columns at once; 1x1
-convolutions and the attention of a frame are matrix products; several latents go at a time.
-What it loses: nothing but rounding. Sums are rounded less often than in the plain modules; with
-`merged_upsample` the added weights are rounded once more in bf16.
-Limits: one clip after the other (batches are loops); memory grows with `latents_at_once`: about 1.2 GiB of
-past frames and 0.7 GiB a latent at 400x720 in bf16 for the released sizes. No CUDA graph: a pass takes
-tens of milliseconds on the GPU and about three to launch, so the launches are hidden.
+What changes:
+- frames are channels-last;
+- bias, residual sum, norm and SiLU are one kernel that writes into the next convolution's input
+  (`vae_frames`, `kernels.channel_norm`);
+- nearest doubling and the convolution after it are one 2x2 convolution with four output phases;
+- narrow convolutions take two columns at once;
+- 1x1 convolutions and the attention of a frame are matrix products;
+- a pass takes several latents.
+What it loses: rounding only. Sums are rounded less often than in the plain modules; `merged_upsample` rounds
+the added weights once more in bf16.
+Limits: the clips of a batch run one after the other. Memory grows with `latents_at_once`: about 1.2 GiB of
+past frames and 0.7 GiB a latent at 400x720 in bf16 for the released sizes. CUDA graphs would gain nothing: a
+pass takes tens of milliseconds on the GPU and about three to launch.
 Source: the plain modules in `model.vae` (Wan 2.1, arXiv 2503.20314).
 
 Shapes: B clips, N = 4T-3 frames, T latents, H W pixels, h w = H/8 W/8.
@@ -16,7 +20,6 @@ Shapes: B clips, N = 4T-3 frames, T latents, H W pixels, h w = H/8 W/8.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,17 +30,16 @@ from torch import Tensor
 
 from omniavatar.accel.kernels import channel_norm
 from omniavatar.accel.kernels.channel_norm import AddNorm
-from omniavatar.accel.vae_frames import Clip, FrameLayers, Rows, pointwise
-from omniavatar.errors import ResourceError
-from omniavatar.model.vae import Decoder, Encoder, VideoVAE, WanVAE, denormalise, normalise
+from omniavatar.accel.vae_frames import Clip, FrameLayers, SharedRows, pointwise
+from omniavatar.model.vae import Decoder, Encoder, WanVAE, denormalise, normalise
 
 Kernels = Literal["eager", "triton"]
-SplitRows = Callable[[int], Rows | None]
-"""This rank's rows of a picture of so many latent rows, None for all of them (`accel.shared_vae`)."""
+SplitRows = Callable[[int], SharedRows | None]
+"""From a picture's number of latent rows to this rank's rows, None for all of them (`parallel.vae`)."""
 
 
 def whole_picture(rows: int) -> None:
-    """All rows of every picture."""
+    """The `SplitRows` of a process that computes whole pictures."""
 
 
 @dataclass(frozen=True)
@@ -45,69 +47,33 @@ class FastVAEConfig:
     """How the fast VAE runs."""
 
     kernels: Kernels = "triton"
-    """triton (CUDA only), or its eager twins."""
+    """triton (CUDA only), or eager: the same in plain PyTorch."""
     merged_upsample: bool = True
     """Doubling and the convolution after it as one 2x2 convolution of four phases."""
     matmul_attention: bool = True
     """Attention of a frame as two matrix products, else PyTorch's scaled_dot_product_attention."""
     paired_columns: bool = True
-    """Convolutions of up to 96 channels over pairs of neighbouring columns; worth it on CUDA only."""
+    """Convolutions of up to 96 channels run over pairs of neighbouring columns; faster on CUDA only."""
     search_convolutions: bool = False
-    """Let cuDNN choose kernels by timing them, once a process for each shape. Two processes may choose
-    differently and then round differently, so a resumed video would not be the same to the byte."""
+    """cuDNN chooses kernels by timing them, once for each shape in a process. Two processes may choose
+    differently and round differently: a resumed video would not be the same byte for byte."""
     latents_at_once: int = 2
-    """Latents a decoding pass after the first one."""
+    """Latents in a decoding pass after the first one."""
     frames_at_once: int = 12
-    """Frames an encoding pass after the first one, a multiple of 4."""
-
-
-def available_vaes(device: torch.device) -> list[str]:
-    """Names `choose_vae` accepts on this device, besides `auto`."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return ["plain"]
-    return ["plain", "fast"]
-
-
-def pass_sizes(chosen: str) -> tuple[int, ...]:
-    """Latents a decoding pass may have, the largest first; one entry where passes are fixed.
-
-    Another size may round differently, since the convolution library chooses its kernels by shape.
-    """
-    return (2, 1) if chosen == "fast" else (1,)
+    """Frames in an encoding pass after the first one, a multiple of 4."""
 
 
 def frames_of_pass(latents: int) -> int:
-    """Frames encoded at once where so many latents are decoded at once."""
+    """Frames that are encoded at once if `latents` latents are decoded at once."""
     return 8 * latents - 4
 
 
-def choose_vae(name: str, device: torch.device) -> str:
-    """The name `name` stands for on this device; `auto` is fast, but plain on CUDA without triton.
-
-    Raises ResourceError for a name that does not exist or cannot run on `device`.
-    """
-    there = available_vaes(device)
-    chosen = there[-1] if name == "auto" else name
-    if chosen not in there:
-        raise ResourceError(
-            f"vae: {chosen!r} cannot run on {device.type} here (fast needs the package triton on CUDA); "
-            f"choose one of: auto, {', '.join(there)}"
-        )
-    return chosen
-
-
 def coding_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What a VAE computes in where the rest of a model is `dtype`: float32 on a CPU, whose convolutions in
-    bfloat16 are emulated and take 15 to 40 times as long."""
+    """The precision of the VAE of a model in `dtype`: float32 on a CPU, else `dtype`.
+
+    CPUs emulate convolutions in bfloat16, which takes 15 to 40 times as long.
+    """
     return torch.float32 if device.type == "cpu" else dtype
-
-
-def create_vae(chosen: str, vae: WanVAE, device: torch.device) -> VideoVAE:
-    """The VAE around loaded weights, by a name from `choose_vae`."""
-    if chosen == "plain":
-        return vae
-    cuda = device.type == "cuda"
-    return apply_fast_vae(vae, FastVAEConfig("triton" if cuda else "eager", paired_columns=cuda))
 
 
 def apply_fast_vae(vae: WanVAE, config: FastVAEConfig) -> FastVAE:
@@ -116,11 +82,11 @@ def apply_fast_vae(vae: WanVAE, config: FastVAEConfig) -> FastVAE:
 
 
 class FastVAE:
-    """Stands in for a `WanVAE`: same methods, same shapes, same numbers within rounding."""
+    """Replaces a `WanVAE`: same methods, same shapes, same numbers within rounding."""
 
     def __init__(self, vae: WanVAE, config: FastVAEConfig) -> None:
         if config.frames_at_once % 4 or config.frames_at_once < 4 or config.latents_at_once < 1:
-            raise ValueError("frames_at_once is a multiple of 4 and latents_at_once at least 1")
+            raise ValueError("frames_at_once must be a multiple of 4 and latents_at_once at least 1")
         self.plain = vae
         self.config = config
         self._layers = FrameLayers(
@@ -129,23 +95,23 @@ class FastVAE:
         self._layers.prepare(vae)
 
     def use_pass(self, latents: int) -> None:
-        """From the next clip on decode so many latents at once, and encode as many frames as go with them."""
+        """From the next clip on, decode `latents` and encode `frames_of_pass(latents)` frames at once."""
         frames = frames_of_pass(latents)
         self.config = replace(self.config, latents_at_once=latents, frames_at_once=frames)
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels a latent pixel covers along one axis: 8."""
+        """Pixels that a latent pixel covers along one axis: 8."""
         return self.plain.spatial_factor
 
     @torch.no_grad()
     def encode(self, video: Tensor, split: SplitRows = whole_picture) -> Tensor:
         """Normalised posterior mean (B, 16, T, h, w) float32 of pixels (B, 3, 4T-3, H, W) in [-1, 1].
 
-        split: the rows to compute; the ranks that share a picture all take and give the whole of it.
+        split: the rows that this rank computes. Ranks that share a picture all pass and return the whole one.
         """
         if video.shape[2] % 4 != 1:
-            raise ValueError(f"a clip of 1+4n frames, not {video.shape[2]}")
+            raise ValueError(f"a clip must have 1+4n frames, not {video.shape[2]}")
         means: list[Tensor] = []
         for frames in video.to(self.plain.conv1.weight.dtype).permute(0, 2, 3, 4, 1):
             clip = Clip(split(frames.shape[1] // self.spatial_factor))
@@ -156,10 +122,10 @@ class FastVAE:
 
     @torch.no_grad()
     def decode_stream(self, latent: Tensor, split: SplitRows = whole_picture) -> Iterator[Tensor]:
-        """Yield pixels (B, 3, n, H, W) float32, about [-1, 1], in order; n = 1 first, then 4 a latent.
+        """Yield pixels (B, 3, n, H, W) float32, about [-1, 1], in order; n = 1 first, then 4 for each latent.
 
-        split: see `encode`. Ranks that share a picture take as many latents more at a time as they are, so
-        that a pass is as large as one process's.
+        split: see `encode`. N ranks that share a picture take N times as many latents in a pass, so that a
+        pass is as large as in one process.
         """
         z = denormalise(latent).to(self.plain.conv2.weight.dtype).permute(0, 2, 3, 4, 1)
         clips = [Clip(split(z.shape[2])) for _ in z]
@@ -204,7 +170,7 @@ class FastVAE:
 
 
 def _passes(frames: Tensor, at_once: int) -> list[Tensor]:
-    """The first frame alone, then `at_once` at a time."""
+    """The first frame alone, then `at_once` frames in each pass."""
     return [frames[:1], *(frames[1:].split(at_once) if len(frames) > 1 else ())]
 
 
@@ -217,10 +183,10 @@ def _kernels(config: FastVAEConfig) -> AddNorm:
 
 
 @contextmanager
-def _convolution_search(wanted: bool) -> Iterator[None]:
-    """cuDNN's own timing of its kernels, switched on for this pass only."""
+def _convolution_search(search: bool) -> Iterator[None]:
+    """Switches cuDNN's timing of its kernels on or off for this pass only."""
     before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = wanted
+    torch.backends.cudnn.benchmark = search
     try:
         yield
     finally:

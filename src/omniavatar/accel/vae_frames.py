@@ -1,14 +1,14 @@
-"""The VAE's layers on channels-last frames, sums and norms put off until the next convolution wants them.
+"""The VAE's layers on channels-last frames; sums and norms are delayed until the next convolution needs them.
 
-Between layers travels `Pending`: a convolution's bare result, its bias and the residual still to be added.
-`add_norm` settles all three on the way into the next convolution's input, whose first frames are the past:
-nothing is concatenated, and no bias, sum, norm or SiLU is a pass over memory of its own. Weights stay those
-of the plain modules, named by the same keys; only their memory format changes.
+Layers pass on a `PendingSum`: a convolution's bare result, its bias, and the residual still to be added.
+`add_norm` adds all three and writes the result into the next convolution's input, whose first frames are past
+frames. So nothing is concatenated, and bias, sum, norm and SiLU need no separate pass over memory. The
+weights are those of the plain modules under the same keys; only their memory format changes.
 
-Shapes: T frames of this pass, H W pixels of the stage, C channels; frames are (T, H, W, C), contiguous.
-A clip's first pass holds its first frame alone, so temporal resampling never meets it with others.
-Where ranks share a picture (`Clip.rows`) H are this rank's rows, and the input of a 3x3 or 3x3x3 convolution
-has a border row on either side for its neighbours' (past frames keep theirs), instead of padding.
+Shapes: T frames of this pass, H W pixels of the stage, C channels; frames are (T, H, W, C), contiguous. A
+clip's first pass holds its first frame alone, so temporal resampling never mixes it with others. If ranks
+share a picture (`Clip.rows`), H counts this rank's rows. The input of a 3x3 or 3x3x3 convolution then has a
+border row of the neighbour on either side instead of padding; past frames keep theirs.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from omniavatar.model.vae_layers import (
 
 CHANNEL_MULTIPLE = 8
 PAIRED_CHANNELS = 96
-"""Convolutions of at most so many channels run over pairs of columns (`pair_weight`)."""
+"""Convolutions of at most this many channels run over pairs of columns (`pair_weight`)."""
 
 
 @dataclass(frozen=True, eq=False)
-class Pending:
-    """Frames that are worth `value + bias + residual`; nobody else holds `value` or `residual`.
+class PendingSum:
+    """Frames equal to `value + bias + residual`; `value` and `residual` have no other owner.
 
     phases: `value` is (T, H/2 + 1, W/2 + 1, 4C), see `channel_norm`.
     """
@@ -61,13 +61,13 @@ class Pending:
         return self.bias is None and self.residual is None and not self.phases
 
     def place(self) -> Tensor:
-        """Where the sum may be written: over the residual, over the value, or in new memory."""
+        """Memory for the sum: that of the residual, that of the value, or new memory."""
         if self.residual is not None:
             return self.residual
         return self.value.new_empty(self.shape) if self.phases else self.value
 
 
-class Rows(Protocol):
+class SharedRows(Protocol):
     """One rank's rows of a picture that `ranks` ranks share; see `parallel.picture_rows`."""
 
     @property
@@ -82,12 +82,12 @@ class Rows(Protocol):
 
 @dataclass(eq=False)
 class Clip:
-    """What the passes over one clip leave to the next: the last input frames of every causal layer.
+    """What a pass over a clip leaves for the next pass: the last input frames of every causal layer.
 
-    rows: this rank's of the picture, None if it has all of them.
+    rows: this rank's rows of the picture, None if it has all of them.
     """
 
-    rows: Rows | None = None
+    rows: SharedRows | None = None
     past: dict[nn.Module, Tensor] = field(default_factory=dict)
     started: bool = False
 
@@ -101,12 +101,12 @@ class Clip:
         return frames if self.rows is None else self.rows.mine(frames)
 
     def whole(self, frames: Tensor) -> Tensor:
-        """Whole frames of all ranks' rows."""
+        """Whole frames from the rows of all ranks."""
         return frames if self.rows is None else self.rows.gather(frames)
 
 
 class FrameLayers:
-    """Runs the plain VAE's modules on frames. `derived` holds weights made from theirs, by module."""
+    """Runs the plain VAE's modules on frames."""
 
     def __init__(
         self, add_norm: AddNorm, merged_upsample: bool, matmul_attention: bool, paired_columns: bool
@@ -119,7 +119,7 @@ class FrameLayers:
         self._paired: dict[nn.Module, Tensor] = {}
 
     def prepare(self, vae: nn.Module) -> None:
-        """Bring the convolution weights to channels-last in place, and derive those that differ in shape."""
+        """Make the convolution weights channels-last in place, and derive those of another shape."""
         for module in vae.modules():
             if isinstance(module, nn.Conv3d):
                 weight = module.weight.data
@@ -139,15 +139,15 @@ class FrameLayers:
                 merged = phase_weight(cast(nn.Conv2d, module.resample[1]).weight.data)
                 self._derived[module] = merged.contiguous(memory_format=torch.channels_last)
 
-    def stem(self, conv: CausalConv3d, x: Tensor, clip: Clip) -> Pending:
-        """A network's first convolution; missing channels of `x` (pixels have three) are zeros."""
+    def stem(self, conv: CausalConv3d, x: Tensor, clip: Clip) -> PendingSum:
+        """A network's first convolution; channels that `x` lacks (pixels have three) are zeros."""
         window = self._window(conv, clip, (*x.shape[:3], x.shape[3] + -x.shape[3] % CHANNEL_MULTIPLE))
         inside = self._inside(conv, window, clip)
         inside[..., : x.shape[3]] = x
         inside[..., x.shape[3] :] = 0
-        return Pending(self._convolve(conv, window, clip), conv.bias)
+        return PendingSum(self._convolve(conv, window, clip), conv.bias)
 
-    def head(self, layers: nn.Sequential, x: Pending, clip: Clip) -> Tensor:
+    def head(self, layers: nn.Sequential, x: PendingSum, clip: Clip) -> Tensor:
         """Norm, SiLU and the last convolution, in float32."""
         norm, _, module = layers
         conv = cast(CausalConv3d, module)
@@ -155,7 +155,7 @@ class FrameLayers:
         assert conv.bias is not None
         return value[..., : conv.out_channels].float() + conv.bias.float()
 
-    def run(self, layer: nn.Module, x: Pending, clip: Clip) -> Pending:
+    def run(self, layer: nn.Module, x: PendingSum, clip: Clip) -> PendingSum:
         """Any layer between stem and head."""
         if isinstance(layer, ResidualBlock):
             return self._residual_block(layer, x, clip)
@@ -165,19 +165,19 @@ class FrameLayers:
             return self._downsample(layer, x, clip)
         return self._upsample(cast(Upsample, layer), x, clip)
 
-    def _residual_block(self, block: ResidualBlock, x: Pending, clip: Clip) -> Pending:
+    def _residual_block(self, block: ResidualBlock, x: PendingSum, clip: Clip) -> PendingSum:
         norm1, _, conv1, norm2, _, _, conv2 = block.residual
         conv1, conv2 = cast(CausalConv3d, conv1), cast(CausalConv3d, conv2)
         total = x.place()
         hidden = self._norm_and_convolve(cast(ChannelRMSNorm, norm1), conv1, x, clip, total)
         out = self._norm_and_convolve(
-            cast(ChannelRMSNorm, norm2), conv2, Pending(hidden, conv1.bias), clip, total=None
+            cast(ChannelRMSNorm, norm2), conv2, PendingSum(hidden, conv1.bias), clip, total=None
         )
         shortcut = block.shortcut
         short = pointwise(shortcut, total) if isinstance(shortcut, CausalConv3d) else total
-        return Pending(out, conv2.bias, short)
+        return PendingSum(out, conv2.bias, short)
 
-    def _attention(self, layer: FrameAttention, x: Pending, clip: Clip) -> Pending:
+    def _attention(self, layer: FrameAttention, x: PendingSum, clip: Clip) -> PendingSum:
         total = self._settle(x)
         normed = torch.empty_like(total)
         self._add_norm(
@@ -197,9 +197,9 @@ class FrameLayers:
             k, v = clip.rows.gather(keys_values).flatten(1, 2).chunk(2, dim=-1)
         attend = matmul_attention if self._matmul_attention else fused_attention
         out = attend(q, k, v).view_as(total)
-        return Pending(pointwise(layer.proj, out, with_bias=False), layer.proj.bias, total)
+        return PendingSum(pointwise(layer.proj, out, with_bias=False), layer.proj.bias, total)
 
-    def _downsample(self, layer: Downsample, x: Pending, clip: Clip) -> Pending:
+    def _downsample(self, layer: Downsample, x: PendingSum, clip: Clip) -> PendingSum:
         conv = cast(nn.Conv2d, layer.resample[1])
         padded = F.pad(self._settle(x), (0, 0, 0, 1, 0, 1))
         if clip.rows is not None:
@@ -207,15 +207,15 @@ class FrameLayers:
         small = F.conv2d(padded.permute(0, 3, 1, 2), conv.weight, conv.bias, (2, 2))
         small = small.permute(0, 2, 3, 1).contiguous()
         if layer.time_conv is None:
-            return Pending(small)
+            return PendingSum(small)
         last = small[-1:].clone()
         if clip.started:
             frames = torch.cat([clip.past[layer], small])
             small = _convolve_frames(frames, layer.time_conv.weight, (2, 1, 1), (0, 0, 0))
         clip.past[layer] = last
-        return Pending(small, layer.time_conv.bias if clip.started else None)
+        return PendingSum(small, layer.time_conv.bias if clip.started else None)
 
-    def _upsample(self, layer: Upsample, x: Pending, clip: Clip) -> Pending:
+    def _upsample(self, layer: Upsample, x: PendingSum, clip: Clip) -> PendingSum:
         conv = cast(nn.Conv2d, layer.resample[1])
         double = layer.time_conv is not None and clip.started
         frames = (
@@ -232,9 +232,9 @@ class FrameLayers:
             doubled = F.interpolate(images, scale_factor=2.0, mode="nearest-exact")
             doubled = doubled if clip.rows is None else doubled[:, :, 1:-1]
             value = F.conv2d(doubled, conv.weight, None, padding=padding)
-        return Pending(value.permute(0, 2, 3, 1).contiguous(), conv.bias, None, self._merged_upsample)
+        return PendingSum(value.permute(0, 2, 3, 1).contiguous(), conv.bias, None, self._merged_upsample)
 
-    def _double_frames(self, conv: CausalConv3d, x: Pending, clip: Clip) -> Tensor:
+    def _double_frames(self, conv: CausalConv3d, x: PendingSum, clip: Clip) -> Tensor:
         frames, height, width, channels = x.shape
         window = self._window(conv, clip, x.shape)
         self._settle(x, self._inside(conv, window, clip))
@@ -245,9 +245,9 @@ class FrameLayers:
         return out.flatten(0, 1)
 
     def _norm_and_convolve(
-        self, norm: ChannelRMSNorm, conv: CausalConv3d, x: Pending, clip: Clip, total: Tensor | None
+        self, norm: ChannelRMSNorm, conv: CausalConv3d, x: PendingSum, clip: Clip, total: Tensor | None
     ) -> Tensor:
-        """Norm and SiLU of `x` through `conv` without its bias; the sum goes to `total` if given."""
+        """`conv`, without its bias, of the norm and SiLU of `x`; the sum is written to `total` if given."""
         window = self._window(conv, clip, x.shape)
         self._add_norm(
             x.value,
@@ -261,8 +261,8 @@ class FrameLayers:
         )
         return self._convolve(conv, window, clip)
 
-    def _settle(self, x: Pending, place: Tensor | None = None) -> Tensor:
-        """The sum, written to `place` or wherever it may be."""
+    def _settle(self, x: PendingSum, place: Tensor | None = None) -> Tensor:
+        """The sum, written to `place` if given, else to `x.place()`."""
         if x.settled and place is None:
             return x.value
         target = x.place() if place is None else place
@@ -279,10 +279,9 @@ class FrameLayers:
         return target
 
     def _window(self, conv: CausalConv3d, clip: Clip, shape: tuple[int, int, int, int]) -> Tensor:
-        """Input (history + T, H, W, C) of a causal convolution: the past, and room for T new frames.
+        """Input (history + T, H, W, C) of a causal convolution: past frames, and memory for T new ones.
 
-        Where columns are paired, a column of zeros lies on either side (W + 2), where ranks share the
-        picture a row (H + 2).
+        W is larger by 2 if columns are paired (zeros on either side), H by 2 if ranks share the picture.
         """
         frames, height, width, channels = shape
         border = 2 if self._pairs(conv, width) else 0
@@ -301,14 +300,14 @@ class FrameLayers:
         return conv in self._paired and width % 2 == 0
 
     def _inside(self, conv: CausalConv3d, window: Tensor, clip: Clip) -> Tensor:
-        """The new frames' place in the window."""
+        """The part of the window that holds the new frames."""
         new = window[conv.history :]
         if _neighbours(conv, clip) is not None:
             new = new[:, 1:-1]
         return new[:, :, 1:-1] if self._pairs(conv, window.shape[2]) else new
 
     def _convolve(self, conv: CausalConv3d, window: Tensor, clip: Clip) -> Tensor:
-        """The convolution without its bias (T, H, W, C'); the window's end becomes the past."""
+        """The convolution without its bias (T, H, W, C'); the window's last frames become the past."""
         rows = _neighbours(conv, clip)
         if rows is not None:
             rows.border(window[conv.history :])
@@ -322,31 +321,31 @@ class FrameLayers:
         return _convolve_frames(window, weight, conv.stride, (0, height, conv.padding[2]))
 
 
-def _neighbours(conv: CausalConv3d, clip: Clip) -> Rows | None:
-    """What brings the rows beyond this rank's, None if `conv` needs none."""
+def _neighbours(conv: CausalConv3d, clip: Clip) -> SharedRows | None:
+    """What fetches the rows beyond this rank's, None if `conv` needs none."""
     return clip.rows if conv.kernel_size[1] > 1 else None
 
 
 def _convolve_frames(frames: Tensor, weight: Tensor, stride: Triple, padding: Triple) -> Tensor:
-    """`conv3d` of one clip, (T, H, W, C) -> (T', H', W', C'); on CUDA neither turn moves memory."""
+    """`conv3d` of one clip, (T, H, W, C) -> (T', H', W', C'); on CUDA no permutation moves memory."""
     out = conv3d(frames[None].permute(0, 4, 1, 2, 3), weight, None, stride, padding)
     return out.permute(0, 2, 3, 4, 1)[0].contiguous()
 
 
 def pointwise(conv: nn.Conv2d | nn.Conv3d, x: Tensor, with_bias: bool = True) -> Tensor:
-    """A 1x1 or 1x1x1 convolution as the matrix product it is, over the last axis."""
+    """A 1x1 or 1x1x1 convolution as a matrix product over the last axis."""
     return F.linear(x, conv.weight.flatten(1), conv.bias if with_bias else None)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's attention for one head, (B, L, D): the slow twin of `matmul_attention`."""
+    """PyTorch's attention for one head, (B, L, D): the slow equivalent of `matmul_attention`."""
     return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
 
 
 def matmul_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention for one head, (B, L, D), with the scores written out in float32.
+    """Attention for one head, (B, L, D), with the scores in memory in float32.
 
-    The fast fused kernels end at heads of 256 channels; the VAE has one of 384.
+    Fast fused kernels take heads of up to 256 channels; the VAE's head has 384.
     """
     scaled = q * q.shape[-1] ** -0.5
     keys = k.transpose(1, 2)

@@ -23,7 +23,7 @@ def doctor(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what this machine has: devices, versions, attention backends, codecs, memory, disk, weights."""
+    """Report what this machine has: devices, versions, backends, codecs, memory, disk, weights."""
     with user_errors():
         from omniavatar.measure.benchmark.run import find_configs
         from omniavatar.measure.doctor import examine
@@ -38,8 +38,16 @@ def doctor(
             _print_findings(findings)
 
 
+def _unavailable(backends: Sequence[dict[str, Any]]) -> list[str]:
+    """One line for each backend that is not available, with the reason."""
+    missing = [row for row in backends if not row["available"]]
+    return [f"{row['setting']}: {row['name']} ({row['reason']})" for row in missing] or ["none"]
+
+
 def _print_findings(findings: dict[str, Any]) -> None:
     from rich.console import Console
+
+    from omniavatar.types import bytes_text
 
     console = Console(highlight=False)
 
@@ -48,17 +56,14 @@ def _print_findings(findings: dict[str, Any]) -> None:
         for line in lines:
             console.print(f"  {line}", soft_wrap=True, markup=False)
 
-    def size(count: int) -> str:
-        return f"{count / 2**30:.1f} GiB"
-
-    def there(row: dict[str, Any]) -> str:
-        return f"{'yes' if row['there'] else 'no ':<4}{row['name']}: {row['purpose']}"
+    def available(row: dict[str, Any]) -> str:
+        return f"{'yes' if row['available'] else 'no ':<4}{row['name']}: {row['purpose']}"
 
     show(
         f"devices (auto: {findings['device']}, CUDA {findings['cuda'] or 'not in this torch'})",
         [
             f"{row['name']}: {row['model']} ({row['capability']}), "
-            f"{size(row['free_bytes'])} of {size(row['total_bytes'])} free"
+            f"{bytes_text(row['free_bytes'])} of {bytes_text(row['total_bytes'])} free"
             for row in findings["devices"]
         ],
     )
@@ -66,23 +71,24 @@ def _print_findings(findings: dict[str, Any]) -> None:
     show(
         "attention backends",
         [
-            f"{dtype}: {', '.join(r['there'])} (auto: {r['auto']})"
+            f"{dtype}: {', '.join(r['available'])} (auto: {r['auto']})"
             for dtype, r in findings["attention"].items()
         ],
     )
     show("video VAE", [f"auto: {findings['vae']}"])
+    show("backends that cannot be used here", _unavailable(findings["backends"]))
     choices = findings["memory_auto"].items()
     show("memory: auto", [f"{scale}: {line.removeprefix('memory: ')}" for scale, line in choices])
-    show("optional packages", [there(row) for row in findings["optional"]])
+    show("optional packages", [available(row) for row in findings["optional"]])
     encoder = findings["encoder"]
     show(
         "video and sound",
         [
-            *(there(row) for row in findings["codecs"]),
+            *(available(row) for row in findings["codecs"]),
             f"encoder auto: {encoder['auto']} (NVENC: {encoder['nvenc']})",
         ],
     )
-    show("disk", [f"{size(row['free_bytes'])} free for {row['folder']}" for row in findings["disk"]])
+    show("disk", [f"{bytes_text(row['free_bytes'])} free for {row['folder']}" for row in findings["disk"]])
     show(
         "configurations",
         [f"{'ready' if row['ready'] else 'not ready':<10}{row['config']}" for row in findings["configs"]],

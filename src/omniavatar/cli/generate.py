@@ -92,11 +92,10 @@ def generate(
             return
         loaded = replace(loaded, config=mine)
         if not process.leads:
-            from omniavatar.engine.following import follow
             from omniavatar.engine.pipeline import AvatarPipeline
 
             with team_of(mine, process) as team:
-                follow(AvatarPipeline.from_config(mine, recorder=recorder, team=team))
+                AvatarPipeline.from_config(mine, recorder=recorder, team=team).follow()
             return
         lines: Sequence[RequestLine | BadLine]
         if input_file is not None:

@@ -56,7 +56,7 @@ def plan(
     with user_errors():
         from omniavatar.config.load import load_config
         from omniavatar.plan.estimate import estimate_memory
-        from omniavatar.plan.run import make_plan
+        from omniavatar.plan.run import plan_run
 
         loaded = load_config(config, hp or ())
         for warning in loaded.warnings:
@@ -64,8 +64,8 @@ def plan(
         settings = loaded.config
         samples = _samples(settings, audio, minutes)
         size = _size(settings, image)
-        run_plan = make_plan(settings, samples, size, step_plan=_step_plan(settings))
-        memory = estimate_memory(settings, run_plan, samples is not None, _device(settings))
+        run_plan = plan_run(settings, size, samples, _step_plan(settings))
+        memory = estimate_memory(settings, run_plan, _device(settings))
         if as_json:
             import json
 
@@ -163,19 +163,19 @@ def _size(config: PipelineConfig, image: Path | None) -> tuple[int, int]:
 def _step_plan(config: PipelineConfig) -> StepPlan | None:
     """The step cache's plan; None where TeaCache needs weights that are not on this disk."""
     from omniavatar.plan.calibration import find_constants
-    from omniavatar.plan.preview import files_there, find_dit_config, time_modulations
-    from omniavatar.plan.run import make_step_plan, model_scale, sampling_schedule
+    from omniavatar.plan.preview import files_there, find_dit_config, time_projections
+    from omniavatar.plan.steps import make_step_plan, model_scale, sampling_schedule
 
     model, sampling = config.model, config.sampling
     if sampling.cache_policy == "teacache" and not files_there(model):
         return None
     dit, _ = find_dit_config(model)
 
-    def modulations() -> np.ndarray:
-        return time_modulations(model, dit, sampling_schedule(sampling).timesteps)
+    def projections() -> np.ndarray:
+        return time_projections(model, dit, sampling_schedule(sampling).timesteps)
 
     constants = find_constants(model, sampling, dit, model_scale(model.scale, dit.dim))
-    return make_step_plan(sampling, constants, modulations, not config.runtime.reference_numerics)
+    return make_step_plan(sampling, constants, projections, not config.runtime.reference_numerics)
 
 
 def _report(plan: RunPlan, memory: MemoryEstimate, decoder: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from omniavatar.config.backends import alternatives, backend_name, registry
 from omniavatar.config.values import (
     NEGATIVE_PROMPT,
     FieldError,
@@ -35,7 +36,7 @@ from omniavatar.config.values import (
 )
 from omniavatar.errors import ConfigError
 from omniavatar.sampling.windows import window_length
-from omniavatar.types import Sampler, StepCache
+from omniavatar.types import StepCache
 
 
 class _Section(BaseModel):
@@ -71,7 +72,7 @@ class ModelConfig(_Section):
     """Base DiT: one file or all shards; a list, a comma-separated text or a pattern."""
     vae_path: FilePath | None = None
     """Wan 2.1 VAE (`Wan2.1_VAE.pth`)."""
-    decoder: Literal["full", "lightvae", "taehv", "lighttae"] = "full"
+    decoder: Annotated[str, BeforeValidator(backend_name("model.decoder"))] = "full"
     """What makes pixels of latents: the VAE itself, or a smaller decoder (faster, softer)."""
     decoder_path: FilePath | None = None
     """File of the smaller decoder (`lightvaew2_1.pth`, `taew2_1.pth`, `lighttaew2_1.pth`)."""
@@ -114,7 +115,7 @@ class ModelConfig(_Section):
         """Raise `ConfigError` naming the paths that `weights: files` needs and the config leaves out."""
         if self.weights == "random":
             return
-        decoder = () if self.decoder == "full" else ("decoder_path",)
+        decoder = () if registry("model.decoder").get(self.decoder).file is None else ("decoder_path",)
         needed = ("dit_path", "vae_path", *decoder, "text_encoder_path", "wav2vec_path")
         missing = [name for name in needed if not getattr(self, name)]
         if missing:
@@ -125,10 +126,13 @@ class ModelConfig(_Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> ModelConfig:
-        if self.decoder == "full" and self.decoder_path is not None:
-            raise FieldError(
-                "is not used by decoder: full; set decoder to lightvae, taehv or lighttae", "decoder_path"
-            )
+        if self.decoder_path is not None:
+            decoders = registry("model.decoder")
+            if decoders.get(self.decoder).file is None:
+                others = alternatives(each.name for each in decoders if each.file is not None)
+                raise FieldError(
+                    f"is not used by decoder: {self.decoder}; set decoder to {others}", "decoder_path"
+                )
         if self.weights == "random" and self.scale == "auto":
             raise FieldError(
                 "random weights need a scale; set scale to nano, 1.3B or 14B", "weights", "scale"
@@ -153,7 +157,7 @@ class SamplingConfig(_Section):
     """Shift of the flow-matching schedule."""
     timesteps: Annotated[tuple[Real, ...], AfterValidator(descending_timesteps)] | None = None
     """Explicit timesteps in (0, 1000], descending, as step-distilled LoRAs ask for."""
-    sampler: Sampler = "euler"
+    sampler: Annotated[str, BeforeValidator(backend_name("sampling.sampler"))] = "euler"
     """euler; renoise: predict x0 and add fresh noise (step-distilled LoRAs)."""
     negative_prompt: str = NEGATIVE_PROMPT
     """What the picture should not be."""
@@ -260,7 +264,7 @@ class OutputConfig(_Section):
     """Folder of the videos when no output name is given."""
     naming: Literal["slug", "reference"] = "slug"
     """slug: <output_dir>/<index>_<slug>.mp4; reference: the original's folder naming."""
-    encoder: Literal["auto", "x264", "nvenc"] = "auto"
+    encoder: Annotated[str, BeforeValidator(backend_name("output.encoder"))] = "auto"
     """What makes the H.264; auto: NVENC (the GPU's encoder) where it works, else x264."""
     crf: Whole = Field(18, ge=0, le=51)
     """Quality of H.264; smaller is better and larger. For NVENC the constant quantiser."""
@@ -284,7 +288,7 @@ class RuntimeConfig(_Section):
     fastest: by measurement here."""
     fuse: Flag | None = None
     """Element-wise work of the blocks in single passes; unset: on CUDA. Nothing lost but rounding."""
-    quantize: Literal["none", "fp8", "int8", "auto"] = "none"
+    quantize: Annotated[str, BeforeValidator(backend_name("runtime.quantize"))] = "none"
     """fp8 (Ada, Hopper and later) or int8 (Ampere) linear layers: faster, half the memory, some error a
     forward; auto: one of them only where exact weights would have to be streamed."""
     memory: Annotated[Literal["auto"] | float, BeforeValidator(memory_limit)] = "auto"
@@ -292,7 +296,7 @@ class RuntimeConfig(_Section):
     exceed it, blocks are streamed from host memory; the video stays the same to the bit."""
     num_persistent_param_in_dit: Whole | None = Field(None, ge=0)
     """Parameters of the DiT that stay on the device, the others are streamed; unset: as memory allows."""
-    vae: Literal["auto", "plain", "fast"] = "auto"
+    vae: Annotated[str, BeforeValidator(backend_name("runtime.vae"))] = "auto"
     """How the video VAE runs; auto: fast, but plain on CUDA without triton."""
     reference_numerics: Flag = False
     """Reproduce the original's numeric quirks (for comparison with its recordings)."""

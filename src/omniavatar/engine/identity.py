@@ -11,43 +11,36 @@ import numpy as np
 from omniavatar import __version__
 from omniavatar.config.identity import result_values
 from omniavatar.engine.job import fingerprint
-from omniavatar.engine.writer import _READ_BYTES
 from omniavatar.errors import InputError
-from omniavatar.media.encoders import Encoder
 from omniavatar.plan.calibration import NAME as STEP_CACHE
-from omniavatar.types import AudioInput, AvatarRequest, Waveform
+from omniavatar.types import AudioInput, Waveform
 
 if TYPE_CHECKING:
-    from omniavatar.config.schema import ModelConfig, PipelineConfig, SamplingConfig
+    from omniavatar.config.schema import ModelConfig, PipelineConfig
+    from omniavatar.engine.prepare import Inputs
     from omniavatar.plan.placement import Placement
-    from omniavatar.sampling.cache_constants import CacheConstants
+
+READ_BYTES = 2**20
 
 
-def request_fingerprint(
-    config: PipelineConfig,
-    sampling: SamplingConfig,
-    request: AvatarRequest,
-    image: np.ndarray,
-    constants: CacheConstants | None,
-    encoder: Encoder,
-    placement: Placement,
-    attention: str,
+def request_identity(
+    config: PipelineConfig, inputs: Inputs, encoder: str, placement: Placement, attention: str
 ) -> dict[str, str]:
     """What decides the frames of a request: configuration, weight files, inputs, package version.
 
-    constants: those of the step cache; their numbers count, not the file they come from. encoder: what
-    `output.encoder` came to; the segments of one video are all made by it. placement: what was chosen for
-    the memory there is. attention: the backend that `runtime.attention` came to.
+    - inputs: of the step cache's constants the numbers count, not the file they come from.
+    - encoder, attention: what `output.encoder` and `runtime.attention` chose.
+    - placement: what was chosen for the available memory.
     """
-    values = result_values(config.model_copy(update={"sampling": sampling}))
+    values = result_values(config.model_copy(update={"sampling": inputs.sampling}))
     del values["sampling.step_cache_file"]
-    values["step cache constants"] = "none" if constants is None else constants.digest
+    values["step cache constants"] = "none" if inputs.constants is None else inputs.constants.digest
     values["output.encoder"] = encoder
     values["runtime.attention"] = attention
     values |= placement.identity()
-    values["request.prompt"] = request.prompt
-    values["request.image"] = hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()
-    values["request.audio"] = _audio_digest(request.audio)
+    values["request.prompt"] = inputs.request.prompt
+    values["request.image"] = hashlib.sha256(np.ascontiguousarray(inputs.image).tobytes()).hexdigest()
+    values["request.audio"] = _audio_digest(inputs.request.audio)
     values["omniavatar"] = __version__
     return fingerprint({**values, **weight_identities(config.model)})
 
@@ -75,7 +68,7 @@ def _audio_digest(audio: AudioInput | None) -> str:
         return digest.hexdigest()
     try:
         with Path(audio).open("rb") as file:
-            while block := file.read(_READ_BYTES):
+            while block := file.read(READ_BYTES):
                 digest.update(block)
     except OSError as error:
         raise InputError(f"audio {audio}: cannot be read ({error.strerror}); check the path") from None

@@ -10,6 +10,10 @@ name the change. The folder is removed once the video has its final name.
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +22,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from omniavatar.errors import OutputError, ResumeError
-from omniavatar.media.atomic import atomic_write_json, check_writable
+from omniavatar.media.atomic import (
+    atomic_write_bytes,
+    atomic_write_json,
+    check_writable,
+    translate_os_error,
+)
 from omniavatar.media.slug import slugify
+from omniavatar.types import RunResult
 
 if TYPE_CHECKING:
     from omniavatar.config.schema import OutputConfig, SamplingConfig
-
-import json
-import shutil
-from collections.abc import Mapping
-
-from omniavatar.media.atomic import atomic_write_bytes, translate_os_error
 
 FORMAT = 1
 
@@ -65,7 +69,7 @@ class Job:
         self.folder = output.with_name(output.name + ".job")
         self.partial = output.with_name(f"{output.stem}.partial{output.suffix}")
         self.sidecar = output.with_suffix(".json")
-        self.done = 0
+        self.done = self.resumed = 0
         self._state = self.folder / "job.json"
         self.fingerprint: dict[str, str] = {}
 
@@ -83,7 +87,7 @@ class Job:
                     f"{self.folder} holds {state['done']} finished windows of another run; changed: "
                     f"{'; '.join(changes)}. Use --no-resume to start over, or another output name"
                 )
-            self.done = int(state["done"])
+            self.done = self.resumed = int(state["done"])
         else:
             self.discard()
             with translate_os_error(self.folder):
@@ -91,10 +95,20 @@ class Job:
             self._write_state()
         return self.done
 
-    def recorded(self, *names: str) -> dict[str, Any]:
-        """The named values that the unfinished run in the folder began with, or else the finished video.
+    @contextmanager
+    def opened(self, values: dict[str, str], resume: bool) -> Iterator[None]:
+        """Begin or continue for as long as the body runs; a run without a finished window leaves nothing."""
+        self.open(values, resume)
+        try:
+            yield
+        finally:
+            if not self.done:
+                self.discard()
 
-        Values that are not there are left out.
+    def recorded(self, names: Collection[str]) -> dict[str, Any]:
+        """The named values of the unfinished run in the folder, or else of the finished video.
+
+        Values that are absent are left out.
         """
         path = self._state if self._state.exists() else self.sidecar
         try:
@@ -122,13 +136,19 @@ class Job:
         """Given latents of `window`, left by the one before."""
         return self.folder / f"given_{window:05d}.safetensors"
 
-    @property
-    def waveform_path(self) -> Path:
-        return self.folder / "audio_16k.f32"
-
-    @property
-    def features_path(self) -> Path:
-        return self.folder / "audio_features.npy"
+    def close(self, values: dict[str, Any], keep: bool) -> RunResult:
+        """Write the finished video's sidecar and, unless `keep`, remove the folder."""
+        atomic_write_json(self.sidecar, values)
+        if not keep:
+            self.discard()
+        return RunResult(
+            self.output,
+            self.sidecar,
+            values["frames"],
+            values["windows"],
+            values["resumed_windows"],
+            values["seconds"],
+        )
 
     def discard(self) -> None:
         """Remove the folder and the growing file."""
@@ -137,8 +157,27 @@ class Job:
                 shutil.rmtree(self.folder)
             self.partial.unlink(missing_ok=True)
 
-    def finished_before(self, values: dict[str, str]) -> dict[str, Any] | None:
-        """The sidecar of a finished video made from the very same values, if output and sidecar fit."""
+    def given(self) -> Tensor | None:
+        """Given latents of the next window, None before the first. Raises ResumeError when they are gone."""
+        if not self.done:
+            return None
+        path = self.given_path(self.done)
+        if not path.is_file():
+            raise ResumeError(f"{path} is missing; use --no-resume to start over")
+        try:
+            return safetensors.torch.load_file(path)["given"]
+        except SafetensorError as error:
+            raise ResumeError(f"{path} is damaged ({error}); use --no-resume to start over") from None
+
+    def finished(self, values: dict[str, str]) -> RunResult | None:
+        """The result of a finished video made from exactly these values, None where there is none."""
+        sidecar = self._finished_sidecar(values)
+        if sidecar is None:
+            return None
+        windows = sidecar["windows"]
+        return RunResult(self.output, self.sidecar, sidecar["frames"], windows, windows, 0.0)
+
+    def _finished_sidecar(self, values: dict[str, str]) -> dict[str, Any] | None:
         if self.folder.exists() or not self.output.is_file() or not self.sidecar.is_file():
             return None
         try:
@@ -188,13 +227,3 @@ def checked_output(output: Path) -> Path:
     if output.is_dir():
         raise OutputError(f"{output}: is a folder; choose another output name")
     return output
-
-
-def load_given(path: Path) -> Tensor:
-    """Given latents left by the window before. Raises ResumeError when they are gone."""
-    if not path.is_file():
-        raise ResumeError(f"{path} is missing; use --no-resume to start over")
-    try:
-        return safetensors.torch.load_file(path)["given"]
-    except SafetensorError as error:
-        raise ResumeError(f"{path} is damaged ({error}); use --no-resume to start over") from None

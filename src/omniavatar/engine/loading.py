@@ -1,40 +1,31 @@
-"""The video VAE a configuration names, with the decoder it names, from files or of random weights."""
+"""Loading what a configuration names, from files or as random weights of the same sizes."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
-from omniavatar.checkpoint.dit import DiTFiles, LoraFile
-
-if TYPE_CHECKING:
-    from omniavatar.config.schema import ModelConfig
-
-from collections.abc import Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING
-
-from omniavatar.accel.decoder import apply_decoder
+from omniavatar.accel.decoder import DECODERS, DecoderSource, apply_decoder
+from omniavatar.accel.offload import streamed_blocks
+from omniavatar.checkpoint.dit import DiTFiles, LoraFile, inspect_dit, load_dit, random_dit
 from omniavatar.checkpoint.layout import scale_spec
-from omniavatar.checkpoint.tiny_decoder import (
-    light_vae_config,
-    load_tiny_decoder,
-    random_tiny_decoder,
-    tiny_decoder_config,
-)
 from omniavatar.checkpoint.vae import load_vae, random_vae
+from omniavatar.encoders.audio import AudioEncoder
 from omniavatar.errors import CheckpointError
 
 if TYPE_CHECKING:
-    import torch
-
+    from omniavatar.checkpoint.dit import WeightForm
     from omniavatar.config.schema import ModelConfig
-    from omniavatar.model.vae import VAEConfig, VideoDecoder, VideoVAE, WanVAE
+    from omniavatar.model.attention import AttentionFn
+    from omniavatar.model.dit import DiTConfig, WanDiT
+    from omniavatar.model.vae import VideoVAE, WanVAE
 
 
 class VAELoader:
-    """Loads a model's VAE. run: what runs loaded weights (`accel.vae.create_vae`)."""
+    """Loads a model's VAE. run: what runs loaded weights (`accel.vae_runners.create_vae`)."""
 
     def __init__(
         self, model: ModelConfig, dtype: torch.dtype, device: torch.device, run: Callable[[WanVAE], VideoVAE]
@@ -50,29 +41,18 @@ class VAELoader:
             assert model.vae_path is not None
             full = load_vae(model.vae_path, dtype=self._dtype, device=self._device)
         vae = self._run(full)
-        return vae if model.decoder == "full" else apply_decoder(vae, self._load_decoder(full.config))
-
-    def _load_decoder(self, full: VAEConfig) -> VideoDecoder:
-        """The smaller decoder that stands in for the full VAE's."""
-        model, dtype, device = self._model, self._dtype, self._device
-        raw = model.decoder == "lighttae"
-        if model.weights == "random":
-            if model.decoder == "lightvae":
-                return self._run(random_vae(light_vae_config(full), dtype=dtype, device=device, seed=1))
-            config = replace(tiny_decoder_config(full), raw_latents=raw)
-            return random_tiny_decoder(config, dtype=dtype, device=device, seed=1)
-        assert model.decoder_path is not None
-        if model.decoder == "lightvae":
-            light = load_vae(model.decoder_path, dtype=dtype, device=device)
-            if light.config.z_dim != full.z_dim:
-                raise CheckpointError(
-                    f"{model.decoder_path}: decodes latents of {light.config.z_dim} channels, "
-                    f"not {full.z_dim}; use the file for Wan 2.1"
-                )
-            return self._run(light)
-        return load_tiny_decoder(
-            model.decoder_path, raw_latents=raw, z_dim=full.z_dim, dtype=dtype, device=device
+        backend = DECODERS.get(model.decoder)
+        random = model.weights == "random"
+        assert random or backend.file is None or model.decoder_path is not None
+        source = DecoderSource(
+            None if random else model.decoder_path,
+            full.config,
+            self._dtype,
+            self._device,
+            self._run,
         )
+        decoder = backend.create(source)
+        return vae if decoder is None else apply_decoder(vae, decoder)
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -88,3 +68,89 @@ def dit_files(model: ModelConfig) -> DiTFiles:
         lora_rank=model.lora_rank,
         lora_alpha=model.lora_alpha,
     )
+
+
+def read_dit_config(model: ModelConfig) -> DiTConfig:
+    """The DiT's sizes from file headers. Raises CheckpointError where they differ from the configuration."""
+    if model.weights == "random":
+        return scale_spec(model.scale).dit
+    found = inspect_dit(model.dit_path, adapter_dir=model.exp_path, num_heads=model.dit_config.num_heads)
+    if found.in_dim != model.dit_config.in_dim:
+        remedy = "set exp_path to the OmniAvatar folder" if found.in_dim == 16 else "set model_config.in_dim"
+        raise CheckpointError(
+            f"{model.dit_path[0]}: patch embedding with {found.in_dim} input channels, "
+            f"{model.dit_config.in_dim} expected; {remedy}"
+        )
+    if found.audio_dim and found.audio_hidden != model.dit_config.audio_hidden_size:
+        raise CheckpointError(
+            f"{model.exp_path or model.dit_path[0]}: audio packed to {found.audio_hidden} channels, "
+            f"model_config.audio_hidden_size says {model.dit_config.audio_hidden_size}; correct it"
+        )
+    if bool(found.audio_dim) != model.use_audio:
+        has = "has" if found.audio_dim else "has no"
+        raise CheckpointError(
+            f"{model.exp_path or model.dit_path[0]}: the checkpoint {has} audio layers, "
+            f"but use_audio is {model.use_audio}; correct use_audio or exp_path"
+        )
+    return found
+
+
+def loading_device(layers: int, resident: int, device: torch.device) -> Callable[[str], torch.device]:
+    """The device that the tensor of a key is read into: host memory for blocks that will be streamed."""
+    streamed = set(streamed_blocks(layers, resident))
+
+    def device_of(key: str) -> torch.device:
+        match = re.match(r"blocks\.(\d+)\.", key)
+        return torch.device("cpu") if match and int(match[1]) in streamed else device
+
+    return device_of
+
+
+def load_dit_weights(
+    model: ModelConfig,
+    sizes: DiTConfig,
+    attention: AttentionFn,
+    dtype: torch.dtype,
+    device: torch.device,
+    form: WeightForm | None,
+    device_of: Callable[[str], torch.device],
+) -> WanDiT:
+    """The DiT with its adapter and LoRAs merged, or a random one.
+
+    - form: what weights become while they are read (quantised layers).
+    - device_of: where the tensor of a key is put.
+    """
+    if model.weights == "random":
+        return random_dit(
+            sizes, attention=attention, dtype=dtype, device=device, seed=0, form=form, place=device_of
+        )
+    return load_dit(
+        dit_files(model), attention=attention, dtype=dtype, device=device, form=form, place=device_of
+    )
+
+
+def load_audio_encoder(model: ModelConfig, width: int, device: torch.device) -> AudioEncoder:
+    """wav2vec 2.0, always in float32: its features are normalised, small and cheap to compute.
+
+    width: numbers a frame that the DiT takes. Raises CheckpointError where the encoder gives another number.
+    """
+    if model.weights == "random":
+        spec = scale_spec(model.scale).wav2vec
+        encoder = AudioEncoder.random(
+            hidden=spec.hidden,
+            layers=spec.num_layers,
+            heads=spec.num_heads,
+            intermediate=spec.ffn,
+            conv_dim=spec.conv_dim,
+            device=device,
+            seed=0,
+        )
+    else:
+        assert model.wav2vec_path is not None
+        encoder = AudioEncoder.load(model.wav2vec_path, device)
+    if encoder.width != width:
+        raise CheckpointError(
+            f"{model.wav2vec_path}: gives {encoder.width} numbers a frame, the DiT's audio_proj takes "
+            f"{width}; use the wav2vec folder the checkpoint was trained with"
+        )
+    return encoder

@@ -1,22 +1,24 @@
-"""What the leader of several processes tells the others, between videos and never in the step loop."""
+"""What the leader of several processes sends the others, between videos and never in the step loop."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from omniavatar.config.schema import SamplingConfig
-from omniavatar.plan.sizes import Request
-from omniavatar.types import Conditioning, StepPlan, Window
+from omniavatar.engine.window_loop import WindowSampling
+from omniavatar.plan.run import WindowShape
+from omniavatar.types import Conditioning, Window
 
 
 @dataclass(frozen=True)
 class PlaceOrder:
-    """Load the models for this request. identity: what of the leader's placement decides the frames."""
+    """Load the models for windows of `shape`. identity: what of the leader's placement decides the frames."""
 
-    request: Request
+    shape: WindowShape
     identity: Mapping[str, str | int]
 
 
@@ -27,12 +29,11 @@ class WindowsOrder:
     vae_latents: latents of a pass of the VAE, where all share it.
     """
 
-    sampling: SamplingConfig
+    sampling: WindowSampling
     text_positive: Tensor
     text_negative: Tensor
     reference_latent: Tensor
     audio_width: int | None
-    step_plan: StepPlan
     windows: tuple[Window, ...]
     first: int
     given: Tensor | None
@@ -41,9 +42,8 @@ class WindowsOrder:
     @classmethod
     def of(
         cls,
-        sampling: SamplingConfig,
+        sampling: WindowSampling,
         conditioning: Conditioning,
-        step_plan: StepPlan,
         windows: tuple[Window, ...],
         first: int,
         given: Tensor | None,
@@ -55,11 +55,20 @@ class WindowsOrder:
             conditioning.text_negative.cpu(),
             conditioning.reference_latent.cpu(),
             None if conditioning.audio is None else conditioning.audio.shape[1],
-            step_plan,
             windows,
             first,
             given,
             vae_latents,
+        )
+
+    def conditioning(self, device: torch.device) -> Conditioning:
+        """The leader's conditioning without its audio rows, on this rank's device."""
+        width = self.audio_width
+        return Conditioning(
+            self.text_positive.to(device),
+            self.text_negative.to(device),
+            self.reference_latent.to(device),
+            None if width is None else np.empty((0, width), dtype=np.float32),
         )
 
 

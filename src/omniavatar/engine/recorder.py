@@ -9,6 +9,7 @@ and is timed on the GPU's own timeline). A stage costs some microseconds; each t
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -121,6 +122,21 @@ class RunRecorder:
         if stack is None:
             stack = self._local.nested = []
         return stack
+
+
+class Elapsed:
+    """Time since this was made, in all and by stage."""
+
+    def __init__(self, recorder: RunRecorder) -> None:
+        self._recorder, self._before = recorder, recorder.timings()
+        self._started = time.perf_counter()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def stages(self) -> dict[str, float]:
+        """Seconds of each stage that ran; waits for the device where its clock is used."""
+        return stage_seconds(self._before, self._recorder.timings())
 
 
 def stage_seconds(before: Mapping[str, StageTime], after: Mapping[str, StageTime]) -> dict[str, float]:

@@ -1,29 +1,42 @@
-"""Trying again with less on the device after an allocation failed."""
+"""Retrying with less on the device after an allocation failed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
 from omniavatar.errors import ResourceError
 
 Result = TypeVar("Result")
-MakeRoom = Callable[[str], None]
-"""Called with the allocator's complaint; returns when there is more room, else raises ResourceError."""
 
 
-def no_room(reason: str) -> None:
-    """Nothing can be sent away: an error."""
-    raise ResourceError(f"max_tokens: needs more GPU memory than is free ({reason}); lower max_tokens")
+class Retry(Protocol):
+    """Runs a function that gives the same result when it is started again."""
+
+    def __call__(self, run: Callable[[], Result]) -> Result: ...
 
 
-def with_room(run: Callable[[], Result], make_room: MakeRoom) -> Result:
-    """`run()`, begun anew after each `make_room`. `run` must give the same result when it is begun anew."""
+def no_retry(run: Callable[[], Result]) -> Result:
+    """`run()`. Raises ResourceError when the device's memory does not suffice."""
+    try:
+        return run()
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"max_tokens: needs more GPU memory than is free ({_reason(error)}); lower max_tokens"
+        ) from None
+
+
+def retry_with_less(run: Callable[[], Result], step_down: Callable[[str], None]) -> Result:
+    """`run()`, started again after each `step_down(reason)`, which frees memory or raises ResourceError."""
     while True:
         try:
             return run()
         except torch.OutOfMemoryError as error:
-            reason = str(error).split(".")[0]
-        make_room(reason)
+            reason = _reason(error)
+        step_down(reason)
+
+
+def _reason(error: torch.OutOfMemoryError) -> str:
+    return str(error).split(".")[0]

@@ -5,13 +5,20 @@ from __future__ import annotations
 import platform
 import sys
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from omniavatar import __version__
-from omniavatar.engine.job import Job
-from omniavatar.media.atomic import atomic_write_json
+from omniavatar.config.identity import flat_values
+from omniavatar.device import device_name
+
+if TYPE_CHECKING:
+    from omniavatar.config.schema import PipelineConfig
+    from omniavatar.engine.job import Job
+    from omniavatar.engine.models import Models
+    from omniavatar.engine.prepare import Planned
+    from omniavatar.engine.recorder import Elapsed
 
 try:
     import resource
@@ -27,12 +34,38 @@ def peak_memory(device: torch.device) -> dict[str, int | None]:
     return {"peak_gpu_bytes": on_gpu, "peak_host_bytes": host}
 
 
-def write_sidecar(job: Job, values: dict[str, Any]) -> None:
-    """The JSON beside the video: everything needed to know how it was made, and to make it again."""
-    versions = {
-        "omniavatar": __version__,
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "python": platform.python_version(),
+def sidecar_values(
+    job: Job, made: Planned, models: Models, config: PipelineConfig, encoder: str, elapsed: Elapsed
+) -> dict[str, Any]:
+    """Everything needed to know how a finished video was made, and to make it again."""
+    plan, inputs, placement = made.plan, made.inputs, models.residency.placement
+    return {
+        "output": job.output.name,
+        "bytes": job.output.stat().st_size,
+        "prompt": inputs.request.prompt,
+        "seed": inputs.sampling.seed,
+        "frames": plan.frames,
+        "windows": len(plan.windows),
+        "resumed_windows": job.resumed,
+        "seconds": elapsed.seconds(),
+        "stages": elapsed.stages(),
+        "plan": plan.as_dict(),
+        "device": device_name(models.device),
+        "processes": models.team.size,
+        **peak_memory(models.device),
+        "attention": models.attention_name,
+        "vae": models.vae_name,
+        "decoder": config.model.decoder,
+        "encoder": encoder,
+        "quantize": placement.quantize,
+        "memory": placement.memory.as_dict(),
+        "config": flat_values(config.model_copy(update={"sampling": inputs.sampling})),
+        "fingerprint": job.fingerprint,
+        "versions": {
+            "omniavatar": __version__,
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "python": platform.python_version(),
+        },
+        "platform": platform.platform(),
     }
-    atomic_write_json(job.sidecar, {**values, "versions": versions, "platform": platform.platform()})

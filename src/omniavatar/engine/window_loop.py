@@ -7,7 +7,7 @@ The hand-over goes through pixels: the last `overlap` frames of a window, clippe
 floats, are encoded again and become the next window's given latents (a latent from the middle of a clip
 cannot serve, because the causal VAE codes a clip's first frame alone).
 
-Several processes (`parallel.team`) denoise a window together, and share the VAE's work (`accel.shared_vae`)
+Several processes (`parallel.team`) denoise a window together, and share the VAE's work (`parallel.vae`)
 or leave it to the leader, who sends the others what is handed over.
 Source: OmniAvatar (arXiv 2506.18866).
 
@@ -16,6 +16,7 @@ Shapes: T latent frames, h w latent pixels, N video frames, H W pixels, D audio 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,37 +28,35 @@ from torch import Tensor
 from omniavatar.accel.residual_cache import PassRunner, ResidualCache
 from omniavatar.accel.short_text import prepare_text
 from omniavatar.device import arrival, download, upload
-from omniavatar.engine.retry import MakeRoom, no_room, with_room
+from omniavatar.engine.retry import Retry, no_retry
 from omniavatar.model.dit import AudioState, RunBlocks, WanDiT
 from omniavatar.model.vae import VideoVAE
 from omniavatar.parallel.team import ONE, Team
 from omniavatar.sampling.denoise import denoise as denoise_window
 from omniavatar.sampling.denoise import noises_drawn
-from omniavatar.sampling.guidance import Branch
 from omniavatar.sampling.noise import NoiseAhead
-from omniavatar.sampling.passes import Pass, plan_passes
+from omniavatar.sampling.passes import Pass, Passes
 from omniavatar.sampling.schedule import Schedule
-from omniavatar.types import Conditioning, Recorder, Sampler, StepPlan, Window
+from omniavatar.types import Conditioning, Recorder, Window
 
 DrawNoise = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class WindowSampling:
-    """How every window of one request is sampled. branches: of the steps in `guidance_interval`."""
+    """How every window of one request is sampled. passes: what runs at each step (`plan_passes`)."""
 
     seed: int
     schedule: Schedule
-    step_plan: StepPlan
-    branches: tuple[Branch, ...]
-    sampler: Sampler = "euler"
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    passes: Passes
+    sampler: str = "euler"
 
 
 class WindowResult:
     """One window, queued if not finished. Reading what is on the host waits for it; any thread may.
 
-    latent: (1, 16, T, h, w) float32 on the device.
+    - latent: (1, 16, T, h, w) float32 on the device.
+    - started: host time (`time.perf_counter`) at which its computing was queued.
     """
 
     def __init__(
@@ -67,8 +66,9 @@ class WindowResult:
         frames: list[np.ndarray],
         next_given: Tensor | None,
         wait: Callable[[], None],
+        started: float,
     ) -> None:
-        self.window, self.latent = window, latent
+        self.window, self.latent, self.started = window, latent, started
         self._frames, self._next_given, self._wait = frames, next_given, wait
 
     @property
@@ -87,7 +87,7 @@ class WindowResult:
 def to_uint8(pixels: Tensor) -> np.ndarray:
     """Pixels (1, 3, N, H, W) in [0, 1] to (N, H, W, 3) uint8, rounded (not truncated), on the CPU.
 
-    From a CUDA device the copy is only queued (`ops.transfer`).
+    From a CUDA device the copy is only queued (`device.download`).
     """
     return download((pixels[0].permute(1, 2, 3, 0) * 255.0).round_().to(torch.uint8).contiguous()).numpy()
 
@@ -130,11 +130,12 @@ class WindowGenerator:
         convert: Callable[[Tensor], np.ndarray] = to_uint8,
         draw_noise: Callable[[Window, tuple[int, ...]], DrawNoise] | None = None,
         make_cache: Callable[[RunBlocks], PassRunner] = ResidualCache,
-        make_room: MakeRoom = no_room,
+        retry: Retry = no_retry,
         team: Team = ONE,
         run_blocks: RunBlocks | None = None,
+        arrival: Callable[[torch.device], Callable[[], None]] = arrival,
     ) -> None:
-        self._run_blocks = run_blocks or dit.run_blocks
+        self._run_blocks, self._arrival = run_blocks or dit.run_blocks, arrival
         self._dit, self._vae = dit, vae
         self._sampling, self._recorder, self._convert = sampling, recorder, convert
         self._device = conditioning.reference_latent.device
@@ -144,13 +145,8 @@ class WindowGenerator:
         self._draw_noise = draw_noise
         self._reference = conditioning.reference_latent
         self._audio = conditioning.audio
-        self._make_cache, self._make_room, self._team = make_cache, make_room, team
-        self._passes = plan_passes(
-            sampling.step_plan,
-            sampling.branches,
-            has_audio=conditioning.audio is not None,
-            interval=sampling.guidance_interval,
-        )
+        self._make_cache, self._retry, self._team = make_cache, retry, team
+        self._passes = sampling.passes
         self._velocities = team.velocities(self._passes)
         self._timesteps = torch.tensor(sampling.schedule.timesteps, dtype=torch.float32, device=self._device)
         self._branches = {each.branch for row in self._passes for each in row}
@@ -164,8 +160,8 @@ class WindowGenerator:
     ) -> Iterator[WindowResult]:
         """Yield the results of `windows[first:]`; `given` are window `first`'s given latents if first > 0.
 
-        A window for which the device's memory does not suffice is begun anew, with the same noise, after
-        `make_room`.
+        A window for which the device's memory does not suffice is started again, with the same noise, as
+        `retry` says.
         """
         known = self._reference if given is None else given.to(self._device)
         for window in windows[first:]:
@@ -174,12 +170,13 @@ class WindowGenerator:
             overlap = 0 if last else windows[window.index + 1].given_frames
             compute = partial(self._compute, window, known, overlap)
             self._draw_ahead(windows[window.index : window.index + 2])
-            result, following = with_room(compute, self._make_room)
+            result, following = self._retry(compute)
             known = known if following is None else following
             yield result
 
     def _compute(self, window: Window, known: Tensor, overlap: int) -> tuple[WindowResult, Tensor | None]:
         """One window, and the given latents of the next one on the device."""
+        started = time.perf_counter()
         with self._recorder.stage("denoise"):
             latent = self.denoise(window, known)
         frames: list[np.ndarray] = []
@@ -193,7 +190,8 @@ class WindowGenerator:
                 shape = (1, latent.shape[1], (overlap + 3) // 4, *latent.shape[3:])
                 following = self._team.share(encoded if self._team.leads else None, shape, self._device)
                 next_given = download(following)
-        return WindowResult(window, latent, frames, next_given, arrival(self._device)), following
+        result = WindowResult(window, latent, frames, next_given, self._arrival(self._device), started)
+        return result, following
 
     def _draw_ahead(self, windows: Sequence[Window]) -> None:
         """Let the noises of this window and the next be drawn, the next one's while this one is computed."""
@@ -221,7 +219,8 @@ class WindowGenerator:
         if "silence" in needed:
             silence = torch.zeros(1, window.length, width, device=self._device)
             states["silence"] = self._dit.prepare_audio(silence)
-        if "speech" in needed and self._audio is not None:
+        if "speech" in needed:
+            assert self._audio is not None
             rows = upload(audio_slice(self._audio, window), self._device) if self._team.leads else None
             speech = self._team.share(rows, (1, window.length, width), self._device)
             states["speech"] = self._dit.prepare_audio(speech)

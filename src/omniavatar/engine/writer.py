@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Self
 
 import safetensors.torch
 
+from omniavatar.engine.host import Host
 from omniavatar.engine.job import Job
 from omniavatar.errors import ResumeError
 from omniavatar.media.audio import encode_aac_track
-from omniavatar.media.encoders import Encoder
-from omniavatar.media.video import GrowingVideo, encode_segment
+from omniavatar.media.video import GrowingVideo
 from omniavatar.types import AudioInput, Recorder
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ ENCODERS = 2
 """Windows that are encoded at the same time; each is a file of its own, so the bytes are the same."""
 MOST_PENDING = ENCODERS + 1
 """Windows the writer may be behind the model: those that are being encoded and one that is being computed."""
-_READ_BYTES = 2**20
 
 
 class VideoWriter:
@@ -50,18 +49,18 @@ class VideoWriter:
         plan: RunPlan,
         output: OutputConfig,
         audio: AudioInput | None,
-        audio_delay_s: Fraction,
         recorder: Recorder,
-        encoder: Encoder,
+        encoder: str,
+        host: Host,
     ) -> None:
-        self._encoder = encoder
+        self._encoder, self._host = encoder, host
         self._job, self._plan, self._output, self._recorder = job, plan, output, recorder
         self._fps = Fraction(plan.fps)
         track: Path | None = None
         if audio is not None:
             track = job.folder / "sound.mp4"
             with recorder.stage("audio_encode"):
-                encode_aac_track(audio, track, audio_delay_s, plan.frames / self._fps)
+                encode_aac_track(audio, track, plan.audio_delay_s, plan.frames / self._fps)
         self._growing = GrowingVideo(job.partial, job.output, self._fps, track)
         self._pool = ThreadPoolExecutor(ENCODERS, thread_name_prefix="video-writer")
         self._pending: deque[Future[bool]] = deque()
@@ -73,15 +72,14 @@ class VideoWriter:
                 raise ResumeError(f"{segment} is missing; use --no-resume to start over")
             self._growing.append(segment)
 
-    def submit(self, result: WindowResult, begun: float) -> None:
+    def submit(self, result: WindowResult) -> None:
         """Hand over a window that may still be computed; waits while `MOST_PENDING` are not written.
 
-        begun: `time.perf_counter()` at the start of the first window. Raises what went wrong with a window
-        before; none is written after one that failed.
+        Raises the error of an earlier window; no window is written after one that failed.
         """
         while self._pending and (len(self._pending) >= MOST_PENDING or self._pending[0].done()):
             self._pending.popleft().result()
-        self._before = self._pool.submit(self._write, result, begun, self._before)
+        self._before = self._pool.submit(self._write, result, self._before)
         self._pending.append(self._before)
 
     def finish(self) -> None:
@@ -100,13 +98,13 @@ class VideoWriter:
         self._pool.shutdown(wait=True)
         self._growing.close()
 
-    def _write(self, result: WindowResult, begun: float, before: Future[bool] | None) -> bool:
+    def _write(self, result: WindowResult, before: Future[bool] | None) -> bool:
         """Encode a window and, after the one `before` it, append it; whether both were done."""
         frames, given = result.frames, result.next_given
         arrived = time.perf_counter()
         window = result.window
         with self._recorder.stage("video_write"):
-            encode_segment(
+            self._host.encode_segment(
                 iter(frames),
                 self._job.segment_path(window.index),
                 fps=self._fps,
@@ -118,7 +116,7 @@ class VideoWriter:
             )
         if before is not None and (before.exception() is not None or not before.result()):
             return False
-        seconds = arrived - max(begun, self._arrived)
+        seconds = arrived - max(result.started, self._arrived)
         self._arrived = arrived
         with self._recorder.stage("video_append"):
             self._job.finish_window(None if given is None else safetensors.torch.save({"given": given}))

@@ -22,7 +22,8 @@ from omniavatar.accel.residual_meter import ResidualMeter
 from omniavatar.config.change import changed
 from omniavatar.config.schema import PipelineConfig, SamplingConfig
 from omniavatar.device import device_name
-from omniavatar.engine.pipeline import AvatarPipeline, Prepared
+from omniavatar.engine.pipeline import AvatarPipeline
+from omniavatar.engine.prepare import Prepared
 from omniavatar.engine.recorder import Listener, RunRecorder, stage_seconds
 from omniavatar.errors import ConfigError, OutputError
 from omniavatar.measure.quality import compare
@@ -35,7 +36,7 @@ from omniavatar.plan.calibration import (
     measured_schedule,
     model_identity,
 )
-from omniavatar.plan.run import make_step_plan, model_scale, sampling_schedule
+from omniavatar.plan.steps import make_step_plan, model_scale, sampling_schedule
 from omniavatar.sampling.cache_constants import CacheConstants, published_constants
 from omniavatar.sampling.calibration import (
     ResidualChanges,
@@ -134,11 +135,12 @@ def calibrate(
         chosen = ready.plan.windows[:windows]
         meter = ResidualMeter()
         every = compute_all(ready.plan.steps)
-        generator = pipeline.window_generator(ready.sampling, ready.conditioning, every, meter.window)
+        sampling = ready.decided(every).window_sampling
+        generator = pipeline.window_generator(sampling, ready.conditioning, meter.window)
         for _ in generator.run(chosen):
             meter.keep()
         changes = meter.changes()
-        distances = relative_changes(pipeline.components.time_projections(ready.sampling))
+        distances = relative_changes(pipeline.models.time_projections(ready.plan.schedule.timesteps))
         calibration = _calibration(pipeline, ready, len(chosen), changes, distances)
         atomic_write_json(path, calibration.model_dump(mode="json"))
         bench = _Bench(pipeline, recorder, config.sampling, ready, changes)
@@ -156,26 +158,26 @@ def _calibration(
     changes: dict[str, ResidualChanges],
     distances: np.ndarray,
 ) -> Calibration:
-    components, config = pipeline.components, pipeline.config
+    models, config = pipeline.models, pipeline.config
     time_changes = tuple(float(d) for d in distances)
     fit = fit_teacache(time_changes, changes)
     plan = ready.plan
     return Calibration(
-        model=model_identity(config.model, components.dit_config),
-        schedule=measured_schedule(ready.sampling),
+        model=model_identity(config.model, models.dit_config),
+        schedule=measured_schedule(ready.inputs.sampling),
         measured={
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "windows": windows,
             "size": list(plan.size),
             "window_length": plan.window_length,
             "tokens": plan.tokens,
-            "seed": ready.sampling.seed,
-            "guidance_scale": ready.sampling.guidance_scale,
-            "audio_scale": ready.sampling.effective_audio_scale,
-            "device": device_name(components.device),
+            "seed": ready.inputs.sampling.seed,
+            "guidance_scale": ready.inputs.sampling.guidance_scale,
+            "audio_scale": ready.inputs.sampling.effective_audio_scale,
+            "device": device_name(models.device),
             "dtype": config.model.dtype,
-            "quantize": components.quantize,
-            "attention": components.attention_name,
+            "quantize": models.residency.placement.quantize,
+            "attention": models.attention_name,
             "omniavatar": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -219,7 +221,7 @@ class _Bench:
         policy = "teacache" if sampling.cache_policy == "teacache" else "magcache"
         threshold = sampling.tea_cache_l1_thresh if policy == "teacache" else sampling.magcache_thresh
         config = self._pipeline.config
-        scale = model_scale(config.model.scale, self._pipeline.components.dit_config.dim)
+        scale = model_scale(config.model.scale, self._pipeline.models.dit_config.dim)
         sources = {"measured": measured, "published": published_constants(scale)}
         full = self._run(compute_all(sampling.steps), window)
         rows = []
@@ -249,13 +251,13 @@ class _Bench:
         key = "tea_cache_l1_thresh" if policy == "teacache" else "magcache_thresh"
         changes = {"step_cache": policy, key: threshold, "teacache_coefficients": "auto"}
         sampling = self._sampling.model_copy(update=changes)
-        return make_step_plan(
-            sampling, constants, lambda: self._pipeline.components.time_projections(sampling)
-        )
+        timesteps = sampling_schedule(sampling).timesteps
+        return make_step_plan(sampling, constants, lambda: self._pipeline.models.time_projections(timesteps))
 
     def _run(self, plan: StepPlan, window: Window) -> tuple[torch.Tensor, np.ndarray, float]:
         """Latent, frames (N, H, W, 3) uint8, and seconds of denoising."""
-        generator = self._pipeline.window_generator(self._sampling, self._ready.conditioning, plan)
+        sampling = self._ready.decided(plan).window_sampling
+        generator = self._pipeline.window_generator(sampling, self._ready.conditioning)
         before = self._recorder.timings()
         (result,) = generator.run([window])
         seconds = stage_seconds(before, self._recorder.timings())["denoise"]

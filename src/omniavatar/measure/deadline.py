@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from omniavatar.accel.quantized import best_quantize
+from omniavatar.accel.precision import best_quantize
 from omniavatar.config.change import changed
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.device import choose_device

@@ -1,7 +1,7 @@
-"""`omniavatar doctor`: can this machine run it, and with what. Looks, and changes nothing.
+"""`omniavatar doctor`: what this machine can run, and with which backends. It changes nothing.
 
-Weights are checked by the presence of the files a configuration names, and memory by the estimate of
-`omniavatar plan`; whether a file is whole is found out when it is loaded.
+Weights are checked by the presence of the files that a configuration names, memory by the estimate of
+`omniavatar plan`. A damaged file is found only when it is loaded.
 """
 
 from __future__ import annotations
@@ -13,32 +13,34 @@ from typing import Any
 import torch
 
 from omniavatar import __version__
-from omniavatar.accel.attention.registry import available_backends, choose_backend
-from omniavatar.accel.vae import choose_vae
+from omniavatar.accel.attention.registry import ATTENTION, choose_backend
+from omniavatar.accel.vae_runners import choose_vae
+from omniavatar.config.backends import REGISTRIES, registry
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import ModelConfig, OutputConfig, PipelineConfig, RuntimeConfig, VideoConfig
 from omniavatar.device import choose_device
 from omniavatar.engine.loading import DTYPES
 from omniavatar.errors import OmniAvatarError
 from omniavatar.measure.machine import codecs, devices, free_disk, free_memory, optional_packages, versions
-from omniavatar.media.encoders import choose_encoder, try_nvenc
+from omniavatar.media.h264 import ENCODERS, choose_encoder
 from omniavatar.plan.estimate import MemoryEstimate, estimate_memory
 from omniavatar.plan.preview import missing_files
-from omniavatar.plan.run import make_plan
+from omniavatar.plan.run import plan_run
+from omniavatar.types import bytes_text
 
 NEEDED_CODECS = ("libx264", "aac")
 
 
 def examine(configs: Sequence[Path]) -> dict[str, Any]:
-    """Everything `doctor` reports; `problems` are one line each, with a remedy."""
+    """Everything that `doctor` reports; `problems` are one line each, with a remedy."""
     device = choose_device("auto")
     attention = {
-        name: {"there": available_backends(device), "auto": choose_backend(device, dtype)}
+        name: {"available": ATTENTION.available(device), "auto": choose_backend(device, dtype)}
         for name, dtype in DTYPES.items()
     }
     encoders = codecs()
     size = VideoConfig().sizes[0]
-    nvenc = try_nvenc(size)
+    refused = ENCODERS.reasons(size)
     rows = [_config(path, device) for path in configs]
     return {
         "command": "doctor",
@@ -48,10 +50,11 @@ def examine(configs: Sequence[Path]) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "versions": versions(),
         "attention": attention,
+        "backends": backends(device, size),
         "vae": choose_vae("auto", device),
         "optional": optional_packages(),
         "codecs": encoders,
-        "encoder": {"auto": choose_encoder("auto", size, lambda _: nvenc), "nvenc": nvenc or "works"},
+        "encoder": {"auto": choose_encoder("auto", size), "nvenc": refused["nvenc"] or "works"},
         "disk": [
             {"folder": str(folder), "free_bytes": free_disk(folder)}
             for folder in (OutputConfig().output_dir, Path("pretrained_models"), RuntimeConfig().text_cache)
@@ -62,8 +65,24 @@ def examine(configs: Sequence[Path]) -> dict[str, Any]:
     }
 
 
+def backends(device: torch.device, size: tuple[int, int]) -> list[dict[str, Any]]:
+    """Every registered backend of every setting. size: (H, W) that video encoders are tried with.
+
+    `reason` says why a backend cannot be used here; it is None for an available one.
+    """
+    rows = []
+    for setting in REGISTRIES:
+        found = registry(setting)
+        reasons = found.reasons(size if setting == ENCODERS.setting else device)
+        for backend in found:
+            reason = reasons[backend.name]
+            row = {"setting": setting, "name": backend.name, "exact": backend.exact, "doc": backend.doc}
+            rows.append({**row, "available": reason is None, "reason": reason})
+    return rows
+
+
 def _config(path: Path, device: torch.device) -> dict[str, Any]:
-    """Whether one configuration's weights are there and fit."""
+    """Whether the weights of one configuration exist and fit."""
     try:
         config = load_config(path).config
         missing = missing_files(config.model)
@@ -85,21 +104,21 @@ def _config(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def _choice(scale: str, device: torch.device) -> str:
-    """What `memory: auto` would choose here for a model with the original's settings."""
+    """What `memory: auto` chooses on this machine for a model with the original's settings."""
     model = ModelConfig.model_validate({"weights": "random", "scale": scale})
     return _estimate(PipelineConfig(model=model), device).choice
 
 
 def _estimate(config: PipelineConfig, device: torch.device) -> MemoryEstimate:
-    plan = make_plan(config, config.video.sample_rate, config.video.sizes[0])
-    return estimate_memory(config, plan, has_audio=True, device=device)
+    plan = plan_run(config, config.video.sizes[0], config.video.sample_rate)
+    return estimate_memory(config, plan, device)
 
 
 def _problems(encoders: Sequence[dict[str, Any]], configs: Sequence[dict[str, Any]]) -> list[str]:
     problems = [
-        f"{row['name']}: PyAV's FFmpeg lacks it; reinstall av from its wheel"
+        f"{row['name']}: PyAV's FFmpeg has no such codec; reinstall av from its wheel"
         for row in encoders
-        if row["name"] in NEEDED_CODECS and not row["there"]
+        if row["name"] in NEEDED_CODECS and not row["available"]
     ]
     for row in configs:
         if row["error"]:
@@ -107,10 +126,10 @@ def _problems(encoders: Sequence[dict[str, Any]], configs: Sequence[dict[str, An
         elif row["missing"]:
             more = f" and {len(row['missing']) - 1} more" if len(row["missing"]) > 1 else ""
             problems.append(
-                f"{row['config']}: {row['missing'][0]}{more} not on this disk; omniavatar download gets them"
+                f"{row['config']}: {row['missing'][0]}{more} not on this disk; run `omniavatar download`"
             )
         elif not row["fits"]:
-            needs = f"needs about {row['needs_bytes'] / 2**30:.1f} GiB, more than is free"
+            needs = f"needs about {bytes_text(row['needs_bytes'])}, more than is free"
             remedy = f"{needs}; lower max_tokens or use a smaller model"
             problems.append(f"{row['config']}: {remedy if row['placed'] else row['memory']}")
     return problems

@@ -1,8 +1,7 @@
-"""What this machine has: memory and disk that are free, devices, codecs, optional packages."""
+"""What this machine has: free memory and disk, devices, codecs, optional packages."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import shutil
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from omniavatar.accel.pinned import host_memory
+from omniavatar.device import installed
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "av", "pydantic")
 OPTIONAL: Mapping[str, str] = MappingProxyType(
@@ -26,7 +26,7 @@ OPTIONAL: Mapping[str, str] = MappingProxyType(
         "ray": "batches over several GPUs",
     }
 )
-"""Module: what it is for. None of them is needed."""
+"""Module: its purpose. None of them is required."""
 CODECS: Mapping[str, str] = MappingProxyType(
     {
         "libx264": "every video",
@@ -37,7 +37,7 @@ CODECS: Mapping[str, str] = MappingProxyType(
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes a run could take: free on the GPU, or available on the host."""
+    """Bytes that a run could take: free on the GPU, or available on the host."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return host_memory()[0]
@@ -57,11 +57,11 @@ def versions() -> dict[str, str]:
 
 
 def optional_packages() -> list[dict[str, Any]]:
-    """Packages that bring something and may be missing. Nothing is imported."""
+    """Optional packages: whether each is installed, its version, its purpose. Nothing is imported."""
     rows = []
     for module, purpose in OPTIONAL.items():
-        there = importlib.util.find_spec(module) is not None
-        rows.append({"name": module, "there": there, "version": _version(module), "purpose": purpose})
+        row = {"name": module, "available": installed(module), "version": _version(module)}
+        rows.append({**row, "purpose": purpose})
     return rows
 
 
@@ -73,10 +73,12 @@ def _version(module: str) -> str | None:
 
 
 def codecs() -> list[dict[str, Any]]:
-    """Encoders that PyAV's FFmpeg has; a GPU encoder is listed as built in, which needs a driver besides."""
+    """Whether PyAV's FFmpeg has each encoder. A GPU encoder that is built in needs a driver as well."""
     import av.codec
 
-    return [{"name": n, "there": n in av.codec.codecs_available, "purpose": why} for n, why in CODECS.items()]
+    return [
+        {"name": n, "available": n in av.codec.codecs_available, "purpose": why} for n, why in CODECS.items()
+    ]
 
 
 def devices() -> list[dict[str, Any]]:

@@ -99,21 +99,21 @@ def profile_requests(
     seconds = time.perf_counter() - started
     if taker is not None:
         taker.stop()
-    components = pipeline.components
-    models = Models(components.dit_config, _vae_sizes(config.model))
+    loaded, placement = pipeline.models, pipeline.models.residency.placement
+    models = Models(loaded.dit_config, _vae_sizes(config.model))
     spans = recorder.spans()
     report = build_report(spans, recorder.timings(), figures, models, ceiling, fp8_ceilings(device), seconds)
     return ProfiledRun(
         device=ceiling.device,
         dtype=config.model.dtype,
         weights=config.model.weights,
-        attention=components.attention_name,
-        quantize=components.quantize,
-        memory=components.placed.memory.as_dict(),
-        vae=components.vae_name,
+        attention=loaded.attention_name,
+        quantize=placement.quantize,
+        memory=placement.memory.as_dict(),
+        vae=loaded.vae_name,
         decoder=config.model.decoder,
         kernel_trace_window=None if taker is None else taker.window,
-        peak_memory=PeakMemory.now(components.device),
+        peak_memory=PeakMemory.now(loaded.device),
         report=report,
         trace=chrome_trace(spans),
     )

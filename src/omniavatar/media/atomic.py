@@ -1,7 +1,7 @@
-"""Files that are either whole or absent, and operating system errors as one clear line.
+"""Files that are either complete or absent, and operating system errors as one clear line.
 
-A file is written under a temporary name in its own folder, flushed to the disk, then renamed over
-the final name, so neither a crash nor a full disk ever leaves half a file under that name.
+A file is written under a temporary name in its folder, flushed to the disk, then renamed to the final name.
+So neither a crash nor a full disk leaves half a file under that name.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _REMEDIES = {
 
 @contextmanager
 def translate_os_error(path: str | Path) -> Iterator[None]:
-    """Turn the errors of writing `path` (disk full, not permitted, ...) into an `OutputError`.
+    """Turn errors of writing `path` (disk full, permission denied, ...) into an `OutputError`.
 
-    Works for PyAV's errors too (they derive from `OSError`); other errors pass unchanged.
+    It includes PyAV's errors, which derive from `OSError`; other errors are not changed.
     """
     try:
         yield
@@ -48,7 +48,7 @@ def translate_os_error(path: str | Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut, where the system allows it (POSIX)."""
+    """Flush renames in `folder` to the disk, so that they survive a power cut (POSIX only)."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -60,10 +60,10 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; once the block ends well, sync it and rename it to `path`.
+    """Yield a temporary path beside `path`; after the block, flush that file and rename it to `path`.
 
-    If the block fails, the temporary file is removed and `path` is left as it was. Raises OutputError
-    for the errors of `translate_os_error`.
+    If the block fails, the temporary file is removed and `path` is unchanged. Raises OutputError for the
+    errors of `translate_os_error`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name[:80]}.{secrets.token_hex(4)}.tmp")
@@ -81,22 +81,22 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path`, whole or not at all. Raises OutputError."""
+    """Write `data` to `path`, completely or not at all. Raises OutputError."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
 
 def atomic_write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented UTF-8 JSON to `path`, whole or not at all. Raises OutputError.
+    """Write `value` as indented UTF-8 JSON to `path`, completely or not at all.
 
-    NaN and infinity are refused with ValueError: they are not JSON.
+    Raises OutputError, and ValueError for NaN and infinity, which JSON does not have.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     atomic_write_bytes(path, (text + "\n").encode())
 
 
 def check_writable(folder: str | Path) -> None:
-    """Create `folder` if absent and prove by a small file that it can be written. Raises OutputError."""
+    """Create `folder` if it does not exist, and write a small test file in it. Raises OutputError."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"cannot write into {folder}: it is a file, not a folder; choose another folder")

@@ -1,13 +1,13 @@
 """Sound for the model (16 kHz mono) and sound for the video (AAC at the original's quality).
 
-Both read the same stream from its first sample, so what the model hears and what the viewer hears stay
-aligned. Mono is the plain average of the channels before resampling (as librosa does; it cannot clip),
-and resampled sound has exactly ceil(samples * new_rate / rate) samples. Resampling is FFmpeg's swresample.
+Both read the same stream from its first sample, so the model's sound and the viewer's sound are aligned. Mono
+is the average of the channels before resampling (as in librosa; it cannot clip). Resampled sound has exactly
+ceil(samples * new_rate / rate) samples. FFmpeg's swresample resamples.
 
-The AAC track keeps the source's rate where AAC has it (8 to 96 kHz; above that 48 kHz, odd rates go to
-the next higher one) and its channels if mono, stereo or 5.1 (7.1 becomes 5.1, others stereo), at 96 kb/s
-a channel (192 kb/s for stereo), less where AAC allows less. The encoder's 1024 samples of priming are
-signalled in the file, so players begin at the true first sample.
+The AAC track keeps the source's rate if AAC supports it (8 to 96 kHz). Higher rates become 48 kHz, others the
+next supported one. It keeps mono, stereo and 5.1 channels; 7.1 becomes 5.1, others stereo. The bit rate is 96
+kb/s a channel (192 kb/s for stereo), or AAC's limit if that is less. The file signals the encoder's 1024
+samples of priming, so players start at the true first sample.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _AAC_LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 7: "5.1", 8: "5.1"}
 
 @dataclass(frozen=True)
 class AudioTrack:
-    """What was decoded: counts are exact. `samples` at `sample_rate` include `lead_samples` of silence."""
+    """Exact counts of a decoded sound. `samples` at `sample_rate` include `lead_samples` of silence."""
 
     samples: int
     sample_rate: int
@@ -51,7 +51,7 @@ class AudioTrack:
 
 @dataclass(frozen=True)
 class AacTrack:
-    """An encoded track: exact `samples` at `sample_rate`, `delay_samples` of them silence in front."""
+    """An encoded track of exactly `samples` at `sample_rate`; the first `delay_samples` are silence."""
 
     path: Path
     samples: int
@@ -64,7 +64,7 @@ class AacTrack:
 def measure_audio(
     source: str | Path | Waveform, sample_rate: int = MODEL_RATE, lead_silence_s: float = 0.3
 ) -> AudioTrack:
-    """Decode `source` to the end and count: what `decode_mono` would write, writing nothing."""
+    """Decode `source` completely and count what `decode_mono` would write; nothing is written."""
     with open_audio(source) as audio:
         count = sum(block.shape[1] for block in audio.blocks)
         lead = round(lead_silence_s * sample_rate)
@@ -78,9 +78,9 @@ def decode_mono(
     sample_rate: int = MODEL_RATE,
     lead_silence_s: float = 0.3,
 ) -> AudioTrack:
-    """Write `source` to `out` as raw little-endian float32 mono, silence of `lead_silence_s` in front.
+    """Write `source` to `out` as raw little-endian float32 mono, after `lead_silence_s` of silence.
 
-    Memory is bounded; `out` appears whole or not at all. Read it with
+    Memory does not grow with length; `out` is written completely or not at all. Read it with
     `np.memmap(out, "<f4", "r")`. Raises InputError (source) or OutputError (out).
     """
     lead = round(lead_silence_s * sample_rate)
@@ -97,10 +97,10 @@ def decode_mono(
 def encode_aac_track(
     source: str | Path | Waveform, out: str | Path, delay_s: Fraction | float, duration_s: Fraction | float
 ) -> AacTrack:
-    """Write `source` as an AAC track (MP4) of exactly `duration_s`, real silence of `delay_s` in front.
+    """Write `source` as an AAC track (MP4) of exactly `duration_s`, which starts with `delay_s` of silence.
 
-    The sound is cut, or filled up with silence, to the duration. Memory is bounded. Raises InputError
-    (source) or OutputError (out).
+    The sound is cut, or padded with silence, to the duration. Memory does not grow with length. Raises
+    InputError (source) or OutputError (out).
     """
     with open_audio(source) as audio, atomic_path(out) as temporary:
         rate = next((r for r in _AAC_RATES if r >= audio.sample_rate), 48000)
@@ -128,7 +128,7 @@ def encode_aac_track(
 
 
 class _Counter:
-    """Iterates over blocks (channels, samples) and remembers how many samples went by."""
+    """Iterates over blocks (channels, samples) and counts the samples."""
 
     def __init__(self, blocks: Iterator[np.ndarray]) -> None:
         self._blocks = blocks
@@ -155,7 +155,7 @@ def _frame(block: np.ndarray, layout: str, rate: int) -> av.AudioFrame:
 def _resample(
     blocks: Iterable[np.ndarray], layout: str, rate: int, new_layout: str, new_rate: int
 ) -> Iterator[np.ndarray]:
-    """Blocks at the new rate and layout, in all `_resampled_length` of the samples that came in."""
+    """Blocks at the new rate and layout, with exactly `_resampled_length` samples in total."""
     if (layout, rate) == (new_layout, new_rate):
         yield from blocks
         return
@@ -182,7 +182,7 @@ def _zeros(channels: int, samples: int) -> Iterator[np.ndarray]:
 
 
 def _fitted(blocks: Iterable[np.ndarray], channels: int, delay: int, total: int) -> Iterator[np.ndarray]:
-    """AAC frames (channels, 1024; the last shorter): `delay` zeros, the sound, zeros up to `total`."""
+    """AAC frames (channels, 1024; the last may be shorter): `delay` zeros, the sound, zeros up to `total`."""
     rest = total
     pending = np.zeros((channels, 0), np.float32)
     for block in chain(_zeros(channels, delay), blocks, _zeros(channels, total)):

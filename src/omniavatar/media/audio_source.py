@@ -1,12 +1,12 @@
-"""Any sound a user has, as a stream of float32 blocks at its own rate and channels.
+"""Sound from a file or from memory, as a stream of float32 blocks at its own rate and channels.
 
-The first audio stream of any file FFmpeg decodes (music, speech, the sound of a video) or a `Waveform`
+The first audio stream of any file that FFmpeg decodes (music, speech, the sound of a video), or a `Waveform`,
 is read block by block, so memory does not grow with its length.
 
-What counts as broken: a file that ends before its container says it does (RIFF sizes, MP4 and FLAC
-durations, the Xing header of an MP3, a torn last MP3 frame or Ogg page), or that cannot be decoded
-somewhere in the middle, is an InputError that says where. A file whose container promises no length is
-used as far as it decodes. One undecodable packet at the very start or end (common after careless
+Damaged files raise an InputError that names the position. A file is damaged if it ends before the length that
+its container states (RIFF sizes, MP4 and FLAC durations, the Xing header of an MP3, an incomplete last MP3
+frame or Ogg page), or if a part in the middle cannot be decoded. A file without a stated length is used as
+far as it can be decoded. One packet at the very start or end that cannot be decoded (common after careless
 cutting) is only logged.
 """
 
@@ -54,8 +54,8 @@ class AudioSource:
 def open_audio(source: str | Path | Waveform) -> Iterator[AudioSource]:
     """Open `source` for one pass over its blocks.
 
-    Raises InputError, one line, here or while the blocks are read: not there, no sound in it, broken,
-    NaN samples, no samples at all.
+    Raises InputError, here or while the blocks are read: the file is missing or damaged, has no sound or no
+    samples, or has NaN samples.
     """
     if isinstance(source, Waveform):
         yield _open_waveform(source)
@@ -89,7 +89,7 @@ def open_audio(source: str | Path | Waveform) -> Iterator[AudioSource]:
 
 
 def _layout(name: str, channels: int, given: str = "") -> str:
-    """The layout FFmpeg names, or the usual one of so many channels where the file names none."""
+    """The layout that FFmpeg reports, else the usual layout for this number of channels."""
     if given and "channels" not in given:
         return given
     if channels not in _LAYOUTS:
@@ -128,7 +128,7 @@ def _open_waveform(wave: Waveform) -> AudioSource:
 
 
 def _checked(name: str, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Pass `blocks` on; refuse NaN and infinity, and a sound without samples."""
+    """Yield `blocks`; raise InputError for NaN, infinity, and a sound without samples."""
     empty = True
     for block in blocks:
         if not np.isfinite(block).all():
@@ -158,7 +158,7 @@ def _file_blocks(
             raise _breaks_off(name, failed_at / rate, declared)
         if frame.sample_rate != rate or len(frame.layout.channels) != channels:
             raise InputError(f"{name} changes its rate or channels midway; convert it to WAV first")
-        # PyAV 18.1 reads past the planes of a planar frame of 8 channels: it gets an interleaved one.
+        # PyAV 18.1 reads past the planes of a planar frame of 8 channels, so an interleaved one is made.
         packed = interleave.resample(frame) if frame.format.is_planar and channels >= 8 else [frame]
         block = np.concatenate([_to_float(part) for part in packed], axis=1)
         if padded_end is not None and 0 < decoded + block.shape[1] - padded_end <= 2 * frame.samples:
@@ -179,7 +179,7 @@ def _breaks_off(name: str, at: float, declared: Fraction | None) -> InputError:
 def _declared_seconds(
     path: Path, container: av.container.InputContainer, stream: av.AudioStream
 ) -> Fraction | None:
-    """Length the container promises for this stream, or None where it only estimates one."""
+    """Length that the container states for this stream, or None if it is only estimated."""
     if not promises_length(path, container.format.name):
         return None
     if stream.duration is not None and stream.time_base is not None:
@@ -192,7 +192,7 @@ def _declared_seconds(
 def _decoded_frames(
     container: av.container.InputContainer, stream: av.AudioStream
 ) -> Iterator[av.AudioFrame | None]:
-    """Decoded frames in order; None stands for a packet that could not be decoded or read."""
+    """Decoded frames in order; None for a packet that could not be decoded or read."""
     packets = container.demux(stream)
     while True:
         try:

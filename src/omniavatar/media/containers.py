@@ -1,8 +1,8 @@
-"""What an audio file's own bytes say about its length, where FFmpeg only guesses.
+"""The length that an audio file's bytes state, for formats whose length FFmpeg only guesses.
 
-FFmpeg takes the length of a cut WAV from the size of the file, that of a cut Ogg from its last page, and
-that of an MP3 without a Xing header from its first bit rate: each needs a look at the bytes. An MP3 or
-Ogg whose last frame or page is incomplete counts as cut: a cut between two of them cannot be seen.
+FFmpeg takes the length of a cut WAV from the size of the file, that of a cut Ogg from its last page, and that
+of an MP3 without a Xing header from its first bit rate. So the bytes are read here. An MP3 or Ogg counts as
+cut if its last frame or page is incomplete; a cut between two frames or pages cannot be detected.
 Sources: RIFF WAVE (Microsoft), RFC 3533 (Ogg pages), ISO/IEC 11172-3 and 13818-3 (MPEG layer III frame
 headers), ID3v2, the Xing/Info and VBRI headers of MP3.
 """
@@ -21,14 +21,14 @@ _MPEG2_KBITS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
 
 
 def promises_length(path: Path, format_name: str) -> bool:
-    """Whether the container of this FFmpeg format states the length (rather than FFmpeg guessing it)."""
+    """Whether the container of this FFmpeg format states the length; else FFmpeg guesses it."""
     if format_name == "mp3":
         return _mp3_has_frame_count(path)
     return format_name in _DECLARED
 
 
 def missing_tail(path: Path) -> str:
-    """Why `path` (WAV, Ogg or MP3) ends before it should, or an empty string."""
+    """Why `path` (WAV, Ogg or MP3) is incomplete, or an empty string."""
     with path.open("rb") as file:
         magic = file.read(12)
     if magic[:4] == b"RIFF" and magic[8:] == b"WAVE":
@@ -48,12 +48,12 @@ def _wav_missing(path: Path) -> str:
             file.seek(position)
             tag, length = struct.unpack("<4sI", file.read(8))
             if tag == b"data":
-                there = size - position - 8
-                if length < _UNKNOWN_RIFF_SIZE and there < length:
-                    return f"{there} of {length} bytes of sound are there"
+                present = size - position - 8
+                if length < _UNKNOWN_RIFF_SIZE and present < length:
+                    return f"{present} of {length} bytes of sound are present"
                 return ""
             position += 8 + length + length % 2
-    return "the header is there, the sound is not"
+    return "the header is present, the sound is missing"
 
 
 def _ogg_missing(path: Path) -> str:
@@ -83,7 +83,7 @@ def _mp3_missing(path: Path) -> str:
 
 
 def _id3_length(head: bytes) -> int:
-    """Bytes of the ID3v2 tag that begins with `head` (10 bytes), or 0 where none begins."""
+    """Bytes of the ID3v2 tag that starts with `head` (10 bytes), or 0 if none starts."""
     if len(head) < 10 or head[:3] != b"ID3":
         return 0
     a, b, c, d = head[6:10]
@@ -91,7 +91,7 @@ def _id3_length(head: bytes) -> int:
 
 
 def _mp3_frame_length(head: bytes) -> int:
-    """Bytes of the layer III frame that begins with `head` (4 bytes), or 0 where none begins."""
+    """Bytes of the layer III frame that starts with `head` (4 bytes), or 0 if none starts."""
     if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE6 != 0xE2:
         return 0
     version, rate_index, rate_kind = head[1] >> 3 & 3, head[2] >> 4, head[2] >> 2 & 3

@@ -1,12 +1,12 @@
-"""Any picture a user has, as RGB bytes.
+"""A picture from a file or from memory, as RGB bytes.
 
-What happens to it: the EXIF rotation is applied; transparency is laid on white; of an animation the
-first frame is taken (logged; of a PIL image, the frame it stands on); CMYK, grey, palette and 16-bit
-pictures become 8-bit RGB. Embedded colour profiles are not applied, as in the original.
+The EXIF rotation is applied, and transparency becomes white. The first frame of an animation is used, which
+is logged (a PIL image: its current frame). CMYK, grey, palette and 16-bit pictures become 8-bit RGB. Embedded
+colour profiles are not applied, as in the original.
 
-Limits: at least 16 pixels a side, at most 178,956,970 pixels (Pillow's own limit against decompression
-bombs). Above 40 megapixels the picture is reduced by a whole factor while or right after decoding, to
-no less than 2880 pixels on its shorter side, so that 100 megapixels fit in a small memory.
+Limits: at least 16 pixels a side, at most 178,956,970 pixels (Pillow's limit against decompression bombs). A
+picture above 40 megapixels is reduced by a whole factor during or right after decoding, to at least 2880
+pixels on its shorter side, so that 100 megapixels need little memory.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ REDUCE_TO_SIDE = 2880
 
 _log = logging.getLogger(__name__)
 
-# What Pillow's format plugins raise on damaged files, besides UnidentifiedImageError (an OSError).
+# What Pillow's format plugins raise for damaged files, in addition to UnidentifiedImageError (an OSError).
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 
 
 def load_image(source: str | Path | PIL.Image.Image | np.ndarray) -> np.ndarray:
     """Read an image as (h, w, 3) uint8 RGB.
 
-    source: a file, a PIL image, or an array (h, w), (h, w, 1), (h, w, 3), (h, w, 4), uint8 or
-    float in [0, 1]. Raises InputError, one line, for anything that cannot be used.
+    source: a file, a PIL image, or an array (h, w), (h, w, 1), (h, w, 3), (h, w, 4), uint8 or float in [0,
+    1].
+    Raises InputError if it cannot be used.
     """
     if isinstance(source, np.ndarray):
         pixels = _from_array(source)
@@ -87,7 +88,7 @@ def _damage_as_one_line(name: str) -> Iterator[None]:
 
 
 def _decode(image: PIL.Image.Image, name: str) -> np.ndarray:
-    """(h, w, 3) uint8 of an opened image, whatever its mode."""
+    """(h, w, 3) uint8 of an opened image of any mode."""
     image.load()
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _grey_from_deep(ImageOps.exif_transpose(image), name)
@@ -117,7 +118,7 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _grey_from_deep(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
-    """16- and 32-bit grey to 8 bits: integers cover 0..65535, floats 0..1."""
+    """16- and 32-bit grey as 8 bits; the range is 0..65535 for integers, 0..1 for floats."""
     values = np.asarray(image)
     top = 1 if image.mode == "F" else 65535
     if not np.isfinite(values).all() or values.min() < 0 or values.max() > top:

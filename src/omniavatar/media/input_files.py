@@ -1,4 +1,4 @@
-"""The first look at a file the user named."""
+"""Checks a file that the user named before it is opened."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from omniavatar.errors import InputError
 
 
 def existing_file(source: str | Path, name: str) -> Path:
-    """`source` as the path of a readable file with something in it, else InputError beginning with `name`."""
+    """`source` as the path of a readable file that is not empty, else InputError that starts with `name`."""
     try:
         path = Path(source)
         with path.open("rb") as file:
@@ -18,7 +18,7 @@ def existing_file(source: str | Path, name: str) -> Path:
     except IsADirectoryError as error:
         raise InputError(f"{name} is a folder; give a file") from error
     except PermissionError as error:
-        raise InputError(f"{name} may not be read; check its permissions") from error
+        raise InputError(f"{name} cannot be read; check its permissions") from error
     except (OSError, ValueError) as error:  # a name too long for the system, or with a zero byte in it
         raise InputError(f"{name} cannot be opened ({error}); check the path") from error
     if empty:

@@ -1,4 +1,4 @@
-"""Look into a video file: its figures and its frames. For tests, tools and the report of a run."""
+"""Reads the properties and frames of a video file, for tests, tools and the report of a run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class VideoInfo:
 
 
 def probe_video(path: str | Path) -> VideoInfo:
-    """Count the frames of `path` and read its figures without decoding. Raises InputError."""
+    """The properties of `path`, frames counted without decoding. Raises InputError."""
     with _opened(Path(path)) as container:
         video = container.streams.video[0]
         rate = video.average_rate or Fraction(0)
@@ -77,7 +77,7 @@ def _opened(path: Path) -> av.container.InputContainer:
     try:
         container = av.open(str(existing_file(path, f"video {path}")), metadata_errors="replace")
     except av.error.FFmpegError as error:
-        raise InputError(f"video {path} cannot be read ({error.strerror}); make it again") from error
+        raise InputError(f"video {path} cannot be read ({error.strerror}); create it again") from error
     if not container.streams.video:
         container.close()
         raise InputError(f"video {path} has no picture; give a video file")

@@ -8,11 +8,11 @@ from hashlib import sha256
 
 
 def slugify(text: str, max_len: int = 60) -> str:
-    """A file name of at most `max_len` ASCII characters `a-z 0-9 -` from any text, never empty.
+    """A file name of 1 to `max_len` ASCII characters `a-z 0-9 -` from any text.
 
-    Accents are dropped, anything else becomes a dash, and the cut falls between words where it can.
-    A text without a Latin letter or digit gives `prompt-` and 8 digits of its hash, so that different
-    texts keep different names.
+    Accents are dropped, other characters become a dash, and the text is cut between words if possible. A text
+    without Latin letters and digits becomes `prompt-` and 8 digits of its hash, so different texts have
+    different names.
     """
     if max_len < 1:
         raise ValueError("max_len must be at least 1")

@@ -1,18 +1,18 @@
-"""The video as it grows: closed segments, and one playable file made of them.
+"""The growing video: closed segments, and one playable file made of them.
 
-A finished denoising window becomes one closed H.264 segment file (`encode_segment`). `GrowingVideo`
-copies segments, unchanged, into one fragmented MP4 that is complete on disk after every `append`: even
-after `kill -9`, also in the middle of an append, it plays up to there, in browsers too. `finish` copies
-that file into an ordinary MP4 (index in front, so it starts at once over a network) and renames it to
-its final name. A resumed run appends the same segments again and ends with the same bytes.
+A finished denoising window becomes one closed H.264 segment file (`encode_segment`). `GrowingVideo` copies
+the segments unchanged into one fragmented MP4, which is complete on disk after every `append`. After `kill
+-9`, even during an append, it plays up to the last complete append, in browsers too. `finish` copies the file
+into an ordinary MP4 (index in front, so that it starts at once over a network) and renames it to its final
+name. A resumed run appends the same segments again and ends with the same bytes.
 
-How a fragment is made: FFmpeg's muxer writes each append into memory with `frag_discont`, timestamps
-going on where the last one ended, and only its `moof` and `mdat` boxes are added to the file; the first
-append also gives the index, whose edit lists say where picture and sound begin. H.264 packets get decode
-times of (number in decode order - 2) frames, which suits every x264 reorder depth (at most 2; with NVENC
-nothing is reordered), so they rise evenly over segments of any length.
+How a fragment is made: FFmpeg's muxer writes each append into memory with `frag_discont`; timestamps continue
+those of the last append. Only its `moof` and `mdat` boxes are added to the file. The first append also writes
+the index, whose edit lists state where picture and sound start. H.264 packets get decode times of (number in
+decode order - 2) frames. That fits every x264 reorder depth (at most 2; NVENC reorders nothing), so they rise
+evenly over segments of any length.
 
-Colour: yuv420p, BT.709 matrix, primaries and transfer, limited range, and tagged so.
+Colour: yuv420p, BT.709 matrix, primaries and transfer, limited range, with matching tags.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from omniavatar.errors import ResumeError
 from omniavatar.media.atomic import atomic_path, atomic_write_bytes, translate_os_error
-from omniavatar.media.encoders import CODECS, Encoder, encoder_options
+from omniavatar.media.h264 import ENCODERS, encoder_options
 
 _REORDER = 2
 _SCALER = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
@@ -49,27 +49,30 @@ def encode_segment(
     crf: float = 18,
     preset: str = "medium",
     threads: int = 1,
-    encoder: Encoder = "x264",
+    encoder: str = "x264",
 ) -> int:
-    """Encode blocks of frames (n, H, W, 3) uint8 RGB as one closed H.264 file; return their number.
+    """Encode blocks of frames (n, H, W, 3) uint8 RGB as one closed H.264 file; return the number of frames.
 
-    size: (H, W), both even. threads: of x264. The file appears at `path` whole or not at all. The same
-    frames, settings and threads give the same bytes. Safe to call from any thread. The encoded segment is
-    held in memory until it is written (some MB a window). Raises OutputError, and ConfigError for a bad crf
-    or preset.
+    - size: (H, W), both even.
+    - threads: of x264.
+    - encoder: a name of `media.h264.ENCODERS`.
+
+    `path` is written completely or not at all. The same frames, settings and threads give the same bytes. It
+    is safe to call from any thread. The encoded segment is in memory until it is written (some MB a window).
+    Raises OutputError, and ConfigError for a bad crf or preset.
     """
     height, width = size
     if height % 2 or width % 2:
         raise ValueError(f"H.264 in yuv420p needs even sizes, not {width}x{height}")
-    options = encoder_options(encoder, crf, preset)
+    backend, options = ENCODERS.get(encoder), encoder_options(encoder, crf, preset)
     buffer = io.BytesIO()
     count = 0
     with av.open(buffer, "w", format="mp4") as container:
-        stream = cast(av.VideoStream, container.add_stream(CODECS[encoder], rate=fps))
+        stream = cast(av.VideoStream, container.add_stream(backend.codec, rate=fps))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
         context.time_base = 1 / fps
-        if encoder == "x264":
+        if backend.threads:
             context.thread_count = threads
         context.color_primaries = context.color_trc = context.colorspace = _BT709
         context.color_range = ColorRange.MPEG
@@ -106,11 +109,14 @@ def _yuv(rgb: np.ndarray) -> av.VideoFrame:
 
 
 class GrowingVideo:
-    """One video file that grows by segments and stays playable. Use as a context manager.
+    """One video file that grows by segments and is always playable. Use it as a context manager.
 
-    partial: the growing file (replaced if there). final: the name `finish` gives the ordinary MP4.
-    audio_track: the track of `omniavatar.media.audio.encode_aac_track`, or None for a silent video; each
-    append brings the sound up to its last frame. Leaving the block without `finish` keeps the partial.
+    - partial: the growing file; an existing one is replaced.
+    - final: the path of the ordinary MP4 that `finish` writes.
+    - audio_track: a track of `media.audio.encode_aac_track`, or None for a silent video. Each append adds the
+      sound up to its last frame.
+
+    Leaving the block without `finish` keeps the partial file.
     """
 
     def __init__(
@@ -134,15 +140,15 @@ class GrowingVideo:
         self.close()
 
     def close(self) -> None:
-        """Close the files; the partial stays as it is."""
-        with suppress(OSError):  # what is unwritten here was already reported by append
+        """Close the files; the partial file is kept."""
+        with suppress(OSError):  # append has already reported failed writes
             self._open.close()
 
     def append(self, segment: str | Path) -> int:
-        """Add a segment and the sound up to its end; once back, the file on disk plays up to there.
+        """Add a segment and the sound up to its end, flush the file, and return the frames so far.
 
-        Returns the frames so far. Raises OutputError (the partial is cut back to what it held before)
-        and ResumeError where the segment is damaged or was encoded with other settings.
+        Raises OutputError (the partial file is cut back to its length before), and ResumeError if the segment
+        is damaged or was encoded with other settings.
         """
         segment = Path(segment)
         buffer = io.BytesIO()
@@ -161,7 +167,7 @@ class GrowingVideo:
         return self.frames
 
     def _commit(self, boxes: list[tuple[str, bytes]]) -> None:
-        """Write the boxes with `moof` disguised as `free`, sync, then lift the disguise by four bytes.
+        """Write the boxes with `moof` renamed to `free`, flush, then rename it back by four bytes.
 
         Players skip a `free` box even if it is cut, but FFmpeg refuses a file that ends in half a `moof`.
         """
@@ -185,14 +191,14 @@ class GrowingVideo:
                 raise
 
     def finish(self) -> Path:
-        """Copy the grown file into an ordinary MP4 under its final name, and remove the partial.
+        """Copy the partial file into an ordinary MP4 at the final path, and remove it.
 
-        Raises OutputError; the partial and the segments then stay, and the final name is untouched.
+        Raises OutputError; then the partial file and the segments are kept, and the final path is unchanged.
         """
         if not self.frames:
             raise ValueError("a video needs at least one segment")
         if self._sound is not None and not self._sound.exhausted:
-            raise ValueError(f"the sound goes on after the last of {self.frames} frames")
+            raise ValueError(f"the sound continues after the last of {self.frames} frames")
         self.close()
         with (
             atomic_path(self.final) as temporary,
@@ -223,7 +229,7 @@ class GrowingVideo:
         with av.open(buffer, "w", format="mp4", container_options=options) as target:
             video_out = target.add_stream_from_template(video_in)
             sound_out = None if self._sound is None else target.add_stream_from_template(self._sound.stream)
-            # The first fragment begins before zero and its edit list says so; later ones count from there.
+            # The first fragment starts before zero, as its edit list states; later ones count from there.
             added = self._copy_picture(source, video_in, target, video_out, 0 if first else _REORDER)
             if self._sound is not None and sound_out is not None:
                 end = (self.frames + added) / self.fps
@@ -238,7 +244,7 @@ class GrowingVideo:
         video_out: av.VideoStream,
         lead: int,
     ) -> int:
-        """Copy all packets, frame-numbered on from `self.frames`, `lead` frames later; their number."""
+        """Copy all packets, numbered from `self.frames`, `lead` frames later; return their number."""
         count = 0
         for packet in source.demux(video_in):
             if packet.pts is None:
@@ -268,7 +274,7 @@ class GrowingVideo:
 
 
 class _SoundTrack:
-    """Packets of an encoded track, handed out in step with the picture."""
+    """Packets of an encoded track, copied in step with the picture."""
 
     def __init__(self, path: Path, closing: ExitStack) -> None:
         container = closing.enter_context(av.open(str(path)))
@@ -286,7 +292,7 @@ class _SoundTrack:
     def copy_until(
         self, end: Fraction, target: av.container.OutputContainer, out: av.AudioStream, shift: int
     ) -> None:
-        """Copy the packets not yet copied that begin before `end` (seconds), `shift` samples later."""
+        """Copy the remaining packets that start before `end` (seconds), `shift` samples later."""
         while self._next is not None and self._next[0] * self._next[1].time_base < end:
             begin, packet = self._next
             packet.stream = out

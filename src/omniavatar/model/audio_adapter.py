@@ -1,8 +1,9 @@
-"""How audio enters the DiT: four frames' vectors packed into one small vector a latent frame.
+"""How audio enters the DiT: the vectors of four frames are packed into one small vector a latent frame.
 
-The causal VAE codes the first frame alone and then four frames a latent, so the first audio vector is
-repeated three times in front: latent k then hears the vectors 4k..4k+3 of the padded sequence. One linear
-layer a block (blocks 2..layers//2) turns the pack into what is added to every token of that frame.
+The causal VAE codes the first frame alone, then four frames in each latent. So the first audio vector is
+repeated three times in front, and latent k takes the vectors 4k..4k+3 of the padded sequence. In each of the
+blocks 2..layers//2 one linear layer turns the packed vector into what is added to every token of that latent
+frame.
 Source: OmniAvatar (arXiv 2506.18866). Shapes: B batch, N video frames = 4T-3, T latent frames, D audio width.
 """
 
@@ -31,5 +32,5 @@ class AudioPack(nn.Module):
 
 
 def audio_block_indices(num_layers: int) -> range:
-    """Blocks that receive audio: 2..num_layers//2, both included."""
+    """Indices of the blocks that receive audio: 2 to num_layers//2, both included."""
     return range(2, num_layers // 2 + 1)

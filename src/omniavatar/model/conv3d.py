@@ -1,8 +1,8 @@
-"""3-D convolution that takes oneDNN's kernel on a CPU.
+"""3-D convolution that uses oneDNN's kernel on a CPU.
 
-PyTorch's own choice for one small clip in float32 on a CPU is a slow native kernel (`slow_conv3d`); oneDNN's
-is 5 to 13 times faster there (2 cores, 8 channels, 192x112). Same result within float32 rounding. On other
-devices and dtypes this is `torch.nn.functional.conv3d`, its slow twin.
+For one small clip in float32 on a CPU, PyTorch chooses a slow native kernel (`slow_conv3d`). oneDNN's is 5 to
+13 times as fast (2 cores, 8 channels, 192x112), with the same result within float32 rounding. On other
+devices and dtypes this is `torch.nn.functional.conv3d`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """OmniAvatar's diffusion transformer: Wan 2.1 T2V with 33 input channels and audio added between blocks.
 
-Plain maths on one device. What does not change from step to step is made once and passed in as data:
-`prepare_text` (cross-attention keys and values, once a prompt) and `prepare_audio` (once a window).
-`forward(..., run_blocks=)` is the seam for step caches, sharding and offloading: anything with the
-signature of `WanDiT.run_blocks` may stand in for it. State-dict keys are those of the released files.
+Plain maths on one device. What is the same in all steps is computed once and passed in as data:
+`prepare_text` (cross-attention keys and values, once for a prompt) and `prepare_audio` (once for a window).
+`forward(..., run_blocks=)` is the seam for step caches, sharding and offloading: any function with the
+signature of `WanDiT.run_blocks` may replace it. State-dict keys are those of the released files.
 Sources: Wan 2.1 (arXiv 2503.20314), OmniAvatar (arXiv 2506.18866).
 
 Shapes: B batch, T latent frames, h w latent pixels, L = T*h/2*w/2 tokens, C width, S text tokens.
@@ -30,7 +30,7 @@ AudioState = tuple[Tensor | None, ...]
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Sizes of the transformer. `audio_dim` is one video frame's audio vector (0: no audio layers)."""
+    """Sizes of the transformer. audio_dim: width of a video frame's audio vector (0: no audio layers)."""
 
     dim: int
     ffn_dim: int
@@ -56,7 +56,7 @@ class DiTConfig:
 
 
 class Head(nn.Module):
-    """Modulated norm and the linear layer back to latent patches."""
+    """Modulated norm, then the linear layer to latent patches."""
 
     def __init__(self, dim: int, out_features: int, eps: float) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Head(nn.Module):
 class WanDiT(nn.Module):
     """Predicts the flow-matching velocity of a window. `attention` is any `model.attention.AttentionFn`.
 
-    Sequence parallelism wraps `attention`, which is among the video tokens; `text_attention` stays as it is.
+    Sequence parallelism wraps `attention`, the self-attention of the video tokens, but not `text_attention`.
     """
 
     def __init__(self, config: DiTConfig, attention: AttentionFn) -> None:
@@ -110,8 +110,7 @@ class WanDiT(nn.Module):
     def prepare_audio(self, audio_BND: Tensor | None) -> AudioState:
         """What each block adds, (B, T, C) or None, for audio vectors (B, 4T-3, audio_dim).
 
-        Silence is zeros *before* this call (the biases still act), not None; None means a model or a use
-        without audio.
+        For silence pass zeros (the biases still act). None means a model or a use without audio.
         """
         per_block: list[Tensor | None] = [None] * self.config.num_layers
         if audio_BND is not None:
@@ -131,7 +130,7 @@ class WanDiT(nn.Module):
         return embedded, projected.unflatten(-1, (6, -1))
 
     def run_blocks(self, tokens_BLC: Tensor, inputs: BlockInputs) -> Tensor:
-        """All blocks in order; the seam that caches, shards and offloaders wrap."""
+        """Tokens after all blocks in order; caches, sharding and graphs wrap this function."""
         for block, text, audio in zip(self.blocks, inputs.text, inputs.audio, strict=True):
             tokens_BLC = block(
                 tokens_BLC,
@@ -155,8 +154,9 @@ class WanDiT(nn.Module):
     ) -> Tensor:
         """Velocity (B, 16, T, h, w) float32 of a noisy `sample` of the same shape.
 
-        y: (B, 17, T, h, w) reference latent and mask (0 given, 1 to generate), or None for plain T2V.
-        timestep_B: (B,) in 0..1000. text, audio: from `prepare_text` and `prepare_audio`.
+        - y: (B, 17, T, h, w) reference latent and mask (0 given, 1 to generate), or None for plain T2V.
+        - timestep_B: (B,) in 0..1000.
+        - text, audio: from `prepare_text` and `prepare_audio`.
         """
         x = sample if y is None else torch.cat([sample, y.to(sample.dtype)], dim=1)
         t, h, w = (size // patch for size, patch in zip(x.shape[2:], self.config.patch_size, strict=True))
@@ -167,13 +167,13 @@ class WanDiT(nn.Module):
         return self._unpatchify(self.head(tokens, embedded), (t, h, w)).float()
 
     def _embed_patches(self, x: Tensor) -> Tensor:
-        """Tokens (B, L, C) of a sample; the wider patches are gone when the blocks run."""
+        """Tokens (B, L, C) of a sample; the larger patches are freed before the blocks run."""
         patches = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))
         return patches.flatten(2).transpose(1, 2).to(self._token_dtype).contiguous()
 
     @property
     def _token_dtype(self) -> torch.dtype:
-        """Tokens travel in the dtype of the biases of the block's linear layers."""
+        """The dtype of tokens: that of the biases of a block's linear layers."""
         return self._typed_blocks()[0].self_attn.o.bias.dtype
 
     def _typed_blocks(self) -> list[Block]:

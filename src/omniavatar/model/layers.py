@@ -1,7 +1,7 @@
 """The transformer block of Wan 2.1 and its parts. One device, no flags.
 
 Shapes: B batch, L video tokens, S text tokens, C model width, H heads, D head dim, T latent frames.
-Tokens travel in the dtype of the weights; norms, modulation, rotation and gates are computed in float32.
+Tokens have the dtype of the weights; norms, modulation, rotation and gates are computed in float32.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from omniavatar.model.rope import RopeTable, rotate
 
 @dataclass(frozen=True, eq=False)
 class BlockInputs:
-    """What every block of one forward sees besides the tokens.
+    """The inputs of every block of one forward, except the tokens.
 
-    modulation: (B, 6, C) float32, the time projection. rope: table of the L tokens.
-    text: for each block keys and values (B, S, H, D). audio: for each block None or (B, T, C), T dividing L.
+    - modulation: (B, 6, C) float32, the time projection.
+    - rope: table of the L tokens.
+    - text: for each block keys and values (B, S, H, D).
+    - audio: for each block None or (B, T, C); L is a multiple of T.
     """
 
     modulation: Tensor
@@ -35,9 +37,11 @@ class BlockInputs:
 
 @dataclass(frozen=True, eq=False)
 class TokenAudio(Sequence[Tensor | None]):
-    """Audio of each block as the vectors (B, tokens, C) of a run of tokens, made when a block asks.
+    """Audio of each block as vectors (B, tokens, C) of a range of tokens, made when a block reads them.
 
-    per_frame: for each block None or (B, T, C). first, tokens: the run; total: tokens of all T frames.
+    - per_frame: for each block None or (B, T, C).
+    - first, tokens: first token and length of the range.
+    - total: tokens of all T frames.
     """
 
     per_frame: Sequence[Tensor | None]
@@ -60,14 +64,14 @@ class TokenAudio(Sequence[Tensor | None]):
 
     @cached_property
     def _frames(self) -> Tensor:
-        """The frame of each token of the run, for all blocks."""
+        """The frame of each token of the range, for all blocks."""
         heard = next(each for each in self.per_frame if each is not None)
         token = torch.arange(self.first, self.first + self.tokens, device=heard.device)
         return token // (self.total // heard.shape[1])
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis with a learned scale, computed in float32."""
+    """Root-mean-square norm over the last axis times a learned scale, computed in float32."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -87,7 +91,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Attention among the video tokens, q and k normalised over the full width and rotated."""
+    """Attention among the video tokens; q and k are normalised over the full width, then rotated."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -122,7 +126,7 @@ class CrossAttention(nn.Module):
         self.norm_k = RMSNorm(dim, eps)
 
     def keys_values(self, text_BSC: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, S, H, D) of the embedded text; they change neither with step nor window."""
+        """Keys and values (B, S, H, D) of the embedded text, the same in all steps and windows."""
         heads = (self.num_heads, -1)
         return (
             self.norm_k(self.k(text_BSC)).unflatten(-1, heads),
@@ -138,7 +142,7 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """Audio add, modulated self-attention, cross-attention, modulated feed-forward.
 
-    `text_attention` attends to the text; `attention` does if it is None.
+    text_attention: the attention to the text; None uses `attention`.
     """
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
@@ -184,7 +188,7 @@ def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
 
 
 def add_per_frame(x_BLC: Tensor, frame_BTC: Tensor) -> Tensor:
-    """Add one vector a latent frame to all of its tokens, as a broadcast."""
+    """Tokens plus the vector of their latent frame, as a broadcast."""
     frames = frame_BTC.shape[1]
     per_frame = x_BLC.unflatten(1, (frames, -1))
     return (per_frame + frame_BTC[:, :, None, :].to(x_BLC.dtype)).flatten(1, 2)

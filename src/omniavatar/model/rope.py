@@ -1,8 +1,8 @@
 """Rotary positions over time, height and width, as in Wan 2.1.
 
-A head of size d gives `d - 4*(d//6)`, `2*(d//6)`, `2*(d//6)` channels to the three axes; pairs are
-interleaved (channels 2i and 2i+1 turn together). Angles are made in float64, the table and the rotation
-are float32: exact to float32 rounding against the original's complex128.
+A head of size d has `d - 4*(d//6)`, `2*(d//6)` and `2*(d//6)` channels for the three axes; pairs are
+interleaved (channels 2i and 2i+1 are rotated together). Angles are computed in float64, the table and the
+rotation in float32: equal to the original's complex128 within float32 rounding.
 Source: Wan 2.1 (arXiv 2503.20314), RoPE (arXiv 2104.09864).
 """
 
@@ -30,7 +30,7 @@ def _angles(positions: Tensor, channels: int) -> Tensor:
 def rope_table(
     grid: tuple[int, int, int], head_dim: int, device: torch.device, first_frame: int = 0
 ) -> RopeTable:
-    """Table for a grid of (T, h, w) tokens whose first latent frame is at time `first_frame`."""
+    """Table for a grid of (T, h, w) tokens whose first latent frame has time `first_frame`."""
     frames, rows, columns = grid
     spatial = 2 * (head_dim // 6)
     temporal = head_dim - 2 * spatial
@@ -49,7 +49,7 @@ def rope_table(
 
 
 def rotate(x_BLHD: Tensor, table: RopeTable) -> Tensor:
-    """Rotate heads (B, L, H, D) in float32 and return them in their own dtype."""
+    """Heads (B, L, H, D) rotated in float32, in the dtype of x."""
     even, odd = x_BLHD.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = table.cos[:, None, :], table.sin[:, None, :]
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)

@@ -1,11 +1,11 @@
-"""TAEHV, a small decoder for the latents of Wan 2.1: 2-D convolutions, and one frame of memory a block.
+"""TAEHV, a small decoder for the latents of Wan 2.1: 2-D convolutions, and one frame of memory in each block.
 
-Ten million weights instead of the full decoder's 73 million, and a twentieth of its operations; somewhat
-softer pictures. It knows no special first frame: every latent gives four frames, and the first three of a
-clip are dropped, so T latents give the 4T-3 frames of the full VAE.
-Two files of this form are published, and they take different latents: `taew2_1.pth` (madebyollin/taehv) the
-normalised ones that the DiT works on, `lighttaew2_1.pth` (lightx2v/Autoencoders) the full VAE's own.
-State-dict keys are those of the files' decoder half. Source: github.com/madebyollin/taehv.
+It has ten million weights instead of the full decoder's 73 million, a twentieth of its operations, and softer
+pictures. It has no special first frame: every latent becomes four frames, and the first three of a clip are
+dropped, so T latents become the 4T-3 frames of the full VAE. Two files of this form are published, and they
+take different latents: `taew2_1.pth` (madebyollin/taehv) takes the normalised ones that the DiT works on,
+`lighttaew2_1.pth` (lightx2v/Autoencoders) those of the full VAE. State-dict keys are those of the files'
+decoder half. Source: github.com/madebyollin/taehv.
 
 Shapes: B clips, n frames of the stage, T latents, C channels, h w latent pixels, H = 8h, W = 8w.
 """
@@ -30,18 +30,18 @@ BLOCKS_A_STAGE = 3
 
 @dataclass(frozen=True)
 class TinyDecoderConfig:
-    """Sizes of the decoder: channels of its three stages and of the last convolutions."""
+    """Sizes of the decoder. widths: channels of its three stages and of the last convolutions."""
 
     widths: tuple[int, int, int, int] = (256, 128, 64, 64)
     z_dim: int = 16
     raw_latents: bool = False
-    """Takes the full VAE's own latents, not the normalised ones. Both files look the same."""
+    """It takes the full VAE's latents, not the normalised ones. The file does not tell."""
     latents_at_once: int = 2
-    """Latents a pass; memory grows with it."""
+    """Latents in a pass; memory grows with it."""
 
 
 class MemoryBlock(nn.Module):
-    """Three convolutions over a frame and the frame before it, plus the frame."""
+    """Three convolutions of a frame and the frame before it, plus the frame."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -63,9 +63,9 @@ class MemoryBlock(nn.Module):
 
 
 class Grow(nn.Module):
-    """`stride` frames of each frame, then twice the height and width.
+    """Makes `stride` frames of each frame, then doubles height and width.
 
-    The file's order is the other way round; a 1x1 convolution may go first, where it costs a quarter.
+    The file's order is the reverse. A 1x1 convolution may run before doubling, where it costs a quarter.
     """
 
     def __init__(self, width: int, stride: int) -> None:
@@ -80,7 +80,7 @@ class Grow(nn.Module):
 
 
 class TinyDecoder(nn.Module):
-    """Latents to pixels; stands in for the decoding half of a `model.vae.VideoVAE`."""
+    """Decodes latents to pixels; a `model.vae.VideoDecoder`."""
 
     def __init__(self, config: TinyDecoderConfig) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class TinyDecoder(nn.Module):
 
 
 def _stage(width: int, next_width: int, stride: int) -> list[nn.Module]:
-    """Blocks, growth and the change of width; the Identity has the number of the file's doubling."""
+    """Blocks, `Grow` and the change of width; the Identity has the index of the doubling in the file."""
     return [
         *(MemoryBlock(width) for _ in range(BLOCKS_A_STAGE)),
         nn.Identity(),

@@ -1,8 +1,8 @@
 """The causal video VAE of Wan 2.1: 8x8 spatial and 4x temporal compression, 16 latent channels.
 
-A clip of 4T-3 frames becomes T latents; the first frame is coded alone. `decode_stream` yields pixels while
-it goes, holding only the causal history (two frames a convolution), so length costs no memory.
-Latents here are always *normalised* by the published mean and standard deviation; pixels are in [-1, 1]
+A clip of 4T-3 frames becomes T latents; the first frame is coded alone. `decode_stream` yields pixels as it
+decodes and keeps only the causal history (two frames for each convolution), so memory does not grow with
+length. Latents are always *normalised* by the published mean and standard deviation; pixels are in [-1, 1]
 (not clamped). State-dict keys are those of `Wan2.1_VAE.pth`. Source: Wan 2.1 (arXiv 2503.20314).
 
 Shapes: B batch, N = 4T-3 video frames, T latent frames, H W pixels, h w = H/8 W/8.
@@ -101,13 +101,13 @@ class Decoder(nn.Module):
 
 
 class VideoDecoder(Protocol):
-    """Makes pixels of latents; `WanVAE` says what the shapes are."""
+    """Decodes latents to pixels; `WanVAE.decode_stream` documents the shapes."""
 
     def decode_stream(self, latent: Tensor) -> Iterator[Tensor]: ...
 
 
 class VideoVAE(VideoDecoder, Protocol):
-    """What the pipeline asks of a video VAE."""
+    """What the pipeline needs of a video VAE."""
 
     def encode(self, video: Tensor) -> Tensor: ...
 
@@ -125,17 +125,17 @@ class WanVAE(nn.Module):
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels a latent pixel covers along one axis: 8."""
+        """Pixels that a latent pixel covers along one axis: 8."""
         return int(2 ** len(self.config.temporal_downsample))
 
     def encode(self, video: Tensor, frames_at_once: int = 4) -> Tensor:
         """Normalised posterior mean (B, 16, T, h, w) float32 of pixels (B, 3, 4T-3, H, W) in [-1, 1].
 
-        frames_at_once: frames a pass after the first one, a multiple of 4.
+        frames_at_once: frames in a pass after the first one, a multiple of 4.
         """
         if video.shape[2] % 4 != 1 or frames_at_once % 4:
             raise ValueError(
-                f"a clip of 1+4n frames in passes of 4n, not {video.shape[2]} by {frames_at_once}"
+                f"a clip must have 1+4n frames and passes 4n, not {video.shape[2]} and {frames_at_once}"
             )
         video = video.to(self.conv1.weight.dtype)
         state: CausalState = {}
@@ -159,13 +159,13 @@ class WanVAE(nn.Module):
 
 
 def normalise(mean: Tensor) -> Tensor:
-    """Latents as the DiT knows them, of the encoder's mean (B, 16, T, h, w) float32."""
+    """Latents as the DiT uses them, from the encoder's mean (B, 16, T, h, w) float32."""
     offset, scale = _statistics(mean)
     return (mean - offset) / scale
 
 
 def denormalise(latent: Tensor) -> Tensor:
-    """What the decoder takes, float32, of normalised latents (B, 16, T, h, w)."""
+    """The decoder's input, float32, from normalised latents (B, 16, T, h, w)."""
     offset, scale = _statistics(latent)
     return latent.float() * scale + offset
 

@@ -1,9 +1,9 @@
-"""Parts of the causal video VAE: convolutions that look only back in time, and remember what they saw.
+"""Parts of the causal video VAE: convolutions that see only the past, and keep the frames they need again.
 
-A clip is processed in pieces. What a causal layer needs of earlier frames lies in a `CausalState` owned by
-the caller: an empty state means the start of a clip. Pieces may have any length that the layers' strides
-allow, so one pass over a whole clip and many short passes give the same numbers.
-The first frame of a clip stands alone: temporal up- and downsampling leave it single and act on the rest.
+A clip is processed in pieces. The earlier frames that a causal layer needs are in a `CausalState` that the
+caller owns; an empty state is the start of a clip. Pieces may have any length that the layers' strides allow:
+one pass over a whole clip and many short passes give the same numbers. The first frame of a clip is separate:
+temporal up- and downsampling act on the frames after it.
 Source: Wan 2.1 VAE (arXiv 2503.20314). Shapes: B batch, C channels, T frames, H W pixels of the stage.
 """
 
@@ -19,7 +19,7 @@ CausalState = dict[nn.Module, Tensor]
 
 
 class CausalConv3d(nn.Conv3d):
-    """3-D convolution that sees only the past: earlier frames from the state, zeros at the start."""
+    """3-D convolution that sees only the past: frames of the state, or zeros at the start of a clip."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class ChannelRMSNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """norm, SiLU, conv, norm, SiLU, conv, plus a 1x1x1 shortcut where the width changes."""
+    """Norm, SiLU, conv, norm, SiLU, conv, plus the input (by a 1x1x1 convolution if the width changes)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ def _per_frame(layers: nn.Module, x: Tensor) -> Tensor:
 
 
 class Downsample(nn.Module):
-    """Halve height and width; with `temporal`, also halve the frames after the first of the clip."""
+    """Halves height and width; with `temporal` also the number of frames after the clip's first."""
 
     def __init__(self, channels: int, temporal: bool) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width (halving the channels); with `temporal`, also the frames after the first."""
+    """Doubles height and width, halves the channels; with `temporal` doubles the frames after the first."""
 
     def __init__(self, channels: int, temporal: bool) -> None:
         super().__init__()

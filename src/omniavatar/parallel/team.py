@@ -2,7 +2,7 @@
 
 `ONE` is a single process, for which everything here does nothing. Otherwise rank 0 leads: it alone reads
 inputs, decides and writes. The others wait for its orders (Python objects, between videos only; see
-`omniavatar.engine.following`) and run the same loop of windows, in which only tensors travel.
+`AvatarPipeline.follow`) and run the same loop of windows, in which only tensors travel.
 """
 
 from __future__ import annotations

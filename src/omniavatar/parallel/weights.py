@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omniavatar.accel.block_storage import block_tensors, fill, layout_of, rebuilt
-from omniavatar.accel.offload import PARKED, BlockRing, Slot, StreamedBlock
+from omniavatar.accel.offload import PARKED, BlockRing, RingSlot, StreamedBlock
 from omniavatar.model.dit import WanDiT
 from omniavatar.parallel.peers import gather_into
 
@@ -45,18 +45,18 @@ class GatherCopies:
         self._peers = peers
         self._works: dict[int, dist.Work] = {}
 
-    def copy(self, slot: Slot, host: Tensor) -> None:
+    def copy(self, slot: RingSlot, host: Tensor) -> None:
         """Begin to gather all pieces; `host` is this rank's. Behind what is queued: it may read the slot."""
         work = gather_into(slot.buffer, host, self._peers.group, wait=False)
         assert work is not None
         self._works[id(slot)] = work
 
-    def wait(self, slot: Slot) -> None:
+    def wait(self, slot: RingSlot) -> None:
         work = self._works.pop(id(slot), None)
         if work is not None:
             work.wait()
 
-    def computed(self, slot: Slot) -> None:
+    def computed(self, slot: RingSlot) -> None:
         pass
 
 
@@ -94,7 +94,7 @@ def apply_shared_weights(dit: WanDiT, peers: WeightGroup, device: torch.device) 
     What is not in a block stays whole on every rank. Raises ValueError for blocks of different layouts.
     """
     pieces: dict[int, Tensor] = {}
-    slots: list[Slot] = []
+    slots: list[RingSlot] = []
     layout = None
     for index, block in enumerate(dit.blocks):
         cross = block.get_submodule("cross_attn")
@@ -118,7 +118,7 @@ def apply_shared_weights(dit: WanDiT, peers: WeightGroup, device: torch.device) 
         shared += [vars(module)["_ops"] for module in block.modules() if "_ops" in vars(module)]
         if len(slots) < min(RING, len(dit.blocks)):
             buffer = torch.empty(len(pieces[index]) * peers.size, dtype=torch.uint8, device=device)
-            slots.append(Slot(buffer, rebuilt(block, tensors, layout, buffer, shared)[0]))
+            slots.append(RingSlot(buffer, rebuilt(block, tensors, layout, buffer, shared)[0]))
         hollow, _ = rebuilt(block, tensors, layout, run.new_empty(layout.size, device=EMPTY), shared)
         dit.blocks[index] = StreamedBlock(hollow, index)
     ring = BlockRing(pieces, slots, GatherCopies(peers))

@@ -13,15 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from omniavatar.checkpoint.fingerprint import file_fingerprint
 from omniavatar.checkpoint.reader import TensorFiles
+from omniavatar.config.backends import backend_name
 from omniavatar.config.schema import ModelConfig, SamplingConfig
 from omniavatar.errors import CheckpointError, ConfigError
 from omniavatar.model.dit import DiTConfig
 from omniavatar.sampling.cache_constants import CacheConstants, published_constants
-from omniavatar.types import Sampler
 
 NAME = "step_cache.json"
 SIZES = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "text_dim", "audio_dim", "audio_hidden")
@@ -48,7 +48,7 @@ class MeasuredSchedule(_Part):
     steps: int = Field(ge=2)
     shift: Positive
     timesteps: tuple[Positive, ...] | None
-    sampler: Sampler
+    sampler: Annotated[str, BeforeValidator(backend_name("sampling.sampler"))]
 
 
 class MeasuredBranch(_Part):
@@ -150,6 +150,14 @@ def default_path(model: ModelConfig) -> Path | None:
     return (place.parent if place.is_file() else place) / NAME
 
 
+def constants_file(model: ModelConfig, sampling: SamplingConfig) -> Path | None:
+    """The file of measured constants that `step_cache_file` names, or that lies at the default path."""
+    if isinstance(sampling.step_cache_file, Path):
+        return sampling.step_cache_file
+    path = default_path(model) if sampling.step_cache_file == "auto" else None
+    return path if path is not None and path.is_file() else None
+
+
 def find_constants(
     model: ModelConfig, sampling: SamplingConfig, dit: DiTConfig, scale: str | None
 ) -> CacheConstants | None:
@@ -162,12 +170,7 @@ def find_constants(
     policy = sampling.cache_policy
     if policy == "none" or (policy == "teacache" and sampling.teacache_coefficients != "auto"):
         return None
-    path: Path | None
-    if isinstance(sampling.step_cache_file, Path):
-        path = sampling.step_cache_file
-    else:
-        path = default_path(model) if sampling.step_cache_file == "auto" else None
-        path = path if path is not None and path.is_file() else None
+    path = constants_file(model, sampling)
     if path is None:
         return published_constants(scale)
     calibration = read_calibration(path)

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from omniavatar.accel.vae import choose_vae
+from omniavatar.accel.vae_runners import choose_vae
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.errors import ResourceError
 from omniavatar.plan.limit import device_limit
 from omniavatar.plan.placement import Placement, place
 from omniavatar.plan.preview import find_dit_config
 from omniavatar.plan.run import RunPlan
-from omniavatar.plan.sizes import DTYPE_BYTES, FLOAT, Request, dit_sizes, run_sizes
+from omniavatar.plan.sizes import DTYPE_BYTES, FLOAT, dit_sizes, run_sizes
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,15 @@ class MemoryEstimate:
         return self.placement.describe() if self.placement else str(self.problem)
 
 
-def estimate_memory(
-    config: PipelineConfig, plan: RunPlan, has_audio: bool, device: torch.device
-) -> MemoryEstimate:
+def estimate_memory(config: PipelineConfig, plan: RunPlan, device: torch.device) -> MemoryEstimate:
     """Memory of one request under `plan` on `device`. Raises CheckpointError for broken files."""
     dit, assumed = find_dit_config(config.model)
     vae_name = choose_vae(config.runtime.vae, device)
-    request = Request(plan, config.sampling.cache_policy != "none")
-    run = run_sizes(config, dit, request, vae_name, device)
+    run = run_sizes(config, dit, plan, vae_name, device)
     placement, problem = None, None
     try:
         limit = device_limit(config.runtime.memory, device)
-        placement = place(config, dit, request, vae_name, device, limit)
+        placement = place(config, dit, plan, vae_name, device, limit)
     except ResourceError as error:
         problem = str(error)
     quantize = placement.quantize if placement else config.runtime.quantize
@@ -68,7 +65,7 @@ def estimate_memory(
         audio_encoder=run.audio_encoder,
         text_encoder=run.text_encoder,
         activations=run.held + max(run.denoise, run.coding[0]),
-        audio_features_file=plan.padded_audio_frames * dit.audio_dim * FLOAT if has_audio else 0,
+        audio_features_file=plan.padded_audio_frames * dit.audio_dim * FLOAT if plan.has_audio else 0,
         assumed_scale=assumed,
         placement=placement,
         problem=problem,

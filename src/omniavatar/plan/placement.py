@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from omniavatar.accel.graphs import launches_show
-from omniavatar.accel.quantized import best_quantize
-from omniavatar.accel.vae import pass_sizes
+from omniavatar.accel.precision import PRECISIONS, best_quantize
+from omniavatar.accel.vae_runners import pass_sizes
 from omniavatar.errors import ResourceError
 from omniavatar.plan.memory import MemoryPlan, plan_memory, plan_parameters, resident_blocks, smaller
 from omniavatar.plan.sizes import (
     DTYPE_BYTES,
     DiTSizes,
-    Request,
     RunSizes,
     dit_sizes,
     graph_bytes,
@@ -34,9 +33,11 @@ if TYPE_CHECKING:
     from omniavatar.accel.apply import Quantize
     from omniavatar.config.schema import PipelineConfig
     from omniavatar.model.dit import DiTConfig
+    from omniavatar.plan.run import WindowShape
 
-QUANTIZED_FORMS: tuple[Quantize, ...] = ("fp8", "int8")
 QUANTIZE_FIELD, PASS_FIELD = "runtime.quantize", "runtime.vae_latents_a_pass"
+IDENTITY_FIELDS = (QUANTIZE_FIELD, PASS_FIELD)
+"""What of a placement decides the frames; a resumed run keeps these."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def wants_graphs(
 def place(
     config: PipelineConfig,
     dit: DiTConfig,
-    request: Request,
+    shape: WindowShape,
     vae_name: str,
     device: torch.device,
     limit: int | None,
@@ -113,7 +114,7 @@ def place(
     Raises ResourceError when it cannot fit.
     """
     runtime, kept = config.runtime, kept or {}
-    run = run_sizes(config, dit, request, vae_name, device)
+    run = run_sizes(config, dit, shape, vae_name, device)
     vae_passes = pass_sizes(vae_name)
     passes = range(len(vae_passes))
     if kept.get(PASS_FIELD) in vae_passes:
@@ -122,9 +123,9 @@ def place(
 
     def placed(quantize: Quantize) -> Placement:
         plain = arranged(quantize)
-        if not wants_graphs(config, dit, request.plan.tokens, device, captures):
+        if not wants_graphs(config, dit, shape.tokens, device, captures):
             return plain
-        memory = replace(plain.memory, peak=plain.memory.peak + graph_bytes(config, dit, request))
+        memory = replace(plain.memory, peak=plain.memory.peak + graph_bytes(config, dit, shape.tokens))
         if memory.fits and not memory.streams:
             return replace(plain, memory=memory, graphs=True)
         if runtime.cuda_graphs:
@@ -150,9 +151,8 @@ def place(
         return Placement(quantize, memory, sizes, run, vae_passes)
 
     wanted = kept.get(QUANTIZE_FIELD) if runtime.quantize == "auto" else runtime.quantize
-    for form in QUANTIZED_FORMS:
-        if wanted == form:
-            return placed(form)
+    if isinstance(wanted, str) and wanted in PRECISIONS.names and not PRECISIONS.get(wanted).exact:
+        return placed(wanted)
     best = best_quantize(device)
     if wanted == "none" or best is None:
         exact = placed("none")

@@ -62,7 +62,7 @@ def assumed_scale(model: ModelConfig) -> str:
     return next((scale for scale in ("nano", "1.3B", "14B") if scale in names), "14B")
 
 
-def time_modulations(model: ModelConfig, config: DiTConfig, timesteps: Sequence[float]) -> np.ndarray:
+def time_projections(model: ModelConfig, config: DiTConfig, timesteps: Sequence[float]) -> np.ndarray:
     """Time projections (steps, 6, dim) float32 of the base DiT, which decide TeaCache's plan.
 
     Reads six small tensors. Further LoRAs that change the time embedding are not taken into account.

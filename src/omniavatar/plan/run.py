@@ -1,210 +1,202 @@
-"""What a run will do, worked out before anything heavy: windows, tokens, steps, passes.
+"""What a run will do, known before anything heavy happens: the shape of a window, then the whole plan.
 
-`make_plan` is pure arithmetic over the configuration. Only TeaCache's decisions need weights (those of the
-time embedding); until they are known the plan says so instead of guessing.
+A `WindowShape` needs no audio, so memory can be planned as soon as the portrait and the settings are read.
+A `RunPlan` is that shape plus the windows that the audio fills. Each is made once for a video. Only
+TeaCache's decisions need weights (those of the time embedding); `RunPlan.decided` adds them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
 
 from omniavatar.config.schema import PipelineConfig, SamplingConfig
-from omniavatar.errors import ConfigError
-from omniavatar.sampling.cache_constants import CacheConstants, published_constants
+from omniavatar.plan.steps import sampling_schedule
 from omniavatar.sampling.guidance import Branch, guidance_branches
 from omniavatar.sampling.passes import Passes, branch_patterns, count_passes, guided_steps, plan_passes
-from omniavatar.sampling.schedule import Schedule, make_schedule
-from omniavatar.sampling.step_cache import compute_all, magcache_plan, relative_changes, teacache_plan
+from omniavatar.sampling.schedule import Schedule
+from omniavatar.sampling.step_cache import compute_all
 from omniavatar.sampling.windows import frames_for, padded_audio_frames, plan_windows, window_length
-from omniavatar.types import StepPlan, Window
-
-if TYPE_CHECKING:
-    import numpy as np
+from omniavatar.types import StepCache, StepPlan, Window
 
 VAE_STRIDE = 8
 PATCH = 2
 
 
 @dataclass(frozen=True)
-class RunPlan:
-    """The whole run of one request.
+class WindowShape:
+    """One window of a request.
 
-    size: (height, width) in pixels. frames: of the finished video. tokens: video tokens of one forward.
-    step_plan: None while TeaCache's decisions are unknown. branches: passes of a guided step. guided: how
-    many steps are guided. passes: what runs at each step of a window. forwards: block-stack passes of all
-    windows, skipped ones not counted (an upper bound while step_plan is None).
+    - size: (height, width) in pixels. window_length, overlap: video frames.
+    - tokens: video tokens of one forward.
+    - branches: the passes of a guided step. guidance_interval: the fraction of steps that are guided.
+    - step_cache: its policy; a step cache keeps residuals on the device.
     """
 
     size: tuple[int, int]
-    fps: float
-    frames: int
-    windows: tuple[Window, ...]
+    has_audio: bool
     window_length: int
     overlap: int
     latent_frames: int
     tokens: int
-    steps: int
-    step_plan: StepPlan | None
+    schedule: Schedule
     branches: tuple[Branch, ...]
-    guided: int
-    passes: Passes
-    forwards: int
-    forwards_skipped: int
+    guidance_interval: tuple[float, float]
+    step_cache: StepCache
+
+    @property
+    def steps(self) -> int:
+        return len(self.schedule)
+
+    @property
+    def guided(self) -> int:
+        """How many steps are guided."""
+        return len(guided_steps(self.steps, self.guidance_interval))
+
+
+@dataclass(frozen=True)
+class RunPlan(WindowShape):
+    """The whole run of one request: a window's shape, and the windows.
+
+    - frames: of the finished video. audio_delay_s: of its sound, since the portrait is the first frame.
+    - step_plan: None while TeaCache's decisions are unknown; every step then counts as computed.
+    """
+
+    fps: float
+    frames: int
+    windows: tuple[Window, ...]
     padded_audio_frames: int
-    notes: tuple[str, ...]
+    audio_delay_s: Fraction
+    step_plan: StepPlan | None = None
 
     @property
     def duration_s(self) -> float:
         return self.frames / self.fps
+
+    def decided(self, step_plan: StepPlan) -> RunPlan:
+        """This plan with the decisions of the step cache."""
+        return replace(self, step_plan=step_plan)
+
+    @cached_property
+    def passes(self) -> Passes:
+        """The passes of each step of a window."""
+        steps = self.step_plan or compute_all(self.steps)
+        return plan_passes(steps, self.branches, self.has_audio, self.guidance_interval)
+
+    @property
+    def forwards(self) -> int:
+        """Block-stack passes of all windows without skipped ones; an upper bound while step_plan is None."""
+        return count_passes(self.passes)[0] * len(self.windows)
+
+    @property
+    def forwards_skipped(self) -> int:
+        return count_passes(self.passes)[1] * len(self.windows)
 
     @property
     def branch_patterns(self) -> dict[str, str]:
         """For each branch one letter a step: C computed, s skipped, - not run."""
         return branch_patterns(self.passes)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about the plan, one sentence each."""
+        plan = self.step_plan
+        notes = [] if plan is None or not plan.source else [f"step cache by constants {plan.source}"]
+        notes += () if plan is None else plan.notes
+        if plan is None and self.step_cache == "teacache":
+            notes.append(
+                "TeaCache's decisions need the checkpoint's time embedding; forwards is an upper bound"
+            )
+        if self.guided < self.steps and len(self.branches) > 1:
+            notes.append(
+                f"guidance at {self.guided} of {self.steps} steps (guidance_interval); "
+                "the others run one pass, without text or audio guidance"
+            )
+        return tuple(notes)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form; windows are given by their count."""
-        values = asdict(self)
-        del values["passes"]
-        values["branch_patterns"] = self.branch_patterns if self.step_plan else None
-        values["windows"] = len(self.windows)
-        values["duration_s"] = self.duration_s
-        values["pattern"] = self.step_plan.pattern if self.step_plan else None
-        return values
+        return {
+            "size": self.size,
+            "fps": self.fps,
+            "frames": self.frames,
+            "windows": len(self.windows),
+            "window_length": self.window_length,
+            "overlap": self.overlap,
+            "latent_frames": self.latent_frames,
+            "tokens": self.tokens,
+            "steps": self.steps,
+            "step_plan": None if self.step_plan is None else asdict(self.step_plan),
+            "branches": [asdict(branch) for branch in self.branches],
+            "guided": self.guided,
+            "forwards": self.forwards,
+            "forwards_skipped": self.forwards_skipped,
+            "padded_audio_frames": self.padded_audio_frames,
+            "notes": self.notes,
+            "branch_patterns": self.branch_patterns if self.step_plan else None,
+            "duration_s": self.duration_s,
+            "pattern": self.step_plan.pattern if self.step_plan else None,
+        }
 
 
-def sampling_schedule(sampling: SamplingConfig) -> Schedule:
-    """Noise levels of the configured steps."""
-    return make_schedule(sampling.num_steps, sampling.shift, sampling.timesteps)
+def window_shape(
+    config: PipelineConfig, size: tuple[int, int], has_audio: bool, sampling: SamplingConfig | None = None
+) -> WindowShape:
+    """The shape of a request's windows.
 
-
-def model_scale(configured: str, dim: int) -> str | None:
-    """Which model's published cache constants apply: the configured scale, else by width, else None."""
-    if configured in ("1.3B", "14B"):
-        return configured
-    return {1536: "1.3B", 5120: "14B"}.get(dim)
-
-
-def make_step_plan(
-    sampling: SamplingConfig,
-    constants: CacheConstants | None,
-    modulations: Callable[[], np.ndarray],
-    guard: bool = True,
-) -> StepPlan:
-    """The configured step cache's plan.
-
-    constants: this model's (`calibration_file.find_constants`). modulations: gives the time projections
-    (steps, 6, dim) float32 of the schedule; called for TeaCache only. Raises ConfigError when constants for
-    this model are neither published nor measured nor configured.
-    """
-    policy, steps = sampling.cache_policy, sampling.steps
-    if policy == "none":
-        return compute_all(steps)
-    first, last = sampling.cache_protect_first, sampling.cache_protect_last
-    if policy == "magcache":
-        if constants is None:
-            raise ConfigError(
-                "step_cache: MagCache ratios are published for 1.3B and 14B only; "
-                "measure this model's with `omniavatar calibrate`, or use none"
-            )
-        plan = magcache_plan(
-            steps,
-            constants.magnitude_ratios,
-            sampling.magcache_thresh,
-            sampling.magcache_max_skip,
-            sampling.magcache_retention,
-            first,
-            last,
-        )
-        known = len(constants.magnitude_ratios)
-        stretched = f"; ratios of {known} steps stretched to {steps}" if known != steps else ""
-        return replace(plan, source=constants.source + stretched)
-    constants = _teacache_constants(sampling, constants)
-    distances = relative_changes(modulations())
-    plan = teacache_plan(
-        distances,
-        constants.polynomial,
-        sampling.tea_cache_l1_thresh,
-        first,
-        last,
-        guard,
-        constants.fitted,
-    )
-    return replace(plan, source=constants.source)
-
-
-def _teacache_constants(sampling: SamplingConfig, constants: CacheConstants | None) -> CacheConstants:
-    configured = sampling.teacache_coefficients
-    if not isinstance(configured, str):
-        return CacheConstants("teacache_coefficients of the configuration", (), configured)
-    chosen = constants if configured == "auto" else published_constants(configured)
-    if chosen is None:
-        raise ConfigError(
-            "teacache_coefficients: none are published for this model's size; "
-            "measure them with `omniavatar calibrate`, give a polynomial, or set tea_cache_l1_thresh=0"
-        )
-    return chosen
-
-
-def make_plan(
-    config: PipelineConfig,
-    audio_samples: int | None,
-    size: tuple[int, int],
-    sampling: SamplingConfig | None = None,
-    step_plan: StepPlan | None = None,
-) -> RunPlan:
-    """Plan of one request.
-
-    audio_samples: samples at `sample_rate` with the leading silence, None for a silent video of `seq_len`
-    frames. size: (height, width) of the video. sampling: the request's (default: the configured one).
-    step_plan: where it is known.
+    - size: (height, width) of the video in pixels.
+    - sampling: the request's, the configured one by default.
     """
     video, sampling = config.video, sampling or config.sampling
     height, width = size
     length = window_length(video.max_tokens, height, width)
-    if audio_samples is None:
-        after_portrait = video.seq_len - 1
-    else:
-        after_portrait = frames_for(audio_samples, video.fps, video.sample_rate)
-    windows = plan_windows(after_portrait, length, video.overlap_frame)
-    branches = guidance_branches(
-        sampling.guidance_scale, sampling.effective_audio_scale, has_audio=audio_samples is not None
-    )
-    notes = list(step_plan.notes if step_plan else ())
-    if step_plan and step_plan.source:
-        notes.insert(0, f"step cache by constants {step_plan.source}")
-    if step_plan is None and sampling.cache_policy == "teacache":
-        notes.append("TeaCache's decisions need the checkpoint's time embedding; forwards is an upper bound")
-    interval = sampling.guidance_interval
-    known = step_plan or compute_all(sampling.steps)
-    passes = plan_passes(known, branches, audio_samples is not None, interval)
-    computed, skipped = count_passes(passes)
-    guided = len(guided_steps(sampling.steps, interval))
-    if guided < sampling.steps and len(branches) > 1:
-        notes.append(
-            f"guidance at {guided} of {sampling.steps} steps (guidance_interval); "
-            "the others run one pass, without text or audio guidance"
-        )
-    latent_frames = (length + 3) // 4
-    stride = VAE_STRIDE * PATCH
-    return RunPlan(
+    latent_frames, stride = (length + 3) // 4, VAE_STRIDE * PATCH
+    return WindowShape(
         size=size,
-        fps=video.fps,
-        frames=after_portrait + 1,
-        windows=windows,
+        has_audio=has_audio,
         window_length=length,
         overlap=video.overlap_frame,
         latent_frames=latent_frames,
         tokens=latent_frames * (height // stride) * (width // stride),
-        steps=sampling.steps,
-        step_plan=step_plan,
-        branches=branches,
-        guided=guided,
-        passes=passes,
-        forwards=computed * len(windows),
-        forwards_skipped=skipped * len(windows),
-        padded_audio_frames=padded_audio_frames(len(windows), length, video.overlap_frame),
-        notes=tuple(notes),
+        schedule=sampling_schedule(sampling),
+        branches=guidance_branches(sampling.guidance_scale, sampling.effective_audio_scale, has_audio),
+        guidance_interval=sampling.guidance_interval,
+        step_cache=sampling.cache_policy,
     )
+
+
+def make_plan(config: PipelineConfig, shape: WindowShape, audio_samples: int | None) -> RunPlan:
+    """The plan of a request whose windows have `shape`.
+
+    audio_samples: samples at `sample_rate` with the leading silence; None for a silent video of `seq_len`
+    frames. Raises ValueError when it does not fit the shape.
+    """
+    if (audio_samples is not None) != shape.has_audio:
+        raise ValueError(f"{audio_samples} samples for windows with has_audio={shape.has_audio}")
+    video = config.video
+    if audio_samples is None:
+        after_portrait = video.seq_len - 1
+    else:
+        after_portrait = frames_for(audio_samples, video.fps, video.sample_rate)
+    windows = plan_windows(after_portrait, shape.window_length, shape.overlap)
+    return RunPlan(
+        **vars(shape),
+        fps=video.fps,
+        frames=after_portrait + 1,
+        windows=windows,
+        padded_audio_frames=padded_audio_frames(len(windows), shape.window_length, shape.overlap),
+        audio_delay_s=Fraction(video.silence_duration_s) + 1 / Fraction(video.fps),
+    )
+
+
+def plan_run(
+    config: PipelineConfig,
+    size: tuple[int, int],
+    audio_samples: int | None,
+    step_plan: StepPlan | None = None,
+) -> RunPlan:
+    """Shape and plan in one call, for what plans without making a video."""
+    plan = make_plan(config, window_shape(config, size, audio_samples is not None), audio_samples)
+    return plan if step_plan is None else plan.decided(step_plan)

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from omniavatar.accel.decoder import DECODERS
 from omniavatar.accel.quantized import QUANTIZED
-from omniavatar.accel.vae import frames_of_pass, pass_sizes
+from omniavatar.accel.vae import frames_of_pass
+from omniavatar.accel.vae_runners import pass_sizes
 from omniavatar.checkpoint.dit import keep_float32
 from omniavatar.checkpoint.layout import SCALES, Shape, dit_tensors, text_tensors, wav2vec_tensors
 from omniavatar.checkpoint.layout_vae import vae_tensors
-from omniavatar.checkpoint.tiny_decoder import light_vae_config, tiny_decoder_config, tiny_decoder_tensors
 from omniavatar.errors import ConfigError
 from omniavatar.model.dit import DiTConfig
 
 if TYPE_CHECKING:
     from omniavatar.config.schema import PipelineConfig
-    from omniavatar.model.vae import VAEConfig
-    from omniavatar.plan.run import RunPlan
+    from omniavatar.plan.run import WindowShape
 
 GB = 10**9
 
@@ -158,17 +158,6 @@ def tensor_bytes(tensors: Iterable[tuple[str, Shape]], dtype_bytes: int) -> int:
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
-SHARED_DECODERS = ("full", "lightvae")
-"""Those that the fast VAE's layers run; the tiny ones take less time than sharing them would save."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What of a request decides its memory. cached: a step cache keeps residuals."""
-
-    plan: RunPlan
-    cached: bool
-
 
 def vae_ranks(config: PipelineConfig, vae_name: str) -> int:
     """Processes that share the VAE's work: all that make a video, or one.
@@ -176,18 +165,19 @@ def vae_ranks(config: PipelineConfig, vae_name: str) -> int:
     Raises ConfigError where `vae_parallel` asks for what cannot be.
     """
     runtime = config.runtime
-    can = runtime.processes > 1 and vae_name == "fast" and config.model.decoder in SHARED_DECODERS
+    can = runtime.processes > 1 and vae_name == "fast" and DECODERS.get(config.model.decoder).shares_rows
     if runtime.vae_parallel and not can:
+        shared = ", ".join(each.name for each in DECODERS if each.shares_rows)
         raise ConfigError(
             f"vae_parallel: needs several processes, vae: fast and one of the decoders "
-            f"{', '.join(SHARED_DECODERS)}, not {runtime.processes}, {vae_name} and {config.model.decoder}; "
+            f"{shared}, not {runtime.processes}, {vae_name} and {config.model.decoder}; "
             "leave it out to share the VAE where it can be"
         )
     return runtime.processes if can and runtime.vae_parallel is not False else 1
 
 
 def run_sizes(
-    config: PipelineConfig, dit: DiTConfig, request: Request, vae_name: str, device: torch.device
+    config: PipelineConfig, dit: DiTConfig, shape: WindowShape, vae_name: str, device: torch.device
 ) -> RunSizes:
     """What a request needs beside the DiT's weights.
 
@@ -196,35 +186,26 @@ def run_sizes(
     spec = next((scale for scale in SCALES if scale.dit.dim == dit.dim), SCALES[-1])
     size = DTYPE_BYTES[config.model.dtype]
     fused = device.type == "cuda" if config.runtime.fuse is None else config.runtime.fuse
-    plan, branches = request.plan, request.plan.branches
+    branches, cached = shape.branches, shape.step_cache != "none"
     ranks = vae_ranks(config, vae_name)
     float8 = config.runtime.quantize != "none"
     return RunSizes(
         vae=tensor_bytes(vae_tensors(spec.vae), size)
-        + tensor_bytes(_decoder_tensors(config, spec.vae), size),
+        + tensor_bytes(DECODERS.get(config.model.decoder).tensors(spec.vae), size),
         audio_encoder=tensor_bytes(wav2vec_tensors(spec.wav2vec), FLOAT),
         text_encoder=tensor_bytes(text_tensors(spec.text), size),
         held=held_bytes(dit, len({branch.text for branch in branches}), size),
-        denoise=denoise_bytes(dit, plan.tokens, size, fused, len(branches), request.cached, float8),
+        denoise=denoise_bytes(dit, shape.tokens, size, fused, len(branches), cached, float8),
         coding=tuple(
-            coding_bytes(spec.vae.dim, plan.size, size, latents, plan.overlap, vae_name == "fast", ranks)
+            coding_bytes(spec.vae.dim, shape.size, size, latents, shape.overlap, vae_name == "fast", ranks)
             for latents in pass_sizes(vae_name)
         ),
     )
 
 
-def graph_bytes(config: PipelineConfig, dit: DiTConfig, request: Request) -> int:
-    """What the captured forwards of a video's windows keep: activations, and two shapes' text."""
+def graph_bytes(config: PipelineConfig, dit: DiTConfig, tokens: int) -> int:
+    """What the captured forwards of a video's windows keep: activations of `tokens`, two shapes' text."""
     size, runtime = DTYPE_BYTES[config.model.dtype], config.runtime
-    own = -(-request.plan.tokens // runtime.sp_size)
+    own = -(-tokens // runtime.sp_size)
     activations = denoise_bytes(dit, own, size, True, 0, False, runtime.quantize != "none")
     return activations + held_bytes(dit, 2, size)
-
-
-def _decoder_tensors(config: PipelineConfig, vae: VAEConfig) -> Iterable[tuple[str, Shape]]:
-    """Weights of a smaller decoder beside the full VAE, which stays for encoding."""
-    if config.model.decoder == "full":
-        return ()
-    if config.model.decoder == "lightvae":
-        return vae_tensors(light_vae_config(vae))
-    return tiny_decoder_tensors(tiny_decoder_config(vae))

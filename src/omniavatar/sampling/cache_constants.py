@@ -1,7 +1,7 @@
-"""What step caches decide by, and the constants their authors published for plain Wan 2.1 T2V.
+"""The constants of step caches, and those that their authors published for plain Wan 2.1 T2V.
 
-Those were fitted without OmniAvatar's audio, image latent and LoRA, so they are a starting point: constants
-measured on the model at hand (`omniavatar calibrate`) are better. Keys are model sizes.
+The published ones were fitted without OmniAvatar's audio, image latent and LoRA, so they are a starting
+point. Constants measured on the model itself (`omniavatar calibrate`) are better. Keys are model sizes.
 Sources: TeaCache (arXiv 2411.19108), `use_ret_steps` rows for Wan 2.1, highest power first; MagCache
 (arXiv 2506.09045), 50-step magnitude ratios of the conditional branch.
 """
@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CacheConstants:
-    """What TeaCache and MagCache decide by.
+    """The constants of TeaCache and MagCache.
 
-    source: where they come from, for people. magnitude_ratios: MagCache's, one a step of the calibrated run,
-    the first 1. polynomial: TeaCache's, highest power first. fitted: time changes (low, high) the polynomial
-    was fitted on; None where it is not known.
+    - source: where they come from, for people.
+    - magnitude_ratios: MagCache's, one for each step of the calibrated run; the first is 1.
+    - polynomial: TeaCache's, highest power first.
+    - fitted: time changes (low, high) that the polynomial was fitted on; None if unknown.
     """
 
     source: str
@@ -28,7 +29,7 @@ class CacheConstants:
 
     @property
     def digest(self) -> str:
-        """Hash of the numbers: equal for constants that give equal plans, wherever they come from."""
+        """Hash of the numbers, not of the source: equal for constants that give equal plans."""
         numbers = (self.magnitude_ratios, self.polynomial, self.fitted)
         return hashlib.sha256(repr(numbers).encode()).hexdigest()[:16]
 
@@ -59,7 +60,7 @@ MAGCACHE_RATIOS: dict[str, tuple[float, ...]] = {
 
 
 def published_constants(scale: str | None) -> CacheConstants | None:
-    """Constants published for the model called `scale`, None where there are none."""
+    """Constants published for the model size `scale`, None if none are published."""
     if scale not in MAGCACHE_RATIOS:
         return None
     source = f"published for plain Wan 2.1 {scale}; `omniavatar calibrate` measures this model's own"

@@ -1,13 +1,13 @@
-"""From how a model's residuals change between steps to the constants of its step caches.
+"""Constants of step caches from measured changes of a model's residual between steps.
 
-What is measured, with every step computed, is the residual r_t of the block stack (what a cache reuses):
-- magnitude ratio: mean over tokens of |r_t| / |r_(t-1)|, what MagCache multiplies (arXiv 2506.09045);
-- change: sum |r_t - r_(t-1)| / sum |r_(t-1)|, what TeaCache estimates from the change of the time projection
-  by a polynomial (arXiv 2411.19108). The paper fits the change of the model's output; here it is the
-  residual's, since the residual is what a skipped step gets wrong.
+The residual r_t of the block stack (what a cache reuses) is measured with every step computed:
+- magnitude ratio: mean over tokens of |r_t| / |r_(t-1)|, which MagCache multiplies (arXiv 2506.09045);
+- change: sum |r_t - r_(t-1)| / sum |r_(t-1)|, which TeaCache estimates by a polynomial of the change of the
+  time projection (arXiv 2411.19108). The paper fits the change of the model's output. Here the residual's is
+  fitted, since a skipped step has an error in the residual.
 
-A plan is one for all branches. MagCache therefore gets, at each step, the branch whose ratio is farthest
-from 1; TeaCache's polynomial is fitted to the points of all branches.
+All branches share one plan. So MagCache takes, at each step, the ratio farthest from 1 of all branches, and
+TeaCache's polynomial is fitted to the points of all branches.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ MARGIN = 0.01
 
 @dataclass(frozen=True)
 class ResidualChanges:
-    """One branch's residual against that of the step before, one number a step (the first: 1, 0, 0, 0).
+    """A branch's residual compared with that of the previous step: a number a step (first: 1, 0, 0, 0).
 
-    ratio_spread: standard deviation of the magnitude ratio over tokens. cosine_distances: mean over tokens
-    of 1 - cosine.
+    - ratio_spread: standard deviation of the magnitude ratio over tokens.
+    - cosine_distances: mean over tokens of 1 - cosine.
     """
 
     magnitude_ratios: tuple[float, ...]
@@ -41,8 +41,12 @@ class ResidualChanges:
 
 @dataclass(frozen=True)
 class TeaCacheFit:
-    """polynomial: highest power first. fitted: time changes (low, high) it holds for. rms_error: of the
-    estimated changes, as a share of their mean."""
+    """A fitted TeaCache polynomial.
+
+    - polynomial: highest power first.
+    - fitted: time changes (low, high) for which it is valid.
+    - rms_error: error of the estimated changes, as a share of their mean.
+    """
 
     polynomial: tuple[float, ...]
     fitted: tuple[float, float]
@@ -50,16 +54,16 @@ class TeaCacheFit:
 
 
 def shared_ratios(branches: Mapping[str, ResidualChanges]) -> tuple[float, ...]:
-    """For each step the branches' magnitude ratio that is farthest from 1."""
+    """For each step the magnitude ratio farthest from 1 of all branches."""
     rows = zip(*(branch.magnitude_ratios for branch in branches.values()), strict=True)
     return tuple(max(row, key=lambda ratio: abs(ratio - 1.0)) for row in rows)
 
 
 def fit_teacache(distances: Sequence[float], branches: Mapping[str, ResidualChanges]) -> TeaCacheFit:
-    """Least squares over the steps of all branches, the first step left out.
+    """Least-squares fit over the steps of all branches, without the first step.
 
-    distances: relative changes of the time projection, one a step (at least 2). The degree is 4 as in the
-    published fits, lower where there are fewer than three times as many steps.
+    distances: relative changes of the time projection, one for each step (at least 2). The degree is 4 as in
+    the published fits, or a third of the number of steps if that is less.
     """
     x = np.tile(np.asarray(distances[1:], np.float64), len(branches))
     y = np.concatenate([branch.changes[1:] for branch in branches.values()])
@@ -82,11 +86,11 @@ def _domain(x: np.ndarray) -> tuple[float, float]:
 
 
 def estimated_error(plan: StepPlan, branches: Mapping[str, ResidualChanges], schedule: Schedule) -> float:
-    """How wrong a window's residuals are under `plan`, as a share of their size, by the measured changes.
+    """Estimated error of a window's residuals under `plan`, as a share of their size: a mean over branches.
 
-    A skipped step's error is at most the sum of the changes since the last computed one; steps weigh as
-    much as the noise level they travel; the mean over branches. Errors that one step hands to the next are
-    not in it.
+    The error of a skipped step is at most the sum of the measured changes since the last computed step. Steps
+    are weighted by the noise level that they remove. Errors that a step passes on to the next are not
+    included.
     """
     travelled = [sigma - schedule.next_sigma(step) for step, sigma in enumerate(schedule.sigmas)]
     total = 0.0

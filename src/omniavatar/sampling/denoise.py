@@ -1,7 +1,7 @@
 """The denoising loop of one window.
 
 The loop knows neither the model nor the guidance: `velocity(sample, step)` returns the guided velocity.
-Given latents (the portrait, or the end of the window before) are written over the sample before every step
+Given latents (the portrait, or the end of the previous window) are written over the sample before every step
 and once after the last. Everything is float32.
 """
 
@@ -11,16 +11,16 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from omniavatar.sampling.schedule import Schedule, euler_step, renoise_step
-from omniavatar.types import Sampler
+from omniavatar.sampling.samplers import SAMPLERS, SamplerStep
+from omniavatar.sampling.schedule import Schedule
 
 Velocity = Callable[[Tensor, int], Tensor]
 
 
-def noises_drawn(schedule: Schedule, sampler: Sampler) -> int:
+def noises_drawn(schedule: Schedule, sampler: str) -> int:
     """How often `denoise` draws noise for a window."""
     later = sum(1 for step in range(len(schedule)) if schedule.next_sigma(step))
-    return 1 + (later if sampler == "renoise" else 0)
+    return 1 + (later if SAMPLERS.get(sampler).fresh_noise else 0)
 
 
 def denoise(
@@ -28,24 +28,26 @@ def denoise(
     schedule: Schedule,
     given: Tensor,
     draw_noise: Callable[[], Tensor],
-    sampler: Sampler = "euler",
+    sampler: str = "euler",
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Latents (B, 16, T, h, w) of a window.
 
-    given: (B, 16, G, h, w) known leading latents. draw_noise: float32 noise of the window's shape, called
-    once for the start and, when re-noising, once before every later step. on_step: told each finished step.
+    - given: (B, 16, G, h, w) known leading latents.
+    - draw_noise: returns float32 noise of the window's shape. It is called once for the start, and once for
+      every later step if the sampler needs fresh noise.
+    - on_step: called with the number of each finished step.
     """
+    chosen = SAMPLERS.get(sampler)
+    advance: SamplerStep = chosen.create()
     known = given.shape[2]
     sample = draw_noise().float()
     for step, sigma in enumerate(schedule.sigmas):
         sample[:, :, :known] = given
         predicted = velocity(sample, step)
         next_sigma = schedule.next_sigma(step)
-        if sampler == "euler":
-            sample = euler_step(sample, predicted, sigma, next_sigma)
-        else:
-            sample = renoise_step(sample, predicted, sigma, next_sigma, draw_noise() if next_sigma else None)
+        noise = draw_noise() if next_sigma and chosen.fresh_noise else None
+        sample = advance(sample, predicted, sigma, next_sigma, noise)
         if on_step is not None:
             on_step(step)
     sample[:, :, :known] = given

@@ -1,8 +1,8 @@
-"""Guidance as a weighted sum of branches, for text and audio apart.
+"""Guidance as a weighted sum of branches, with separate scales for text and audio.
 
-`v = a*v(positive, speech) + (g-a)*v(positive, silence) + (1-g)*v(negative, silence)`, g the text scale and a
-the audio scale: the reference's two- and three-pass formulas, and all their special cases, in one list.
-A branch of weight zero does not run; branches with equal conditioning are one branch.
+`v = a*v(positive, speech) + (g-a)*v(positive, silence) + (1-g)*v(negative, silence)`, with the text scale g
+and the audio scale a. This covers the reference's two- and three-pass formulas and all their special cases. A
+branch of weight zero does not run; branches with equal conditioning are one branch.
 Source: classifier-free guidance (arXiv 2207.12598), OmniAvatar's split of text and audio scales.
 """
 
@@ -29,7 +29,7 @@ class Branch:
 
 
 def guidance_branches(text_scale: float, audio_scale: float | None, has_audio: bool) -> tuple[Branch, ...]:
-    """The branches that must run. `audio_scale` None means the text scale; without audio only text guides."""
+    """The branches that must run. audio_scale: None uses the text scale; it is ignored without audio."""
     g = text_scale
     a = g if audio_scale is None or not has_audio else audio_scale
     weights: dict[tuple[Text, Audio], float] = {}

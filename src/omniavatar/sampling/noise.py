@@ -1,10 +1,10 @@
-"""Noise that depends on the request's seed and the window alone: not on device, batch, or what ran before.
+"""Noise that depends only on the request's seed and the window: not on device, batch, or earlier windows.
 
-Drawn on the CPU with numpy's Philox generator, whose stream is the same on every machine. The initial noise
-is drawn first, then the fresh noises of a re-noising sampler, so a window can be repeated by itself.
+It is drawn on the CPU with numpy's Philox generator, whose stream is the same on every machine. The initial
+noise is drawn first, then the fresh noises of a re-noising sampler, so a window can be repeated alone.
 
-Drawing takes 18 ms for a million values, in which whoever launches the model's kernels would launch nothing;
-numpy leaves the interpreter to others meanwhile, so a thread draws ahead (`NoiseAhead`).
+Drawing a million values takes 18 ms, in which the thread that launches the model's kernels would launch
+nothing. numpy releases the interpreter lock meanwhile, so another thread draws ahead (`NoiseAhead`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class WindowNoise:
         self._drawn: deque[Future[np.ndarray]] = deque()
 
     def draw_ahead(self, count: int, pool: ThreadPoolExecutor) -> None:
-        """Let the one thread of `pool` draw the next `count`; before anything is asked for."""
+        """Start to draw the next `count` tensors in the one thread of `pool`; call it before `draw`."""
         self._drawn += [pool.submit(self._values) for _ in range(count)]
 
     def draw(self) -> Tensor:
@@ -43,7 +43,7 @@ class WindowNoise:
 
 
 class NoiseAhead:
-    """The windows' noise of one request; `draws` tensors of a window are drawn before it begins."""
+    """The noise of one request's windows. draws: tensors of a window that are drawn before it starts."""
 
     def __init__(self, seed: int, device: torch.device, draws: int) -> None:
         self._seed, self._device, self._draws = seed, device, draws
@@ -51,12 +51,12 @@ class NoiseAhead:
         self._prepared: dict[int, WindowNoise] = {}
 
     def prepare(self, window: int, shape: tuple[int, ...]) -> None:
-        """Begin to draw for `window`, if that has not begun."""
+        """Start to draw for `window`, if not started yet."""
         if window not in self._prepared:
             self._prepared[window] = self._begin(window, shape)
 
     def of(self, window: int, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-        """What draws the noises of `window`, from the first one on, however often it is asked for."""
+        """A function that draws the noises of `window` in order, from the first one at each call."""
         prepared = self._prepared.pop(window, None)
         if prepared is None or prepared.shape != shape:
             prepared = self._begin(window, shape)

@@ -1,14 +1,14 @@
-"""Which forward passes each step runs, known before the first step: guidance interval and step cache in one.
+"""The forward passes of each step, known before the first step: guidance interval and step cache combined.
 
-Guidance acts on an interval of the steps; outside it only the conditional pass (prompt and speech, weight 1)
-runs, text and audio guidance alike being off. The interval is given in fractions of the steps, as diffusers'
-guiders do: with shift 5 most steps lie at high noise, so a noise range would be hard to read. A step s of N
-is guided if `floor(low*N) <= s < floor(high*N)`; 0 and 1 are every step, two equal numbers none.
+Guidance acts on an interval of the steps. Outside it only the conditional pass (prompt and speech, weight 1)
+runs, without text and audio guidance. The interval is given in fractions of the steps, as in diffusers'
+guiders: with shift 5 most steps have high noise, so an interval of noise levels would be hard to read. A step
+s of N is guided if `floor(low*N) <= s < floor(high*N)`; [0, 1] is every step, two equal numbers are none.
 Source: guidance in a limited interval (arXiv 2404.07724), which states its interval in noise levels.
 
-A step plan is one for all branches. A branch that did not run at the plan's last computed step has no
-residual of it, and an older one would be staler than the plan allows: its blocks run at the first step where
-it is back, whatever the plan says, and from then on it follows the plan.
+All branches share one step plan. A branch that did not run at the plan's last computed step has no residual
+of that step, and its last one is older than the plan allows. So its blocks run at the first step of its
+return, also if the plan skips that step, and from then on it follows the plan.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Pass:
-    """One branch at one step. compute: run the blocks, or else reuse the branch's last residual.
+    """One branch at one step.
 
-    keep: whether a later step reuses the residual that is known after this one.
+    - compute: True runs the blocks, False reuses the branch's last residual.
+    - keep: a later step reuses the residual that the branch has after this step.
     """
 
     step: int
@@ -37,7 +38,7 @@ class Pass:
 
 
 Passes = tuple[tuple[Pass, ...], ...]
-"""For each step the passes to run, in order."""
+"""The passes of each step, in order."""
 
 
 def guided_steps(num_steps: int, interval: tuple[float, float]) -> range:
@@ -52,7 +53,7 @@ def plan_passes(
     has_audio: bool,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> Passes:
-    """The passes of every step. branches: those of a guided step. has_audio: speech conditions the rest."""
+    """The passes of every step. branches: those of a guided step. has_audio: other steps use speech."""
     steps = len(step_plan.compute)
     guided = guided_steps(steps, interval)
     alone = guidance_branches(1.0, None, has_audio)
@@ -82,7 +83,7 @@ def plan_passes(
 
 
 def branch_patterns(passes: Passes) -> dict[str, str]:
-    """For each branch one letter a step: C computed, s skipped, - not run."""
+    """For each branch one letter for each step: C computed, s skipped, - not run."""
     names = dict.fromkeys(each.branch.name for row in passes for each in row)
     letters: dict[str, list[str]] = {name: ["-"] * len(passes) for name in names}
     for step, row in enumerate(passes):
@@ -92,6 +93,6 @@ def branch_patterns(passes: Passes) -> dict[str, str]:
 
 
 def count_passes(passes: Sequence[Sequence[Pass]]) -> tuple[int, int]:
-    """How many passes run the blocks, and how many reuse a residual."""
+    """Number of passes that run the blocks, and of those that reuse a residual."""
     every = [each.compute for row in passes for each in row]
     return sum(every), len(every) - sum(every)

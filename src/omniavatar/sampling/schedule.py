@@ -1,23 +1,17 @@
-"""Flow-matching noise levels and the two samplers.
+"""Flow-matching noise levels.
 
 `sigmas = linspace(1, 0, N+1)[:-1]`, shifted by `s -> shift*s / (1 + (shift-1)*s)`; a timestep is 1000 sigma.
-Euler follows the predicted velocity. Re-noising (for few-step distilled weights: LCM, DMD, self-forcing)
-predicts the clean sample `x0 = x - sigma*v` and mixes it with *fresh* noise at the next level.
-Sources: Wan 2.1 (arXiv 2503.20314), flow matching (arXiv 2210.02747), LCM (arXiv 2310.04378).
+Sources: Wan 2.1 (arXiv 2503.20314), flow matching (arXiv 2210.02747).
 """
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from omniavatar.errors import ConfigError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -38,31 +32,16 @@ class Schedule:
 
 
 def make_schedule(num_steps: int, shift: float, timesteps: tuple[float, ...] | None = None) -> Schedule:
-    """The shifted schedule of `num_steps`, or exactly the `timesteps` (in (0, 1000], descending) given.
+    """The shifted schedule of `num_steps`, or that of explicit `timesteps` (descending, in (0, 1000]).
 
-    Explicit timesteps are final: `shift` and `num_steps` do not act on them.
+    With explicit timesteps `shift` and `num_steps` have no effect.
     """
     if timesteps is not None:
         falling = all(a > b for a, b in itertools.pairwise(timesteps))
         if not timesteps or not falling or timesteps[0] > 1000 or timesteps[-1] <= 0:
-            raise ConfigError(f"timesteps: need values in (0, 1000], each below the last, not {timesteps}")
+            raise ConfigError(f"timesteps: must descend within (0, 1000], not {timesteps}")
         return Schedule(tuple(t / 1000.0 for t in timesteps))
     if num_steps < 1 or shift <= 0:
         raise ConfigError(f"num_steps must be >= 1 and shift > 0, not {num_steps} and {shift}")
     linear = np.linspace(1.0, 0.0, num_steps + 1)[:-1]
     return Schedule(tuple(float(s) for s in shift * linear / (1.0 + (shift - 1.0) * linear)))
-
-
-def euler_step(sample: Tensor, velocity: Tensor, sigma: float, next_sigma: float) -> Tensor:
-    """One Euler step from `sigma` to `next_sigma`; tensors of one shape, float32."""
-    return sample + velocity * (next_sigma - sigma)
-
-
-def renoise_step(
-    sample: Tensor, velocity: Tensor, sigma: float, next_sigma: float, noise: Tensor | None
-) -> Tensor:
-    """Predict the clean sample and mix it with fresh `noise` at `next_sigma` (None only when that is 0)."""
-    clean = sample - sigma * velocity
-    if noise is None:
-        return clean
-    return (1.0 - next_sigma) * clean + next_sigma * noise

@@ -1,16 +1,16 @@
 """Step caches as plans: which steps run the blocks and which reuse the last residual, known before step 0.
 
-TeaCache and MagCache decide from timesteps and weights alone, so the plan is the same for every window and
-every guidance branch, costs no GPU sync, and can be printed and tested on a CPU.
+TeaCache and MagCache decide from timesteps and weights alone. So a plan is the same for every window and
+every guidance branch, needs no GPU synchronisation, and can be printed and tested on a CPU.
 
-TeaCache sums an estimate `poly(distance)` of how much the output changes, distance being the relative L1
-change of the time projection from the step before; strictly below the threshold the step is skipped, else
-it runs and the sum restarts. Its polynomials mean nothing outside the distances they were fitted on: below
-the first root they are negative, beyond their peak they fall while the change grows, and a sum that falls
-skips almost everything. The guard counts a negative estimate as 0, runs every step whose distance lies
-beyond the peak, and says so in `StepPlan.notes`; the original has no guard (`guard=False`).
-MagCache multiplies published magnitude ratios of successive residuals and skips while the accumulated
-error stays small.
+TeaCache adds up `poly(distance)`, an estimate of how much the output changes. The distance is the relative L1
+change of the time projection since the previous step. While the sum is below the threshold the step is
+skipped; else it runs and the sum restarts. The polynomials are valid only for the distances they were fitted
+on: below the first root they are negative, and beyond their peak they fall while the change grows. Then the
+sum falls and almost every step is skipped. The guard counts a negative estimate as 0, runs every step with a
+distance beyond the peak, and reports this in `StepPlan.notes`. The original has no guard (`guard=False`).
+MagCache multiplies magnitude ratios of successive residuals and skips steps while the accumulated error is
+small.
 
 What both lose: skipped steps are approximations; the published constants were fitted on plain Wan 2.1.
 Sources: TeaCache (arXiv 2411.19108), MagCache (arXiv 2506.09045).
@@ -26,7 +26,7 @@ from omniavatar.types import StepPlan
 
 
 def compute_all(num_steps: int) -> StepPlan:
-    """The plan without a cache."""
+    """The plan without a cache: every step is computed."""
     return StepPlan((True,) * num_steps)
 
 
@@ -61,9 +61,10 @@ def teacache_plan(
 ) -> StepPlan:
     """Plan for the given distances (N,) of successive steps.
 
-    coefficients: highest power first. protect_first, protect_last: steps that always run, at least 1 each.
-    fitted: distances the polynomial was fitted on, where they are known; the guard then estimates a smaller
-    one as the smallest, and lets the step run at a larger one.
+    - coefficients: highest power first.
+    - protect_first, protect_last: first and last steps that always run, at least 1 each.
+    - fitted: distances (low, high) that the polynomial was fitted on, if known. The guard then estimates a
+      smaller distance as `low`, and runs the step at a larger one.
     """
     num_steps = len(distances)
     estimate = np.poly1d(coefficients)
@@ -97,7 +98,7 @@ def teacache_plan(
 
 
 def stretch_ratios(ratios: Sequence[float], num_steps: int) -> np.ndarray:
-    """Magnitude ratios for `num_steps` by nearest-neighbour stretching of a calibrated row."""
+    """Magnitude ratios for `num_steps` from a calibrated row, by nearest neighbours."""
     if num_steps == 1:
         return np.asarray(ratios[-1:], dtype=np.float64)
     places = np.round(np.arange(num_steps) * ((len(ratios) - 1) / (num_steps - 1))).astype(int)
@@ -113,10 +114,12 @@ def magcache_plan(
     protect_first: int = 1,
     protect_last: int = 1,
 ) -> StepPlan:
-    """Plan from magnitude ratios (calibrated at any step count).
+    """Plan from magnitude ratios, calibrated with any number of steps.
 
-    threshold: accumulated error allowed. max_skip: steps skipped in a row. retention: share of the first
-    steps that always run; so do the first `protect_first` (at least 1) and the last `protect_last`.
+    - threshold: accumulated error that is allowed.
+    - max_skip: most steps skipped in a row.
+    - retention: share of the steps, at the start, that always run.
+    - protect_first, protect_last: first (at least 1) and last steps that always run.
     """
     row = stretch_ratios(ratios, num_steps)
     # The published loop counts calls of both guidance branches, hence the doubling before rounding down.

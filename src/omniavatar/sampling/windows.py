@@ -1,8 +1,8 @@
-"""A long video as a row of overlapping windows, by integer arithmetic.
+"""A long video as a sequence of overlapping windows, in integer arithmetic.
 
-Video frame 0 is the portrait; video frame f >= 1 hears audio row f-1. Window k starts at frame
-k*(L - overlap), so its first `overlap` frames are the last ones of window k-1; window 0 is given the
-portrait frame only. Every window is denoised at full length L; the last one's surplus is cut.
+Video frame 0 is the portrait; video frame f >= 1 takes audio row f-1. Window k starts at frame k*(L -
+overlap), so its first `overlap` frames are the last ones of window k-1; window 0 is given only the portrait
+frame. Every window is denoised at full length L; surplus frames of the last one are cut.
 Source: OmniAvatar's inference loop (described in its paper, arXiv 2506.18866, section on long videos).
 """
 
@@ -17,16 +17,16 @@ TOKEN_PIXELS = 1024
 
 
 def frames_for(samples: int, fps: float | Fraction, sample_rate: int = 16000) -> int:
-    """Video frames that `samples` last, rounded up, in exact arithmetic.
+    """Video frames for the duration of `samples`, rounded up, in exact arithmetic.
 
-    The original divides floats and so gives one frame too many for some lengths.
+    The original divides floats, which gives one frame too many for some lengths.
     """
     exact = Fraction(samples) * Fraction(fps) / sample_rate
     return -(-exact.numerator // exact.denominator)
 
 
 def window_length(max_tokens: int, height: int, width: int) -> int:
-    """Frames of a window, 1+4n, that `max_tokens` allow (a token stands for 1024 pixel-frames)."""
+    """Frames of a window, 1+4n, that `max_tokens` allow (a token covers 1024 pixels of all frames)."""
     length = max_tokens * TOKEN_PIXELS // (height * width)
     length = length // 4 * 4 + 1 if length % 4 else length - 3
     if length < 5:
@@ -38,17 +38,17 @@ def window_length(max_tokens: int, height: int, width: int) -> int:
 
 
 def count_windows(audio_frames: int, length: int, overlap: int) -> int:
-    """Windows that `audio_frames` (frames after the portrait) need."""
+    """Number of windows for `audio_frames` (frames after the portrait)."""
     return 1 + -(-max(0, audio_frames - (length - 1)) // (length - overlap))
 
 
 def padded_audio_frames(windows: int, length: int, overlap: int) -> int:
-    """Audio rows that fill the windows completely."""
+    """Number of audio rows that fill the windows completely."""
     return length - 1 + (windows - 1) * (length - overlap)
 
 
 def plan_windows(audio_frames: int, length: int, overlap: int) -> tuple[Window, ...]:
-    """Windows that cover the portrait frame and `audio_frames` more.
+    """Windows that cover the portrait frame and `audio_frames` frames after it.
 
     Raises ConfigError unless length and overlap are 1+4n and overlap < length.
     """

@@ -220,9 +220,9 @@ def test_videos_with_each_decoder(nano_checkpoint, cache, tmp_path, weights, dec
         np.concatenate([chunk.frames for chunk in each.stream(request(0.9))]) for each in (pipe, full)
     )
     assert frames.shape == other.shape and not np.array_equal(frames, other)
-    vae, picture = pipe.components.vae, random(1, 3, 1, 64, 64).clamp(-1, 1)
+    vae, picture = pipe.models.vae, random(1, 3, 1, 64, 64).clamp(-1, 1)
     assert isinstance(vae, OtherDecoder)
-    assert torch.equal(vae.encode(picture), full.components.vae.encode(picture)), "the full VAE encodes"
+    assert torch.equal(vae.encode(picture), full.models.vae.encode(picture)), "the full VAE encodes"
     sidecar = json.loads(pipe.generate(request(0.3), tmp_path / "out.mp4").sidecar.read_text())
     assert sidecar["decoder"] == decoder
     assert json.loads(sidecar["fingerprint"]["model.decoder"]) == decoder
@@ -239,7 +239,7 @@ def test_random_weights_need_no_file(decoder) -> None:
 
     pipe = AvatarPipeline.from_config(load_config(None, values).config)
     assert sum(len(chunk.frames) for chunk in pipe.stream(request(0.3))) == 16
-    inner = pipe.components.vae.decoder
+    inner = pipe.models.vae.decoder
     assert isinstance(inner, FastVAE if decoder == "lightvae" else TinyDecoder)
     assert decoder == "lightvae" or inner.config.raw_latents is (decoder == "lighttae")
 
@@ -248,7 +248,7 @@ def test_a_decoder_for_other_latents_is_refused(nano_checkpoint, cache, tmp_path
     file = light_vae_file(tmp_path / "other.safetensors", z_dim=8)
     pipe = make_pipeline(nano_checkpoint, cache, decoder="lightvae", decoder_path=str(file))
     with pytest.raises(CheckpointError, match="8 channels, not 16"):
-        _ = pipe.components.vae
+        _ = pipe.models.vae
 
 
 def test_names_and_paths_go_together(nano_checkpoint, cache, tmp_path) -> None:
@@ -260,7 +260,7 @@ def test_names_and_paths_go_together(nano_checkpoint, cache, tmp_path) -> None:
     values = overrides(nano_checkpoint, cache, decoder="taehv", decoder_path=gone)
     assert Path(gone) in missing_files(load_config(None, values).config.model)
     with pytest.raises(CheckpointError, match=r"gone\.pth"):
-        _ = make_pipeline(nano_checkpoint, cache, decoder="taehv", decoder_path=gone).components.vae
+        _ = make_pipeline(nano_checkpoint, cache, decoder="taehv", decoder_path=gone).models.vae
 
 
 def test_plan_names_the_decoder_and_counts_its_weights() -> None:

@@ -15,14 +15,14 @@ from omniavatar.accel.graphs import FORWARDS_FIRST, MOST, GraphedBlocks, launche
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.config.load import load_config
-from omniavatar.engine.pipeline import AvatarPipeline
+from omniavatar.engine.recorder import NullRecorder
+from omniavatar.engine.residency import Residency
 from omniavatar.errors import ResourceError
 from omniavatar.model.dit import DiTConfig, WanDiT
 from omniavatar.model.layers import BlockInputs, TokenAudio
 from omniavatar.model.rope import rope_table
 from omniavatar.plan.placement import Placement, place, wants_graphs
-from omniavatar.plan.run import make_plan
-from omniavatar.plan.sizes import Request
+from omniavatar.plan.run import window_shape
 
 CPU = torch.device("cpu")
 SMALL = DiTConfig(64, 96, 4, 8, text_dim=16, audio_dim=24, audio_hidden=8)
@@ -149,12 +149,12 @@ def test_who_wants_graphs() -> None:
 def test_graphs_never_cost_a_request_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where their memory does not fit, the plan is that without them, streamed or not."""
     config = load_config(None, ["weights=random", "scale=nano"]).config
-    request = Request(make_plan(config, 0, config.video.sizes[0]), cached=False)
+    shape = window_shape(config, config.video.sizes[0], has_audio=True)
     spec = scale_spec("nano").dit
 
     def placed(limit: int | None, wanted: bool) -> Placement:
         monkeypatch.setattr("omniavatar.plan.placement.wants_graphs", lambda *_: wanted)
-        return place(config, spec, request, "fast", CPU, limit)
+        return place(config, spec, shape, "fast", CPU, limit)
 
     whole = placed(None, True)
     assert whole.graphs and "CUDA graphs" in whole.describe()
@@ -176,20 +176,21 @@ def test_graphs_never_cost_a_request_its_place(monkeypatch: pytest.MonkeyPatch) 
 def test_a_window_goes_on_without_graphs_once_blocks_were_sent_away() -> None:
     """What runs the blocks is asked at every forward, not once a window."""
     config = load_config(None, ["weights=random", "scale=nano", "device=cpu", "dtype=fp32"]).config
-    components = AvatarPipeline.from_config(config).components
-    plan = make_plan(config, 0, config.video.sizes[0])
-    components.adopt(components.place(Request(plan, cached=False), {}))
-    components.placement = replace(components.placed, graphs=True)
     capture = Recording()
-    dit = components.dit
-    components._graphs = GraphedBlocks(dit.run_blocks, capture)
-    run = components.run_blocks
+    dit_config = scale_spec("nano").dit
+    residency = Residency(config, dit_config, "fast", CPU, NullRecorder(), capture=lambda: capture)
+    shape = window_shape(config, config.video.sizes[0], has_audio=True)
+    residency.adopt(replace(residency.place(shape, {}), graphs=True))
+    attention = create_attention("sdpa", CPU, torch.float32)[1]
+    dit = random_dit(dit_config, attention=attention, dtype=torch.float32, device=CPU, seed=0)
+    residency.hold(dit)
+    run = residency.run_blocks
     given = call(dit, 1)
     expected = dit.run_blocks(*given)
     for _ in range(FORWARDS_FIRST + 1):
         assert torch.equal(run(*given), expected)
     assert capture.replayed == 1
-    components.make_room("out of memory")
+    residency.step_down("out of memory")
     for _ in range(FORWARDS_FIRST + 2):
         assert torch.equal(run(*given), expected)
     assert (capture.captured, capture.replayed) == (1, 1)

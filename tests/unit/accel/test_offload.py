@@ -16,7 +16,7 @@ from omniavatar.accel.offload import (
     DirectCopies,
     OffloadConfig,
     Offloader,
-    Slot,
+    RingSlot,
     StreamedBlock,
     apply_offload,
     streamed_blocks,
@@ -40,18 +40,18 @@ class LateCopies(Copies):
         self._pending: dict[int, torch.Tensor] = {}
         self._computing: set[int] = set()
 
-    def copy(self, slot: Slot, host: torch.Tensor) -> None:
+    def copy(self, slot: RingSlot, host: torch.Tensor) -> None:
         assert id(slot) not in self._computing, "a slot was given up before its computation was handed over"
         slot.buffer.fill_(0xFF)
         self._pending[id(slot)] = host
         self.copies.append(host.data_ptr())
 
-    def wait(self, slot: Slot) -> None:
+    def wait(self, slot: RingSlot) -> None:
         if id(slot) in self._pending:
             slot.buffer.copy_(self._pending.pop(id(slot)))
         self._computing.add(id(slot))
 
-    def computed(self, slot: Slot) -> None:
+    def computed(self, slot: RingSlot) -> None:
         self._computing.remove(id(slot))
 
 
@@ -112,7 +112,7 @@ def test_slot_tensors_lie_in_the_slots_and_nothing_else_is_read():
         expected = dit(*args)
 
     class SpoilingCopies(DirectCopies):
-        def copy(self, slot: Slot, host: torch.Tensor) -> None:
+        def copy(self, slot: RingSlot, host: torch.Tensor) -> None:
             super().copy(slot, host)
             host.fill_(0xFF)
 

@@ -14,8 +14,9 @@ import torch
 from torch.nn import functional as F
 
 from omniavatar.accel.kernels.channel_norm import add_norm, merge_phases, pair_weight, phase_weight
-from omniavatar.accel.vae import FastVAEConfig, apply_fast_vae, choose_vae
+from omniavatar.accel.vae import FastVAEConfig, apply_fast_vae
 from omniavatar.accel.vae_frames import fused_attention, matmul_attention
+from omniavatar.accel.vae_runners import choose_vae
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.errors import ResourceError
 from omniavatar.model.vae import VAEConfig

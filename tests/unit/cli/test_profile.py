@@ -96,9 +96,9 @@ def test_doctor_knows_the_machine(nano_checkpoint: Path, tmp_path: Path) -> None
     result = run("doctor", "--configs", str(config), "--json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
-    assert {"sdpa", "math"} <= set(found["attention"]["fp32"]["there"])
+    assert {"sdpa", "math"} <= set(found["attention"]["fp32"]["available"])
     assert found["devices"][-1]["name"] == "cpu" and found["devices"][-1]["total_bytes"] > 2**30
-    assert all(codec["there"] for codec in found["codecs"] if codec["name"] in ("libx264", "aac"))
+    assert all(codec["available"] for codec in found["codecs"] if codec["name"] in ("libx264", "aac"))
     assert found["encoder"]["auto"] == ("nvenc" if found["encoder"]["nvenc"] == "works" else "x264")
     assert found["configs"][0]["missing"] == ["nowhere.safetensors"] and not found["configs"][0]["ready"]
     assert "nowhere.safetensors" in found["problems"][0]

@@ -15,7 +15,7 @@ from omniavatar.config.schema import NEGATIVE_PROMPT, PipelineConfig
 from omniavatar.config.syntax import parse_overrides, parse_value
 from omniavatar.config.values import IGNORED_KEYS
 from omniavatar.errors import ConfigError
-from omniavatar.plan.run import make_plan
+from omniavatar.plan.run import plan_run
 from omniavatar.sampling.schedule import make_schedule
 from omniavatar.sampling.step_cache import compute_all
 
@@ -99,14 +99,14 @@ def test_shipped_configs_load_without_warnings(path: Path) -> None:
         assert loaded.config.sampling.negative_prompt == NEGATIVE_PROMPT
         assert loaded.config.model.exp_path is not None
     step_plan = compute_all(loaded.config.sampling.steps)
-    plan = make_plan(loaded.config, 5 * 60 * 16000, loaded.config.video.sizes[0], step_plan=step_plan)
+    plan = plan_run(loaded.config, loaded.config.video.sizes[0], 5 * 60 * 16000, step_plan)
     assert plan.forwards == len(plan.windows) * len(plan.branches) * plan.steps > 0
 
 
 @pytest.mark.parametrize("scale", ["14B", "1.3B"])
 def test_few_step_configs_run_four_passes_a_window(scale: str) -> None:
     config = load_config(CONFIGS / f"inference_{scale}_4steps.yaml").config
-    plan = make_plan(config, 60 * 16000, (400, 720))
+    plan = plan_run(config, (400, 720), 60 * 16000)
     assert plan.forwards == 4 * len(plan.windows) and plan.steps == 4
     assert config.sampling.sampler == "renoise" and len(config.model.loras) == 1
     wanted = make_schedule(4, 5.0).timesteps

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import make_pipeline, request
+from engine import make_pipeline, place, request
 from omniavatar import SamplingParams
 from omniavatar.accel.residual_cache import ResidualCache
 from omniavatar.config.load import load_config
 from omniavatar.errors import ConfigError
-from omniavatar.plan.run import make_plan
+from omniavatar.plan.run import plan_run
 from omniavatar.sampling.guidance import guidance_branches
 from omniavatar.sampling.passes import branch_patterns, count_passes, guided_steps, plan_passes
 from omniavatar.types import StepPlan
@@ -97,7 +97,7 @@ def test_whole_interval_is_the_step_plan_for_every_branch(scales):
 
 def test_plan_counts_the_passes_that_run():
     config = load_config(None, {"num_steps": 10, "guidance_interval": [0.2, 0.7]}).config
-    plan = make_plan(config, 16000 * 10, (400, 720), step_plan=step_plan("CCsCsCsCsC"))
+    plan = plan_run(config, (400, 720), 16000 * 10, step_plan("CCsCsCsCsC"))
     windows = len(plan.windows)
     assert plan.branch_patterns == {"positive+speech": "CCsCsCsCsC", "negative+silence": "--CCsCs---"}
     assert (plan.forwards, plan.forwards_skipped) == (9 * windows, 6 * windows)
@@ -123,13 +123,14 @@ def video(pipeline, **sampling) -> np.ndarray:
 
 def test_videos_of_whole_empty_and_half_intervals(pipeline):
     calls = []
-    blocks = pipeline.components.dit.run_blocks
+    place(pipeline, request(0.3))
+    blocks = pipeline.models.dit.run_blocks
 
     def counted(tokens, inputs):
         calls.append(1)
         return blocks(tokens, inputs)
 
-    pipeline.components.dit.run_blocks = counted
+    pipeline.models.dit.run_blocks = counted
     try:
         found, counts = {}, {}
         for name, sampling in {
@@ -142,7 +143,7 @@ def test_videos_of_whole_empty_and_half_intervals(pipeline):
             calls.clear()
             found[name], counts[name] = video(pipeline, **sampling), len(calls)
     finally:
-        del pipeline.components.dit.run_blocks
+        del pipeline.models.dit.run_blocks
     assert np.array_equal(found["plain"], found["whole"])
     assert np.array_equal(found["none"], found["unguided"])
     assert not np.array_equal(found["half"], found["whole"])

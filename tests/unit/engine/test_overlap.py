@@ -5,27 +5,22 @@ from __future__ import annotations
 import json
 import threading
 import time
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from engine import make_pipeline, request
+from omniavatar import AvatarPipeline
 from omniavatar.device import arrival, download, upload
-from omniavatar.engine import window_loop as generation
-from omniavatar.engine import writer as output
+from omniavatar.engine.host import Host
 from omniavatar.engine.recorder import RunRecorder
-from omniavatar.engine.window_loop import WindowGenerator, WindowResult
+from omniavatar.engine.window_loop import WindowResult
+from omniavatar.engine.writer import MOST_PENDING
 from omniavatar.errors import OutputError
 from queue_clock import QueueClock
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def pipeline(nano_checkpoint, tmp_path_factory):
-    return make_pipeline(nano_checkpoint, tmp_path_factory.mktemp("text-cache"))
 
 
 def test_queued_stages_are_timed_by_the_device_and_asked_for_late() -> None:
@@ -65,89 +60,93 @@ def test_copies_on_the_host_are_the_values() -> None:
     arrival(CPU)()
 
 
-def test_windows_are_queued_without_waiting_and_reading_waits(pipeline, monkeypatch) -> None:
-    waits: list[int] = []
+class Counting(Host):
+    """A machine that counts the waits for its device."""
 
-    def counted(device: torch.device) -> Any:
-        return lambda: waits.append(1)
+    def __init__(self) -> None:
+        self.waits: list[int] = []
 
-    monkeypatch.setattr(generation, "arrival", counted)
+    def arrival(self, device):
+        return lambda: self.waits.append(1)
+
+
+def test_windows_are_queued_without_waiting_and_reading_waits(nano_checkpoint, tmp_path) -> None:
+    host = Counting()
     kept: list[WindowResult] = []
-    run = WindowGenerator.run
 
-    def kept_run(self, *arguments):
-        for result in run(self, *arguments):
-            kept.append(result)
-            assert not waits
-            yield result
-            waits.clear()
+    class Keeping(AvatarPipeline):
+        def windows(self, *arguments):
+            for result in super().windows(*arguments):
+                kept.append(result)
+                assert not host.waits
+                yield result
+                host.waits.clear()
 
-    monkeypatch.setattr(WindowGenerator, "run", kept_run)
-    chunks = list(pipeline.stream(request(0.9)))
+    pipe = make_pipeline(nano_checkpoint, tmp_path, host=host, kind=Keeping)
+    chunks = list(pipe.stream(request(0.9)))
     assert len(kept) == len(chunks) > 1
-    waits.clear()
-    assert np.array_equal(np.concatenate(kept[0].frames), chunks[0].frames) and len(waits) == 1
-    assert kept[0].next_given is not None and len(waits) == 2
+    host.waits.clear()
+    assert np.array_equal(np.concatenate(kept[0].frames), chunks[0].frames) and len(host.waits) == 1
+    assert kept[0].next_given is not None and len(host.waits) == 2
 
 
-def test_the_model_is_three_windows_ahead_of_the_writer_at_most(pipeline, monkeypatch, tmp_path) -> None:
+def test_the_model_is_three_windows_ahead_of_the_writer_at_most(nano_checkpoint, tmp_path) -> None:
     ahead: list[int] = []
     written = 0
     all_handed_over = threading.Event()
-    encode, counting = output.encode_segment, threading.Lock()
+    counting = threading.Lock()
 
-    def slow(*arguments, **keywords):
-        nonlocal written
-        assert all_handed_over.wait(60)
-        count = encode(*arguments, **keywords)
-        with counting:
-            written += 1
-        return count
+    class Slow(Host):
+        def encode_segment(self, *arguments, **keywords):
+            nonlocal written
+            assert all_handed_over.wait(60)
+            count = super().encode_segment(*arguments, **keywords)
+            with counting:
+                written += 1
+            return count
 
-    submit = output.VideoWriter.submit
+    class Counted(AvatarPipeline):
+        def windows(self, *arguments):
+            for result in super().windows(*arguments):
+                yield result  # goes on when the writer has taken it
+                ahead.append(result.window.index + 1 - written)
+                if len(ahead) == MOST_PENDING:
+                    all_handed_over.set()
 
-    def counted(self, result, begun):
-        submit(self, result, begun)
-        ahead.append(result.window.index + 1 - written)
-        if len(ahead) == output.MOST_PENDING:
-            all_handed_over.set()
-
-    monkeypatch.setattr(output, "encode_segment", slow)
-    monkeypatch.setattr(output.VideoWriter, "submit", counted)
-    result = pipeline.generate(request(1.5), tmp_path / "out.mp4")
+    pipe = make_pipeline(nano_checkpoint, tmp_path / "cache", host=Slow(), kind=Counted)
+    result = pipe.generate(request(1.5), tmp_path / "out.mp4")
     assert len(ahead) == written == result.windows >= 4
-    assert max(ahead) == output.MOST_PENDING
+    assert max(ahead) == MOST_PENDING
 
 
-def test_nothing_is_written_after_a_window_that_failed(pipeline, monkeypatch, tmp_path) -> None:
+def test_nothing_is_written_after_a_window_that_failed(nano_checkpoint, tmp_path) -> None:
     """Else the job would count a window whose segment is missing as done."""
-    encode, calls = output.encode_segment, []
+    calls: list[str] = []
     computed = threading.Event()
 
-    def failing(*arguments, **keywords):
-        calls.append(arguments[1].name)
-        if calls[-1] == "segment_00001.mp4":
-            computed.wait(60)
-            raise OutputError("disk full")
-        return encode(*arguments, **keywords)
+    class Failing(Host):
+        def encode_segment(self, frames, path, **options):
+            calls.append(path.name)
+            if calls[-1] == "segment_00001.mp4":
+                computed.wait(60)
+                raise OutputError("disk full")
+            return super().encode_segment(frames, path, **options)
 
-    submit = output.VideoWriter.submit
+    class Releasing(AvatarPipeline):
+        def windows(self, *arguments):
+            for result in super().windows(*arguments):
+                if result.window.index == 3:
+                    computed.set()
+                yield result
 
-    def third_releases(self, result, begun):
-        if result.window.index == 3:
-            computed.set()
-        submit(self, result, begun)
-
-    monkeypatch.setattr(output, "encode_segment", failing)
-    monkeypatch.setattr(output.VideoWriter, "submit", third_releases)
-    target = tmp_path / "out.mp4"
+    pipe = make_pipeline(nano_checkpoint, tmp_path / "cache", host=Failing(), kind=Releasing)
     with pytest.raises(OutputError, match="disk full"):
-        pipeline.generate(request(2.0), target)
+        pipe.generate(request(2.0), tmp_path / "out.mp4")
     assert len(calls) < 5  # the fifth window was never encoded; the third may have been, beside the second
     assert json.loads((tmp_path / "out.mp4.job" / "job.json").read_text())["done"] == 1
 
 
-def test_window_seconds_are_between_arrivals(nano_checkpoint, tmp_path, monkeypatch) -> None:
+def test_window_seconds_are_between_arrivals(nano_checkpoint, tmp_path) -> None:
     """Not between the moments the host had queued them."""
     seconds: list[float] = []
 
@@ -155,8 +154,11 @@ def test_window_seconds_are_between_arrivals(nano_checkpoint, tmp_path, monkeypa
         if name == "window_finished":
             seconds.append(fields["seconds"])
 
-    pipe = make_pipeline(nano_checkpoint, tmp_path / "cache", RunRecorder([listener]))
-    monkeypatch.setattr(generation, "arrival", lambda device: lambda: time.sleep(0.05))
+    class Late(Host):
+        def arrival(self, device):
+            return lambda: time.sleep(0.05)
+
+    pipe = make_pipeline(nano_checkpoint, tmp_path / "cache", RunRecorder([listener]), host=Late())
     begun = time.perf_counter()
     pipe.generate(request(0.9), tmp_path / "out.mp4")
     assert len(seconds) >= 2 and all(each >= 0.05 for each in seconds)

@@ -73,7 +73,7 @@ def test_sidecar_tells_how_it_was_made(pipeline, tmp_path):
 
 def test_fast_vae_makes_the_same_video(pipeline, nano_checkpoint, cache):
     plain = make_pipeline(nano_checkpoint, cache, vae="plain")
-    assert (plain.components.vae_name, pipeline.components.vae_name) == ("plain", "fast")
+    assert (plain.models.vae_name, pipeline.models.vae_name) == ("plain", "fast")
     frames, faster = (streamed(pipe, request()).astype(int) for pipe in (plain, pipeline))
     assert np.abs(frames - faster).max() <= 1
 
@@ -187,8 +187,8 @@ def test_random_weights_need_no_files(cache, tmp_path):
 def test_bf16_weights_run_on_the_cpu(nano_checkpoint, cache):
     pipe = make_pipeline(nano_checkpoint, cache, dtype="bf16")
     half = streamed(pipe, request(0.3))
-    assert torch.bfloat16 in {weight.dtype for weight in pipe.components.dit.parameters()}
-    assert pipe.components.vae.plain.conv1.weight.dtype == torch.float32  # bfloat16 convolutions crawl
+    assert torch.bfloat16 in {weight.dtype for weight in pipe.models.dit.parameters()}
+    assert pipe.models.vae.plain.conv1.weight.dtype == torch.float32  # bfloat16 convolutions crawl
     exact = streamed(make_pipeline(nano_checkpoint, cache), request(0.3))
     assert 0 < np.abs(half.astype(int) - exact).mean() < 6
 

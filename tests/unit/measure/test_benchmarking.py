@@ -36,7 +36,8 @@ from omniavatar.measure.benchmark.tips import Tip, fewer_tokens, guide_tips
 from omniavatar.measure.benchmark.whole import measure_whole
 from omniavatar.measure.flops import forward_work
 from omniavatar.measure.projection import Counts, StartCosts, Timing, WindowCosts, video_seconds
-from omniavatar.plan.run import make_plan, make_step_plan
+from omniavatar.plan.run import plan_run
+from omniavatar.plan.steps import make_step_plan
 from omniavatar.sampling.cache_constants import published_constants
 from omniavatar.sampling.step_cache import compute_all
 
@@ -71,7 +72,7 @@ def test_timing_keeps_median_and_spread() -> None:
 
 def test_windows_are_those_of_the_plan() -> None:
     config = load_config(CONFIGS / "inference_1.3B_optimized.yaml").config
-    plan = make_plan(config, 5 * 60 * 16000, (400, 720), step_plan=compute_all(15))
+    plan = plan_run(config, (400, 720), 5 * 60 * 16000, compute_all(15))
     counts = counts_of(plan)
     assert counts.windows == len(plan.windows) and counts.computed == 2 * 15 and counts.skipped == 0
     assert 0 < counts.last_share <= 1
@@ -84,7 +85,7 @@ def tips(**overrides: Any) -> dict[str, Tip]:
     config = load_config(CONFIGS / "inference_1.3B.yaml", overrides).config
 
     def seconds(changes: Any) -> float:
-        plan = make_plan(changes, 5 * 60 * 16000, (400, 720), step_plan=compute_all(changes.sampling.steps))
+        plan = plan_run(changes, (400, 720), 5 * 60 * 16000, compute_all(changes.sampling.steps))
         share = changes.video.max_tokens / 30000
         costs = replace(COSTS, forward=0.5 * share**1.5, decode=1.5 * share)
         return video_seconds(costs, START, counts_of(plan))
@@ -121,7 +122,7 @@ def test_the_documented_tips_are_what_the_plan_counts() -> None:
         if config.sampling.cache_policy == "teacache":
             raise ConfigError("needs weights")
         step_plan = make_step_plan(config.sampling, published_constants("1.3B"), lambda: np.zeros(0))
-        plan = make_plan(config, round(300.3 * 16000), (400, 720), step_plan=step_plan)
+        plan = plan_run(config, (400, 720), round(300.3 * 16000), step_plan)
         return plan.forwards * forward_work(dit, (plan.latent_frames, 50, 90)).total
 
     found = guide_tips(load_config(CONFIGS / "inference_1.3B.yaml").config, operations)
@@ -205,7 +206,7 @@ def test_streaming_is_tried_last_and_measured(monkeypatch: pytest.MonkeyPatch) -
     real = PartTimer.forward_timings
 
     def timed(self: PartTimer, plan: Any) -> dict[str, Timing]:
-        resident.append(self.components.placed.memory.resident_blocks)
+        resident.append(self.pipeline.models.residency.placement.memory.resident_blocks)
         seconds = 3.0 if resident[-1] == 0 else 1.0
         return {name: replace(timing, median=seconds) for name, timing in real(self, plan).items()}
 

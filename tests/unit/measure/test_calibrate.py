@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from command_line import NANO, run
-from engine import make_pipeline, overrides, request
+from engine import make_pipeline, overrides, place, request
 from omniavatar.accel import residual_meter
 from omniavatar.accel.residual_meter import ResidualMeter
 from omniavatar.config.load import load_config
@@ -23,6 +23,7 @@ from omniavatar.engine.recorder import RunRecorder
 from omniavatar.errors import CheckpointError, ConfigError, OutputError, ResumeError
 from omniavatar.measure.calibrate import CalibrationRun, calibrate
 from omniavatar.plan.calibration import NAME, Calibration, find_constants, read_calibration
+from omniavatar.plan.steps import sampling_schedule
 from omniavatar.sampling.cache_constants import CacheConstants, published_constants
 from omniavatar.sampling.step_cache import compute_all, relative_changes
 
@@ -54,7 +55,7 @@ def done(folder, cache) -> CalibrationRun:
 def constants(folder: Path, cache: Path, **changes: Any) -> CacheConstants | None:
     config = load_config(None, overrides(folder, cache, **{"num_steps": STEPS, **MAGCACHE, **changes})).config
     pipeline = make_pipeline(folder, cache)
-    return find_constants(config.model, config.sampling, pipeline.components.dit_config, "1.3B")
+    return find_constants(config.model, config.sampling, pipeline.models.dit_config, "1.3B")
 
 
 def test_the_file_lies_beside_the_checkpoint_and_reads_back(done, folder):
@@ -66,8 +67,9 @@ def test_the_file_lies_beside_the_checkpoint_and_reads_back(done, folder):
     for branch in read.branches.values():
         assert branch.magnitude_ratios[0] == 1 and branch.changes[0] == 0
         assert all(ratio > 0 for ratio in branch.magnitude_ratios) and min(branch.changes[1:]) > 0
-    made = make_pipeline(folder, folder / "cache", num_steps=STEPS)
-    wanted = relative_changes(made.components.time_projections(made.config.sampling))
+    made = place(make_pipeline(folder, folder / "cache", num_steps=STEPS), request())
+    timesteps = sampling_schedule(made.config.sampling).timesteps
+    wanted = relative_changes(made.models.time_projections(timesteps))
     assert read.time_changes == pytest.approx(wanted.tolist())
 
 
@@ -75,7 +77,7 @@ def test_measuring_changes_nothing(folder, cache):
     pipeline = make_pipeline(folder, cache, num_steps=3)
     with pipeline.prepare(request(0.3)) as ready:
         meter = ResidualMeter()
-        arguments = (ready.sampling, ready.conditioning, compute_all(3))
+        arguments = (ready.decided(compute_all(3)).window_sampling, ready.conditioning)
         window = ready.plan.windows[0]
         (plain,) = pipeline.window_generator(*arguments).run([window])
         (measured,) = pipeline.window_generator(*arguments, meter.window).run([window])
@@ -106,7 +108,7 @@ def test_a_plan_that_computes_every_step_is_verified_as_equal(folder, cache):
 
 
 def test_streamed_blocks_and_a_failed_allocation_give_the_same_constants(done, folder, cache, monkeypatch):
-    settings = overrides(folder, cache, num_steps=STEPS, num_persistent_param_in_dit=0)
+    settings = overrides(folder, cache, num_steps=STEPS, num_persistent_param_in_dit=3_000_000)
     real = residual_meter.compare_residuals
     calls: list[int] = []
 
@@ -117,9 +119,8 @@ def test_streamed_blocks_and_a_failed_allocation_give_the_same_constants(done, f
         return real(new, old)
 
     monkeypatch.setattr(residual_meter, "compare_residuals", fails_once)
-    monkeypatch.setattr("omniavatar.engine.models.Components.make_room", lambda self, reason: None)
     run = calibrate(load_config(None, settings).config, request(), folder / "streamed.json")
-    assert len(calls) == 5 + 2 * 2 * (STEPS - 1), "the first window was begun anew"
+    assert len(calls) == 5 + 2 * 2 * (STEPS - 1), "the first window was started again"
     assert run.calibration.branches == done.calibration.branches
     assert run.calibration.teacache == done.calibration.teacache
 

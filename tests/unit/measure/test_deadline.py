@@ -15,7 +15,8 @@ from omniavatar.config.change import changed
 from omniavatar.config.load import load_config
 from omniavatar.errors import ConfigError
 from omniavatar.measure.deadline import Candidate, _count, choose, parse_duration, propose
-from omniavatar.plan.run import compute_all, make_plan
+from omniavatar.plan.run import plan_run
+from omniavatar.sampling.step_cache import compute_all
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 SMALL = "weights=random,scale=nano,device=cpu,max_tokens=56,image_sizes_720=[[64,64]],num_steps=4"
@@ -63,9 +64,7 @@ def test_what_is_counted() -> None:
     def plan(changes, seconds):
         if changes.sampling.cache_policy == "magcache":
             raise ConfigError("no constants")
-        return make_plan(
-            changes, round(seconds * 16000), (400, 720), step_plan=compute_all(changes.sampling.steps)
-        )
+        return plan_run(changes, (400, 720), round(seconds * 16000), compute_all(changes.sampling.steps))
 
     choices = list(_count(config, plan, lambda each: float(each.forwards), 5, "none", "none"))
     assert choices[0].settings == {} and choices[0].points == 0

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from media_files import CHANNELS, FPS, SIZE, pictures, read_audio, segments, tones, write_audio
 from omniavatar.errors import ConfigError, InputError, ResumeError
 from omniavatar.media.audio import encode_aac_track
-from omniavatar.media.encoders import PRESETS
+from omniavatar.media.h264 import PRESETS
 from omniavatar.media.inspect import probe_video, read_frames
 from omniavatar.media.video import GrowingVideo, encode_segment
 from omniavatar.types import Waveform
@@ -318,7 +318,7 @@ def test_finishing_too_early_is_a_bug_of_the_caller(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="at least one segment"):
             video.finish()
         video.append(part)
-        with pytest.raises(ValueError, match="sound goes on"):
+        with pytest.raises(ValueError, match="sound continues"):
             video.finish()
 
 

@@ -9,19 +9,22 @@ import pytest
 import torch
 
 from engine import make_pipeline, request
-from omniavatar.accel.offload import Offloader, StreamedBlock
+from engine import place as place_models
+from omniavatar.accel.offload import Offloader, StreamedBlock, streamed_blocks
 from omniavatar.accel.vae import FastVAE
+from omniavatar.checkpoint.layout import SCALES
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.device import choose_device
+from omniavatar.engine.host import Host
+from omniavatar.engine.loading import loading_device
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.errors import ConfigError, ResourceError, ResumeError
-from omniavatar.checkpoint.layout import SCALES
 from omniavatar.plan import placement
 from omniavatar.plan.limit import device_limit, enforce_limit
 from omniavatar.plan.placement import place
-from omniavatar.plan.run import make_plan
-from omniavatar.plan.sizes import GB, Request
+from omniavatar.plan.run import window_shape
+from omniavatar.plan.sizes import GB
 
 CPU = torch.device("cpu")
 SECONDS = 0.9
@@ -56,7 +59,7 @@ class Messages:
 
 
 def streamed(pipe) -> int:
-    return sum(isinstance(block, StreamedBlock) for block in pipe.components.dit.blocks)
+    return sum(isinstance(block, StreamedBlock) for block in pipe.models.dit.blocks)
 
 
 def sidecar(output: Path) -> dict:
@@ -86,27 +89,35 @@ def test_streamed_video_is_the_same_to_the_byte(nano_checkpoint, cache, whole, t
     assert (f"{6 - streamed(pipe)} of 6 blocks" in messages.about_memory()[0]) == (streamed(pipe) > 0)
 
 
-def test_weights_of_streamed_blocks_go_to_host_memory_as_they_are_read(nano_checkpoint, cache, monkeypatch):
-    """Asked of the function that the loader places weights by: on a CPU all places are alike."""
-    from omniavatar.engine import models as components
+def test_weights_of_streamed_blocks_go_to_host_memory_as_they_are_read():
+    """Asked of the function that decides where a tensor is read into."""
+    device_of = loading_device(6, 2, torch.device("meta"))
+    names = [f"blocks.{i}.{name}" for i in range(6) for name in ("ffn.0.weight", "modulation")]
+    on_host = [key for key in names if device_of(key).type == "cpu"]
+    assert on_host == [
+        f"blocks.{i}.{n}" for i in streamed_blocks(6, 2) for n in ("ffn.0.weight", "modulation")
+    ]
+    assert len(on_host) == 8
+    for key in ("head.head.weight", "audio_proj.proj.bias", "block.0.x"):
+        assert device_of(key).type == "meta"
 
-    asked: list[str] = []
-    loads = components.load_dit
 
-    def load(files, *, place, **options):
-        monkeypatch.setattr(pipe.components, "device", torch.device("meta"))
-        keys = [f"blocks.{i}.{name}" for i in range(6) for name in ("ffn.0.weight", "modulation")]
-        for key in (*keys, "head.head.weight", "audio_proj.proj.bias"):
-            asked.append(f"{place(key).type} {key}")
-        monkeypatch.setattr(pipe.components, "device", CPU)
-        return loads(files, place=place, **options)
-
-    monkeypatch.setattr(components, "load_dit", load)
+def test_streamed_blocks_of_a_pipeline_are_those_of_the_plan(nano_checkpoint, cache):
     pipe = make_pipeline(nano_checkpoint, cache, num_persistent_param_in_dit=3_000_000)
     next(iter(pipe.stream(request(0.2))))
-    streaming = [i for i, block in enumerate(pipe.components.dit.blocks) if isinstance(block, StreamedBlock)]
-    on_host = sorted(key.removeprefix("cpu ") for key in asked if key.startswith("cpu "))
-    assert on_host == sorted(f"blocks.{i}.{n}" for i in streaming for n in ("ffn.0.weight", "modulation"))
+    resident = pipe.models.residency.placement.memory.resident_blocks
+    streaming = [i for i, block in enumerate(pipe.models.dit.blocks) if isinstance(block, StreamedBlock)]
+    assert streaming == sorted(streamed_blocks(6, resident)) and 0 < len(streaming) < 6
+
+
+class Limited(Host):
+    """A machine whose device has `limit` bytes, None for no limit."""
+
+    def __init__(self, limit: float | None) -> None:
+        self.limit = limit
+
+    def memory_limit(self, runtime, device):
+        return None if self.limit is None else int(self.limit)
 
 
 def failing(function, calls: list[int], at: set[int]):
@@ -126,15 +137,16 @@ def test_a_window_that_ran_out_of_memory_is_made_again(nano_checkpoint, cache, w
     messages = Messages()
     pipe = make_pipeline(nano_checkpoint, cache, messages.recorder)
     calls: list[int] = []
-    components = pipe.components
+    models = pipe.models
     if where == "denoise":
-        components.dit.attention = failing(components.dit.attention, calls, {60, 61})
+        place_models(pipe, request(SECONDS))
+        models.dit.attention = failing(models.dit.attention, calls, {60, 61})
     else:
         name = "decode_stream" if where == "decode" else "encode"
-        setattr(components.vae, name, failing(getattr(components.vae, name), calls, {1, 2}))
+        setattr(models.vae, name, failing(getattr(models.vae, name), calls, {1, 2}))
     pipe.generate(request(SECONDS), tmp_path / "out.mp4")
     assert (tmp_path / "out.mp4").read_bytes() == whole.read_bytes()
-    again = [text for text in messages.texts if "once more with less" in text]
+    again = [text for text in messages.texts if "retrying with less GPU memory" in text]
     assert len(again) == 2 and "Tried to allocate" not in again[0] and "CUDA out of memory" in again[0]
     assert streamed(pipe) == 4  # two steps down: three blocks at first, since two go to the ring, then one
     assert sidecar(tmp_path / "out.mp4")["memory"]["resident_blocks"] == 2
@@ -143,7 +155,7 @@ def test_a_window_that_ran_out_of_memory_is_made_again(nano_checkpoint, cache, w
 def test_out_of_memory_while_loading_and_preparing(nano_checkpoint, cache, whole, tmp_path):
     pipe = make_pipeline(nano_checkpoint, cache)
     calls: list[int] = []
-    pipe.components._load_dit = failing(pipe.components._load_dit, calls, {0})
+    pipe.models.residency.hold = failing(pipe.models.residency.hold, calls, {0})
     pipe.generate(request(SECONDS), tmp_path / "out.mp4")
     assert len(calls) == 2 and streamed(pipe) == 3
     assert (tmp_path / "out.mp4").read_bytes() == whole.read_bytes()
@@ -154,7 +166,8 @@ def test_out_of_memory_while_making_room(nano_checkpoint, cache, whole, tmp_path
     pipe = make_pipeline(nano_checkpoint, cache)
     attached, failed = [], []
     monkeypatch.setattr(Offloader, "_attach", failing(Offloader._attach, attached, {0, 1}))
-    pipe.components.dit.attention = failing(pipe.components.dit.attention, failed, {30})
+    place_models(pipe, request(SECONDS))
+    pipe.models.dit.attention = failing(pipe.models.dit.attention, failed, {30})
     pipe.generate(request(SECONDS), tmp_path / "out.mp4")
     assert len(attached) == 3 and streamed(pipe) == 5
     assert (tmp_path / "out.mp4").read_bytes() == whole.read_bytes()
@@ -164,7 +177,7 @@ def test_text_encoder_that_does_not_fit_computes_layer_by_layer(nano_checkpoint,
     messages = Messages()
     pipe = make_pipeline(nano_checkpoint, tmp_path / "cache", messages.recorder)
     calls: list[int] = []
-    pipe.components._embed_with = failing(pipe.components._embed_with, calls, {0})
+    pipe.models.prompts.encode = failing(pipe.models.prompts.encode, calls, {0})
     pipe.generate(request(SECONDS), tmp_path / "out.mp4")
     assert len(calls) == 2 and any("layer by layer" in text for text in messages.texts)
     assert (tmp_path / "out.mp4").read_bytes() == whole.read_bytes()
@@ -173,7 +186,8 @@ def test_text_encoder_that_does_not_fit_computes_layer_by_layer(nano_checkpoint,
 def test_the_end_of_the_ladder_is_one_clear_error(nano_checkpoint, cache, tmp_path):
     pipe = make_pipeline(nano_checkpoint, cache)
     calls: list[int] = []
-    pipe.components.dit.attention = failing(pipe.components.dit.attention, calls, set(range(1000)))
+    place_models(pipe, request(SECONDS))
+    pipe.models.dit.attention = failing(pipe.models.dit.attention, calls, set(range(1000)))
     with pytest.raises(ResourceError, match=r"max_tokens: 56 needs more GPU memory than is free .*fp8"):
         pipe.generate(request(SECONDS), tmp_path / "out.mp4")
     assert streamed(pipe) == 6 and len(calls) == 7  # as it was, six blocks, smaller VAE passes
@@ -183,23 +197,19 @@ def test_a_limit_that_nothing_fits_is_refused_before_anything_is_loaded(nano_che
     pipe = make_pipeline(nano_checkpoint, cache, memory=0.001)
     with pytest.raises(ResourceError, match=r"memory: about 0\.0 GB are needed"):
         pipe.generate(request(SECONDS), tmp_path / "out.mp4")
-    assert "dit" not in vars(pipe.components) and not list(tmp_path.iterdir())
+    assert "dit" not in vars(pipe.models) and not list(tmp_path.iterdir())
 
 
 def test_later_requests_keep_streamed_blocks_and_may_stream_more(nano_checkpoint, cache, tmp_path, whole):
-    pipe = make_pipeline(nano_checkpoint, cache)
+    host = Limited(None)
+    pipe = make_pipeline(nano_checkpoint, cache, host=host)
     pipe.generate(request(SECONDS), tmp_path / "a.mp4")
     assert streamed(pipe) == 0
-    limit = [TIGHT * GB]
-    monkey = pytest.MonkeyPatch()
-    monkey.setattr("omniavatar.engine.models.device_limit", lambda memory, device: int(limit[0]))
-    try:
-        pipe.generate(request(SECONDS), tmp_path / "b.mp4")
-        tight = streamed(pipe)
-        limit[0] = 80 * GB
-        pipe.generate(request(SECONDS), tmp_path / "c.mp4")
-    finally:
-        monkey.undo()
+    host.limit = TIGHT * GB
+    pipe.generate(request(SECONDS), tmp_path / "b.mp4")
+    tight = streamed(pipe)
+    host.limit = 80 * GB
+    pipe.generate(request(SECONDS), tmp_path / "c.mp4")
     assert 0 < tight == streamed(pipe)
     for name in "abc":
         assert (tmp_path / f"{name}.mp4").read_bytes() == whole.read_bytes()
@@ -212,9 +222,9 @@ def settings(**changes) -> PipelineConfig:
 def placed(limit_gb: float | None, kept=None, **changes):
     config = settings(fuse=True, **changes)
     dit = SCALES[-1].dit
-    plan = make_plan(config, 0, (400, 720))
+    shape = window_shape(config, (400, 720), has_audio=True)
     limit = None if limit_gb is None else int(limit_gb * GB)
-    return place(config, dit, Request(plan, False), "fast", CPU, limit, kept)
+    return place(config, dit, shape, "fast", CPU, limit, kept)
 
 
 @pytest.fixture
@@ -297,9 +307,9 @@ def test_a_number_is_enforced_on_cuda_and_auto_leaves_the_allocator_alone(monkey
 def test_resumed_run_keeps_the_precision_it_began_with(nano_checkpoint, cache, tmp_path, monkeypatch):
     """Begun when memory was short (float8), resumed when it is not: the same precision, the same video."""
     monkeypatch.setattr(placement, "best_quantize", lambda device: "fp8")
-    monkeypatch.setattr("omniavatar.engine.models.device_limit", lambda memory, device: int(TIGHT * GB))
+    tight = Limited(TIGHT * GB)
     expected = tmp_path / "whole.mp4"
-    make_pipeline(nano_checkpoint, cache, quantize="auto").generate(request(SECONDS), expected)
+    make_pipeline(nano_checkpoint, cache, host=tight, quantize="auto").generate(request(SECONDS), expected)
     assert sidecar(expected)["quantize"] == "fp8"
 
     def stop(name, fields):
@@ -307,10 +317,9 @@ def test_resumed_run_keeps_the_precision_it_began_with(nano_checkpoint, cache, t
             raise KeyboardInterrupt
 
     output = tmp_path / "out.mp4"
-    pipe = make_pipeline(nano_checkpoint, cache, RunRecorder([stop]), quantize="auto")
+    pipe = make_pipeline(nano_checkpoint, cache, RunRecorder([stop]), tight, quantize="auto")
     with pytest.raises(KeyboardInterrupt):
         pipe.generate(request(SECONDS), output)
-    monkeypatch.setattr("omniavatar.engine.models.device_limit", lambda memory, device: None)
     exact = make_pipeline(nano_checkpoint, cache, quantize="none")
     with pytest.raises(ResumeError, match=r'runtime.quantize: "fp8" -> "none"'):
         exact.generate(request(SECONDS), output)
@@ -321,7 +330,7 @@ def test_resumed_run_keeps_the_precision_it_began_with(nano_checkpoint, cache, t
 def test_the_last_step_changes_the_vaes_passes_and_the_record_says_so(nano_checkpoint, cache, tmp_path):
     messages = Messages()
     pipe = make_pipeline(nano_checkpoint, cache, messages.recorder, vae="fast")
-    vae = pipe.components.vae
+    vae = pipe.models.vae
     assert isinstance(vae, FastVAE)
     calls: list[int] = []
     sizes: list[int] = []
@@ -360,15 +369,19 @@ def test_a_cuda_device_has_its_number(monkeypatch):
 
 
 def test_which_form_a_card_takes(monkeypatch):
-    from omniavatar.accel.quantized import best_quantize, check_quantize
+    from omniavatar.accel.precision import best_quantize, check_quantize
 
     card = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     for capability, best in (((9, 0), "fp8"), ((8, 9), "fp8"), ((8, 6), "int8"), ((7, 5), None)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert best_quantize(card) == best
-    with pytest.raises(ResourceError, match=r"a card has no int8 products .*8.0.; use quantize=none"):
+    with pytest.raises(
+        ResourceError, match=r"a card has no int8 products.*capability 8\.0\); use one of: auto, none$"
+    ):
         check_quantize("int8", card)
-    with pytest.raises(ResourceError, match=r"no fp8 products .*8.9.; use quantize=int8 or none"):
+    with pytest.raises(
+        ResourceError, match=r"a card has no fp8 products.*capability 8\.9\); use one of: auto, none$"
+    ):
         check_quantize("fp8", card)
     assert best_quantize(CPU) is None

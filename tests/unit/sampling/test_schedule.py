@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from omniavatar.errors import ConfigError
 from omniavatar.sampling.denoise import denoise, noises_drawn
 from omniavatar.sampling.noise import NoiseAhead, WindowNoise
-from omniavatar.sampling.schedule import euler_step, make_schedule, renoise_step
+from omniavatar.sampling.samplers import euler_step, renoise_step
+from omniavatar.sampling.schedule import make_schedule
 
 CPU = torch.device("cpu")
 

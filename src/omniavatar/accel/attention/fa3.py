@@ -1,8 +1,8 @@
 """FlashAttention-3 (package `fa3-fwd`, Hopper GPUs), in bf16 and in float8.
 
-The float8 form rounds q, k and v to e4m3: rotated q and k come from an RMS norm, so their values are of order
-one and are cast as they are (saturating at 448); v gets a scale a head. Keys shorter than 1,024 (the text)
-stay in bf16, where precision costs nothing. Loses about 3 % relative error an attention.
+The float8 form rounds q, k and v to e4m3. Rotated q and k come from an RMS norm, so their values are of order
+one and are cast without a scale (saturating at 448); v gets one scale for each head. Keys shorter than 1,024
+(the text) stay in bf16, which costs no time. Relative error of one attention: about 3 %.
 Source: FlashAttention-3 (arXiv 2407.08608).
 """
 
@@ -32,7 +32,7 @@ class Fa3Attention:
 
 
 class Fa3Float8Attention(Fa3Attention):
-    """Self-attention in float8; q and k may come in float8 already."""
+    """Self-attention in float8; q and k may be float8 already."""
 
     takes_float8 = True
 
@@ -57,5 +57,5 @@ def _saturated(x: Tensor) -> Tensor:
 
 
 def _output(result: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The output alone; some builds return the log-sum-exp beside it."""
+    """The output alone; some builds also return the log-sum-exp."""
     return result[0] if isinstance(result, tuple) else result

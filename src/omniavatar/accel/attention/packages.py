@@ -1,11 +1,11 @@
-"""Attention of optional packages and of PyTorch's compiler: SageAttention, FlexAttention.
+"""Attention of an optional package and of PyTorch's compiler: SageAttention, FlexAttention.
 
-SageAttention (package `sageattention`, Ampere and later) takes q and k in int8 with a scale a block after the
-keys' mean is taken off, v in fp16: on cards without float8 units the fastest there is, at a few per cent of
-error (1.0.6 measured on an H100: 43 ms for 40 heads x 30,375 tokens against cuDNN's 32, so not for Hopper).
-It subtracts the mean from the keys in place, and keys of the text are kept for the whole prompt: short keys
-stay with PyTorch. Source: SageAttention (arXiv 2410.02367).
-FlexAttention is PyTorch's compiled template: exact, for cards and versions where cuDNN is missing.
+SageAttention (package `sageattention`, Ampere and later) takes q and k in int8 with one scale for each block
+of tokens, after it has subtracted the mean of the keys, and v in fp16. It is the fastest on GPUs without
+float8 units, at a few per cent of error. On Hopper it is slower than cuDNN (version 1.0.6 on an H100, 40
+heads x 30,375 tokens: 43 ms against 32). It changes the keys in place, but keys of the text are kept for the
+whole prompt: short keys run through PyTorch. Source: SageAttention (arXiv 2410.02367). FlexAttention is
+PyTorch's compiled template: exact, for GPUs and versions without cuDNN's kernel.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SHORT_KEYS = 1024
 
 
 class SageAttention:
-    """An `AttentionFn` on SageAttention; keys shorter than 1,024 go through PyTorch's own."""
+    """An `AttentionFn` on SageAttention; keys shorter than 1,024 run through PyTorch."""
 
     def __init__(self) -> None:
         from sageattention import sageattn
@@ -37,7 +37,7 @@ class SageAttention:
 
 
 class FlexAttention:
-    """An `AttentionFn` on `torch.nn.attention.flex_attention`, compiled at its first call for a shape."""
+    """An `AttentionFn` on `torch.nn.attention.flex_attention`, compiled at the first call for each shape."""
 
     def __init__(self) -> None:
         from torch.nn.attention.flex_attention import flex_attention

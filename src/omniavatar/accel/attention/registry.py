@@ -1,107 +1,187 @@
-"""Attention backends by name, behind one signature.
+"""Attention backends by name, behind one signature: one record here is all a new backend needs.
 
 Shapes: B batch, L query tokens, S key tokens, H heads, D head dim. Every backend is an `AttentionFn`:
 q (B, L, H, D), k and v (B, S, H, D) -> (B, L, H, D), softmax scale 1/sqrt(D), no mask, dtype of q.
-A name that is unknown, or that cannot run on the device, is an error that lists what can. `auto` is a
-choice made once from the device and logged by the caller, never a fallback while running.
+`auto` and `fastest` choose once, before the run, and never fall back while it runs. `auto` takes the best
+rank; `fastest` times the exact backends that have a rank (`accel.attention.timing`). Lossy ones have no rank:
+they are used by name only.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
-
-from omniavatar.accel.kernels.fused import create_fused
+from omniavatar.device import Backend, Registry, capability, installed
 from omniavatar.errors import ResourceError
-from omniavatar.model.attention import AttentionFn
+
+if TYPE_CHECKING:
+    import torch
+
+    from omniavatar.model.attention import AttentionFn
 
 
-def _torch_attention(backend: SDPBackend | None) -> AttentionFn:
-    def pinned() -> AbstractContextManager[None]:
-        return nullcontext() if backend is None else sdpa_kernel(backend)
+def _pytorch(kernel: str | None) -> Callable[[torch.device], AttentionFn]:
+    def create(device: torch.device) -> AttentionFn:
+        from omniavatar.accel.attention.pytorch import pytorch_attention
 
-    def attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
-        with pinned():
-            out = scaled_dot_product_attention(
-                q_BLHD.transpose(1, 2), k_BSHD.transpose(1, 2), v_BSHD.transpose(1, 2)
-            )
-        return out.transpose(1, 2)
+        return pytorch_attention(kernel)
 
-    return attention
+    return create
 
 
-_TORCH_BACKENDS: dict[str, SDPBackend | None] = {
-    "sdpa": None,
-    "math": SDPBackend.MATH,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-}
-_CUDA_ONLY = frozenset({"efficient", "cudnn"})
-_FA3 = ("fa3", "fa3_fp8")
-_HINTS = {
-    **dict.fromkeys(_FA3, " (FlashAttention-3 needs a Hopper GPU and `pip install fa3-fwd`)"),
-    "sage": " (SageAttention needs an Ampere GPU or later and `pip install sageattention`)",
-    "flex": " (FlexAttention needs a CUDA GPU and triton)",
-}
+def _fa3(device: torch.device) -> AttentionFn:
+    from omniavatar.accel.attention.fa3 import Fa3Attention
+
+    return Fa3Attention()
 
 
-def available_backends(device: torch.device) -> list[str]:
-    """Names `create_attention` accepts on this device, besides `auto`."""
-    names = [name for name in _TORCH_BACKENDS if device.type == "cuda" or name not in _CUDA_ONLY]
-    if device.type == "cuda" and _installed("triton"):
-        names.append("flex")
-        if _installed("sageattention") and torch.cuda.get_device_capability(device)[0] >= 8:
-            names.append("sage")
-    return [*names, *_FA3] if _has_fa3(device) else names
+def _fa3_fp8(device: torch.device) -> AttentionFn:
+    from omniavatar.accel.attention.fa3 import Fa3Float8Attention
+    from omniavatar.accel.kernels.fused import create_fused
+
+    return Fa3Float8Attention(create_fused(device))
 
 
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+def _sage(device: torch.device) -> AttentionFn:
+    from omniavatar.accel.attention.packages import SageAttention
+
+    return SageAttention()
 
 
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+def _flex(device: torch.device) -> AttentionFn:
+    from omniavatar.accel.attention.packages import FlexAttention
+
+    return FlexAttention()
 
 
-def _has_fa3(device: torch.device) -> bool:
-    return _is_hopper(device) and _installed("fa3_fwd_interface")
+def _without_cuda(device: torch.device) -> str | None:
+    return None if device.type == "cuda" else f"it needs a CUDA GPU, the device is {device.type}"
+
+
+def _without_fa3(device: torch.device) -> str | None:
+    usable = capability(device)[0] == 9 and installed("fa3_fwd_interface")
+    return None if usable else "FlashAttention-3 needs a Hopper GPU and `pip install fa3-fwd`"
+
+
+def _without_flex(device: torch.device) -> str | None:
+    usable = device.type == "cuda" and installed("triton")
+    return None if usable else "FlexAttention needs a CUDA GPU and `pip install triton`"
+
+
+def _without_sage(device: torch.device) -> str | None:
+    usable = capability(device)[0] >= 8 and installed("triton") and installed("sageattention")
+    return None if usable else "SageAttention needs an Ampere GPU or later and `pip install sageattention`"
+
+
+def _half(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype.itemsize == 2
+
+
+def _half_on_hopper(device: torch.device, dtype: torch.dtype) -> bool:
+    return _half(device, dtype) and capability(device)[0] >= 9
+
+
+def _only_if_measured(device: torch.device, dtype: torch.dtype) -> bool:
+    return False
+
+
+ATTENTION: Registry[Backend] = Registry(
+    "runtime.attention",
+    Backend(
+        name="sdpa",
+        create=_pytorch(None),
+        exact=True,
+        doc="PyTorch's own choice among its kernels.",
+        rank=10,
+    ),
+    Backend(
+        name="math",
+        create=_pytorch("MATH"),
+        exact=True,
+        doc="PyTorch's plain matrix products: slow, the reference for the others.",
+    ),
+    Backend(
+        name="flash",
+        create=_pytorch("FLASH_ATTENTION"),
+        exact=True,
+        doc="FlashAttention-2 as PyTorch ships it.",
+        rank=40,
+        suits=_only_if_measured,
+    ),
+    Backend(
+        name="efficient",
+        create=_pytorch("EFFICIENT_ATTENTION"),
+        exact=True,
+        doc="PyTorch's memory-efficient kernel, also for float32.",
+        needs="CUDA GPU",
+        unavailable=_without_cuda,
+        rank=20,
+        suits=_only_if_measured,
+    ),
+    Backend(
+        name="cudnn",
+        create=_pytorch("CUDNN_ATTENTION"),
+        exact=True,
+        doc="cuDNN's kernel: the fastest exact one on Hopper without fa3-fwd.",
+        needs="CUDA GPU",
+        unavailable=_without_cuda,
+        rank=50,
+        suits=_half_on_hopper,
+    ),
+    Backend(
+        name="flex",
+        create=_flex,
+        exact=True,
+        doc="PyTorch's compiled FlexAttention, for GPUs and versions without cuDNN's kernel.",
+        needs="CUDA GPU, package triton",
+        unavailable=_without_flex,
+        rank=30,
+        suits=_only_if_measured,
+    ),
+    Backend(
+        name="sage",
+        create=_sage,
+        exact=False,
+        doc="SageAttention, q and k in int8: a few per cent of error, fast on Ampere and Ada.",
+        needs="Ampere GPU or later, package sageattention",
+        unavailable=_without_sage,
+    ),
+    Backend(
+        name="fa3",
+        create=_fa3,
+        exact=True,
+        doc="FlashAttention-3 in the model's precision: the fastest exact one on Hopper.",
+        needs="Hopper GPU, package fa3-fwd",
+        unavailable=_without_fa3,
+        rank=60,
+        suits=_half,
+    ),
+    Backend(
+        name="fa3_fp8",
+        create=_fa3_fp8,
+        exact=False,
+        doc="FlashAttention-3 in float8: about 3 % error an attention.",
+        needs="Hopper GPU, package fa3-fwd",
+        unavailable=_without_fa3,
+    ),
+    words=("auto", "fastest"),
+    unknown=ResourceError,
+)
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """What `auto` means in half precision on a GPU: FlashAttention-3 on Hopper where it is installed, else
-    cuDNN from Hopper on (the fastest measured); everywhere else PyTorch's own choice. Never a float8 one."""
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        if _has_fa3(device):
-            return "fa3"
-        if torch.cuda.get_device_capability(device)[0] >= 9:
-            return "cudnn"
-    return "sdpa"
+    """Name of the backend that `auto` stands for.
+
+    In half precision on a Hopper GPU or later: fa3 if installed, else cudnn. Otherwise sdpa.
+    """
+    return ATTENTION.resolve("auto", device, dtype).name
 
 
 def create_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, AttentionFn]:
-    """The backend called `name` (or what `auto` chooses), as (name, function).
+    """The backend called `name` (or what `auto` stands for), as (name, function).
 
-    Raises ResourceError for a name that does not exist or cannot run on `device`.
+    Raises ResourceError if the name is unknown or the backend cannot be used on `device`.
     """
-    chosen = choose_backend(device, dtype) if name == "auto" else name
-    there = available_backends(device)
-    if chosen not in there:
-        raise ResourceError(
-            f"attention: {chosen!r} cannot run on {device.type}{_HINTS.get(chosen, '')}; use one of: auto, "
-            f"fastest, {', '.join(there)}"
-        )
-    if chosen in ("sage", "flex"):
-        from omniavatar.accel.attention.packages import FlexAttention, SageAttention
-
-        return chosen, SageAttention() if chosen == "sage" else FlexAttention()
-    if chosen in _FA3:
-        from omniavatar.accel.attention.fa3 import Fa3Attention, Fa3Float8Attention
-
-        return chosen, Fa3Attention() if chosen == "fa3" else Fa3Float8Attention(create_fused(device))
-    return chosen, _torch_attention(_TORCH_BACKENDS[chosen])
+    backend = ATTENTION.resolve(name, device, dtype)
+    return backend.name, backend.create(device)

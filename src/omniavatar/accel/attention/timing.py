@@ -1,8 +1,8 @@
 """The fastest exact attention of a device by measurement, for `attention: fastest`.
 
-Each exact backend runs self-attention of the model's heads over a fixed number of tokens; the smallest median
-wins. One within 3 % of it that stands earlier in `PREFERENCE` is taken in its place, so that noise does not
-turn the choice, since another backend rounds differently.
+Each exact backend with a rank runs self-attention of the model's heads over a fixed number of tokens; the
+smallest median wins. Backends round differently, so noise must not change the choice: a backend within 3 % of
+the fastest is taken in its place if it has a better rank.
 """
 
 from __future__ import annotations
@@ -13,48 +13,53 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from omniavatar.accel.attention.registry import available_backends, create_attention
+from omniavatar.accel.attention.registry import ATTENTION, create_attention
+from omniavatar.device import Backend
 from omniavatar.model.attention import AttentionFn
 
-PREFERENCE = ("fa3", "cudnn", "flash", "flex", "efficient", "sdpa")
-"""Exact backends that are timed (float8 and int8 ones are not, `math` is never fast)."""
 TOKENS = {"cuda": 8192, "cpu": 512}
 WARM_UP, REPEATS, NEAR = 2, 5, 1.03
+
+
+def timed_backends(device: torch.device) -> list[Backend]:
+    """The backends that `fastest` times on this device, the best rank first."""
+    return [backend for backend in ATTENTION.ranked(device) if backend.exact]
 
 
 def attention_seconds(
     device: torch.device, dtype: torch.dtype, heads: int, head_dim: int
 ) -> dict[str, float]:
-    """Median seconds of one self-attention by each exact backend there; one that refuses is left out."""
+    """Median seconds of one self-attention for each timed backend, the best rank first.
+
+    A backend whose kernel does not take this dtype or head size is left out.
+    """
     tokens = TOKENS.get(device.type, TOKENS["cpu"])
     generator = torch.Generator(device).manual_seed(0)
     shape = (1, tokens, heads, head_dim)
     q, k, v = (torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(3))
-    there = available_backends(device)
     seconds: dict[str, float] = {}
-    for name in PREFERENCE:
-        if name not in there:
-            continue
-        _, attention = create_attention(name, device, dtype)
+    for backend in timed_backends(device):
+        attention = backend.create(device)
         try:
-            seconds[name] = _median(lambda run=attention: run(q, k, v), device)  # type: ignore[misc]
+            seconds[backend.name] = _median(lambda run=attention: run(q, k, v), device)  # type: ignore[misc]
         except RuntimeError:
             continue
     return seconds
 
 
 def pick(seconds: Mapping[str, float]) -> str:
-    """The name to take: the fastest, or a preferred one as good as it."""
+    """The first name whose time is within 3 % of the best. seconds: the preferred backend first."""
     best = min(seconds.values())
-    return next(name for name in PREFERENCE if seconds.get(name, float("inf")) <= best * NEAR)
+    return next(name for name, value in seconds.items() if value <= best * NEAR)
 
 
 def choose_attention(
     name: str, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int
 ) -> tuple[str, AttentionFn, str | None]:
-    """The backend called `name`, measured where that is `fastest`: (name, function, line about measuring).
+    """The backend called `name`, as (name, function, message about the measurement).
 
-    Raises ResourceError for a name that does not exist or cannot run on `device`.
+    `fastest` measures; without it the message is None. Raises ResourceError if the name is unknown or the
+    backend cannot be used on `device`.
     """
     if name != "fastest":
         return (*create_attention(name, device, dtype), None)

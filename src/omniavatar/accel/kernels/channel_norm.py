@@ -1,15 +1,15 @@
-"""Sum, channel RMS norm and SiLU of channels-last frames in one call: what lies between two convolutions.
+"""Sum, channel RMS norm and SiLU of channels-last frames in one call: all the work between two convolutions.
 
-`value + bias + residual` is added up in float32, written to `total` if somebody needs it again, then divided
-by its root mean square over the channels, scaled by `gamma`, passed through SiLU and written to `out`, a
-slice of the next convolution's input behind the frames of the past. Plain layers round to the working
-precision after each of these steps; here once, at the end. These are the eager twins, in plain PyTorch, of
-`channel_norm_triton` (same signature).
+`value + bias + residual` is summed in float32 and written to `total` if that is given. The sum is divided by
+its root mean square over the channels, scaled by `gamma`, passed through SiLU and written to `out`, the slice
+of the next convolution's input behind the past frames. Plain layers round to the working precision after each
+of these steps; here the result is rounded once. This is the slow equivalent, in plain PyTorch, of
+`channel_norm_triton`.
 
 Shapes: T frames, H W pixels, C channels; frames are (T, H, W, C), contiguous; `out` may be part of wider
-rows. `out` must not share memory with another argument; `total` may be `value` or `residual` itself. With
-`phases`, `value` is (T, H/2 + 1, W/2 + 1, 4C), what `phase_weight` convolves to: pixel (2i+p, 2j+q) is phase
-2p+q at (i+p, j+q).
+rows. `out` must not share memory with another argument; `total` may be `value` or `residual`. With `phases`,
+`value` is the result of a convolution with `phase_weight`, (T, H/2 + 1, W/2 + 1, 4C): pixel (2i+p, 2j+q) is
+phase 2p+q at (i+p, j+q).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 
 class AddNorm(Protocol):
-    """Signature of both twins; `gamma` and `out` are both given or both None."""
+    """Signature of both implementations; `gamma` and `out` are both given or both None."""
 
     def __call__(
         self,
@@ -51,7 +51,7 @@ def add_norm(
 ) -> None:
     """Write value + bias + residual to `total` and its norm (then SiLU if `activate`) to `out`.
 
-    Frame by frame, so that on a CPU what is added up, normed and activated stays in its caches.
+    It works frame by frame, so that the intermediate results stay in a CPU's caches.
     """
     for number, frame in enumerate(merge_phases(value) if phases else value):
         added = frame.float()
@@ -71,9 +71,10 @@ def add_norm(
 def phase_weight(weight: Tensor) -> Tensor:
     """One 2x2 convolution (4O, C, 2, 2), padding 1, for a 3x3 one (O, C, 3, 3) after nearest doubling.
 
-    Doubling repeats pixels, so of the three taps along an axis two always meet the same pixel: their weights
-    are added (in float32). Four output phases of 2x2 taps instead of 3x3 taps at four times the pixels:
-    4/9 of the products, and the doubled frames are never written. Loses: sums round once more in bf16.
+    Doubling repeats pixels, so two of the three taps along an axis always meet the same pixel: their weights
+    are added in float32. Four output phases of 2x2 taps replace 3x3 taps at four times the pixels. That takes
+    4/9 of the products, and the doubled frames are never written. It loses one more rounding of the sums in
+    bf16.
     """
     first, second, third = weight.float().unbind(2)
     rows = (torch.stack([first, second + third], 2), torch.stack([first + second, third], 2))
@@ -88,9 +89,10 @@ def phase_weight(weight: Tensor) -> Tensor:
 def pair_weight(weight: Tensor) -> Tensor:
     """A 3x3x3 convolution as one over pairs of neighbouring columns: (O, C, 3, 3, 3) -> (2O, 2C, 3, 3, 2).
 
-    In rows with one column of zeros on either side, pixels 2i and 2i+1 of the result need columns 2i to 2i+3:
-    the pairs i and i+1. Memory stays as it is: a pair of columns is 2C channels side by side. A quarter of
-    the products are with zeros, yet for 96 channels cuDNN's kernels for 192 are 1.7 times as fast (H100).
+    Rows have one column of zeros on either side. Then pixels 2i and 2i+1 of the result need columns 2i to
+    2i+3: the pairs i and i+1. The memory layout is unchanged: a pair of columns is 2C channels side by side.
+    A quarter of the products are with zeros, but for 96 channels cuDNN's kernels for 192 are 1.7 times as
+    fast (H100).
     """
     outputs, inputs, *kernel = weight.shape
     wide = weight.new_zeros(2, outputs, 2, inputs, *kernel[:2], 2)

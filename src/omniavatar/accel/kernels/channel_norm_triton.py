@@ -1,8 +1,8 @@
 """`channel_norm.add_norm` as one Triton kernel: each number is read once and written once.
 
-`out` may be a part of wider rows (frames inside a border). A program takes some pixels with all their
-channels; the channel axis is padded to a power of two and masked. Sums, norm and SiLU are float32. Import
-this file only where CUDA is used: it needs triton.
+`out` may be part of wider rows (frames inside a border). A program takes some pixels with all their channels;
+the channel axis is padded to a power of two and masked. Sums, norm and SiLU are float32. The file needs
+triton: import it only for CUDA.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def add_norm(
     """Write value + bias + residual to `total` and its norm (then SiLU if `activate`) to `out`."""
     target = out if out is not None else total
     if target is None:
-        raise ValueError("add_norm: nowhere to write to")
+        raise ValueError("add_norm: total or out must be given")
     if (gamma is None) != (out is None):
-        raise ValueError("add_norm: gamma and out belong together")
+        raise ValueError("add_norm: gamma and out must be given together")
     frames, height, width, channels = target.shape
     source = (frames, height // 2 + 1, width // 2 + 1, 4 * channels) if phases else target.shape
-    wanted = {"value": (value, source), "residual": (residual, target.shape), "total": (total, target.shape)}
-    for name, (tensor, shape) in (*wanted.items(), ("out", (out, target.shape))):
+    shapes = {"value": (value, source), "residual": (residual, target.shape), "total": (total, target.shape)}
+    for name, (tensor, shape) in (*shapes.items(), ("out", (out, target.shape))):
         if tensor is None:
             continue
         rows = tensor.is_contiguous() or (tensor is out and tensor[0, 0].is_contiguous())
@@ -89,8 +89,8 @@ def _add_norm_kernel(
 ):
     pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     channel = tl.arange(0, BLOCK_C)
-    there = channel < C
-    inside = (pixel < pixels)[:, None] & there[None, :]
+    real = channel < C
+    inside = (pixel < pixels)[:, None] & real[None, :]
     place = pixel.to(tl.int64)[:, None] * C + channel[None, :]
     if PHASES:
         frame = pixel // (height * width)
@@ -102,7 +102,7 @@ def _add_norm_kernel(
     else:
         added = tl.load(value + place, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
-        added += tl.load(bias + channel, mask=there, other=0.0).to(tl.float32)[None, :]
+        added += tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)[None, :]
     if residual is not None:
         added += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
     if total is not None:
@@ -110,7 +110,7 @@ def _add_norm_kernel(
     if out is not None:
         scale = C**0.5
         length = tl.maximum(tl.sqrt(tl.sum(added * added, axis=1)), 1e-12)
-        gain = tl.load(gamma + channel, mask=there, other=0.0).to(tl.float32)
+        gain = tl.load(gamma + channel, mask=real, other=0.0).to(tl.float32)
         normed = added / length[:, None] * scale * gain[None, :]
         if ACTIVATE:
             normed = normed * tl.sigmoid(normed)

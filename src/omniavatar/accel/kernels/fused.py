@@ -1,4 +1,4 @@
-"""Which implementation of the fused rows a device gets."""
+"""The implementation of the fused passes for a device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from omniavatar.accel.kernels.rows import FP8, EagerOps, FusedOps
 
 
 def create_fused(device: torch.device, row_dtype: torch.dtype = FP8) -> FusedOps:
-    """The passes for a device: Triton kernels on CUDA, the eager twins elsewhere."""
+    """Triton kernels on CUDA, plain PyTorch elsewhere."""
     if device.type != "cuda":
         return EagerOps(row_dtype)
     from omniavatar.accel.kernels.fused_triton import TritonOps

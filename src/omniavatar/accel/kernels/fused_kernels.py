@@ -1,8 +1,8 @@
-"""Triton kernels of `rows`: one program a token row, everything in registers between load and store.
+"""Triton kernels of `rows`: one program for each token row, everything in registers between load and store.
 
-All are bound by memory: at 3 TB/s a pass over (30,375 x 5120) bf16 takes 0.10 ms. Registers come in powers of
-two, and a row of 5120 would waste 3/8 of 8192: where a row is reduced it is held in two parts, 4096 and 1024,
-the second padded with masks. Float32 inside, one rounding outside, as the eager twins.
+All are bound by memory: at 3 TB/s a pass over (30,375 x 5120) bf16 takes 0.10 ms. Triton's blocks are powers
+of two, and a row of 5120 would waste 3/8 of 8192. So a row that is reduced is held in two parts, 4096 and
+1024, the second one masked. Computed in float32 and rounded once, as in `rows.EagerOps`.
 """
 
 from __future__ import annotations

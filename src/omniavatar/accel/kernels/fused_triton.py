@@ -18,14 +18,14 @@ from omniavatar.accel.kernels.fused_kernels import (
 from omniavatar.accel.kernels.rows import FP8, FP8_MAX, ROW_LIMITS, QuantRows, Rows, head_scales
 
 GELU_IN_PRODUCT_WIDTH = 2048
-"""Up to this input width the product with GELU in its end is faster than two passes (H100: 1.22 ms against
-1.50 at 1536 to 8960, 6.01 against 5.93 at 5120 to 13824)."""
+"""Up to this input width a product that ends in GELU is faster than two passes (H100: 1.22 ms against 1.50
+for 1536 to 8960 channels, 6.01 against 5.93 for 5120 to 13824)."""
 
 
 class TritonOps:
-    """The kernels behind `FusedOps`; CUDA tensors whose head width is a power of two.
+    """`FusedOps` for CUDA tensors whose head width is a power of two.
 
-    values_per_warp decides the warps of a row's program: row width / values_per_warp, 1 to 16.
+    values_per_warp: a row's program has (row width / values_per_warp) warps, 1 to 16.
     """
 
     def __init__(self, values_per_warp: int = 1024, row_dtype: torch.dtype = FP8) -> None:
@@ -201,21 +201,21 @@ class TritonOps:
 
 
 def _parts(size: int) -> tuple[int, int]:
-    """Two powers of two that hold `size`: the largest one within it, and one for the rest (0 for none)."""
+    """Two powers of two that cover `size`: the largest one not above it, and one for the rest or 0."""
     main = 1 << (size.bit_length() - 1)
     return main, triton.next_power_of_2(size - main) if size > main else 0
 
 
 def _batch_step(vector: Tensor, width: int) -> int:
-    """How far apart the rows of two batch entries lie: a (C,) vector serves all."""
+    """Distance between the rows of two batch entries; 0 for a vector (C,) that all of them use."""
     if vector.dtype != torch.float32 or vector.shape[-1] != width or not vector.is_contiguous():
         raise ValueError(
-            f"row vectors are contiguous float32 of width {width}, not {vector.dtype} {vector.shape}"
+            f"row vectors must be contiguous float32 of width {width}, not {vector.dtype} {vector.shape}"
         )
     return width if vector.ndim == 3 and vector.shape[0] > 1 else 0
 
 
 def _packed_rows(x: Tensor) -> Tensor:
     if x.stride(-1) != 1:
-        raise ValueError("the channels of a row must lie side by side")
+        raise ValueError("the channels of a row must be contiguous")
     return x

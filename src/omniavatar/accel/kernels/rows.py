@@ -1,9 +1,9 @@
 """The element-wise parts of a transformer block, each as one pass over memory, behind one signature.
 
-Two implementations: `EagerOps` (plain PyTorch, any device; the twin that says what is meant) and
-`fused_triton.TritonOps` (CUDA). Everything is computed in float32 and rounded once on the way out; a residual
-that is both stored and normalised is normalised *as stored*. Rows may be quantised to float8 (e4m3) with one
-float32 scale a row: `value = data.float() * scale`.
+Two implementations: `EagerOps` (plain PyTorch, any device; the definition) and `fused_triton.TritonOps`
+(CUDA). Everything is computed in float32 and rounded once when it is written. A residual that is stored and
+normalised is normalised *as stored*. Rows may be quantised to float8 (e4m3) or int8 with one float32 scale
+for each row: `value = data.float() * scale`.
 
 Shapes: B batch, L tokens, C width, H heads, D head dim, T latent frames (L divides by T).
 Row vectors (`gate`, `scale`, `shift`) are (B, 1, C) or (C,) float32; weights are (C,).
@@ -24,7 +24,7 @@ FP8_MAX = 448.0
 
 @dataclass(frozen=True, eq=False)
 class QuantRows:
-    """Rows in float8 or int8 (.., C) with a float32 scale each (.., 1)."""
+    """Rows (.., C) in float8 or int8, and their float32 scales (.., 1)."""
 
     data: Tensor
     scale: Tensor
@@ -35,13 +35,13 @@ class QuantRows:
 
 ROW_LIMITS = {FP8: FP8_MAX, torch.int8: 127.0}
 Rows = Tensor | QuantRows
-"""What a norm hands to the next linear layer: rows in the residual's dtype, or quantised ones."""
+"""Input of a linear layer: rows in the residual's dtype, or quantised rows."""
 
 
 class FusedOps(Protocol):
-    """The passes a block needs. `quantize` asks for `QuantRows` where the next linear layer takes them.
+    """The passes of a block. `quantize=True` returns `QuantRows`, for a next linear layer that takes them.
 
-    row_dtype: what rows are quantised to, float8 or int8.
+    row_dtype: float8 or int8, the dtype that rows are quantised to.
     """
 
     row_dtype: torch.dtype
@@ -60,7 +60,7 @@ class FusedOps(Protocol):
     ) -> tuple[Tensor, Rows]:
         """`x' = x + update * gate + frame`, and `layer_norm(x') * scale + shift`.
 
-        x' has the dtype of x (it is x when nothing is added). frame is added to each token of its frame.
+        x' has the dtype of x; it is x itself if nothing is added. frame is added to each token of its frame.
         """
         ...
 
@@ -69,7 +69,7 @@ class FusedOps(Protocol):
         ...
 
     def rms(self, x_BLC: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """RMS norm over the full width, times `weight`; contiguous, dtype of x. x may have strided rows."""
+        """RMS norm over the full width times `weight`, contiguous, dtype of x. Rows of x may be strided."""
         ...
 
     def rms_rotate(
@@ -90,26 +90,26 @@ class FusedOps(Protocol):
         ...
 
     def quantize(self, x_BLC: Tensor, *, gelu: bool = False) -> QuantRows:
-        """Rows in `row_dtype`, after a tanh GELU if asked."""
+        """Rows in `row_dtype`. gelu: apply a tanh GELU first."""
         ...
 
     def quantize_heads(self, x_BLHD: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L, H, D) in float8, contiguous, and the scale of each head (B, H) float32."""
+        """`x_BLHD` in float8, contiguous, and the scales of the heads (B, H) float32."""
         ...
 
 
 def head_scales(x_BLHD: Tensor) -> Tensor:
-    """Scales (B, H) that put a head's values well inside float8, from every 64th token.
+    """Scales (B, H) that keep a head's values inside float8's range, from every 64th token.
 
-    Float8 has 15 octaves above its subnormals, so the exact maximum is not needed: four times the sampled one
-    leaves room for what was not sampled and costs nothing; beyond it values saturate.
+    Float8 has 15 octaves above its subnormals, so the exact maximum is not needed. Four times the sampled
+    maximum leaves a margin for the other tokens and costs no precision; larger values saturate.
     """
     largest = x_BLHD[:, ::64].abs().amax(dim=(1, 3)).float()
     return (largest * (4.0 / FP8_MAX)).clamp_min(1e-12)
 
 
 class EagerOps:
-    """Plain PyTorch: the slow twin, on any device."""
+    """`FusedOps` in plain PyTorch: slow, for any device."""
 
     def __init__(self, row_dtype: torch.dtype = FP8) -> None:
         self.row_dtype = row_dtype
@@ -176,7 +176,7 @@ class EagerOps:
 
 
 def quantize_rows(rows: Tensor, dtype: torch.dtype = FP8) -> QuantRows:
-    """Float8 or int8 rows whose largest value is at that type's maximum."""
+    """Float8 or int8 rows, scaled so that the largest value of each row is the type's maximum."""
     scale = (rows.abs().amax(-1, keepdim=True) / ROW_LIMITS[dtype]).clamp_min(1e-12)
     scaled = rows / scale
     return QuantRows((scaled if dtype == FP8 else (scaled + 0.5).floor()).to(dtype), scale)

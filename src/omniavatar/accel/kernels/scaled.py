@@ -1,9 +1,11 @@
 """Float8 and int8 matrix products with a scale for each row of both sides.
 
-`out = (x.data * x.scale) @ (weight * weight_scale).T + bias`. On CUDA float8 is PyTorch's scaled product with
-fast accumulation (compute capability 8.9 and later; about 1,500 TFLOP/s on an H100, twice bf16), int8 its
-integer product (8.0 and later; 929 there) and one pass that scales the sums; the eager twin multiplies
-dequantised float32 values.
+`out = (x.data * x.scale) @ (weight * weight_scale).T + bias`.
+- float8 on CUDA: PyTorch's scaled product with fast accumulation (compute capability 8.9 and later; about
+  1,500 TFLOP/s on an H100, twice bf16).
+- int8 on CUDA: PyTorch's integer product (8.0 and later; 929 TFLOP/s on an H100) and one pass that scales the
+  sums.
+- Otherwise, the slow equivalent: a product of dequantised float32 values.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ INT8_LEAST_ROWS = 32
 def scaled_linear(
     x: QuantRows, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """(.., K) rows times weight (N, K) of their type with scales (N, 1) float32; (.., N) in `dtype`."""
+    """Product (.., N) in `dtype` of rows (.., K) and a weight (N, K) with scales (N, 1) float32."""
     if x.data.device.type != "cuda":
         return scaled_linear_eager(x, weight, weight_scale, bias, dtype)
     if weight.dtype == torch.int8:
@@ -42,7 +44,7 @@ def scaled_linear(
 def scaled_linear_eager(
     x: QuantRows, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The slow twin, on any device."""
+    """The slow equivalent of `scaled_linear`, for any device."""
     wide = F.linear(x.dequantize(), weight.float() * weight_scale)
     return (wide if bias is None else wide + bias.float()).to(dtype)
 
@@ -59,7 +61,7 @@ def _int8_linear(
 def rescale(
     sums: Tensor, row_scale: Tensor, column_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Integer sums (M, N) times the scales of both sides, plus the bias; one Triton pass."""
+    """Integer sums (M, N) times the scales of both sides, plus the bias, in one Triton pass."""
     import triton
 
     from omniavatar.accel.kernels.fused_kernels import rescale_kernel

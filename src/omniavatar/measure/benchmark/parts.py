@@ -22,18 +22,19 @@ from omniavatar.config.change import changed
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.encoders.image import prepare_image
 from omniavatar.encoders.tokens import TEXT_TOKENS
-from omniavatar.engine.models import Components
 from omniavatar.engine.pipeline import AvatarPipeline
+from omniavatar.engine.prepare import decide_steps
 from omniavatar.engine.window_loop import to_uint8
 from omniavatar.engine.writer import ENCODER_THREADS
 from omniavatar.measure.benchmark.whole import PROMPT, packaged_portrait
 from omniavatar.measure.projection import Counts, StartCosts, Timing, WindowCosts
 from omniavatar.measure.report import decoded_latents
-from omniavatar.media.encoders import choose_encoder
+from omniavatar.media.h264 import choose_encoder
 from omniavatar.media.video import encode_segment
+from omniavatar.plan.calibration import find_constants
 from omniavatar.plan.preview import assumed_scale, missing_files
-from omniavatar.plan.run import RunPlan, make_plan
-from omniavatar.plan.sizes import Request
+from omniavatar.plan.run import RunPlan, plan_run, window_shape
+from omniavatar.plan.steps import model_scale
 
 AUDIO_SECONDS = 10
 TEXT_WORDS = 64
@@ -47,8 +48,8 @@ class PartTimer:
         self._config, self._warm_up, self._repeats = config, warm_up, repeats
         self._size = config.video.sizes[0]
         self._pipeline = AvatarPipeline.from_config(config)
-        self.components = self._components = self._pipeline.components
-        self._device = self._components.device
+        self._models = self._pipeline.models
+        self._device = self._models.device
         self.warming = 0.0
         """Seconds that the first runs of the timed parts took beyond their medians."""
 
@@ -58,10 +59,10 @@ class PartTimer:
 
     def load(self) -> float:
         """Load every model of a window to where the configured memory places it. Returns seconds."""
-        components = self._components
-        self._place(components)
+        models = self._models
+        self._place(self._pipeline)
         begun = time.perf_counter()
-        components.dit, components.vae, components.audio_encoder  # noqa: B018  (loads them)
+        models.dit, models.vae, models.audio_encoder  # noqa: B018  (loads them)
         self.wait()
         return time.perf_counter() - begun
 
@@ -71,25 +72,23 @@ class PartTimer:
             fresh = AvatarPipeline.from_config(
                 changed(self._config, runtime={"text_cache_dir": Path(folder)})
             )
-            self._place(fresh.components)
+            self._place(fresh)
             begun = time.perf_counter()
-            fresh.components.embed_prompts([PROMPT])
+            fresh.models.prompts.embed([PROMPT])
             self.wait()
             return time.perf_counter() - begun
 
-    def _place(self, components: Components) -> None:
+    def _place(self, pipeline: AvatarPipeline) -> None:
         """Decide where the models go, as a run does before it loads them."""
-        config = self._config
-        whole = make_plan(config, config.video.sample_rate, self._size)
-        components.adopt(components.place(Request(whole, config.sampling.cache_policy != "none"), {}))
+        pipeline.adopt(window_shape(self._config, self._size, has_audio=True))
 
     def plan(self, config: PipelineConfig, audio_seconds: float) -> RunPlan:
         """The plan of a video of so many seconds of audio, its steps decided."""
-        video = config.video
+        video, model, models = config.video, config.model, self._models
         samples = round((audio_seconds + video.silence_duration_s) * video.sample_rate)
-        constants = self._components.cache_constants(config.sampling)
-        step_plan = self._components.step_plan(config.sampling, constants)
-        return make_plan(config, samples, self._size, step_plan=step_plan)
+        scale = model_scale(model.scale, models.dit_config.dim)
+        constants = find_constants(model, config.sampling, models.dit_config, scale)
+        return plan_run(config, self._size, samples, decide_steps(models, config.sampling, constants))
 
     def _noise(self, *sizes: int) -> Tensor:
         return torch.randn(
@@ -99,7 +98,7 @@ class PartTimer:
     @torch.inference_mode()
     def forward_timings(self, plan: RunPlan) -> dict[str, Timing]:
         """Times of a computed forward and of a skipped one, for a window of `plan`."""
-        dit, shape, noise = self._components.dit, latent_shape(plan), self._noise
+        dit, shape, noise = self._models.dit, latent_shape(plan), self._noise
         sample, y = noise(1, 16, *shape), noise(1, 17, *shape)
         text = prepare_text(
             dit, pad(noise(1, TEXT_WORDS, dit.config.text_dim), (0, 0, 0, TEXT_TOKENS - TEXT_WORDS))
@@ -122,7 +121,7 @@ class PartTimer:
     @torch.inference_mode()
     def window_timings(self, plan: RunPlan) -> dict[str, Timing]:
         """Times of forward, skipped forward, decode, encode and write, for a window of `plan`."""
-        vae, noise = self._components.vae, self._noise
+        vae, noise = self._models.vae, self._noise
         sample = noise(1, 16, *latent_shape(plan))
         frames = _moving_portrait(plan.size, plan.window_length - plan.overlap)
         tail = noise(1, 3, plan.overlap, *plan.size).clamp_(-1, 1)
@@ -164,9 +163,9 @@ class PartTimer:
             out = Path(folder) / "features.npy"
             frames = AUDIO_SECONDS * video.fps
             return {
-                "portrait": self._timed(lambda: self._components.vae.encode(pixels)),
+                "portrait": self._timed(lambda: self._models.vae.encode(pixels)),
                 "audio_features": self._timed(
-                    lambda: self._components.audio_encoder.encode(wave * 0.1, frames, video.fps, out)
+                    lambda: self._models.audio_encoder.encode(wave * 0.1, frames, video.fps, out)
                 ),
             }
 

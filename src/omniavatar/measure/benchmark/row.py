@@ -61,8 +61,7 @@ from omniavatar.plan.estimate import estimate_memory
 from omniavatar.plan.limit import device_limit
 from omniavatar.plan.placement import QUANTIZE_FIELD, place
 from omniavatar.plan.preview import assumed_scale, find_dit_config
-from omniavatar.plan.run import RunPlan, make_plan
-from omniavatar.plan.sizes import Request
+from omniavatar.plan.run import RunPlan, plan_run
 from omniavatar.types import bytes_text
 
 NO_TEACACHE = "TeaCache decides from the weights: with random ones it skips other steps"
@@ -110,8 +109,8 @@ def measure(options: Options) -> Row:
 
 def _not_possible(config: PipelineConfig, device: torch.device, options: Options) -> str | None:
     """Why the configuration is not started here, or None."""
-    plan = make_plan(config, config.video.sample_rate, config.video.sizes[0])
-    memory = estimate_memory(config, plan, has_audio=True, device=device)
+    plan = plan_run(config, config.video.sizes[0], config.video.sample_rate)
+    memory = estimate_memory(config, plan, device)
     if memory.placement is None:
         return memory.problem
     models = memory.dit + memory.vae + memory.audio_encoder
@@ -163,11 +162,11 @@ class _Measurement:
         self._config, self._device, self._options, self._setup = config, device, options, setup
         self.notes = list(setup.notes)
         self._parts = PartTimer(config, options.warm_up, options.repeats)
-        self._components = self._parts.components
+        self._models = self._parts.pipeline.models
 
     def run(self) -> MeasuredRow:
         """Load, time the parts, project, and try the guide's tips."""
-        config, components = self._config, self._components
+        config, models = self._config, self._models
         loading = self._parts.load()
         plan = self._parts.plan(config, 60.0)
         assert plan.step_plan is not None
@@ -185,10 +184,10 @@ class _Measurement:
         projector = _Projector(self._parts, by_tokens, start_costs(start_timings))
         row = MeasuredRow(
             **vars(self._setup),
-            attention=components.attention_name,
-            quantize=components.quantize,
-            memory=components.placed.memory.as_dict(),
-            vae=components.vae_name,
+            attention=models.attention_name,
+            quantize=models.residency.placement.quantize,
+            memory=models.residency.placement.memory.as_dict(),
+            vae=models.vae_name,
             decoder=config.model.decoder,
             size=plan.size,
             window_length=plan.window_length,
@@ -240,15 +239,13 @@ class _Measurement:
 
     def _forward_elsewhere(self, config: PipelineConfig, plan: RunPlan, known: Timing) -> Timing:
         """A forward with the blocks where `config` puts them; `known` if they already lie there."""
-        components = self._components
-        request = Request(plan, config.sampling.cache_policy != "none")
+        models, residency = self._models, self._models.residency
         limit = device_limit(config.runtime.memory, self._device)
-        kept = {QUANTIZE_FIELD: components.quantize}
-        dit, vae = components.dit_config, components.vae_name
-        placement = place(config, dit, request, vae, self._device, limit, kept)
-        if placement.memory.resident_blocks >= components.placed.memory.resident_blocks:
+        kept = {QUANTIZE_FIELD: residency.placement.quantize}
+        placement = place(config, models.dit_config, plan, models.vae_name, self._device, limit, kept)
+        if placement.memory.resident_blocks >= residency.placement.memory.resident_blocks:
             return known
-        components.adopt(placement)
+        residency.adopt(placement)
         return self._parts.forward_timings(plan)["forward"]
 
 

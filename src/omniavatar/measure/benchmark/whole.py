@@ -24,6 +24,7 @@ from omniavatar.measure.quality import Quality, compare
 from omniavatar.media.audio import measure_audio
 from omniavatar.media.image import load_image
 from omniavatar.media.inspect import read_frames
+from omniavatar.plan.run import window_shape
 from omniavatar.types import AudioInput, AvatarRequest, SamplingParams
 
 PROMPT = "A woman in a blue sweater speaks into the camera, soft daylight"
@@ -40,10 +41,11 @@ def measure_whole(
 ) -> WholeVideo:
     """Make the video, and the baseline where a step cache is configured.
 
-    pipeline: with its models loaded. predicted: projected seconds for so many seconds of audio.
+    predicted: projected seconds for so many seconds of audio.
     """
     config = pipeline.config
-    pipeline.components.embed_prompts([PROMPT, config.sampling.negative_prompt])
+    pipeline.adopt(window_shape(config, config.video.sizes[0], has_audio=True))
+    pipeline.models.prompts.embed([PROMPT, config.sampling.negative_prompt])
     request = AvatarRequest(PROMPT, packaged_portrait(config.video.sizes[0]), voice)
     audio = measure_audio(voice, config.video.sample_rate, 0.0).samples / config.video.sample_rate
     baseline_seconds: float | None = None

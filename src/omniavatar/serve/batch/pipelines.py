@@ -18,7 +18,6 @@ from omniavatar.config.change import changed
 from omniavatar.config.identity import result_values
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.device import choose_device, device_name
-from omniavatar.engine.following import follow
 from omniavatar.engine.identity import weight_identities
 from omniavatar.engine.job import output_path
 from omniavatar.engine.orders import WindowsOrder
@@ -28,7 +27,7 @@ from omniavatar.engine.requests_file import BadLine, RequestLine
 from omniavatar.errors import InputError, OmniAvatarError, ResourceError
 from omniavatar.parallel.process import Process, connect, lost_another
 from omniavatar.parallel.team import ONE, Ranks
-from omniavatar.plan.calibration import default_path
+from omniavatar.plan.calibration import constants_file
 from omniavatar.plan.sharing import shared_among
 from omniavatar.serve.batch.cores import take_cores
 from omniavatar.serve.batch.items import Engine, Item, Made, Member, PeerLost, Place
@@ -59,7 +58,7 @@ class AvatarEngines:
         with _blaming_peers():
             config = self._shared(member)
             self._take_cores(config)
-            follow(AvatarPipeline.from_config(config, team=_join(member, config)))
+            AvatarPipeline.from_config(config, team=_join(member, config)).follow()
 
     def _shared(self, member: Member) -> PipelineConfig:
         count = len(member.place.devices)
@@ -128,7 +127,7 @@ class _AvatarEngine:
         return Made(result.frames, result.windows, result.resumed_windows, seconds)
 
     def device(self) -> str:
-        device = self._pipeline.components.device
+        device = self._pipeline.models.device
         name = device_name(device)
         if self._cores and self._team is None:
             name = f"{name} core {','.join(map(str, self._cores))}"
@@ -188,8 +187,7 @@ def _item(line: RequestLine, config: PipelineConfig, common: Mapping[str, Any]) 
 
 def _constants_file(config: PipelineConfig) -> str | None:
     """The file of measured step-cache constants, where there is one."""
-    wanted = config.sampling.step_cache_file
-    path = wanted if isinstance(wanted, Path) else default_path(config.model) if wanted == "auto" else None
+    path = constants_file(config.model, config.sampling)
     return _file(path) if path is not None and path.is_file() else None
 
 

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from fractions import Fraction
 
+import av.codec
 import av.error
 import numpy as np
 import pytest
 
 from engine import make_pipeline, request
-from omniavatar.engine import pipeline as pipeline_module
+from omniavatar import AvatarPipeline
+from omniavatar.device import Registry
+from omniavatar.engine.host import Host
 from omniavatar.errors import ConfigError, ResourceError, ResumeError
-from omniavatar.media import encoders, video
-from omniavatar.media.encoders import choose_encoder, encoder_options, try_nvenc
+from omniavatar.media.h264 import ENCODERS, PRESETS, choose_encoder, encoder_options, try_nvenc
 from omniavatar.media.inspect import read_frames
 from omniavatar.media.video import GrowingVideo, encode_segment
 
 SIZE = (400, 720)
+
+
+def encoders(probe):
+    """The encoders with another probe for NVENC."""
+    nvenc = replace(ENCODERS.get("nvenc"), unavailable=probe)
+    return Registry("output.encoder", ENCODERS.get("x264"), nvenc, words=ENCODERS.words)
 
 
 def test_auto_takes_nvenc_where_it_works_and_says_so(caplog) -> None:
@@ -28,22 +37,26 @@ def test_auto_takes_nvenc_where_it_works_and_says_so(caplog) -> None:
     def works(size):
         asked.append(size)
 
-    assert choose_encoder("auto", SIZE, works) == "nvenc" == choose_encoder("nvenc", SIZE, works)
+    assert choose_encoder("auto", SIZE, encoders(works)) == "nvenc"
+    assert choose_encoder("nvenc", SIZE, encoders(works)) == "nvenc"
     assert asked == [SIZE, SIZE]
-    assert choose_encoder("auto", SIZE, lambda size: "no unit") == "x264"
-    assert [record.message for record in caplog.records][-1] == "video encoder: x264 (no unit)"
-    assert sum("NVENC (h264_nvenc)" in record.message for record in caplog.records) == 2
+    assert choose_encoder("auto", SIZE, encoders(lambda size: "no unit")) == "x264"
+    assert [record.message for record in caplog.records] == [
+        "video encoder: nvenc (h264_nvenc)",
+        "video encoder: x264 (libx264); not nvenc: no unit",
+    ]
 
 
 def test_named_encoders_are_kept_to(caplog) -> None:
     def never(size):
         raise AssertionError("x264 needs no probe")
 
-    assert choose_encoder("x264", SIZE, never) == "x264"
-    with pytest.raises(ResourceError, match=r"nvenc cannot be used \(no unit\).*encoder=x264"):
-        choose_encoder("nvenc", SIZE, lambda size: "no unit")
-    with pytest.raises(ConfigError, match="auto, x264, nvenc"):
-        choose_encoder("vaapi", SIZE, never)
+    assert choose_encoder("x264", SIZE, encoders(never)) == "x264"
+    refused = r"encoder: nvenc cannot be used here \(no unit\); use one of: auto, x264$"
+    with pytest.raises(ResourceError, match=refused):
+        choose_encoder("nvenc", SIZE, encoders(lambda size: "no unit"))
+    with pytest.raises(ConfigError, match="'vaapi' is not known; use one of: auto, x264"):
+        choose_encoder("vaapi", SIZE)
 
 
 def test_the_real_probe_finds_no_nvenc_without_a_gpu() -> None:
@@ -57,7 +70,7 @@ def test_the_real_probe_finds_no_nvenc_without_a_gpu() -> None:
 
 
 def test_an_ffmpeg_without_nvenc_is_no_error(monkeypatch) -> None:
-    monkeypatch.setattr(encoders.av.codec, "codecs_available", {"libx264"})
+    monkeypatch.setattr(av.codec, "codecs_available", {"libx264"})
     assert try_nvenc(SIZE) == "PyAV's FFmpeg has no h264_nvenc"
 
 
@@ -65,32 +78,41 @@ def test_settings_are_given_in_x264s_terms() -> None:
     assert encoder_options("x264", 20, "slow") == {"crf": "20", "preset": "slow"}
     nvenc = encoder_options("nvenc", 20, "slow")
     assert nvenc == {"rc": "constqp", "qp": "20", "preset": "p5", "bf": "0"}
-    order = [encoder_options("nvenc", 18, preset)["preset"] for preset in encoders.PRESETS]
+    order = [encoder_options("nvenc", 18, preset)["preset"] for preset in PRESETS]
     assert order == sorted(order) and order[0] == "p1" and order[-1] == "p7"
 
 
-def test_a_segment_opens_the_encoder_that_was_chosen(tmp_path, monkeypatch) -> None:
+def test_a_segment_opens_the_encoder_that_was_chosen(tmp_path) -> None:
     """NVENC's name goes to FFmpeg; here, without one, opening fails instead of silently using x264."""
     frames = [np.zeros((3, 64, 64, 3), np.uint8)]
     if try_nvenc((64, 64)) is not None:
         with pytest.raises(av.error.FFmpegError, match="h264_nvenc"):
             encode_segment(frames, tmp_path / "s.mp4", Fraction(25), (64, 64), encoder="nvenc")
         assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(video, "CODECS", {"nvenc": "mpeg4"})
-    monkeypatch.setattr(video, "encoder_options", lambda *arguments: {})
-    encode_segment(frames, tmp_path / "s.mp4", Fraction(25), (64, 64), encoder="nvenc")
+    other = replace(ENCODERS.get("nvenc"), name="other", codec="mpeg4", create=lambda crf, preset: {})
+    ENCODERS.register(other)
+    try:
+        encode_segment(frames, tmp_path / "s.mp4", Fraction(25), (64, 64), encoder="other")
+    finally:
+        ENCODERS.unregister("other")
     with av.open(str(tmp_path / "s.mp4")) as container:
         assert container.streams.video[0].codec_context.name == "mpeg4"
 
 
-def test_sidecar_names_the_encoder_and_a_job_keeps_it(nano_checkpoint, tmp_path, monkeypatch) -> None:
-    pipe = make_pipeline(nano_checkpoint, tmp_path / "cache")
+def test_sidecar_names_the_encoder_and_a_job_keeps_it(nano_checkpoint, tmp_path) -> None:
     tries: list[str] = []
 
-    def choose(answer):
-        return lambda wanted, size: tries.append(wanted) or answer
+    class Choosing(Host):
+        """A machine whose encoders are all `answer`."""
 
-    monkeypatch.setattr(pipeline_module, "choose_encoder", choose("x264"))
+        def __init__(self, answer):
+            self.answer = answer
+
+        def choose_encoder(self, name, size):
+            tries.append(name)
+            return self.answer
+
+    pipe = make_pipeline(nano_checkpoint, tmp_path / "cache", host=Choosing("x264"))
     result = pipe.generate(request(0.3), tmp_path / "done.mp4")
     pipe.generate(request(0.3, prompt="another"), tmp_path / "second.mp4")
     assert tries == ["auto"], "tried once a size"
@@ -98,23 +120,21 @@ def test_sidecar_names_the_encoder_and_a_job_keeps_it(nano_checkpoint, tmp_path,
     assert sidecar["encoder"] == "x264" == json.loads(sidecar["fingerprint"]["output.encoder"])
 
     target = tmp_path / "out.mp4"
-    write = pipeline_module.VideoWriter.submit
 
-    def interrupted(self, result, begun):
-        if result.window.index == 2:
-            raise KeyboardInterrupt
-        write(self, result, begun)
+    class Interrupted(AvatarPipeline):
+        def windows(self, *arguments):
+            for result in super().windows(*arguments):
+                if result.window.index == 2:
+                    raise KeyboardInterrupt
+                yield result
 
-    monkeypatch.setattr(pipeline_module.VideoWriter, "submit", interrupted)
+    cut = make_pipeline(nano_checkpoint, tmp_path / "cache", host=Choosing("x264"), kind=Interrupted)
     with pytest.raises(KeyboardInterrupt):
-        pipe.generate(request(1.5), target)
-    monkeypatch.setattr(pipeline_module.VideoWriter, "submit", write)
-    named = make_pipeline(nano_checkpoint, tmp_path / "cache", encoder="x264")
-    other = make_pipeline(nano_checkpoint, tmp_path / "cache")
-    monkeypatch.setattr(pipeline_module, "choose_encoder", choose("nvenc"))
+        cut.generate(request(1.5), target)
+    named = make_pipeline(nano_checkpoint, tmp_path / "cache", host=Choosing("x264"), encoder="x264")
+    other = make_pipeline(nano_checkpoint, tmp_path / "cache", host=Choosing("nvenc"))
     with pytest.raises(ResumeError, match=r'output\.encoder: "x264" -> "nvenc"'):
         other.generate(request(1.5), target)
-    monkeypatch.setattr(pipeline_module, "choose_encoder", choose("x264"))
     assert named.generate(request(1.5), target).resumed_windows == 2
 
 

@@ -1,0 +1,51 @@
+"""The one order in which optimisations are applied to the DiT.
+
+1. merge: LoRA pairs are added to their weights while files are read, so later steps see plain layers.
+2. quantise: in the same pass, so a merged weight is quantised once and never fills the device exactly.
+3. fuse: after quantising, because a fused pass hands a quantised layer the rows that it takes.
+4. shard: after fusing, because fused blocks call the attention that then spans the ranks.
+5. shared weights: when every tensor has its final form, each rank keeps its share of the blocks.
+6. offload: the last change of where tensors lie; blocks that do not stay go to host memory.
+7. graphs: capture what steps 1 to 6 left to launch, only where no block is streamed.
+8. step cache: wraps the blocks from outside for each window, so that it skips all of the above.
+
+Steps 1 to 5 are below. `Residency.hold` does 6 and 7 as the placement says, and `WindowGenerator` does 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from omniavatar.accel.apply import AccelConfig, apply_accelerations, row_dtype, weight_form
+from omniavatar.accel.kernels.fused import create_fused
+from omniavatar.parallel.weights import apply_shared_weights
+
+if TYPE_CHECKING:
+    import torch
+
+    from omniavatar.accel.apply import Quantize
+    from omniavatar.checkpoint.dit import WeightForm
+    from omniavatar.config.schema import RuntimeConfig
+    from omniavatar.model.dit import WanDiT
+    from omniavatar.parallel.team import Team
+
+LoadDiT = Callable[["WeightForm | None"], "WanDiT"]
+
+
+def accelerated_dit(
+    load: LoadDiT, quantize: Quantize, runtime: RuntimeConfig, team: Team, device: torch.device
+) -> WanDiT:
+    """The DiT with every optimisation that changes its weights or modules.
+
+    load: reads and merges the weights in the form it is given. Raises CheckpointError, ResourceError.
+    """
+    fuse = device.type == "cuda" if runtime.fuse is None else runtime.fuse
+    accel, ops = AccelConfig(quantize, fuse), create_fused(device, row_dtype(quantize))
+    dit = load(weight_form(accel, ops, device))  # 1 merge, 2 quantise
+    apply_accelerations(dit, accel, ops)  # 2 quantise where loading did not, 3 fuse
+    team.apply(dit)  # 4 shard
+    peers = team.weight_peers() if runtime.use_fsdp else None
+    if peers is not None:
+        apply_shared_weights(dit, peers, device)  # 5 shared weights
+    return dit

@@ -1,0 +1,38 @@
+"""What the engine asks of the machine it runs on. Pass an own `Host` to change one of the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from omniavatar.device import arrival
+from omniavatar.media.h264 import choose_encoder
+from omniavatar.media.video import encode_segment
+from omniavatar.plan.limit import device_limit
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from omniavatar.config.schema import RuntimeConfig
+
+
+class Host:
+    """This machine."""
+
+    def memory_limit(self, runtime: RuntimeConfig, device: torch.device) -> int | None:
+        """Bytes of the device that this process may hold in all; None means no limit."""
+        return device_limit(runtime.memory, device)
+
+    def arrival(self, device: torch.device) -> Callable[[], None]:
+        """A function that blocks until the device has done everything that is queued now."""
+        return arrival(device)
+
+    def choose_encoder(self, name: str, size: tuple[int, int]) -> str:
+        """The video encoder that `output.encoder` means for frames of (height, width)."""
+        return choose_encoder(name, size)
+
+    def encode_segment(self, frames: Any, path: Path, **options: Any) -> int:
+        """Encode one window's frames into `path` (`media.video.encode_segment`)."""
+        return encode_segment(frames, path, **options)

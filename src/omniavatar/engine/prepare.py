@@ -1,0 +1,178 @@
+"""From a request to everything its windows need, in three steps that all users of the engine share.
+
+`read_inputs` reads the portrait and the settings, which is enough to plan memory. `plan_request` decodes
+the sound and plans the windows. `condition` runs the encoders and decides the steps.
+
+Where the configuration names `input_limits`, the portrait and the sound are compared with what the model was
+trained for. What does not fit is a warning, and the run goes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from omniavatar.config.change import effective_sampling
+from omniavatar.encoders.image import choose_bucket, prepare_image
+from omniavatar.encoders.input_limits import InputLimits
+from omniavatar.engine.window_loop import WindowSampling
+from omniavatar.errors import InputError
+from omniavatar.media.audio import decode_mono
+from omniavatar.media.image import load_image
+from omniavatar.plan.calibration import find_constants
+from omniavatar.plan.run import RunPlan, WindowShape, make_plan, window_shape
+from omniavatar.plan.steps import make_step_plan, model_scale, sampling_schedule
+from omniavatar.types import AvatarRequest, Conditioning, StepPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from omniavatar.config.schema import SamplingConfig
+    from omniavatar.engine.models import Models
+    from omniavatar.sampling.cache_constants import CacheConstants
+
+WAVEFORM, FEATURES = "audio_16k.f32", "audio_features.npy"
+"""Files of a request's folder: 16 kHz samples (float32), one row of audio features a video frame."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """A request whose portrait and settings are read; nothing heavy has happened yet.
+
+    - sampling: the configured one with the request's changes. image: (H, W, 3) uint8.
+    - constants: those of the step cache, None without one.
+    """
+
+    request: AvatarRequest
+    sampling: SamplingConfig
+    image: np.ndarray
+    shape: WindowShape
+    constants: CacheConstants | None
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A request whose windows are planned.
+
+    - waveform: 16 kHz mono with the leading silence, memory-mapped; None for a silent video.
+    - folder: where its audio features lie.
+    """
+
+    inputs: Inputs
+    plan: RunPlan
+    waveform: np.ndarray | None
+    folder: Path
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared(Planned):
+    """A request that is ready for its windows."""
+
+    conditioning: Conditioning
+
+    @property
+    def window_sampling(self) -> WindowSampling:
+        """How its windows are sampled, by the plan's passes."""
+        sampling, plan = self.inputs.sampling, self.plan
+        return WindowSampling(sampling.seed, plan.schedule, plan.passes, sampling.sampler)
+
+    def decided(self, step_plan: StepPlan) -> Prepared:
+        """The same request with other decisions of the step cache."""
+        return replace(self, plan=self.plan.decided(step_plan))
+
+
+def read_inputs(models: Models, request: AvatarRequest) -> Inputs:
+    """The request's portrait and settings. Raises InputError, ConfigError, CheckpointError."""
+    config, dit = models.config, models.dit_config
+    if not request.prompt.strip():
+        raise InputError("prompt: is empty; describe the person and the scene in a sentence")
+    sampling = effective_sampling(config.sampling, request.sampling)
+    if request.audio is not None and not dit.audio_dim:
+        raise InputError("audio: this checkpoint has no audio layers; leave the audio out or set exp_path")
+    image = load_image(request.image)
+    height, width = image.shape[:2]
+    size = choose_bucket(height, width, config.video.sizes)
+    constants = find_constants(config.model, sampling, dit, model_scale(config.model.scale, dit.dim))
+    shape = window_shape(config, size, request.audio is not None, sampling)
+    return Inputs(request, sampling, image, shape, constants)
+
+
+def plan_request(models: Models, inputs: Inputs, folder: Path) -> Planned:
+    """Decode the sound into `folder` and plan the windows it fills. Raises InputError, ConfigError."""
+    video, audio = models.config.video, inputs.request.audio
+    waveform: np.ndarray | None = None
+    if audio is not None:
+        path = folder / WAVEFORM
+        with models.recorder.stage("audio_decode"):
+            decode_mono(audio, path, video.sample_rate, video.silence_duration_s)
+        waveform = np.memmap(path, dtype=np.float32, mode="r")
+    samples = None if waveform is None else len(waveform)
+    return Planned(inputs, make_plan(models.config, inputs.shape, samples), waveform, folder)
+
+
+def condition(models: Models, planned: Planned) -> Prepared:
+    """Run the encoders, then decide the steps; less is kept on the device where an allocation fails."""
+    retry = models.residency.retry
+    conditioning = retry(lambda: _encode(models, planned))
+    step_plan = retry(lambda: decide_steps(models, planned.inputs.sampling, planned.inputs.constants))
+    for text, level in _notes(step_plan):
+        models.recorder.event("message", text=text, level=level)
+    plan = planned.plan.decided(step_plan)
+    return Prepared(planned.inputs, plan, planned.waveform, planned.folder, conditioning)
+
+
+def decide_steps(models: Models, sampling: SamplingConfig, constants: CacheConstants | None) -> StepPlan:
+    """The step cache's plan; loads the DiT where TeaCache reads its time projections."""
+    timesteps = sampling_schedule(sampling).timesteps
+    guard = not models.config.runtime.reference_numerics
+    return make_step_plan(sampling, constants, lambda: models.time_projections(timesteps), guard)
+
+
+def _notes(plan: StepPlan) -> list[tuple[str, str]]:
+    """What the user reads of a step cache's plan, as (text, level)."""
+    notes = [(note, "warning") for note in plan.notes]
+    if not plan.source:
+        return notes
+    text = (
+        f"step cache {plan.policy}: {plan.computed} of {len(plan.compute)} steps computed; "
+        f"constants {plan.source}"
+    )
+    return [(text, "info"), *notes]
+
+
+@torch.inference_mode()
+def _encode(models: Models, planned: Planned) -> Conditioning:
+    """Prompt, portrait and sound through their encoders."""
+    inputs, plan, recorder = planned.inputs, planned.plan, models.recorder
+    picture = prepare_image(inputs.image, plan.size)
+    with recorder.stage("text"):
+        positive, negative = models.prompts.embed((inputs.request.prompt, inputs.sampling.negative_prompt))
+    features: np.ndarray | None = None
+    if planned.waveform is not None:
+        with recorder.stage("audio"):
+            features = models.audio_features(
+                planned.waveform, plan.padded_audio_frames, planned.folder / FEATURES
+            )
+    with recorder.stage("image"):
+        reference = models.vae.encode(picture.to(models.device)[:, :, None])
+    if models.config.model.input_limits is not None:
+        with recorder.stage("input_limits"):
+            speech = None if features is None else features[: plan.frames - 1]
+            notes = _beyond_limits(models, models.config.model.input_limits, picture, reference, speech)
+        for text in notes:
+            recorder.event("message", text=text, level="warning")
+    return Conditioning(positive, negative, reference, features)
+
+
+def _beyond_limits(
+    models: Models, path: Path, picture: Tensor, reference: Tensor, speech: np.ndarray | None
+) -> list[str]:
+    """How portrait and sound differ from what the model was trained for, a sentence each."""
+    limits = InputLimits.load(path)
+    decoded = next(iter(models.vae.decode_stream(reference)))[:, :, 0].cpu()
+    notes = limits.portrait_notes(picture, decoded)
+    return notes if speech is None else notes + limits.speech_notes(speech)

@@ -1,0 +1,86 @@
+"""Embeddings of prompts, from memory, from the cache on disk, or from the text encoder.
+
+The text encoder is loaded only for prompts that no cache holds, and released at once: it is the largest model
+beside the DiT and is needed for seconds. Where it does not fit it computes layer by layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from omniavatar.checkpoint.layout import scale_spec, text_tensors
+from omniavatar.encoders.text import TextEncoder, random_text_encoder, sizes_of
+from omniavatar.encoders.text_cache import TextCache, encode_cached, encoder_identity
+
+if TYPE_CHECKING:
+    from omniavatar.config.schema import PipelineConfig
+    from omniavatar.types import Recorder
+
+
+class PromptEncoder:
+    """Embeds prompts for one configuration.
+
+    - fits: whether the whole text encoder fits on the device now; it computes the same either way.
+    """
+
+    def __init__(
+        self,
+        config: PipelineConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        recorder: Recorder,
+        fits: Callable[[], bool],
+    ) -> None:
+        self._config, self._device, self._dtype = config, device, dtype
+        self._recorder, self._fits = recorder, fits
+        self._embeddings: dict[str, Tensor] = {}
+
+    def embed(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Embeddings (1, 512, text_dim) on the device, kept for the life of the pipeline."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
+        if missing:
+            for prompt, embedding in zip(missing, self._compute(missing), strict=True):
+                self.remember(prompt, embedding[None])
+        return [self._embeddings[prompt] for prompt in prompts]
+
+    def remember(self, prompt: str, embedding: Tensor) -> None:
+        """Use `embedding` (1, 512, text_dim) for this prompt from now on."""
+        self._embeddings[prompt] = embedding.to(self._device)
+
+    def _compute(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings (n, 512, text_dim), from the cache on disk or a text encoder loaded for them."""
+        if self._fits():
+            try:
+                return self.encode(prompts, layer_by_layer=False)
+            except torch.OutOfMemoryError:
+                self._recorder.event(
+                    "message", text="the text encoder does not fit: layer by layer", level="warning"
+                )
+        return self.encode(prompts, layer_by_layer=True)
+
+    def encode(self, prompts: Sequence[str], layer_by_layer: bool) -> Tensor:
+        """Embeddings (n, 512, text_dim); with `layer_by_layer` one layer lies on the device at a time."""
+        model = self._config.model
+        if model.weights == "random":
+            with self._recorder.stage("load_text_encoder"):
+                sizes = sizes_of(dict(text_tensors(scale_spec(model.scale).text)), "random weights")
+                encoder = random_text_encoder(
+                    self._device, self._dtype, seed=0, sizes=sizes, layer_by_layer=layer_by_layer
+                )
+            return encoder.encode(prompts)
+        encoder_path, tokenizer_path = model.text_encoder_path, model.tokenizer_folder
+        assert encoder_path is not None and tokenizer_path is not None
+
+        def load() -> TextEncoder:
+            self._recorder.event("message", text="loading the text encoder (new prompt)", level="info")
+            with self._recorder.stage("load_text_encoder"):
+                return TextEncoder.load(
+                    encoder_path, tokenizer_path, self._device, self._dtype, layer_by_layer
+                )
+
+        identity = encoder_identity(encoder_path, tokenizer_path, self._dtype)
+        return encode_cached(prompts, TextCache(self._config.runtime.text_cache, identity), load)

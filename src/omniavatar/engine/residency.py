@@ -1,0 +1,180 @@
+"""What lies on the device: the placement in force, streamed blocks, captured graphs, the VAE's passes.
+
+A request's `Placement` is planned by `place` and put in force by `adopt`. Streamed blocks go to host memory
+as they are loaded and never lie on the device together. Later requests and `step_down` may send more blocks
+there; none come back.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from omniavatar.accel.graphs import CudaCapture, GraphedBlocks
+from omniavatar.accel.offload import OffloadConfig, Offloader
+from omniavatar.engine.host import Host
+from omniavatar.engine.retry import Result, retry_with_less
+from omniavatar.errors import ResourceError
+from omniavatar.plan.memory import fewer_resident
+from omniavatar.plan.placement import QUANTIZE_FIELD, Placement, place
+
+if TYPE_CHECKING:
+    from omniavatar.accel.graphs import Capture
+    from omniavatar.accel.vae import FastVAE
+    from omniavatar.config.schema import PipelineConfig
+    from omniavatar.model.dit import DiTConfig, WanDiT
+    from omniavatar.model.layers import BlockInputs
+    from omniavatar.plan.run import WindowShape
+    from omniavatar.types import Recorder
+
+
+class Residency:
+    """Places one configuration's models on one device.
+
+    captures: whether the exchanges inside a forward can be captured in a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        config: PipelineConfig,
+        dit: DiTConfig,
+        vae_name: str,
+        device: torch.device,
+        recorder: Recorder,
+        captures: bool = True,
+        host: Host | None = None,
+        capture: Callable[[], Capture] = CudaCapture,
+    ) -> None:
+        self._config, self._dit_config, self._vae_name, self._device = config, dit, vae_name, device
+        self._recorder, self._captures, self._new_capture = recorder, captures, capture
+        self._host = host or Host()
+        self._placement: Placement | None = None
+        self._dit: WanDiT | None = None
+        self._offloader: Offloader | None = None
+        self._graphs: GraphedBlocks | None = None
+        self._vaes: list[FastVAE] = []
+
+    @property
+    def placement(self) -> Placement:
+        """The placement in force. Raises RuntimeError before the first is adopted."""
+        if self._placement is None:
+            raise RuntimeError("no placement is in force yet: place and adopt one first")
+        return self._placement
+
+    def place(self, shape: WindowShape, kept: Mapping[str, str | int]) -> Placement:
+        """Plan where the models lie for a request; nothing changes yet, and what is loaded stays as it is.
+
+        kept: values of `Placement.identity` of the run that is resumed. Raises ResourceError when the
+        request does not fit.
+        """
+        if self._offloader is not None:
+            kept = {**kept, QUANTIZE_FIELD: self.placement.quantize}
+        planned = place(
+            self._config,
+            self._dit_config,
+            shape,
+            self._vae_name,
+            self._device,
+            self._limit,
+            kept,
+            self._captures,
+        )
+        if self._offloader is None:
+            return planned
+        resident = self.placement.memory.resident_blocks
+        memory = fewer_resident(planned.memory, resident, planned.dit, planned.run)
+        return replace(planned, memory=memory, graphs=planned.graphs and not memory.streams)
+
+    def adopt(self, placement: Placement) -> None:
+        """Put `placement` in force: move what is loaded; what is not loaded yet will be loaded into it."""
+        before, self._placement = self._placement, placement
+        if before is None or before.describe() != placement.describe():
+            self._recorder.event("message", text=placement.describe(), level="info")
+        self.retry(self._arrange)
+
+    def step_down(self, reason: str) -> None:
+        """Use less of the device after an allocation failed.
+
+        Everything computed stays equal to the bit, except that the last step changes the VAE's passes.
+        Raises ResourceError when no step is left.
+        """
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        smaller = None
+        if self._placement is not None and not self._config.runtime.use_fsdp:
+            smaller = self._placement.step_down()
+        if smaller is None:
+            raise ResourceError(
+                f"max_tokens: {self._config.video.max_tokens} needs more GPU memory than is free ({reason}); "
+                "lower max_tokens, use quantize=fp8 or the 1.3B model"
+            )
+        self._placement = smaller
+        text = f"{reason}: retrying with less GPU memory. {smaller.describe()}"
+        self._recorder.event("message", text=text, level="warning")
+        self.retry(self._arrange)
+
+    def retry(self, run: Callable[[], Result]) -> Result:
+        """`run()`, started again with less on the device after each allocation that failed."""
+        return retry_with_less(run, self.step_down)
+
+    def hold(self, dit: WanDiT) -> None:
+        """Take over a loaded DiT: send the blocks that do not stay to host memory."""
+        offloader = Offloader(dit, self._device)
+        offloader.apply(self._offload)
+        self._dit, self._offloader = dit, offloader
+        self._capture_blocks()
+
+    def hold_vae(self, vae: FastVAE) -> None:
+        """Take over a VAE that works in passes."""
+        self._vaes.append(vae)
+        if self._placement is not None:
+            vae.use_pass(self._placement.vae_latents)
+
+    def use_vae_pass(self, latents: int) -> None:
+        """Use the leader's pass size: ranks that share a picture work in step."""
+        for vae in self._vaes:
+            vae.use_pass(latents)
+
+    def run_blocks(self, tokens_BLC: Tensor, inputs: BlockInputs) -> Tensor:
+        """The DiT's blocks, captured as CUDA graphs where the placement in force says so."""
+        assert self._dit is not None
+        if self._graphs is None:
+            return self._dit.run_blocks(tokens_BLC, inputs)
+        return self._graphs(tokens_BLC, inputs)
+
+    def has_room_for(self, count: int) -> bool:
+        """Whether `count` more bytes fit on the device now."""
+        limit = self._limit
+        if limit is None:
+            return True
+        held = torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else 0
+        return held + count <= limit
+
+    @property
+    def _limit(self) -> int | None:
+        return self._host.memory_limit(self._config.runtime, self._device)
+
+    @property
+    def _offload(self) -> OffloadConfig:
+        memory = self.placement.memory
+        return OffloadConfig(memory.resident_blocks, memory.ring)
+
+    def _arrange(self) -> None:
+        placement = self.placement
+        if self._graphs is not None and not placement.graphs:
+            self._graphs.clear()
+            self._graphs = None
+        self._capture_blocks()
+        if self._offloader is not None:
+            self._offloader.apply(self._offload)
+        self.use_vae_pass(placement.vae_latents)
+
+    def _capture_blocks(self) -> None:
+        if self._dit is not None and self._graphs is None and self.placement.graphs:
+            self._graphs = GraphedBlocks(self._dit.run_blocks, self._new_capture())

@@ -1,0 +1,92 @@
+"""Which steps of a run compute the blocks, decided before the first step by the configured step cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from omniavatar.config.schema import SamplingConfig
+from omniavatar.errors import ConfigError
+from omniavatar.sampling.cache_constants import CacheConstants, published_constants
+from omniavatar.sampling.schedule import Schedule, make_schedule
+from omniavatar.sampling.step_cache import compute_all, magcache_plan, relative_changes, teacache_plan
+from omniavatar.types import StepPlan
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def sampling_schedule(sampling: SamplingConfig) -> Schedule:
+    """Noise levels of the configured steps."""
+    return make_schedule(sampling.num_steps, sampling.shift, sampling.timesteps)
+
+
+def model_scale(configured: str, dim: int) -> str | None:
+    """The model whose published cache constants apply: the configured scale, else by width, else None."""
+    if configured in ("1.3B", "14B"):
+        return configured
+    return {1536: "1.3B", 5120: "14B"}.get(dim)
+
+
+def make_step_plan(
+    sampling: SamplingConfig,
+    constants: CacheConstants | None,
+    time_projections: Callable[[], np.ndarray],
+    guard: bool = True,
+) -> StepPlan:
+    """The configured step cache's plan.
+
+    - constants: those of this model (`plan.calibration.find_constants`).
+    - time_projections: returns the projections (steps, 6, dim) float32 of the schedule. It is called for
+      TeaCache only.
+
+    Raises ConfigError when constants for this model are neither published nor measured nor configured.
+    """
+    policy, steps = sampling.cache_policy, sampling.steps
+    if policy == "none":
+        return compute_all(steps)
+    first, last = sampling.cache_protect_first, sampling.cache_protect_last
+    if policy == "magcache":
+        if constants is None:
+            raise ConfigError(
+                "step_cache: MagCache ratios are published for 1.3B and 14B only; "
+                "measure this model's with `omniavatar calibrate`, or use none"
+            )
+        plan = magcache_plan(
+            steps,
+            constants.magnitude_ratios,
+            sampling.magcache_thresh,
+            sampling.magcache_max_skip,
+            sampling.magcache_retention,
+            first,
+            last,
+        )
+        known = len(constants.magnitude_ratios)
+        stretched = f"; ratios of {known} steps stretched to {steps}" if known != steps else ""
+        return replace(plan, source=constants.source + stretched)
+    constants = _teacache_constants(sampling, constants)
+    distances = relative_changes(time_projections())
+    plan = teacache_plan(
+        distances,
+        constants.polynomial,
+        sampling.tea_cache_l1_thresh,
+        first,
+        last,
+        guard,
+        constants.fitted,
+    )
+    return replace(plan, source=constants.source)
+
+
+def _teacache_constants(sampling: SamplingConfig, constants: CacheConstants | None) -> CacheConstants:
+    configured = sampling.teacache_coefficients
+    if not isinstance(configured, str):
+        return CacheConstants("teacache_coefficients of the configuration", (), configured)
+    chosen = constants if configured == "auto" else published_constants(configured)
+    if chosen is None:
+        raise ConfigError(
+            "teacache_coefficients: none are published for this model's size; "
+            "measure them with `omniavatar calibrate`, give a polynomial, or set tea_cache_l1_thresh=0"
+        )
+    return chosen

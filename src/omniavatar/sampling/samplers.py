@@ -1,0 +1,71 @@
+"""Samplers by name: how a step gets from one noise level to the next.
+
+Euler follows the predicted velocity. Re-noising (for few-step distilled weights: LCM, DMD, self-forcing)
+predicts the clean sample `x0 = x - sigma*v` and mixes it with *fresh* noise at the next level.
+Sources: flow matching (arXiv 2210.02747), LCM (arXiv 2310.04378).
+
+`create` takes nothing and returns a `SamplerStep`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from omniavatar.device import Backend, Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class SamplerStep(Protocol):
+    """The sample at `next_sigma`, from the sample and the velocity at `sigma`; tensors of one shape, float32.
+
+    noise: fresh noise; None for the last step, and for a sampler without `fresh_noise`.
+    """
+
+    def __call__(
+        self, sample: Tensor, velocity: Tensor, sigma: float, next_sigma: float, noise: Tensor | None
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler(Backend):
+    """A sampler. fresh_noise: it draws noise for every step but the last."""
+
+    fresh_noise: bool = False
+
+
+def euler_step(
+    sample: Tensor, velocity: Tensor, sigma: float, next_sigma: float, noise: Tensor | None = None
+) -> Tensor:
+    """One Euler step, see `SamplerStep`."""
+    return sample + velocity * (next_sigma - sigma)
+
+
+def renoise_step(
+    sample: Tensor, velocity: Tensor, sigma: float, next_sigma: float, noise: Tensor | None
+) -> Tensor:
+    """The predicted clean sample mixed with fresh `noise`, see `SamplerStep`."""
+    clean = sample - sigma * velocity
+    if noise is None:
+        return clean
+    return (1.0 - next_sigma) * clean + next_sigma * noise
+
+
+SAMPLERS: Registry[Sampler] = Registry(
+    "sampling.sampler",
+    Sampler(
+        name="euler",
+        create=lambda: euler_step,
+        exact=True,
+        doc="Follows the predicted velocity, as the original does.",
+    ),
+    Sampler(
+        name="renoise",
+        create=lambda: renoise_step,
+        exact=False,
+        doc="Predicts the clean sample and adds fresh noise, for step-distilled LoRAs.",
+        fresh_noise=True,
+    ),
+)
