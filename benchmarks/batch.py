@@ -31,7 +31,7 @@ from benchmarks.shared.report import print_result, print_table, spread
 from omniavatar.assets import PORTRAIT, SPEECH
 from omniavatar.serve.batch.cores import bind
 from omniavatar.serve.batch.destination import FolderDestination
-from omniavatar.serve.batch.items import Engine, EngineFactory, Item, Made, Place
+from omniavatar.serve.batch.items import Engine, EngineFactory, Item, Made, Seat
 from omniavatar.serve.batch.ray_crew import RayCrew, Seats
 from omniavatar.serve.batch.run import BatchResult, run_batch
 from omniavatar.serve.batch.scheduler import Rules
@@ -44,7 +44,7 @@ class Sleepers:
 
     seconds: float
 
-    def __call__(self, place: Place) -> Engine:
+    def __call__(self, seat: Seat) -> Engine:
         return _Sleeper(self.seconds)
 
 
@@ -104,9 +104,9 @@ def overhead(count: int, workers: int, seconds: float) -> dict[str, Any]:
     load = os.getloadavg()[0]
     result, _ = measure(items, Sleepers(seconds), Seats((), 0, 1), workers)
     summary = result.summary
-    present = sum(row["present_seconds"] for row in summary["workers"])
+    present = sum(row["ready_seconds"] for row in summary["workers"])
     busy = sum(row["busy_seconds"] for row in summary["workers"])
-    paused = busy * summary["overhead"] / (1 - summary["overhead"])
+    paused = busy * summary["pause_share"] / (1 - summary["pause_share"])
     parts = {
         "pauses": paused / present,
         "inside": (busy - count * seconds) / present,
@@ -116,7 +116,7 @@ def overhead(count: int, workers: int, seconds: float) -> dict[str, Any]:
     shares = ", ".join(f"{name} {share:.2%}" for name, share in parts.items())
     print(
         f"{count} items of {seconds:g} s, {workers} workers: {summary['wall_seconds']:.1f} s in all, "
-        f"{lost:.2%} lost ({shares}); pause between two items {1000 * summary['gap_seconds']:.2f} ms; "
+        f"{lost:.2%} lost ({shares}); pause between two items {1000 * summary['mean_pause_seconds']:.2f} ms; "
         f"load before {load:.1f}"
     )
     return {
@@ -125,7 +125,7 @@ def overhead(count: int, workers: int, seconds: float) -> dict[str, Any]:
         "item_seconds": seconds,
         "lost": lost,
         **parts,
-        "gap_seconds": summary["gap_seconds"],
+        "gap_seconds": summary["mean_pause_seconds"],
         "wall_seconds": summary["wall_seconds"],
         "load_before": load,
     }
@@ -154,7 +154,7 @@ def throughput(options: argparse.Namespace) -> dict[str, Any]:
             result, watch = measure(make_items(lines, config), engines, seats, count)
             begun, ended = watch.ended[count - 1], watch.ended[-1]
             runs[count].append((options.items - count) / (ended - begun))
-            pauses[count].append(result.summary["overhead"] or 0.0)
+            pauses[count].append(result.summary["pause_share"] or 0.0)
             print(
                 f"{count} workers: {runs[count][-1]:.4f} items/s after each worker's first, "
                 f"{pauses[count][-1]:.2%} pauses; load after {os.getloadavg()[0]:.1f}",

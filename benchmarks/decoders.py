@@ -25,8 +25,9 @@ from omniavatar.accel.decoder import apply_decoder
 from omniavatar.accel.vae import FastVAEConfig, apply_fast_vae
 from omniavatar.checkpoint.tiny_decoder import light_vae_config, random_tiny_decoder
 from omniavatar.checkpoint.vae import random_vae
+from omniavatar.model.sizes import VAEConfig
 from omniavatar.model.tiny_decoder import TinyDecoder, TinyDecoderConfig
-from omniavatar.model.vae import VAEConfig, VideoDecoder, WanVAE
+from omniavatar.model.vae import VideoDecoder, WanVAE
 
 CUDA = torch.device("cuda")
 TINY = TinyDecoderConfig()

@@ -22,7 +22,7 @@ from benchmarks.shared.report import print_result, spread
 from benchmarks.shared.timing import require_cuda, timed
 from omniavatar.accel.vae import FastVAEConfig, apply_fast_vae
 from omniavatar.checkpoint.vae import random_vae
-from omniavatar.model.vae import VAEConfig
+from omniavatar.model.sizes import VAEConfig
 from omniavatar.parallel.exchange import Arrived
 from omniavatar.parallel.peers import Peers
 from omniavatar.parallel.picture_rows import PictureRows

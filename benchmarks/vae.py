@@ -30,7 +30,8 @@ from benchmarks.shared.report import print_result, print_table, spread
 from benchmarks.shared.timing import require_cuda, timed
 from omniavatar.accel.vae import FastVAEConfig, apply_fast_vae
 from omniavatar.checkpoint.vae import random_vae
-from omniavatar.model.vae import VAEConfig, VideoDecoder, VideoVAE
+from omniavatar.model.sizes import VAEConfig
+from omniavatar.model.vae import VideoDecoder, VideoVAE
 
 HEIGHT, WIDTH = 400, 720
 LATENTS = {"decode_105": 27, "decode_53": 14}

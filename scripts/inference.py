@@ -1,4 +1,4 @@
-"""The original's command, on this engine: the same as `omniavatar generate`.
+"""The inference command of the original code, on this engine; the same as `omniavatar generate`.
 
 torchrun --standalone --nproc_per_node=1 scripts/inference.py --config configs/inference.yaml \
     --input_file examples/infer_samples.txt [--hp=num_steps=25,seed=1]

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: the same as `omniavatar profile`.
+"""Measures the time of each stage of a run; the same as `omniavatar profile`.
 
 torchrun --standalone --nproc_per_node=1 scripts/profile_inference.py \
     --config configs/inference_optimized.yaml \

@@ -1,4 +1,4 @@
-"""Measure every configuration that can run on this machine: the same as `omniavatar benchmark`.
+"""Measures every configuration that can run on this machine; the same as `omniavatar benchmark`.
 
 python scripts/speed_benchmark.py [--configs configs/inference_1.3B.yaml] [--repeats 5] [--full]
 """

@@ -1,4 +1,4 @@
-"""A driver of a batch as a process of its own: tests kill it. `python batch_driver.py '{"folder": ...}'`."""
+"""A batch driver in its own process, which tests kill: `python batch_driver.py '{"folder": ...}'`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def drive(
     event: Any = None,
     **rules: Any,
 ) -> BatchResult:
-    """One run of a batch of stub items in `folder`: videos in out/, states in run/, notes in notes/."""
+    """Run a batch of stub items in `folder`: videos in out/, states in run/, the engines' log in notes/."""
     (folder / "notes").mkdir(parents=True, exist_ok=True)
     destination = make_destination(output or str(folder / "out"), folder / "run" / "work")
     engines = engines or StubEngines(folder / "notes")
@@ -42,15 +42,15 @@ def drive(
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    path = Path(asked.pop("folder"))
-    settings = asked.pop("engine", {})
+    options = json.loads(sys.argv[1])
+    path = Path(options.pop("folder"))
+    settings = options.pop("engine", {})
 
     def show(name: str, **fields: Any) -> None:
         print(json.dumps({"event": name, **fields}), flush=True)
 
     made = drive(
-        path, asked.pop("prompts"), engines=StubEngines(path / "notes", **settings), event=show, **asked
+        path, options.pop("prompts"), engines=StubEngines(path / "notes", **settings), event=show, **options
     )
     if made.ledger.error:
         print(made.ledger.error, file=sys.stderr)

@@ -1,10 +1,10 @@
-"""An engine for tests of the batch runner: known duration, known bytes, and trouble on demand.
+"""A fake engine for tests of the batch runner, with known duration, known bytes, and failures on demand.
 
-It keeps the promises of an engine: windows are appended to `<output>.job`, a cut one goes on after its last
-whole window, and the video gets its name by rename. What it does is noted in `<notes>/log`. The prompt says
-what goes wrong: `bad`, `oom`, `bug`, `weights`, `full` (while `<notes>/full` exists), `slow`; in a group also
-`peer` (the leader loses a follower), `uneven` (an error after which the others wait in vain).
-As a group, followers note themselves and wait; `<notes>/follower` says how the next one fails.
+Like a real engine, it appends windows to `<output>.job`, continues an interrupted job after its last complete
+window, and renames the finished video. It logs its actions in `<notes>/log`. The first word of the prompt
+selects a failure: `bad`, `oom`, `bug`, `weights`, `full` (while `<notes>/full` exists), `slow`; in a group
+also `peer` (the leader loses a follower) and `uneven` (an error that leaves the other ranks blocked).
+In a group, followers log their start and wait; `<notes>/follower` selects how the next one fails.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from omniavatar.errors import CheckpointError, InputError, OutputError, ResourceError
-from omniavatar.serve.batch.items import Engine, Item, Made, Member, PeerLost, Place
+from omniavatar.serve.batch.items import Engine, Item, Made, Member, PeerLost, Seat
 from omniavatar.types import AvatarRequest
 
 BYTES = 64
 
 
 class FlakyFileSystem(LocalFileSystem):
-    """`flaky://`: the local disk, failing while the file `FLAKY_FAILURES` holds a number above 0."""
+    """`flaky://`: the local disk, which fails while the file `FLAKY_FAILURES` holds a number above 0."""
 
     protocol = "flaky"
 
@@ -52,20 +52,20 @@ fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
 
 @dataclass(frozen=True)
 class StubEngines:
-    """Engines whose every window takes `seconds`."""
+    """Makes engines that take `seconds` per window."""
 
     notes: Path
     windows: int = 4
     seconds: float = 0.01
 
-    def __call__(self, place: Place) -> Engine:
+    def __call__(self, seat: Seat) -> Engine:
         if (self.notes / "no_engine").exists():
             raise CheckpointError("weights.pt: missing shard; fetch it again")
         return StubEngine(self)
 
     def lead(self, member: Member) -> Engine:
-        assert len(member.place.devices) > 1 and member.rank == 0
-        return self(member.place)
+        assert len(member.seat.devices) > 1 and member.rank == 0
+        return self(member.seat)
 
     def follow(self, member: Member) -> None:
         StubEngine(self, "follower")
@@ -155,7 +155,7 @@ def window_bytes(prompt: str, window: int) -> bytes:
 
 
 def video_bytes(prompt: str, windows: int = 4) -> bytes:
-    """The whole video of an uninterrupted run."""
+    """The bytes of a video made without interruption."""
     return b"".join(window_bytes(prompt, window) for window in range(windows))
 
 
@@ -167,7 +167,7 @@ def make_items(prompts: list[str]) -> list[Item]:
 
 
 def noted(notes: Path, what: str) -> list[str]:
-    """Names of the videos of which `what` is in the log, in order."""
+    """Names of the videos with a log entry `what`, in order."""
     path = notes / "log"
     lines = path.read_text().splitlines() if path.exists() else []
     return [line.split()[1] for line in lines if line.split()[0] == what]

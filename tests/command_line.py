@@ -1,4 +1,4 @@
-"""The command line for tests: run in this process or as one of its own, and what it says."""
+"""Helpers that run the command line in this process or in a new one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures for every test: skipping of GPU tests without a GPU, and one nano checkpoint for the whole run."""
+"""Fixtures for every test: skips GPU tests without a GPU, and makes one nano checkpoint for the whole run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def pytest_configure() -> None:
-    """One token for every Ray that this process starts: Ray reads it once."""
+    """One token for every Ray instance of this process, because Ray reads it only once."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", "5eed" * 16)
 
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def nano_checkpoint(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """Folder laid out as `pretrained_models/nano`, made once and shared by all xdist workers; read only."""
+    """A folder like `pretrained_models/nano`, made once, read-only, and shared by all xdist workers."""
     from omniavatar.checkpoint.synthetic import make_checkpoint
 
     base = tmp_path_factory.getbasetemp()
@@ -51,7 +51,7 @@ def nano_checkpoint(tmp_path_factory: pytest.TempPathFactory, worker_id: str) ->
 
 @pytest.fixture(scope="module")
 def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, RankPool]]:
-    """Groups of 2 and of 4 processes, kept for a module's tests."""
+    """Groups of 2 and of 4 processes, kept for the tests of a module."""
     from ranks import RankPool
 
     folder = tmp_path_factory.mktemp("ranks")

@@ -17,7 +17,7 @@ SIDE = 64
 
 
 def overrides(checkpoint: Path, cache: Path, **changes: Any) -> dict[str, Any]:
-    """Settings of the test engine by flat key; `changes` win."""
+    """Settings of the test engine by flat key; `changes` override them."""
     base = checkpoint / "Wan2.1-T2V-nano"
     return {
         "dit_path": str(base / "diffusion_pytorch_model.safetensors"),

@@ -1,4 +1,4 @@
-"""Sounds, pictures and frames made on the fly for the media tests."""
+"""Makes sounds, pictures and frames for the media tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHANNELS = {"mono": 1, "stereo": 2, "5.1": 6, "7.1": 8}
 
 
 def tones(seconds: float, rate: int, channels: int) -> np.ndarray:
-    """(channels, samples) float32: a sine of another frequency in each channel."""
+    """A sine with a different frequency in each channel: (channels, samples) float32."""
     time = np.arange(round(seconds * rate)) / rate
     return np.stack([0.3 * np.sin(2 * np.pi * (200 + 60 * c) * time) for c in range(channels)]).astype("f4")
 
@@ -24,7 +24,7 @@ def tones(seconds: float, rate: int, channels: int) -> np.ndarray:
 def write_audio(
     path: Path, samples: np.ndarray, rate: int, codec: str, layout: str, options: dict[str, str] | None = None
 ) -> Path:
-    """Write planar float32 (channels, samples) with PyAV, in the container the suffix names."""
+    """Write planar float32 (channels, samples) with PyAV; the suffix selects the container."""
     with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=rate, layout=layout)
         formats = stream.codec_context.codec.audio_formats
@@ -53,7 +53,7 @@ def read_audio(path: Path) -> tuple[np.ndarray, int, Fraction]:
 
 
 def pictures(start: int, count: int, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """Frames (count, H, W, 3) uint8 whose grey level and a moving bar tell their number."""
+    """Frames (count, H, W, 3) uint8; the grey level and a moving bar show the frame number."""
     height, width = size
     frames = np.zeros((count, height, width, 3), np.uint8)
     for i in range(count):
@@ -63,7 +63,7 @@ def pictures(start: int, count: int, size: tuple[int, int] = SIZE) -> np.ndarray
 
 
 def segments(folder: Path, lengths: list[int]) -> list[Path]:
-    """Segment files of the given lengths, frames numbered through."""
+    """Segment files of these lengths, with consecutively numbered frames."""
     paths, start = [], 0
     for index, length in enumerate(lengths):
         path = folder / f"segment_{index:05d}.mp4"

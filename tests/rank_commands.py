@@ -1,4 +1,4 @@
-"""`generate` by several processes, for tests on CPUs and on GPUs: its command, and a rank that fails."""
+"""`generate` in several processes, for tests on CPUs and GPUs: its command, and a rank that fails."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ FAULTS = {
         "raise torch.OutOfMemoryError('CUDA out of memory. Tried')",
         "rank 1: max_tokens: needs more GPU memory than is free (CUDA out of memory)",
     ),
-    "death": ("os.kill(os.getpid(), signal.SIGKILL)", "its process was ended by SIGKILL"),
+    "death": ("os.kill(os.getpid(), signal.SIGKILL)", "its process was killed by SIGKILL"),
 }
-"""What rank 1 does in a forward, and what the user is told of it."""
+"""What rank 1 does in a forward, and the message the user sees."""
 MOST_TO_END_S = 30
-"""From the fault to the end of all processes."""
+"""Limit of the time from the fault to the end of all processes."""
 
 
 def generate_command(checkpoint: Path, folder: Path, **changes: Any) -> list[str]:
-    """Arguments of `generate` for the nano model, with a configuration and a portrait in `folder`."""
+    """Arguments of `generate` for the nano model; writes a configuration and a portrait into `folder`."""
     PIL.Image.fromarray(portrait()).save(folder / "face.png")
     settings = overrides(checkpoint, folder / "cache", seq_len=26, crf=0, **changes)
     (folder / "c.yaml").write_text(yaml.safe_dump(settings))
@@ -35,9 +35,9 @@ def generate_command(checkpoint: Path, folder: Path, **changes: Any) -> list[str
 
 
 def ended_by_fault(fault: str, command: list[str], folder: Path) -> tuple[float, int, str]:
-    """Two processes of which rank 1 fails in its fourth forward, while rank 0 is in an exchange with it.
+    """Run two processes; rank 1 fails in its fourth forward, while rank 0 waits in an exchange with it.
 
-    Returns seconds from the fault to the end of all, the exit code, and standard error.
+    Returns the seconds from the fault to the end of all processes, the exit code, and standard error.
     """
     act, _ = FAULTS[fault]
     worker, mark = folder / "worker.py", folder / "fault"
@@ -63,17 +63,17 @@ def ended_by_fault(fault: str, command: list[str], folder: Path) -> tuple[float,
 
 
 def check_fault(fault: str, command: list[str], folder: Path) -> None:
-    """All processes end in time, with the fault's own words and without a video."""
-    seconds, code, said = ended_by_fault(fault, command, folder)
+    """Assert that all processes end in time, report the fault's message and write no video."""
+    seconds, code, errors_text = ended_by_fault(fault, command, folder)
     assert seconds < MOST_TO_END_S
     _, message = FAULTS[fault]
     if fault == "memory":
-        assert code == 7, said
+        assert code == 7, errors_text
         lines = (
-            line for line in said.splitlines() if not line.startswith("video encoder:")
+            line for line in errors_text.splitlines() if not line.startswith("video encoder:")
         )  # NVENC's refusal
         errors = [line for line in lines if "error" in line.lower()]
-        assert len(errors) == 1 and message in errors[0], said
+        assert len(errors) == 1 and message in errors[0], errors_text
     else:
-        assert message in said and "lost contact" not in said, said
+        assert message in errors_text and "lost contact" not in errors_text, errors_text
     assert not (folder / "x.mp4").exists()

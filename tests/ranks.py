@@ -1,6 +1,6 @@
-"""A group of worker processes, kept for a module's tests: a function runs on all of them at once.
+"""A group of worker processes, kept for the tests of a module, that runs a function on all of them at once.
 
-On a CPU they exchange by gloo; with `device="cuda"` each has a GPU, and they exchange by NCCL.
+On a CPU they use gloo; with `device="cuda"` each has a GPU and they use NCCL.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class RankPool:
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What each rank returned. Raises AssertionError with the tracebacks of those that failed."""
+        """The result of each rank. Raises AssertionError with the tracebacks of failed ranks."""
         for pipe in self._pipes:
             pipe.send((function, arguments))
         results, failures = [], []

@@ -10,7 +10,7 @@ import numpy as np
 from omniavatar.assets import pocket
 
 FRAMES = 24
-"""Frames of a video by `write_voice`: the portrait, 0.3 s of silence and 0.6 s of voice at 25 a second."""
+"""Frames of a video of `write_voice`: the portrait, 0.3 s of silence and 0.6 s of voice at 25 per second."""
 SMALLER = {
     "num_steps: 4": "num_steps: 1",
     "[[192, 192]]": "[[64, 64]]",

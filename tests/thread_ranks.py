@@ -1,4 +1,4 @@
-"""Ranks that are threads of this process: they exchange tensors by leaving them for each other."""
+"""Ranks that are threads of this process and exchange tensors through shared memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omniavatar.parallel.peers import Peers, Pending
 
 
 class Board:
-    """Where the ranks of a group, threads of this process, leave rows for each other."""
+    """The shared memory through which ranks, which are threads of this process, exchange rows."""
 
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size)
@@ -21,7 +21,7 @@ class Board:
 
 
 class ThreadPeers(Peers):
-    """Exchanges among threads on one device, all of which queue on its default stream."""
+    """Exchanges between threads on one device; all of them use its default stream."""
 
     def __init__(self, board: Board, index: int, size: int) -> None:
         self._board, self.index, self.size = board, index, size
@@ -48,7 +48,7 @@ class ThreadPeers(Peers):
 
 
 def on_threads(size: int, work: Callable[[int], Any]) -> list[Any]:
-    """What `work(rank)` returned on a thread for each rank."""
+    """The results of `work(rank)`, run in one thread per rank."""
     found: dict[int, Any] = {}
 
     def keep(rank: int) -> None:

@@ -1,4 +1,4 @@
-"""A small real tokenizer folder in the form of `google/umt5-xxl`: pieces, `</s>` at the end, `<pad>` is 0."""
+"""A small tokenizer folder like `google/umt5-xxl`: word pieces, `</s>` at the end, `<pad>` is 0."""
 
 from __future__ import annotations
 

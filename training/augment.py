@@ -1,6 +1,6 @@
-"""Rough treatment of training speech, on the device, in batches: room, microphone, noise, level.
+"""Augments training speech in batches on the device: room, microphone, noise and level.
 
-None of it moves the sound in time: the room's response begins with the direct sound.
+No augmentation shifts the sound in time: the response of the room begins with the direct sound.
 Shapes: B clips, S samples.
 """
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def roughen(sound: Tensor, generator: torch.Generator) -> Tensor:
-    """Waveforms (B, S) float32 around +-1, each with its own random room, equaliser, noise and gain."""
+    """Waveforms (B, S) float32 of about +-1, each with a random room, equaliser, noise and gain."""
     batch, samples = sound.shape
     device = sound.device
 

@@ -1,7 +1,6 @@
-"""Sheets to look at: people, mouth shapes of every phone, a talking clip. `python -m
-training.contact_sheet OUT_DIR`.
+"""Writes contact sheets to look at: people, the mouth shape of every phone, and a talking clip.
 
-What the sheets in `training/sheets` were made with; looks and takes are held-out ones.
+`python -m training.contact_sheet OUT_DIR` made the sheets in `training/sheets`. Looks and takes are held out.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ SPOKEN = "SIL HH AH L OW SIL W ER L D SIL M AY N EY M IH Z P AA K AH T SIL"
 
 
 def grid(frames: Tensor, columns: int, names: tuple[str, ...] = ()) -> Image.Image:
-    """uint8 (n, 3, H, W) in rows of `columns`, each with a name in its corner."""
+    """One image of uint8 frames (n, 3, H, W) in rows of `columns`, each with a name in its corner."""
     size = frames.shape[-1]
     missing = -len(frames) % columns
     padded = torch.cat([frames, frames.new_zeros(missing, *frames.shape[1:])])
@@ -38,7 +37,7 @@ def grid(frames: Tensor, columns: int, names: tuple[str, ...] = ()) -> Image.Ima
 
 
 def people(renderer: Renderer, count: int) -> Image.Image:
-    """Different people, some of them with the mouth open, some smiling."""
+    """A sheet of different people; some have an open mouth, some smile."""
     head = renderer.head
     generator = torch.Generator().manual_seed(2)
     coefficients = torch.zeros(count, 1, 52)
@@ -52,7 +51,7 @@ def people(renderer: Renderer, count: int) -> Image.Image:
 
 
 def mouths(renderer: Renderer) -> Image.Image:
-    """The middle of every phone between two neutral vowels."""
+    """A sheet with the middle of every phone between two neutral vowels."""
     head = renderer.head
     shapes = []
     for phone in PHONES:
@@ -68,7 +67,7 @@ def mouths(renderer: Renderer) -> Image.Image:
 
 
 def clip(renderer: Renderer, frames: int) -> Image.Image:
-    """A few words, neutral and still above, smiling and lively below, every frame."""
+    """A sheet with every frame of a few words: neutral and still above, smiling and lively below."""
     phones, start = [], 0.2
     for name in SPOKEN.split():
         length = 0.16 if name in ("SIL", "OW", "AY", "EY", "AA", "ER") else 0.09

@@ -1,11 +1,11 @@
-"""The trained networks as the files the engine loads, and back: bfloat16, under the released names.
+"""Exports the trained networks to the files that the engine loads: bfloat16, with the released names.
 
 `python -m training.export STATE_DIR OUT_DIR` writes `dit.safetensors` (merged, 33 channels, with audio
 layers), `vae.safetensors`, `text_encoder.safetensors`, `google/umt5-xxl/` (tokenizer), `wav2vec/` (weights
-and `config.json`), `config.yaml` for `omniavatar generate --config`, and `state.json`, with which
-`training.run --resume OUT_DIR` goes on. Every file is checked against the layout. With
-`src/omniavatar/assets/pocket/weights` as OUT_DIR they become the package's own, whose config is
-configs/pocket.yaml.
+and `config.json`), `config.yaml` for `omniavatar generate --config`, and `state.json`, from which
+`training.run --resume OUT_DIR` continues. Every file is checked against the layout. With
+`src/omniavatar/assets/pocket/weights` as OUT_DIR, the files replace the packaged model, whose configuration
+is configs/pocket.yaml.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ CONFIG = Path(__file__).parent.parent / "configs" / "pocket.yaml"
 
 
 def config_text(folder: Path) -> str:
-    """configs/pocket.yaml with the files of `folder` and without input limits, which are measured later."""
+    """configs/pocket.yaml with the paths in `folder` and without input limits, which are measured later."""
     lines = [line for line in CONFIG.read_text().splitlines() if not line.startswith("input_limits")]
     return "\n".join(line.replace(": " + POCKET_PATH, f": {folder}/") for line in lines) + "\n"
 
 
 def text_names() -> dict[str, str]:
-    """Released name of each of the prompt encoder's tensors by its name in transformers."""
+    """The released names of the prompt encoder's tensors, by their names in transformers."""
     names = {library: released for released, library in WHOLE_MODEL_KEYS.items()}
     for block in range(POCKET.text.num_layers):
         names |= {f"block.{block}.{library}": f"blocks.{block}.{key}" for key, library in BLOCK_KEYS.items()}
@@ -50,24 +50,24 @@ def text_names() -> dict[str, str]:
 
 
 def released(nets: Nets) -> dict[str, tuple[nn.Module, dict[str, str], Iterable[tuple[str, Shape]]]]:
-    """Of each file the network, the network's name of each released one, and the layout it must have."""
+    """For each file: the network, the network's tensor names by released name, and the required layout."""
     old_names = {library: key for key, library in RENAMED.items()}
     wav2vec = {f"wav2vec2.{old_names.get(name, name)}": name for name in nets.audio.wav2vec.state_dict()}
-    heard = [(key, shape) for key, shape in wav2vec_tensors(POCKET.wav2vec) if not key.startswith("lm_head")]
+    used = [(key, shape) for key, shape in wav2vec_tensors(POCKET.wav2vec) if not key.startswith("lm_head")]
     text = {key: name for name, key in text_names().items()}
     same = {name: {key: key for key in getattr(nets, name).state_dict()} for name in ("dit", "vae")}
     return {
         "dit": (nets.dit, same["dit"], dit_tensors(POCKET.dit)),
         "vae": (nets.vae, same["vae"], vae_tensors(POCKET.vae)),
         "text_encoder": (nets.text.stack, text, text_tensors(POCKET.text)),
-        "wav2vec/model": (nets.audio.wav2vec, wav2vec, heard),
+        "wav2vec/model": (nets.audio.wav2vec, wav2vec, used),
     }
 
 
 def load_files(nets: Nets, folder: Path) -> list[str]:
-    """Read the files `export` wrote that lie below `folder` into `nets`, strictly; returns their names.
+    """Load the exported files below `folder` into `nets`; returns their names.
 
-    Networks without a file stay as they are. Raises FileNotFoundError where there is none at all.
+    Networks without a file keep their weights. Raises FileNotFoundError if no file exists.
     """
     read = []
     for name, (module, names, _) in released(nets).items():
@@ -76,21 +76,21 @@ def load_files(nets: Nets, folder: Path) -> list[str]:
             module.load_state_dict({names[key]: value.float() for key, value in load_file(path).items()})
             read.append(name)
     if not read:
-        raise FileNotFoundError(f"{folder}: neither a training state nor exported files")
+        raise FileNotFoundError(f"{folder}: contains neither a training state nor exported files")
     return read
 
 
 def export(nets: Nets, out: Path) -> int:
-    """Write all files below `out`; returns their bytes. Raises ValueError for a tensor the layout has
-    otherwise."""
+    """Write all files below `out`; returns their size in bytes. Raises ValueError if a tensor differs from
+    the layout."""
     for name, (module, names, layout) in released(nets).items():
         held = module.state_dict()
         weights = {key: held[library] for key, library in names.items()}
-        wanted = dict(layout)
+        expected = dict(layout)
         found = {key: tuple(value.shape) for key, value in weights.items()}
-        if found != wanted:
+        if found != expected:
             raise ValueError(
-                f"{name}: differs from the layout in {sorted(set(found.items()) ^ set(wanted.items()))[:4]}"
+                f"{name}: differs from the layout in {sorted(set(found.items()) ^ set(expected.items()))[:4]}"
             )
         path = out / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Puts the synthesisers that training/speech.py runs below training/build/tts (about 20 MB), to travel to a machine
-# without packages or network: flite from Debian with its libraries, eSpeak NG from PyPI with its English data.
+# Downloads the speech synthesisers for training/speech.py to training/build/tts (about 20 MB), which can be copied to
+# a machine without network: flite from Debian with its libraries, eSpeak NG from PyPI with its English data.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 out=$here/build/tts

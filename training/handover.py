@@ -1,11 +1,12 @@
-"""What a window is handed at its beginning: frames that were made, not filmed.
+"""Makes the given frames of later windows from doubles, so that the model does not copy its own errors.
 
-At inference the given frames are the model's own: the face a little another's, its small marks paler, the
-picture a little softer. Trained on the film itself, the model copies such errors and adds its own. So part of
-the later windows is handed frames of a double, softened: the same performance by somebody who resembles the
-person in the portrait. The person is to be had from the portrait alone, the motion from the given frames.
+At inference the given frames come from the model itself: the face differs slightly, small marks are paler and
+the picture is softer. A model trained on given frames of the film copies such errors and adds new ones. In
+training, part of the later windows therefore gets softened frames of a double: the same performance by a
+person who resembles the one in the portrait. The model must then take the person from the portrait and only
+the motion from the given frames.
 
-Shapes: N clips, W windows a story, H W pixels.
+Shapes: N clips, W windows per story, H W pixels.
 """
 
 from __future__ import annotations
@@ -22,19 +23,21 @@ from training.studio import Studio
 from training.takes import Take
 
 GIVEN = 4
-"""Latents of a window that may be given."""
+"""Maximum number of given latents in a window."""
 GIVEN_FRAMES = 4 * GIVEN - 3
 LIKENESS = 0.35
-"""The double's greatest share of another person."""
+"""Maximum share of another person in a double."""
 SOFTNESS = 2.0
-"""The greatest factor by which its frames are made smaller, and larger again."""
+"""Maximum factor by which its frames are scaled down and up again."""
 FACE = ("identity", "skin", "lip", "blush", "brow", "iris", "iris_size", "shadow", "shadow_strength", "hair")
 SEED_OF_OTHERS = 7_000_000_000
 
 
 def doubles(looks: Looks, head: Head, seed: int) -> Looks:
-    """People who resemble those of `looks` in the same room, clothes and hair style: up to `LIKENESS` of
-    another face in them, freckles and beard paler."""
+    """People who resemble those in `looks`, in the same room, with the same clothes and hair style.
+
+    Up to `LIKENESS` of another face is mixed in; freckles and beard are paler.
+    """
     others = draw_looks(head, len(looks), SEED_OF_OTHERS + seed, 8)
     generator = torch.Generator().manual_seed(seed)
     share, freckles, beard, moustache = torch.rand(4, len(looks), generator=generator).to(head.device)
@@ -48,8 +51,7 @@ def doubles(looks: Looks, head: Head, seed: int) -> Looks:
 
 
 def soften(frames: Tensor, factors: Tensor) -> Tensor:
-    """uint8 frames (N, T, 3, H, W) without the detail that a picture `factors` (N,) times smaller has no
-    room for."""
+    """uint8 frames (N, T, 3, H, W), scaled down by `factors` (N,) and up again, which removes detail."""
     size = frames.shape[-2:]
     made = []
     for clip, factor in zip(frames, factors.tolist(), strict=True):
@@ -60,10 +62,11 @@ def soften(frames: Tensor, factors: Tensor) -> Tensor:
 
 
 def film_doubles(studio: Studio, takes: list[Take], looks: Looks, seed: int, starts: Tensor) -> Tensor:
-    """uint8 (N, W-1, GIVEN_FRAMES, 3, H, W): the first frames of each window but the first of each story,
-    with doubles of the people of `looks` drawn from `seed`, softened.
+    """The first frames of each later window with doubles of `looks`: uint8 (N, W-1, GIVEN_FRAMES, 3, H, W).
 
-    starts: (N, W) frames at which the windows begin.
+    The doubles are drawn from `seed` and the frames are softened.
+
+    starts: (N, W), first frame of each window.
     """
     later = starts[:, 1:]
     own = torch.arange(len(takes), device=studio.device).repeat_interleave(later.shape[1])

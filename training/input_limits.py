@@ -1,11 +1,11 @@
 """Sets the limits of `omniavatar.encoders.input_limits` for trained weights, from portraits and sounds.
 
-`python -m training.input_limits WEIGHTS_DIR [--recordings FILE.npz]` writes `WEIGHTS_DIR/input_limits.json`,
-in about five minutes on two cores. Three quarters of some hundred rendered portraits give the subspace of
-thumbnails and, with as many pictures that are no head (`no_heads`), the classifier of outlines; the last
-quarter sets the limits, a little outside of all of it. Half of the takes of synthesised speech and of hiss,
-hum and chords give the classifier of speech; the other half, and recordings of people if given, say how well
-it does. Pictures to judge the limits by: `--others FILE...` prints what they get.
+`python -m training.input_limits WEIGHTS_DIR [--recordings FILE.npz]` writes `WEIGHTS_DIR/input_limits.json`
+in about five minutes on two cores. Three quarters of several hundred rendered portraits define the subspace
+of thumbnails and, with as many pictures without a head (`no_heads`), the classifier of outlines. The last
+quarter sets the limits, with some slack. Half of the takes (synthesised speech; hiss, hum and chords) train
+the classifier of speech; the other half, and recordings of people if given, test it. `--others FILE...`
+prints the measures of other pictures, to judge the limits.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ TAKE_FRAMES = 5 * FPS + 1
 
 
 def as_picture(pixels: np.ndarray) -> Tensor:
-    """(1, 3, SIZE, SIZE) in [-1, 1] of uint8 (h, w, 3), as the engine prepares a portrait."""
+    """A portrait (1, 3, SIZE, SIZE) in [-1, 1] from uint8 (h, w, 3), prepared as in the engine."""
     return prepare_image(pixels, (SIZE, SIZE))
 
 
 def after_vae(vae: VideoVAE, picture: Tensor) -> Tensor:
-    """What the VAE makes of one picture."""
+    """The reconstruction of one picture by the VAE."""
     return vae.decode(vae.encode(picture[:, :, None]))[:, :, 0]
 
 
@@ -66,9 +66,11 @@ def subspace(thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def no_heads(heads: list[np.ndarray], backgrounds: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    """As many uint8 pictures as `heads` (h, w, 3), made of them and of their rooms, that show no head where
-    one should be: upside down, on their side, in shuffled tiles, moved over the edge, a small part of one,
-    empty rooms, coarse to fine noise."""
+    """uint8 pictures without a head in the centre, as many as `heads` (h, w, 3).
+
+    They are made from the heads and their rooms: upside down, on the side, in shuffled tiles, moved over the
+    edge, a small part of a head, empty rooms, coarse to fine noise.
+    """
     result: list[np.ndarray] = []
     for number, head in enumerate(heads):
         side = len(head)
@@ -103,12 +105,12 @@ def no_heads(heads: list[np.ndarray], backgrounds: np.ndarray, rng: np.random.Ge
     return result
 
 
-def classifier(wanted: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float]:
-    """Weights and bias by ridge regression of rows on +1 and -1, both kinds of equal weight."""
-    rows = np.concatenate([wanted, other])
+def classifier(positive: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float]:
+    """Weights and bias from ridge regression of rows on +1 and -1; both classes have equal weight."""
+    rows = np.concatenate([positive, other])
     middle, scale = rows.mean(0), rows.std(0) + 1e-6
-    target = np.concatenate([np.ones(len(wanted)), -np.ones(len(other))])
-    weight = np.concatenate([np.full(len(part), 0.5 / len(part)) for part in (wanted, other)])
+    target = np.concatenate([np.ones(len(positive)), -np.ones(len(other))])
+    weight = np.concatenate([np.full(len(part), 0.5 / len(part)) for part in (positive, other)])
     inputs = np.concatenate([(rows - middle) / scale, np.ones((len(rows), 1))], 1)
     weighted = inputs * weight[:, None]
     solved = np.linalg.solve(weighted.T @ inputs + RIDGE * np.eye(inputs.shape[1]), weighted.T @ target)
@@ -116,7 +118,7 @@ def classifier(wanted: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float
     return weights, float(solved[-1] - weights @ middle)
 
 
-def heard(encoder: AudioEncoder, sounds: Iterator[np.ndarray], hidden: int) -> list[np.ndarray]:
+def speech_rows(encoder: AudioEncoder, sounds: Iterator[np.ndarray], hidden: int) -> list[np.ndarray]:
     """`speech_vectors` of each int16 sound."""
     with tempfile.TemporaryDirectory() as folder:
         return [
@@ -136,7 +138,7 @@ def heard(encoder: AudioEncoder, sounds: Iterator[np.ndarray], hidden: int) -> l
 def speech_limits(
     encoder: AudioEncoder, takes: int, recordings: SpeechSet | None
 ) -> tuple[np.ndarray, float, dict[str, float]]:
-    """The classifier, and what it does with sounds it was not made from."""
+    """The classifier of speech, and its results on sounds that did not train it."""
     hidden = int(encoder.model.config.hidden_size)
     names = Head("cpu").names
     spoken = synthesise(160, SPEECH_SEED, 2)
@@ -147,7 +149,7 @@ def speech_limits(
     ]
     rng = np.random.default_rng(TAKE_SEED)
     other = [no_speech(rng, (TAKE_FRAMES - 1) * SAMPLES_A_FRAME) for _ in range(takes)]
-    speech, noise = (heard(encoder, iter(sounds), hidden) for sounds in (speaking, other))
+    speech, noise = (speech_rows(encoder, iter(sounds), hidden) for sounds in (speaking, other))
     half = takes // 2
     weights, bias = classifier(np.concatenate(speech[:half]), np.concatenate(noise[:half]))
     measured = {
@@ -156,7 +158,7 @@ def speech_limits(
     }
     if recordings is not None:
         sounds = (recordings.utterance(number)[0] for number in range(len(recordings)))
-        rows = [row for row in heard(encoder, sounds, hidden) if len(row)]
+        rows = [row for row in speech_rows(encoder, sounds, hidden) if len(row)]
         shares = [float(np.mean(row @ weights + bias > 0)) for row in rows]
         measured["least_share_of_a_recording"] = min(shares)
     return weights, bias, measured
@@ -168,8 +170,10 @@ def portrait_limits(
     reconstruct: Callable[[Tensor], Tensor],
     speech: tuple[np.ndarray, float],
 ) -> tuple[InputLimits, dict[str, float]]:
-    """Limits by portraits and empty rooms, uint8 (N, H, W, 3), with a classifier of speech made before; and
-    what they were set by."""
+    """The limits from portraits and empty rooms, uint8 (N, H, W, 3), and the values they were derived from.
+
+    The classifier of speech is made before.
+    """
     others = no_heads(heads, rooms, np.random.default_rng(PORTRAIT_SEED))
     pictures = [as_picture(pixels) for pixels in heads]
     small = np.stack([thumbnail(picture) for picture in pictures])
@@ -219,37 +223,39 @@ def set_limits(weights: Path, portraits: int, takes: int, recordings: SpeechSet 
     heads = [portrait(renderer, PORTRAIT_SEED + number) for number in range(portraits)]
     rooms = draw_looks(renderer.head, portraits // 7 + 1, PORTRAIT_SEED - 1, SIZE).background
     encoder = AudioEncoder.load(weights / "wav2vec", device)
-    speech_weights, speech_bias, heard_right = speech_limits(encoder, takes, recordings)
+    speech_weights, speech_bias, speech_measured = speech_limits(encoder, takes, recordings)
     limits, measured = portrait_limits(
         heads,
         (rooms * 255).byte().permute(0, 2, 3, 1).numpy(),
         partial(after_vae, vae),
         (speech_weights, speech_bias),
     )
-    measured |= heard_right
+    measured |= speech_measured
     limits.save(weights / "input_limits.json", measured)
     print(json.dumps(measured))
     return limits
 
 
 def judge(weights: Path, limits: InputLimits, others: list[Path]) -> None:
-    """Print what pictures get."""
+    """Print the measures of pictures."""
     vae = load_vae(weights / "vae.safetensors", dtype=torch.float32, device="cpu")
     for path in others:
         picture = as_picture(np.array(Image.open(path).convert("RGB")))
         left_over, score = limits.left_over(thumbnail(picture)), limits.head_score(outlines(picture))
         again = after_vae(vae, picture)
-        warned = "warned of" if limits.portrait_notes(picture, again) else "passes"
+        warned = "warning" if limits.portrait_notes(picture, again) else "accepted"
         decibels = psnr(picture, again)
-        print(f"{path.name}: {decibels:.1f} dB, left over {left_over:.3f}, head {score:.2f}: {warned}")
+        print(f"{path.name}: {decibels:.1f} dB, residual {left_over:.3f}, head {score:.2f}: {warned}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("weights", type=Path, help="folder that training.export wrote")
+    parser.add_argument("weights", type=Path, help="folder written by training.export")
     parser.add_argument("--portraits", type=int, default=480)
     parser.add_argument("--takes", type=int, default=80)
-    parser.add_argument("--recordings", type=Path, help="a SpeechSet file of real speech to check with")
+    parser.add_argument(
+        "--recordings", type=Path, help="SpeechSet file of real speech, to test the classifier"
+    )
     parser.add_argument("--others", type=Path, nargs="*", default=[], help="pictures to judge")
     arguments = parser.parse_args()
     recordings = SpeechSet.load(arguments.recordings) if arguments.recordings else None

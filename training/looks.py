@@ -1,8 +1,8 @@
-"""What a person, a room and a camera look like: everything that stays the same during one performance.
+"""The look of a person, a room and a camera: everything that is constant during one performance.
 
-`draw_looks` draws independent looks from a seed; all numbers are per identity tensors, so that one shading
-pass serves any mixture of people. Hair styles are thicknesses of the scalp's shell (and the long-hair mesh);
-skin marks, brows and beards are functions of the position on the mean head (see `render`).
+`draw_looks` draws independent looks from a seed. All values are tensors per identity, so one shading pass
+serves any mixture of people. Hair styles are thicknesses of the scalp's shell (and the long-hair mesh); skin
+marks, brows and beards are functions of the position on the mean head (see `render`).
 
 Shapes: N identities, S scalp vertices, V mesh vertices, H W pixels.
 """
@@ -39,7 +39,7 @@ IRIS_TONES = (
 
 @dataclass(frozen=True, eq=False)
 class Looks:
-    """Per-identity tensors; colours are (N, 3) in 0..1, other shapes as named."""
+    """Tensors per identity; colours are (N, 3) in 0..1, other shapes are given."""
 
     identity: Tensor  # (N, K)
     thickness: Tensor  # (N, S) of the hair shell
@@ -61,7 +61,7 @@ class Looks:
     shadow_strength: Tensor  # (N,)
     cloth: Tensor
     cloth_other: Tensor
-    cloth_form: Tensor  # (N, 4) neckline height, depth of the V, stripes a dm, stripe direction
+    cloth_form: Tensor  # (N, 4) neckline height, depth of the V, stripes per dm, stripe direction
     waves: Tensor  # (N, 8, 4) frequencies (3) and phase of the skin and hair noise
     sky: Tensor
     ground: Tensor
@@ -195,22 +195,22 @@ def draw_looks(head: Head, count: int, seed: int, size: int = 192) -> Looks:
 
 
 def _hair_thickness(head: Head, draw: _Draw, style: Tensor) -> Tensor:
-    """(N, S) decimetres; negative (under the skin) below the hairline and for bald heads."""
-    place = head.mean[head.scalp]
-    above = hair_line(place)
+    """Thickness (N, S) in decimetres; negative (under the skin) below the hairline and for bald heads."""
+    points = head.mean[head.scalp]
+    above = hair_line(points)
     amount = torch.tensor([0.0, 0.03, 0.10, 0.13, 0.34, 0.12, 0.10], device=head.device)[style]
     amount = amount * draw.uniform(0.75, 1.3)
     lift = draw.uniform(-0.10, 0.14)[:, None]
     grown = smoothstep(above[None] + lift, -0.03, 0.16)
     frequency, phase = draw.normal(4, 3) * 2.5, draw.uniform(0, 2 * math.pi, 4, 1)
-    lumps = (torch.einsum("nfc,sc->nfs", frequency, place) + phase).sin().mean(1)
+    lumps = (torch.einsum("nfc,sc->nfs", frequency, points) + phase).sin().mean(1)
     side = draw.uniform(-0.5, 0.5)[:, None]
-    parted = (style == PARTED).float()[:, None] * 0.09 * torch.tanh((place[None, :, 0] - side) * 4)
-    top = 1 + draw.uniform(0, 1.2)[:, None] * smoothstep(place[None, :, 1], 0.5, 1.1)
+    parted = (style == PARTED).float()[:, None] * 0.09 * torch.tanh((points[None, :, 0] - side) * 4)
+    top = 1 + draw.uniform(0, 1.2)[:, None] * smoothstep(points[None, :, 1], 0.5, 1.1)
     bulk = 1 + (style == BULKY).float()[:, None] * (smoothstep(above[None], 0.0, 0.6) - 1) * 0.75
     shell = amount[:, None] * bulk * grown * (1 + 0.35 * lumps) * top + parted * grown
     hat = (style == HAT)[:, None]
-    band = smoothstep(place[None, :, 1] - 0.12 * place[None, :, 2], 0.42, 0.5)
+    band = smoothstep(points[None, :, 1] - 0.12 * points[None, :, 2], 0.42, 0.5)
     shell = torch.where(hat, 0.11 * band, shell)
     return torch.where((style == BALD)[:, None], torch.full_like(shell, -0.05), shell - 0.025)
 
@@ -238,8 +238,7 @@ def _lights(draw: _Draw) -> dict[str, Tensor]:
 
 
 def _backgrounds(draw: _Draw, size: int) -> Tensor:
-    """(N, 3, size, size): a gradient, soft discs and boxes on it, often a room's line of floor and wall,
-    blur."""
+    """Backgrounds (N, 3, size, size): a gradient with soft discs and boxes, often a floor line, blurred."""
     axis = torch.linspace(-1, 1, size, device=draw.device)
     y, x = axis[:, None], axis[None, :]
 
@@ -252,7 +251,7 @@ def _backgrounds(draw: _Draw, size: int) -> Tensor:
     second = first + draw.uniform(-0.35, 0.35, 1) + 0.05 * draw.normal(3)
     picture = first[:, :, None, None] * (1 - share[:, None]) + second[:, :, None, None] * share[:, None]
     for number in range(7):
-        there = draw.chance(0.55 if number else 0.8)
+        visible = draw.chance(0.55 if number else 0.8)
         centre_x, centre_y = planes(draw.uniform(-1.1, 1.1)), planes(draw.uniform(-1.1, 1.1))
         wide, tall = planes(draw.uniform(0.1, 0.6)), planes(draw.uniform(0.1, 0.7))
         edge = planes(draw.uniform(0.02, 0.25))
@@ -261,7 +260,7 @@ def _backgrounds(draw: _Draw, size: int) -> Tensor:
         disc = (apart_x.square() + apart_y.square()).sqrt()
         far = torch.maximum(apart_x, apart_y) * boxed + disc * (1 - boxed)
         cover = smoothstep(1 - far, 0, 1) if number == 6 else ((1 - far) / edge).clamp(0, 1)
-        cover = cover * planes(there * draw.uniform(0.3, 1.0))
+        cover = cover * planes(visible * draw.uniform(0.3, 1.0))
         colour = (first + draw.uniform(-0.35, 0.35, 1) + 0.07 * draw.normal(3))[:, :, None, None]
         picture = picture * (1 - cover[:, None]) + colour * cover[:, None]
     floor = planes(draw.chance(0.4)) * smoothstep(y - planes(draw.uniform(0.1, 0.8)), 0.0, 0.03)

@@ -1,4 +1,4 @@
-"""What the three stages share: a wall-clock budget, the optimiser with its rate, a pool of clips, a log."""
+"""Parts that the three stages share: a wall-clock budget, the optimiser and its rate, a clip pool, a log."""
 
 from __future__ import annotations
 
@@ -12,50 +12,57 @@ from torch import Tensor, nn
 
 from training.muon import Muon
 from training.nets import Average, cosine, forget_gradients
-from training.ranks import Ranks
+from training.ranks import TrainingRanks
 from training.settings import StageSettings
 
 CLIP_NORM = 1.0
 CHECK_EVERY = 10
-"""Steps between two questions to the other ranks whether the time is over, which wait for the device."""
+"""Steps between two checks with the other ranks whether the time is over; a check waits for the device."""
 
 
 @dataclass(eq=False)
 class Budget:
-    """Minutes of one stage in this session, after those of earlier ones; it is `over` on all ranks at the
-    same step."""
+    """Time budget of one stage in this session; `over` becomes true on all ranks in the same step.
+
+    minutes: budget of this session.
+    planned: minutes of all sessions.
+    before: minutes spent in earlier sessions.
+    """
 
     minutes: float
     planned: float
     before: float
-    ranks: Ranks = field(default_factory=Ranks)
+    ranks: TrainingRanks = field(default_factory=TrainingRanks)
     over: bool = False
     started: float = field(default_factory=time.monotonic)
 
     @property
     def spent(self) -> float:
-        """Minutes since this session's stage began."""
+        """Minutes since the stage began in this session."""
         return (time.monotonic() - self.started) / 60
 
     def check(self, device: torch.device) -> None:
-        """Is it over on any rank?"""
+        """Set `over` if the budget is spent on any rank."""
         self.over = self.ranks.any(self.spent >= self.minutes, device)
 
     def measuring(self, measured: float, seconds: float, steps: int) -> bool:
-        """Whether to measure after `steps` steps, the last time having been at `measured` minutes; the first
-        rank does."""
+        """Whether this rank measures after `steps` steps; only the first rank does.
+
+        measured: minutes at the last measurement.
+        seconds: time between two measurements.
+        """
         due = (self.spent - measured) * 60 > seconds
         return self.ranks.leads and (due or self.over or steps == 1)
 
     @property
     def progress(self) -> float:
-        """Share of all planned minutes that is behind us."""
+        """Share of the planned minutes that is spent."""
         return (self.before + self.spent) / self.planned
 
 
 class Log:
-    """Rows of numbers of one run, printed as they come, by the first rank. A row has a stage, minutes, a
-    step and measurements."""
+    """The measurements of one run, printed by the first rank. A row has a stage, minutes, a step and
+    values."""
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.rows = rows
@@ -70,10 +77,10 @@ class Log:
 
 
 class Optimiser:
-    """AdamW over some modules with warm-up, cosine by time, clipped gradients and an average of the weights.
+    """AdamW with warm-up, a cosine schedule by time, clipped gradients and averaged weights.
 
-    With `muon_rate` the matrices of the transformer's blocks (attention and feed-forward) take Muon's steps
-    instead; embeddings, biases, norms and the head stay with AdamW. No step waits for the device.
+    With `muon_rate`, Muon trains the matrices of the transformer blocks (attention and feed-forward);
+    embeddings, biases, norms and the head stay with AdamW. No step waits for the device.
     """
 
     def __init__(self, modules: dict[str, nn.Module], settings: StageSettings, budget: Budget) -> None:
@@ -100,13 +107,13 @@ class Optimiser:
         self.average = Average(modules, settings.decay)
 
     def step(self, loss: Tensor) -> None:
-        """One step down the ranks' mean `loss`."""
+        """One step on `loss`, averaged over the ranks."""
         forget_gradients(self.parameters)
         loss.backward()
         self.update()
 
     def update(self) -> None:
-        """One step along the gradients that are there; gradients that are not finite count as zeros."""
+        """One step with the current gradients; gradients that are not finite count as zeros."""
         gradients = [weight.grad for weight in self.parameters if weight.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         self.budget.ranks.average(flat)
@@ -128,30 +135,30 @@ class Optimiser:
 
 
 class Pool:
-    """Equal tensors of many clips on the device; new clips replace the oldest."""
+    """Tensors of many clips on the device; new clips replace the oldest."""
 
     def __init__(self, capacity: int) -> None:
-        self.capacity, self.filled, self.place = capacity, 0, 0
+        self.capacity, self.filled, self.next_row = capacity, 0, 0
         self.tensors: dict[str, Tensor] = {}
 
     def add(self, clips: dict[str, Tensor]) -> None:
-        """Put clips (n, ...) in."""
+        """Add clips (n, ...)."""
         if not self.tensors:
             self.tensors = {
                 name: torch.empty(self.capacity, *value.shape[1:], dtype=value.dtype, device=value.device)
                 for name, value in clips.items()
             }
         count = len(next(iter(clips.values())))
-        rows = torch.arange(self.place, self.place + count, device=next(iter(clips.values())).device)
+        rows = torch.arange(self.next_row, self.next_row + count, device=next(iter(clips.values())).device)
         for name, value in clips.items():
             self.tensors[name][rows % self.capacity] = value
-        self.place = (self.place + count) % self.capacity
+        self.next_row = (self.next_row + count) % self.capacity
         self.filled = min(self.capacity, self.filled + count)
 
     def fill(
         self, make: Callable[[int], dict[str, Tensor]], at_once: int, budget: Budget, share: float
     ) -> None:
-        """Fill the pool with `make(n)`, for at most a share of the budget, but never leave it empty."""
+        """Fill the pool with `make(n)` for at most `share` of the budget; at least one call is made."""
         while self.filled < self.capacity and (not self.filled or budget.spent < share * budget.minutes):
             self.add(make(min(at_once, self.capacity - self.filled)))
 

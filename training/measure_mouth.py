@@ -1,7 +1,7 @@
-"""Mouth opening read off frames by MediaPipe's face mesh, against the truth: the measure's own ceiling.
+"""Compares mouth openings measured by MediaPipe's face mesh with the truth, to find the limit of the measure.
 
-Run in an environment of its own (`mediapipe==0.10.21`, numpy 1.26, pillow), on a file with `frames` uint8
-(N, T, 3, H, W) and `opening` (N, T): `python training/measure_mouth.py FILE.npz`.
+`python training/measure_mouth.py FILE.npz` reads a file with `frames` uint8 (N, T, 3, H, W) and `opening`
+(N, T). Run it in a separate environment (`mediapipe==0.10.21`, numpy 1.26, pillow).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ENLARGED = 384
 
 
 def openings(frames: np.ndarray) -> np.ndarray:
-    """(T,): gap of the inner lips over the distance of the eyes, of uint8 (T, 3, H, W); nan: no face."""
+    """Gap of the inner lips over the distance of the eyes (T,), in uint8 (T, 3, H, W); nan: no face."""
     from mediapipe import solutions
 
     values = np.full(len(frames), np.nan)
@@ -28,15 +28,15 @@ def openings(frames: np.ndarray) -> np.ndarray:
             image = Image.fromarray(frame.transpose(1, 2, 0)).resize((ENLARGED, ENLARGED), Image.BICUBIC)
             found = mesh.process(np.ascontiguousarray(image)).multi_face_landmarks
             if found:
-                place = np.array([(point.x, point.y) for point in found[0].landmark])
-                eyes = [place[list(corners)].mean(0) for corners in EYES]
-                gap = place[INNER_LIPS[0]] - place[INNER_LIPS[1]]
+                points = np.array([(point.x, point.y) for point in found[0].landmark])
+                eyes = [points[list(corners)].mean(0) for corners in EYES]
+                gap = points[INNER_LIPS[0]] - points[INNER_LIPS[1]]
                 values[number] = np.linalg.norm(gap) / np.linalg.norm(eyes[0] - eyes[1])
     return values
 
 
 def correlations(read: np.ndarray, truth: np.ndarray) -> list[float]:
-    """Correlation at each of LAGS (frames that what is read comes late)."""
+    """Correlation at each of LAGS, in frames by which the measurement is late."""
     result = []
     for lag in LAGS:
         moved = read[max(lag, 0) : len(read) + min(lag, 0)]

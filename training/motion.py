@@ -1,11 +1,10 @@
-"""What a face does besides speaking: blinks, brows, gaze, head motion, expression; and the prompt that
-says so.
+"""Motion of the face besides speech (blinks, brows, gaze, head, expression), and the matching prompt.
 
 Everything is drawn from one seed. A performance begins in the portrait's pose with the mouth at rest and
-eases into motion over the first second. The portrait's expression is drawn by itself and turns into the
-wanted one within a second, so that the prompt cannot be read off the portrait. Prompts name an expression
-and an amount of motion in one of several wordings, and now and then leave one out, which means the default
-(neutral, moderate).
+eases into motion over the first second. The portrait has its own random expression, which changes to the
+prompt's expression within a second, so that the portrait does not reveal the prompt. Prompts name an
+expression and an amount of motion in one of several wordings. Sometimes one of the two is missing, which
+means the default (neutral, moderate).
 
 Shapes: T video frames.
 """
@@ -41,7 +40,7 @@ _CLOSINGS = ("", "in front of a plain background", "in soft light", "the backgro
 
 @dataclass(frozen=True)
 class Manner:
-    """How a performance is played: keys of EXPRESSIONS and MOTIONS, and the prompt."""
+    """The manner of a performance: keys of EXPRESSIONS and MOTIONS, and the prompt."""
 
     expression: str
     motion: str
@@ -63,7 +62,7 @@ def draw_manner(rng: np.random.Generator) -> Manner:
 
 
 def _wander(rng: np.random.Generator, frames: int, slow: float, fast: float) -> np.ndarray:
-    """(T,) smooth noise of about unit size: eight sines between two frequencies in hertz."""
+    """Smooth noise (T,) of about unit size: eight sines between two frequencies in hertz."""
     time = np.arange(frames) / FPS
     frequency = np.exp(rng.uniform(np.log(slow), np.log(fast), 8))
     amplitude = frequency**-0.5
@@ -77,8 +76,7 @@ def _ease(frames: int, seconds: float = 1.0) -> np.ndarray:
 
 
 def blink_track(rng: np.random.Generator, frames: int) -> np.ndarray:
-    """(T,) lid closure 0..1: a blink of 0.2 to 0.3 s every two to six seconds, never in the first half
-    second."""
+    """Lid closure (T,) in 0..1: blinks of 0.2 to 0.3 s every two to six seconds, from 0.5 s on."""
     closure = np.zeros(frames)
     moment = 0.5 + rng.exponential(1.5)
     time = np.arange(frames) / FPS
@@ -92,7 +90,7 @@ def blink_track(rng: np.random.Generator, frames: int) -> np.ndarray:
 
 
 def _gaze_track(rng: np.random.Generator, frames: int, strength: float) -> np.ndarray:
-    """(T, 2) jumps of the eyes around the camera, held for 0.5 to 3 s."""
+    """Gaze (T, 2) that jumps around the camera and holds for 0.5 to 3 s."""
     gaze = np.zeros((frames, 2))
     start, place = 0, np.zeros(2)
     while start < frames:
@@ -106,9 +104,12 @@ def _gaze_track(rng: np.random.Generator, frames: int, strength: float) -> np.nd
 def perform(
     names: list[str], phones: list[Phone], frames: int, manner: Manner, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """Tracks of one performance of `frames` video frames, frame 0 the portrait: the fields of
-    `render.Performance` as (T, n) arrays. names: the ARKit shapes. phones: times in the audio that frame 1
-    begins to hear."""
+    """Tracks of one performance: the fields of `render.Performance` as arrays (T, n).
+
+    names: the ARKit shapes.
+    phones: phones with times in the audio, which starts at frame 1.
+    frames: number of video frames; frame 0 is the portrait.
+    """
     strength = STRENGTH[manner.motion]
     ease = _ease(frames)
     begin, end = (

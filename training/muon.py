@@ -1,7 +1,8 @@
-"""Muon for many matrices at once: those of one shape are stacked and orthogonalised by batched products.
+"""Muon for many matrices: matrices of one shape are stacked and orthogonalised by batched products.
 
-The steps of `torch.optim.Muon` (Jordan et al. 2024, with `adjust_lr_fn="match_rms_adamw"` of Liu et al. 2025,
-"Muon is scalable for LLM training"), which goes over matrices one by one, mostly launching small kernels.
+The steps equal those of `torch.optim.Muon` (Jordan et al. 2024, with `adjust_lr_fn="match_rms_adamw"` of Liu
+et al. 2025, "Muon is scalable for LLM training"). That implementation processes matrices one by one and
+spends most of its time on launching small kernels.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ STEPS = 5
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """Each of (N, R, C) with its singular values near 1, by five Newton-Schulz steps, on CUDA in
-    bfloat16."""
+    """Matrices (N, R, C) with singular values near 1, by five Newton-Schulz steps; bfloat16 on CUDA."""
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     tall = x.shape[1] > x.shape[2]
     if tall:
@@ -31,9 +31,9 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with Nesterov's look ahead, orthogonalised; a step has the root mean square of AdamW's.
+    """Orthogonalised Nesterov momentum; a step has the root mean square of an AdamW step.
 
-    Parameters: 2-D weights. lr, weight_decay (decoupled) and momentum as in `torch.optim.Muon`.
+    Parameters must be 2-D weights. lr, weight_decay (decoupled) and momentum as in `torch.optim.Muon`.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class Muon(torch.optim.Optimizer):
         super().__init__(weights, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         for group in self.param_groups:
             if any(weight.dim() != 2 for weight in group["params"]):
-                raise ValueError("Muon takes matrices only")
+                raise ValueError("Muon accepts only matrices")
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """One step for the weights that have a gradient."""
+        """One step for the weights with a gradient."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = {}
             for weight in group["params"]:

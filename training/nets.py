@@ -1,7 +1,7 @@
-"""The four networks in training form: made with fresh weights, run on batches, stored between sessions.
+"""The four networks for training: initial weights, batched forwards, and state files between sessions.
 
-The modules are the engine's own (`omniavatar.model`, transformers' wav2vec 2.0 and UMT5); here are only the
-batched forwards that training needs and inference does not have, the initial weights, and the state files.
+The modules are those of the engine (`omniavatar.model`, transformers' wav2vec 2.0 and UMT5). This file adds
+only the batched forwards that inference does not have, the initial weights, and the state files.
 
 Shapes: B clips, N = 4T-3 video frames, T latent frames, S samples, D audio width, L prompt tokens.
 """
@@ -35,9 +35,11 @@ TOKENS = 512
 
 @torch.no_grad()
 def make_vae() -> WanVAE:
-    """A VAE that begins as a codec of single frames: convolutions look at the newest frame only,
-    resampling in time repeats frames or takes the newer one. Signals keep their size from layer to layer;
-    residual branches and latent noise begin small."""
+    """A VAE that starts as a codec of single frames.
+
+    Convolutions use only the newest frame; resampling in time repeats frames or takes the newer one. Signals
+    keep their scale from layer to layer; residual branches and latent noise start small.
+    """
     vae = WanVAE(POCKET.vae)
     for name, weight in vae.named_parameters():
         if name.endswith("bias"):
@@ -59,7 +61,8 @@ def make_vae() -> WanVAE:
 
 
 def channels_last(vae: WanVAE) -> None:
-    """Convolution weights in the memory format that cuDNN is fastest in; call before an optimiser is made."""
+    """Set the memory format of convolution weights that is fastest in cuDNN; call it before the optimiser is
+    made."""
     for module in vae.modules():
         if isinstance(module, nn.Conv3d):
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
@@ -74,25 +77,28 @@ def vae_encode(vae: WanVAE, video: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def vae_decode(vae: WanVAE, latent: Tensor) -> Tensor:
-    """Pixels (B, 3, N, H, W) of latents as `vae_encode` gives them, in one pass."""
+    """Pixels (B, 3, N, H, W) of latents from `vae_encode`, in one pass."""
     return vae.decoder(vae.conv2(latent), {}).float()
 
 
 def normalised_latents(vae: WanVAE, video: Tensor) -> Tensor:
-    """Latents (B, 16, T, h, w) as the DiT knows them."""
+    """Normalised latents (B, 16, T, h, w), as the DiT uses them."""
     return normalise(vae_encode(vae, video)[0])
 
 
 def pixels_of(vae: WanVAE, latent: Tensor) -> Tensor:
-    """Pixels of latents as the DiT knows them."""
+    """Pixels of normalised latents, as the DiT uses them."""
     return vae_decode(vae, denormalise(latent))
 
 
 @torch.no_grad()
 def set_latent_statistics(vae: WanVAE, mean: Tensor, std: Tensor) -> None:
-    """Fold an affine map into the two 1x1x1 layers, so that latents of measured `mean` and `std` (16,) get
-    the mean and deviation of the released VAE's, which the engine divides out; reconstructions stay the
-    same."""
+    """Fold an affine map into the two 1x1x1 layers, so that latents get the released VAE's statistics.
+
+    The engine normalises latents with these statistics. Reconstructions do not change.
+
+    mean, std: (16,), measured statistics of the latents.
+    """
     scale = torch.tensor(LATENT_STD, device=mean.device) / std
     offset = torch.tensor(LATENT_MEAN, device=mean.device) - mean * scale
     channels = len(mean)
@@ -107,7 +113,7 @@ def set_latent_statistics(vae: WanVAE, mean: Tensor, std: Tensor) -> None:
 
 
 class AudioTrainer(nn.Module):
-    """wav2vec 2.0 with two heads used in training only: phones and articulators of each video frame."""
+    """wav2vec 2.0 with two heads for training only: phones and articulators of each video frame."""
 
     def __init__(self) -> None:
         from transformers import Wav2Vec2Config, Wav2Vec2Model
@@ -121,7 +127,7 @@ class AudioTrainer(nn.Module):
         self.shapes = nn.Linear(hidden, len(ARTICULATORS))
 
     def states(self, sound: Tensor, frames: int) -> list[Tensor]:
-        """Hidden states (B, frames, hidden), layers + 1 of them, of waveforms (B, S) already normalised.
+        """The layers + 1 hidden states (B, frames, hidden) of normalised waveforms (B, S).
 
         The computation of `omniavatar.encoders.audio`, for a batch of equal lengths in one pass.
         """
@@ -146,19 +152,19 @@ class AudioTrainer(nn.Module):
         return result
 
     def features(self, sound: Tensor, frames: int) -> Tensor:
-        """(B, frames, D): last hidden state, then all of them, as the DiT hears them."""
+        """Audio vectors (B, frames, D) for the DiT: the last hidden state, then all hidden states."""
         states = self.states(sound, frames)
         return torch.cat([states[-1], *states], dim=-1)
 
 
 def normalise_sound(sound: Tensor) -> Tensor:
-    """Waveforms (B, S) at zero mean and unit variance each."""
+    """Waveforms (B, S), each with zero mean and unit variance."""
     centred = sound - sound.mean(1, keepdim=True)
     return centred * (centred.square().mean(1, keepdim=True) + 1e-7).rsqrt()
 
 
 def make_dit() -> WanDiT:
-    """A DiT whose blocks and head begin as the identity and zero (adaLN-zero style initial values)."""
+    """A DiT whose blocks start as the identity and whose head starts at zero (as in adaLN-zero)."""
     dit = WanDiT(POCKET.dit, create_attention("sdpa", torch.device("cpu"), torch.float32)[1])
     for name, weight in dit.named_parameters():
         if name.endswith(("self_attn.o.weight", "cross_attn.o.weight", "ffn.2.weight")):
@@ -196,15 +202,15 @@ class PromptEncoder(nn.Module):
         )
 
     def tokens(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Token numbers and mask (B, longest) of clean prompts."""
+        """Tokens and mask (B, longest) of cleaned prompts."""
         encoded = self.tokenizer(prompts, add_special_tokens=True, padding=True, return_tensors="pt")
         return encoded["input_ids"], encoded["attention_mask"]
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Embeddings (B, 512, width), zero past the text, of token numbers and mask (B, L).
+        """Embeddings (B, 512, width) of tokens and mask (B, L); zero after the text.
 
-        The mask is given as what is added to the scores: transformers would make it from a CPU scalar, which
-        a CUDA graph cannot hold.
+        The mask is passed in additive form: transformers would compute it from a CPU scalar, which a CUDA
+        graph cannot capture.
         """
         added = torch.zeros(mask.shape, device=mask.device).masked_fill(mask == 0, torch.finfo().min)
         hidden = self.stack(input_ids=ids, attention_mask=added[:, None, None]).last_hidden_state
@@ -223,7 +229,7 @@ class Nets:
 
     @classmethod
     def fresh(cls, seed: int, tokenizer_folder: Path) -> Nets:
-        """New weights, the same on every machine for a seed."""
+        """Networks with new weights, which are equal on every machine for one seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cls(make_vae(), AudioTrainer(), PromptEncoder(tokenizer_folder), make_dit())
@@ -238,7 +244,7 @@ class Nets:
 
 
 def forget_gradients(weights: Iterable[Tensor]) -> None:
-    """Drop them, so that the next backward pass makes them anew."""
+    """Delete the gradients; the next backward pass allocates new ones."""
     for weight in weights:
         weight.grad = None
 
@@ -264,7 +270,7 @@ class Average:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange the modules' weights and the average's."""
+        """Swap the weights of the modules and the averaged weights."""
         for name, weight in self._weights():
             held = weight.detach().clone()
             weight.copy_(self.values[name])
@@ -272,7 +278,7 @@ class Average:
 
 
 def save_state(nets: Nets, facts: dict[str, Any], folder: Path) -> None:
-    """Write all weights in float16 as `pocket-000k.safetensors` of at most 15 MiB each, and `facts` as
+    """Write all weights in float16 to files `pocket-000k.safetensors` of at most 15 MiB, and `facts` as
     JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
@@ -293,7 +299,7 @@ def save_state(nets: Nets, facts: dict[str, Any], folder: Path) -> None:
 
 
 def load_state(nets: Nets, folder: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote into `nets`, strictly; returns the facts."""
+    """Load files written by `save_state` into `nets`; every key must match. Returns the facts."""
     held: dict[str, Tensor] = {}
     for path in sorted(folder.glob("pocket-*.safetensors")):
         held.update(load_file(path))
@@ -309,5 +315,5 @@ def load_state(nets: Nets, folder: Path) -> dict[str, Any]:
 
 
 def cosine(progress: float, floor: float = 0.03) -> float:
-    """Learning rate factor at `progress` 0..1 of a stage."""
+    """Factor of the learning rate at `progress` 0..1 of a stage."""
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -1,9 +1,9 @@
-"""Phones in time to mouth shapes: targets for each ARPABET phone, blended by dominance.
+"""Turns timed phones into mouth shapes: targets for each ARPABET phone, blended by dominance.
 
-Every phone pulls ten articulators towards its targets with a strength of its own; a pull holds inside the
-phone's core and dies away around it, slowly for rounding (which is anticipated), fast for lip closure. The
-shape at a moment is the mean of all targets weighted by their pulls (Cohen and Massaro 1993). Targets are
-ours, set by eye.
+Every phone pulls ten articulators towards its targets, each with its own strength. The pull is constant
+inside the core of the phone and decays around it: slowly for rounding (which is anticipated), fast for lip
+closure. The shape at a moment is the mean of all targets, weighted by their pulls (Cohen and Massaro 1993).
+The targets were set by eye for this project.
 
 Shapes: S phones, T moments, A articulators.
 """
@@ -19,7 +19,7 @@ ARTICULATORS = ("jaw", "close", "wide", "round", "funnel", "upper", "lower", "bi
 REACH = (0.042, 0.022, 0.055, 0.080, 0.065, 0.040, 0.040, 0.026, 0.028, 0.026)  # seconds
 SILENCE = "SIL"
 
-# phone: (targets, strengths); an articulator left out has target 0 and strength 0.35
+# phone: (targets, strengths); an articulator that is not listed has target 0 and strength 0.35
 _TARGETS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
     SILENCE: ({}, {"jaw": 1.2, "close": 0.3, "round": 0.5, "wide": 0.5}),
     "AA": ({"jaw": 0.58, "lower": 0.12}, {"jaw": 1.0}),
@@ -70,16 +70,16 @@ class Phone:
 
 
 def canonical(name: str) -> str:
-    """The phone of `PHONES` for an ARPABET name in any case, with or without a stress digit.
+    """The phone in `PHONES` for an ARPABET name in any case, with or without a stress digit.
 
-    Raises KeyError for a name that is none.
+    Raises KeyError for an unknown name.
     """
     plain = name.upper().rstrip("012")
     if plain in ("PAU", "SIL", "SP", "H#", "+SPN+", "+NSN+", "<S>", "</S>"):
         return SILENCE
     plain = {"AX": "AH", "DX": "T", "AXR": "ER"}.get(plain, plain)
     if plain not in PHONES:
-        raise KeyError(f"{name!r} is no ARPABET phone")
+        raise KeyError(f"{name!r} is not an ARPABET phone")
     return plain
 
 
@@ -95,7 +95,7 @@ def _tables() -> tuple[dict[str, int], np.ndarray, np.ndarray]:
 
 
 def articulate(phones: list[Phone], times: np.ndarray) -> np.ndarray:
-    """Articulators (T, A) at `times` (T,) seconds; before, after and between phones there is silence."""
+    """Articulators (T, A) at `times` (T,) in seconds; outside the phones is silence."""
     rows, targets, strengths = _tables()
     pieces = [(SILENCE, -10.0, phones[0].start if phones else 1e9)]
     for phone in phones:
@@ -123,19 +123,18 @@ def articulate(phones: list[Phone], times: np.ndarray) -> np.ndarray:
         near = (end > moment.min() - 0.6) & (start < moment.max() + 0.6)
         away = np.maximum(np.maximum(core_start[near] - moment, moment - core_end[near]), 0)
         pull = strengths[index[near]] * np.exp(-away[..., None] / reach)
-        wanted = targets[index[near]] * effort[near][:, None]
-        result[begin : begin + 64] = (pull * wanted).sum(1) / pull.sum(1)
+        weighted = targets[index[near]] * effort[near][:, None]
+        result[begin : begin + 64] = (pull * weighted).sum(1) / pull.sum(1)
     return result
 
 
 def frame_times(frames: int) -> np.ndarray:
-    """Audio time (seconds) that each video frame shows: frame 0 is the portrait, frame f the middle of row
-    f-1."""
+    """Audio time in seconds of each video frame: frame 0 is the portrait, frame f the middle of row f-1."""
     return (np.arange(frames) - 0.5) / FPS
 
 
 def frame_phones(phones: list[Phone], frames: int) -> np.ndarray:
-    """(frames,) int64: the index in `PHONES` of what is heard in the middle of each video frame's 40 ms."""
+    """Index in `PHONES` of the phone in the middle of each video frame's 40 ms: (frames,) int64."""
     labels = np.zeros(frames, np.int64)
     for phone in phones:
         first, last = np.searchsorted(frame_times(frames), (phone.start, phone.end))
@@ -144,7 +143,7 @@ def frame_phones(phones: list[Phone], frames: int) -> np.ndarray:
 
 
 def smooth_articulate(phones: list[Phone], frames: int, oversample: int = 4) -> np.ndarray:
-    """Articulators (frames, A) at the video frames: `articulate` on a finer grid through a short low-pass."""
+    """Articulators (frames, A) at the video frames: `articulate` on a finer grid, then a short low-pass."""
     fine = (np.arange(-4 * oversample, (frames + 4) * oversample) / oversample - 0.5) / FPS
     values = articulate(phones, fine)
     kernel = np.exp(-0.5 * np.square(np.arange(-3, 4) / 1.3))
@@ -155,8 +154,10 @@ def smooth_articulate(phones: list[Phone], frames: int, oversample: int = 4) -> 
 
 
 def mouth_coefficients(shape: np.ndarray, names: list[str], smile: np.ndarray | float = 0.0) -> np.ndarray:
-    """ARKit coefficients (T, 52) in the order `names` of articulators (T, A); a smile of 0..1, one or (T,),
-    is added to speech."""
+    """ARKit coefficients (T, 52) in the order `names`, from articulators (T, A).
+
+    smile: 0..1, one value or (T,), added to the speech.
+    """
     value = dict(zip(ARTICULATORS, shape.T, strict=True))
     rounded = np.clip(value["round"] + value["funnel"], 0, 1)
     grin = smile * (1 - 0.65 * rounded)

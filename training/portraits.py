@@ -1,8 +1,8 @@
-"""Portraits of people never met in training: PNG files to try a model on, and the package's own.
+"""Writes portraits of people outside the training data, to test a model; one of them is in the package.
 
-`python -m training.portraits OUT_DIR [--count 12] [--first SEED]` writes `portrait_SEED.png`, each a face at
-rest as the first frame of a take shows it. Seeds lie below `HELD_OUT_SEEDS`. The packaged portrait was chosen
-from them by eye: `--first 50000`, see the command in the README.
+`python -m training.portraits OUT_DIR [--count 12] [--first SEED]` writes `portrait_SEED.png`: a face at rest,
+as in the first frame of a take. Seeds must be below `HELD_OUT_SEEDS`. The packaged portrait was chosen by eye
+from those of `--first 50000` (see the command in the README).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ SHORTEST = 16
 
 
 def portrait(renderer: Renderer, seed: int) -> np.ndarray:
-    """uint8 (SIZE, SIZE, 3) of the person `seed` draws, determined by it."""
+    """The portrait of the person drawn from `seed`: uint8 (SIZE, SIZE, 3)."""
     if not 0 <= seed < HELD_OUT_SEEDS:
-        raise ValueError(f"seed {seed} is not held out: those below {HELD_OUT_SEEDS} are")
+        raise ValueError(f"seed {seed} is not held out; choose one below {HELD_OUT_SEEDS}")
     manner = Manner("neutral", "still", "")
     tracks = perform(renderer.head.names, [], SHORTEST, manner, np.random.default_rng((seed, 5)))
     first = {name: track[:1] for name, track in tracks.items()}

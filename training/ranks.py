@@ -1,7 +1,7 @@
-"""Several processes that train one model: each draws data of its own, gradients are averaged.
+"""Several processes that train one model: each draws its own data, and gradients are averaged.
 
-Started by torchrun, one process a GPU (NCCL) or CPU (gloo). All ranks hold the same weights, moments and
-averaged weights throughout, since they begin alike and take the same steps.
+torchrun starts one process per GPU (NCCL) or CPU (gloo). Weights, moments and averaged weights are equal on
+all ranks, since all start with the same values and take the same steps.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process among `count`; `index` 0 measures, prints and writes."""
+class TrainingRanks:
+    """This process among `count` processes; the one with `index` 0 measures, prints and writes."""
 
     index: int = 0
     count: int = 1
 
     @classmethod
-    def join(cls) -> tuple[Ranks, torch.device]:
-        """The ranks that torchrun started, or this process alone; and this rank's device."""
+    def join(cls) -> tuple[TrainingRanks, torch.device]:
+        """The ranks started by torchrun, or this process alone, and the device of this rank."""
         cuda = torch.cuda.is_available()
         count = int(os.environ.get("WORLD_SIZE", "1"))
         local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -40,20 +40,20 @@ class Ranks:
         return self.index == 0
 
     def average(self, gradients: Tensor) -> None:
-        """Replace all gradients, one flat tensor, by their mean over ranks."""
+        """Replace the gradients, one flat tensor, by their mean over the ranks."""
         if self.count > 1:
             dist.all_reduce(gradients)
             gradients /= self.count
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether `flag` holds on any rank; all ranks get the same answer."""
+        """Whether `flag` is true on any rank; all ranks get the same answer."""
         if self.count == 1:
             return flag
-        said = torch.tensor(int(flag), device=device)
-        dist.all_reduce(said, dist.ReduceOp.MAX)
-        return bool(said)
+        highest = torch.tensor(int(flag), device=device)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return bool(highest)
 
     def leave(self) -> None:
-        """Give the connection up, where there is one."""
+        """Disconnect from the other ranks."""
         if self.count > 1:
             dist.destroy_process_group()

@@ -1,12 +1,13 @@
 """A batched triangle rasteriser in plain PyTorch: exact z-buffer, no loop over triangles or frames.
 
-Every triangle is scattered over the pixel centres of its bounding box; those inside write (depth,
-triangle) as one int64 into a z-buffer with an atomic minimum. Depth and barycentric coordinates are affine
-in screen space, so a pixel needs only its triangle's plane coefficients. Attributes are interpolated
-affinely too: with the long lens of a portrait the perspective error is below a tenth of a pixel.
+Every triangle is scattered over the pixel centres of its bounding box. Those inside write (depth, triangle)
+as one int64 into a z-buffer with an atomic minimum. Depth and barycentric coordinates are affine in screen
+space, so a pixel needs only the plane coefficients of its triangle. Attributes are interpolated affinely too:
+with the long lens of a portrait, the perspective error is below a tenth of a pixel.
 
-Limits: pixel centres only (supersample for smooth edges), no clipping at the near plane (all vertices must
-lie in front of the camera). Memory: about 120 bytes a candidate pixel; give it a few dozen frames at a time.
+Limits: only pixel centres are tested (supersample for smooth edges). Nothing is clipped at the near plane, so
+all vertices must be in front of the camera. Memory: about 120 bytes per candidate pixel, enough for a few
+dozen frames at a time.
 
 Shapes: B frames, V vertices, F triangles, H W pixels, P covered pixels of all frames.
 """
@@ -23,10 +24,12 @@ EMPTY = torch.iinfo(torch.int64).max
 
 @dataclass(frozen=True, eq=False)
 class Hits:
-    """What is seen, one entry a covered pixel, frames in order.
+    """The visible surface, one entry per covered pixel, ordered by frame.
 
-    pixel: (P,) index into the flat (B*H*W). frame: (P,). triangle: (P,) index into the F triangles.
-    weights: (P, 3) barycentric coordinates.
+    pixel: (P,), index into the flat (B*H*W).
+    frame: (P,).
+    triangle: (P,), index into the F triangles.
+    weights: (P, 3), barycentric coordinates.
     """
 
     pixel: Tensor
@@ -36,10 +39,11 @@ class Hits:
 
 
 def rasterise(points: Tensor, triangles: Tensor, two_sided: Tensor, size: tuple[int, int]) -> Hits:
-    """Visible triangles of vertices `points` (B, V, 3): x right and y down in pixels, z > 0 the distance.
+    """The visible triangles.
 
-    triangles: (F, 3) int64, counter-clockwise when seen from the front with y up. two_sided: (F,) bool;
-    the others are dropped when seen from behind.
+    points: (B, V, 3), vertices: x right and y down in pixels, z > 0 the distance.
+    triangles: (F, 3) int64, counter-clockwise from the front with y up.
+    two_sided: (F,) bool; other triangles are dropped when seen from behind.
     """
     height, width = size
     batch, faces = points.shape[0], triangles.shape[0]
@@ -87,7 +91,7 @@ def rasterise(points: Tensor, triangles: Tensor, two_sided: Tensor, size: tuple[
 
 
 def interpolate(hits: Hits, triangles: Tensor, attributes: Tensor) -> Tensor:
-    """(P, A): vertex attributes (V, A) common to all frames, or (B, V, A), at the covered pixels."""
+    """Vertex attributes (V, A) or (B, V, A), interpolated at the covered pixels: (P, A)."""
     corners = triangles[hits.triangle]
     flat = attributes
     if attributes.dim() == 3:
@@ -99,7 +103,7 @@ def interpolate(hits: Hits, triangles: Tensor, attributes: Tensor) -> Tensor:
 
 
 def _planes(x: Tensor, y: Tensor, z: Tensor, area: Tensor) -> Tensor:
-    """(T, 9): coefficients of x, y and 1 for the weights of corners 1 and 2 and for the depth."""
+    """Coefficients (T, 9) of x, y and 1, for the weights of corners 1 and 2 and for the depth."""
     inverse = 1 / area
     first_x, first_y = (y[:, 2] - y[:, 0]) * inverse, (x[:, 0] - x[:, 2]) * inverse
     second_x, second_y = (y[:, 0] - y[:, 1]) * inverse, (x[:, 1] - x[:, 0]) * inverse
@@ -115,7 +119,7 @@ def _planes(x: Tensor, y: Tensor, z: Tensor, area: Tensor) -> Tensor:
 
 
 def _spread(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """For each of sum(counts) items its owner (int64), and its number within the owner (float32)."""
+    """For each of sum(counts) items, its owner (int64) and its number within the owner (float32)."""
     total = int(counts.sum())
     owner = torch.repeat_interleave(counts, output_size=total)
     start = counts.cumsum(0) - counts

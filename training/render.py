@@ -1,9 +1,9 @@
-"""Frames of talking heads: deform, rasterise at twice the size, shade, filter, put on the background.
+"""Renders talking heads: deform, rasterise at twice the size, shade, filter, and put on the background.
 
-Shading is by material. What is painted on the skin (brows, beard, freckles, blush, lids, lips, neckline) is a
-function of the place on the mean head, which is interpolated over the triangles and so moves with the face.
-Light: a sky-ground ambient, a key and a fill without cast shadows; darkness under the chin, at the
-hairline and deep in the mouth is painted too.
+Shading depends on the material. Features of the skin (brows, beard, freckles, blush, lids, lips, neckline)
+are functions of the position on the mean head, which is interpolated over the triangles and so moves with the
+face. The light is a sky-ground ambient, a key light and a fill light without cast shadows; dark areas under
+the chin, at the hairline and deep in the mouth are painted.
 
 Shapes: N identities, T frames each, H W pixels, P covered samples.
 """
@@ -28,8 +28,8 @@ FRAMES_AT_ONCE = {"cuda": 96, "cpu": 4}
 
 @dataclass(frozen=True, eq=False)
 class Performance:
-    """Motion of N people over T frames: ARKit coefficients (N, T, 52), head (N, T, 3), gaze and sway (N,
-    T, 2)."""
+    """Motion of N people over T frames: ARKit coefficients (N, T, 52), head (N, T, 3), gaze and sway
+    (N, T, 2)."""
 
     coefficients: Tensor
     head: Tensor
@@ -44,7 +44,7 @@ class Performance:
 
 
 def gather(tracks: list[dict[str, np.ndarray]], device: torch.device) -> Performance:
-    """Performances of one length in one batch on `device`."""
+    """Performances of equal length as one batch on `device`."""
     return Performance(
         **{
             name: torch.from_numpy(np.stack([track[name] for track in tracks])).to(device)
@@ -58,7 +58,7 @@ class Renderer:
 
     def __init__(self, head: Head, size: int = 192) -> None:
         self.head, self.size = head, size
-        self.place = head.rest
+        self.rest = head.rest
         self.marks = torch.zeros(len(head.rest), 3, device=head.device)
         count = head.mesh_vertices
         self.marks[:count] = torch.stack([head.lips, head.eyelids, head.inside], 1)
@@ -68,7 +68,7 @@ class Renderer:
 
     @torch.no_grad()
     def frames(self, looks: Looks, performance: Performance) -> tuple[Tensor, Tensor]:
-        """uint8 (N, T, 3, H, W) of N looks and their performances, and where the mouth is, (N, T, 2)
+        """Frames uint8 (N, T, 3, H, W) of N looks and performances, and the mouth's position (N, T, 2) in
         pixels."""
         count, length = performance.coefficients.shape[:2]
         coefficients, pose = performance.flat()
@@ -127,7 +127,7 @@ class Renderer:
     def _shade(self, hits: Hits, looks: Looks, owner: Tensor, normals: Tensor) -> Tensor:
         head = self.head
         normal = torch.nn.functional.normalize(interpolate(hits, head.triangles, normals), dim=1)
-        fixed = interpolate(hits, head.triangles, torch.cat([self.place, self.marks], 1))
+        fixed = interpolate(hits, head.triangles, torch.cat([self.rest, self.marks], 1))
         place, marks = fixed[:, :3], fixed[:, 3:]
         who = owner[hits.frame]
         material = head.material[hits.triangle]
@@ -156,7 +156,7 @@ class Renderer:
     def _light(
         self, looks: Looks, who: Tensor, normal: Tensor, wrap: float, shine: float, power: float
     ) -> Tensor:
-        """(2, P, 3): what albedo is multiplied by, and the highlight that is added."""
+        """The factor of the albedo and the highlight to add: (2, P, 3)."""
         sky = looks.ground[who] + (looks.sky[who] - looks.ground[who]) * (0.5 + 0.5 * normal[:, 1:2])
         key_direction = looks.key_direction[who]
         key = ((normal * key_direction).sum(1, keepdim=True) + wrap).clamp_min(0) / (1 + wrap)
@@ -170,7 +170,7 @@ class Renderer:
         return torch.stack([diffuse, glint * looks.key[who]])
 
     def _waves(self, looks: Looks, who: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        """(P, 8) each: angle at scale 1 without its phase, and the phase, of the person's waves."""
+        """Angle at scale 1 without phase, and the phase, of the person's waves: (P, 8) each."""
         waves = looks.waves[who]
         return (waves[..., :3] * place[:, None]).sum(-1), waves[..., 3]
 
@@ -295,6 +295,6 @@ class Renderer:
 
 
 def _noise(waves: tuple[Tensor, Tensor], scale: float) -> Tensor:
-    """(P,): mean of sines within -1..1, finer for a larger scale."""
+    """Mean of sines (P,) in -1..1; a larger scale gives finer noise."""
     angle, phase = waves
     return torch.addcmul(phase, angle, angle.new_tensor(scale)).sin().mean(1)

@@ -1,7 +1,7 @@
-"""Train OmniAvatar-Pocket: `python -m training.run --stages vae=5 audio=3 dit=12 [--resume DIR] --out DIR`.
+"""Trains OmniAvatar-Pocket: `python -m training.run --stages vae=5 audio=3 dit=12 [--resume DIR] --out DIR`.
 
-Run it in the repository root with `PYTHONPATH=src:.`; `session` says what it does. This file imports
-nothing at its top, because every worker process imports it again.
+Run it in the repository root with `PYTHONPATH=src:.` (see `session`). This file imports nothing at its top,
+because every worker process imports it again.
 """
 
 if __name__ == "__main__":

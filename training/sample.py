@@ -1,8 +1,8 @@
-"""What the trained networks make of held-out stories: two windows in a row, sampled as the engine does it.
+"""Samples two consecutive windows of held-out stories with the trained networks, as the engine does.
 
-For measuring between sessions without the engine's files: a sheet of frames (made above true) and the mouth's
-correlation, read as the darkness of the pixels around the mouth's known place. The real judge reads
-landmarks.
+It measures between sessions without the files of the engine: a sheet of frames (generated above true) and the
+correlation of the mouth, from the darkness of the pixels around its known position. The final measurements
+use landmarks instead.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from training.studio import Film
 
 @dataclass(frozen=True, eq=False)
 class Sampled:
-    """made, true: uint8 (N, F, 3, H, W) of two windows. mouth_r: median correlation of the mouth's
-    darkness."""
+    """Generated and true frames of two windows.
+
+    made, true: uint8 (N, F, 3, H, W).
+    mouth_r: median correlation of the darkness of the mouth.
+    """
 
     made: Tensor
     true: Tensor
@@ -35,7 +38,7 @@ class Sampled:
 
 @torch.no_grad()
 def sample(nets: Nets, film: Film, steps: int, audio_scale: float = 1.0) -> Sampled:
-    """Films of at least 2 * WINDOW - OVERLAP frames made again from portrait, sound and prompt."""
+    """Films of at least 2 * WINDOW - OVERLAP frames, generated again from portrait, sound and prompt."""
     device = film.frames.device
     generator = torch.Generator(device).manual_seed(3)
     count, frames = film.frames.shape[:2]
@@ -58,11 +61,11 @@ def sample(nets: Nets, film: Film, steps: int, audio_scale: float = 1.0) -> Samp
 
         def velocity(x: Tensor, number: int, y: Tensor = y, speech=speech, silence=silence) -> Tensor:  # type: ignore[no-untyped-def]
             timestep = torch.full((count,), schedule.timesteps[number], device=device)
-            heard = nets.dit(x, y, timestep, text, speech)
+            with_speech = nets.dit(x, y, timestep, text, speech)
             if audio_scale == 1:
-                return heard
-            unheard = nets.dit(x, y, timestep, text, silence)
-            return unheard + audio_scale * (heard - unheard)
+                return with_speech
+            without_speech = nets.dit(x, y, timestep, text, silence)
+            return without_speech + audio_scale * (with_speech - without_speech)
 
         noise = torch.randn(wide.shape, device=device, generator=generator)
         latent = denoise(velocity, schedule, given, noise.clone)
@@ -86,7 +89,7 @@ def _mouth_correlation(made: Tensor, true: Tensor, mouth: Tensor) -> float:
 
 
 def sheet(sampled: Sampled, every: int = 4) -> Image.Image:
-    """Frames of each clip in a row, made above true."""
+    """The frames of each clip in a row, generated above true."""
     rows = []
     for made, true in zip(sampled.made, sampled.true, strict=True):
         rows += [torch.cat(list(clip[::every]), 2) for clip in (made, true)]

@@ -1,10 +1,9 @@
-"""The sizes of OmniAvatar-Pocket and of its clips: one place, in the engine's own terms."""
+"""The sizes of OmniAvatar-Pocket and of its clips, in the engine's terms."""
 
 from __future__ import annotations
 
 from omniavatar.checkpoint.layout import ScaleSpec, TextSpec, Wav2VecSpec
-from omniavatar.model.dit import DiTConfig
-from omniavatar.model.vae import VAEConfig
+from omniavatar.model.sizes import DiTConfig, VAEConfig
 
 SIZE = 192
 WINDOW = 41

@@ -1,7 +1,7 @@
-"""One call of `training.run`: a list of stages, each for some minutes, going on from an earlier call's files.
+"""One call of `training.run`: a list of stages, each for some minutes, continued from earlier files.
 
-Speech is synthesised first, on all cores. Written are `pocket-*.safetensors` and `state.json` (what
-`--resume` reads, log included), `curves.png` and, once there is a DiT, sheets of samples, all small.
+Speech is synthesised first, on all cores. The output is small: `pocket-*.safetensors` and `state.json` (read
+by `--resume`, with the log), `curves.png` and, after a DiT stage, sheets of samples.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from training.export import load_files
 from training.head import Head
 from training.loop import Budget, Log
 from training.nets import Nets, load_state, save_state
-from training.ranks import Ranks
+from training.ranks import TrainingRanks
 from training.sample import sample, sheet
 from training.scale import WINDOW
 from training.settings import Settings, StageSettings, VaeSettings, read_settings
@@ -35,35 +35,36 @@ from training.stage_vae import train_vae
 from training.studio import HELD_OUT_SEEDS, Studio, still
 from training.takes import TakeFactory, make_take
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 STAGES = ("vae", "audio", "decoder", "dit")
 AFTER_DIT = ("decoder", "dit")
-"""Stages that leave what a DiT reads as it is."""
+"""Stages that do not change the inputs of a DiT."""
 OVERSHOOT = 0.05
 """Minutes: a stage ends after the step in which its time is over."""
 HELD_OUT_CLIPS = {"cuda": 8, "cpu": 1}
 
 
 def parse_stages(words: list[str]) -> list[tuple[str, float]]:
-    """`name=minutes` words. Raises ValueError for another form or name."""
+    """Names and minutes from `name=minutes` words. Raises ValueError for an invalid word."""
     stages = []
     for word in words:
         name, _, minutes = word.partition("=")
         if name not in STAGES or not minutes:
-            raise ValueError(f"--stages: {word!r} is not NAME=MINUTES with a name of {', '.join(STAGES)}")
+            raise ValueError(f"--stages: {word!r} is not NAME=MINUTES; names are {', '.join(STAGES)}")
         stages.append((name, float(minutes)))
     return stages
 
 
-def gather_speech(settings: Settings, session: int, ranks: Ranks, workers: int, folder: Path) -> SpeechSet:
-    """Speech of this session and rank below `folder`, mapped from its files; each synthesises other
-    sentences."""
+def gather_speech(
+    settings: Settings, session: int, ranks: TrainingRanks, workers: int, folder: Path
+) -> SpeechSet:
+    """The speech of this session and rank, mapped from files in `folder`; every rank has other sentences."""
     began = time.monotonic()
-    wanted = settings.speech
-    sets = [SpeechSet.load(Path(wanted.recorded))] * wanted.copies if wanted.recorded else []
-    if wanted.utterances:
+    source = settings.speech
+    sets = [SpeechSet.load(Path(source.recorded))] * source.copies if source.recorded else []
+    if source.utterances:
         seed = settings.seed + 1 + session + 1000 * ranks.index
-        sets.insert(0, synthesise(wanted.utterances // ranks.count, seed, workers))
+        sets.insert(0, synthesise(source.utterances // ranks.count, seed, workers))
     speech = SpeechSet.join(sets)
     taken = time.monotonic() - began
     print(
@@ -74,8 +75,10 @@ def gather_speech(settings: Settings, session: int, ranks: Ranks, workers: int, 
 
 
 def resume_from(nets: Nets, folder: Path) -> dict[str, Any]:
-    """Facts of an earlier session, its weights read into `nets`: from what `training.run` wrote, or from
-    files as the engine loads them with `state.json` beside them."""
+    """Load the weights of an earlier session into `nets`; returns its facts.
+
+    folder: written by `training.run`, or exported files with `state.json`.
+    """
     if any(folder.glob("pocket-*.safetensors")):
         return load_state(nets, folder)
     read = load_files(nets, folder)
@@ -85,20 +88,20 @@ def resume_from(nets: Nets, folder: Path) -> dict[str, Any]:
 
 
 class Session:
-    """One call of the script: the networks, what earlier sessions did, and the stages of this one."""
+    """One call of the script: the networks, the log of earlier sessions, and the stages of this one."""
 
     def __init__(
         self,
         settings: Settings,
         resume: Path | None,
-        ranks: Ranks,
+        ranks: TrainingRanks,
         device: torch.device,
         folder: Path,
         out: Path,
     ) -> None:
-        """`folder` is for the speech, `out` for what remains."""
+        """`folder` is for speech, `out` for the results."""
         self.settings, self.ranks, self.device, self.out = settings, ranks, device, out
-        self.nets = Nets.fresh(settings.seed, HERE / "assets" / TOKENIZER)
+        self.nets = Nets.fresh(settings.seed, FOLDER / "assets" / TOKENIZER)
         self.facts: dict[str, Any] = {"sessions": 0, "minutes": dict.fromkeys(STAGES, 0.0), "log": []}
         if resume is not None:
             self.facts = resume_from(self.nets, resume)
@@ -111,26 +114,29 @@ class Session:
         self.factory = TakeFactory(folder, self.names, self.workers)
         file = settings.speech.held_out
         self.spoken_elsewhere = SpeechSet.load(Path(file)) if file else None
-        self.held_out = [  # of a file, so that the errors of all sessions are on one sound
+        self.held_out = [  # from a file, so that errors of all sessions are measured on the same speech
             make_take(self.spoken_elsewhere or self.speech, self.names, 2 * WINDOW, seed)
             for seed in range(HELD_OUT_CLIPS[device.type])
         ]
         self.seeds = itertools.count(HELD_OUT_SEEDS * (1 + 10 * self.facts["sessions"]), HELD_OUT_SEEDS)
 
     def run(self, name: str, minutes: float) -> None:
-        """One stage for `minutes`. Raises ValueError where it would change what the DiT has learnt to
-        read, and where the learning rate would have fallen to nothing before its end."""
+        """Run one stage for `minutes`.
+
+        Raises ValueError if the stage would change the inputs of a trained DiT, or if the learning rate
+        would reach zero before its end.
+        """
         settings = self.settings
         if name not in AFTER_DIT and self.facts["minutes"]["dit"]:
             raise ValueError(
-                f"{name}: the DiT was trained on this one's output; begin it anew without --resume"
+                f"{name}: the DiT was trained on the output of this network; train it without --resume"
             )
         stage: StageSettings = getattr(settings, name)
         before = self.facts["minutes"][name]
         if before + minutes > stage.planned_minutes + OVERSHOOT:
             raise ValueError(
-                f"{name}: planned_minutes: {stage.planned_minutes:g} end before the {before:.2f} minutes of "
-                f"earlier sessions and the {minutes:g} of this one; set it to {before + minutes:.2f} or more"
+                f"{name}: planned_minutes is {stage.planned_minutes:g}, but earlier sessions took "
+                f"{before:.2f} and this one adds {minutes:g}; set it to {before + minutes:.2f} or more"
             )
         budget = Budget(minutes, stage.planned_minutes, before, self.ranks)
         seed = next(self.seeds) + self.ranks.index * (HELD_OUT_SEEDS // self.ranks.count)
@@ -153,19 +159,19 @@ class Session:
         self.facts["minutes"][name] += budget.spent
 
     def keep(self, name: str, budget: Budget) -> None:
-        """Write the state as it is in the middle of a stage, by the first rank: a run that is cut off loses
+        """Write the state in the middle of a stage (first rank only), so that an interrupted run loses only
         a minute."""
         if self.ranks.leads:
             minutes = self.facts["minutes"] | {name: self.facts["minutes"][name] + budget.spent}
             save_state(self.nets, self.facts | {"minutes": minutes}, self.out)
 
     def close(self) -> None:
-        """End the workers and the connection."""
+        """End the workers and disconnect from the other ranks."""
         self.factory.close()
         self.ranks.leave()
 
     def finish(self, steps: int) -> None:
-        """Write the state, the curves and, once there is a DiT, a sheet of samples; for the first rank."""
+        """Write the state, the curves and, after a DiT stage, a sheet of samples (first rank only)."""
         self.facts["sessions"] += 1
         out = self.out
         save_state(self.nets, self.facts, out)
@@ -182,7 +188,7 @@ class Session:
 
 
 def _draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """One small plot a measurement, from its least to its greatest value over the stage's minutes."""
+    """One small plot per measurement, from its minimum to its maximum, over the minutes of the stage."""
     shown = (
         ("vae", "psnr"),
         ("decoder", "psnr"),
@@ -216,13 +222,13 @@ def _draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stages", nargs="+", required=True, help="such as vae=5 audio=3 dit=12 (minutes)")
-    parser.add_argument("--config", type=Path, default=HERE / "configs" / "pocket.yaml")
-    parser.add_argument("--resume", type=Path, help="folder an earlier session wrote")
+    parser.add_argument("--config", type=Path, default=FOLDER / "configs" / "pocket.yaml")
+    parser.add_argument("--resume", type=Path, help="folder written by an earlier session")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sample-steps", type=int, default=12)
     arguments = parser.parse_args()
     stages = parse_stages(arguments.stages)
-    ranks, device = Ranks.join()
+    ranks, device = TrainingRanks.join()
     torch.backends.cudnn.benchmark = True
     settings = read_settings(arguments.config)
     with tempfile.TemporaryDirectory() as folder:

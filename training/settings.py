@@ -11,38 +11,38 @@ import yaml
 
 @dataclass(frozen=True)
 class SpeechSettings:
-    """What is synthesised before the stages begin."""
+    """Speech for the session."""
 
     utterances: int
-    """Sentences, half by each synthesiser; a thousand are about 53 minutes. 0: only what is recorded."""
+    """Number of sentences, half by each synthesiser; a thousand last about 53 minutes. 0: only `recorded`."""
     recorded: str
-    """A `SpeechSet` file to add, such as `record` makes, below the repository root; or empty."""
+    """A `SpeechSet` file to add, such as one of `record`, relative to the repository root; or empty."""
     copies: int
-    """How often it is added, since it is small beside the synthesised speech."""
+    """How often `recorded` is added, since it is small beside the synthesised speech."""
     held_out: str
-    """A `SpeechSet` file of real speech that is only measured on, never trained on; or empty."""
+    """A `SpeechSet` file of real speech for measurements only, never for training; or empty."""
 
 
 @dataclass(frozen=True)
 class StageSettings:
-    """What every stage has."""
+    """Settings of every stage."""
 
     planned_minutes: float
-    """Over all sessions; the learning rate falls along a cosine to the end of this."""
+    """Minutes of all sessions; the learning rate falls along a cosine until their end."""
     rate: float
-    """Of AdamW at its highest."""
+    """Maximum learning rate of AdamW."""
     muon_rate: float
-    """Of Muon for the matrices of transformer blocks; 0: AdamW for all."""
+    """Learning rate of Muon for the matrices of transformer blocks; 0: AdamW for all weights."""
     warmup: int
     batch: int
     decay: float
-    """Of the weights' moving average, which is what is kept."""
+    """Decay of the moving average of the weights; the average is the result."""
     pool: int
     """Clips held on the device."""
     fill_share: float
-    """Share of a session's minutes spent on filling the pool before the first step, at most."""
+    """Maximum share of a session's minutes for filling the pool before the first step."""
     fresh: int
-    """Clips made anew after each `fresh_every` steps."""
+    """New clips after every `fresh_every` steps."""
     fresh_every: int
     measure_seconds: float
     """Seconds between two measurements on held-out clips."""
@@ -53,35 +53,35 @@ class VaeSettings(StageSettings):
     frames: int
     """Video frames of a take."""
     clip: int
-    """Frames of it that are kept, from anywhere."""
+    """Frames of a take that are kept, from a random position."""
     still_share: float
-    """Share of the planned minutes, at the start, that sees single frames: four times as many, far
+    """Share of the planned minutes, at the start, that trains on single frames: four times as many, and much
     cheaper."""
     crop: int
     kl: float
     gradient: float
     mouth: float
-    """Extra weight of the mouth's surroundings."""
+    """Extra weight of the area around the mouth."""
     detail: float
     """Weight of the difference in local fine structure."""
 
 
 @dataclass(frozen=True)
 class DecoderSettings(VaeSettings):
-    """The decoder alone: the latents stay what they are, so that what a DiT has learnt of them holds."""
+    """Settings of the decoder alone: the latents do not change, so a trained DiT stays valid."""
 
     from_layer: int
-    """Of the decoder's `upsamples`: what comes before it stays as it is, which makes steps cheap enough for
-    a CPU; 0: all of the decoder learns."""
+    """First layer of the decoder's `upsamples` that is trained; earlier layers stay fixed, which makes steps
+    cheap enough for a CPU. 0: the whole decoder is trained."""
     cost: float
-    """Decibels of PSNR on held-out clips that fine structure may cost."""
+    """Maximum loss of PSNR on held-out clips for fine structure, in dB."""
 
 
 @dataclass(frozen=True)
 class AudioSettings(StageSettings):
     frames: int
     shape: float
-    """Weight of the articulators' squared error beside the phones' cross-entropy."""
+    """Weight of the articulators' squared error relative to the phones' cross-entropy."""
 
 
 @dataclass(frozen=True)
@@ -89,24 +89,24 @@ class DitSettings(StageSettings):
     frames: int
     """Video frames of a story; windows are cut from it."""
     windows: int
-    """Windows a story, the first at its start."""
+    """Windows per story; the first one is at its start."""
     drop_audio: float
     drop_text: float
     corrupt: float
     """Share of later windows whose given latents are disturbed."""
     doubles: float
-    """Share of later windows that are handed frames of a double; 0: none are filmed."""
+    """Share of later windows whose given frames show a double; 0: no doubles are rendered."""
     mouth: float
     mirror: bool
-    """Each clip a second time, mirrored and in other light."""
+    """Whether to use each clip a second time, mirrored and in other light."""
     compile: bool
     graph: bool
-    """Replay each step as a CUDA graph; CUDA only."""
+    """Whether to replay each step as a CUDA graph; CUDA only."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One training run."""
+    """All settings of a training run."""
 
     seed: int
     speech: SpeechSettings
@@ -117,7 +117,7 @@ class Settings:
 
 
 def read_settings(path: Path) -> Settings:
-    """Raises ValueError for a key that is missing or unknown."""
+    """Raise ValueError if a key is missing or unknown."""
     table = yaml.safe_load(path.read_text())
     kinds = {
         "speech": SpeechSettings,
@@ -133,11 +133,11 @@ def read_settings(path: Path) -> Settings:
 
 
 def _build(kind: Any, table: Any, where: str) -> Any:
-    wanted = {field.name for field in fields(kind)}
+    known = {field.name for field in fields(kind)}
     given = set(table) if isinstance(table, dict) else set()
-    if given != wanted:
+    if given != known:
         raise ValueError(
-            f"{where}: missing {sorted(wanted - given) or 'nothing'}, "
-            f"unknown {sorted(given - wanted) or 'nothing'}"
+            f"{where}: missing {sorted(known - given) or 'nothing'}, "
+            f"unknown {sorted(given - known) or 'nothing'}"
         )
     return kind(**table)

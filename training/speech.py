@@ -1,12 +1,13 @@
-"""Training speech with phone times: two synthesisers, many voices, made on all cores in seconds.
+"""Synthesises training speech with phone times: two synthesisers, many voices, on all cores in seconds.
 
-- flite (CMU, free licence): four voices, three of them built from recorded speech; it knows its phones.
-- eSpeak NG (a program under GPL 3; its output is not): formant synthesis, dozens of variants and accents; it
-  reports phones as events.
-Both lie below `build/tts` (see `fetch_tools.sh`), so that a machine without network or packages can run them.
-Recordings of people with times by forced alignment can be added as files of the same form (`SpeechSet.join`).
+- flite (CMU, free licence): four voices, three of them built from recorded speech; it reports its phones.
+- eSpeak NG (a program under GPL 3; its output is not): formant synthesis with dozens of variants and accents;
+  it reports phones as events.
+Both are below `build/tts` (see `fetch_tools.sh`), so they run on a machine without network. Recordings of
+people with times from forced alignment can be added as files of the same format (`SpeechSet.join`).
 
-A `SpeechSet` is utterances end to end: 16 kHz int16 samples and phones as (index in PHONES, start, end).
+A `SpeechSet` holds utterances one after the other: 16 kHz int16 samples, and phones as (index in PHONES,
+start, end).
 """
 
 from __future__ import annotations
@@ -105,9 +106,13 @@ _ESPEAK_PHONES = {
 
 @dataclass(frozen=True, eq=False)
 class SpeechSet:
-    """samples: (S,) int16. utterances: (U, 4) int64 first sample, samples, first phone, phones. phones:
-    (P, 3) float32 index in PHONES, start and end in seconds from the utterance's start. voices: (U,)
-    names."""
+    """Utterances with phones.
+
+    samples: (S,) int16.
+    utterances: (U, 4) int64: first sample, number of samples, first phone, number of phones.
+    phones: (P, 3) float32: index in PHONES, start and end in seconds from the start of the utterance.
+    voices: (U,) names.
+    """
 
     samples: np.ndarray
     utterances: np.ndarray
@@ -131,7 +136,7 @@ class SpeechSet:
 
     @classmethod
     def of(cls, parts: Iterable[tuple[str, np.ndarray, list[Phone]]]) -> SpeechSet:
-        """A set of (voice, int16 samples, phones)."""
+        """A set from (voice, int16 samples, phones)."""
         samples, utterances, rows, voices = [], [], [], []
         start = first = 0
         for voice, sound, phones in parts:
@@ -151,8 +156,7 @@ class SpeechSet:
         return cls.of(parts)
 
     def save(self, path: Path) -> None:
-        """Write an `.npz`; samples as 8-bit mu-law, half the size and of no consequence after
-        augmentation."""
+        """Write an `.npz` with samples as 8-bit mu-law: half the size; augmentation hides the difference."""
         np.savez_compressed(
             path,
             codes=mu_law(self.samples),
@@ -163,12 +167,12 @@ class SpeechSet:
 
     @classmethod
     def load(cls, path: Path) -> SpeechSet:
-        """What `save` wrote."""
+        """The set in a file written by `save`."""
         arrays = np.load(path)
         return cls(from_mu_law(arrays["codes"]), arrays["utterances"], arrays["phones"], arrays["voices"])
 
     def keep(self, folder: Path) -> Path:
-        """Write plain arrays that several processes can map; returns `folder`."""
+        """Write arrays that several processes can map, to `folder`; returns `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("samples", "utterances", "phones", "voices"):
             np.save(folder / f"{name}.npy", getattr(self, name))
@@ -176,13 +180,13 @@ class SpeechSet:
 
     @classmethod
     def open(cls, folder: Path) -> SpeechSet:
-        """What `keep` wrote, its samples mapped from the file."""
+        """The set in a folder written by `keep`; samples are mapped from the file."""
         rest = (np.load(folder / f"{name}.npy") for name in ("utterances", "phones", "voices"))
         return cls(np.load(folder / "samples.npy", mmap_mode="r"), *rest)
 
 
 def mu_law(samples: np.ndarray) -> np.ndarray:
-    """int16 to uint8 by ITU-T G.711's curve in its continuous form."""
+    """int16 to uint8 with the continuous form of ITU-T G.711's curve."""
     value = samples.astype(np.float32) / 32768
     coded = np.sign(value) * np.log1p(255 * np.abs(value)) / np.log(256)
     return np.round((coded + 1) * 127.5).astype(np.uint8)
@@ -196,7 +200,7 @@ def from_mu_law(codes: np.ndarray) -> np.ndarray:
 
 
 def resample(samples: np.ndarray, rate: float, to: float = SAMPLE_RATE) -> np.ndarray:
-    """float32 samples at another rate, by cutting or padding the spectrum."""
+    """float32 samples at another rate, by truncating or padding the spectrum."""
     count = max(1, round(len(samples) * to / rate))
     spectrum = np.fft.rfft(samples)
     return (np.fft.irfft(spectrum[: count // 2 + 1], count) * (count / len(samples))).astype(np.float32)
@@ -217,8 +221,7 @@ class _Voice(ctypes.Structure):
 
 
 class Flite:
-    """libflite in this process with one voice. `duration_stretch` is set on the voice before each
-    sentence."""
+    """libflite in this process with one voice; `duration_stretch` is set before each sentence."""
 
     def __init__(self, voice: str, folder: Path = TOOLS / "lib") -> None:
         for name in ("asound.so.2", "flite.so.1", "flite_usenglish.so.1", "flite_cmulex.so.1"):
@@ -280,7 +283,7 @@ class _Event(ctypes.Structure):
 
 
 class Espeak:
-    """libespeak-ng in this process; the library allows one."""
+    """libespeak-ng in this process; the library allows only one instance."""
 
     RETRIEVAL, PHONEME_EVENTS, PHONEME = 1, 1, 7
     RATE, PITCH, RANGE = 1, 3, 4
@@ -291,7 +294,7 @@ class Espeak:
             self.RETRIEVAL, 200, str(folder).encode(), self.PHONEME_EVENTS
         )
         if self.rate <= 0:
-            raise RuntimeError(f"{folder}: eSpeak NG does not start; run training/fetch_tools.sh")
+            raise RuntimeError(f"{folder}: eSpeak NG did not start; run training/fetch_tools.sh")
         self.sound: list[np.ndarray] = []
         self.events: list[tuple[float, str]] = []
         kind = ctypes.CFUNCTYPE(
@@ -313,7 +316,7 @@ class Espeak:
     def speak(
         self, text: str, voice: str, rate: int, pitch: int, span: int
     ) -> tuple[np.ndarray, list[Phone]]:
-        """int16 samples at 16 kHz and phones. Raises ValueError for a voice that is not there."""
+        """int16 samples at 16 kHz and phones. Raises ValueError for an unknown voice."""
         if self.library.espeak_SetVoiceByName(voice.encode()):
             raise ValueError(f"eSpeak NG has no voice {voice!r}")
         for number, value in ((self.RATE, rate), (self.PITCH, pitch), (self.RANGE, span)):
@@ -360,8 +363,10 @@ def _espeak_batch(job: tuple[int, int]) -> list[tuple[str, np.ndarray, list[Phon
 
 
 def synthesise(utterances: int, seed: int, workers: int, batch: int = 40) -> SpeechSet:
-    """`utterances` sentences, half by flite and half by eSpeak NG, determined by `seed` whatever the
-    workers."""
+    """`utterances` sentences, half by flite and half by eSpeak NG.
+
+    The result depends only on `seed`, not on the number of workers.
+    """
     jobs = [(seed * 100003 + number, batch) for number in range(max(1, utterances // (2 * batch)))]
     parts = []
     with ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=1) as pool:

@@ -1,7 +1,7 @@
-"""How fast this machine renders, encodes and trains: timings before minutes are spent.
+"""Measures how fast this machine renders, encodes and trains.
 
-`python -m training.speed` prints one line a part: frames rendered a second and where the time goes, VAE
-steps, VAE encoding, DiT steps plain and compiled, each with the peak of memory.
+`python -m training.speed` prints one line per part with its peak memory: rendering and its parts, VAE steps,
+VAE encoding, DiT steps plain and compiled.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from training.settings import Settings, read_settings
 from training.stage_dit import compiled_blocks, dit_batch, dit_loss
 from training.stage_vae import to_pixels, vae_loss
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 
 
 def timed(name: str, unit: str, amount: float, repeats: int, work: Callable[[], object]) -> None:
-    """Print the seconds of `work` and `amount` a second, after one call to warm up."""
+    """Print the seconds of `work` and `amount` per second, after one warm-up call."""
     cuda = torch.cuda.is_available()
     work()
     if cuda:
@@ -44,7 +44,7 @@ def timed(name: str, unit: str, amount: float, repeats: int, work: Callable[[], 
 
 
 def kernels(name: str, work: Callable[[], object], rows: int = 14) -> None:
-    """Print the kernels that `work` spends most of its time in on the GPU."""
+    """Print the kernels that take most of the GPU time of `work`."""
     work()
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as trace:
@@ -57,7 +57,7 @@ def kernels(name: str, work: Callable[[], object], rows: int = 14) -> None:
 
 
 def measure(settings: Settings, device: torch.device, repeats: int, profile: bool) -> None:
-    """Print all timings for the batch sizes of `settings`."""
+    """Print all timings for the batch sizes in `settings`."""
     head = Head(device)
     renderer = Renderer(head, SIZE)
     clips = settings.vae.batch
@@ -71,7 +71,7 @@ def measure(settings: Settings, device: torch.device, repeats: int, profile: boo
     if profile:
         kernels("render", lambda: renderer.frames(looks, performance))
     frames, _ = renderer.frames(looks, performance)
-    nets = Nets.fresh(0, HERE / "assets" / TOKENIZER).to(device)
+    nets = Nets.fresh(0, FOLDER / "assets" / TOKENIZER).to(device)
     if device.type == "cuda":
         channels_last(nets.vae)
     pixels = to_pixels(frames[..., : settings.vae.crop, : settings.vae.crop])
@@ -121,9 +121,9 @@ def measure(settings: Settings, device: torch.device, repeats: int, profile: boo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, default=HERE / "configs" / "pocket.yaml")
+    parser.add_argument("--config", type=Path, default=FOLDER / "configs" / "pocket.yaml")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--profile", action="store_true", help="the GPU's kernels too")
+    parser.add_argument("--profile", action="store_true", help="also print the slowest GPU kernels")
     arguments = parser.parse_args()
     torch.backends.cudnn.benchmark = True
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,7 +1,7 @@
-"""Stage 2, the audio encoder: wav2vec 2.0 learns to name each frame's phone and to place its articulators.
+"""Stage 2, the audio encoder: wav2vec 2.0 learns the phone and the articulators of each frame.
 
-Speech is roughened anew for every step (`augment`), so that rooms, microphones and noise do not matter.
-The two heads are thrown away; the DiT hears the hidden states.
+Speech is augmented differently in every step (`augment`), so that rooms, microphones and noise do not matter.
+The two heads are dropped after training; the DiT uses the hidden states.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from training.takes import SAMPLES_A_FRAME, Take
 
 
 def clip_of(takes: list[Take], device: torch.device) -> dict[str, Tensor]:
-    """Sound and labels of the frames after the portrait."""
+    """Sound, and the labels of the frames after the portrait."""
     arrays = {
         "sound": np.stack([take.sound for take in takes]),
         "phones": np.stack([take.phones[1:] for take in takes]),
@@ -35,7 +35,7 @@ def clip_of(takes: list[Take], device: torch.device) -> dict[str, Tensor]:
 def audio_loss(
     net: AudioTrainer, clips: dict[str, Tensor], sound: Tensor, weight: float
 ) -> tuple[Tensor, ...]:
-    """Loss, frame accuracy and squared error of the articulators for normalised sound (B, S)."""
+    """Loss, frame accuracy and squared error of the articulators, for normalised sound (B, S)."""
     frames = clips["phones"].shape[1]
     states = net.states(sound, frames)
     hidden = states[-1]
@@ -49,7 +49,7 @@ def audio_loss(
 
 @torch.no_grad()
 def measure(net: AudioTrainer, clips: dict[str, Tensor]) -> dict[str, float]:
-    """Accuracy of phones and median correlation of the jaw on clips as they are."""
+    """Accuracy of phones and median correlation of the jaw on clips without augmentation."""
     sound = normalise_sound(clips["sound"].float() / 32768)
     hidden = net.states(sound, clips["phones"].shape[1])[-1]
     jaw = net.shapes(hidden)[..., ARTICULATORS.index("jaw")].float()
@@ -62,8 +62,7 @@ def measure(net: AudioTrainer, clips: dict[str, Tensor]) -> dict[str, float]:
 
 @torch.no_grad()
 def measure_speech(net: AudioTrainer, speech: SpeechSet) -> dict[str, float]:
-    """The same for whole utterances of people, each by itself: mean accuracy, median correlation of the
-    jaw."""
+    """Mean accuracy of phones and median correlation of the jaw on whole utterances of people, one by one."""
     device = next(net.parameters()).device
     accuracies, correlations = [], []
     for number in range(len(speech)):
@@ -93,8 +92,7 @@ def train_audio(
     device: torch.device,
     seed: int,
 ) -> int:
-    """Train until the budget is over; leaves the averaged weights in `net`; returns how many takes were
-    used."""
+    """Train until the budget is over and leave the averaged weights in `net`; returns the number of takes."""
     generator = torch.Generator(device).manual_seed(seed)
     optimiser = Optimiser({"audio": net}, settings, budget)
     pool = Pool(settings.pool)

@@ -1,13 +1,13 @@
 """Stage 3, the diffusion transformer with the prompt encoder: flow matching on latents of talking heads.
 
-A clip in the pool is a story: the portrait, sound and prompt, and windows of the story as latents, the
-first from the portrait on, the others from anywhere, each coded as a clip of its own, as the engine's
-hand-over does. In a later window the given latents are often those of a double (`training.handover`) or
-disturbed (noise, and an offset and gain a channel), so that the model learns to come back to the portrait
-instead of drifting on. Speech and prompt are left out at random for guidance: speech as zero vectors, the
-prompt as the empty one. Noise levels follow the engine's schedule of shift 5.
+A clip in the pool is a story: the portrait, sound and prompt, and windows of the story as latents. The first
+window starts at the portrait, the others at random frames. Each window is encoded separately, as in the
+hand-over of the engine. In a later window the given latents often come from a double (`training.handover`) or
+are disturbed (noise, and an offset and gain per channel). The model thus learns to return to the portrait
+instead of drifting. For guidance, speech and prompt are dropped at random: speech becomes zero vectors, the
+prompt becomes empty. Noise levels follow the engine's schedule with shift 5.
 
-Shapes: B stories, W windows a story, T latent frames, N = 4T-3 video frames, D audio width, h w latent
+Shapes: B stories, W windows per story, T latent frames, N = 4T-3 video frames, D audio width, h w latent
 pixels.
 """
 
@@ -39,9 +39,11 @@ GIVEN_ODDS = (0.15, 0.60, 0.15, 0.10)
 
 
 def mirrored(film: Film, handed: Tensor | None, generator: torch.Generator) -> tuple[Film, Tensor | None]:
-    """The same clips, and what their windows are handed (B, W-1, F, 3, H, W), seen in a mirror and in other
-    light: each channel with a gain and an offset of its own a clip. Rendering a clip takes three times as
-    long as encoding its windows."""
+    """The clips and their handed frames (B, W-1, F, 3, H, W), mirrored and in other light.
+
+    Each clip has its own gain and offset per channel. This reuses clips, because rendering one takes three
+    times as long as encoding its windows.
+    """
     width = film.frames.shape[-1]
     count, device = len(film.frames), film.frames.device
     gain = 1 + 0.08 * torch.randn(count, 3, generator=generator, device=device)
@@ -58,7 +60,7 @@ def mirrored(film: Film, handed: Tensor | None, generator: torch.Generator) -> t
 
 
 def draw_starts(count: int, windows: int, frames: int, generator: torch.Generator) -> Tensor:
-    """(count, windows) frames at which the windows of stories of `frames` frames begin, the first at 0."""
+    """First frames (count, windows) of the windows in stories of `frames` frames; the first one is 0."""
     device = generator.device
     starts = torch.randint(1, frames - WINDOW + 1, (count, windows), generator=generator, device=device)
     starts[:, 0] = 0
@@ -69,10 +71,14 @@ def draw_starts(count: int, windows: int, frames: int, generator: torch.Generato
 def stories_of(
     film: Film, starts: Tensor, handed: Tensor | None, nets: Nets, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """What the pool keeps of a film with windows at `starts` (B, W): latents (B, W, 16, T, h, w), loss
-    weights (B, W, T, h, w), the windows' first frames, latents of the frames `handed` to the later windows
-    (B, W-1, 16, GIVEN, h, w) where there are such, audio vectors of the whole sound (B, frames - 1, D),
-    prompt tokens."""
+    """The tensors of a film for the pool.
+
+    Latents (B, W, 16, T, h, w), loss weights (B, W, T, h, w), first frames of the windows, audio vectors of
+    the whole sound (B, frames - 1, D), prompt tokens and, if `handed` is given, latents of these frames
+    (B, W-1, 16, GIVEN, h, w).
+
+    starts: (B, W), first frames of the windows.
+    """
     frames = film.frames.shape[1]
     device = film.frames.device
     count, windows = starts.shape
@@ -90,7 +96,7 @@ def stories_of(
     sound = normalise_sound(roughen(film.sound, generator))
     ids, mask = nets.text.tokens(list(film.prompts))
     if ids.shape[1] > PROMPT_TOKENS:
-        raise ValueError(f"a prompt of {ids.shape[1]} tokens; at most {PROMPT_TOKENS}")
+        raise ValueError(f"a prompt has {ids.shape[1]} tokens; the maximum is {PROMPT_TOKENS}")
     room = (0, PROMPT_TOKENS - ids.shape[1])
     given = {} if handed is None else {"handed": coded(handed.flatten(0, 1)).unflatten(0, handed.shape[:2])}
     return given | {
@@ -104,15 +110,17 @@ def stories_of(
 
 
 def window_audio(audio: Tensor, starts: Tensor) -> Tensor:
-    """Vectors (B, N, D) of windows that begin at frames `starts` (B,): frame f hears row f-1, the portrait
-    zeros."""
+    """Audio vectors (B, N, D) of windows that begin at frames `starts` (B,).
+
+    Frame f gets row f-1; the portrait gets zeros.
+    """
     padded = torch.cat([torch.zeros_like(audio[:, :1]), audio], 1)
     rows = starts[:, None] + torch.arange(WINDOW, device=audio.device)
     return padded.gather(1, rows[..., None].expand(-1, -1, audio.shape[-1])).float()
 
 
 def disturb(given: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Given latents (B, 16, G, h, w), most of them with noise and an offset and gain a channel."""
+    """Given latents (B, 16, G, h, w), most of them with noise and an offset and gain per channel."""
     batch, channels = given.shape[:2]
 
     def normal(*shape: int) -> Tensor:
@@ -131,8 +139,7 @@ def disturb(given: Tensor, share: float, generator: torch.Generator) -> Tensor:
 def dit_batch(
     stories: dict[str, Tensor], settings: DitSettings, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """One training example a story: noisy sample, y, timestep, target and its weight, audio, prompt
-    tokens."""
+    """One training example per story: noisy sample, y, timestep, target with weight, audio, prompt tokens."""
     batch, windows = stories["starts"].shape
     device = stories["starts"].device
 
@@ -164,8 +171,8 @@ def dit_batch(
     mask = (~known).float().expand(-1, -1, -1, *clean.shape[3:])
     y = torch.cat([reference.expand_as(clean), mask], 1)
     weight = (1 + settings.mouth * stories["weight"][every, which].float())[:, None] * mask
-    heard = (uniform() >= settings.drop_audio).float()[:, None, None]
-    told = uniform() >= settings.drop_text
+    keep_audio = (uniform() >= settings.drop_audio).float()[:, None, None]
+    keep_text = uniform() >= settings.drop_text
     nothing = torch.zeros_like(stories["ids"])
     nothing[:, 0] = 1
     first = torch.zeros_like(stories["mask"])
@@ -176,14 +183,14 @@ def dit_batch(
         "timestep": 1000 * sigma,
         "target": noise - clean,
         "weight": weight / weight.mean(),
-        "audio": window_audio(stories["audio"], starts) * heard,
-        "ids": torch.where(told[:, None], stories["ids"], nothing),
-        "mask": torch.where(told[:, None], stories["mask"], first),
+        "audio": window_audio(stories["audio"], starts) * keep_audio,
+        "ids": torch.where(keep_text[:, None], stories["ids"], nothing),
+        "mask": torch.where(keep_text[:, None], stories["mask"], first),
     }
 
 
 def compiled_blocks(dit: WanDiT) -> RunBlocks:
-    """`WanDiT.run_blocks` with each block compiled: two graphs, with audio and without."""
+    """`WanDiT.run_blocks` with compiled blocks: two graphs, with and without audio."""
     blocks = [torch.compile(block) for block in dit.blocks]
 
     def run_blocks(tokens: Tensor, inputs: BlockInputs) -> Tensor:
@@ -212,7 +219,7 @@ def dit_loss(
 
 @torch.no_grad()
 def measure(nets: Nets, stories: dict[str, Tensor], settings: DitSettings, device: torch.device) -> float:
-    """Loss on held-out stories with the same noise every time."""
+    """Loss on held-out stories, with the same noise in every call."""
     generator = torch.Generator(device).manual_seed(5)
     total = 0.0
     for _ in range(4):
@@ -232,8 +239,10 @@ def train_dit(
     seed: int,
     keep: Callable[[], None],
 ) -> None:
-    """Train the DiT and the prompt encoder until the budget is over; leaves the averaged weights in
-    `nets`. `keep` is called at each measurement, while `nets` hold them."""
+    """Train the DiT and the prompt encoder until the budget is over and leave the averaged weights in `nets`.
+
+    keep: called at each measurement, while `nets` hold the averaged weights.
+    """
     device = studio.device
     generator, others = (torch.Generator(device).manual_seed(seed + n) for n in (0, 1))
     nets.vae.eval()

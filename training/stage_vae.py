@@ -1,11 +1,11 @@
-"""Stage 1, the video VAE: L1 and its spatial differences, more of both around the mouth, and a small KL term.
+"""Stage 1, the video VAE: L1 on values and spatial differences, more around the mouth, and a small KL term.
 
-L1 alone paints hair and freckles as their mean; `detail` weighs a term that asks for as much fine structure
-around each place as the film has, wherever its lines lie.
+With L1 alone, hair and freckles become their mean. `detail` weights a term that compares the local amount of
+fine structure with the film, independent of the exact position of its lines.
 
-The KL is taken in the released VAE's normalisation, so a stage that goes on after `set_latent_statistics`
-sees the same latents. Clips are random crops, mirrored half of the time; measurements are on whole
-held-out frames.
+The KL term uses the normalisation of the released VAE, so a stage that continues after
+`set_latent_statistics` sees the same latents. Clips are random crops, half of them mirrored; measurements use
+whole held-out frames.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ BISECTIONS = 6
 
 
 def to_pixels(frames: Tensor) -> Tensor:
-    """uint8 (N, T, 3, H, W) to (N, 3, T, H, W) in [-1, 1]."""
+    """Frames (N, 3, T, H, W) in [-1, 1] from uint8 (N, T, 3, H, W)."""
     return frames.transpose(1, 2).float() / 127.5 - 1
 
 
 def clips_of(studio: Studio, count: int, settings: VaeSettings) -> dict[str, Tensor]:
-    """New clips from a random place of their takes."""
+    """New clips from random positions in their takes."""
     start = int(torch.randint(settings.frames - settings.clip + 1, ()))
     film = studio.film(count, slice(start, start + settings.clip))
     return {"frames": film.frames, "mouth": film.mouth}
 
 
 def texture(pixels: Tensor) -> Tensor:
-    """(B, T, H/8, W/8): root mean square of the grey Laplacian in each 8x8 cell of clips (B, 3, T, H, W)."""
+    """Fine structure (B, T, H/8, W/8) of clips (B, 3, T, H, W): RMS of the grey Laplacian per 8x8 cell."""
     grey = pixels.mean(1)
     inner = 4 * grey[..., 1:-1, 1:-1]
     across = grey[..., 1:-1, :-2] + grey[..., 1:-1, 2:] + grey[..., :-2, 1:-1] + grey[..., 2:, 1:-1]
@@ -76,8 +76,11 @@ def vae_loss(
 
 @torch.no_grad()
 def fidelity(vae: WanVAE, frames: Tensor) -> dict[str, float]:
-    """Of reconstructions of uint8 (N, T, 3, H, W), means over clips. psnr: peak signal-to-noise ratio in dB.
-    texture: fine structure over the film's."""
+    """Means over the reconstructions of clips, uint8 (N, T, 3, H, W).
+
+    psnr: peak signal-to-noise ratio in dB.
+    texture: fine structure relative to the film.
+    """
     ratios, shares = [], []
     for clip in frames:
         pixels = to_pixels(clip[None])
@@ -88,8 +91,10 @@ def fidelity(vae: WanVAE, frames: Tensor) -> dict[str, float]:
 
 
 def learners(vae: WanVAE, from_layer: int) -> dict[str, nn.Module]:
-    """The parts of the decoder that learn, from a layer of its `upsamples` on; all of it for 0. The others
-    need no gradients from here on."""
+    """The trained parts of the decoder, from a layer of its `upsamples` on; 0 means the whole decoder.
+
+    Gradients of the other parts are disabled.
+    """
     if not from_layer:
         return {"conv2": vae.conv2, "decoder": vae.decoder}
     vae.requires_grad_(False)
@@ -101,12 +106,11 @@ def learners(vae: WanVAE, from_layer: int) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def blend(vae: WanVAE, start: dict[str, Tensor], frames: Tensor, cost: float) -> float:
-    """Take the weights back towards `start` until reconstructions of uint8 (N, T, 3, H, W) are at most `cost`
-    dB worse than those of `start`; returns the share of the way that is kept, 0 to 1.
+    """Interpolate the weights back towards `start` until PSNR is at most `cost` dB below that of `start`.
 
-    Texture that cannot be known costs PSNR, and each unit of it more than the last: between the two ends
-    lies most of the gain for little of the loss. Source: Wortsman et al. 2022 (WiSE-FT), weights
-    interpolated between a model and its fine-tuned self.
+    Returns the share of the trained weights that is kept, 0 to 1. Texture that latents do not determine costs
+    PSNR, and each further unit costs more than the previous one. Interpolated weights therefore keep most of
+    the gain for little loss. Source: Wortsman et al. 2022 (WiSE-FT).
     """
     end = {key: value.clone() for key, value in vae.state_dict().items()}
 
@@ -131,7 +135,7 @@ def blend(vae: WanVAE, start: dict[str, Tensor], frames: Tensor, cost: float) ->
 def examples(
     pool: Pool, settings: VaeSettings, single: bool, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Clips of the pool, or four times as many single frames of them."""
+    """Clips from the pool, or four times as many single frames."""
     clips = pool.draw(settings.batch * (4 if single else 1), generator)
     if not single:
         return clips
@@ -148,8 +152,10 @@ def train_vae(
     log: Log,
     seed: int,
 ) -> None:
-    """Train until the budget is over; leaves the averaged weights in `vae`, with unit latents if it is not
-    the decoder alone."""
+    """Train until the budget is over and leave the averaged weights in `vae`.
+
+    Unless only the decoder is trained, latents are normalised at the end.
+    """
     alone = isinstance(settings, DecoderSettings)
     name = "decoder" if alone else "vae"
     device = studio.device
@@ -199,7 +205,7 @@ def train_vae(
 
 @torch.no_grad()
 def unit_latents(vae: WanVAE, pool: Pool, batch: int, generator: torch.Generator, batches: int = 16) -> None:
-    """Give the latents of the pool's clips the released VAE's mean and deviation."""
+    """Give the latents of the clips in the pool the mean and deviation of the released VAE."""
     total = torch.zeros(2, 16, dtype=torch.float64)
     count = 0
     for _ in range(batches):

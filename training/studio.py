@@ -1,4 +1,4 @@
-"""Films takes: each gets a person of its own, and comes out as frames with all that is known about them.
+"""Films takes: each take is played by a different person and becomes frames with their ground truth.
 
 Shapes: N clips, T frames, S = 640 (T-1) samples, H W pixels.
 """
@@ -24,8 +24,16 @@ HELD_OUT_SEEDS = 100_000
 
 @dataclass(frozen=True, eq=False)
 class Film:
-    """N clips. frames: uint8 (N, T, 3, H, W). mouth: (N, T, 2) pixels, x and y. opening: (N, T), see
-    `Head.mouth_opening`. sound: (N, S) float32 around +-1. phones: (N, T). shape: (N, T, A). prompts: N."""
+    """N filmed clips.
+
+    frames: uint8 (N, T, 3, H, W).
+    mouth: (N, T, 2), x and y in pixels.
+    opening: (N, T), see `Head.mouth_opening`.
+    sound: (N, S) float32 of about +-1.
+    phones: (N, T).
+    shape: (N, T, A).
+    prompts: N texts.
+    """
 
     frames: Tensor
     mouth: Tensor
@@ -37,7 +45,7 @@ class Film:
 
     @classmethod
     def join(cls, films: list[Film]) -> Film:
-        """Clips of several films of one length."""
+        """The clips of several films of equal length in one film."""
         joined = {
             field.name: torch.cat([getattr(film, field.name) for film in films])
             for field in fields(cls)
@@ -47,8 +55,10 @@ class Film:
 
 
 class Studio:
-    """A renderer and a supply of takes. Looks and takes below HELD_OUT_SEEDS are for measuring, never for
-    training."""
+    """A renderer and a supply of takes.
+
+    Looks and takes with seeds below HELD_OUT_SEEDS are for measurements, never for training.
+    """
 
     def __init__(self, takes: Iterator[Take], first_seed: int, device: torch.device) -> None:
         self.head = Head(device)
@@ -56,25 +66,25 @@ class Studio:
         self.takes, self.seed, self.device = takes, first_seed, device
 
     def film(self, count: int, frames: slice | None = None) -> Film:
-        """The next `count` takes, each by another person; `frames` keeps a part of each take's frames."""
+        """Film the next `count` takes, each with another person; `frames` keeps only a part of each take."""
         return self.film_takes(*self.cast(count), frames)
 
     def cast(self, count: int) -> tuple[list[Take], int]:
-        """The next `count` takes, and the seed of the people who play them."""
+        """The next `count` takes, and the seed of the people in them."""
         seed = self.seed
         self.seed += count
         return [next(self.takes) for _ in range(count)], seed
 
     def film_takes(self, takes: list[Take], seed: int, frames: slice | None = None) -> Film:
-        """Given takes with people drawn from `seed`."""
+        """Film these takes with people drawn from `seed`."""
         return self.film_people(takes, self.people(len(takes), seed), frames)
 
     def people(self, count: int, seed: int) -> Looks:
-        """`count` people drawn from `seed`."""
+        """The looks of `count` people drawn from `seed`."""
         return draw_looks(self.head, count, seed, SIZE)
 
     def film_people(self, takes: list[Take], looks: Looks, frames: slice | None = None) -> Film:
-        """Given takes, each with its person of `looks`."""
+        """Film these takes, each with its person in `looks`."""
         kept = frames or slice(None)
         tracks = [{name: track[kept] for name, track in take.tracks.items()} for take in takes]
         performance = gather(tracks, self.device)
@@ -100,7 +110,7 @@ class Studio:
 
 
 def still(take: Take) -> Take:
-    """The same take without head motion, sway and gaze: for measuring the mouth where it is known to be."""
+    """The take without head motion, sway and gaze, to measure the mouth at a known position."""
     calm = {
         name: track * 0 if name in ("head", "sway", "gaze") else track for name, track in take.tracks.items()
     }
@@ -110,8 +120,13 @@ def still(take: Take) -> Take:
 def mouth_weight(
     mouth: Tensor, size: tuple[int, int], scale: float, strength: float, spread: float
 ) -> Tensor:
-    """(..., H, W): 1 plus a bump of `strength` around mouths (..., 2) given in pixels; `scale` is grid
-    cells a pixel, `spread` the bump's radius in pixels."""
+    """Weights (..., H, W): 1 plus a bump around each mouth.
+
+    mouths: (..., 2) in pixels.
+    scale: grid cells per pixel.
+    strength: height of the bump.
+    spread: radius of the bump in pixels.
+    """
     rows = (torch.arange(size[0], device=mouth.device) + 0.5) / scale
     columns = (torch.arange(size[1], device=mouth.device) + 0.5) / scale
     away_x = (columns - mouth[..., :1]) / (1.3 * spread)

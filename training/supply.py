@@ -1,4 +1,4 @@
-"""New clips made beside the training: a thread, on CUDA with a stream of its own."""
+"""Makes new clips during training, in a thread; on CUDA it uses its own stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Clips = dict[str, Tensor]
 
 
 class Supply:
-    """Calls `make(count)` in a thread, one ahead of what is taken; a context that ends the thread."""
+    """Calls `make(count)` in a thread, one call ahead; a context manager that ends the thread."""
 
     def __init__(self, make: Callable[[int], Clips], count: int, device: torch.device) -> None:
         self._make, self._count, self._cuda = make, count, device.type == "cuda"
@@ -62,7 +62,7 @@ class Supply:
                 continue
 
     def take(self) -> Clips | None:
-        """Clips if some are ready, for use on the current stream. Raises what making them raised."""
+        """New clips for the current stream if they are ready, else None. Raises an error of `make`."""
         try:
             made = self._ready.get_nowait()
         except queue.Empty:

@@ -1,10 +1,11 @@
-"""Takes: a stretch of sound with the face that speaks it, everything but the pixels; made on CPU cores.
+"""Takes: a piece of sound with the motion of the face that speaks it, without pixels; made on CPU cores.
 
-A take begins with a short silence, then speech of one voice with pauses, some of it entered in the middle
-of a sentence; speed and pitch vary together. A few takes hold no speech but hum, noise or chords, with the
-mouth at rest, so that the model learns what not to say. A take depends on its seed and the speech alone.
+A take begins with a short silence, followed by speech of one voice with pauses; some takes start in the
+middle of a sentence. Speed and pitch vary together. A few takes have hum, noise or chords instead of speech,
+with the mouth at rest, so that the model learns not to react to them. A take depends only on its seed and the
+speech.
 
-Shapes: T video frames (frame 0 the portrait), 640 samples a frame from frame 1 on.
+Shapes: T video frames (frame 0 is the portrait), 640 samples per frame from frame 1 on.
 """
 
 from __future__ import annotations
@@ -28,8 +29,13 @@ NO_SPEECH_ODDS = 0.05
 
 @dataclass(frozen=True, eq=False)
 class Take:
-    """sound: ((T-1)*640,) int16. phones: (T,) index in PHONES. shape: (T, A) articulators. tracks: of
-    `perform`."""
+    """One take.
+
+    sound: ((T-1)*640,) int16.
+    phones: (T,), index in PHONES.
+    shape: (T, A), articulators.
+    tracks: from `perform`.
+    """
 
     sound: np.ndarray
     phones: np.ndarray
@@ -39,7 +45,10 @@ class Take:
 
 
 def make_take(speech: SpeechSet, names: list[str], frames: int, seed: int) -> Take:
-    """The take of `frames` video frames that `seed` stands for. names: the ARKit shapes, in order."""
+    """The take with this `seed`, of `frames` video frames.
+
+    names: the ARKit shapes, in order.
+    """
     rng = np.random.default_rng((seed, 77))
     total = (frames - 1) * SAMPLES_A_FRAME
     if rng.random() < NO_SPEECH_ODDS:
@@ -86,7 +95,7 @@ def _speak(speech: SpeechSet, rng: np.random.Generator, total: int) -> tuple[np.
 
 
 def no_speech(rng: np.random.Generator, total: int) -> np.ndarray:
-    """Silence with a hiss, a hum, coloured noise or a few chords."""
+    """Sound without speech: hiss, hum, coloured noise or a few chords."""
     time = np.arange(total) / SAMPLE_RATE
     kind = rng.integers(3)
     if kind == 0:
@@ -120,14 +129,14 @@ def _work(folder: Path, names: list[str], frames: int, seeds: list[int]) -> list
 
 
 class TakeFactory:
-    """Takes in the order of their seeds, made ahead by `workers` processes from the speech in `folder`."""
+    """Takes in the order of their seeds; `workers` processes make them ahead from the speech in `folder`."""
 
     def __init__(self, folder: Path, names: list[str], workers: int) -> None:
         self.folder, self.names, self.workers = folder, names, workers
         self.pool = ProcessPoolExecutor(workers, get_context("spawn"))
 
     def stream(self, frames: int, first_seed: int, chunk: int = 8) -> Iterator[Take]:
-        """Takes first_seed, first_seed + 1, ... without end; at most `2 * workers` chunks lie ready."""
+        """Takes first_seed, first_seed + 1, ... without end; at most `2 * workers` chunks are made ahead."""
         waiting = []
         seed = first_seed
         while True:

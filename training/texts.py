@@ -1,7 +1,7 @@
-"""Sentences to be spoken: a small grammar over word lists, so that training never runs out of new ones.
+"""Random sentences for the synthesisers, from a small grammar over word lists.
 
-Every word and pattern here was written for this project. All phones of English occur; numbers, names,
-questions and short answers vary rhythm and length.
+The words and patterns were written for this project. All phones of English occur; numbers, names, questions
+and short answers vary rhythm and length.
 """
 
 from __future__ import annotations

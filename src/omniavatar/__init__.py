@@ -1,4 +1,4 @@
-"""OmniAvatar, fast: one portrait and one voice become a talking-avatar video of any length.
+"""OmniAvatar inference: a portrait and a voice become a talking-head video of any length.
 
     from omniavatar import AvatarPipeline, AvatarRequest
 
@@ -6,7 +6,7 @@
     request = AvatarRequest(prompt="...", image="face.jpg", audio="speech.mp3")
     pipe.generate(request, "out.mp4")
 
-Names are imported when first used, so `import omniavatar` is quick and does not load torch.
+Names are imported at first use, so `import omniavatar` does not load torch.
 """
 
 from __future__ import annotations

@@ -197,6 +197,13 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that a configuration calls bf16, fp16 or fp32."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
 def device_name(device: torch.device) -> str:
     """Name of the device for users: the GPU's model, or cpu."""
     import torch

@@ -1,12 +1,12 @@
-"""Errors a user can act on: one clear line each, with an exit code for the command line.
+"""Errors that a user can fix, each with an exit code for the command line.
 
-Every message names the file or field at fault and what to do about it. Anything that is not an
-`OmniAvatarError` is a bug of ours and keeps its traceback.
+Every message is one line that names the file or field at fault and what to do about it. Any other exception
+is a bug in this program and keeps its traceback.
 """
 
 
 class OmniAvatarError(Exception):
-    """Base of every error that is the user's to fix; `exit_code` is what the command line returns."""
+    """Base class of errors that the user can fix; the command line returns `exit_code`."""
 
     exit_code = 1
 
@@ -30,18 +30,18 @@ class CheckpointError(OmniAvatarError):
 
 
 class OutputError(OmniAvatarError):
-    """The result cannot be written: folder not writable, disk full. Finished windows stay on disk."""
+    """The result cannot be written: the folder is read-only or the disk full. Finished windows are kept."""
 
     exit_code = 5
 
 
 class ResumeError(OmniAvatarError):
-    """Unfinished work lies on disk that was made with another configuration or other inputs."""
+    """Unfinished work on disk was made with another configuration or other inputs."""
 
     exit_code = 6
 
 
 class ResourceError(OmniAvatarError):
-    """The machine lacks what the run needs: device, memory, an optional package."""
+    """The machine lacks a device, memory or an optional package that the run needs."""
 
     exit_code = 7

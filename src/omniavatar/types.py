@@ -1,4 +1,4 @@
-"""The frozen values that pass between the parts of the package.
+"""Frozen values that the rooms of the package pass to each other.
 
 Shape letters: B batch, N video frames, T latent frames, H W pixels, h w latent pixels, D audio width.
 """
@@ -29,7 +29,7 @@ def bytes_text(count: float) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Waveform:
-    """Audio already in memory: `samples` (samples,) or (samples, channels) float in [-1, 1], rate in Hz."""
+    """Audio in memory: `samples` (samples,) or (samples, channels), float in [-1, 1]; sample rate in Hz."""
 
     samples: np.ndarray
     sample_rate: int
@@ -37,7 +37,7 @@ class Waveform:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """The sampling values that a request may change; None takes the pipeline's configured value."""
+    """Sampling values of one request; `None` means the configured value."""
 
     seed: int | None = None
     num_steps: int | None = None
@@ -53,9 +53,10 @@ class SamplingParams:
 
 @dataclass(frozen=True, eq=False)
 class AvatarRequest:
-    """One portrait, one voice, one prompt. Without `audio` the video is silent, `seq_len` frames long.
+    """One video to make. Without `audio` it is silent and `seq_len` frames long.
 
-    image: path, PIL image, or array (H, W, 3 or 4) uint8. audio: path or `Waveform`.
+    image: path, PIL image, or array (H, W, 3 or 4) uint8.
+    audio: path or `Waveform`.
     """
 
     prompt: str
@@ -66,11 +67,12 @@ class AvatarRequest:
 
 @dataclass(frozen=True)
 class Window:
-    """One denoising window of a long video, in video frames; the portrait is frame 0 of the video.
+    """One denoising window of a video, counted in video frames; frame 0 of the video is the portrait.
 
-    start: video frame of the window's first frame. length: frames of the window (1+4n).
-    given_frames: leading frames already known (1 in window 0, the overlap later).
-    new_frames: frames this window adds to the video after the cut at its end.
+    start: video frame of the window's first frame.
+    length: frames of the window (1+4n).
+    given_frames: leading frames that are known already (1 in window 0, later the overlap).
+    new_frames: frames the window adds to the video; the last window is cut at the video's end.
     """
 
     index: int
@@ -89,15 +91,15 @@ class Window:
 
     @property
     def first_new_frame(self) -> int:
-        """Video frame of the first frame this window adds (window 0 adds the portrait frame too)."""
+        """Video frame of the first frame the window adds (window 0 also adds the portrait frame)."""
         return self.start if self.index == 0 else self.start + self.given_frames
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """For each step: run the blocks (True) or reuse the last residual (False). Known before step 0.
+    """For each step, whether to run the blocks (True) or reuse the last residual (False).
 
-    source: where its constants come from; empty without a step cache.
+    source: where the constants of the step cache come from; empty without a step cache.
     """
 
     compute: tuple[bool, ...]
@@ -111,16 +113,17 @@ class StepPlan:
 
     @property
     def pattern(self) -> str:
-        """One letter a step: C computed, s skipped."""
+        """One letter per step: C computed, s skipped."""
         return "".join("C" if c else "s" for c in self.compute)
 
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """All conditioning of a request, made once before the first window.
+    """The model inputs of a request, made once before the first window.
 
-    text_positive, text_negative: (1, 512, text_dim). reference_latent: (1, 16, 1, h, w) normalised.
-    audio: (frames, D) float32 array-like (usually memory-mapped) or None for a silent video.
+    text_positive, text_negative: (1, 512, text_dim).
+    reference_latent: (1, 16, 1, h, w), normalised.
+    audio: (frames, D) float32 array, usually memory-mapped; None for a silent video.
     """
 
     text_positive: torch.Tensor
@@ -131,7 +134,7 @@ class Conditioning:
 
 @dataclass(frozen=True, eq=False)
 class VideoChunk:
-    """Finished frames: `frames` (N, H, W, 3) uint8 RGB, the first of them video frame `start`."""
+    """Finished frames: `frames` is (N, H, W, 3) uint8 RGB; the first one is video frame `start`."""
 
     frames: np.ndarray
     start: int
@@ -149,7 +152,7 @@ class VideoChunk:
 
 @dataclass(frozen=True)
 class RunResult:
-    """The result of one `generate`. sidecar: the JSON file beside the video."""
+    """Result of one `generate` call. `sidecar` is the path of the JSON file beside the video."""
 
     output: Path
     sidecar: Path
@@ -160,12 +163,12 @@ class RunResult:
 
 
 class Recorder(Protocol):
-    """Receives a run's reports: timings of named stages, and events for progress and logs."""
+    """Receives the timings of named stages, and events for progress and logs."""
 
     def stage(self, name: str) -> AbstractContextManager[None]:
-        """Time a named stage (stages nest; times of a repeated name add up)."""
+        """Time a named stage. Stages nest; times of a repeated name add up."""
         ...
 
     def event(self, name: str, /, **fields: Any) -> None:
-        """Report `name` with JSON-able fields."""
+        """Report the event `name` with fields that JSON can hold."""
         ...

@@ -1,4 +1,4 @@
-"""How recordings are compared, and the models they describe."""
+"""Compares recordings, and builds the models they describe."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import json
 import torch
 
 from omniavatar.accel.attention.registry import create_attention
-from omniavatar.model.dit import DiTConfig, WanDiT
-from omniavatar.model.vae import VAEConfig, WanVAE
+from omniavatar.model.dit import WanDiT
+from omniavatar.model.sizes import DiTConfig, VAEConfig
+from omniavatar.model.vae import WanVAE
 
 
 def relative_error(value: torch.Tensor, recorded: torch.Tensor) -> float:
-    """Largest difference over the recording's largest value; shapes must be equal."""
+    """Largest difference divided by the largest value of the recording; shapes must be equal."""
     assert value.shape == recorded.shape
     return ((value.float() - recorded.float()).abs().max() / recorded.abs().max()).item()
 
 
 def under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Tensors whose key starts with `prefix`, with the prefix taken off."""
+    """Tensors whose key starts with `prefix`, without the prefix."""
     return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
 
 

@@ -1,7 +1,7 @@
 """The `golden` fixture: recordings of the original code, read from a folder outside the repository.
 
-The folder is named by the environment variable OMNIAVATAR_GOLDEN, else `../shared/golden` beside the
-repository. Where neither exists, every test that asks for the fixture is skipped and says so.
+The environment variable OMNIAVATAR_GOLDEN gives the folder; the default is `../shared/golden` beside the
+repository. If the folder does not exist, every test that uses the fixture is skipped with a message.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Golden:
-    """Reads recordings; calling it with a file name gives (tensors, metadata)."""
+    """Reads recordings; a call with a file name returns (tensors, metadata)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def path(self, name: str) -> Path:
-        """Path of the recording `name`; fails the test when the folder lacks it."""
+        """Path of the recording `name`; fails the test if the folder does not have it."""
         path = self.folder / name
         if not path.is_file():
             pytest.fail(f"{self.folder} has no recording {name}")
         return path
 
     def __call__(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Tensors of a safetensors recording (16-bit floats brought to float32) and its metadata."""
+        """Tensors of a safetensors recording (16-bit floats converted to float32) and its metadata."""
         tensors: dict[str, torch.Tensor] = {}
         with safe_open(self.path(name), framework="pt") as recording:
             metadata = dict(recording.metadata() or {})

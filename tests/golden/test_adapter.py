@@ -1,4 +1,4 @@
-"""OmniAvatar's adapter merged into its base gives the recorded output; recordings have the official names."""
+"""OmniAvatar's adapter merged into its base gives the recorded output; keys have the official names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from compare import dit_config, relative_error, under
 from safetensors.torch import save_file
 
 from omniavatar.accel.attention.registry import create_attention
-from omniavatar.checkpoint.dit import DiTFiles, inspect_dit, load_dit
+from omniavatar.checkpoint.dit import DiTFiles, load_dit
+from omniavatar.checkpoint.dit_sizes import inspect_dit
 from omniavatar.checkpoint.layout import (
     TextSpec,
     Wav2VecSpec,
@@ -23,13 +24,13 @@ from omniavatar.checkpoint.layout import (
 from omniavatar.checkpoint.layout_vae import vae_tensors
 from omniavatar.checkpoint.vae import inspect_vae
 from omniavatar.encoders.audio import library_key
-from omniavatar.model.vae import VAEConfig
+from omniavatar.model.sizes import VAEConfig
 
 ATTENTION = create_attention("sdpa", torch.device("cpu"), torch.float32)[1]
 
 
 def write(golden, folder: Path, *, default: bool = True, alpha: float | None = None) -> tuple[Path, Path]:
-    """The recording as a user has it: base as safetensors, adapter as pytorch_model.pt and config.json."""
+    """The recording as user files: base as safetensors, adapter as pytorch_model.pt and config.json."""
     tensors, metadata = golden("adapter.safetensors")
     adapter = under(tensors, "adapter.")
     if not default:

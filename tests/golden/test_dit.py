@@ -23,7 +23,7 @@ def test_every_case(golden):
 
 
 def test_audio_matters(golden):
-    """The comparison above could not pass with the audio left out."""
+    """Without audio, the comparison above fails."""
     tensors, metadata = golden("dit.safetensors")
     assert relative_error(tensors["case0.output_silent"], tensors["case0.output"]) > 1e-3
     dit = build_dit(metadata, under(tensors, "weights."))

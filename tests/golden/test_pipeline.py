@@ -30,7 +30,7 @@ def recording(golden):
 
 
 def audio_rows(metadata, count):
-    """Rows 0..count-1 of the recorded recipe: numpy's stream, so fewer rows are its beginning."""
+    """Rows 0..count-1 of the recorded recipe; fewer rows are the beginning of numpy's stream."""
     shape = [
         int(n)
         for n in re.search(r"standard_normal\(\(([\d, ]+)\)\)", metadata["audio_embedding"])[1].split(",")

@@ -5,7 +5,7 @@ from omniavatar.sampling.step_cache import relative_changes, teacache_plan
 
 
 def test_every_recorded_decision(golden):
-    """Without the guard (the original has none), each skip decision is the recorded one."""
+    """Without the guard, which the original code does not have, every skip decision equals the recording."""
     tensors, metadata = golden("teacache.safetensors")
     recorded = json.loads(metadata["skip"])
     assert recorded

@@ -1,4 +1,4 @@
-"""`omniavatar batch` on GPUs: the nano model, every GPU there is, each worker on its own device."""
+"""`omniavatar batch` on GPUs: the nano model, every available GPU, each worker on its own device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`omniavatar calibrate` on CUDA: the figures of the CPU, and plans that do what the verification says."""
+"""`omniavatar calibrate` on CUDA: the numbers of the CPU, and plans that match the verification."""
 
 from __future__ import annotations
 

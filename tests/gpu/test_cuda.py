@@ -33,7 +33,7 @@ def relative_l2(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def nano(device: str, dtype: torch.dtype, backend: str = "math"):
-    """The same weights on any device: made on the CPU in float32."""
+    """Weights that are equal on every device, made on the CPU in float32."""
     _, attention = create_attention(backend, torch.device(device), dtype)
     spec = scale_spec("nano")
     dit = random_dit(spec.dit, attention=attention, dtype=torch.float32, device="cpu", seed=0)

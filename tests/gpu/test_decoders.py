@@ -9,8 +9,8 @@ from omniavatar.accel.decoder import apply_decoder
 from omniavatar.accel.vae import FastVAEConfig, apply_fast_vae
 from omniavatar.checkpoint.tiny_decoder import light_vae_config, random_tiny_decoder
 from omniavatar.checkpoint.vae import random_vae
+from omniavatar.model.sizes import VAEConfig
 from omniavatar.model.tiny_decoder import TinyDecoder, TinyDecoderConfig
-from omniavatar.model.vae import VAEConfig
 
 pytestmark = pytest.mark.gpu
 
@@ -35,7 +35,7 @@ def relative_l2(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
 @pytest.mark.parametrize("at_once", [1, 2, 4])
 def test_taehv_of_released_sizes(dtype, limit, at_once):
-    """The last bias puts random pixels into the middle of their range, so that most are not clamped."""
+    """The last bias moves random pixels to the middle of their range, so that few are clamped."""
     exact = random_tiny_decoder(TinyDecoderConfig(), dtype=torch.float32, device="cpu", seed=0)
     exact.decoder[22].bias.data.fill_(0.5)
     fast = TinyDecoder(TinyDecoderConfig(latents_at_once=at_once)).requires_grad_(False)

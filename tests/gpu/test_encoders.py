@@ -1,4 +1,4 @@
-"""Encoders on CUDA: the same features as on the CPU (no TF32), and embeddings that are finite."""
+"""Encoders on CUDA: features equal to the CPU's (no TF32), and finite embeddings."""
 
 from __future__ import annotations
 

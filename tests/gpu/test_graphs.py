@@ -1,4 +1,4 @@
-"""On GPUs: captured blocks and heads that travel by direct copies give the bits of the plain ways."""
+"""On GPUs: captured blocks and direct copies of heads are bit-identical to plain execution."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.model.dit import WanDiT
 from omniavatar.parallel.rank_layout import Layout
-from omniavatar.parallel.team import Ranks
+from omniavatar.parallel.ranks import Ranks
 from ranks import RankPool
 
 pytestmark = pytest.mark.gpu
@@ -47,7 +47,7 @@ def arguments(dit: WanDiT, seed: int, frames: int, heard: bool = True) -> tuple[
 
 def backend_or_skip(attention: str) -> None:
     if attention not in ("auto", *ATTENTION.available(torch.device("cuda", 0))):
-        pytest.skip("FlashAttention-3 is not here")
+        pytest.skip("FlashAttention-3 is not available")
 
 
 @pytest.mark.parametrize(("attention", "quantize"), [("auto", "none"), ("fa3_fp8", "fp8")])
@@ -73,7 +73,7 @@ def test_a_captured_forward_is_the_forward(attention: str, quantize: str) -> Non
 
 
 def forwards_on_gpus(team: Ranks, attention: str, quantize: str, heads: int) -> tuple[list[Tensor], ...]:
-    """By collectives, by direct copies, by direct copies captured; of growing sizes, twice over."""
+    """Outputs with collectives, direct copies and captured direct copies, for growing sizes, twice each."""
     device = torch.device("cuda", team.rank)
     results = []
     for exchange, captured in (("collective", False), ("direct", False), ("direct", True)):

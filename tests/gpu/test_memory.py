@@ -26,7 +26,7 @@ pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
 VARIANTS = [AccelConfig(), AccelConfig(fuse=True), AccelConfig("fp8", True)]
 LATE = 20_000_000
-"""Clock cycles a stream is held up, about 10 ms: far longer than a copy or a block here takes."""
+"""Clock cycles that delay a stream by about 10 ms, much longer than a copy or a block in these tests."""
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ def inputs(dit, grid=(5, 24, 32)):
 
 
 class LateStreams(StreamCopies):
-    """Copies begin late, or computations end late: results must not depend on it."""
+    """Delays the start of copies or the end of computations; results must not depend on it."""
 
     def __init__(self, late: str) -> None:
         super().__init__(CUDA)
@@ -130,7 +130,7 @@ def test_more_blocks_go_later_and_leave_the_device():
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_weights_made_for_streaming_are_the_same(variant):
-    """Streamed blocks go to host memory while the model is made; the numbers do not change."""
+    """Streamed blocks move to host memory while the model is made; its weights do not change."""
 
     def home(key: str) -> torch.device:
         return torch.device("cpu") if key.startswith(("blocks.1.", "blocks.4.")) else CUDA
@@ -173,7 +173,7 @@ def test_estimate_covers_a_forward_and_is_not_far_off(variant):
 
 
 def pipeline(**changes):
-    """The 1.3B with random weights and small frames; its text embeddings are given, not computed."""
+    """The 1.3B with random weights, small frames and given text embeddings."""
     values = {
         "weights": "random",
         "scale": "1.3B",

@@ -1,4 +1,4 @@
-"""On CUDA nothing between two windows makes the host wait, and running ahead changes no byte."""
+"""On CUDA nothing between two windows makes the host wait, and queueing ahead changes no byte."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pipeline(request, nano_checkpoint, tmp_path_factory):
 
 
 def test_the_windows_queue_without_a_synchronising_call(pipeline, monkeypatch):
-    """The first window may wait (kernels are compiled, memory is taken); the others may not."""
+    """The first window may wait (it compiles kernels and allocates memory); the others must not."""
     results = []
     run = WindowGenerator.run
 

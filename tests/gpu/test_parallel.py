@@ -1,4 +1,4 @@
-"""One video on several ranks: kernels on a rank's share, weights gathered by NCCL, two real GPUs."""
+"""One video on several ranks: kernels on the share of a rank, weights gathered by NCCL, two real GPUs."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.model.dit import WanDiT
-from omniavatar.model.vae import VAEConfig, VideoVAE
+from omniavatar.model.sizes import VAEConfig
+from omniavatar.model.vae import VideoVAE
 from omniavatar.parallel.exchange import CollectiveHeads, CollectiveRows
 from omniavatar.parallel.peers import Peers
 from omniavatar.parallel.picture_rows import PictureRows
 from omniavatar.parallel.rank_layout import Layout
+from omniavatar.parallel.ranks import Ranks
 from omniavatar.parallel.sequence import SequenceParallel
-from omniavatar.parallel.team import Ranks
 from omniavatar.parallel.vae import apply_shared_vae
 from omniavatar.parallel.weights import apply_shared_weights
 from rank_commands import FAULTS, check_fault, generate_command
@@ -107,7 +108,7 @@ def shared_forward(
 def test_kernels_on_a_ranks_tokens(size: int, attention: str, quantize: str) -> None:
     device = torch.device("cuda", 0)
     if attention not in ("auto", *ATTENTION.available(device)):
-        pytest.skip("FlashAttention-3 is not here")
+        pytest.skip("FlashAttention-3 is not available")
     alone, found = shared_forward(device, size, attention, quantize)
     for each in found:
         assert torch.equal(each, found[0])
@@ -176,7 +177,7 @@ def test_the_vae_on_a_ranks_rows(
 
 
 def coded_on_gpu(team: Ranks, exchange: Any) -> tuple[Tensor, Tensor]:
-    """The second time no call may make the host wait."""
+    """In the second run no call may make the host wait."""
     team.arrange(Layout(1, team.size, 12), exchange)
     device = torch.device("cuda", team.rank)
     pixels, latents, vae = coded(device, torch.bfloat16, team.picture_rows)
@@ -238,7 +239,7 @@ def test_two_gpus_make_the_video_of_one(shares: str, nano_checkpoint: Path, tmp_
 def test_a_gpu_that_fails_in_a_forward_ends_the_run(
     fault: str, nano_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """The other GPU waits in a kernel for what the failing one was to write."""
+    """The other GPU waits in a kernel for data from the failing one."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     check_fault(fault, generate_command(nano_checkpoint, tmp_path, device="auto"), tmp_path)

@@ -1,5 +1,4 @@
-"""The training code on CUDA against the CPU: renderer, mixed-precision steps of each stage, compiled
-blocks."""
+"""The training code on CUDA against the CPU: renderer, mixed-precision steps, compiled blocks."""
 
 import copy
 from pathlib import Path

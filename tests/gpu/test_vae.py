@@ -12,7 +12,7 @@ from omniavatar.accel.vae import FastVAEConfig, apply_fast_vae
 from omniavatar.accel.vae_frames import fused_attention, matmul_attention
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.engine.window_loop import to_uint8
-from omniavatar.model.vae import VAEConfig
+from omniavatar.model.sizes import VAEConfig
 
 pytestmark = pytest.mark.gpu
 

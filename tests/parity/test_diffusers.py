@@ -11,8 +11,9 @@ from diffusers.loaders.single_file_utils import (
 )
 
 from omniavatar.accel.attention.registry import create_attention
-from omniavatar.model.dit import DiTConfig, WanDiT
-from omniavatar.model.vae import LATENT_MEAN, LATENT_STD, VAEConfig, WanVAE
+from omniavatar.model.dit import WanDiT
+from omniavatar.model.sizes import DiTConfig, VAEConfig
+from omniavatar.model.vae import LATENT_MEAN, LATENT_STD, WanVAE
 
 TOLERANCE = 1e-5
 

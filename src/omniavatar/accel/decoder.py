@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from omniavatar.checkpoint.layout import Shape
-    from omniavatar.model.vae import VAEConfig, VideoDecoder, VideoVAE, WanVAE
+    from omniavatar.model.sizes import VAEConfig
+    from omniavatar.model.vae import VideoDecoder, VideoVAE, WanVAE
 
 
 @dataclass(frozen=True)

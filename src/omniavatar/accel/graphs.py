@@ -23,13 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omniavatar.model.dit import DiTConfig, RunBlocks
+from omniavatar.model.dit import RunBlocks
 from omniavatar.model.layers import BlockInputs, TokenAudio
 from omniavatar.model.rope import RopeTable
 
-SMALL_BLOCK = 2.4e12
-"""Up to this many floating-point operations (4 ms at 600 TFLOP/s) a block takes less time than its launches.
-On slower devices such a block takes longer, and a graph neither gains nor costs time."""
 FORWARDS_FIRST = 4
 """Forwards of a shape before it is captured. A capture gains time after about ten forwards; the last window
 of a few-step video has a shape that occurs once and only four."""
@@ -37,13 +34,6 @@ MOST = 4
 """Captured shapes that are kept; a video has two: its windows, and its last window."""
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
-
-
-def launches_show(config: DiTConfig, tokens: int, ranks: int = 1) -> bool:
-    """Whether a block on `tokens` tokens, shared by `ranks`, computes faster than the host launches it."""
-    own, width = tokens / ranks, config.dim
-    products = 2 * own * width * (6 * width + 2 * config.ffn_dim)
-    return products + 4 * own * tokens * width < SMALL_BLOCK
 
 
 class CudaCapture:

@@ -77,3 +77,11 @@ def best_quantize(device: torch.device) -> str | None:
     """The form that a GPU runs faster than bf16: fp8, else int8, else None. None for a CPU."""
     best = PRECISIONS.choose(device)
     return None if best is None else best.name
+
+
+QUANTIZED = (
+    *(f"self_attn.{name}" for name in "qkvo"),
+    *(f"cross_attn.{name}" for name in "qo"),
+    "ffn.0",
+    "ffn.2",
+)

@@ -22,16 +22,9 @@ from torch import Tensor, nn
 
 from omniavatar.accel.kernels.rows import FusedOps, QuantRows, Rows, quantize_rows
 from omniavatar.accel.kernels.scaled import scaled_linear
-from omniavatar.accel.precision import PRECISIONS, check_quantize
+from omniavatar.accel.precision import PRECISIONS, QUANTIZED, check_quantize
 from omniavatar.checkpoint.strict import TensorSource
 from omniavatar.model.dit import WanDiT
-
-QUANTIZED = (
-    *(f"self_attn.{name}" for name in "qkvo"),
-    *(f"cross_attn.{name}" for name in "qo"),
-    "ffn.0",
-    "ffn.2",
-)
 
 
 class QuantLinear(nn.Module):

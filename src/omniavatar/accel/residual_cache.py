@@ -10,13 +10,15 @@ Source: TeaCache (arXiv 2411.19108), MagCache (arXiv 2506.09045).
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from omniavatar.model.dit import RunBlocks
-from omniavatar.model.layers import BlockInputs
 from omniavatar.sampling.passes import Pass
+
+if TYPE_CHECKING:
+    from omniavatar.model.dit import RunBlocks
+    from omniavatar.model.layers import BlockInputs
 
 
 class PassRunner(Protocol):

@@ -31,6 +31,7 @@ from torch import Tensor
 from omniavatar.accel.kernels import channel_norm
 from omniavatar.accel.kernels.channel_norm import AddNorm
 from omniavatar.accel.vae_frames import Clip, FrameLayers, SharedRows, pointwise
+from omniavatar.accel.vae_runners import frames_of_pass
 from omniavatar.model.vae import Decoder, Encoder, WanVAE, denormalise, normalise
 
 Kernels = Literal["eager", "triton"]
@@ -61,11 +62,6 @@ class FastVAEConfig:
     """Latents in a decoding pass after the first one."""
     frames_at_once: int = 12
     """Frames in an encoding pass after the first one, a multiple of 4."""
-
-
-def frames_of_pass(latents: int) -> int:
-    """Frames that are encoded at once if `latents` latents are decoded at once."""
-    return 8 * latents - 4
 
 
 def coding_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -80,3 +80,8 @@ def create_vae(chosen: str, vae: WanVAE, device: torch.device) -> VideoVAE:
     """The VAE around loaded weights. chosen: a name from `choose_vae`."""
     runner: VideoVAE = VAES.get(chosen).create(vae, device)
     return runner
+
+
+def frames_of_pass(latents: int) -> int:
+    """Frames that are encoded at once if `latents` latents are decoded at once."""
+    return 8 * latents - 4

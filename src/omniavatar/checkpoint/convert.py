@@ -1,8 +1,8 @@
-"""One merged file of a DiT in the form it runs in: base, adapter and LoRAs summed, float8 where asked.
+"""Writes a DiT as one merged file: base, adapter and LoRAs summed, optionally quantised.
 
-Loading it needs no merge, no float32 copy and, in float8, a quarter of the base's bytes. Tensors keep their
-names; a float8 weight has its scales beside it (`<name>_scale`, one a row). The header says the form, the
-number of heads, and what the file was made from. Tensors are made and written one at a time.
+Loading that file needs no merge and no float32 copy, and with float8 only a quarter of the base's bytes.
+Tensors keep their names; the scales of a float8 weight are stored as `<name>_scale`, one per row. The header
+holds the form, the number of heads, and the source files. Tensors are computed and written one at a time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from omniavatar.checkpoint.dit import FORM_KEY, HEADS_KEY, DiTWeights
+from omniavatar.checkpoint.dit import FORM_KEY, DiTWeights
+from omniavatar.checkpoint.dit_sizes import HEADS_KEY
 from omniavatar.checkpoint.layout import TensorEntry
 from omniavatar.checkpoint.strict import check_sources
 from omniavatar.checkpoint.synthetic import require_space
@@ -28,14 +29,19 @@ def convert_dit(
     made_from: dict[str, object],
     progress: Progress | None = None,
 ) -> int:
-    """Write `weights` to `out` (.safetensors), which appears when it is whole. Returns its tensors' bytes.
+    """Write `weights` to `out` (.safetensors) and return the bytes of its tensors.
 
-    form: name of the weights' form, None for plain ones. made_from: JSON-able, kept in the header.
-    progress: called with (bytes written, bytes in all). Raises CheckpointError for weights that do not fit
-    together, OutputError for a wrong name or a disk that is too small or not writable.
+    The file appears under its name only when it is complete.
+
+    form: name of the weights' form, None for plain weights.
+    made_from: source files as JSON types, stored in the header.
+    progress: called with (bytes written, total bytes).
+
+    Raises CheckpointError if the weights do not fit together, OutputError for a wrong file name or a disk
+    that is too small or read-only.
     """
     if out.suffix != ".safetensors":
-        raise OutputError(f"{out}: a converted checkpoint is one .safetensors file; name it so")
+        raise OutputError(f"{out}: a converted checkpoint must have the extension .safetensors; rename it")
     check_sources(weights.model, weights.sources, weights.origin)
     model = weights.model.state_dict()
     entries = [TensorEntry(key, weights.sources[key].shape, model[key].dtype) for key in weights.sources]
@@ -51,5 +57,7 @@ def convert_dit(
             out, entries, lambda key: weights.sources[key].load(), metadata, byte_counter(progress, total)
         )
     except OSError as error:
-        raise OutputError(f"{out}: cannot write the checkpoint ({error.strerror or error})") from error
+        raise OutputError(
+            f"{out}: cannot write the checkpoint ({error.strerror or error}); check the disk and permissions"
+        ) from error
     return total

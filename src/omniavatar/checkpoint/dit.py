@@ -1,145 +1,83 @@
-"""The DiT from its files: base weights, OmniAvatar's adapter and further LoRAs become one plain model.
+"""Loads the DiT from base weights, OmniAvatar's adapter and additional LoRAs, merged into one plain model.
 
-Sizes come from the shapes in the file headers. Each weight is read once, brought to float32 (on the GPU when
-there is one), all low-rank and whole deltas are added there, and the sum is cast once to its final dtype; the
-adapter's whole tensors (33-channel patch embedding, audio layers) stand in place of or beside the base's.
-An already merged checkpoint (plain names, 33 channels, audio layers) loads the same way without an adapter.
+Sizes come from the shapes in the file headers (`dit_sizes`). Each weight is read once and converted to
+float32, on the GPU if available. All low-rank and whole deltas are added there, and the sum is cast once to
+its final dtype. Whole tensors of the adapter (33-channel patch embedding, audio layers) replace those of the
+base or are added to the model. A merged checkpoint (plain names, 33 channels, audio layers) loads in the same
+way without an adapter.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from omniavatar.checkpoint.dit_sizes import dit_config, keep_float32, read_adapter_config
 from omniavatar.checkpoint.initial import random_weight
 from omniavatar.checkpoint.lora import Delta, plan_lora
-from omniavatar.checkpoint.lora_keys import strip_prefixes
 from omniavatar.checkpoint.reader import PathLike, TensorFiles
 from omniavatar.checkpoint.staging import Staging
 from omniavatar.checkpoint.strict import DeviceOf, TensorSource, file_sources, load_strict
 from omniavatar.errors import CheckpointError
 from omniavatar.model.attention import AttentionFn
-from omniavatar.model.audio_adapter import FRAMES_PER_LATENT
-from omniavatar.model.dit import DiTConfig, WanDiT
+from omniavatar.model.dit import WanDiT
+from omniavatar.model.sizes import DiTConfig
 
-HEAD_DIM = 128
 FORM_KEY = "omniavatar.form"
-HEADS_KEY = "omniavatar.num_heads"
-"""Entries of a converted file's header: the form of its weights (absent: plain), its attention heads."""
+"""Header key of a converted file: the form of its weights; missing for plain weights."""
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A further LoRA to merge: `path` of a file or folder, `strength` multiplies its change."""
+    """An additional LoRA to merge.
+
+    path: file or folder.
+    strength: factor on its weight differences.
+    """
 
     path: PathLike
     strength: float = 1.0
 
 
-@dataclass(frozen=True)
-class AdapterConfig:
-    """What the `config.json` beside OmniAvatar's `pytorch_model.pt` says about its weights."""
-
-    path: Path
-    lora_rank: int | None
-    lora_alpha: float | None
-    model_config: Mapping[str, Any]
-
-
-def keep_float32(key: str) -> bool:
-    """Whether a weight of the DiT stays float32 whatever the model's dtype.
-
-    These are small, and the sampler's precision depends on them: the way in and out of the latent space
-    (patch embedding, head), time and audio layers, modulation, the scales of all norms (1.4 % of the 14B).
-    """
-    return (
-        key.startswith(("patch_embedding.", "head.", "time_embedding.", "time_projection.", "audio_"))
-        or key.endswith("modulation")
-        or ".norm" in key
-    )
-
-
-def read_adapter_config(adapter_dir: PathLike) -> AdapterConfig:
-    """The adapter's `config.json`. Raises CheckpointError when it is absent or not as released."""
-    path = Path(adapter_dir) / "config.json"
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        rank, alpha = table.get("lora_rank"), table.get("lora_alpha")
-        model_config = table.get("model_config") or {}
-        return AdapterConfig(
-            path,
-            None if rank is None else int(rank),
-            None if alpha is None else float(alpha),
-            {str(name): value for name, value in model_config.items()},
-        )
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: no such file; it comes with the adapter: run `omniavatar download 14B|1.3B`"
-        ) from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a valid adapter configuration ({error})") from None
-
-
-def inspect_dit(
-    dit_paths: PathLike | Sequence[PathLike],
-    adapter_dir: PathLike | None = None,
-    *,
-    num_heads: int | None = None,
-) -> DiTConfig:
-    """Sizes of the model these files make, from headers alone.
-
-    num_heads: overrides `model_config.num_heads` of the adapter, else heads are 128 wide as in all released
-    models. Raises CheckpointError when the files are not a Wan DiT or contradict the adapter's configuration.
-    """
-    with ExitStack() as stack:
-        base = stack.enter_context(TensorFiles(dit_paths))
-        adapter = None if adapter_dir is None else stack.enter_context(TensorFiles(adapter_dir))
-        settings = None if adapter_dir is None else read_adapter_config(adapter_dir)
-        return _config(base, adapter, settings, num_heads)
-
-
 class WeightForm(Protocol):
-    """A form the weights run in other than plain tensors of the model's dtype, such as float8 with scales."""
+    """A storage form of the weights other than plain tensors of the model's dtype, such as float8 with
+    scales."""
 
     @property
     def name(self) -> str: ...
 
     def prepare(self, model: WanDiT) -> None:
-        """Give a model on meta the form's modules."""
+        """Replace modules of a model on the meta device by those of the form."""
 
     def convert(self, sources: Mapping[str, TensorSource], device: torch.device) -> dict[str, TensorSource]:
-        """Sources of the form's tensors from those of the merged weights, computed on `device`."""
+        """Sources of the form's tensors, computed on `device` from those of the merged weights."""
 
 
 @dataclass(frozen=True, eq=False)
 class DiTWeights:
-    """An empty model (on meta, in its form and dtypes) and the sources that fill it, in reading order."""
+    """A model on the meta device in its form and dtypes, and the sources of its weights in reading order."""
 
     model: WanDiT
     sources: dict[str, TensorSource]
     origin: str
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """The dtype each tensor of the model takes."""
+        """The dtype of each tensor of the model, by name."""
         return {key: tensor.dtype for key, tensor in self.model.state_dict().items()}
 
 
 @dataclass(frozen=True)
 class DiTFiles:
-    """The files one model is merged from, and what overrides the adapter's own settings.
+    """The files of one model; the last three fields override the adapter's own settings.
 
-    base: file, shards, index or folder. adapter: OmniAvatar's folder, None for a merged checkpoint.
+    base: file, shards, index or folder.
+    adapter: OmniAvatar's folder, None for a merged checkpoint.
     """
 
     base: PathLike | Sequence[PathLike]
@@ -159,16 +97,18 @@ def open_dit(
     device: torch.device,
     form: WeightForm | None = None,
 ) -> Iterator[DiTWeights]:
-    """The merged model's weights, not read yet; merging and converting happen on `device`.
+    """The weights of the merged model; reading, merging and converting happen later, on `device`.
 
-    dtype: of all weights but those of `keep_float32`. Raises CheckpointError for files that do not fit.
+    dtype: of all weights except those of `keep_float32`.
+
+    Raises CheckpointError if the files do not fit together.
     """
     with ExitStack() as stack:
         load = stack.enter_context(Staging(device)).load if device.type == "cuda" else TensorFiles.load
         base = stack.enter_context(TensorFiles(files.base))
         adapter = None if files.adapter is None else stack.enter_context(TensorFiles(files.adapter))
         settings = None if files.adapter is None else read_adapter_config(files.adapter)
-        config = _config(base, adapter, settings, files.num_heads)
+        config = dit_config(base, adapter, settings, files.num_heads)
         stored = base.metadata.get(FORM_KEY)
         _check_form(base, stored, form, merging=adapter is not None or bool(files.loras))
         model = empty_dit(config, attention, dtype)
@@ -183,12 +123,12 @@ def open_dit(
                 alpha=files.lora_alpha if files.lora_alpha is not None else settings.lora_alpha,
                 allow_whole=True,
             )
-            brought = file_sources(adapter, load=load)
-            sources |= {key: brought[stored_key] for key, stored_key in plan.replacements.items()}
+            adapter_sources = file_sources(adapter, load=load)
+            sources |= {key: adapter_sources[stored_key] for key, stored_key in plan.replacements.items()}
             _collect(deltas, plan.deltas)
         for lora in files.loras:
-            more = stack.enter_context(TensorFiles(lora.path))
-            _collect(deltas, plan_lora(more, shapes, strength=lora.strength).deltas)
+            lora_files = stack.enter_context(TensorFiles(lora.path))
+            _collect(deltas, plan_lora(lora_files, shapes, strength=lora.strength).deltas)
         sources = {key: _merged(source, deltas.get(key, ()), device) for key, source in sources.items()}
         if form is not None:
             form.prepare(model)
@@ -204,14 +144,14 @@ def load_dit(
     dtype: torch.dtype,
     device: torch.device | str,
     form: WeightForm | None = None,
-    place: DeviceOf | None = None,
+    device_of: DeviceOf | None = None,
 ) -> WanDiT:
     """The merged model, in evaluation mode and without gradients; arguments as in `open_dit`.
 
-    place: where each weight goes in the end, `device` for all if None.
+    device_of: final device of each weight by name; None for `device`.
     """
     with open_dit(files, attention=attention, dtype=dtype, device=torch.device(device), form=form) as weights:
-        return _filled(weights, place or torch.device(device))
+        return _filled(weights, device_of or torch.device(device))
 
 
 def random_dit(
@@ -222,13 +162,13 @@ def random_dit(
     device: torch.device | str,
     seed: int,
     form: WeightForm | None = None,
-    place: DeviceOf | None = None,
+    device_of: DeviceOf | None = None,
 ) -> WanDiT:
-    """A model with random weights made on `device` (see `initial`); form, place as for `load_dit`."""
+    """A model with random weights made on `device` (see `initial`); form and device_of as in `load_dit`."""
     weights = random_weights(
         config, attention=attention, dtype=dtype, device=torch.device(device), seed=seed, form=form
     )
-    return _filled(weights, place or torch.device(device))
+    return _filled(weights, device_of or torch.device(device))
 
 
 def random_weights(
@@ -240,7 +180,7 @@ def random_weights(
     seed: int,
     form: WeightForm | None = None,
 ) -> DiTWeights:
-    """Like `open_dit`, for numbers from a generator. They depend on the order in which they are read."""
+    """Like `open_dit`, with random weights, which depend on the order in which they are read."""
     model = empty_dit(config, attention, dtype)
     generator = torch.Generator(device=device).manual_seed(seed)
     sources: dict[str, TensorSource] = {}
@@ -253,14 +193,16 @@ def random_weights(
     return DiTWeights(model, sources, "random weights")
 
 
-def _filled(weights: DiTWeights, place: torch.device | DeviceOf) -> WanDiT:
+def _filled(weights: DiTWeights, device: torch.device | DeviceOf) -> WanDiT:
     dtypes = weights.dtypes()
-    load_strict(weights.model, weights.sources, dtype=dtypes.__getitem__, device=place, origin=weights.origin)
+    load_strict(
+        weights.model, weights.sources, dtype=dtypes.__getitem__, device=device, origin=weights.origin
+    )
     return weights.model.eval()
 
 
 def empty_dit(config: DiTConfig, attention: AttentionFn, dtype: torch.dtype) -> WanDiT:
-    """A model on meta whose parameters have the dtypes they will be loaded in."""
+    """A model on the meta device, with the dtypes of the weights that will be loaded."""
     with torch.device("meta"):
         model = WanDiT(config, attention)
     for key, parameter in model.named_parameters():
@@ -269,15 +211,15 @@ def empty_dit(config: DiTConfig, attention: AttentionFn, dtype: torch.dtype) -> 
 
 
 def _check_form(base: TensorFiles, stored: str | None, form: WeightForm | None, merging: bool) -> None:
-    """Raise CheckpointError where a converted file's form is not the one asked for, or cannot be merged."""
+    """Raise CheckpointError if a converted file's form is not the configured one, or is to be merged."""
     if stored is None:
         return
     if form is None or form.name != stored:
-        raise CheckpointError(f"{base.origin}: converted to {stored}; set quantize={stored}")
+        raise CheckpointError(f"{base.origin}: was converted to {stored}; set quantize={stored}")
     if merging:
         raise CheckpointError(
-            f"{base.origin}: converted to {stored}, nothing can be merged into it; leave exp_path and loras "
-            "out, or convert the original files with them"
+            f"{base.origin}: was converted to {stored}, so no adapter or LoRA can be merged; remove exp_path "
+            "and loras, or convert the original files together with them"
         )
 
 
@@ -286,71 +228,14 @@ def _collect(deltas: dict[str, list[Delta]], more: Sequence[Delta]) -> None:
         deltas.setdefault(delta.target, []).append(delta)
 
 
-def _merged(source: TensorSource, deltas: Sequence[Delta], place: torch.device) -> TensorSource:
+def _merged(source: TensorSource, deltas: Sequence[Delta], device: torch.device) -> TensorSource:
     if not deltas:
         return source
 
     def load() -> Tensor:
-        weight = source.load().to(device=place, dtype=torch.float32)
+        weight = source.load().to(device=device, dtype=torch.float32)
         for delta in deltas:
             delta.add_to(weight)
         return weight
 
     return TensorSource(source.shape, load)
-
-
-def _config(
-    base: TensorFiles, adapter: TensorFiles | None, settings: AdapterConfig | None, num_heads: int | None
-) -> DiTConfig:
-    shapes = {key: base.shape(key) for key in base.keys()}  # noqa: SIM118  (not a dict)
-    if adapter is not None:
-        shapes |= {strip_prefixes(key): adapter.shape(key) for key in adapter.keys()}  # noqa: SIM118
-
-    def shape(key: str, axes: int) -> tuple[int, ...]:
-        if key not in shapes or len(shapes[key]) != axes:
-            raise CheckpointError(f"{base.origin}: no weight {key} with {axes} axes; this is not a Wan DiT")
-        return shapes[key]
-
-    dim, in_dim, *patch = shape("patch_embedding.weight", 5)
-    blocks = {int(match[1]) for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key))}
-    declared: Mapping[str, Any] = settings.model_config if settings else {}
-    stored = base.metadata.get(HEADS_KEY, "")
-    heads = num_heads or declared.get("num_heads") or (int(stored) if stored.isdigit() else dim // HEAD_DIM)
-    if heads < 1 or dim % heads:
-        raise CheckpointError(
-            f"{base.origin}: width {dim} cannot have {heads} heads; set num_heads in model_config"
-        )
-    with_audio = "audio_proj.proj.weight" in shapes
-    config = DiTConfig(
-        dim=dim,
-        in_dim=in_dim,
-        ffn_dim=shape("blocks.0.ffn.0.weight", 2)[0],
-        out_dim=shape("head.head.weight", 2)[0] // math.prod(patch),
-        text_dim=shape("text_embedding.0.weight", 2)[1],
-        freq_dim=shape("time_embedding.0.weight", 2)[1],
-        num_heads=heads,
-        num_layers=max(blocks) + 1,
-        audio_dim=shape("audio_proj.proj.weight", 2)[1] // FRAMES_PER_LATENT if with_audio else 0,
-        audio_hidden=shape("audio_proj.proj.weight", 2)[0] if with_audio else 32,
-        patch_size=(patch[0], patch[1], patch[2]),
-    )
-    if settings is not None:
-        _agree(config, settings)
-    return config
-
-
-def _agree(config: DiTConfig, settings: AdapterConfig) -> None:
-    stored = {
-        "in_dim": config.in_dim,
-        "audio_hidden_size": config.audio_hidden,
-        "dim": config.dim,
-        "ffn_dim": config.ffn_dim,
-        "num_layers": config.num_layers,
-    }
-    for name, size in stored.items():
-        said = settings.model_config.get(name, size)
-        if said != size:
-            raise CheckpointError(
-                f"{os.fspath(settings.path)}: model_config.{name} is {said}, but the weights have {size}; "
-                "base model and adapter do not belong together"
-            )

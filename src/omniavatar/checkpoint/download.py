@@ -1,8 +1,8 @@
-"""Fetching the released files from the Hugging Face hub into the layout that the configurations name.
+"""Downloads the released files from the Hugging Face hub to the paths in the configurations.
 
-Only what the engine reads is fetched. The hub client leaves finished files alone and goes on with partial
-ones, so the same command resumes. Before anything is fetched the disk is checked against the released sizes;
-afterwards every weight file is opened once, so that a damaged download is noticed now and not in a run.
+Only files that the engine reads are downloaded. The hub client skips finished files and continues partial
+ones, so the same command resumes. The free disk space is checked first. At the end every weight file is
+opened once, so that a damaged download is found here and not in a run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Snapshot = Callable[..., Any]
 
 @dataclass(frozen=True)
 class HubFolder:
-    """One repository of the hub, the folder it goes to, and the files wanted of it."""
+    """One repository of the hub, its target folder, and the patterns of the files to download."""
 
     repository: str
     folder: str
@@ -41,7 +41,7 @@ class HubFolder:
 
 
 def hub_folders(spec: ScaleSpec) -> tuple[HubFolder, ...]:
-    """What a released scale consists of."""
+    """The repositories of a released model size."""
     base, adapter = base_folder(spec), adapter_folder(spec)
     return (
         HubFolder(
@@ -57,16 +57,17 @@ def hub_folders(spec: ScaleSpec) -> tuple[HubFolder, ...]:
 
 
 def download(scale: str, root: PathLike = "pretrained_models", *, snapshot: Snapshot | None = None) -> Path:
-    """Fetch the files of `scale` ('1.3B' or '14B') below `root` and return `root`.
+    """Download the files of `scale` ('1.3B' or '14B') below `root` and return `root`.
 
-    snapshot: stands in for `huggingface_hub.snapshot_download`. Raises ConfigError for a scale that is not
-    released, OutputError when the disk is too small or not writable, ResourceError when the hub cannot be
-    reached or refuses, CheckpointError when what arrived is damaged.
+    snapshot: replaces `huggingface_hub.snapshot_download`.
+
+    Raises ConfigError for a scale without release, OutputError if the disk is too small or read-only,
+    ResourceError if the hub is unreachable or refuses, CheckpointError if a file is damaged.
     """
     spec = scale_spec(scale)
     if scale == "nano":
         raise ConfigError(
-            "scale: nano is not on the hub; `omniavatar make-checkpoint --scale nano` makes one"
+            "scale: nano is not on the hub; run `omniavatar make-checkpoint --scale nano` to make one"
         )
     target = Path(root)
     folders = hub_folders(spec)
@@ -85,11 +86,11 @@ def _fetch(hub: HubFolder, root: Path, snapshot: Snapshot | None) -> None:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
         raise ResourceError(
-            f"download: package {error.name} is missing; pip install huggingface_hub"
+            f"download: the package {error.name} is missing; pip install huggingface_hub"
         ) from None
     fetch = snapshot_download if snapshot is None else snapshot
     where = f"https://huggingface.co/{hub.repository}"
-    # The bases are OSError and the error class of whichever HTTP client this version of the hub uses.
+    # The bases are OSError and the error class of the HTTP client, which depends on the version of the hub.
     any_failure: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
     try:
         fetch(repo_id=hub.repository, local_dir=root / hub.folder, allow_patterns=list(hub.patterns))
@@ -99,24 +100,26 @@ def _fetch(hub: HubFolder, root: Path, snapshot: Snapshot | None) -> None:
         raise _unreachable(where) from error
     except any_failure as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise OutputError(f"{root / hub.folder}: cannot be written ({error.strerror})") from error
+            raise OutputError(
+                f"{root / hub.folder}: cannot be written ({error.strerror}); check the disk and permissions"
+            ) from error
         raise _unreachable(where) from error
 
 
 def _refusal(status: int | None) -> str:
     return {
-        401: "does not exist or wants you to log in (`hf auth login`)",
-        403: "access refused; accept its licence in the browser, then `hf auth login`",
-        404: "does not exist or was renamed",
+        401: "does not exist or needs a login; run `hf auth login`",
+        403: "access refused; accept its licence in the browser, then run `hf auth login`",
+        404: "does not exist or was renamed; update omniavatar",
     }.get(status or 0, f"the hub answered with status {status}; run the same command again later")
 
 
 def _unreachable(where: str) -> ResourceError:
-    return ResourceError(f"{where}: cannot be reached; check the network, then run the same command again")
+    return ResourceError(f"{where}: cannot be reached; check the network and run the same command again")
 
 
 def _verify(spec: ScaleSpec, root: Path) -> None:
-    """Open the header of every weight file; a missing or damaged one is a CheckpointError."""
+    """Open the header of every weight file. Raises CheckpointError if one is missing or damaged."""
     base = root / base_folder(spec)
     shards = [root / layout.path for layout in checkpoint_layout(spec) if f"/{DIT_STEM}" in layout.path]
     for paths in (

@@ -1,8 +1,4 @@
-"""Weight files known by content, wherever they lie and whatever they are called, without reading them whole.
-
-A file's size and hash; a large one by its first and last MiB and samples between (the last MiB of a `.pth`
-holds the checksums of all its tensors).
-"""
+"""Identities of files: by content, independent of path and name, or by size and modification time."""
 
 from __future__ import annotations
 
@@ -16,8 +12,18 @@ SAMPLES, SAMPLE_BYTES = 64, 16 * 2**10
 WHOLE_BYTES = 2 * END_BYTES + SAMPLES * SAMPLE_BYTES
 
 
+def file_stamp(path: Path) -> str:
+    """Size and modification time of a file as text; job folders and batch states store it."""
+    found = path.stat()
+    return f"{found.st_size} bytes, modified {found.st_mtime_ns}"
+
+
 def file_fingerprint(path: Path) -> str:
-    """Hash of a file's size and content; of one above 3 MiB, of both ends and 64 samples between."""
+    """SHA-256 of a file's size and content. Raises CheckpointError.
+
+    Of a file above 3 MiB, only the first and last MiB and 64 samples between are read. The last MiB of a
+    `.pth` file holds the checksums of all its tensors.
+    """
     digest = hashlib.sha256()
     try:
         size = path.stat().st_size

@@ -1,9 +1,9 @@
-"""Random weights that behave like trained ones in size: finite, activations of order one, damped residuals.
+"""Random weights with the scale of trained ones, so that activations stay finite and of order one.
 
-One rule for every model of the project, from a weight's name and shape: norms around one, matrices by
-1/sqrt(inputs), what is written back to a residual stream smaller with depth. Used for synthetic checkpoints
-and for `weights: random`, where timings and memory matter and pictures do not.
-Uniform numbers, since they come from integers exactly: the same bytes on every machine.
+One rule serves every model of the project. It depends on a weight's name and shape: norms are near 1,
+matrices scale with 1/sqrt(inputs), and matrices that write to a residual stream are smaller. Synthetic
+checkpoints and `weights: random` use it, for timings and memory. The numbers are uniform, because these are
+exact functions of integers: the bytes are the same on every machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TEXT_HEAD_DIM = 64
 
 
 def initial_spread(key: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """(mean, standard deviation) of a random weight called `key`, in the released files' names."""
+    """Mean and standard deviation of the random weight `key`, a name as in the released files."""
     if NORM.search(key):
         return 1.0, 0.02
     if key.endswith(".bias") or len(shape) < 2:
@@ -45,7 +45,7 @@ def initial_spread(key: str, shape: tuple[int, ...]) -> tuple[float, float]:
 def random_weight(
     key: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
 ) -> torch.Tensor:
-    """The next random weight of `generator`, on its device, spread as `initial_spread` says."""
+    """The next random weight of `generator`, on its device, distributed as in `initial_spread`."""
     mean, std = initial_spread(key, shape)
     half_width = std * math.sqrt(3.0)
     value = torch.empty(shape, dtype=dtype, device=generator.device)
@@ -58,12 +58,14 @@ def fill_random(
     dtype: torch.dtype | Callable[[str], torch.dtype],
     device: torch.device | str,
     seed: int,
-    place: torch.device | str | None = None,
+    move_to: torch.device | str | None = None,
 ) -> None:
-    """Give a module made on meta random weights directly on `device`, without a copy elsewhere.
+    """Fill a module on the meta device with random weights, made directly on `device`.
 
-    dtype: of all weights, or a function of the weight's name. Numbers depend on seed, device and dtype.
-    place: where each weight goes once it is made, `device` if None.
+    The numbers depend on seed, device and dtype.
+
+    dtype: of all weights, or a function of the weight's name.
+    move_to: final device of each weight; None for `device`.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
     for name, parameter in list(module.named_parameters()):
@@ -71,8 +73,8 @@ def fill_random(
         value = random_weight(name, tuple(parameter.shape), chosen, generator)
         parent, _, leaf = name.rpartition(".")
         setattr(
-            module.get_submodule(parent), leaf, nn.Parameter(value.to(place or device), requires_grad=False)
+            module.get_submodule(parent), leaf, nn.Parameter(value.to(move_to or device), requires_grad=False)
         )
     left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if left:
-        raise RuntimeError(f"{type(module).__name__} keeps tensors on meta: {left}")
+        raise RuntimeError(f"{type(module).__name__} has tensors left on the meta device: {left}")

@@ -1,10 +1,10 @@
-"""What the official files hold: every tensor's name, shape and dtype, for each scale, as pure functions.
+"""Content of the official weight files: name, shape and dtype of every tensor, for each model size.
 
-This is the list that synthetic checkpoints are written from and that tests compare the models with; it is
-written down independently of `model/`, so a renamed layer there is noticed.
+Synthetic checkpoints are written from these lists, and tests compare the models with them. The lists do not
+use `model/`, so a test notices a renamed layer there.
 Sources: the released files of Wan-AI/Wan2.1-T2V-{14B,1.3B} (DiT and VAE float32, UMT5-XXL bfloat16) and
 facebook/wav2vec2-base-960h (float32, weight norm as weight_g/weight_v, no masked_spec_embed). OmniAvatar's
-adapter is written as float32; the stored dtype of the release is not documented and the loader takes any.
+adapter is written as float32; the dtype of the release is not documented, and the loader accepts any.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from typing import Literal
 import torch
 
 from omniavatar.errors import ConfigError
-from omniavatar.model.dit import DiTConfig
-from omniavatar.model.vae import VAEConfig
+from omniavatar.model.sizes import DiTConfig, VAEConfig
 
 SHARD_BYTES = 10_000_000_000
 LORA_LAYERS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
@@ -44,7 +43,7 @@ class TextSpec:
 
 @dataclass(frozen=True)
 class Wav2VecSpec:
-    """Sizes of wav2vec 2.0; kernels and strides of its front end are always the official ones."""
+    """Sizes of wav2vec 2.0; its front end always has the official kernels and strides."""
 
     hidden: int
     ffn: int
@@ -57,13 +56,16 @@ class Wav2VecSpec:
 
     @property
     def audio_dim(self) -> int:
-        """Width of one video frame's vector: last hidden state and all layers + 1 hidden states."""
+        """Width of the vector of one video frame: the last hidden state and all layers + 1 hidden states."""
         return (self.num_layers + 2) * self.hidden
 
 
 @dataclass(frozen=True)
 class ScaleSpec:
-    """All sizes of one checkpoint. `dit` is the combined model; the base file has 16 input channels."""
+    """All sizes of one checkpoint.
+
+    dit: the merged model; the base file has 16 input channels.
+    """
 
     name: str
     dit: DiTConfig
@@ -89,7 +91,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """One weight file: its path below the checkpoint's root and its tensors."""
+    """One weight file: its path below the root of the checkpoint, and its tensors."""
 
     path: str
     format: Literal["safetensors", "torch"]
@@ -119,7 +121,7 @@ SCALES: tuple[ScaleSpec, ...] = (
 
 
 def scale_spec(name: str) -> ScaleSpec:
-    """The sizes called `name`. Raises ConfigError for an unknown one."""
+    """The sizes of the model size `name`. Raises ConfigError if it is unknown."""
     for spec in SCALES:
         if spec.name == name:
             return spec
@@ -137,7 +139,7 @@ def _conv(name: str, outputs: int, inputs: int, *kernel: int) -> Iterator[tuple[
 
 
 def dit_tensors(config: DiTConfig) -> Iterator[tuple[str, Shape]]:
-    """Names and shapes of a DiT with plain Wan names, audio layers included where `audio_dim` is not 0."""
+    """Names and shapes of a DiT with plain Wan names; with audio layers if `audio_dim` is not 0."""
     dim, patch = config.dim, config.patch_size
     yield from _conv("patch_embedding", dim, config.in_dim, *patch)
     yield from _linear("text_embedding.0", dim, config.text_dim)
@@ -207,7 +209,7 @@ def text_tensors(spec: TextSpec) -> Iterator[tuple[str, Shape]]:
 
 
 def wav2vec_tensors(spec: Wav2VecSpec) -> Iterator[tuple[str, Shape]]:
-    """Names and shapes of wav2vec2-base-960h, a CTC model: prefix `wav2vec2.`, and `lm_head`."""
+    """Names and shapes of wav2vec2-base-960h, a CTC model with the prefix `wav2vec2.` and an `lm_head`."""
     front, body = "wav2vec2.feature_extractor.conv_layers", "wav2vec2.encoder"
     for number, kernel in enumerate(CONV_KERNELS):
         yield f"{front}.{number}.conv.weight", (spec.conv_dim, spec.conv_dim if number else 1, kernel)

@@ -1,4 +1,4 @@
-"""The weight files of one scale in the reference layout: paths, formats, shards (see `layout`).
+"""Paths, formats and shards of the official weight files (see `layout`).
 
 ```
 Wan2.1-T2V-{scale}/   diffusion_pytorch_model*.safetensors (+ index), models_t5_...pth, Wan2.1_VAE.pth,
@@ -37,17 +37,17 @@ WAV2VEC = "wav2vec2-base-960h"
 
 
 def base_folder(spec: ScaleSpec) -> str:
-    """Folder of the base model's files below the root."""
+    """Folder of the base model, below the root."""
     return f"Wan2.1-T2V-{spec.name}"
 
 
 def adapter_folder(spec: ScaleSpec) -> str:
-    """Folder of OmniAvatar's files below the root."""
+    """Folder of OmniAvatar's adapter, below the root."""
     return f"OmniAvatar-{spec.name}"
 
 
 def checkpoint_layout(spec: ScaleSpec) -> tuple[FileLayout, ...]:
-    """Every weight file of a checkpoint, tensors of a file sorted by name as released."""
+    """Every weight file of a checkpoint; the tensors of a file are sorted by name, as in the release."""
     base = base_folder(spec)
     base_config = replace(spec.dit, in_dim=LATENT_CHANNELS, audio_dim=0)
     return (
@@ -76,7 +76,7 @@ def _by_name(entries: Iterable[TensorEntry]) -> tuple[TensorEntry, ...]:
 
 
 def _shards(folder: str, entries: tuple[TensorEntry, ...]) -> tuple[FileLayout, ...]:
-    """Filled in the order of the model's layers, 10 GB at most each, as Hugging Face's savers do."""
+    """Shards of at most 10 GB, filled in the order of the layers, as Hugging Face's tools do."""
     shards: list[list[TensorEntry]] = [[]]
     held = 0
     for entry in entries:

@@ -1,15 +1,15 @@
-"""Names and shapes of `Wan2.1_VAE.pth` as a pure function of its sizes (see `layout`)."""
+"""Names and shapes of the tensors in `Wan2.1_VAE.pth`, from its sizes (see `layout`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from omniavatar.checkpoint.layout import Shape
-from omniavatar.model.vae import VAEConfig
+from omniavatar.model.sizes import VAEConfig
 
 
 def vae_tensors(config: VAEConfig) -> Iterator[tuple[str, Shape]]:
-    """Encoder, the two 1x1x1 convolutions, decoder."""
+    """Tensors of the encoder, the two 1x1x1 convolutions and the decoder, in this order."""
     widths = [config.dim * multiple for multiple in config.dim_mult]
     yield from _encoder(config, widths)
     yield from _conv("conv1", 2 * config.z_dim, 2 * config.z_dim, 1, 1, 1)

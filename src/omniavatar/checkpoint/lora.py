@@ -1,11 +1,12 @@
-"""LoRA files as additions to the base's weights: W + strength * (alpha / rank) * B @ A, plus whole deltas.
+"""Reads LoRA files as additions to the weights: W + strength * (alpha / rank) * B @ A, plus whole deltas.
 
-Idea: a file becomes a list of deltas, checked against the model's shapes before any data is read; the loader
-adds them to a weight in float32 and casts once. Since deltas only add up, the order of files is free.
-alpha is the pair's own `.alpha`, else the one its saver declared (peft's adapter_config.json, diffusers'
-header), else it equals the rank. A 16-channel patch-embedding delta acts on a wider one's first 16 inputs.
-Limits: no DoRA, LoHa, LoKr, rank-stabilised LoRA: their keys are errors. Deltas of the image layers that only
-I2V models have are errors too, unless they are whole deltas of exactly zero, which some extractions store.
+A file becomes a list of deltas, which are checked against the model's shapes before any data is read. The
+loader adds them to a weight in float32 and casts once, so the order of the files does not matter. alpha is
+the pair's `.alpha`, else the value declared by the tool that saved the file (peft's adapter_config.json,
+diffusers' header), else the rank. A 16-channel delta of the patch embedding changes the first 16 inputs of a
+wider one.
+Limits: keys of DoRA, LoHa, LoKr and rank-stabilised LoRA are errors. Deltas of the image layers, which only
+I2V models have, are errors too, unless they are exactly zero; some extraction tools store such zeros.
 Source of the method: LoRA (arXiv 2106.09685); convolutions as in LyCORIS.
 """
 
@@ -31,9 +32,10 @@ LATENT_CHANNELS = 16
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """One addition to the weight called `target`: scale * up @ down, or scale * `whole`.
+    """One addition to the weight `target`: scale * up @ down, or scale * whole.
 
-    Fields name tensors of `files`. channels: how many input channels of the target it acts on, None for all.
+    up, down, mid, whole: names of tensors in `files`.
+    channels: number of input channels of the target that change, None for all.
     """
 
     target: str
@@ -46,7 +48,7 @@ class Delta:
     channels: int | None = None
 
     def add_to(self, weight: Tensor) -> None:
-        """Add to a float32 weight in place, on its device."""
+        """Add the delta to a float32 weight in place, on its device."""
         part = weight if self.channels is None else weight[:, : self.channels]
         if self.whole is not None:
             part.add_(self._load(self.whole, weight.device).view(part.shape), alpha=self.scale)
@@ -68,7 +70,10 @@ class Delta:
 
 @dataclass(frozen=True, eq=False)
 class LoraPlan:
-    """What a file does: additions, and (adapters only) weights it brings whole, model key -> file key."""
+    """The changes of one file.
+
+    replacements: whole weights of an adapter, file key by model key.
+    """
 
     deltas: tuple[Delta, ...]
     replacements: Mapping[str, str]
@@ -83,11 +88,14 @@ def plan_lora(
     alpha: float | None = None,
     allow_whole: bool = False,
 ) -> LoraPlan:
-    """Check every key of `files` against the model's `shapes` (key -> shape) and say what it adds.
+    """The changes in `files`, after a check of every key against the model.
 
-    rank, alpha: as a configuration declares them; a pair of another rank is then an error, and a pair's own
-    `.alpha` wins over `alpha`. allow_whole: accept whole weights under the model's names (the adapter).
-    Raises CheckpointError naming the keys at fault.
+    shapes: shape of each weight of the model, by key.
+    rank: rank declared by a configuration; a pair of another rank is an error.
+    alpha: alpha declared by a configuration; a pair's own `.alpha` has precedence.
+    allow_whole: accept whole weights under the model's names (the adapter).
+
+    Raises CheckpointError that names the keys at fault.
     """
     names = LayerNames(shapes)
     parts: dict[str, dict[str, str]] = {}
@@ -106,7 +114,8 @@ def plan_lora(
             _once(files, parts.setdefault(parsed.layer, {}), parsed.role, key)
     if unknown:
         raise CheckpointError(
-            f"{files.origin}: {len(unknown)} keys fit no layer of this model: {abbreviated(unknown)}"
+            f"{files.origin}: {len(unknown)} keys match no layer of this model: {abbreviated(unknown)}; "
+            "use a LoRA for Wan 2.1 T2V of the same size"
         )
     if image:
         _require_zero(files, image)
@@ -120,20 +129,20 @@ def plan_lora(
 
 def _once(files: TensorFiles, table: dict[str, str], name: str, key: str) -> None:
     if name in table:
-        raise CheckpointError(f"{files.origin}: {table[name]} and {key} stand for the same weight")
+        raise CheckpointError(f"{files.origin}: {table[name]} and {key} both mean the same weight")
     table[name] = key
 
 
 def _require_zero(files: TensorFiles, image: list[str]) -> None:
-    acting = [
+    nonzero = [
         key
         for key in image
         if not key.endswith((".diff", ".diff_b")) or bool(files.load(key).count_nonzero())
     ]
-    if acting:
+    if nonzero:
         raise CheckpointError(
-            f"{files.origin}: {len(acting)} keys act on image layers that only I2V models have, so this LoRA "
-            f"was made for another model: {abbreviated(acting)}"
+            f"{files.origin}: {len(nonzero)} keys change image layers, which only I2V models have: "
+            f"{abbreviated(nonzero)}; use a LoRA for a T2V model"
         )
 
 
@@ -152,19 +161,19 @@ def _pair(
         return []
     for half in ("down", "up"):
         if half not in roles:
-            raise CheckpointError(f"{files.origin}: {roles[present[0]]} has no {half} weight beside it")
+            raise CheckpointError(f"{files.origin}: {roles[present[0]]} has no {half} weight to pair with")
     target = names.target(layer, "down")
     down, up = roles["down"], roles["up"]
     if target is None:
-        raise CheckpointError(f"{files.origin}: {down}: the layer {layer} has no weight to add to")
+        raise CheckpointError(f"{files.origin}: {down}: the layer {layer} of the model has no weight")
     down_shape, up_shape = files.shape(down), files.shape(up)
     inner = down_shape[0] if len(down_shape) > 1 else 0
     if inner < 1 or len(up_shape) < 2 or math.prod(up_shape[1:]) != inner:
         raise CheckpointError(
-            f"{files.origin}: {up} {up_shape} and {down} {down_shape} are no pair of one rank"
+            f"{files.origin}: {up} {up_shape} and {down} {down_shape} do not have the same rank"
         )
     if rank is not None and inner != rank:
-        raise CheckpointError(f"{files.origin}: {down} has rank {inner}, but lora_rank says {rank}")
+        raise CheckpointError(f"{files.origin}: {down} has rank {inner}, but lora_rank is {rank}")
     columns = math.prod(down_shape[1:])
     mid = roles.get("mid")
     if mid is not None:
@@ -193,7 +202,7 @@ def _whole_deltas(
         key = roles[role]
         target = names.target(layer, role)  # type: ignore[arg-type]
         if target is None:
-            raise CheckpointError(f"{files.origin}: {key}: the layer {layer} has no such weight")
+            raise CheckpointError(f"{files.origin}: {key}: the layer {layer} of the model has no such weight")
         shape = files.shape(key)
         rows = shape[0] if shape else 1
         channels = _channels(files, key, target, shapes[target], (rows, math.prod(shape[1:])))
@@ -204,19 +213,22 @@ def _whole_deltas(
 def _channels(
     files: TensorFiles, key: str, target: str, shape: tuple[int, ...], matrix: tuple[int, int]
 ) -> int | None:
-    """None where a delta of `matrix` = (rows, columns) covers the target; 16 for a patch embedding of T2V."""
+    """Channels of the target that a delta changes: None for all, 16 for the patch embedding of a T2V model.
+
+    matrix: (rows, columns) of the delta.
+    """
     rows, columns = shape[0], math.prod(shape[1:])
     if matrix == (rows, columns):
         return None
     if target == PATCH_EMBEDDING and matrix == (rows, LATENT_CHANNELS * math.prod(shape[2:])):
         return LATENT_CHANNELS
     raise CheckpointError(
-        f"{files.origin}: {key} makes a change of {matrix[0]}x{matrix[1]}, but {target} is {rows}x{columns}"
+        f"{files.origin}: {key} gives a delta of {matrix[0]}x{matrix[1]}, but {target} is {rows}x{columns}"
     )
 
 
 def _declared_alpha(files: TensorFiles) -> float | None:
-    """The alpha that peft (adapter_config.json) or diffusers (header) stored for the whole file, or None."""
+    """The alpha that peft (adapter_config.json) or diffusers (header) stored for the whole file, if any."""
     beside = files.paths[0].parent / "adapter_config.json"
     declared: dict[str, Any] = {}
     source = files.origin
@@ -228,9 +240,13 @@ def _declared_alpha(files: TensorFiles) -> float | None:
             table = json.loads(files.metadata["lora_adapter_metadata"])
             declared = {name.removeprefix("transformer."): value for name, value in table.items()}
     except (ValueError, AttributeError):
-        raise CheckpointError(f"{source}: the LoRA's settings are not valid JSON") from None
+        raise CheckpointError(
+            f"{source}: the settings of the LoRA are not valid JSON; download it again"
+        ) from None
     for option in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern"):
         if declared.get(option):
-            raise CheckpointError(f"{source}: {option} is not supported; merge it with the tool that made it")
+            raise CheckpointError(
+                f"{source}: {option} is not supported; merge the LoRA with the tool that made it"
+            )
     alpha = declared.get("lora_alpha")
     return None if alpha is None else float(alpha)

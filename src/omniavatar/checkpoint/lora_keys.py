@@ -1,9 +1,9 @@
-"""Names of LoRA tensors in the wild, brought to the plain Wan names of the model.
+"""Translates the tensor names of published LoRAs to the plain Wan names of the model.
 
-A key is prefixes + layer + role. Prefixes (`diffusion_model.`, `base_model.model.`, ...) are dropped; the
-role is read off the ending (`.lora_A.default.weight`, `.lora_up.weight`, `.alpha`, `.diff_b`, ...); the layer
-is looked up in one table built from the model's own names: each plain name, its diffusers name, and both with
-underscores for dots (kohya, musubi, LyCORIS). A name that is not a layer of this model cannot slip through.
+A key is prefixes + layer + role. Prefixes (`diffusion_model.`, `base_model.model.`, ...) are dropped. The
+suffix gives the role (`.lora_A.default.weight`, `.lora_up.weight`, `.alpha`, `.diff_b`, ...). The layer is
+looked up in a table made from the model's own names: each plain name, its diffusers name, and both with
+underscores instead of dots (kohya, musubi, LyCORIS). A name that is not in the table is an error.
 Sources: key lists of lightx2v, Kijai, VideoX-Fun, musubi-tuner, peft and diffusers LoRAs for Wan 2.1.
 """
 
@@ -67,7 +67,10 @@ _DIFFUSERS_LAYERS = (
 
 @dataclass(frozen=True)
 class LoraKey:
-    """A parsed key. layer: plain Wan layer, or None when the model has no such layer."""
+    """A parsed key.
+
+    layer: plain Wan name, None if the model has no such layer.
+    """
 
     layer: str | None
     role: Role
@@ -75,7 +78,7 @@ class LoraKey:
 
 
 def diffusers_name(layer: str) -> str:
-    """The name diffusers gives a plain Wan layer (itself where both agree)."""
+    """The name of a plain Wan layer in diffusers, which may be the same."""
     for pattern, replacement in _DIFFUSERS_LAYERS:
         if re.match(pattern, layer):
             return re.sub(pattern, replacement, layer)
@@ -88,7 +91,7 @@ def is_image_layer(key: str) -> bool:
 
 
 def strip_prefixes(key: str) -> str:
-    """`key` without the prefixes that trainers and savers put in front."""
+    """`key` without the prefixes that training tools add."""
     while True:
         for prefix in PREFIXES:
             if key.startswith(prefix):
@@ -99,7 +102,7 @@ def strip_prefixes(key: str) -> str:
 
 
 class LayerNames:
-    """Every known spelling of the layers of one model, from its state-dict keys."""
+    """Looks up the layers of one model by every known spelling; built from its state-dict keys."""
 
     def __init__(self, model_keys: Iterable[str]) -> None:
         self.model_keys = frozenset(model_keys)
@@ -113,7 +116,7 @@ class LayerNames:
                 self._flat[name.replace(".", "_")] = layer
 
     def layer(self, name: str) -> str | None:
-        """The plain layer that `name` (prefixes included) stands for, or None."""
+        """The plain layer name for `name` (with prefixes), or None."""
         bare = strip_prefixes(name)
         if bare in self._dotted:
             return self._dotted[bare]
@@ -123,7 +126,7 @@ class LayerNames:
         return None
 
     def parse(self, key: str) -> LoraKey | None:
-        """The parts of a LoRA key; None when its ending is none of the known roles."""
+        """The parts of a LoRA key; None if its suffix is not a known role."""
         for role, pattern in _ROLES:
             match = pattern.match(key)
             if match:
@@ -131,7 +134,7 @@ class LayerNames:
         return None
 
     def target(self, layer: str, role: Role) -> str | None:
-        """The model's key that a role of a layer changes, or None when the layer has no such weight."""
+        """The key of the weight that a role of a layer changes; None if the layer has no such weight."""
         if layer in self.model_keys:
             return layer if role in ("diff", "diff_m") else None
         leaf = {"diff_b": "bias", "diff_m": "modulation"}.get(role, "weight")

@@ -1,8 +1,8 @@
-"""Weights of one model as one table of tensors, whether they lie in one file, several shards or a folder.
+"""One table of the tensors of a model, from one file, several shards or a folder.
 
-Headers are read when opened, data only by `load`, so shapes of a 57 GB checkpoint are known at once.
-A shard that a numbered name (`-00002-of-00006`) or an index file promises must be there; a name stored twice
-is an error. Formats and memory: `tensor_file`.
+Opening reads only headers and `load` reads data, so the shapes of a 57 GB checkpoint are known at once. Every
+shard that a numbered name (`-00002-of-00006`) or an index file mentions must exist. A tensor stored twice is
+an error. Formats and memory: `tensor_file`.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _NUMBERED = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<
 class TensorFiles:
     """The tensors of a file, a list of shards, an index file, or a Hugging Face folder.
 
-    Use as a context manager or call `close`. Raises CheckpointError for whatever is missing or damaged.
+    Use it as a context manager or call `close`. Raises CheckpointError if a file is missing or damaged.
     """
 
     def __init__(self, paths: PathLike | Sequence[PathLike]) -> None:
         given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
         if not given:
-            raise CheckpointError("no weight file is named")
+            raise CheckpointError("no weight file is given; set its path")
         self.paths = tuple(file for path in given for file in _expand(Path(path)))
         _check_numbering(self.paths)
         self._owner: dict[str, TensorFile] = {}
@@ -62,22 +62,24 @@ class TensorFiles:
         self._files.append(file)
         for key in file.index:
             if key in self._owner:
-                raise CheckpointError(f"{key} is stored twice: in {self._owner[key].path} and in {path}")
+                raise CheckpointError(
+                    f"{key} is stored twice, in {self._owner[key].path} and in {path}; remove one file"
+                )
             self._owner[key] = file
 
     @property
     def origin(self) -> str:
-        """How messages name these files."""
+        """Name of these files in messages."""
         more = f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else ""
         return f"{self.paths[0]}{more}"
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Free text that safetensors headers carry, of all files together."""
+        """Text entries in the safetensors headers of all files."""
         return {key: value for file in self._files for key, value in file.metadata.items()}
 
     def keys(self) -> list[str]:
-        """All names, in the order of the data, so that loading in this order reads forward."""
+        """All names in the order of the data; loading in this order reads the files forward."""
         return list(self._owner)
 
     def __contains__(self, key: object) -> bool:
@@ -87,7 +89,7 @@ class TensorFiles:
         return len(self._owner)
 
     def info(self, key: str) -> TensorInfo:
-        """dtype and shape of `key`, from the header."""
+        """dtype and shape of `key` from the header."""
         return self._owner[key].index[key]
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -97,13 +99,13 @@ class TensorFiles:
         return self.info(key).dtype
 
     def load(self, key: str) -> Tensor:
-        """A CPU tensor in the stored dtype, in memory of its own."""
+        """A CPU tensor in the stored dtype, with its own memory."""
         return self._owner[key].load(key)
 
     def read(self, key: str, start: int, out: Tensor) -> None:
-        """Fill `out` (uint8) with the bytes of `key` from byte `start` on; safe to call from several threads.
+        """Fill `out` (uint8) with the bytes of `key` from byte `start`; several threads may call it.
 
-        Raises CheckpointError when the data ends early.
+        Raises CheckpointError if the data ends early.
         """
         self._owner[key].read(key, start, out)
 
@@ -126,12 +128,11 @@ def _expand(path: Path) -> list[Path]:
             if (path / name).is_file():
                 return _expand(path / name)
         raise CheckpointError(
-            f"{path}: no weight file in this folder (looked for {', '.join(FOLDER_CANDIDATES)})"
+            f"{path}: this folder has no weight file (looked for {', '.join(FOLDER_CANDIDATES)}); "
+            "correct the path"
         )
     if not path.is_file():
-        raise CheckpointError(
-            f"{path}: no such weight file; get it with `{_remedy(path)}`, or correct the path"
-        )
+        raise CheckpointError(f"{path}: weight file not found; run `{_remedy(path)}`, or correct the path")
     return _expand_index(path) if path.name.endswith(".index.json") else [path]
 
 
@@ -140,12 +141,10 @@ def _expand_index(path: Path) -> list[Path]:
         names = dict.fromkeys(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
         shards = [path.parent / name for name in names]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path}: not an index of shards (no weight_map); download it again") from None
+        raise CheckpointError(f"{path}: has no weight_map of shards; download it again") from None
     for shard in shards:
         if not shard.is_file():
-            raise CheckpointError(
-                f"{shard}: a shard of {path.name} is missing; get it with `{_remedy(path)}`"
-            )
+            raise CheckpointError(f"{shard}: a shard of {path.name} is missing; run `{_remedy(path)}`")
     return shards
 
 
@@ -158,9 +157,9 @@ def _check_numbering(paths: Sequence[Path]) -> None:
         for number in range(1, int(match["total"]) + 1):
             sibling = path.with_name(f"{match['stem']}-{number:05d}-of-{match['total']}{match['suffix']}")
             if sibling.resolve() not in given:
-                here = "list it too" if sibling.is_file() else f"get it with `{_remedy(path)}`"
+                remedy = "list it too" if sibling.is_file() else f"run `{_remedy(path)}`"
                 raise CheckpointError(
-                    f"{sibling}: shard {number} of {int(match['total'])} is missing; {here}"
+                    f"{sibling}: shard {number} of {int(match['total'])} is missing; {remedy}"
                 )
 
 

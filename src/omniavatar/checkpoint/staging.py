@@ -1,9 +1,8 @@
-"""Weights from files to a CUDA device through two page-locked buffers.
+"""Copies weights from files to a CUDA device through two page-locked buffers.
 
-While one buffer's bytes travel to the device, threads read the next ones into the other. A tensor that is
-first read into ordinary memory costs a page fault every 4 KiB and then a copy at a few GB/s; from locked
-memory the copy runs at the bus's speed beside the reading. Result: the same bytes.
-On other devices the buffers are ordinary memory; the bookkeeping is the same.
+While one buffer is copied to the device, threads read the next bytes into the other. Reading into ordinary
+memory costs a page fault every 4 KiB and then a copy at a few GB/s; from page-locked memory the copy runs at
+bus speed, in parallel with the reading. On other devices the buffers are ordinary memory.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class _Buffer:
         self._sent = torch.cuda.Event() if on_cuda else None
 
     def wait(self) -> None:
-        """Until the device has taken what was in the buffer."""
+        """Wait until the device has copied the buffer."""
         if self._sent is not None:
             self._sent.synchronize()
 
@@ -41,7 +40,7 @@ class _Buffer:
 
 
 class Staging:
-    """Loads tensors to one device; a context manager that owns the buffers and the reading threads."""
+    """Loads tensors to one device; a context manager that owns the buffers and the reader threads."""
 
     def __init__(self, device: torch.device, chunk_bytes: int = CHUNK_BYTES) -> None:
         self._device, self._chunk = device, chunk_bytes
@@ -66,9 +65,10 @@ class Staging:
             files.read(key, start, out)
             return
         part = -(-len(out) // THREADS)
-        places = range(0, len(out), part)
+        offsets = range(0, len(out), part)
         reads = [
-            self._pool.submit(files.read, key, start + place, out[place : place + part]) for place in places
+            self._pool.submit(files.read, key, start + offset, out[offset : offset + part])
+            for offset in offsets
         ]
         for read in reads:
             read.result()

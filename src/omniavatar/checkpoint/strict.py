@@ -1,7 +1,7 @@
-"""Strict loading: every weight of a module made on the meta device is filled exactly once, or one error.
+"""Strict loading: every weight of a module on the meta device is filled exactly once, or one error is raised.
 
-Names and shapes are compared before any data moves; then tensor after tensor is loaded, cast, moved to its
-device and put in place of the meta tensor, so nothing exists twice and nothing is left uninitialised.
+Names and shapes are compared before any data is read. Then one tensor at a time is loaded, cast, moved to its
+device and replaces the meta tensor, so no weight exists twice and none stays uninitialised.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ DeviceOf = Callable[[str], torch.device]
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Where one weight comes from: its shape, known without data, and a function that makes it.
+    """The source of one weight: its shape, and a function that loads it.
 
-    `load` may return any dtype and device; the loader casts and moves.
+    load: may return any dtype and device; the loader casts and moves the tensor.
     """
 
     shape: tuple[int, ...]
@@ -37,11 +37,12 @@ def file_sources(
     rename: Callable[[str], str | None] | None = None,
     load: Callable[[TensorFiles, str], Tensor] = TensorFiles.load,
 ) -> dict[str, TensorSource]:
-    """Sources for every tensor of `files`, under the names a module uses.
+    """Sources for every tensor of `files`, by the names in the module.
 
-    rename: file name -> module name, or None for a tensor that the module has no use for.
-    load: how a tensor is read (`Staging.load` brings it to a CUDA device).
-    Raises CheckpointError when two tensors of the file get one name.
+    rename: gives the module's name for a file's name, or None to skip the tensor.
+    load: reads a tensor (`Staging.load` copies it to a CUDA device).
+
+    Raises CheckpointError if two tensors get the same name.
     """
     sources: dict[str, TensorSource] = {}
     for key in files.keys():  # noqa: SIM118  (keys() is the documented order)
@@ -49,7 +50,7 @@ def file_sources(
         if name is None:
             continue
         if name in sources:
-            raise CheckpointError(f"{files.origin}: two tensors stand for {name} (one of them is {key})")
+            raise CheckpointError(f"{files.origin}: two tensors both mean {name} (one of them is {key})")
         sources[name] = TensorSource(files.shape(key), functools.partial(load, files, key))
     return sources
 
@@ -62,34 +63,37 @@ def load_strict(
     device: torch.device | str | DeviceOf,
     origin: str,
 ) -> None:
-    """Fill `module` (on meta) from `sources`, in the order of `sources`.
+    """Fill `module` (on the meta device) from `sources`, in the order of `sources`, without gradients.
 
-    dtype: of all floating-point weights, or a function of the weight's name; integers keep theirs.
+    A tied weight may be given under any one of its names.
+
+    dtype: of all floating-point weights, or a function of the weight's name; integers keep their dtype.
     device: of all weights, or a function of the weight's name.
-    origin: how the error names the files. A tied weight may be given under any one of its names.
-    Weights come out without gradients. Raises CheckpointError listing missing, unexpected, misshaped names.
+    origin: name of the files in the error.
+
+    Raises CheckpointError that lists missing, unexpected and misshaped names.
     """
-    wanted = _wanted(module)
-    for slot_name, name in _matched(module, wanted, sources, origin).items():
+    slots = _slots(module)
+    for slot_name, name in _matched(module, slots, sources, origin).items():
         tensor = sources[name].load()
         if tensor.is_floating_point():
             tensor = tensor.to(dtype if isinstance(dtype, torch.dtype) else dtype(slot_name))
-        wanted[slot_name].put(module, tensor.to(device(slot_name) if callable(device) else device))
+        slots[slot_name].put(module, tensor.to(device(slot_name) if callable(device) else device))
     left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if left:
-        raise RuntimeError(f"{type(module).__name__} keeps weights on meta that no file can fill: {left}")
+        raise RuntimeError(f"{type(module).__name__} has weights on meta that no file can fill: {left}")
 
 
 def check_sources(module: nn.Module, sources: Mapping[str, TensorSource], origin: str) -> None:
-    """The check of `load_strict` alone: nothing is read."""
-    _matched(module, _wanted(module), sources, origin)
+    """Run the check of `load_strict` without reading data."""
+    _matched(module, _slots(module), sources, origin)
 
 
 def _matched(
-    module: nn.Module, wanted: Mapping[str, _Slot], sources: Mapping[str, TensorSource], origin: str
+    module: nn.Module, slots: Mapping[str, _Slot], sources: Mapping[str, TensorSource], origin: str
 ) -> dict[str, str]:
-    """For each wanted weight the source's name, in the order of the sources."""
-    aliases = {name: slot.names[0] for slot in wanted.values() for name in slot.names}
+    """The name of the source for each slot, in the order of the sources."""
+    aliases = {name: slot.names[0] for slot in slots.values() for name in slot.names}
     filled: dict[str, str] = {}
     unexpected: list[str] = []
     misshaped: list[str] = []
@@ -99,10 +103,10 @@ def _matched(
             unexpected.append(name)
             continue
         filled[slot_name] = name
-        expected = wanted[slot_name].shape
+        expected = slots[slot_name].shape
         if tuple(source.shape) != expected:
             misshaped.append(f"{name} is {_shown(source.shape)}, not {_shown(expected)}")
-    missing = [name for name in wanted if name not in filled]
+    missing = [name for name in slots if name not in filled]
     if missing or unexpected or misshaped:
         problems = [
             f"{len(items)} {kind}: {abbreviated(items)}"
@@ -126,7 +130,8 @@ class _Slot:
             setattr(module.get_submodule(parent), leaf, value)
 
 
-def _wanted(module: nn.Module) -> dict[str, _Slot]:
+def _slots(module: nn.Module) -> dict[str, _Slot]:
+    """The tensors of the module's state dict; tied names share one slot."""
     saved = set(module.state_dict())
     tied: dict[int, list[str]] = {}
     tensors: dict[int, tuple[Tensor, bool]] = {}
@@ -149,6 +154,6 @@ def _shown(shape: Iterable[int]) -> str:
 
 
 def abbreviated(items: list[str]) -> str:
-    """The first of a list of names, and how many more there are."""
+    """The first names of a list, and the number of the others."""
     more = f" ... and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
     return ", ".join(items[:SHOWN]) + more

@@ -1,8 +1,8 @@
-"""A checkpoint of random weights in exactly the official layout: names, shapes, dtypes, shards, side files.
+"""Writes a checkpoint with random weights in the official layout: names, shapes, dtypes, shards, side files.
 
-For everything that needs the real files' form but not their content: tests, demos, timings, memory.
-The side files (configurations, tokenizer) are small and real: AutoTokenizer reads the tokenizer folder, whose
-vocabulary is bytes and a few common pieces of English, T5's special tokens at T5's places.
+Tests, demos, timings and memory measurements use it. The side files (configurations, tokenizer) work like
+real ones: AutoTokenizer reads the tokenizer folder. Its vocabulary is all bytes and a few common pieces of
+English; T5's special tokens have T5's ids.
 """
 
 from __future__ import annotations
@@ -45,8 +45,11 @@ _PIECES = (
 def make_checkpoint(scale: str, out: Path, seed: int = 0, progress: Progress | None = None) -> Path:
     """Write the checkpoint of `scale` ('nano', '1.3B', '14B') below `out` and return `out`.
 
-    progress: called with (bytes written, bytes in all). The same seed gives the same bytes.
-    Raises ConfigError for an unknown scale, OutputError when the disk is too small or not writable.
+    The same seed gives the same bytes.
+
+    progress: called with (bytes written, total bytes).
+
+    Raises ConfigError for an unknown scale, OutputError if the disk is too small or read-only.
     """
     spec = scale_spec(scale)
     layouts = checkpoint_layout(spec)
@@ -58,19 +61,22 @@ def make_checkpoint(scale: str, out: Path, seed: int = 0, progress: Progress | N
             write_random(out, layout, seed, on_bytes)
         _write_side_files(out, spec)
     except OSError as error:
-        raise OutputError(f"{out}: cannot write the checkpoint ({error.strerror or error})") from error
+        raise OutputError(
+            f"{out}: cannot write the checkpoint ({error.strerror or error}); check the disk and permissions"
+        ) from error
     return out
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
-    """Raise OutputError unless the disk that holds `folder` (which need not exist yet) has `needed` bytes."""
+    """Raise OutputError unless the disk of `folder` has `needed` free bytes; `folder` may not exist yet."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise OutputError(
-            f"{folder}: {what} needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free"
+            f"{folder}: {what} needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free; "
+            "free some space or choose another disk"
         )
 
 
@@ -134,7 +140,7 @@ def _adapter_config(spec: ScaleSpec) -> dict[str, Any]:
 
 
 def wav2vec_config(spec: Wav2VecSpec) -> dict[str, Any]:
-    """`config.json` of the wav2vec folder."""
+    """Content of `config.json` in the wav2vec folder."""
     return {
         "architectures": ["Wav2Vec2ForCTC"],
         "model_type": "wav2vec2",

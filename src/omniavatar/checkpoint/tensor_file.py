@@ -1,11 +1,11 @@
-"""One weight file, read tensor by tensor into memory of its own: safetensors, or PyTorch `.pth`/`.pt`/`.bin`.
+"""Reads one weight file tensor by tensor: safetensors, or PyTorch `.pth`/`.pt`/`.bin`.
 
-Idea: a file is an index of (name -> dtype, shape) read from its header; a tensor's bytes move only when it is
-asked for. safetensors bytes go straight from the file into the new tensor. A PyTorch file is mapped, and the
-mapping is renewed after each GiB read, because mapped pages count as the process's memory until it goes.
-So loading needs the result plus one tensor (plus 1 GiB for PyTorch files), never a second copy of the file.
-Limits: a PyTorch file must hold a plain mapping of names to dense tensors; pickled code is refused; PyTorch's
-format of before 2020 (not a zip file) cannot be mapped and is read whole.
+The header gives dtype and shape of each tensor; data is read only by `load`. safetensors data is read
+directly into the new tensor. A PyTorch file is mapped, and the mapping is renewed after each GiB read,
+because mapped pages count as memory of the process. Loading therefore needs the result plus one tensor (plus
+1 GiB for PyTorch files), never a second copy of the file.
+Limits: a PyTorch file must hold a plain mapping of names to dense tensors. Pickled code is refused. PyTorch's
+format before 2020 (not a zip file) cannot be mapped and is read whole.
 Source of the format: https://github.com/huggingface/safetensors (8 bytes length, JSON header, data).
 """
 
@@ -59,7 +59,8 @@ class TensorInfo:
 
 
 class TensorFile(Protocol):
-    """What both formats offer. `index` is in the order of the data; `load` returns memory of its own."""
+    """Interface of both formats. `index` has the order of the data; `load` returns a tensor with its own
+    memory."""
 
     path: Path
 
@@ -77,16 +78,16 @@ class TensorFile(Protocol):
 
 
 def open_tensor_file(path: Path) -> TensorFile:
-    """The file at `path`, its header read and checked. Raises CheckpointError."""
+    """The file at `path`, with its header read and checked. Raises CheckpointError."""
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
         return TorchFile(path)
-    raise CheckpointError(f"{path}: unknown kind of weight file; use .safetensors, .pth, .pt or a folder")
+    raise CheckpointError(f"{path}: unknown type of weight file; use .safetensors, .pth, .pt or a folder")
 
 
 class SafetensorsFile:
-    """A safetensors file; the header is validated against the file's length when opened."""
+    """A safetensors file; opening checks the header against the length of the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -122,7 +123,7 @@ class SafetensorsFile:
                 info = TensorInfo(dtype, tuple(int(size) for size in entry["shape"]))
                 start, stop = entry["data_offsets"]
                 if start != end or stop - start != info.num_bytes:
-                    raise _damaged(self.path, f"the data of {key} has the wrong place or size")
+                    raise _damaged(self.path, f"the data of {key} has a wrong offset or size")
                 index[key], offsets[key], end = info, data_start + start, stop
         except (KeyError, TypeError, IndexError, ValueError):
             raise _damaged(self.path, "its header has a malformed entry") from None
@@ -139,19 +140,19 @@ class SafetensorsFile:
 
     def read(self, key: str, start: int, out: Tensor) -> None:
         target = memoryview(out.numpy().data)
-        place = self._offsets[key] + start
+        offset = self._offsets[key] + start
         while target:
-            count = os.preadv(self._file.fileno(), [target], place)
+            count = os.preadv(self._file.fileno(), [target], offset)
             if not count:
                 raise _damaged(self.path, f"the data of {key} ends early")
-            target, place = target[count:], place + count
+            target, offset = target[count:], offset + count
 
     def close(self) -> None:
         self._file.close()
 
 
 class TorchFile:
-    """A file of `torch.save` that holds a flat mapping of names to tensors; never runs pickled code."""
+    """A `torch.save` file with a flat mapping of names to tensors; pickled code never runs."""
 
     metadata: Mapping[str, str] = {}
 
@@ -159,7 +160,7 @@ class TorchFile:
         self.path = path
         with path.open("rb") as file:
             if file.read(2) not in (b"PK", b"\x80\x02"):
-                raise _damaged(path, "it is not a file of torch.save")
+                raise _damaged(path, "it was not written by torch.save")
         self._mappable = zipfile.is_zipfile(path)
         self._lock = threading.Lock()
         self._tensors: dict[str, Tensor] | None = self._map()
@@ -182,14 +183,15 @@ class TorchFile:
         named = re.search(r"GLOBAL ([\w.]+)", reason)
         what = f" ({named.group(1)})" if named else ""
         return CheckpointError(
-            f"{self.path}: holds pickled code{what}, which is never run; use a file of plain tensors "
-            "(.safetensors, or a state dict saved by torch.save)"
+            f"{self.path}: contains pickled code{what}, which is not run for safety; use a file of plain "
+            "tensors (.safetensors, or a state dict saved by torch.save)"
         )
 
     def _checked(self, content: Any) -> dict[str, Tensor]:
         if not isinstance(content, Mapping):
             raise CheckpointError(
-                f"{self.path}: holds a {type(content).__name__}, not a mapping of names to tensors"
+                f"{self.path}: contains a {type(content).__name__}, not a mapping of names to tensors; "
+                "save the model's plain state dict"
             )
         for key, value in content.items():
             if not isinstance(key, str) or not isinstance(value, Tensor):
@@ -198,7 +200,9 @@ class TorchFile:
                     "save the model's plain state dict"
                 )
             if value.layout != torch.strided or value.device.type != "cpu":
-                raise CheckpointError(f"{self.path}: {key} is not a dense tensor with data")
+                raise CheckpointError(
+                    f"{self.path}: {key} is not a dense tensor with data; save the model's plain state dict"
+                )
         return dict(content)
 
     def load(self, key: str) -> Tensor:

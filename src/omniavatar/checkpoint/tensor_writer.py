@@ -1,8 +1,8 @@
-"""Writing weight files: of random numbers, deterministic to the byte, or of given tensors, one at a time.
+"""Writes weight files, with random numbers or given tensors, one tensor at a time.
 
-Each tensor's numbers depend on (seed, file, name) alone, so any file can be written first, again or alone.
-A file appears under its name only when it is complete. PyTorch files are held in memory while written (the
-largest, UMT5-XXL, is 11.4 GB), since torch.save knows no other way.
+Random numbers depend only on (seed, file, name), so files can be written in any order and always have the
+same bytes. A file appears under its name only when it is complete. torch.save needs a whole PyTorch file in
+memory (the largest, UMT5-XXL, is 11.4 GB).
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ DTYPE_NAMES = {
 
 
 def write_random(root: Path, layout: FileLayout, seed: int, on_bytes: Callable[[int], None]) -> None:
-    """Write one file of `layout` below `root`; `on_bytes` hears of every piece. May raise OSError."""
+    """Write the file `layout` below `root`. Raises OSError.
+
+    on_bytes: called with the number of bytes of each piece.
+    """
     path = root / layout.path
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -49,7 +52,7 @@ def write_random(root: Path, layout: FileLayout, seed: int, on_bytes: Callable[[
 
 
 def byte_counter(progress: Progress | None, total: int) -> Callable[[int], None]:
-    """What `on_bytes` is told, added up and passed on as (bytes written, `total`)."""
+    """A function that adds up byte counts and calls `progress` with (bytes written, `total`)."""
     done = 0
 
     def on_bytes(count: int) -> None:
@@ -68,9 +71,9 @@ def write_tensors(
     metadata: Mapping[str, str],
     on_bytes: Callable[[int], None],
 ) -> None:
-    """Write a safetensors file tensor by tensor, in the order of `entries`. May raise OSError.
+    """Write a safetensors file tensor by tensor, in the order of `entries`. Raises OSError.
 
-    load: gives the tensor of a name, on any device; it is cast to the entry's dtype.
+    load: returns the tensor of a name, on any device; it is cast to the entry's dtype.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -89,7 +92,7 @@ def write_tensors(
 
 
 def safetensors_header(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> bytes:
-    """The bytes before the data: 8 of length, and a table of names padded to a multiple of 8."""
+    """The header: 8 bytes with its length, then a JSON table padded to a multiple of 8 bytes."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for entry in entries:
@@ -126,7 +129,7 @@ def _write_torch(path: Path, layout: FileLayout, seed: int, on_bytes: Callable[[
             on_bytes(piece.numel() * entry.dtype.itemsize)
         tensors[entry.key] = flat.view(entry.shape)
     try:
-        torch.save(tensors, path)  # a path, not an open file: that would copy each tensor once more
+        torch.save(tensors, path)  # with an open file, torch would copy each tensor once more
     except RuntimeError as error:
         raise OSError(errno.EIO, f"torch.save failed on {path.name}; is the disk full?") from error
 
@@ -134,7 +137,7 @@ def _write_torch(path: Path, layout: FileLayout, seed: int, on_bytes: Callable[[
 def _pieces(
     entry: TensorEntry, file: str, seed: int, buffer: np.ndarray[tuple[int], np.dtype[np.float32]]
 ) -> Iterator[Tensor]:
-    """The tensor's numbers in order as float32, each piece in `buffer`, which the next one overwrites."""
+    """The numbers of a tensor in order, as float32; every piece overwrites the previous one in `buffer`."""
     digest = hashlib.sha256(f"{seed}|{file}|{entry.key}".encode()).digest()
     numbers = np.random.Generator(np.random.SFC64(list(np.frombuffer(digest, dtype=np.uint32))))
     mean, std = initial_spread(entry.key, entry.shape)

@@ -1,4 +1,5 @@
-"""The decoder half of a TAEHV file (`taew2_1.pth`, `lighttaew2_1.pth`, or safetensors of the same names)."""
+"""Loads the decoder half of a TAEHV file (`taew2_1.pth`, `lighttaew2_1.pth`, or safetensors with the same
+names)."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from omniavatar.checkpoint.layout import Shape
 from omniavatar.checkpoint.reader import PathLike, TensorFiles
 from omniavatar.checkpoint.strict import file_sources, load_strict
 from omniavatar.errors import CheckpointError
+from omniavatar.model.sizes import VAEConfig
 from omniavatar.model.tiny_decoder import TinyDecoder, TinyDecoderConfig
-from omniavatar.model.vae import VAEConfig
 
 RELEASED_VAE_DIM = 96
 LIGHT_DIVISOR = 4
@@ -23,9 +24,9 @@ SMALLEST_WIDTH = 8
 def load_tiny_decoder(
     path: PathLike, *, raw_latents: bool, z_dim: int, dtype: torch.dtype, device: torch.device | str
 ) -> TinyDecoder:
-    """The decoder on `device`, without gradients; sizes come from the shapes, the encoder half is left out.
+    """The decoder on `device`, without gradients. Its sizes come from the shapes; the encoder is not loaded.
 
-    Raises CheckpointError for a missing, damaged or unfitting file.
+    Raises CheckpointError if the file is missing, damaged or does not fit.
     """
     with TensorFiles(path) as files:
         with torch.device("meta"):
@@ -46,12 +47,12 @@ def random_tiny_decoder(
 
 
 def light_vae_config(vae: VAEConfig) -> VAEConfig:
-    """Sizes of LightVAE beside a full VAE of these sizes: a quarter of the channels."""
+    """Sizes of the LightVAE that fits a full VAE: a quarter of its channels."""
     return replace(vae, dim=max(SMALLEST_WIDTH, vae.dim // LIGHT_DIVISOR))
 
 
 def tiny_decoder_config(vae: VAEConfig) -> TinyDecoderConfig:
-    """Sizes of TAEHV beside a full VAE of these sizes: the released ones, in proportion for a smaller VAE."""
+    """Sizes of the TAEHV that fits a full VAE: the released sizes, scaled down for a smaller VAE."""
     first, second, third, last = (
         max(SMALLEST_WIDTH, width * vae.dim // RELEASED_VAE_DIM) for width in TinyDecoderConfig().widths
     )
@@ -59,7 +60,7 @@ def tiny_decoder_config(vae: VAEConfig) -> TinyDecoderConfig:
 
 
 def tiny_decoder_tensors(config: TinyDecoderConfig) -> Iterator[tuple[str, Shape]]:
-    """Names and shapes of the decoder half of a file as a pure function of its sizes (see `layout`)."""
+    """Names and shapes of the decoder half of a file, from its sizes (see `layout`)."""
     widths = config.widths
     yield from _conv("decoder.1", widths[0], config.z_dim)
     number = 3
@@ -84,13 +85,13 @@ def _config(files: TensorFiles, z_dim: int) -> TinyDecoderConfig:
     links = [f"decoder.{number}.weight" for number in (1, 8, 14, 20)]
     if any(key not in files or len(files.shape(key)) != 4 for key in links):
         raise CheckpointError(
-            f"{files.origin}: no {', '.join(links)}; this is not a TAEHV decoder "
-            "(a Wan VAE with fewer channels is decoder=lightvae)"
+            f"{files.origin}: has no {', '.join(links)}, so it is not a TAEHV decoder; "
+            "for a Wan VAE with fewer channels, set decoder=lightvae"
         )
-    found = files.shape(links[0])[1]
-    if found != z_dim:
+    channels = files.shape(links[0])[1]
+    if channels != z_dim:
         raise CheckpointError(
-            f"{files.origin}: decodes latents of {found} channels, not {z_dim}; use the file for Wan 2.1"
+            f"{files.origin}: decodes latents of {channels} channels, not {z_dim}; use the file for Wan 2.1"
         )
     first, second, third, last = (files.shape(key)[0] for key in links)
     return TinyDecoderConfig((first, second, third, last), z_dim)

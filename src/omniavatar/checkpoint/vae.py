@@ -1,4 +1,4 @@
-"""The video VAE from `Wan2.1_VAE.pth` (or safetensors with the same names); sizes come from the shapes."""
+"""Loads the video VAE from `Wan2.1_VAE.pth` (or safetensors with the same names); sizes come from shapes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from omniavatar.checkpoint.initial import fill_random
 from omniavatar.checkpoint.reader import PathLike, TensorFiles
 from omniavatar.checkpoint.strict import file_sources, load_strict
 from omniavatar.errors import CheckpointError
-from omniavatar.model.vae import VAEConfig, WanVAE
+from omniavatar.model.sizes import VAEConfig
+from omniavatar.model.vae import WanVAE
 
 
 def inspect_vae(path: PathLike) -> VAEConfig:
-    """Sizes of the VAE in a file. Raises CheckpointError when it is not a Wan VAE."""
+    """Sizes of the VAE in a file. Raises CheckpointError if it is not a Wan VAE."""
     with TensorFiles(path) as files:
         return _config(files)
 
@@ -22,7 +23,7 @@ def inspect_vae(path: PathLike) -> VAEConfig:
 def load_vae(path: PathLike, *, dtype: torch.dtype, device: torch.device | str) -> WanVAE:
     """The VAE on `device`, in evaluation mode and without gradients.
 
-    Raises CheckpointError for a missing, damaged or unfitting file.
+    Raises CheckpointError if the file is missing, damaged or does not fit.
     """
     with TensorFiles(path) as files:
         with torch.device("meta"):
@@ -40,10 +41,11 @@ def random_vae(config: VAEConfig, *, dtype: torch.dtype, device: torch.device | 
 
 
 def _config(files: TensorFiles) -> VAEConfig:
-    """Read the encoder's list of stages: residual blocks, and a `resample` at the end of each level."""
+    """Sizes from the encoder's stages: residual blocks, and a `resample` at the end of each level."""
     if "encoder.conv1.weight" not in files or "conv2.weight" not in files:
         raise CheckpointError(
-            f"{files.origin}: no encoder.conv1 and conv2 weights; this is not a Wan video VAE"
+            f"{files.origin}: has no encoder.conv1 and conv2 weights, so it is not a Wan video VAE; "
+            "use Wan2.1_VAE.pth"
         )
     dim = files.shape("encoder.conv1.weight")[0]
     stages: dict[int, set[str]] = {}

@@ -1,4 +1,4 @@
-"""The command line. `app` is its Typer application, `command` the entry point of `omniavatar`."""
+"""The command line: `app` is the Typer application, `command` the entry point of the `omniavatar` script."""
 
 from __future__ import annotations
 

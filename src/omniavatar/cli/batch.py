@@ -1,4 +1,4 @@
-"""`omniavatar batch`: many videos on many GPUs, through Ray."""
+"""`omniavatar batch`: many videos on many GPUs, run by Ray."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from omniavatar.cli.common import (
     require_one_process,
     user_errors,
 )
-from omniavatar.serve.batch.seats import Wish, choose_seats, with_threads
+from omniavatar.serve.batch.seats import WorkerOptions, plan_workers, with_threads
 
 if TYPE_CHECKING:
     from omniavatar.serve.batch.run import BatchResult
@@ -34,15 +34,15 @@ def batch(
         typer.Option(
             "--input_file",
             "--input-file",
-            help="Requests: one prompt@@image@@audio a line, or .jsonl or .csv.",
+            help="File with the requests: one prompt@@image@@audio per line, or .jsonl or .csv.",
         ),
     ],
     gpus: Annotated[
         str | None,
         typer.Option(
             metavar="all|0,1,...|cpu",
-            help="all (default): every GPU; numbers: with --split_input these share the queue, without it "
-            "the first of them (the first --gpus-per-job) works through it; cpu: --workers processes.",
+            help="all (default): every GPU. Numbers: these GPUs share the queue with --split_input; without "
+            "it, only the first GPU (the first --gpus-per-job GPUs) is used. cpu: --workers processes.",
         ),
     ] = None,
     split_input: Annotated[
@@ -50,14 +50,14 @@ def batch(
         typer.Option(
             "--split_input",
             "--split-input",
-            help="Share one queue among all GPUs named in --gpus. Without it the original gave the whole "
-            "file to each of them; here it is one queue on the first.",
+            help="Share one queue among all GPUs in --gpus. Without it, the first GPU runs the whole queue "
+            "(the original code ran the whole file on each GPU).",
         ),
     ] = False,
     per_gpu_jobs: Annotated[
         int,
         typer.Option(
-            "--per_gpu_jobs", "--per-gpu-jobs", min=1, help="Workers on each GPU, if memory allows."
+            "--per_gpu_jobs", "--per-gpu-jobs", min=1, help="Workers per GPU; all must fit into its memory."
         ),
     ] = 1,
     gpus_per_job: Annotated[
@@ -66,66 +66,70 @@ def batch(
             "--gpus-per-job",
             "--gpus_per_job",
             min=1,
-            help="GPUs that make each video together, as `generate --gpus` does; sp_size and cfg_parallel "
-            "say how.",
+            help="GPUs that make each video together, as with `generate --gpus`; sp_size and cfg_parallel "
+            "set how they share the work.",
         ),
     ] = 1,
     workers: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="With --gpus cpu (default 1, of one thread or --hp=threads), or the most in a cluster.",
+            help="Number of workers with --gpus cpu (default 1; each has --hp=threads threads, default 1), "
+            "or their maximum in a cluster.",
         ),
     ] = None,
     pin: Annotated[
         bool,
         typer.Option(
-            help="With --gpus cpu: bind each worker to as many cores of its own as it has threads, if there "
-            "are enough (Linux)."
+            help="With --gpus cpu on Linux: give each worker one core per thread that no other worker uses, "
+            "if the machine has enough cores."
         ),
     ] = True,
     ray_address: Annotated[
         str | None,
         typer.Option(
-            "--ray-address", help="Join this Ray cluster (ray://head:10001) instead of starting Ray here."
+            "--ray-address",
+            help="Join this Ray cluster (ray://head:10001) instead of starting Ray on this machine.",
         ),
     ] = None,
     retries: Annotated[
-        int, typer.Option(min=0, help="Further attempts at an item that failed or was cut.")
+        int, typer.Option(min=0, help="Retries of a video that failed or was interrupted.")
     ] = 2,
     output: Annotated[
         str | None,
         typer.Option(
-            "--output", "-o", help="Folder or fsspec URL (s3://...); default: the config's output_dir."
+            "--output",
+            "-o",
+            help="Folder or fsspec URL (s3://...) for the videos; default: the config's output_dir.",
         ),
     ] = None,
     run_dir: Annotated[
         Path | None,
         typer.Option(
             "--run-dir",
-            help="Folder of the items' states; default: batch_<input file> in the output folder, for a URL "
-            "in the config's output_dir.",
+            help="Folder for the state of each video and summary.json; default: batch_<input file> in the "
+            "output folder, or in the config's output_dir if --output is a URL.",
         ),
     ] = None,
     hp: HpOption = None,
     no_resume: Annotated[
-        bool, typer.Option("--no-resume", help="Make finished and half-finished items anew.")
+        bool, typer.Option("--no-resume", help="Make every video again, also finished ones.")
     ] = False,
     quiet: QuietOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
     log_format: LogOption = LogFormat.rich,
 ) -> None:
-    """Make a video of every request, on all GPUs at once: one warm engine a GPU, one shared queue.
+    """Make one video per request, on all GPUs: workers with loaded models share one queue.
 
-    The same command goes on where it was cut: it skips what is done, continues half-made videos and tries
-    again what failed. States and summary.json lie in the run folder.
+    Give the same command again after an interruption: it skips finished videos, continues unfinished ones
+    and retries failed ones. The run folder holds the state of each video and summary.json.
     """
     from omniavatar.cli.progress_batch import make_batch_display
 
-    wish = Wish(gpus, split_input, per_gpu_jobs, gpus_per_job, workers, ray_address)
+    options = WorkerOptions(gpus, split_input, per_gpu_jobs, gpus_per_job, workers, ray_address)
     with reporting(log_format, quiet, make_batch_display) as (recorder, report), user_errors(report):
         require_one_process()
-        choice = choose_seats(wish)
+        plan = plan_workers(options)
         from omniavatar.config.load import load_config
         from omniavatar.engine.requests_file import read_requests
         from omniavatar.media.slug import slugify
@@ -138,22 +142,22 @@ def batch(
 
         loaded = load_config(config, hp or ())
         shared_among(loaded.config, gpus_per_job, f"--gpus-per-job {gpus_per_job}")
-        choice = with_threads(choice, loaded.config.runtime.threads or 1, pin)
-        for warning in (*loaded.warnings, *choice.notes):
+        plan = with_threads(plan, loaded.config.runtime.threads or 1, pin)
+        for warning in (*loaded.warnings, *plan.notes):
             recorder.event("message", text=warning, level="warning")
         items = make_items(read_requests(input_file, loaded.config.sampling), loaded.config)
         target = output or str(output_folder(loaded.config))
         stem = f"batch_{input_file.stem}"
         if "://" in target:
-            usual = loaded.config.output.output_dir / f"{stem}_{slugify(target)}"
+            default_run_dir = loaded.config.output.output_dir / f"{stem}_{slugify(target)}"
         else:
-            usual = Path(target).expanduser() / stem
-        folder = run_dir or usual
+            default_run_dir = Path(target).expanduser() / stem
+        folder = run_dir or default_run_dir
         destination = make_destination(target, folder / "work")
-        engines = AvatarEngines(loaded.config, choice.pin)
+        engines = AvatarEngines(loaded.config, plan.pin)
         result = run_batch(
             items,
-            lambda: RayCrew(choice.seats, choice.workers, engines, destination),
+            lambda: RayCrew(plan.seats, plan.workers, engines, destination),
             destination,
             folder,
             Rules(retries=retries, fresh=no_resume),
@@ -181,7 +185,7 @@ def _print(result: BatchResult, *, quiet: bool, as_json: bool) -> None:
 
 
 def _exit(result: BatchResult, report: Callable[[str], None]) -> None:
-    """End with the code of what stopped the batch, or with 1 if items failed."""
+    """Exit with the code of the error that stopped the batch, or with 1 if items failed."""
     if result.ledger.interrupted:
         report(INTERRUPT_NOTE)
         raise typer.Exit(INTERRUPTED)

@@ -1,4 +1,4 @@
-"""`omniavatar download`, `make-checkpoint` and `convert`: where weights come from, and in which form."""
+"""`omniavatar download`, `make-checkpoint` and `convert`: get weights, make random ones, convert them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from omniavatar.cli.common import ConfigOption, HpOption, user_errors
 
 
 class Released(StrEnum):
-    """Scales with released weights."""
+    """Model sizes with released weights."""
 
     large = "14B"
     small = "1.3B"
 
 
 class Scale(StrEnum):
-    """Scales a synthetic checkpoint can have."""
+    """Model sizes of a synthetic checkpoint."""
 
     nano = "nano"
     small = "1.3B"
@@ -27,16 +27,16 @@ class Scale(StrEnum):
 
 
 def download(
-    scale: Annotated[Released, typer.Argument(help="Which model, with the encoders it needs.")],
-    root: Annotated[Path, typer.Option(help="Folder of the models; the configs name this one.")] = Path(
+    scale: Annotated[Released, typer.Argument(help="Model size; its encoders are downloaded too.")],
+    root: Annotated[Path, typer.Option(help="Folder for the models; the configs expect the default.")] = Path(
         "pretrained_models"
     ),
 ) -> None:
-    """Fetch a model's files from the Hugging Face hub into the layout the configs expect.
+    """Download a model from the Hugging Face hub into the folders the configs expect.
 
-    Checks the free disk space first; an interrupted download goes on where it stopped.
+    The command checks the free disk space first. Give it again to continue an interrupted download.
     """
-    with user_errors(on_interrupt="interrupted; the same command goes on with the download"):
+    with user_errors(on_interrupt="interrupted; the same command continues the download"):
         from omniavatar.checkpoint.download import download as fetch
 
         fetch(scale.value, root)
@@ -44,15 +44,15 @@ def download(
 
 
 def make_checkpoint(
-    scale: Annotated[Scale, typer.Option(help="Size of the model; 14B writes about 70 GB.")],
+    scale: Annotated[Scale, typer.Option(help="Model size; 14B takes about 70 GB of disk.")],
     out: Annotated[Path, typer.Option(help="Folder to write, such as pretrained_models/nano.")],
-    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the weights; the same seed gives the same bytes.")] = 0,
 ) -> None:
-    """Write a checkpoint with random weights in exactly the official layout, to try the engine with.
+    """Write a checkpoint with random weights in the official file layout, to test the engine.
 
-    Its pictures are noise.
+    Its videos show noise.
     """
-    with user_errors(on_interrupt="interrupted; run the command again, the folder is not complete"):
+    with user_errors(on_interrupt="interrupted; the folder is incomplete, run the command again"):
         from omniavatar.checkpoint.synthetic import make_checkpoint as write
 
         write(scale.value, out, seed=seed)
@@ -66,9 +66,9 @@ def convert(
     ],
     hp: HpOption = None,
 ) -> None:
-    """Write the configured model as one file: merged, in its dtype, quantised as `quantize` says.
+    """Write the configured model into one file, with LoRAs merged and `dtype` and `quantize` applied.
 
-    It loads faster than the originals and needs less memory for it; its results are the same.
+    The file loads faster and with less memory than the original files. Results are the same.
     """
     with user_errors(on_interrupt="interrupted; nothing was written, run the command again"):
         from omniavatar.config.load import load_config

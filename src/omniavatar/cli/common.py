@@ -1,4 +1,4 @@
-"""What the commands share: options, and how errors become one line and an exit code."""
+"""Options and error handling that the commands share."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ConfigOption = Annotated[
         "--config",
         "-c",
         metavar="YAML",
-        help="Configuration file, such as configs/inference.yaml; `pocket`: that of the packaged model.",
+        help="Configuration file, such as configs/inference.yaml, or `pocket` for the packaged model.",
     ),
 ]
 HpOption = Annotated[
@@ -44,28 +44,29 @@ HpOption = Annotated[
         "-hp",
         "--hparams",
         metavar="KEY=VALUE,...",
-        help="Override config values: num_steps=25,tea_cache_l1_thresh=14e-2,image_sizes_720=[[400,720]]. "
-        "May be repeated.",
+        help="Override config values, such as num_steps=25,image_sizes_720=[[400,720]]. May be repeated.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 class LogFormat(StrEnum):
-    """How progress is reported on stderr."""
+    """Format of the progress reports on stderr."""
 
     rich = "rich"
     json = "json"
 
 
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; print the output path only.")]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show no progress; print only the output path.")
+]
 LogOption = Annotated[
-    LogFormat, typer.Option("--log-format", help="rich: progress bars; json: one JSON object an event.")
+    LogFormat, typer.Option("--log-format", help="rich: progress bars; json: one JSON object per event.")
 ]
 
 
 def print_error(text: str) -> None:
-    """One line `error: ...` on stderr, red on a terminal."""
+    """Print the line `error: <text>` to stderr, red on a terminal."""
     red, reset = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
     print(f"{red}error:{reset} {' '.join(text.split())}", file=sys.stderr)
 
@@ -79,9 +80,9 @@ def user_errors(
     report: Callable[[str], None] = print_error,
     on_interrupt: str = "interrupted",
 ) -> Iterator[None]:
-    """Turn the user's errors into one line and their exit code, Ctrl-C into one line and 130.
+    """Report an `OmniAvatarError` as one line with its exit code, and Ctrl-C as one line with 130.
 
-    Anything else is a bug of ours and keeps its traceback.
+    Any other exception is a bug in this program and keeps its traceback.
     """
     try:
         yield
@@ -94,28 +95,30 @@ def user_errors(
 
 
 def require_one_process() -> None:
-    """Raise ConfigError when torchrun started several processes (environment variable WORLD_SIZE)."""
+    """Raise ConfigError if torchrun started several processes (environment variable WORLD_SIZE)."""
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
         raise ConfigError(
-            f"torchrun started {processes} processes, but this command runs in one; use --nproc_per_node=1, "
-            "or generate to make one video on several GPUs"
+            f"torchrun started {processes} processes, but this command runs in one process; "
+            "use --nproc_per_node=1, or `generate` to make one video on several GPUs"
         )
 
 
 @contextmanager
 def reporting(
-    log_format: LogFormat, quiet: bool, displays: DisplayMaker | None = None
+    log_format: LogFormat, quiet: bool, make_display: DisplayMaker | None = None
 ) -> Iterator[tuple[RunRecorder, Callable[[str], None]]]:
-    """A recorder with the chosen display, and where errors go: a line on stderr, or a JSON event `error`.
+    """A recorder with the chosen display, and a function that reports an error.
 
-    displays: makes the display from (log format, quiet, stderr); default: that of one video at a time. Log
-    records of the package are shown as messages too.
+    Errors go to stderr as one line, or as the JSON event `error`. Log records of the package are shown as
+    messages.
+
+    make_display: called with (log format, quiet, stderr); the default shows one video at a time.
     """
-    from omniavatar.cli.progress import make_display as one_video
+    from omniavatar.cli.progress import make_display as make_video_display
     from omniavatar.engine.recorder import RunRecorder
 
-    display = (displays or one_video)(log_format.value, quiet, sys.stderr)
+    display = (make_display or make_video_display)(log_format.value, quiet, sys.stderr)
     recorder = RunRecorder([display])
 
     def report(text: str) -> None:
@@ -138,7 +141,7 @@ def reporting(
 
 
 class _Forward(logging.Handler):
-    """Shows the package's log records as messages of the run."""
+    """Passes log records of the package to the recorder as messages."""
 
     def __init__(self, recorder: RunRecorder) -> None:
         super().__init__(logging.INFO)
@@ -150,11 +153,11 @@ class _Forward(logging.Handler):
 
 
 def leave_at_once(code: object) -> None:
-    """End this process with an exit code (None: 0) without taking the interpreter apart.
+    """End this process with an exit code (None: 0), without the interpreter's shutdown.
 
-    With torch and transformers loaded that takes 2 s, in which nothing is done that the system does not do
-    for a process that is gone. Exit handlers run and streams are flushed. Returns, for an ordinary end, where
-    another thread is still at work, the code is no number, or a profiler or tracer wants to report.
+    With torch and transformers loaded, that shutdown takes 2 s to free memory which the system frees anyway.
+    Exit handlers run and streams are flushed. The function returns, and leaves the exit to the caller, if
+    another thread is still running, the code is not a number, or a profiler or tracer is active.
     """
     busy = [each for each in threading.enumerate() if not each.daemon and each is not threading.main_thread()]
     if busy or sys.gettrace() or sys.getprofile() or not isinstance(code, int | None):

@@ -1,4 +1,4 @@
-"""`omniavatar config show`: the effective values and where each came from."""
+"""`omniavatar config show`: the effective values and their origins."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from omniavatar.cli.common import HpOption, JsonOption, user_errors
 def show(
     config: Annotated[
         Path | None,
-        typer.Option("--config", "-c", metavar="YAML", help="Configuration file; without it the defaults."),
+        typer.Option("--config", "-c", metavar="YAML", help="Configuration file; without it, the defaults."),
     ] = None,
     hp: HpOption = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Say what each key means.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Print the meaning of each key.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show every config value and where it came from: default, file and line, checkpoint, or --hp."""
+    """Show every config value and its origin: default, file and line, checkpoint, or --hp."""
     import json
 
     with user_errors():
@@ -58,7 +58,7 @@ def show(
         console.print(table)
         for warning in loaded.warnings:
             console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
-        console.print(f"hash of what decides the video: {config_hash(loaded.config)[:16]}")
+        console.print(f"hash of the values that affect the video: {config_hash(loaded.config)[:16]}")
 
 
 def _leaves(section: str) -> list[tuple[str, str]]:

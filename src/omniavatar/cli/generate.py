@@ -1,7 +1,7 @@
-"""`omniavatar generate` and `omniavatar demo`: requests from the command line or an input file.
+"""`omniavatar generate` and `omniavatar demo`: videos from the command line or an input file.
 
-Lines of an input file run one after the other on one pipeline. A line whose inputs cannot be used is
-reported and the next one runs; an error that would hit every line (weights, device, disk) ends the run.
+One pipeline makes the lines of an input file in order. A line with unusable inputs is reported and the next
+line runs. An error that would affect every line (weights, device, disk) ends the run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from omniavatar.cli.common import (
     require_one_process,
     user_errors,
 )
-from omniavatar.cli.ranks import one_of_several, parse_gpus, spread, start_ranks, team_of
+from omniavatar.cli.ranks import config_for_rank, parse_gpus, rank_reporting, start_ranks, team_of
 
 if TYPE_CHECKING:
     from omniavatar.config.load import LoadedConfig
@@ -37,10 +37,11 @@ if TYPE_CHECKING:
 def generate(
     context: typer.Context,
     config: ConfigOption,
-    prompt: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text that describes the video.")] = None,
     image: Annotated[Path | None, typer.Option(help="Portrait (any image file).")] = None,
     audio: Annotated[
-        Path | None, typer.Option(help="Voice (any audio file); without it a silent video of seq_len frames.")
+        Path | None,
+        typer.Option(help="Voice (any audio file). Without it the video is silent and has seq_len frames."),
     ] = None,
     output: Annotated[
         Path | None,
@@ -51,11 +52,11 @@ def generate(
         typer.Option(
             "--input_file",
             "--input-file",
-            help="Many requests: one prompt@@image@@audio a line, or .jsonl or .csv.",
+            help="File with many requests: one prompt@@image@@audio per line, or .jsonl or .csv.",
         ),
     ] = None,
     hp: HpOption = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the noise; default: the config's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise; default: the config's value.")] = None,
     quiet: QuietOption = False,
     log_format: LogOption = LogFormat.rich,
     no_resume: Annotated[
@@ -65,37 +66,37 @@ def generate(
         str | None,
         typer.Option(
             metavar="0,1,...|all",
-            help="Make each video on these GPUs together. With device=cpu the numbers only count processes.",
+            help="Make each video on all of these GPUs. With device=cpu, one process per number.",
         ),
     ] = None,
 ) -> None:
-    """Make one video (--prompt, --image, --audio) or one for each line of --input_file.
+    """Make one video (--prompt, --image, --audio), or one per line of --input_file.
 
-    An interrupted run continues after its last finished window when the same command is given again.
+    To continue an interrupted run after its last finished window, give the same command again.
     """
     if (input_file is None) == (prompt is None):
-        raise typer.BadParameter("give either --input_file, or --prompt with --image")
+        raise typer.BadParameter("give either --input_file, or --prompt and --image")
     if input_file is not None and any(value is not None for value in (image, audio, output)):
-        raise typer.BadParameter("--image, --audio and --output belong to --prompt, not to --input_file")
+        raise typer.BadParameter("--image, --audio and --output only work with --prompt, not --input_file")
     if prompt is not None and image is None:
-        raise typer.BadParameter("--image is missing: the model needs a portrait")
+        raise typer.BadParameter("--image is missing; give a portrait")
     overrides = [*(hp or ()), *([] if seed is None else [f"seed={seed}"])]
-    with one_of_several(log_format, quiet) as (recorder, report, process):
+    with rank_reporting(log_format, quiet) as (recorder, report, process):
         from omniavatar.config.load import load_config
         from omniavatar.engine.requests_file import RequestLine, read_requests
 
         loaded = load_config(config, overrides)
         numbers = None if gpus is None else parse_gpus(gpus)
-        mine = spread(loaded.config, numbers, process)
+        rank_config = config_for_rank(loaded.config, numbers, process)
         if numbers is not None and len(numbers) > process.world:
             start_ranks(context.obj, numbers)
             return
-        loaded = replace(loaded, config=mine)
+        loaded = replace(loaded, config=rank_config)
         if not process.leads:
             from omniavatar.engine.pipeline import AvatarPipeline
 
-            with team_of(mine, process) as team:
-                AvatarPipeline.from_config(mine, recorder=recorder, team=team).follow()
+            with team_of(rank_config, process) as team:
+                AvatarPipeline.from_config(rank_config, recorder=recorder, team=team).follow()
             return
         lines: Sequence[RequestLine | BadLine]
         if input_file is not None:
@@ -105,8 +106,10 @@ def generate(
             lines = [RequestLine(0, 0, prompt, image, audio)]
         resume = False if no_resume else None
         many = input_file is not None
-        with team_of(mine, process) as team:
-            failed = _run(loaded, lines, output, resume, recorder, report, quiet, many=many, team=team)
+        with team_of(rank_config, process) as team:
+            failed = _generate_lines(
+                loaded, lines, output, resume, recorder, report, quiet, many=many, team=team
+            )
         if failed:
             report(f"{failed} of {len(lines)} lines of {input_file} failed")
             raise typer.Exit(SOME_FAILED)
@@ -119,7 +122,7 @@ def demo(
             "--config",
             "-c",
             metavar="YAML",
-            help="Config to run instead of the packaged model's, such as configs/inference_1.3B.yaml.",
+            help="Configuration to run instead of the packaged one, such as configs/inference_1.3B.yaml.",
         ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Video to write.")] = Path(
@@ -129,9 +132,9 @@ def demo(
     quiet: QuietOption = False,
     log_format: LogOption = LogFormat.rich,
 ) -> None:
-    """A talking head from the packaged portrait and voice, on any machine, without a download.
+    """Make a talking head from the packaged model, portrait and voice, on any machine.
 
-    The packaged model is small and knows rendered heads only; other models: --config.
+    The packaged model is small and was trained on rendered heads only. Use --config for another model.
     """
     with reporting(log_format, quiet) as (recorder, report), user_errors(report, INTERRUPT_NOTE):
         require_one_process()
@@ -144,15 +147,15 @@ def demo(
         loaded = load_config(config or pocket.CONFIG, hp or ())
         with as_file(files("omniavatar.assets")) as assets:
             request = RequestLine(0, 0, pocket.PROMPT, pocket.PORTRAIT, assets / "speech.flac")
-            _run(loaded, [request], output, None, recorder, report, quiet, many=False, team=None)
+            _generate_lines(loaded, [request], output, None, recorder, report, quiet, many=False, team=None)
         if config is None:
-            text = "this model is small and knows rendered heads; photographs of real people are outside it"
+            text = "this small model was trained on rendered heads; it does not work on photographs"
             recorder.event("message", text=text, level="info")
-            text = f"the video is {output.resolve()}; for real people: omniavatar download 1.3B"
+            text = f"the video is in {output.resolve()}; for real people, run `omniavatar download 1.3B`"
             recorder.event("message", text=text, level="info")
 
 
-def _run(
+def _generate_lines(
     loaded: LoadedConfig,
     lines: Sequence[RequestLine | BadLine],
     output: Path | None,
@@ -164,9 +167,9 @@ def _run(
     many: bool,
     team: Team | None,
 ) -> int:
-    """Generate every line; returns how many failed. With `many`, a line's own errors do not end the run.
+    """Generate every line and return how many failed. With `many`, an error of one line does not end the run.
 
-    The pipeline is made before the first line if other processes wait for it, else for the first good line.
+    If other processes wait for the pipeline, it is made at once; otherwise, at the first readable line.
     """
     from omniavatar.engine.pipeline import AvatarPipeline
     from omniavatar.engine.requests_file import RequestLine

@@ -147,7 +147,7 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     for column in ("worker", "host", "device", "GPU", "done", "failed", "starts", "in use", "video s"):
         table.add_column(column, justify="left" if column in ("host", "device") else "right")
     for row in summary["workers"]:
-        use = "" if row["use"] is None else f"{100 * row['use']:.1f} %"
+        use = "" if row["utilization"] is None else f"{100 * row['utilization']:.1f} %"
         texts = (row["worker"], row["host"] or "", row["device"] or "", row["gpus"] or "", row["done"])
         table.add_row(
             *(str(text) for text in texts),
@@ -163,11 +163,12 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
         console.print(
             f"failed: {failure['item']} (line {failure['line']}): {last}", soft_wrap=True, markup=False
         )
-    parts = [f"{summary[name]} {name}" for name in ("done", "skipped", "failed", "left") if summary[name]]
+    counted = ("done", "skipped", "failed", "remaining")
+    parts = [f"{summary[name]} {name}" for name in counted if summary[name]]
     text = f"{summary['items']} items: {', '.join(parts)} in {summary['wall_seconds']:.1f} s"
     if summary["real_time_factor"] is not None:
         text += (
             f"; {summary['video_seconds']:.1f} s of video, real-time factor {summary['real_time_factor']:.3g}"
-            f"; pauses between items {100 * (summary['overhead'] or 0.0):.2f} %"
+            f"; pauses between items {100 * (summary['pause_share'] or 0.0):.2f} %"
         )
     console.print(text, soft_wrap=True)

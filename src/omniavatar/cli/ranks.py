@@ -1,8 +1,8 @@
-"""How `omniavatar generate` becomes several processes: under torchrun, or by `--gpus`.
+"""`omniavatar generate` in several processes, started by torchrun or by `--gpus`.
 
-Every process runs the same command. Rank 0 reads, decides, reports and writes; the others follow. A failure
-of all (a wrong configuration) is reported by rank 0, since the others wait a moment and are ended meanwhile;
-a failure of one is reported by that one.
+Every process runs the same command. Rank 0 reads inputs, decides, reports and writes; the other ranks follow
+its orders. An error that hits all ranks (a wrong configuration) is reported once, by rank 0: the others wait
+before they report and are killed meanwhile. An error of one rank is reported by that rank.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ if TYPE_CHECKING:
     from omniavatar.parallel.team import Team
 
 OWN_GRACE_S = 3.0
-"""For rank 0 to report what all ranks ran into."""
+"""How long another rank waits for rank 0 to report the same error first."""
 LOST_GRACE_S = 8.0
-"""For a supervisor to end a process whose peer died, before it complains itself."""
+"""How long a rank waits for its supervisor to kill it after a peer died, before it reports the loss."""
 
 
 @contextmanager
-def one_of_several(
+def rank_reporting(
     log_format: LogFormat, quiet: bool
 ) -> Iterator[tuple[RunRecorder, Callable[[str], None], Process]]:
-    """`reporting` and `user_errors` for a process that may be one of several."""
+    """`reporting` and `user_errors` for a process that may be one rank of several."""
     from omniavatar.parallel.process import Process
 
     process = Process.from_environment()
     with reporting(log_format, quiet or not process.leads) as (recorder, report):
 
-        def say(text: str) -> None:
+        def report_later(text: str) -> None:
             time.sleep(OWN_GRACE_S)
             report(f"rank {process.rank}: {text}")
 
-        speak = report if process.leads else say
-        with _hard_exit(process, speak), user_errors(speak, INTERRUPT_NOTE):
-            yield recorder, speak, process
+        report_error = report if process.leads else report_later
+        with _hard_exit(process, report_error), user_errors(report_error, INTERRUPT_NOTE):
+            yield recorder, report_error, process
 
 
 @contextmanager
-def _hard_exit(process: Process, speak: Callable[[str], None]) -> Iterator[None]:
-    """Once the processes are connected, leaving with an error ends this one at once."""
+def _hard_exit(process: Process, report_error: Callable[[str], None]) -> Iterator[None]:
+    """Kill this process on an error if the ranks are connected: a normal exit would wait for the peers."""
     try:
         yield
     except Exception as error:
@@ -67,7 +67,8 @@ def _hard_exit(process: Process, speak: Callable[[str], None]) -> Iterator[None]
             code = error.exit_code
         elif lost_another(error):
             time.sleep(LOST_GRACE_S)
-            speak(f"lost contact with another process ({str(error).splitlines()[0][:200]}); run it again")
+            reason = str(error).splitlines()[0][:200]
+            report_error(f"lost contact with another process ({reason}); run the command again")
             code = ResourceError.exit_code
         else:
             if not process.leads:
@@ -77,7 +78,7 @@ def _hard_exit(process: Process, speak: Callable[[str], None]) -> Iterator[None]
 
 
 def parse_gpus(text: str) -> list[int]:
-    """`0,1` or `all` as device numbers. Raises ConfigError."""
+    """Device numbers from `0,1` or `all`. Raises ConfigError."""
     if text.strip() == "all":
         import torch
 
@@ -87,33 +88,38 @@ def parse_gpus(text: str) -> list[int]:
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
-        raise ConfigError(f"--gpus: {text!r} is not a list of different device numbers; give 0,1 or all")
+        raise ConfigError(f"--gpus: {text!r} is not a list of distinct device numbers; give 0,1 or all")
     return numbers
 
 
-def spread(config: PipelineConfig, gpus: Sequence[int] | None, process: Process) -> PipelineConfig:
-    """`config` for this process: its device, and with `gpus` a way to share the work if none is configured.
+def config_for_rank(config: PipelineConfig, gpus: Sequence[int] | None, process: Process) -> PipelineConfig:
+    """`config` with the device of this rank; with `gpus`, `sp_size` and `cfg_parallel` get values if unset.
 
-    Raises ConfigError when the number of processes is not the configured one.
+    Raises ConfigError if the number of processes differs from the configured one.
     """
     runtime = config.runtime
     changes: dict[str, object] = {}
     if gpus is not None:
         from omniavatar.plan.sharing import shared_among
 
-        config = shared_among(config, len(gpus), f"--gpus: {len(gpus)} named")
+        config = shared_among(config, len(gpus), f"--gpus: lists {len(gpus)} GPUs")
         runtime = config.runtime
     elif runtime.processes != process.world:
-        started = f"torchrun started {process.world} processes" if process.world > 1 else "one process runs"
+        started = f"torchrun started {process.world} processes" if process.world > 1 else "1 process runs"
         raise ConfigError(
             f"sp_size: {started}, but sp_size x cfg_parallel is {runtime.processes}; use "
             f"--nproc_per_node={runtime.processes} or --hp=sp_size={process.world}"
         )
     if (gpus is not None or process.world > 1) and runtime.device != "cpu":
         if runtime.device not in ("auto", "cuda"):
-            raise ConfigError(f"device: {runtime.device} names one GPU of several; use auto, or --gpus")
+            raise ConfigError(
+                f"device: {runtime.device} is one GPU, but the run uses several; use device=auto or --gpus"
+            )
         if gpus is not None and process.world not in (1, len(gpus)):
-            raise ConfigError(f"--gpus: names {len(gpus)} for {process.world} processes; leave it out")
+            raise ConfigError(
+                f"--gpus: lists {len(gpus)} GPUs, but torchrun started {process.world} processes; "
+                "remove --gpus"
+            )
         changes["device"] = _device(gpus, process.local_rank)
     if not changes:
         return config
@@ -131,21 +137,21 @@ def _device(gpus: Sequence[int] | None, local_rank: int) -> str:
 
 
 def start_ranks(arguments: Sequence[str], gpus: Sequence[int]) -> None:
-    """Run this command once a GPU. Raises typer.Exit with the code of the first to fail."""
+    """Run this command once per GPU. Raises typer.Exit with the code of the first process that fails."""
     from omniavatar.parallel.launch import launch
 
     names = [f"rank {rank} (GPU {gpu})" for rank, gpu in enumerate(gpus)]
     try:
         code = launch([sys.executable, "-m", "omniavatar.cli", *arguments], names)
     except KeyboardInterrupt:
-        code = INTERRUPTED  # rank 0 was interrupted too and has said so
+        code = INTERRUPTED  # rank 0 was interrupted too and has reported it
     if code:
         raise typer.Exit(code)
 
 
 @contextmanager
 def team_of(config: PipelineConfig, process: Process) -> Iterator[Team]:
-    """The processes of a video, connected; the leader dismisses the others at the end."""
+    """The connected processes of a video; at the end the leader orders the others to end."""
     from omniavatar.parallel.team import ONE
 
     if process.world == 1:

@@ -1,4 +1,4 @@
-"""A configuration with some of its values replaced."""
+"""Copies of a configuration with changed values."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from omniavatar.types import SamplingParams
 
 
 def changed(config: PipelineConfig, **sections: Mapping[str, Any]) -> PipelineConfig:
-    """`config` with some fields of some sections replaced."""
+    """A copy of `config` with changed fields.
+
+    sections: field values by section name, such as `runtime={"device": "cpu"}`.
+    """
     update = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
     return config.model_copy(update=update)
 
 
 def effective_sampling(configured: SamplingConfig, params: SamplingParams) -> SamplingConfig:
-    """The configuration with what the request changes, validated again. Raises ConfigError."""
+    """`configured` with the values that the request sets, validated again. Raises ConfigError."""
     changes = {name: value for name, value in vars(params).items() if value is not None}
     if not changes:
         return configured

@@ -1,4 +1,4 @@
-"""A configuration as flat values, and which of them decide the video."""
+"""A configuration as flat values, and the values that change the video."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ NEUTRAL_FIELDS = frozenset(
         "runtime.cuda_graphs",
     }
 )
-"""Fields that change the video not at all or by rounding (number of GPUs); a resumed run may have others."""
+"""Fields that change the video only by rounding (number of GPUs) or not at all; a resumed run may change
+them."""
 
 
 def flat_values(config: PipelineConfig) -> dict[str, Any]:
-    """JSON-able values of every leaf by its dotted name (`sampling.num_steps`)."""
+    """The value of every leaf, as JSON types, by dotted name (`sampling.num_steps`)."""
     return {
         f"{section}.{name}": value
         for section, values in config.model_dump(mode="json").items()
@@ -46,6 +47,6 @@ def result_values(config: PipelineConfig) -> dict[str, Any]:
 
 
 def config_hash(config: PipelineConfig) -> str:
-    """SHA-256 (hex) of `result_values`: equal for configs that make the same video from the same files."""
+    """SHA-256 (hex) of `result_values`; equal for configurations that make the same video."""
     text = json.dumps(result_values(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,10 +1,9 @@
-"""From files and overrides to one `PipelineConfig`, remembering where each value came from.
+"""Loads a `PipelineConfig` from files and overrides, with the origin of each value.
 
-Later layers win: defaults, the checkpoint's `config.json` (found in `exp_path`), the YAML file, `--hp`.
-An empty value in a file (`audio_scale:`) leaves the layer below in force, as in the original. A key
-nobody knows is an error that names the nearest valid one; a misspelt option never means "off". Only
-`config.json`, which is the checkpoint's and not the user's, may hold further (training) keys: they are
-listed in `LoadedConfig.warnings`.
+Later layers override earlier ones: defaults, the checkpoint's `config.json` (in `exp_path`), the YAML file,
+`--hp`. An empty value in a file (`audio_scale:`) keeps the value of the layer below, as in the original code.
+An unknown key is an error that suggests the nearest valid key. Only `config.json`, which the user did not
+write, may have other (training) keys; `LoadedConfig.warnings` lists them.
 """
 
 from __future__ import annotations
@@ -44,16 +43,21 @@ _WORDING = {
     " after validation": "",
     "valid tuple": "list",
     "valid string": "text",
-    "Extra inputs are not permitted": "has a key that is not known",
+    "Extra inputs are not permitted": "has an unknown key",
     "Field required": "lacks a key",
     "valid dictionary or instance of DitOverrides": "mapping",
-    "valid dictionary or instance of LoraFile": "mapping {path, strength}",
+    "valid dictionary or instance of LoraSetting": "mapping {path, strength}",
 }
 
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A config, the origin of each dotted leaf, ignored keys (key -> reason) and one-line warnings."""
+    """A configuration and where it came from.
+
+    origins: origin of each dotted leaf.
+    ignored: keys without effect, with the reason.
+    warnings: one line each.
+    """
 
     config: PipelineConfig
     origins: Mapping[str, str]
@@ -62,11 +66,14 @@ class LoadedConfig:
 
 
 def load_config(path: str | Path | None, overrides: Overrides = ()) -> LoadedConfig:
-    """Read `path` (None: defaults only) and the checkpoint's config.json, then apply `overrides`.
+    """The configuration from `path`, the checkpoint's config.json and `overrides`.
 
-    path: a YAML file, or `pocket` for that of the packaged model (`./pocket` for a file of that name).
-    overrides: `--hp` texts, or a mapping of flat or dotted keys to values. Paths inside the config stay
-    relative to the current directory, as in the original. Raises ConfigError with one line.
+    Relative paths in the configuration refer to the current directory, as in the original code.
+
+    path: a YAML file, `pocket` for the packaged model (`./pocket` for a file of that name), or None.
+    overrides: `--hp` texts, or a mapping of flat or dotted keys to values.
+
+    Raises ConfigError with a message of one line.
     """
     path = PACKAGED.get(str(path), path)
     layers = [] if path is None else read_yaml(_text(Path(path)), str(path), _NESTED)
@@ -77,7 +84,7 @@ def load_config(path: str | Path | None, overrides: Overrides = ()) -> LoadedCon
     below, training_keys = _checkpoint_entries(exp_path, ignored)
     warnings = [f"{key} has no effect: {reason}" for key, reason in ignored.items()]
     if training_keys:
-        warnings.append(f"{exp_path}/config.json: not used: {', '.join(sorted(training_keys))}")
+        warnings.append(f"{exp_path}/config.json: ignored keys: {', '.join(sorted(training_keys))}")
     entries = [*below, *own]
     given = {entry.key: entry.origin for entry in entries}
     config = _build(entries, str(path) if path is not None else "config")
@@ -93,14 +100,14 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(
-            f"{path}: no such config file; see the folder configs/, or use pocket, the packaged model"
+            f"{path}: config file not found; choose one in configs/, or use pocket for the packaged model"
         ) from None
     except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder; name a YAML file in it") from None
+        raise ConfigError(f"{path}: is a folder; give a YAML file in it") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not UTF-8 text; a config is a YAML file") from None
+        raise ConfigError(f"{path}: is not UTF-8 text; give a YAML file") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
 def _override_entries(overrides: Overrides) -> list[Entry]:
@@ -120,7 +127,7 @@ def _flatten(values: Mapping[str, Any], origin: str, prefix: str) -> Iterable[En
 
 
 def _resolve(entries: Iterable[Entry], ignored: dict[str, str], *, keep_null: bool) -> list[Entry]:
-    """Entries with their keys in full (`model.dit_config.in_dim`); ignored keys are moved to `ignored`."""
+    """Entries with full keys (`model.dit_config.in_dim`); keys without effect move to `ignored`."""
     resolved: list[Entry] = []
     for entry in entries:
         if entry.key in IGNORED_KEYS:
@@ -150,7 +157,7 @@ def _full_key(entry: Entry) -> str:
 
 def _nearest(key: str) -> str:
     if key in _SECTIONS:
-        return f"; {key} is a section: write its fields below it, or {key}.<field>"
+        return f"; {key} is a section: put its fields below it, or write {key}.<field>"
     if key.rpartition(".")[2] in _SECTION_OF:
         leaf = key.rpartition(".")[2]
         return f"; did you mean {_SECTION_OF[leaf]}.{leaf}?"
@@ -164,7 +171,7 @@ def _nearest(key: str) -> str:
 
 
 def _checkpoint_entries(exp_path: Any, ignored: dict[str, str]) -> tuple[list[Entry], list[str]]:
-    """Entries of `<exp_path>/config.json` and the keys in it that are not ours; nothing when it is absent."""
+    """Entries of `<exp_path>/config.json` and its unknown keys; both empty if the file does not exist."""
     if not isinstance(exp_path, str | Path):
         return [], []
     path = Path(exp_path).expanduser() / "config.json"
@@ -174,10 +181,10 @@ def _checkpoint_entries(exp_path: Any, ignored: dict[str, str]) -> tuple[list[En
         values = json.loads(_text(path))
     except json.JSONDecodeError as error:
         raise ConfigError(
-            f"{path}:{error.lineno}: not valid JSON: {error.msg}; fetch the file again"
+            f"{path}:{error.lineno}: not valid JSON: {error.msg}; download the file again"
         ) from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must be a JSON object; fetch the file again")
+        raise ConfigError(f"{path}: must be a JSON object; download the file again")
     known = {key: value for key, value in values.items() if key in _SECTION_OF or key in _DIT_KEYS}
     silent: dict[str, str] = {}
     training = [key for key in values if key not in known and key not in IGNORED_KEYS]
@@ -190,10 +197,10 @@ def _build(entries: Iterable[Entry], where: str) -> PipelineConfig:
     origins: dict[str, str] = {}
     for entry in entries:
         *folders, leaf = entry.key.split(".")
-        place = tree
+        section = tree
         for folder in folders:
-            place = place.setdefault(folder, {})
-        place[leaf] = entry.value
+            section = section.setdefault(folder, {})
+        section[leaf] = entry.value
         origins[entry.key] = entry.origin
     try:
         return PipelineConfig.model_validate(tree)
@@ -217,8 +224,8 @@ def _one_line(error: ValidationError, origins: Mapping[str, str], where: str) ->
         depth = 3 if parts[:2] == ["model", "dit_config"] and len(parts) > 2 else 2
         origin = origins.get(".".join(parts[:depth]), where)
         name, message, shown = parts[depth - 1], str(cause or first["msg"]), repr(value)
-    for pydantic_says, we_say in _WORDING.items():
-        message = message.replace(pydantic_says, we_say)
+    for pydantic_text, text in _WORDING.items():
+        message = message.replace(pydantic_text, text)
     shown = f"; got {shown if len(shown) < 80 else shown[:77] + '...'}" if shown else ""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{origin}: {name}: {message}{shown}{more}"

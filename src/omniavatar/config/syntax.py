@@ -1,12 +1,12 @@
-"""The two notations a configuration is written in: YAML files and `--hp=key=value,...` texts.
+"""The two notations of a configuration: YAML files and `--hp=key=value,...` texts.
 
-YAML is read by PyYAML's safe loader with three differences: `14e-2` and `1e8` are numbers (YAML 1.1 as
-PyYAML reads it takes them for text), a plain `None` is null as the original's files mean it, and a
-repeated key is an error. Every value keeps the line it stands on.
+YAML is read by PyYAML's safe loader with three differences. `14e-2` and `1e8` are numbers (PyYAML's YAML 1.1
+reads them as text). A plain `None` is null, as in the files of the original code. A repeated key is an error.
+Every value keeps its line number.
 
-`--hp` texts: commas separate assignments except within quotes, `[...]` and `{...}`, which are read as
-YAML flow values; `true/false`, `null/None`, whole numbers and decimals with or without exponent are
-recognised, anything else is text up to the next comma.
+In `--hp` texts, commas separate assignments. Quoted texts, `[...]` and `{...}` may contain commas and are
+read as YAML flow values. `true/false`, `null/None` and numbers are recognised; anything else is text up to
+the next comma.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ from omniavatar.errors import ConfigError
 _INT = re.compile(r"[-+]?\d+")
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None, "": None}
-"""Words that are values; `none` is not among them: it is the text that `step_cache` takes."""
+"""Words with a value. `none` is missing on purpose: it is a text that `step_cache` accepts."""
 _CLOSING = {"[": "]", "{": "}"}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One assignment: dotted key as written, value, and where it stands (`file:12`, `--hp`)."""
+    """One assignment.
+
+    key: dotted key, as written.
+    origin: `file:12` or `--hp`.
+    """
 
     key: str
     value: Any
@@ -60,9 +64,11 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^None$"), [
 def read_yaml(text: str, name: str, nested: frozenset[str]) -> list[Entry]:
     """Entries of a YAML mapping in file order.
 
-    name: how errors and origins call the file. nested: keys whose mapping is entered, so that
-    `sampling: {num_steps: 5}` gives the entry `sampling.num_steps`.
-    Raises ConfigError with the line for bad syntax, a repeated key, or a top level that is no mapping.
+    name: name of the file in errors and origins.
+    nested: keys whose mapping is flattened: `sampling: {num_steps: 5}` gives the entry `sampling.num_steps`.
+
+    Raises ConfigError with the line number for bad syntax, a repeated key, or a top level that is not a
+    mapping.
     """
     loader = _Loader(text)
     try:
@@ -70,7 +76,7 @@ def read_yaml(text: str, name: str, nested: frozenset[str]) -> list[Entry]:
         if node is None:
             return []
         if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{name}: must be `key: value` lines")
+            raise ConfigError(f"{name}: must consist of `key: value` lines")
         return list(_entries(loader, node, name, nested, ""))
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
@@ -95,7 +101,7 @@ def _entries(
 
 
 def parse_value(text: str, key: str = "value") -> Any:
-    """The value of one `--hp` assignment; lists, mappings and quoted texts are YAML flow values."""
+    """The value of one `--hp` assignment; lists, mappings and quoted texts are read as YAML."""
     text = text.strip()
     if text[:1] in ("[", "{", '"', "'"):
         loader = _Loader(text)
@@ -128,7 +134,8 @@ def parse_overrides(text: str) -> list[Entry]:
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
             raise ConfigError(
-                f"--hp: {part!r} is not key=value; write --hp=num_steps=25,seed=1 and quote texts with commas"
+                f"--hp: {part!r} is not key=value; write --hp=num_steps=25,seed=1, with quotes around texts "
+                "that contain commas"
             )
         entries.append(Entry(key.strip(), parse_value(value, key.strip()), "--hp"))
     return entries
@@ -150,7 +157,7 @@ def _assignment_end(text: str, start: int) -> int:
 
 
 def _group_end(text: str, start: int) -> int:
-    """Index after the quoted text or bracket group that opens at `start`."""
+    """Index after the quoted text or bracket group that begins at `start`."""
     closers: list[str] = []
     position = start
     while position < len(text):
@@ -168,7 +175,7 @@ def _group_end(text: str, start: int) -> int:
             if not closers:
                 return position + 1
         position += 1
-    raise ConfigError(f"--hp: brackets do not match in {text[start:]!r}")
+    raise ConfigError(f"--hp: brackets do not match in {text[start:]!r}; close each [ and {{")
 
 
 def _quote_end(text: str, start: int) -> int:
@@ -183,4 +190,4 @@ def _quote_end(text: str, start: int) -> int:
             position += 2
         else:
             return position + 1
-    raise ConfigError(f"--hp: quote not closed in {text[start:]!r}")
+    raise ConfigError(f"--hp: quote not closed in {text[start:]!r}; add {quote}")

@@ -1,7 +1,7 @@
-"""The kinds of values a configuration holds, and what each accepts.
+"""The value types of a configuration and their checks.
 
-Every check raises ValueError with a text that goes behind the field's name in the user's one line. Numbers
-are strict: true is not 1 and "5" is not 5, but 3e4 is the whole number 30000.
+Every check raises ValueError with a text that completes the line `<field>: ...`. Numbers are strict: true is
+not 1 and "5" is not 5, but 3e4 is the whole number 30000.
 """
 
 from __future__ import annotations
@@ -9,21 +9,22 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from omniavatar.sampling.schedule import timesteps_error
+
 IGNORED_KEYS: Mapping[str, str] = MappingProxyType(
     {
         "reload_cfg": "the checkpoint's config.json is always read",
         "image_encoder_path": "the text-to-video base has no image encoder",
         "random_prefix_frames": "a training setting",
-        "train_architecture": "the checkpoint's own keys tell LoRA pairs from whole weights",
-        "lora_target_modules": "the checkpoint's own keys tell which layers its LoRA touches",
-        "i2v": "a checkpoint takes a portrait if its patch embedding has 33 channels",
+        "train_architecture": "the checkpoint's keys show which weights are LoRA pairs",
+        "lora_target_modules": "the checkpoint's keys show which layers its LoRA changes",
+        "i2v": "a patch embedding with 33 channels shows that the model takes a portrait",
         "init_lora_weights": "a training setting",
         "use_checkpoint": "a training setting (gradient checkpointing)",
         "train_log": "a training setting",
@@ -31,7 +32,7 @@ IGNORED_KEYS: Mapping[str, str] = MappingProxyType(
         "infer": "has no effect on inference",
     }
 )
-"""Keys of the original that are accepted and have no effect, each with the reason."""
+"""Keys of the original code that are accepted without effect, each with the reason."""
 
 NEGATIVE_PROMPT = (
     "Vivid color tones, background/camera moving quickly, screen switching, subtitles and special effects, "
@@ -41,11 +42,14 @@ NEGATIVE_PROMPT = (
     "merging, motionless image, chaotic background, three legs, crowded background with many people, "
     "walking backward"
 )
-"""The original's."""
+"""The negative prompt of the original code."""
 
 
 class FieldError(ValueError):
-    """A combination of values that cannot be used; `fields` are the leaves it is about, the nearest first."""
+    """An invalid combination of values.
+
+    fields: the leaves involved, the most likely culprit first.
+    """
 
     def __init__(self, message: str, *fields: str) -> None:
         super().__init__(message)
@@ -79,7 +83,7 @@ def words(value: Any) -> Any:
 
 
 POCKET = "pocket:"
-"""Beginning of a path that lies with the small model in the package."""
+"""Prefix of a path in the folder of the packaged model's weights."""
 POCKET_WEIGHTS = Path(__file__).parent.parent / "assets" / "pocket" / "weights"
 
 
@@ -92,7 +96,7 @@ def _path(value: Any) -> Any:
 
 
 def _paths(value: Any) -> Any:
-    """A path, a comma-separated text, a list of these; a pattern becomes the sorted files it matches."""
+    """Paths from one path, a comma-separated text or a list; a pattern becomes its sorted matches."""
     parts = words(str(value)) if isinstance(value, str | Path) else value
     if not isinstance(parts, list | tuple):
         raise ValueError("must be a path, a list of paths, or a pattern such as folder/*.safetensors")
@@ -165,11 +169,8 @@ def _size(value: tuple[int, int]) -> tuple[int, int]:
 
 
 def descending_timesteps(value: tuple[float, ...]) -> tuple[float, ...]:
-    if not value:
-        raise ValueError("must not be empty (leave it out to use num_steps and shift)")
-    descending = all(a > b for a, b in pairwise(value))
-    if not descending or value[-1] <= 0 or value[0] > 1000:
-        raise ValueError("must descend strictly within (0, 1000], such as [1000, 750, 500, 250]")
+    if error := timesteps_error(value):
+        raise ValueError(error)
     return value
 
 

@@ -1,12 +1,13 @@
-"""Speech to one feature vector a video frame: wav2vec 2.0 as OmniAvatar reads it.
+"""Computes one feature vector of speech per video frame, with wav2vec 2.0 as OmniAvatar uses it.
 
-The waveform (16 kHz mono) is normalised over its whole length, zero-padded to the frames the windows need and
-encoded once; a frame's vector is the last hidden state followed by every hidden state, the first of which is
-taken after the positional convolution and its norm (base model: 14 x 768 = 10752 numbers). The walk over long
-audio is `wav2vec_spans`; weights and modules are transformers' `Wav2Vec2Model`.
+The waveform (16 kHz mono) is normalised over its whole length, zero-padded to the frames of all windows and
+encoded once. The vector of a frame is the last hidden state followed by every hidden state; the first of
+these is taken after the positional convolution and its norm (base model: 14 x 768 = 10752 numbers).
+`wav2vec_spans` processes long audio in spans; weights and modules are those of transformers'
+`Wav2Vec2Model`.
 
-Limits: the base form only (group norm in front, norms after each layer), no adapter. The result is float32
-whatever the weights are. Convolutions run without TF32, so that a GPU gives the features a CPU gives.
+Limits: only the base architecture (group norm in front, norms after each layer), no adapter. The result is
+float32 for every dtype of the weights. Convolutions run without TF32, so GPU and CPU give the same features.
 """
 
 from __future__ import annotations
@@ -51,13 +52,13 @@ TRAINING_ONLY = ("lm_head.weight", "lm_head.bias", "masked_spec_embed")
 
 
 def library_key(key: str) -> str | None:
-    """transformers' name in `Wav2Vec2Model` for a key of the released folder; None: used in training only."""
+    """The name in transformers' `Wav2Vec2Model` of a key in the release; None for training-only weights."""
     name = key.removeprefix("wav2vec2.")
     return None if name in TRAINING_ONLY else RENAMED.get(name, name)
 
 
 class AudioEncoder:
-    """wav2vec 2.0 on its device. `width` is the length D of a frame's vector."""
+    """wav2vec 2.0 on its device. `width` is the length D of the vector of a frame."""
 
     def __init__(self, model: Wav2Vec2Model) -> None:
         self.model = model
@@ -67,9 +68,9 @@ class AudioEncoder:
     def load(
         cls, folder: Path, device: torch.device | str, dtype: torch.dtype = torch.float32
     ) -> AudioEncoder:
-        """The encoder of a Hugging Face folder (`config.json` and weights), strictly: every key used once.
+        """The encoder from a Hugging Face folder with `config.json` and weights; every key must be used once.
 
-        Raises `CheckpointError` for a missing or unfit file.
+        Raises `CheckpointError` if a file is missing or does not fit.
         """
         config = _read_config(Path(folder))
         with torch.device("meta"):
@@ -94,7 +95,7 @@ class AudioEncoder:
         dtype: torch.dtype = torch.float32,
         seed: int,
     ) -> AudioEncoder:
-        """An encoder of random weights, the same on every device for a `seed`; defaults are the base size."""
+        """An encoder with random weights, equal on every device for one `seed`; defaults: the base model."""
         fields = {
             "hidden_size": hidden,
             "num_hidden_layers": layers,
@@ -121,26 +122,33 @@ class AudioEncoder:
         kv_bytes: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> np.memmap:
-        """Features of a waveform, written to `out` (a `.npy`, under its name only when finished).
+        """Write the features of a waveform to `out`, a `.npy` file that appears only when it is complete.
 
-        waveform: (samples,) float32 at 16 kHz, an array or a memory map. num_frames: at least
-        `frames_for(samples, fps)`; frames beyond the audio see silence. scratch: folder for working files
-        (default: that of `out`), which takes about a sixth of the result's size until the end.
-        span_seconds bounds the memory, kv_bytes the keys and values of attention (default: 32 MiB, 512 MiB on
-        CUDA). on_progress gets (steps done, steps in all).
-        Returns the read-only memory map (num_frames, D). Raises `InputError` for unusable audio,
-        `OutputError` when a file cannot be written.
+        Returns the features as a read-only memory map (num_frames, D).
+
+        waveform: (samples,) float32 at 16 kHz, an array or a memory map.
+        num_frames: at least `frames_for(samples, fps)`; frames after the audio get features of silence.
+        scratch: folder for temporary files, about a sixth of the result's size; default: the folder of `out`.
+        span_seconds: length of a span, which bounds the memory.
+        kv_bytes: limit for the keys and values of attention (default: 32 MiB, 512 MiB on CUDA).
+        on_progress: called with (finished steps, total steps).
+
+        Raises `InputError` for unusable audio, `OutputError` if a file cannot be written.
         """
         rate = Fraction(fps)
         if waveform.ndim != 1 or not len(waveform):
-            raise InputError(f"audio: want samples in one dimension, got shape {waveform.shape}")
+            raise InputError(
+                f"audio: samples must have one dimension, got shape {waveform.shape}; mix to mono"
+            )
         if num_frames < frames_for(len(waveform), rate):
             raise ValueError(f"{num_frames} frames cannot hold {len(waveform)} samples at {fps} fps")
         padded = math.ceil(num_frames * SAMPLE_RATE / rate)
         config = self.model.config
         front = FrontEnd.of(tuple(config.conv_kernel), tuple(config.conv_stride))
         if padded < front.field:
-            raise InputError(f"audio: {padded} samples are too short, the encoder needs {front.field}")
+            raise InputError(
+                f"audio: {padded} samples are too short, the encoder needs {front.field}; give longer audio"
+            )
         device = next(self.model.parameters()).device
         plan = SpanPlan(
             features=max(1, round(span_seconds * SAMPLE_RATE / front.stride)),
@@ -164,21 +172,21 @@ class AudioEncoder:
                 work.rmdir()
         except OSError as error:
             raise OutputError(
-                f"{error.filename or out}: audio features cannot be written ({error.strerror or error});"
-                " free some disk or choose another folder"
+                f"{error.filename or out}: cannot write the audio features ({error.strerror or error}); "
+                "free some disk space or choose another folder"
             ) from error
         return open_features(out)
 
 
 def open_features(path: Path) -> np.memmap:
-    """A finished feature file as a read-only memory map (num_frames, D) float32.
+    """The features in a complete file, as a read-only memory map (num_frames, D) float32.
 
-    Raises `ResumeError` when the file is not what `encode` writes.
+    Raises `ResumeError` if `encode` did not write the file.
     """
     try:
         features = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
-        raise ResumeError(f"{path}: damaged audio features; delete the file to make them anew") from error
+        raise ResumeError(f"{path}: damaged audio features; delete the file to compute them again") from error
     assert isinstance(features, np.memmap)
     return features
 
@@ -204,15 +212,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing; give the wav2vec 2.0 folder as downloaded") from error
+        raise CheckpointError(f"{path}: missing; set wav2vec_path to the downloaded folder") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); download the folder again") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: holds no table of settings; download the folder again")
-    for field, wanted in BASE_FORM.items():
-        if config.get(field, wanted) != wanted:
+        raise CheckpointError(f"{path}: must be a JSON object; download the folder again")
+    for field, expected in BASE_FORM.items():
+        if config.get(field, expected) != expected:
             raise CheckpointError(
-                f"{path}: {field} is {config[field]!r}, want {wanted!r}; use wav2vec2-base-960h"
+                f"{path}: {field} is {config[field]!r}, must be {expected!r}; use wav2vec2-base-960h"
             )
     return config
 

@@ -1,11 +1,12 @@
-"""The portrait: which size bucket it goes to, and how it becomes a tensor of that size.
+"""Chooses the size bucket of a portrait, and scales and crops the portrait to a tensor of that size.
 
-A bucket is chosen by aspect ratio alone, in exact fractions. The portrait is then scaled until it covers the
-bucket, cropped around its middle and put in [-1, 1]. Scaling works on floats (scaling bytes rounds every
-pixel) and never stops one pixel short of the bucket, which left a black edge in the original.
+The bucket depends only on the aspect ratio, compared in exact fractions. The portrait is scaled until it
+covers the bucket, cropped around its centre and mapped to [-1, 1]. Scaling works on floats, because scaling
+bytes would round every pixel. The scaled side is never one pixel too short; in the original code that left a
+black edge.
 
-Limits: RGB bytes only (decoding, rotation and alpha are `media`'s); aspect ratios up to `MAX_ASPECT`, since
-a narrower image would be blown up to gigabytes before the crop.
+Limits: RGB bytes only (`media` handles decoding, rotation and alpha). Aspect ratios go up to `MAX_ASPECT`: a
+narrower image would be scaled to gigabytes before the crop.
 """
 
 from __future__ import annotations
@@ -24,21 +25,25 @@ MAX_ASPECT = 32
 
 
 def choose_bucket(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The size (H, W) of `sizes` with the least `|height/width - H/W|`; of equals, the first.
+    """The size (H, W) in `sizes` with the smallest `|height/width - H/W|`; the first of equal ones.
 
     Raises `InputError` for a portrait without pixels.
     """
     if height < 1 or width < 1:
-        raise InputError(f"image: {width}x{height} pixels is no picture; give one of at least 1x1")
+        raise InputError(f"image: {width}x{height} pixels is empty; give an image of at least 1x1")
     ratio = Fraction(height, width)
     return min(sizes, key=lambda size: abs(ratio - Fraction(size[0], size[1])))
 
 
 def prepare_image(image: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
-    """Scale and crop a portrait: `image` (h, w, 3) uint8 RGB -> (1, 3, H, W) float32 in [-1, 1], on the CPU.
+    """The portrait, scaled and cropped: (1, 3, H, W) float32 in [-1, 1] on the CPU.
 
-    `size` is (H, W). Works a colour plane at a time: a 100-megapixel image needs 0.4 GB besides itself.
-    Raises `InputError` when the array is not RGB bytes or is more than `MAX_ASPECT` times longer than wide.
+    Colour planes are processed one by one: a 100-megapixel image needs 0.4 GB of extra memory.
+
+    image: (h, w, 3) uint8 RGB.
+    size: (H, W).
+
+    Raises `InputError` if the array is not RGB bytes or its aspect ratio exceeds `MAX_ASPECT`.
     """
     import numpy as np
     import torch
@@ -46,7 +51,7 @@ def prepare_image(image: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
 
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         found = f"{image.shape} {image.dtype}"
-        raise InputError(f"image: want (h, w, 3) uint8 RGB, got {found}; convert it first")
+        raise InputError(f"image: must be (h, w, 3) uint8 RGB, got {found}; convert it first")
     height, width = image.shape[:2]
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise InputError(

@@ -1,14 +1,14 @@
-"""What a small model was made for, to warn of portraits and sounds it was not.
+"""Warns of portraits and sounds that a small model was not trained for.
 
-Four simple measures, whose limits a script sets from examples (`training/input_limits.py`):
-- reconstruction: PSNR of the portrait after the VAE. Photographs have more detail than the pictures the VAE
-  was trained on.
-- colours: what the principal components of the training portraits' thumbnails leave over of this one's (root
-  mean square). Photographs of faces differ here.
-- outlines: a linear classifier on the directions of edges in a coarse grid. Landscapes, things and noise have
-  them elsewhere than a head and shoulders in the middle.
+Four simple measures; `training/input_limits.py` sets their limits from examples:
+- reconstruction: PSNR of the portrait after the VAE. Photographs have more detail than the training pictures
+  of the VAE.
+- colours: the residual (root mean square) of the portrait's thumbnail after projection on the principal
+  components of the training thumbnails. Photographs of faces differ here.
+- outlines: a linear classifier on the directions of edges in a coarse grid. Landscapes, objects and noise
+  have other edges than a head and shoulders in the centre.
 - speech: a linear classifier on mean and deviation of the audio encoder's last hidden state over each second.
-Limits: a measure says how unlike the training data an input is, not whether the video will be good.
+Limits: a measure shows how much an input differs from the training data, not how good the video will be.
 
 Shapes: K components, P = 3 * SIDE * SIDE thumbnail values, E = GRID * GRID * DIRECTIONS outline values, N
 frames, D audio width, C hidden width.
@@ -36,7 +36,7 @@ CHUNK = 25
 
 
 def thumbnail(picture: Tensor) -> np.ndarray:
-    """(P,) area means of a picture (1, 3, H, W) in [-1, 1]."""
+    """Area means (P,) of a picture (1, 3, H, W) in [-1, 1]."""
     from torch.nn.functional import adaptive_avg_pool2d
 
     small: np.ndarray = adaptive_avg_pool2d(picture, SIDE)[0].flatten().numpy()
@@ -44,8 +44,10 @@ def thumbnail(picture: Tensor) -> np.ndarray:
 
 
 def outlines(picture: Tensor) -> np.ndarray:
-    """(E,) strength of the edges in each direction and cell of a picture (1, 3, H, W) in [-1, 1], together of
-    unit size unless they are faint."""
+    """Strength (E,) of the edges of a picture (1, 3, H, W) in [-1, 1], by direction and cell.
+
+    The vector has unit length unless all edges are weak.
+    """
     import torch
     from torch.nn.functional import adaptive_avg_pool2d
 
@@ -60,13 +62,13 @@ def outlines(picture: Tensor) -> np.ndarray:
 
 
 def psnr(picture: Tensor, again: Tensor) -> float:
-    """Decibels of a picture in [-1, 1] and what the VAE makes of it."""
+    """PSNR in dB between a picture in [-1, 1] and its reconstruction `again` by the VAE."""
     error = float((again.clamp(-1, 1) - picture).square().mean())
     return 10 * math.log10(4 / max(error, 1e-9))
 
 
 def speech_vectors(features: np.ndarray, hidden: int) -> np.ndarray:
-    """(seconds, 2C): mean and deviation over each whole second of the first `hidden` of features (N, D)."""
+    """Mean and deviation (seconds, 2C) over each whole second, of the first `hidden` features of (N, D)."""
     rows = np.asarray(features[:, :hidden], dtype=np.float32)
     chunks = rows[: len(rows) // CHUNK * CHUNK].reshape(-1, CHUNK, hidden)
     return np.concatenate([chunks.mean(1), chunks.std(1)], axis=1)
@@ -74,8 +76,13 @@ def speech_vectors(features: np.ndarray, hidden: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class InputLimits:
-    """Limits and what they are measured with. mean: (P,). components: (K, P), orthonormal rows.
-    head_weights: (E,). speech_weights: (2C,); a second counts as speech where the score exceeds 0."""
+    """The limits and the parameters of the measures.
+
+    most_left_over: limit of `left_over`.
+    mean, components: (P,) and (K, P) with orthonormal rows, of the thumbnails.
+    head_weights: (E,).
+    speech_weights: (2C,); a second counts as speech if its score is above 0.
+    """
 
     least_psnr_db: float
     most_left_over: float
@@ -90,7 +97,7 @@ class InputLimits:
 
     @classmethod
     def load(cls, path: Path) -> InputLimits:
-        """What `save` wrote. Raises CheckpointError for a file that is missing or something else."""
+        """The limits in a file written by `save`. Raises CheckpointError."""
         try:
             table: dict[str, Any] = json.loads(path.read_text())
             if table.pop("format") != FORMAT:
@@ -101,12 +108,14 @@ class InputLimits:
             return cls(**values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{path}: not a file of training/input_limits.py ({error}); correct input_limits or leave it "
-                "out"
+                f"{path}: not a file of training/input_limits.py ({error}); correct input_limits or remove it"
             ) from error
 
     def save(self, path: Path, measured: dict[str, float]) -> None:
-        """A JSON file. measured: what the limits were set by, for people."""
+        """Write the limits to a JSON file.
+
+        measured: the values from which the limits were derived, for the reader of the file.
+        """
         table = {
             key: _short(value) if isinstance(value, np.ndarray) else value
             for key, value in vars(self).items()
@@ -114,50 +123,50 @@ class InputLimits:
         path.write_text(json.dumps({"format": FORMAT, "measured": measured, **table}) + "\n")
 
     def left_over(self, small: np.ndarray) -> float:
-        """What the components leave over of a thumbnail (P,)."""
+        """Residual (root mean square) of a thumbnail (P,) after projection on the components."""
         centred = small - self.mean
         rest = centred - (self.components @ centred) @ self.components
         return float(np.sqrt(np.square(rest).mean()))
 
     def head_score(self, edges: np.ndarray) -> float:
-        """How much outlines (E,) are those of a head; about 1 for one, -1 for something else."""
+        """Score of outlines (E,): about 1 for a head, about -1 for anything else."""
         return float(edges @ self.head_weights + self.head_bias)
 
     def speech_share(self, features: np.ndarray) -> float:
-        """Share of whole seconds that sound like speech, of audio features (N, D); 1 for less than one."""
+        """Share of the whole seconds with speech, from audio features (N, D); 1 for less than one second."""
         vectors = speech_vectors(features, len(self.speech_weights) // 2)
         if not len(vectors):
             return 1.0
         return float(np.mean(vectors @ self.speech_weights + self.speech_bias > 0))
 
     def portrait_notes(self, picture: Tensor, again: Tensor) -> list[str]:
-        """Warnings about a portrait (1, 3, H, W) in [-1, 1]. again: after the VAE."""
+        """Warnings about a portrait (1, 3, H, W) in [-1, 1]; `again` is its reconstruction by the VAE."""
         decibels = psnr(picture, again)
         reasons = []
         if decibels < self.least_psnr_db:
-            reasons.append(f"its details are lost ({decibels:.1f} dB, {self.least_psnr_db:.1f} wanted)")
+            reasons.append(f"the VAE loses detail ({decibels:.1f} dB, limit {self.least_psnr_db:.1f} dB)")
         if self.left_over(thumbnail(picture)) > self.most_left_over:
-            reasons.append("its colours lie otherwise")
+            reasons.append("its colours differ")
         if self.head_score(outlines(picture)) < self.least_head_score:
-            reasons.append("no head is seen in its middle")
+            reasons.append("its centre shows no head")
         if not reasons:
             return []
         return [
-            f"image: unlike the portraits this model was trained on: {', '.join(reasons)}. It knows rendered "
-            "heads; photographs of real people are outside it, and the face may change or dissolve"
+            f"image: differs from the portraits this model was trained on: {', '.join(reasons)}. The model "
+            "was trained on rendered heads; with a photograph the face may change or dissolve"
         ]
 
     def speech_notes(self, features: np.ndarray) -> list[str]:
-        """Warnings about a sound by its audio features (N, D)."""
+        """Warnings about a sound, from its audio features (N, D)."""
         share = self.speech_share(features)
         if share >= self.least_speech_share:
             return []
         return [
-            f"audio: speech is heard in {share:.0%} of it; the mouth follows speech only, and music or noise "
-            "may leave it shut or move it at random"
+            f"audio: only {share:.0%} of it is speech; the mouth follows speech, and with music or noise it "
+            "may stay shut or move at random"
         ]
 
 
 def _short(values: np.ndarray) -> object:
-    """Nested lists of numbers of four digits."""
+    """`values` as nested lists, rounded to four digits."""
     return np.vectorize(lambda value: float(f"{value:.4g}"))(values).tolist()

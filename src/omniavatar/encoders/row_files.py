@@ -1,9 +1,9 @@
-"""Float32 matrices on disk, read and written a few rows at a time, never resident as a whole.
+"""Float32 matrices on disk that are read and written a few rows at a time.
 
-`RowFile` uses plain reads and writes, so nothing of it counts as this process's memory. `ColumnWriter` fills
-a row-major file one block of columns at a time through short-lived memory maps of a few rows; its room is
-written out beforehand, because a full disk under a memory map kills the process instead of raising. Its file
-is a `.npy`, so a finished one says itself what it holds.
+`RowFile` uses plain reads and writes, so its data does not count as memory of the process. `ColumnWriter`
+fills a row-major `.npy` file one block of columns at a time, through short-lived memory maps of a few rows.
+It writes zeros to the whole file first, because a full disk under a memory map kills the process instead of
+raising an error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FILL_BYTES = 8 * 2**20
 
 
 def release_pages(array: np.ndarray) -> None:
-    """Let go of the pages that a file's memory map holds resident; they are read again when needed."""
+    """Release the resident pages of a file's memory map; they are read again when needed."""
     owner: object = array
     while isinstance(owner, np.ndarray):
         if isinstance(owner, np.memmap) and owner.mode == "c":
@@ -33,7 +33,7 @@ def release_pages(array: np.ndarray) -> None:
 
 
 class RowFile:
-    """Scratch matrix (rows, width) in float32. The file goes when the context ends."""
+    """Scratch matrix (rows, width) in float32. The file is deleted when the context ends."""
 
     def __init__(self, path: Path, rows: int, width: int) -> None:
         self.path, self.rows, self.width = path, rows, width
@@ -70,7 +70,7 @@ class RowFile:
 
 
 class ColumnWriter:
-    """A float32 matrix (rows, blocks * width) at `path`, filled and read a block of columns at a time."""
+    """A float32 matrix (rows, blocks * width) at `path`, written and read one block of columns at a time."""
 
     def __init__(self, path: Path, rows: int, width: int, blocks: int) -> None:
         self.path, self.rows, self.width = path, rows, width

@@ -1,14 +1,14 @@
-"""Prompts to embeddings: the UMT5 encoder of Wan 2.1 through transformers.
+"""Computes prompt embeddings with the UMT5 encoder of Wan 2.1, through transformers.
 
-Wan's file names its tensors its own way; `library_key` maps them. The file says its sizes itself. Wan keeps a
-table of relative positions for each layer, 32 buckets up to distance 128, and does not scale the scores, as
-UMT5 does (Chung et al. 2023). Only tokens are computed, not padding: no token sees the padding, whose
-embeddings are zero by definition.
+`library_key` maps the tensor names of Wan's file to those of transformers. Sizes come from the file. As in
+UMT5 (Chung et al. 2023), each layer has its own table of relative positions, 32 buckets up to distance 128,
+and attention scores are not scaled. Padding is not computed: no token attends to it, and its embeddings are
+zero by definition.
 
-Where the device has no room for 11 GB the weights stay in host memory and each layer visits the device for
-its turn (`layer_by_layer`): the same computation, so the same embeddings to the bit, some seconds slower.
+If 11 GB of weights do not fit on the device, they stay in host memory and each layer moves to the device
+while it runs (`layer_by_layer`). The embeddings are bit-identical; the run takes some seconds longer.
 
-Limits: attention is computed plainly (64 heads x 512 x 512 scores), which is small beside the weights.
+Limits: attention computes all scores (64 heads x 512 x 512), which is little memory beside the weights.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ UMT5_XXL: Mapping[str, int] = {
 
 
 def library_key(key: str) -> str:
-    """Name in transformers' UMT5 encoder stack for a key of the released file; others come back unchanged."""
+    """The name in transformers' UMT5 encoder stack of a key in the released file; others are kept."""
     block = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
     if block and block[2] in BLOCK_KEYS:
         return f"block.{block[1]}.{BLOCK_KEYS[block[2]]}"
@@ -66,9 +66,9 @@ def library_key(key: str) -> str:
 
 
 def sizes_of(shapes: Mapping[str, tuple[int, ...]], source: str) -> dict[str, int]:
-    """The encoder's sizes (fields of `UMT5Config`) read off the shapes of the released file's tensors.
+    """The sizes of the encoder (fields of `UMT5Config`), from the shapes of the tensors in its file.
 
-    Raises `CheckpointError` naming the tensor that is missing from `source`.
+    Raises `CheckpointError` that names a tensor missing in `source`.
     """
     try:
         vocabulary, width = shapes["token_embedding.weight"]
@@ -77,7 +77,7 @@ def sizes_of(shapes: Mapping[str, tuple[int, ...]], source: str) -> dict[str, in
         hidden = shapes["blocks.0.ffn.fc1.weight"][0]
     except KeyError as error:
         raise CheckpointError(
-            f"{source}: no tensor {error}; give Wan's models_t5_umt5-xxl-enc-bf16.pth or a file of its form"
+            f"{source}: has no tensor {error}; use Wan's models_t5_umt5-xxl-enc-bf16.pth or a file like it"
         ) from error
     blocks = {int(match[1]) for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key))}
     return {
@@ -92,9 +92,9 @@ def sizes_of(shapes: Mapping[str, tuple[int, ...]], source: str) -> dict[str, in
 
 
 class TextEncoder:
-    """UMT5 computing on `device`. Embeddings come in the dtype of the weights.
+    """UMT5 that computes on `device`. Embeddings have the dtype of the weights.
 
-    stack: on the device, or in host memory with layers that visit it.
+    stack: on the device, or in host memory with layers that move to the device while they run.
     """
 
     def __init__(self, stack: UMT5Stack, tokenizer: Tokenizer, device: torch.device | str) -> None:
@@ -111,25 +111,27 @@ class TextEncoder:
         dtype: torch.dtype = torch.bfloat16,
         layer_by_layer: bool = False,
     ) -> TextEncoder:
-        """The released encoder file and tokenizer folder, strictly: every key used once.
+        """The encoder from its released file and tokenizer folder; every key must be used once.
 
-        layer_by_layer: the weights stay in host memory. Raises `CheckpointError` for a missing or unfit file.
+        layer_by_layer: the weights stay in host memory.
+
+        Raises `CheckpointError` if a file is missing or does not fit.
         """
         tokenizer = FolderTokenizer(Path(tokenizer_path))
         with TensorFiles(encoder_path) as files:
             shapes = {key: files.shape(key) for key in files.keys()}  # noqa: SIM118  (not a dict)
             stack = _stack(sizes_of(shapes, files.origin))
             sources = file_sources(files, library_key)
-            place = "cpu" if layer_by_layer else device
-            load_strict(stack, sources, dtype=dtype, device=place, origin=files.origin)
+            home = "cpu" if layer_by_layer else device
+            load_strict(stack, sources, dtype=dtype, device=home, origin=files.origin)
         return cls(_frozen(stack, torch.device(device), layer_by_layer), tokenizer, device)
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Embeddings (n, 512, width) of n prompts in the weights' dtype on their device; zero past the text.
+        """Embeddings (n, 512, width) of n prompts, in the dtype of the weights; zero after the text.
 
-        Each prompt runs alone, so its embedding does not depend on the others. A prompt longer than 512
-        tokens is cut, with a warning in the log.
+        Each prompt runs alone, so its embedding does not depend on the others. A prompt of more than 512
+        tokens is truncated, with a warning in the log.
         """
         texts = [clean_prompt(prompt) for prompt in prompts]
         tokens = self.tokenizer(texts, TEXT_TOKENS)
@@ -139,9 +141,10 @@ class TextEncoder:
 
     @torch.inference_mode()
     def encode_tokens(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Embeddings (n, length, width) of token numbers `ids` (n, length); zero where `mask` is 0.
+        """Embeddings (n, length, width) of tokens; zero where `mask` is 0.
 
-        `mask` (n, length) is 1 on a row's tokens, which come first, and 0 on its padding.
+        ids: (n, length).
+        mask: (n, length), 1 for the tokens of a row, which come first, and 0 for its padding.
         """
         longest = int(mask.sum(1).max())
         rows = self.stack.embed_tokens(ids[:, :longest].to(self.stack.embed_tokens.weight.device))
@@ -161,15 +164,16 @@ def random_text_encoder(
     sizes: Mapping[str, int] = UMT5_XXL,
     layer_by_layer: bool = False,
 ) -> TextEncoder:
-    """An encoder of random weights made on the device, without disk; `sizes` as from `sizes_of`.
+    """An encoder with random weights, made on the device without files; it uses `ByteTokenizer`.
 
-    Numbers depend on seed, device and dtype; queries are small, since UMT5 does not scale its scores.
-    layer_by_layer: each weight goes to host memory once it is made.
-    Prompts are tokenized by `ByteTokenizer`. Needs a vocabulary of at least 259.
+    The numbers depend on seed, device and dtype. Queries are small, since UMT5 does not scale its scores.
+
+    sizes: as from `sizes_of`; the vocabulary must have at least 259 entries.
+    layer_by_layer: each weight moves to host memory after it is made.
     """
     stack = _stack(sizes)
-    place = "cpu" if layer_by_layer else None
-    fill_random(stack, dtype=dtype, device=device, seed=seed, place=place)
+    move_to = "cpu" if layer_by_layer else None
+    fill_random(stack, dtype=dtype, device=device, seed=seed, move_to=move_to)
     for block in stack.block:
         block.layer[0].SelfAttention.q.weight.mul_(sizes["d_kv"] ** -0.5)
     return TextEncoder(_frozen(stack, torch.device(device), layer_by_layer), ByteTokenizer(), device)
@@ -194,21 +198,21 @@ def _frozen(stack: UMT5Stack, device: torch.device, layer_by_layer: bool) -> UMT
     if layer_by_layer:
         stack.final_layer_norm.to(device)
         for block in stack.block:
-            _visit(block, device)
+            _run_on_device(block, device)
     return stack.eval().requires_grad_(False)
 
 
-def _visit(layer: nn.Module, device: torch.device) -> None:
-    """Have a layer's weights on `device` while it computes, and only then."""
-    at_home = {parameter: parameter.data for parameter in layer.parameters()}
+def _run_on_device(layer: nn.Module, device: torch.device) -> None:
+    """Keep the weights of a layer on `device` only while it computes."""
+    host_data = {parameter: parameter.data for parameter in layer.parameters()}
 
-    def arrive(*_: object) -> None:
-        for parameter, data in at_home.items():
+    def copy_to_device(*_: object) -> None:
+        for parameter, data in host_data.items():
             parameter.data = data.to(device, copy=True)
 
-    def leave(*_: object) -> None:
-        for parameter, data in at_home.items():
+    def restore(*_: object) -> None:
+        for parameter, data in host_data.items():
             parameter.data = data
 
-    layer.register_forward_pre_hook(arrive)
-    layer.register_forward_hook(leave, always_call=True)
+    layer.register_forward_pre_hook(copy_to_device)
+    layer.register_forward_hook(restore, always_call=True)

@@ -1,9 +1,9 @@
-"""Prompt embeddings kept on disk, so that a repeated prompt never loads the 11 GB encoder.
+"""Cache of prompt embeddings on disk, so that a repeated prompt does not load the 11 GB encoder.
 
-An entry's name is the hash of everything its numbers depend on: the encoder file, the tokenizer's files, the
-number type and the cleaned text. Files are known by content (`checkpoint.fingerprint`), wherever they lie. An
-entry holds the rows of the text only, behind a digest of its bytes; a damaged one is reported in the log and
-made anew. Entries appear by rename, so several processes may share a folder.
+The name of an entry is a hash of everything the embedding depends on: the content of the encoder file and of
+the tokenizer's files (`checkpoint.fingerprint`), the dtype, and the cleaned text. An entry holds only the
+rows of the text, after a digest of its bytes. A damaged entry is reported in the log and computed again.
+Entries appear by rename, so several processes can share a folder.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ _log = logging.getLogger(__name__)
 
 
 def encoder_identity(encoder_path: Path, tokenizer_path: Path, dtype: torch.dtype) -> str:
-    """All that embeddings depend on besides the text. Raises `CheckpointError` for a missing file."""
+    """Text that identifies everything embeddings depend on except the prompt. Raises `CheckpointError`."""
     tokenizer = sorted(path for path in Path(tokenizer_path).glob("*") if path.is_file())
     if not tokenizer:
-        raise CheckpointError(f"{tokenizer_path}: no tokenizer folder; it comes with the base model")
+        raise CheckpointError(
+            f"{tokenizer_path}: tokenizer folder not found or empty; it comes with the base model"
+        )
     return json.dumps(
         {
             "encoder": file_fingerprint(Path(encoder_path)),
@@ -46,18 +48,21 @@ def encoder_identity(encoder_path: Path, tokenizer_path: Path, dtype: torch.dtyp
 
 
 class TextCache:
-    """Embeddings of the encoder `identity` (`encoder_identity`) in `folder`, which may hold others' too."""
+    """Embeddings of one encoder in `folder`; several encoders can share a folder.
+
+    identity: of the encoder, from `encoder_identity`.
+    """
 
     def __init__(self, folder: Path, identity: str) -> None:
         self.folder, self.identity = folder, identity
 
     def path(self, prompt: str) -> Path:
-        """Where the embedding of `prompt` lies or would lie."""
+        """Path of the entry for `prompt`, whether it exists or not."""
         name = json.dumps([FORMAT, TEXT_TOKENS, self.identity, clean_prompt(prompt)])
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()}.embedding"
 
     def get(self, prompt: str) -> torch.Tensor | None:
-        """The kept embedding (512, width) on the CPU, or None."""
+        """The cached embedding (512, width) on the CPU, or None."""
         from safetensors.torch import load
 
         path = self.path(prompt)
@@ -66,17 +71,19 @@ class TextCache:
         except FileNotFoundError:
             return None
         except OSError as error:
-            _log.warning("%s: cached text embedding cannot be read (%s); made anew", path, error.strerror)
+            _log.warning(
+                "%s: cannot read the cached text embedding (%s); computing it again", path, error.strerror
+            )
             return None
         digest, data = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
         if hashlib.sha256(data).digest() != digest:
-            _log.warning("%s: cached text embedding is damaged; made anew", path)
+            _log.warning("%s: the cached text embedding is damaged; computing it again", path)
             return None
         rows = load(data)["embedding"]
         return torch.nn.functional.pad(rows, (0, 0, 0, TEXT_TOKENS - len(rows)))
 
     def put(self, prompt: str, embedding: torch.Tensor) -> None:
-        """Keep `embedding` (512, width). Where that fails the log says so; the run does not depend on it."""
+        """Store `embedding` (512, width). A failure is only logged, since the run works without the cache."""
         from safetensors.torch import save
 
         rows = int(embedding.ne(0).any(1).nonzero().max()) + 1 if embedding.any() else 0
@@ -88,11 +95,11 @@ class TextCache:
             partial.write_bytes(hashlib.sha256(data).digest() + data)
             partial.replace(path)
         except OSError as error:
-            _log.warning("%s: text embedding cannot be kept (%s)", path, error.strerror)
+            _log.warning("%s: cannot store the text embedding (%s)", path, error.strerror)
 
 
 def encode_cached(prompts: Sequence[str], cache: TextCache, load: Callable[[], TextEncoder]) -> torch.Tensor:
-    """Embeddings (n, 512, width) of n prompts on the CPU; `load` is called, once, only if one is not kept."""
+    """Embeddings (n, 512, width) of n prompts on the CPU; `load` is called once, only for missing entries."""
     texts = [clean_prompt(prompt) for prompt in prompts]
     known = {text: cache.get(text) for text in texts}
     missing = [text for text, embedding in known.items() if embedding is None]

@@ -1,7 +1,7 @@
-"""Prompts to token numbers: cleaning as Wan does it, then the tokenizer of the released folder.
+"""Turns prompts into tokens: cleaned as in Wan, then tokenised with the released folder.
 
-`ByteTokenizer` stands in where weights are random and there is no folder: one token a UTF-8 byte, so equal
-prompts give equal tokens and no file is read. It is of no use with trained weights.
+`ByteTokenizer` replaces the folder for random weights: one token per UTF-8 byte, without files. It does not
+work with trained weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """`ids` and `mask` (n, length) int64, mask 0 on padding; `lengths`: tokens before any cut."""
+    """Tokens of n texts.
+
+    ids, mask: (n, length) int64; mask is 0 for padding.
+    lengths: number of tokens of each text before truncation.
+    """
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -35,12 +39,12 @@ class Tokens:
 
 class Tokenizer(Protocol):
     def __call__(self, texts: Sequence[str], length: int) -> Tokens:
-        """Tokens of cleaned texts, padded or cut to `length`."""
+        """Tokens of cleaned texts, padded or truncated to `length`."""
         ...
 
 
 def clean_prompt(prompt: str) -> str:
-    """Broken encodings mended, HTML entities resolved (twice), runs of white space made one space."""
+    """`prompt` with fixed encoding errors, resolved HTML entities (twice) and single spaces."""
     import ftfy
 
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
@@ -48,20 +52,22 @@ def clean_prompt(prompt: str) -> str:
 
 
 class FolderTokenizer:
-    """The tokenizer of a Hugging Face folder. Raises `CheckpointError` when the folder holds none."""
+    """The tokenizer in a Hugging Face folder. Raises `CheckpointError` if the folder has none."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
 
         if not folder.is_dir():
-            raise CheckpointError(f"{folder}: no tokenizer folder; the base model has it (google/umt5-xxl)")
+            raise CheckpointError(
+                f"{folder}: tokenizer folder not found; it comes with the base model (google/umt5-xxl)"
+            )
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, padding_side="right"
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{folder}: no usable tokenizer ({reason}); download it again") from error
+            raise CheckpointError(f"{folder}: unusable tokenizer ({reason}); download it again") from error
 
     def __call__(self, texts: Sequence[str], length: int) -> Tokens:
         whole = self._tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"]
@@ -78,7 +84,7 @@ class FolderTokenizer:
 
 
 class ByteTokenizer:
-    """Deterministic stand-in without files: byte b is token b + 3, then the end token 1; padding is 0."""
+    """Tokenizer without files: byte b is token b + 3, followed by the end token 1; padding is 0."""
 
     def __call__(self, texts: Sequence[str], length: int) -> Tokens:
         ids = torch.full((len(texts), length), PAD_TOKEN, dtype=torch.int64)
@@ -94,8 +100,10 @@ class ByteTokenizer:
 
 
 def warn_of_cuts(texts: Sequence[str], tokens: Tokens) -> None:
-    """Log a warning for each prompt that lost its end."""
+    """Log a warning for each truncated prompt."""
     for text, length in zip(texts, tokens.lengths, strict=True):
         if length > tokens.ids.shape[1]:
             kept = tokens.ids.shape[1]
-            _log.warning("prompt: %d tokens, the model reads %d; the end is lost: %.60s", length, kept, text)
+            _log.warning(
+                "prompt: has %d tokens, the model uses the first %d; shorten it: %.60s", length, kept, text
+            )

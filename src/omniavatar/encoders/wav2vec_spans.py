@@ -1,16 +1,17 @@
-"""wav2vec 2.0 over audio of any length in constant memory, exact: spans with halos, statistics in two passes.
+"""Runs wav2vec 2.0 over audio of any length in constant memory, with the exact result of one call.
 
-The modules and their maths are those of transformers' `Wav2Vec2Model` (Baevski et al. 2020, base form: group
-norm in front, norms after each layer); only the walk over time is ours. What depends on the whole waveform:
-- its mean and variance, and those of the first convolution's output (a group norm over all time), are summed
-  in float64 in passes of their own;
-- the convolutions have no padding, so a span of features needs its samples and a halo;
-- features become one a video frame by linear interpolation (both ends aligned), at positions computed in
-  integers; in float32 they drift by a few thousandths of a feature after ten minutes;
-- the positional convolution reads a halo of half its kernel on both sides;
-- attention sees all keys: for each layer, those of as many heads as fit `kv_bytes` are held at a time (at
-  least one), and the queries come in spans.
-Hidden states live in the result file, everything else in scratch files.
+Modules and formulas are those of transformers' `Wav2Vec2Model` (Baevski et al. 2020, base architecture: group
+norm in front, norms after each layer); this file adds only the loop over spans. These parts depend on the
+whole waveform:
+- its mean and variance, and those of the first convolution's output (a group norm over all time): summed in
+  float64 in separate passes;
+- the convolutions: they have no padding, so a span of features needs its samples and a halo;
+- the interpolation to one vector per video frame (linear, both ends aligned): positions are computed in
+  integers, since in float32 they drift by a few thousandths of a feature after ten minutes;
+- the positional convolution: it needs a halo of half its kernel on both sides;
+- attention, which needs all keys: each layer holds the keys of as many heads as fit into `kv_bytes` (at least
+  one head), and processes the queries in spans.
+Hidden states are kept in the result file, everything else in scratch files.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ NORMALISE_EPS = 1e-7
 
 @dataclass(frozen=True)
 class SpanPlan:
-    """How the walk is cut: `features` and `frames` in a span, `kv_bytes` for the keys and values held."""
+    """Sizes of the loop: `features` and `frames` per span, `kv_bytes` for keys and values in memory."""
 
     features: int
     frames: int
@@ -45,7 +46,7 @@ class SpanPlan:
 
 @dataclass(frozen=True)
 class FrontEnd:
-    """Geometry of the convolutions: a feature reads `field` samples and the next starts `stride` later."""
+    """Geometry of the convolutions: a feature reads `field` samples; the next one starts `stride` later."""
 
     field: int
     stride: int
@@ -60,7 +61,7 @@ class FrontEnd:
 
 
 class NormalisedWaveform:
-    """A waveform at zero mean and unit variance, followed by zeros up to `padded` samples."""
+    """A waveform scaled to zero mean and unit variance, with zeros appended up to `padded` samples."""
 
     def __init__(self, waveform: np.ndarray, padded: int, span: int) -> None:
         self.waveform, self.padded = waveform, padded
@@ -71,7 +72,7 @@ class NormalisedWaveform:
             float(np.square(part.astype(np.float64) - self.mean).sum()) for part in self._parts(span)
         )
         if not np.isfinite(squares):
-            raise InputError("audio: the waveform holds values that are not finite; convert the file again")
+            raise InputError("audio: the waveform has values that are not finite; convert the file again")
         self.scale = 1.0 / np.sqrt(squares / samples + NORMALISE_EPS)
 
     def _parts(self, span: int) -> Iterator[np.ndarray]:
@@ -80,7 +81,7 @@ class NormalisedWaveform:
             release_pages(self.waveform)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Samples start..stop of the padded waveform, (1, 1, n) float32."""
+        """Samples start..stop of the padded waveform: (1, 1, n) float32."""
         values = np.zeros(stop - start, np.float32)
         known = self.waveform[start : min(stop, len(self.waveform))]
         values[: len(known)] = (np.asarray(known, np.float64) - self.mean) * self.scale
@@ -89,7 +90,7 @@ class NormalisedWaveform:
 
 
 class SpanEncoder:
-    """One walk over one waveform. `model` is on its device, in evaluation mode."""
+    """Encodes one waveform. `model` is on its device, in evaluation mode."""
 
     def __init__(
         self, model: Wav2Vec2Model, waveform: NormalisedWaveform, frames: int, plan: SpanPlan
@@ -111,13 +112,16 @@ class SpanEncoder:
         ]
 
     def steps(self) -> int:
-        """How often `run` calls `on_step`."""
+        """Number of calls of `on_step` in `run`."""
         feature_spans = -(-self.features // self.plan.features)
         frame_spans = -(-self.frames // self.plan.frames)
         return 2 * feature_spans + frame_spans * (2 + len(self.layers) * (2 * len(self.groups) + 1))
 
     def run(self, result: ColumnWriter, scratch: Path, on_step: Callable[[], None]) -> None:
-        """Fill `result` (frames; last hidden state, then every hidden state); `scratch` is a folder."""
+        """Fill `result`, one row per frame: the last hidden state, then every hidden state.
+
+        scratch: folder for temporary files.
+        """
         with RowFile(scratch / "features", self.features, self.model.config.conv_dim[-1]) as features:
             mean, variance = self._first_layer_statistics(on_step)
             self._convolve(features, mean, variance, on_step)

@@ -15,8 +15,8 @@ from omniavatar.checkpoint.convert import convert_dit
 from omniavatar.checkpoint.dit import open_dit, random_weights
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.config.schema import PipelineConfig
-from omniavatar.device import choose_device
-from omniavatar.engine.loading import DTYPES, dit_files
+from omniavatar.device import choose_device, torch_dtype
+from omniavatar.engine.loading import dit_files
 from omniavatar.errors import ConfigError
 
 
@@ -40,7 +40,7 @@ def convert_checkpoint(
     model, quantize = config.model, config.runtime.quantize
     if quantize == "auto":
         raise ConfigError("quantize: auto depends on the machine that runs it; convert with none or fp8")
-    device, dtype = choose_device(config.runtime.device), DTYPES[model.dtype]
+    device, dtype = choose_device(config.runtime.device), torch_dtype(model.dtype)
     form = weight_form(AccelConfig(quantize), create_fused(device, row_dtype(quantize)), device)
     stored = None if form is None else form.name
     made_from: dict[str, object] = {"omniavatar": __version__, "dtype": model.dtype, "quantize": quantize}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from omniavatar import __version__
+from omniavatar.checkpoint.fingerprint import file_stamp
 from omniavatar.config.identity import result_values
 from omniavatar.engine.job import fingerprint
 from omniavatar.errors import InputError
@@ -55,7 +56,7 @@ def weight_identities(model: ModelConfig) -> dict[str, str]:
 def _file_identity(path: Path) -> str:
     inside = (p for p in path.rglob("*") if p.is_file() and p.name != STEP_CACHE)
     files = sorted(inside) if path.is_dir() else [path]
-    return "; ".join(f"{p.stat().st_size} bytes, modified {p.stat().st_mtime_ns}" for p in files)
+    return "; ".join(file_stamp(file) for file in files)
 
 
 def _audio_digest(audio: AudioInput | None) -> str:

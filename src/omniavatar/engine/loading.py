@@ -10,7 +10,7 @@ import torch
 
 from omniavatar.accel.decoder import DECODERS, DecoderSource, apply_decoder
 from omniavatar.accel.offload import streamed_blocks
-from omniavatar.checkpoint.dit import DiTFiles, LoraFile, inspect_dit, load_dit, random_dit
+from omniavatar.checkpoint.dit import DiTFiles, LoraFile, load_dit, random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import load_vae, random_vae
 from omniavatar.encoders.audio import AudioEncoder
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from omniavatar.checkpoint.dit import WeightForm
     from omniavatar.config.schema import ModelConfig
     from omniavatar.model.attention import AttentionFn
-    from omniavatar.model.dit import DiTConfig, WanDiT
+    from omniavatar.model.dit import WanDiT
+    from omniavatar.model.sizes import DiTConfig
     from omniavatar.model.vae import VideoVAE, WanVAE
 
 
@@ -55,9 +56,6 @@ class VAELoader:
         return vae if decoder is None else apply_decoder(vae, decoder)
 
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
 def dit_files(model: ModelConfig) -> DiTFiles:
     """The files the configured DiT is merged from."""
     return DiTFiles(
@@ -68,31 +66,6 @@ def dit_files(model: ModelConfig) -> DiTFiles:
         lora_rank=model.lora_rank,
         lora_alpha=model.lora_alpha,
     )
-
-
-def read_dit_config(model: ModelConfig) -> DiTConfig:
-    """The DiT's sizes from file headers. Raises CheckpointError where they differ from the configuration."""
-    if model.weights == "random":
-        return scale_spec(model.scale).dit
-    found = inspect_dit(model.dit_path, adapter_dir=model.exp_path, num_heads=model.dit_config.num_heads)
-    if found.in_dim != model.dit_config.in_dim:
-        remedy = "set exp_path to the OmniAvatar folder" if found.in_dim == 16 else "set model_config.in_dim"
-        raise CheckpointError(
-            f"{model.dit_path[0]}: patch embedding with {found.in_dim} input channels, "
-            f"{model.dit_config.in_dim} expected; {remedy}"
-        )
-    if found.audio_dim and found.audio_hidden != model.dit_config.audio_hidden_size:
-        raise CheckpointError(
-            f"{model.exp_path or model.dit_path[0]}: audio packed to {found.audio_hidden} channels, "
-            f"model_config.audio_hidden_size says {model.dit_config.audio_hidden_size}; correct it"
-        )
-    if bool(found.audio_dim) != model.use_audio:
-        has = "has" if found.audio_dim else "has no"
-        raise CheckpointError(
-            f"{model.exp_path or model.dit_path[0]}: the checkpoint {has} audio layers, "
-            f"but use_audio is {model.use_audio}; correct use_audio or exp_path"
-        )
-    return found
 
 
 def loading_device(layers: int, resident: int, device: torch.device) -> Callable[[str], torch.device]:
@@ -122,10 +95,10 @@ def load_dit_weights(
     """
     if model.weights == "random":
         return random_dit(
-            sizes, attention=attention, dtype=dtype, device=device, seed=0, form=form, place=device_of
+            sizes, attention=attention, dtype=dtype, device=device, seed=0, form=form, device_of=device_of
         )
     return load_dit(
-        dit_files(model), attention=attention, dtype=dtype, device=device, form=form, place=device_of
+        dit_files(model), attention=attention, dtype=dtype, device=device, form=form, device_of=device_of
     )
 
 

@@ -11,28 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from omniavatar.accel.attention.timing import choose_attention
-from omniavatar.accel.pinned import check_host_room
-from omniavatar.accel.vae import FastVAE, coding_dtype
 from omniavatar.accel.vae_runners import choose_vae, create_vae
-from omniavatar.device import choose_device
-from omniavatar.encoders.audio import AudioEncoder, open_features
-from omniavatar.engine.accelerate import accelerated_dit
+from omniavatar.device import choose_device, torch_dtype
 from omniavatar.engine.host import Host
-from omniavatar.engine.loading import (
-    DTYPES,
-    VAELoader,
-    load_audio_encoder,
-    load_dit_weights,
-    loading_device,
-    read_dit_config,
-)
-from omniavatar.engine.prompts import PromptEncoder
 from omniavatar.engine.residency import Residency
 from omniavatar.parallel.rank_layout import Layout
 from omniavatar.parallel.team import ONE, Team
-from omniavatar.parallel.vae import apply_shared_vae
 from omniavatar.plan.limit import enforce_limit
+from omniavatar.plan.preview import read_dit_config
 from omniavatar.plan.sizes import vae_ranks
 
 if TYPE_CHECKING:
@@ -42,6 +28,8 @@ if TYPE_CHECKING:
 
     from omniavatar.checkpoint.dit import WeightForm
     from omniavatar.config.schema import PipelineConfig
+    from omniavatar.encoders.audio import AudioEncoder
+    from omniavatar.engine.prompts import PromptEncoder
     from omniavatar.model.dit import WanDiT
     from omniavatar.model.vae import VideoVAE, WanVAE
     from omniavatar.types import Recorder
@@ -60,8 +48,10 @@ class Models:
     def __init__(
         self, config: PipelineConfig, recorder: Recorder, team: Team = ONE, host: Host | None = None
     ) -> None:
+        from omniavatar.accel.attention.timing import choose_attention
+
         self.config, self.recorder, self.team = config, recorder, team
-        self.device, self.dtype = choose_device(config.runtime.device), DTYPES[config.model.dtype]
+        self.device, self.dtype = choose_device(config.runtime.device), torch_dtype(config.model.dtype)
         self.vae_name = choose_vae(config.runtime.vae, self.device)
         self.vae_ranks = vae_ranks(config, self.vae_name)
         if config.model.weights == "files":
@@ -75,14 +65,17 @@ class Models:
             if text is not None:
                 recorder.event("message", text=text, level="info")
         self.residency = Residency(config, dit, self.vae_name, self.device, recorder, team.captures, host)
-        self.prompts = PromptEncoder(config, self.device, self.dtype, recorder, self._text_encoder_fits)
         enforce_limit(config.runtime.memory, self.device)
 
     @functools.cached_property
     def dit(self) -> WanDiT:
         """The diffusion transformer with the configured optimisations, placed as `residency` says."""
+        from omniavatar.engine.accelerate import accelerated_dit
+
         placement = self.residency.placement
         if self.device.type == "cuda":
+            from omniavatar.accel.pinned import check_host_room
+
             check_host_room(placement.streamed_bytes)
         with self.recorder.stage("load_dit"):
             dit = accelerated_dit(
@@ -94,6 +87,9 @@ class Models:
     @functools.cached_property
     def vae(self) -> VideoVAE:
         """The video VAE of this process alone, run as `vae_name` says."""
+        from omniavatar.accel.vae import coding_dtype
+        from omniavatar.engine.loading import VAELoader
+
         with self.recorder.stage("load_vae"):
             dtype = coding_dtype(self.dtype, self.device)
             return VAELoader(self.config.model, dtype, self.device, self._run_vae).load()
@@ -102,14 +98,25 @@ class Models:
     def window_vae(self) -> VideoVAE | None:
         """The VAE that codes the windows: all processes together, or the leader's, None elsewhere."""
         if self.vae_ranks > 1:
+            from omniavatar.parallel.vae import apply_shared_vae
+
             return apply_shared_vae(self.vae, self.team.picture_rows)
         return self.vae if self.team.leads else None
 
     @functools.cached_property
     def audio_encoder(self) -> AudioEncoder:
         """wav2vec 2.0 in float32."""
+        from omniavatar.engine.loading import load_audio_encoder
+
         with self.recorder.stage("load_audio_encoder"):
             return load_audio_encoder(self.config.model, self.dit_config.audio_dim, self.device)
+
+    @functools.cached_property
+    def prompts(self) -> PromptEncoder:
+        """The encoder of prompts, which holds the text encoder only while it needs it."""
+        from omniavatar.engine.prompts import PromptEncoder
+
+        return PromptEncoder(self.config, self.device, self.dtype, self.recorder, self._text_encoder_fits)
 
     def load_for_windows(self) -> None:
         """Load what makes the windows and is not loaded yet, with less on the device where needed."""
@@ -118,6 +125,8 @@ class Models:
 
     def audio_features(self, waveform: np.ndarray, frames: int, path: Path) -> np.ndarray:
         """One audio vector a video frame, (frames, D), from the file at `path` or else encoded into it."""
+        from omniavatar.encoders.audio import open_features
+
         if path.is_file() and len(features := open_features(path)) == frames:
             return features
         return self.audio_encoder.encode(waveform, frames, self.config.video.fps, path)
@@ -130,6 +139,8 @@ class Models:
 
     def _load_dit(self, form: WeightForm | None) -> WanDiT:
         """The merged weights; blocks that will be streamed or shared out are read into host memory."""
+        from omniavatar.engine.loading import load_dit_weights, loading_device
+
         resident = 0 if self.config.runtime.use_fsdp else self.residency.placement.memory.resident_blocks
         device_of = loading_device(self.dit_config.num_layers, resident, self.device)
         return load_dit_weights(
@@ -137,6 +148,8 @@ class Models:
         )
 
     def _run_vae(self, vae: WanVAE) -> VideoVAE:
+        from omniavatar.accel.vae import FastVAE
+
         running = create_vae(self.vae_name, vae, self.device)
         if isinstance(running, FastVAE):
             self.residency.hold_vae(running)

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -33,11 +33,13 @@ from omniavatar.engine.retry import no_retry
 from omniavatar.engine.sidecar import sidecar_values
 from omniavatar.engine.window_loop import WindowGenerator, WindowResult, WindowSampling
 from omniavatar.engine.writer import VideoWriter
-from omniavatar.model.dit import RunBlocks
 from omniavatar.parallel.team import ONE, Team, check_size
 from omniavatar.plan.placement import IDENTITY_FIELDS, Placement
 from omniavatar.plan.run import RunPlan, WindowShape
 from omniavatar.types import AvatarRequest, Conditioning, RunResult, VideoChunk
+
+if TYPE_CHECKING:
+    from omniavatar.model.dit import RunBlocks
 
 
 class AvatarPipeline:

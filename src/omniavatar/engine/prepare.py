@@ -18,7 +18,6 @@ import torch
 
 from omniavatar.config.change import effective_sampling
 from omniavatar.encoders.image import choose_bucket, prepare_image
-from omniavatar.encoders.input_limits import InputLimits
 from omniavatar.engine.window_loop import WindowSampling
 from omniavatar.errors import InputError
 from omniavatar.media.audio import decode_mono
@@ -172,6 +171,8 @@ def _beyond_limits(
     models: Models, path: Path, picture: Tensor, reference: Tensor, speech: np.ndarray | None
 ) -> list[str]:
     """How portrait and sound differ from what the model was trained for, a sentence each."""
+    from omniavatar.encoders.input_limits import InputLimits
+
     limits = InputLimits.load(path)
     decoded = next(iter(models.vae.decode_stream(reference)))[:, :, 0].cpu()
     notes = limits.portrait_notes(picture, decoded)

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from omniavatar.accel.graphs import CudaCapture, GraphedBlocks
-from omniavatar.accel.offload import OffloadConfig, Offloader
 from omniavatar.engine.host import Host
 from omniavatar.engine.retry import Result, retry_with_less
 from omniavatar.errors import ResourceError
@@ -24,11 +22,13 @@ from omniavatar.plan.memory import fewer_resident
 from omniavatar.plan.placement import QUANTIZE_FIELD, Placement, place
 
 if TYPE_CHECKING:
-    from omniavatar.accel.graphs import Capture
+    from omniavatar.accel.graphs import Capture, GraphedBlocks
+    from omniavatar.accel.offload import OffloadConfig, Offloader
     from omniavatar.accel.vae import FastVAE
     from omniavatar.config.schema import PipelineConfig
-    from omniavatar.model.dit import DiTConfig, WanDiT
+    from omniavatar.model.dit import WanDiT
     from omniavatar.model.layers import BlockInputs
+    from omniavatar.model.sizes import DiTConfig
     from omniavatar.plan.run import WindowShape
     from omniavatar.types import Recorder
 
@@ -48,7 +48,7 @@ class Residency:
         recorder: Recorder,
         captures: bool = True,
         host: Host | None = None,
-        capture: Callable[[], Capture] = CudaCapture,
+        capture: Callable[[], Capture] | None = None,
     ) -> None:
         self._config, self._dit_config, self._vae_name, self._device = config, dit, vae_name, device
         self._recorder, self._captures, self._new_capture = recorder, captures, capture
@@ -125,6 +125,8 @@ class Residency:
 
     def hold(self, dit: WanDiT) -> None:
         """Take over a loaded DiT: send the blocks that do not stay to host memory."""
+        from omniavatar.accel.offload import Offloader
+
         offloader = Offloader(dit, self._device)
         offloader.apply(self._offload)
         self._dit, self._offloader = dit, offloader
@@ -162,6 +164,8 @@ class Residency:
 
     @property
     def _offload(self) -> OffloadConfig:
+        from omniavatar.accel.offload import OffloadConfig
+
         memory = self.placement.memory
         return OffloadConfig(memory.resident_blocks, memory.ring)
 
@@ -177,4 +181,6 @@ class Residency:
 
     def _capture_blocks(self) -> None:
         if self._dit is not None and self._graphs is None and self.placement.graphs:
-            self._graphs = GraphedBlocks(self._dit.run_blocks, self._new_capture())
+            from omniavatar.accel.graphs import CudaCapture, GraphedBlocks
+
+            self._graphs = GraphedBlocks(self._dit.run_blocks, (self._new_capture or CudaCapture)())

@@ -20,17 +20,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from omniavatar.accel.residual_cache import PassRunner, ResidualCache
-from omniavatar.accel.short_text import prepare_text
 from omniavatar.device import arrival, download, upload
 from omniavatar.engine.retry import Retry, no_retry
-from omniavatar.model.dit import AudioState, RunBlocks, WanDiT
-from omniavatar.model.vae import VideoVAE
 from omniavatar.parallel.team import ONE, Team
 from omniavatar.sampling.denoise import denoise as denoise_window
 from omniavatar.sampling.denoise import noises_drawn
@@ -38,6 +36,10 @@ from omniavatar.sampling.noise import NoiseAhead
 from omniavatar.sampling.passes import Pass, Passes
 from omniavatar.sampling.schedule import Schedule
 from omniavatar.types import Conditioning, Recorder, Window
+
+if TYPE_CHECKING:
+    from omniavatar.model.dit import AudioState, RunBlocks, WanDiT
+    from omniavatar.model.vae import VideoVAE
 
 DrawNoise = Callable[[], Tensor]
 
@@ -150,6 +152,8 @@ class WindowGenerator:
         self._velocities = team.velocities(self._passes)
         self._timesteps = torch.tensor(sampling.schedule.timesteps, dtype=torch.float32, device=self._device)
         self._branches = {each.branch for row in self._passes for each in row}
+        from omniavatar.accel.short_text import prepare_text
+
         with torch.inference_mode():
             embeddings = {"positive": conditioning.text_positive, "negative": conditioning.text_negative}
             needed = {branch.text for branch in self._branches}

@@ -18,8 +18,7 @@ from omniavatar.accel.vae_runners import choose_vae
 from omniavatar.config.backends import REGISTRIES, registry
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import ModelConfig, OutputConfig, PipelineConfig, RuntimeConfig, VideoConfig
-from omniavatar.device import choose_device
-from omniavatar.engine.loading import DTYPES
+from omniavatar.device import choose_device, torch_dtype
 from omniavatar.errors import OmniAvatarError
 from omniavatar.measure.machine import codecs, devices, free_disk, free_memory, optional_packages, versions
 from omniavatar.media.h264 import ENCODERS, choose_encoder
@@ -35,8 +34,8 @@ def examine(configs: Sequence[Path]) -> dict[str, Any]:
     """Everything that `doctor` reports; `problems` are one line each, with a remedy."""
     device = choose_device("auto")
     attention = {
-        name: {"available": ATTENTION.available(device), "auto": choose_backend(device, dtype)}
-        for name, dtype in DTYPES.items()
+        name: {"available": ATTENTION.available(device), "auto": choose_backend(device, torch_dtype(name))}
+        for name in ("bf16", "fp16", "fp32")
     }
     encoders = codecs()
     size = VideoConfig().sizes[0]

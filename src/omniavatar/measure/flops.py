@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from omniavatar.model.dit import DiTConfig
-    from omniavatar.model.vae import VAEConfig
+    from omniavatar.model.sizes import DiTConfig, VAEConfig
 
 TEXT_TOKENS = 512
 Grid = tuple[int, int, int]

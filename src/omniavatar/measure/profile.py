@@ -21,8 +21,7 @@ from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import inspect_vae
 from omniavatar.config.change import changed
 from omniavatar.config.schema import ModelConfig, PipelineConfig
-from omniavatar.device import choose_device
-from omniavatar.engine.loading import DTYPES
+from omniavatar.device import choose_device, torch_dtype
 from omniavatar.engine.pipeline import AvatarPipeline
 from omniavatar.engine.recorder import Listener
 from omniavatar.engine.requests_file import RequestLine
@@ -31,7 +30,7 @@ from omniavatar.measure.kernels import KernelTrace
 from omniavatar.measure.peaks import PeakMemory
 from omniavatar.measure.report import Models, Report, RequestFigures, build_report
 from omniavatar.measure.trace import TraceRecorder, chrome_trace
-from omniavatar.model.vae import VAEConfig
+from omniavatar.model.sizes import VAEConfig
 from omniavatar.sampling.windows import plan_windows
 from omniavatar.types import RunResult
 
@@ -88,7 +87,7 @@ def profile_requests(
     recorder = TraceRecorder([*listeners, *([taker] if taker else [])])
     folder = config.output.output_dir / FOLDER
     config = changed(config, output={"output_dir": folder, "keep_job": False})
-    ceiling = ceilings(device, DTYPES[config.model.dtype])
+    ceiling = ceilings(device, torch_dtype(config.model.dtype))
     started = time.perf_counter()
     pipeline = AvatarPipeline.from_config(config, recorder=recorder)
     folder.mkdir(parents=True, exist_ok=True)

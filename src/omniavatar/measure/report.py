@@ -19,8 +19,7 @@ from omniavatar.measure.flops import Grid, Work, decode_work, encode_work, forwa
 from omniavatar.measure.trace import DENOISE, STEP, Span
 
 if TYPE_CHECKING:
-    from omniavatar.model.dit import DiTConfig
-    from omniavatar.model.vae import VAEConfig
+    from omniavatar.model.sizes import DiTConfig, VAEConfig
     from omniavatar.types import Window
 
 DECODE, ENCODE = "vae_decode", "vae_encode"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-FRAMES_PER_LATENT = 4
+from omniavatar.model.sizes import FRAMES_PER_LATENT
 
 
 class AudioPack(nn.Module):
@@ -29,8 +29,3 @@ class AudioPack(nn.Module):
         weight = self.proj.weight
         out: Tensor = self.norm_out(self.proj(packed.to(weight.dtype)).to(self.norm_out.weight.dtype))
         return out
-
-
-def audio_block_indices(num_layers: int) -> range:
-    """Indices of the blocks that receive audio: 2 to num_layers//2, both included."""
-    return range(2, num_layers // 2 + 1)

@@ -12,47 +12,20 @@ Shapes: B batch, T latent frames, h w latent pixels, L = T*h/2*w/2 tokens, C wid
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from omniavatar.model.attention import AttentionFn
-from omniavatar.model.audio_adapter import AudioPack, audio_block_indices
+from omniavatar.model.audio_adapter import AudioPack
 from omniavatar.model.layers import Block, BlockInputs, modulate
 from omniavatar.model.rope import rope_table
+from omniavatar.model.sizes import DiTConfig
 
 RunBlocks = Callable[[Tensor, BlockInputs], Tensor]
 TextState = tuple[tuple[Tensor, Tensor], ...]
 AudioState = tuple[Tensor | None, ...]
-
-
-@dataclass(frozen=True)
-class DiTConfig:
-    """Sizes of the transformer. audio_dim: width of a video frame's audio vector (0: no audio layers)."""
-
-    dim: int
-    ffn_dim: int
-    num_heads: int
-    num_layers: int
-    in_dim: int = 33
-    out_dim: int = 16
-    text_dim: int = 4096
-    freq_dim: int = 256
-    audio_dim: int = 10752
-    audio_hidden: int = 32
-    eps: float = 1e-6
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.num_heads
-
-    @property
-    def audio_blocks(self) -> range:
-        """Indices of the blocks that receive audio."""
-        return audio_block_indices(self.num_layers) if self.audio_dim else range(0)
 
 
 class Head(nn.Module):

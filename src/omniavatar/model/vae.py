@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from omniavatar.device import upload
+from omniavatar.model.sizes import VAEConfig
 from omniavatar.model.vae_layers import (
     CausalConv3d,
     CausalState,
@@ -37,17 +37,6 @@ LATENT_STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class VAEConfig:
-    """Sizes of the VAE; the released one has `dim` 96."""
-
-    dim: int = 96
-    z_dim: int = 16
-    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    temporal_downsample: tuple[bool, ...] = (False, True, True)
 
 
 class Encoder(nn.Module):

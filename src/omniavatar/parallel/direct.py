@@ -1,11 +1,11 @@
-"""Exchanges by copies into other GPUs' memory, whose copy engines do them: they take no multiprocessor.
+"""Exchanges by copies into the memory of other GPUs; the copy engines run them, without a multiprocessor.
 
-NCCL's kernels take multiprocessors from the product they are to travel beside: on two H100 only 2 to 7 % of
-their time is hidden, and a copy of 78 MB beside a product of 1.0 ms makes it 0.29 ms longer, by the copy
-engines 0.02. The GPUs must be of one machine and reach each other (`parallel.mailbox`).
+NCCL's kernels take multiprocessors from the matrix product that runs at the same time. On two H100 only 2 to
+7 % of their time is hidden: a copy of 78 MB makes a product of 1.0 ms 0.29 ms longer, but only 0.02 ms with
+the copy engines. The GPUs must be in one machine and able to access each other (`parallel.mailbox`).
 
-Each exchange writes into slots of its own that are taken in turn. Nobody says that a slot may be written
-again: the exchanges between imply it, as each class tells.
+Each exchange has its own slots and uses them in turn. No message says that a slot is free again; the
+exchanges in between guarantee it, as each class explains.
 Shapes: see `parallel.exchange`.
 """
 
@@ -24,37 +24,37 @@ from omniavatar.parallel.rank_layout import starts
 
 
 class Slot(Protocol):
-    """A piece of memory on every rank, into which the others write."""
+    """A memory buffer on every rank, into which the other ranks write."""
 
     def view(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The beginning of the piece that lies on `rank`."""
+        """A tensor at the start of the buffer on `rank`."""
 
     def meet(self) -> None:
-        """Queue a wait until all ranks have come here; what they wrote before is there then."""
+        """Queue a wait for all ranks; their earlier writes have arrived when it ends."""
 
 
 class Mailbox(Protocol):
-    """Slots by number, and the order of what is copied into them and of what makes and uses that."""
+    """Slots by number, and the order between copies into them and other work on the GPU."""
 
     def slot(self, number: int, size: int) -> Slot:
-        """Slot `number` with at least `size` bytes; all ranks ask for the same."""
+        """Slot `number` with at least `size` bytes; all ranks must call it with the same arguments."""
 
     def aside(self) -> AbstractContextManager[None]:
-        """A context in which work is queued beside the current stream, after what is queued there now."""
+        """A context that queues work on a side stream, after the work in the current stream."""
 
     def mark(self) -> Callable[[], None]:
-        """What makes the then current stream wait for what is queued now."""
+        """A function that makes the current stream of its call wait for the work queued now."""
 
 
 class _Direct:
-    """One rank that writes into slots of the others' memory, `slots` of them in turn."""
+    """One rank that writes into the other ranks' memory, using `slots` slots in turn."""
 
     def __init__(self, mailbox: Mailbox, index: int, size: int, slots: int) -> None:
         self._mailbox, self.index, self.size = mailbox, index, size
         self._slots, self._next = slots, 0
 
     def _others(self) -> list[int]:
-        """The other ranks, from the next one on, so that not all write to the same one first."""
+        """The other ranks, beginning with the next one, so that not all ranks write to the same one first."""
         return [(self.index + step) % self.size for step in range(1, self.size)]
 
     def _take(self, shape: Sequence[int], dtype: torch.dtype) -> Slot:
@@ -62,19 +62,19 @@ class _Direct:
         self._next = (self._next + 1) % self._slots
         return slot
 
-    def _send(self, slot: Slot, leaving: dict[int, Tensor], places: dict[int, Tensor]) -> _Sent:
+    def _send(self, slot: Slot, leaving: dict[int, Tensor], targets: dict[int, Tensor]) -> _Sent:
         with self._mailbox.aside():
             for rank, rows in leaving.items():
-                places[rank].copy_(rows, non_blocking=True)
+                targets[rank].copy_(rows, non_blocking=True)
             slot.meet()
             return _Sent(self._mailbox.mark(), [*leaving.values()])
 
 
 class DirectRows(_Direct):
-    """See `exchange.RowExchange`: keys and values, for two blocks in turn.
+    """Implements `exchange.RowExchange`: slots for the keys and values of two blocks, used in turn.
 
-    Who sends the keys of a block has had the others' values of the block before, and they sent those after
-    they had read the slots of the one before that.
+    A slot is free when it is used again. A rank sends the keys of a block only after it received the others'
+    values of the previous block. They sent these values after they had read the slots of the block before.
     """
 
     def __init__(self, mailbox: Mailbox, index: int, size: int) -> None:
@@ -85,17 +85,17 @@ class DirectRows(_Direct):
         slot, rows = self._take(shape, dtype), rows.contiguous()
         first = starts(counts)[self.index]
         mine = slice(first, first + counts[self.index])
-        here = slot.view(self.index, shape, dtype)
-        here[mine].copy_(rows)
-        places = {rank: slot.view(rank, shape, dtype)[mine] for rank in self._others()}
-        return Converted(self._send(slot, dict.fromkeys(places, rows), places), lambda _: here)
+        own = slot.view(self.index, shape, dtype)
+        own[mine].copy_(rows)
+        targets = {rank: slot.view(rank, shape, dtype)[mine] for rank in self._others()}
+        return Converted(self._send(slot, dict.fromkeys(targets, rows), targets), lambda _: own)
 
 
 class DirectHeads(_Direct):
-    """See `exchange.HeadExchange`. As many slots as a block's attention has exchanges, so each has one use.
+    """Implements `exchange.HeadExchange`: one slot for each exchange in the attention of a block.
 
-    Who sends v of the next block has had the others' results of this one, and they sent them after they had
-    read v, and so on around.
+    A slot is free when it is used again. A rank sends v of the next block only after it received the others'
+    results of this block. They sent these results after they had read v. The same holds for the other slots.
     """
 
     def __init__(self, mailbox: Mailbox, index: int, size: int, pieces: int = 1) -> None:
@@ -107,19 +107,19 @@ class DirectHeads(_Direct):
         shape = (sum(counts), *parts.shape[1:2], *parts.shape[3:])
         slot = self._take(shape, x_BlHD.dtype)
         leaving = {rank: parts[:, :, rank].contiguous() for rank in self._others()}
-        here = slot.view(self.index, shape, x_BlHD.dtype)
-        here[first : first + counts[self.index]].copy_(parts[:, :, self.index])
-        places = {
+        own = slot.view(self.index, shape, x_BlHD.dtype)
+        own[first : first + counts[self.index]].copy_(parts[:, :, self.index])
+        targets = {
             rank: slot.view(rank, shape, x_BlHD.dtype)[first : first + counts[self.index]] for rank in leaving
         }
-        return Converted(self._send(slot, leaving, places), lambda _: here)
+        return Converted(self._send(slot, leaving, targets), lambda _: own)
 
     def to_tokens(self, out_LBhD: Tensor, counts: list[int]) -> Arriving[list[Tensor]]:
         parts = out_LBhD.split(counts)
         rest, dtype = out_LBhD.shape[1:], out_LBhD.dtype
         slot = self._take((self.size * max(counts), *rest), dtype)
         leaving = {rank: parts[rank].contiguous() for rank in self._others()}
-        places = {
+        targets = {
             rank: slot.view(rank, (self.size, counts[rank], *rest), dtype)[self.index] for rank in leaving
         }
         arrived = slot.view(self.index, (self.size, counts[self.index], *rest), dtype)
@@ -127,25 +127,25 @@ class DirectHeads(_Direct):
         def by_rank(_: None) -> list[Tensor]:
             return [parts[rank] if rank == self.index else arrived[rank] for rank in range(self.size)]
 
-        return Converted(self._send(slot, leaving, places), by_rank)
+        return Converted(self._send(slot, leaving, targets), by_rank)
 
 
 class _Sent:
-    """Holds what leaves until the current stream has waited for it."""
+    """Keeps the sent tensors alive until the current stream has waited for the copies."""
 
-    def __init__(self, arrive: Callable[[], None], held: list[Tensor]) -> None:
-        self._arrive, self._held = arrive, held
+    def __init__(self, wait_for_copies: Callable[[], None], held: list[Tensor]) -> None:
+        self._wait_for_copies, self._held = wait_for_copies, held
 
     def wait(self) -> None:
-        self._arrive()
+        self._wait_for_copies()
         self._held.clear()
 
 
 class DirectBorder(_Direct):
-    """See `exchange.BorderExchange`; two slots, each for the row from above and the one from below.
+    """Implements `exchange.BorderExchange`: two slots, each for the row from above and the row from below.
 
-    All ranks meet in every swap: who writes into a slot again has met the others in the swap between, and
-    they came there after they had read it.
+    A slot is free when it is used again: all ranks meet in the swap between its two uses, and they meet after
+    they have read it.
     """
 
     def __init__(self, mailbox: Mailbox, index: int, size: int) -> None:
@@ -161,5 +161,5 @@ class DirectBorder(_Direct):
             slot.view(rank, shape, like.dtype)[int(self.index > rank)].copy_(row)
         slot.meet()
         arrived = slot.view(self.index, shape, like.dtype)
-        for rank, place in arriving.items():
-            place.copy_(arrived[int(rank > self.index)])
+        for rank, target in arriving.items():
+            target.copy_(arrived[int(rank > self.index)])

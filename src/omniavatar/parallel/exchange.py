@@ -1,11 +1,12 @@
-"""What ranks exchange while they make a window: interfaces, and a backend's collectives (NCCL, gloo).
+"""Exchanges between ranks inside a window: interfaces, and implementations with collectives (NCCL, gloo).
 
-Attention: among the ranks that share its heads, "my tokens, all heads" to "all tokens, my heads" and back;
-among those that share the query tokens of the same heads, keys and values. The VAE: the rows of a picture at
-the border between two ranks. `parallel.direct` does the same by copies between GPUs; both give the same bits.
+In attention, ranks that share the heads turn "my tokens, all heads" into "all tokens, my heads" and back.
+Ranks that share the query tokens of the same heads exchange keys and values. In the VAE, neighbours exchange
+the picture rows at their border. `parallel.direct` implements the same with copies between GPUs; both are
+bit-identical.
 
-Shapes: B batch, L tokens of the ranks that exchange, l of this one, H heads, h of a rank in one piece, D head
-dim.
+Shapes: B batch, L tokens of the ranks that exchange, l tokens of this rank, H heads, h heads of a rank in one
+piece, D head dim.
 Source: DeepSpeed-Ulysses (arXiv 2309.14509).
 """
 
@@ -25,30 +26,37 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Arriving(Protocol[T_co]):
-    """Something under way; on CUDA `wait` makes the current stream wait, not the host."""
+    """A pending result. On CUDA, `wait` makes the current stream wait, not the host."""
 
     def wait(self) -> T_co: ...
 
 
 class HeadExchange(Protocol):
-    """One rank's side of the exchange. index: its place among `size`. counts: tokens of each of them.
+    """The exchange of heads, as one rank sees it.
 
-    All ranks call the same methods in the same order, and wait for everything of one kind before they send
-    what was computed from it, as attention does.
+    All ranks call the same methods in the same order. They wait for all results before they send tensors
+    computed from them, as attention does.
+
+    index: index of this rank among the `size` ranks.
+    counts: tokens of each rank.
     """
 
     index: int
     size: int
 
     def to_heads(self, x_BlHD: Tensor, span: slice, counts: list[int]) -> Arriving[Tensor]:
-        """All tokens (L, B, h, D) of the heads `span` of this rank's share."""
+        """All tokens (L, B, h, D) of the heads in `span`, counted within this rank's share of the heads."""
 
     def to_tokens(self, out_LBhD: Tensor, counts: list[int]) -> Arriving[list[Tensor]]:
-        """This rank's tokens (l, B, h, D) of each rank's heads, in order."""
+        """This rank's tokens (l, B, h, D) for the heads of each rank, in order."""
 
 
 class RowExchange(Protocol):
-    """One rank's side of the gather. index: its place among `size`. counts: rows of each of them."""
+    """A gather of rows, as one rank sees it.
+
+    index: index of this rank among the `size` ranks.
+    counts: rows of each rank.
+    """
 
     index: int
     size: int
@@ -58,18 +66,18 @@ class RowExchange(Protocol):
 
 
 class BorderExchange(Protocol):
-    """One rank's side of the swap of border rows; all ranks call together."""
+    """The swap of border rows, as one rank sees it; all ranks call it together."""
 
     def swap(self, leaving: Mapping[int, Tensor], arriving: Mapping[int, Tensor]) -> None:
-        """Send rows to the rank before and the one after, and fill those that come from them.
+        """Send rows to the previous and the next rank, and fill the rows that come from them.
 
-        All rows have one shape and any strides. Where nothing leaves and nothing arrives, it is so on every
-        rank. Queued on the current stream.
+        The work is queued on the current stream. All rows have the same shape and any strides. If `leaving`
+        and `arriving` are empty on one rank, they must be empty on all.
         """
 
 
 class Arrived(Generic[T]):
-    """What is here already."""
+    """A result that is available at once."""
 
     def __init__(self, value: T) -> None:
         self._value = value
@@ -79,7 +87,7 @@ class Arrived(Generic[T]):
 
 
 class Converted(Generic[S, T]):
-    """What is under way, in another form once it is here."""
+    """A pending result that is converted when it arrives."""
 
     def __init__(self, pending: Arriving[S], convert: Callable[[S], T]) -> None:
         self._pending, self._convert = pending, convert
@@ -89,7 +97,7 @@ class Converted(Generic[S, T]):
 
 
 class CollectiveHeads:
-    """By all-to-alls of the backend; on CUDA they run on a stream of NCCL's own."""
+    """A `HeadExchange` with all-to-alls of the backend; on CUDA they run on NCCL's stream."""
 
     def __init__(self, peers: Peers) -> None:
         self._peers, self.index, self.size = peers, peers.index, peers.size
@@ -110,7 +118,7 @@ class CollectiveHeads:
 
 
 class CollectiveRows:
-    """By an all-gather of the backend."""
+    """A `RowExchange` with an all-gather of the backend."""
 
     def __init__(self, peers: Peers) -> None:
         self._peers, self.index, self.size = peers, peers.index, peers.size
@@ -120,7 +128,7 @@ class CollectiveRows:
 
 
 class CollectiveBorder:
-    """By an all-to-all of the backend among `peers`."""
+    """A `BorderExchange` with an all-to-all of the backend among `peers`."""
 
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
@@ -132,5 +140,5 @@ class CollectiveBorder:
             return
         rows = torch.stack(list(leaving.values())) if leaving else like.new_empty((0, *like.shape))
         send, receive = ([int(rank in swap) for rank in ranks] for swap in (leaving, arriving))
-        for place, row in zip(arriving.values(), self._peers.exchange(rows, send, receive), strict=True):
-            place.copy_(row)
+        for target, row in zip(arriving.values(), self._peers.exchange(rows, send, receive), strict=True):
+            target.copy_(row)

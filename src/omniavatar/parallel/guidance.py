@@ -1,8 +1,8 @@
-"""Guidance branches over groups of ranks: each group runs its branches, all of them get every velocity.
+"""Distributes guidance branches over groups of ranks; every group gets the velocities of all branches.
 
-Velocities are exchanged, not sums, and each rank adds them in the plan's order: the result is equal to the
-bit to one group's. A branch stays with one group for a whole window, since the step cache's residuals do.
-What it loses: nothing; a group without a branch at a step (outside `guidance_interval`) waits.
+The groups exchange velocities, and each rank adds them in the order of the plan, so the result is
+bit-identical to that of one group. A branch stays with one group for a whole window, because the residuals of
+the step cache do. A group without a branch in a step (outside `guidance_interval`) waits.
 """
 
 from __future__ import annotations
@@ -19,21 +19,24 @@ Predict = Callable[[Pass], Tensor]
 
 
 def branch_owners(passes: Passes, groups: int) -> dict[str, int]:
-    """Which group runs each branch; the branches of the fullest step are dealt out first."""
+    """The group of each branch, by name; the branches of the step with the most passes are assigned first."""
     names: dict[str, None] = {}
     for row in sorted(passes, key=len, reverse=True):
         names |= dict.fromkeys(each.branch.name for each in row)
-    return {name: place % groups for place, name in enumerate(names)}
+    return {name: number % groups for number, name in enumerate(names)}
 
 
 class GuidanceParallel:
-    """The share of one rank: `peers` hold the same tokens in the other groups."""
+    """The part of one rank in guidance parallelism.
+
+    peers: the ranks with the same tokens in the other groups.
+    """
 
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
 
     def velocities(self, passes: Passes) -> Callable[[Sequence[Pass], Predict, Tensor], list[Tensor]]:
-        """A function that gives the velocities of one step's passes, in order; `like` has their shape."""
+        """A function that returns the velocities of one step's passes in order; `like` has their shape."""
         owners = branch_owners(passes, self._peers.size)
 
         def of_step(row: Sequence[Pass], predict: Predict, like: Tensor) -> list[Tensor]:
@@ -46,9 +49,9 @@ class GuidanceParallel:
             everything = iter(self._peers.gather(rows, counts))
             found: dict[int, Tensor] = {}
             for group in range(self._peers.size):
-                for place in range(len(row)):
-                    if groups[place] == group:
-                        found[place] = next(everything)
-            return [found[place] for place in range(len(row))]
+                for number in range(len(row)):
+                    if groups[number] == group:
+                        found[number] = next(everything)
+            return [found[number] for number in range(len(row))]
 
         return of_step

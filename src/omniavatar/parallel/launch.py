@@ -1,7 +1,7 @@
 """Starts the processes of one video on this machine and ends them together, as torchrun does.
 
-The first process that fails ends the others: it has said why, or died without a word, and then this says so.
-Needs no torch.
+When one process fails, the others are killed. A process that exits reports its own error; one killed by a
+signal is reported here. This file does not need torch.
 """
 
 from __future__ import annotations
@@ -18,22 +18,27 @@ from omniavatar.errors import ResourceError
 
 POLL_S = 0.1
 INTERRUPT_S = 30.0
-"""After Ctrl-C, for the leader to put down what is finished; and for the others once the leader is done."""
+"""After Ctrl-C, how long the leader may take to save finished windows. Also how long the other ranks may run
+after the leader has ended."""
 TERM_S = 5.0
 
 
 def launch(command: Sequence[str], names: Sequence[str]) -> int:
-    """Run `command` once for each of `names` (as in errors) and return the exit code of the first to fail.
+    """Run `command` once per name; returns the exit code of the first process that fails, or 0.
 
-    Each learns its place from RANK, LOCAL_RANK and WORLD_SIZE. Raises ResourceError when one is killed.
+    Each process reads its rank from RANK, LOCAL_RANK and WORLD_SIZE.
+
+    names: names of the processes in errors.
+
+    Raises ResourceError if a process is killed by a signal.
     """
     with tempfile.TemporaryDirectory(prefix="omniavatar-ranks-") as folder:
         shared = {"WORLD_SIZE": str(len(names)), "OMNIAVATAR_STORE": str(Path(folder) / "store")}
         processes: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(len(names)):
-                place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                processes.append(subprocess.Popen(command, env={**os.environ, **shared, **place}))
+                ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                processes.append(subprocess.Popen(command, env={**os.environ, **shared, **ranks}))
             return _supervise(processes, names)
         except KeyboardInterrupt:
             _wait(processes[:1], INTERRUPT_S)
@@ -49,7 +54,7 @@ def _supervise(processes: Sequence[subprocess.Popen[bytes]], names: Sequence[str
         for code, name in zip(codes, names, strict=True):
             if code is not None and code < 0:
                 raise ResourceError(
-                    f"{name}: its process was ended by {signal_name(-code)} (host memory?); "
+                    f"{name}: its process was killed by {signal_name(-code)} (out of host memory?); "
                     "finished windows are kept, and the same command continues after them"
                 )
             if code:

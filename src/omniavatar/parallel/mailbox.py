@@ -1,8 +1,7 @@
-"""Memory of other GPUs of this machine, written by copy engines: torch's symmetric memory.
+"""Access to the memory of other GPUs in this machine, through torch's symmetric memory.
 
-Allocations are made and mapped by all ranks of a group together; each has a pad of signals by which the
-GPUs themselves tell each other how far they are. No host and no Python object is in between, and all of it
-can be captured in a CUDA graph.
+All ranks of a group allocate and map memory together. Each allocation has a signal pad through which the GPUs
+synchronise without the host, so the exchanges can be captured in a CUDA graph.
 Source: PyTorch SymmetricMemory (torch.distributed._symmetric_memory; its multicast is not used).
 """
 
@@ -28,7 +27,12 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True)
 class Reach:
-    """One rank's GPU: machine (this boot of it, this container), its number, and which numbers it reaches."""
+    """The GPU of one rank.
+
+    machine: host name and boot id, so that containers and reboots differ.
+    device: number of the GPU; -1 for any other device.
+    reaches: numbers of the GPUs whose memory it can access.
+    """
 
     machine: str
     device: int
@@ -36,7 +40,7 @@ class Reach:
 
     @classmethod
     def of(cls, device: torch.device) -> Reach:
-        """Of a CUDA device; any other reaches nothing."""
+        """The `Reach` of a device; one that is not CUDA reaches nothing."""
         boot = _BOOT.read_text().strip() if _BOOT.is_file() else ""
         machine = f"{socket.gethostname()} {boot}"
         if device.type != "cuda":
@@ -57,17 +61,18 @@ def obstacle(reaches: Sequence[Reach]) -> str | None:
                 return "needs CUDA"
             if one.machine != other.machine:
                 return (
-                    f"not all GPUs are in one machine ({one.machine.split()[0]}, {other.machine.split()[0]})"
+                    f"the GPUs are in different machines ({one.machine.split()[0]}, "
+                    f"{other.machine.split()[0]})"
                 )
             if one.device == other.device:
-                return f"two processes see their GPU as number {one.device} or share it"
+                return f"two processes use GPU number {one.device}"
             if other.device not in one.reaches:
                 return f"GPU {one.device} cannot write into the memory of GPU {other.device}"
     return None
 
 
 class SymmetricSlot:
-    """See `direct.Slot`."""
+    """Implements `direct.Slot`."""
 
     def __init__(self, handle: Any, buffer: Tensor, timeout: timedelta) -> None:
         self._handle, self._buffer = handle, buffer
@@ -91,8 +96,11 @@ class SymmetricSlot:
 
 
 class SymmetricMailbox:
-    """See `direct.Mailbox`. A slot that must grow is made anew by all ranks, who wait for their GPUs first;
-    what a CUDA graph has captured stays, for the graph will write there again."""
+    """Implements `direct.Mailbox`.
+
+    To enlarge a slot, all ranks wait for their GPUs and allocate a new one. A slot that a CUDA graph has
+    captured is kept, because a replay writes into it again.
+    """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout: timedelta) -> None:
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")

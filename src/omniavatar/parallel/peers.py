@@ -1,7 +1,7 @@
-"""Exchanges among a group of ranks: plain tensors, uneven row counts, any dtype, NCCL or gloo.
+"""Exchanges in a group of ranks: plain tensors, uneven row counts, any dtype, NCCL or gloo.
 
-Everything travels as bytes, since nothing is added up: float8 needs no support from the backend, and what
-arrives is equal to the bit. Rows are the first axis.
+Tensors are sent as bytes, so the backend need not support float8 and the received values are bit-identical.
+Rows are the first axis.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Pending:
-    """Rows on their way; on CUDA `wait` makes the current stream wait, not the host."""
+    """Rows in transit. On CUDA, `wait` makes the current stream wait, not the host."""
 
     def __init__(self, rows: Tensor, work: Any) -> None:
         self._rows, self._work = rows, work
@@ -27,13 +27,16 @@ class Pending:
 
 
 class Peers:
-    """One rank's view of a group. index: its place in the group."""
+    """A group of ranks, as one rank sees it.
+
+    index: index of this rank in the group.
+    """
 
     def __init__(self, group: dist.ProcessGroup, index: int, size: int) -> None:
         self.group, self.index, self.size = group, index, size
 
     def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Pending:
-        """Send `send[j]` rows to rank j, in order, and get `receive[j]` from it, in order."""
+        """Send `send[j]` rows to rank j and receive `receive[j]` rows from it, both in order of the ranks."""
         rows = rows.contiguous()
         out = rows.new_empty((sum(receive), *rows.shape[1:]))
         work = dist.all_to_all_single(
@@ -42,14 +45,14 @@ class Peers:
         return Pending(out, work)
 
     def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        """`all_to_all` for what is needed at once: on CUDA it runs on the current stream."""
+        """Blocking `all_to_all`; on CUDA it runs on the current stream."""
         rows = rows.contiguous()
         out = rows.new_empty((sum(receive), *rows.shape[1:]))
         dist.all_to_all_single(_bytes(out), _bytes(rows), list(receive), list(send), group=self.group)
         return out
 
     def gather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """The rows of all ranks, `counts[j]` of rank j."""
+        """The rows of all ranks in order; `counts[j]` rows come from rank j."""
         most = max(counts)
         if len(rows) < most:
             rows = torch.cat([rows, rows.new_zeros((most - len(rows), *rows.shape[1:]))])
@@ -67,7 +70,7 @@ def _bytes(rows: Tensor) -> Tensor:
 
 
 def gather_into(out: Tensor, piece: Tensor, group: dist.ProcessGroup, wait: bool = True) -> dist.Work | None:
-    """Fill `out` with every rank's `piece`, one behind the other; what to wait for unless `wait`."""
+    """Fill `out` with the `piece` of every rank, in order. Returns the pending work if `wait` is False."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     work: dist.Work | None = gather(out, piece, group=group, async_op=not wait)
     return work

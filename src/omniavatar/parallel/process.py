@@ -1,7 +1,7 @@
-"""One of several processes that make a video: who it is, how it joins the others, how it leaves.
+"""One of several processes that make a video: its rank, and how it connects and disconnects.
 
-torchrun and `parallel.launch` say who a process is by environment variables. A process that fails ends at
-once and hard: the others may be waiting for it inside an exchange, and its supervisor ends them.
+torchrun and `parallel.launch` pass the rank in environment variables. A process that fails exits at once: the
+others may be blocked in an exchange with it, and the supervisor kills them.
 """
 
 from __future__ import annotations
@@ -17,17 +17,22 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from omniavatar.parallel.team import STEP_TIMEOUT, Ranks
+from omniavatar.parallel.ranks import STEP_TIMEOUT, Ranks
 
 STORE_VARIABLE = "OMNIAVATAR_STORE"
-"""File through which processes started by `parallel.launch` find each other."""
+"""Environment variable with the file through which processes started by `parallel.launch` find each other."""
 POLL_S = 1.0
-_SIGNS = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "socket")
+_LOST_PEER_TEXTS = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "socket")
 
 
 @dataclass(frozen=True)
 class Process:
-    """rank of `world` processes, `local_rank` on its machine; store: set by `parallel.launch`."""
+    """Rank of one process.
+
+    local_rank: rank among the processes of its machine.
+    world: number of processes.
+    store: file through which they find each other, set by `parallel.launch`.
+    """
 
     rank: int = 0
     local_rank: int = 0
@@ -36,7 +41,7 @@ class Process:
 
     @classmethod
     def from_environment(cls) -> Process:
-        """What RANK, LOCAL_RANK and WORLD_SIZE say."""
+        """The rank in RANK, LOCAL_RANK and WORLD_SIZE; one process if they are not set."""
         rank, local, world = (
             int(os.environ.get(name, default))
             for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
@@ -49,7 +54,7 @@ class Process:
 
 
 def connect(process: Process, device: torch.device) -> Ranks:
-    """Join the other processes. Tensors travel by NCCL on CUDA, by gloo on a CPU; orders by gloo."""
+    """Connect to the other processes. Tensors use NCCL on CUDA and gloo on a CPU; orders use gloo."""
     if process.store is not None:
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     if not process.leads:
@@ -67,7 +72,7 @@ def connect(process: Process, device: torch.device) -> Ranks:
 
 
 def disconnect() -> None:
-    """Leave the others in peace, after the last exchange."""
+    """Disconnect from the other processes, after the last exchange."""
     dist.destroy_process_group()
 
 
@@ -76,14 +81,14 @@ def is_connected() -> bool:
 
 
 def lost_another(error: BaseException) -> bool:
-    """Whether an exchange failed because another process is gone or silent."""
+    """Whether an exchange failed because another process died or does not answer."""
     if isinstance(error, dist.DistError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _LOST_PEER_TEXTS)
 
 
 def exit_now(code: int) -> None:
-    """End this process without waiting for its threads, its queues or the other processes."""
+    """End this process without waiting for threads, queues or other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,9 +1,9 @@
-"""Which rank does what when several processes make one video; arithmetic only.
+"""Assigns guidance branches, heads and tokens to the ranks that make one video; arithmetic only.
 
-Ranks count guidance groups outside, sequence ranks inside: rank = guidance * sp_size + sequence. Within a
-sequence group attention is spread over `ulysses` ranks by heads, as many as divide them, and over `rows`
-ranks by query tokens: sequence = row * ulysses + head part. Tokens are dealt out in consecutive runs that
-differ by one token at most, so there is no padding and nothing to mask.
+rank = guidance group * sp_size + sequence rank. In a sequence group, attention is divided by heads over
+`ulysses` ranks (the largest number that divides both) and by query tokens over `rows` ranks: sequence rank =
+row * ulysses + head part. Tokens form consecutive runs whose lengths differ by at most one, so no padding or
+mask is needed.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Layout:
 
     @property
     def ulysses(self) -> int:
-        """Ranks that share the heads."""
+        """Number of ranks that share the heads."""
         return math.gcd(self.heads, self.sequence)
 
     @property
     def rows(self) -> int:
-        """Groups of `ulysses` ranks that share the query tokens."""
+        """Number of groups of `ulysses` ranks; the groups share the query tokens."""
         return self.sequence // self.ulysses
 
     def guidance_of(self, rank: int) -> int:
@@ -42,29 +42,29 @@ class Layout:
         return rank % self.sequence
 
     def guidance_peers(self) -> list[list[int]]:
-        """Ranks that hold the same tokens of different branches."""
-        return [list(range(place, self.size, self.sequence)) for place in range(self.sequence)]
+        """Groups of ranks with the same tokens of different branches."""
+        return [list(range(first, self.size, self.sequence)) for first in range(self.sequence)]
 
     def sequence_peers(self) -> list[list[int]]:
-        """Ranks that share one forward."""
+        """Groups of ranks that share one forward."""
         return [list(range(first, first + self.sequence)) for first in range(0, self.size, self.sequence)]
 
     def head_peers(self) -> list[list[int]]:
-        """Ranks that exchange heads for tokens."""
+        """Groups of ranks that exchange heads for tokens."""
         return [list(range(first, first + self.ulysses)) for first in range(0, self.size, self.ulysses)]
 
     def row_peers(self) -> list[list[int]]:
-        """Ranks that hold the same heads of different tokens."""
+        """Groups of ranks with the same heads of different tokens."""
         return [
             peers[part :: self.ulysses] for peers in self.sequence_peers() for part in range(self.ulysses)
         ]
 
 
 def deal(total: int, parts: int) -> list[int]:
-    """`total` in consecutive runs that differ by one at most, the longer ones first."""
+    """Lengths of `parts` consecutive runs that sum up to `total` and differ by at most one, longer first."""
     return [total // parts + (part < total % parts) for part in range(parts)]
 
 
 def starts(sizes: list[int]) -> list[int]:
-    """Where each of consecutive runs begins."""
+    """Start of each of these consecutive runs."""
     return [0, *accumulate(sizes)][:-1]

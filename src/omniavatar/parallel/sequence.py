@@ -1,20 +1,20 @@
-"""One forward over several ranks: the tokens are dealt out before the blocks and gathered after them.
+"""One forward on several ranks: tokens are distributed before the blocks and gathered after them.
 
-`shard` wraps anything of the signature of `WanDiT.run_blocks`: each rank gets its run of tokens with their
-positions and the audio of their frames. Only self-attention looks beyond a rank's tokens, and `attention`
-wraps any `AttentionFn` for it: an all-to-all turns "my tokens, all heads" into "all tokens, my heads" and
-another one turns the result back (Ulysses). Where the ranks do not divide the heads, groups of ranks share
-the query tokens besides, and gather the keys and values of their heads. That is what a ring of partial
-softmaxes computes, with the same bytes moved, but it is exact and runs on every kernel.
+`shard` wraps any function with the signature of `WanDiT.run_blocks`: each rank gets a run of tokens with
+their positions and the audio of their frames. Only self-attention needs the tokens of other ranks, and
+`attention` wraps any `AttentionFn` for it. An all-to-all turns "my tokens, all heads" into "all tokens, my
+heads", and another one turns the result back (Ulysses). If the number of ranks does not divide the heads,
+groups of ranks also share the query tokens and gather the keys and values of their heads. A ring of partial
+softmaxes would move the same bytes, but this is exact and works with every kernel.
 
-How heads travel is an `exchange.HeadExchange`'s business; on CUDA they do on a stream of their own. A fused
-block sends v, q and k as each is made, so v and q travel while the next projection runs, and multiplies its
-own heads' result with the output layer while the others' come (`TravellingAttention`). Heads may go in
-`pieces` besides, so that the exchange of one hides behind the attention of another. By NCCL on two H100 that
-loses: it and FlashAttention-3 want the same multiprocessors, and fewer heads fill their last wave less (14B,
-30,375 tokens, four pieces: 173 ms longer than without exchanges, which alone take 50). So one piece is the
-default; where a network is slow, more may win.
-What it loses: nothing but the rounding of matrix products of other shapes.
+A `HeadExchange` transports the heads; on CUDA it uses a separate stream. A fused block sends v, q and k as
+soon as each is computed, so the transfer of v and q overlaps the next projection. It multiplies the result of
+its own heads with the output layer while the results of the others arrive (`TravellingAttention`). With
+`pieces`, heads are also sent in parts, so that the exchange of one part overlaps the attention of another.
+With NCCL on two H100 this is slower: NCCL and FlashAttention-3 compete for multiprocessors, and fewer heads
+fill the last wave less. In a forward of the 14B with 30,375 tokens, four pieces add 173 ms, and the exchanges
+alone take 50 ms. The default is therefore one piece; more may help on a slow network.
+Cost in quality: only the rounding of matrix products with other shapes.
 Sources: DeepSpeed-Ulysses (arXiv 2309.14509), context parallelism of Llama 3 (arXiv 2407.21783).
 
 Shapes: B batch, L all tokens, l tokens of this rank, H heads, D head dim, T latent frames, C width.
@@ -38,10 +38,12 @@ from omniavatar.parallel.rank_layout import deal, starts
 
 
 class SequenceParallel:
-    """The share of one rank in every forward.
+    """The part of one rank in every forward.
 
-    heads: the ranks it exchanges heads with. rows: the ranks that hold the same heads of other tokens.
-    whole: all ranks of the forward, in the order of their tokens. pieces: see above.
+    whole: all ranks of the forward, in the order of their tokens.
+    heads: the ranks with which it exchanges heads.
+    rows: the ranks with the same heads of other tokens.
+    pieces: number of parts in which heads are sent.
     """
 
     def __init__(self, whole: Peers, heads: HeadExchange, rows: RowExchange, pieces: int = 1) -> None:
@@ -50,7 +52,7 @@ class SequenceParallel:
         self.counts: list[int] = []
 
     def shard(self, run_blocks: RunBlocks) -> RunBlocks:
-        """`run_blocks` on this rank's tokens; takes and gives all tokens (B, L, C)."""
+        """A function from all tokens (B, L, C) to all tokens that runs `run_blocks` on those of this rank."""
 
         def sharded(tokens_BLC: Tensor, inputs: BlockInputs) -> Tensor:
             total = tokens_BLC.shape[1]
@@ -66,12 +68,12 @@ class SequenceParallel:
         return sharded
 
     def attention(self, inner: AttentionFn) -> SequenceAttention:
-        """Self-attention over all ranks' tokens, by `inner`."""
+        """Self-attention over the tokens of all ranks, computed by `inner`."""
         return SequenceAttention(self, inner)
 
 
 class SequenceAttention:
-    """A `TravellingAttention` of this rank's tokens (B, l, H, D) that attends to the tokens of all ranks."""
+    """A `TravellingAttention` from the tokens (B, l, H, D) of this rank to the tokens of all ranks."""
 
     def __init__(self, team: SequenceParallel, inner: AttentionFn) -> None:
         self._team, self._inner = team, inner
@@ -81,7 +83,7 @@ class SequenceAttention:
         return self.attend(*(self.send(x) for x in (q_BlHD, k_BlHD, v_BlHD)))
 
     def send(self, x_BlHD: Tensor) -> list[Arriving[Tensor]]:
-        """One parcel for each piece of the heads."""
+        """One pending result for each piece of the heads."""
         spans = self._spans(x_BlHD.shape[2])
         return [self._team.heads.to_heads(x_BlHD, span, self._counts) for span in spans]
 
@@ -106,25 +108,25 @@ class SequenceAttention:
             return F.linear(self.attend(q, k, v).flatten(-2), weight, bias)
         (out,) = self._results(q, k, v)
         sent = heads.to_tokens(out, self._counts)
-        here = starts(self._counts)[heads.index]
+        first = starts(self._counts)[heads.index]
         parts = weight.chunk(heads.size, 1)
-        mine = out[here : here + self._counts[heads.index]].flatten(-2)
-        made = F.linear(mine, parts[heads.index], bias)
+        mine = out[first : first + self._counts[heads.index]].flatten(-2)
+        result = F.linear(mine, parts[heads.index], bias)
         del mine, out
         for index, arrived in enumerate(sent.wait()):
             if index != heads.index:
                 rows = arrived.flatten(0, 1).flatten(1)
-                made.view(-1, made.shape[-1]).addmm_(rows, parts[index].mT)
-        return made.transpose(0, 1)
+                result.view(-1, result.shape[-1]).addmm_(rows, parts[index].mT)
+        return result.transpose(0, 1)
 
     @property
     def _counts(self) -> list[int]:
-        """Tokens of each of the ranks that share the heads of the same tokens."""
+        """Tokens of each rank that shares heads with this one."""
         ranks, row = self._team.heads.size, self._team.rows.index
         return self._team.counts[row * ranks : (row + 1) * ranks]
 
     def _spans(self, heads: int) -> list[slice]:
-        """Pieces of the heads that one rank attends with."""
+        """The pieces of the heads that one rank computes."""
         ranks = self._team.heads.size
         share = heads // ranks
         pieces = deal(share, min(share, self._team.pieces) if ranks > 1 else 1)
@@ -133,13 +135,13 @@ class SequenceAttention:
     def _results(
         self, q: list[Arriving[Tensor]], k: list[Arriving[Tensor]], v: list[Arriving[Tensor]]
     ) -> Iterator[Tensor]:
-        """Attention of each piece, (tokens of the head peers, B, heads of the piece, D)."""
+        """Attention of each piece: (tokens of the head peers, B, heads of the piece, D)."""
         team = self._team
         size = team.heads.size
         row_counts = [sum(team.counts[first : first + size]) for first in range(0, len(team.counts), size)]
-        for parcels in zip(q, k, v, strict=True):
-            whole_q, whole_k, whole_v = (parcel.wait() for parcel in parcels)
-            spread = [team.rows.spread(each, row_counts) for each in (whole_k, whole_v)]
-            whole_k, whole_v = (each.wait() for each in spread)
-            moved = (x.transpose(0, 1) for x in (whole_q, whole_k, whole_v))
-            yield self._inner(*moved).transpose(0, 1)
+        for pending in zip(q, k, v, strict=True):
+            whole_q, whole_k, whole_v = (each.wait() for each in pending)
+            gathered = [team.rows.spread(each, row_counts) for each in (whole_k, whole_v)]
+            whole_k, whole_v = (each.wait() for each in gathered)
+            batch_first = (x.transpose(0, 1) for x in (whole_q, whole_k, whole_v))
+            yield self._inner(*batch_first).transpose(0, 1)

@@ -1,11 +1,12 @@
-"""The fast VAE on all ranks that make a video: each codes a run of the picture's rows.
+"""Runs the fast VAE on all ranks of a video; each rank codes a run of the picture's rows.
 
-What changes: every rank has the latents already (or the pixels, for the hand-over), computes its own rows of
-every layer, swaps one row with its neighbours before each 3x3 convolution, and gathers keys and values of the
-one attention and the result (`accel.vae_frames`, `parallel.picture_rows`). All ranks call, with the same
-values, and all get the whole result. Past frames and activations are divided by the ranks.
-What it loses: nothing but the rounding of convolutions of other heights.
-Limits: a picture with fewer latent rows than ranks is computed whole by each of them.
+Every rank has the latents already (or the pixels, for the hand-over). It computes its own rows of every layer
+and swaps one row with each neighbour before a 3x3 convolution. It gathers the keys and values of the
+attention, and the result (`accel.vae_frames`, `parallel.picture_rows`). All ranks call the methods with the
+same values and get the whole result. The memory for past frames and activations is divided by the number of
+ranks.
+Cost in quality: only the rounding of convolutions with other heights.
+Limits: if a picture has fewer latent rows than ranks, every rank computes the whole picture.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from omniavatar.model.vae import VideoDecoder, VideoVAE
 
 
 def apply_shared_vae(vae: VideoVAE, split: SplitRows) -> VideoVAE:
-    """`vae`, a fast one or with a fast decoder in its place, on the ranks that `split` deals rows to."""
+    """`vae` shared by the ranks of `split`; it must be a fast VAE, or have a fast decoder beside one."""
     if isinstance(vae, OtherDecoder):
         return OtherDecoder(_shared(vae.vae, split), _shared(vae.decoder, split))
     return _shared(vae, split)
@@ -33,7 +34,7 @@ def _shared(vae: VideoDecoder, split: SplitRows) -> SharedVAE:
 
 
 class SharedVAE:
-    """Stands in for the `FastVAE` of each rank; its weights and passes are that one's."""
+    """A `FastVAE` whose work is shared by several ranks."""
 
     def __init__(self, vae: FastVAE, split: SplitRows) -> None:
         self._vae, self._split = vae, split

@@ -1,14 +1,14 @@
-"""Blocks whose weights are shared out among ranks: each keeps a piece of every block, and gathers it whole.
+"""Distributes the weights of the blocks over ranks; each rank keeps a piece of every block.
 
-What changes: a block's tensors are one run of bytes (`accel.block_storage`), of which each rank keeps one
-N-th. The ring of `accel.offload` holds the blocks that compute; it is filled by an all-gather among the ranks
-instead of a copy from host memory, the next block's behind the computation of this one. Whatever the weights
-are (packed, float8), they arrive equal to the bit. Layers for the text's keys and values are shared out too
+The tensors of a block are one run of bytes (`accel.block_storage`), and each of N ranks keeps one N-th of it.
+The ring of `accel.offload` holds the blocks that compute. It is filled by an all-gather instead of a copy
+from host memory, and the gather of the next block overlaps the computation of the current one. Weights of
+every form (packed, float8) are bit-identical. The layers for the text's keys and values are distributed too,
 and gathered for each prompt.
-What it loses: nothing but time where a gather outlasts a block; memory falls to 1/N of the blocks and RING
-whole ones. Loading passes through host memory, whole for each rank.
+Cost: time, if a gather takes longer than a block. Memory falls to 1/N of the blocks plus RING whole ones.
+While loading, every rank has all weights in host memory.
 
-All ranks that share must run the same blocks in the same order.
+All ranks that share weights must run the same blocks in the same order.
 Source: ZeRO stage 3 (arXiv 1910.02054), FSDP (arXiv 2304.11277).
 """
 
@@ -31,7 +31,10 @@ EMPTY = torch.device("meta")
 
 
 class WeightGroup(Protocol):
-    """The ranks that share. index: this rank's place among `size`."""
+    """The ranks that share weights.
+
+    index: index of this rank among the `size` ranks.
+    """
 
     group: dist.ProcessGroup
     index: int
@@ -39,14 +42,17 @@ class WeightGroup(Protocol):
 
 
 class GatherCopies:
-    """Fills a ring's slots by all-gathers; on CUDA they run on the communicator's stream."""
+    """Fills the slots of a ring by all-gathers; on CUDA they run on the communicator's stream."""
 
     def __init__(self, peers: WeightGroup) -> None:
         self._peers = peers
         self._works: dict[int, dist.Work] = {}
 
     def copy(self, slot: RingSlot, host: Tensor) -> None:
-        """Begin to gather all pieces; `host` is this rank's. Behind what is queued: it may read the slot."""
+        """Start to gather all pieces; `host` is the piece of this rank.
+
+        The gather runs after the work queued before it, which may still read the slot.
+        """
         work = gather_into(slot.buffer, host, self._peers.group, wait=False)
         assert work is not None
         self._works[id(slot)] = work
@@ -61,7 +67,7 @@ class GatherCopies:
 
 
 class SharedLinear(nn.Module):
-    """A linear layer of which each rank keeps one N-th; gathered for each call."""
+    """A linear layer of which each rank keeps one N-th; every call gathers the whole weight."""
 
     def __init__(self, layer: nn.Linear, peers: WeightGroup, device: torch.device) -> None:
         super().__init__()
@@ -80,7 +86,7 @@ class SharedLinear(nn.Module):
 
 
 def own_piece(run: Tensor, peers: WeightGroup) -> Tensor:
-    """This rank's N-th of a run of bytes that is filled up to a multiple of N."""
+    """This rank's N-th of a run of bytes, with zeros appended so that all pieces have the same size."""
     size = -(-len(run) // (peers.size * 256)) * 256
     piece = run[peers.index * size : (peers.index + 1) * size]
     return F.pad(piece, (0, size - len(piece))) if len(piece) < size else piece.clone()
@@ -89,9 +95,10 @@ def own_piece(run: Tensor, peers: WeightGroup) -> Tensor:
 @torch.inference_mode(False)
 @torch.no_grad()
 def apply_shared_weights(dit: WanDiT, peers: WeightGroup, device: torch.device) -> BlockRing:
-    """Share out the blocks of `dit`, which may lie in host memory, in place; after fusing.
+    """Distribute the blocks of `dit` over the ranks, in place; call it after fusing.
 
-    What is not in a block stays whole on every rank. Raises ValueError for blocks of different layouts.
+    The blocks may be in host memory. Weights outside the blocks stay whole on every rank. Raises ValueError
+    if blocks have different layouts.
     """
     pieces: dict[int, Tensor] = {}
     slots: list[RingSlot] = []
@@ -109,7 +116,7 @@ def apply_shared_weights(dit: WanDiT, peers: WeightGroup, device: torch.device) 
         tensors = block_tensors(block, {id(tensor) for tensor in stays})
         found = layout_of(tensors)
         if layout is not None and found != layout:
-            raise ValueError(f"block {index} is laid out unlike the blocks before it")
+            raise ValueError(f"block {index} has another layout than the blocks before it")
         layout = found
         run = torch.empty(layout.size, dtype=torch.uint8, device=tensors[0].device)
         fill(run, tensors, layout)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,8 +20,10 @@ from omniavatar.checkpoint.reader import TensorFiles
 from omniavatar.config.backends import backend_name
 from omniavatar.config.schema import ModelConfig, SamplingConfig
 from omniavatar.errors import CheckpointError, ConfigError
-from omniavatar.model.dit import DiTConfig
 from omniavatar.sampling.cache_constants import CacheConstants, published_constants
+
+if TYPE_CHECKING:
+    from omniavatar.model.sizes import DiTConfig
 
 NAME = "step_cache.json"
 SIZES = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "text_dim", "audio_dim", "audio_hidden")

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from omniavatar.checkpoint.layout import dit_tensors
 from omniavatar.errors import ResourceError
-from omniavatar.model.dit import DiTConfig
 from omniavatar.plan.sizes import GB, RING, DiTSizes, RunSizes
+
+if TYPE_CHECKING:
+    from omniavatar.model.sizes import DiTConfig
 
 STEPS_DOWN = 8
 HEADROOM = 0.04

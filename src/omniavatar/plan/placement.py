@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from omniavatar.accel.graphs import launches_show
 from omniavatar.accel.precision import PRECISIONS, best_quantize
 from omniavatar.accel.vae_runners import pass_sizes
 from omniavatar.errors import ResourceError
+from omniavatar.model.sizes import DiTConfig
 from omniavatar.plan.memory import MemoryPlan, plan_memory, plan_parameters, resident_blocks, smaller
 from omniavatar.plan.sizes import (
     DTYPE_BYTES,
@@ -32,7 +32,6 @@ from omniavatar.plan.sizes import (
 if TYPE_CHECKING:
     from omniavatar.accel.apply import Quantize
     from omniavatar.config.schema import PipelineConfig
-    from omniavatar.model.dit import DiTConfig
     from omniavatar.plan.run import WindowShape
 
 QUANTIZE_FIELD, PASS_FIELD = "runtime.quantize", "runtime.vae_latents_a_pass"
@@ -168,3 +167,15 @@ def place(
     except ResourceError:
         pass
     return replace(placed(best), note=f"; {best} layers (quantize=auto: exact ones would be streamed)")
+
+
+SMALL_BLOCK = 2.4e12
+"""Up to this many floating-point operations (4 ms at 600 TFLOP/s) a block takes less time than its launches.
+On slower devices such a block takes longer, and a graph neither gains nor costs time."""
+
+
+def launches_show(config: DiTConfig, tokens: int, ranks: int = 1) -> bool:
+    """Whether a block on `tokens` tokens, shared by `ranks`, computes faster than the host launches it."""
+    own, width = tokens / ranks, config.dim
+    products = 2 * own * width * (6 * width + 2 * config.ffn_dim)
+    return products + 4 * own * tokens * width < SMALL_BLOCK

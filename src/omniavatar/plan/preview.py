@@ -11,14 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omniavatar.checkpoint.dit import inspect_dit
+from omniavatar.checkpoint.dit_sizes import inspect_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.config.schema import ModelConfig
+from omniavatar.errors import CheckpointError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from omniavatar.model.dit import DiTConfig
+    from omniavatar.model.sizes import DiTConfig
 
 
 def files_there(model: ModelConfig) -> bool:
@@ -68,6 +69,7 @@ def time_projections(model: ModelConfig, config: DiTConfig, timesteps: Sequence[
     Reads six small tensors. Further LoRAs that change the time embedding are not taken into account.
     Raises CheckpointError when the files lack them.
     """
+
     import torch
 
     from omniavatar.checkpoint.reader import TensorFiles
@@ -83,3 +85,28 @@ def time_projections(model: ModelConfig, config: DiTConfig, timesteps: Sequence[
     dit.load_state_dict(tensors, strict=False, assign=True)
     with torch.inference_mode():
         return dit.embed_time(torch.tensor(timesteps, dtype=torch.float32))[1].numpy()
+
+
+def read_dit_config(model: ModelConfig) -> DiTConfig:
+    """The DiT's sizes from file headers. Raises CheckpointError where they differ from the configuration."""
+    if model.weights == "random":
+        return scale_spec(model.scale).dit
+    found = inspect_dit(model.dit_path, adapter_dir=model.exp_path, num_heads=model.dit_config.num_heads)
+    if found.in_dim != model.dit_config.in_dim:
+        remedy = "set exp_path to the OmniAvatar folder" if found.in_dim == 16 else "set model_config.in_dim"
+        raise CheckpointError(
+            f"{model.dit_path[0]}: patch embedding with {found.in_dim} input channels, "
+            f"{model.dit_config.in_dim} expected; {remedy}"
+        )
+    if found.audio_dim and found.audio_hidden != model.dit_config.audio_hidden_size:
+        raise CheckpointError(
+            f"{model.exp_path or model.dit_path[0]}: audio packed to {found.audio_hidden} channels, "
+            f"model_config.audio_hidden_size says {model.dit_config.audio_hidden_size}; correct it"
+        )
+    if bool(found.audio_dim) != model.use_audio:
+        has = "has" if found.audio_dim else "has no"
+        raise CheckpointError(
+            f"{model.exp_path or model.dit_path[0]}: the checkpoint {has} audio layers, "
+            f"but use_audio is {model.use_audio}; correct use_audio or exp_path"
+        )
+    return found

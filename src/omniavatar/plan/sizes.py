@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from omniavatar.accel.decoder import DECODERS
-from omniavatar.accel.quantized import QUANTIZED
-from omniavatar.accel.vae import frames_of_pass
-from omniavatar.accel.vae_runners import pass_sizes
-from omniavatar.checkpoint.dit import keep_float32
+from omniavatar.accel.precision import QUANTIZED
+from omniavatar.accel.vae_runners import frames_of_pass, pass_sizes
+from omniavatar.checkpoint.dit_sizes import keep_float32
 from omniavatar.checkpoint.layout import SCALES, Shape, dit_tensors, text_tensors, wav2vec_tensors
 from omniavatar.checkpoint.layout_vae import vae_tensors
 from omniavatar.errors import ConfigError
-from omniavatar.model.dit import DiTConfig
 
 if TYPE_CHECKING:
     from omniavatar.config.schema import PipelineConfig
+    from omniavatar.model.sizes import DiTConfig
     from omniavatar.plan.run import WindowShape
 
 GB = 10**9

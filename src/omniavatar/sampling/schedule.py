@@ -37,11 +37,20 @@ def make_schedule(num_steps: int, shift: float, timesteps: tuple[float, ...] | N
     With explicit timesteps `shift` and `num_steps` have no effect.
     """
     if timesteps is not None:
-        falling = all(a > b for a, b in itertools.pairwise(timesteps))
-        if not timesteps or not falling or timesteps[0] > 1000 or timesteps[-1] <= 0:
-            raise ConfigError(f"timesteps: must descend within (0, 1000], not {timesteps}")
+        if error := timesteps_error(timesteps):
+            raise ConfigError(f"timesteps: {error}; got {timesteps}")
         return Schedule(tuple(t / 1000.0 for t in timesteps))
     if num_steps < 1 or shift <= 0:
         raise ConfigError(f"num_steps must be >= 1 and shift > 0, not {num_steps} and {shift}")
     linear = np.linspace(1.0, 0.0, num_steps + 1)[:-1]
     return Schedule(tuple(float(s) for s in shift * linear / (1.0 + (shift - 1.0) * linear)))
+
+
+def timesteps_error(timesteps: tuple[float, ...]) -> str | None:
+    """What is wrong with explicit timesteps; None if they are valid."""
+    if not timesteps:
+        return "must not be empty; leave the key out to use num_steps and shift"
+    descending = all(a > b for a, b in itertools.pairwise(timesteps))
+    if not descending or timesteps[0] > 1000 or timesteps[-1] <= 0:
+        return "must descend strictly within (0, 1000], such as [1000, 750, 500, 250]"
+    return None

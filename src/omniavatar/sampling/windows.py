@@ -37,6 +37,14 @@ def window_length(max_tokens: int, height: int, width: int) -> int:
     return length
 
 
+def overlap_error(overlap: int, length: int) -> str | None:
+    """What is wrong with an overlap for windows of `length` frames; None if it is valid."""
+    if overlap % 4 != 1 or overlap < 1:
+        nearest = max(1, round((overlap - 1) / 4) * 4 + 1)
+        return f"must be 1 + 4n (1, 5, 9, 13, ...), the nearest is {nearest}"
+    return "must be smaller than the window; lower it or raise max_tokens" if overlap >= length else None
+
+
 def count_windows(audio_frames: int, length: int, overlap: int) -> int:
     """Number of windows for `audio_frames` (frames after the portrait)."""
     return 1 + -(-max(0, audio_frames - (length - 1)) // (length - overlap))
@@ -52,10 +60,12 @@ def plan_windows(audio_frames: int, length: int, overlap: int) -> tuple[Window, 
 
     Raises ConfigError unless length and overlap are 1+4n and overlap < length.
     """
-    if length % 4 != 1 or overlap % 4 != 1 or not 0 < overlap < length:
+    if length % 4 != 1:
         raise ConfigError(
-            f"overlap_frame={overlap} and a window of {length} frames: both must be 1+4n, the overlap shorter"
+            f"overlap_frame={overlap}, window of {length} frames: windows must have 1 + 4n frames"
         )
+    if error := overlap_error(overlap, length):
+        raise ConfigError(f"overlap_frame={overlap}: {error}; windows have {length} frames")
     total = audio_frames + 1
     windows = []
     for index in range(count_windows(audio_frames, length, overlap)):

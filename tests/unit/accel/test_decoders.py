@@ -31,8 +31,9 @@ from omniavatar.checkpoint.vae import random_vae
 from omniavatar.cli import app
 from omniavatar.config.load import load_config
 from omniavatar.errors import CheckpointError, ConfigError
+from omniavatar.model.sizes import VAEConfig
 from omniavatar.model.tiny_decoder import TinyDecoder, TinyDecoderConfig
-from omniavatar.model.vae import LATENT_MEAN, LATENT_STD, VAEConfig
+from omniavatar.model.vae import LATENT_MEAN, LATENT_STD
 from omniavatar.plan.preview import missing_files
 
 SMALL = TinyDecoderConfig(widths=(24, 16, 12, 8))

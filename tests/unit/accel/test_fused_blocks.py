@@ -13,7 +13,8 @@ import torch
 from omniavatar.accel.attention.registry import create_attention
 from omniavatar.accel.fused_blocks import apply_fused_blocks
 from omniavatar.accel.kernels.rows import EagerOps, quantize_rows
-from omniavatar.accel.quantized import QUANTIZED, QuantLinear, apply_quantization
+from omniavatar.accel.precision import QUANTIZED
+from omniavatar.accel.quantized import QuantLinear, apply_quantization
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 

@@ -11,17 +11,18 @@ from torch import Tensor
 
 from omniavatar.accel import graphs
 from omniavatar.accel.attention.registry import create_attention
-from omniavatar.accel.graphs import FORWARDS_FIRST, MOST, GraphedBlocks, launches_show
+from omniavatar.accel.graphs import FORWARDS_FIRST, MOST, GraphedBlocks
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.config.load import load_config
 from omniavatar.engine.recorder import NullRecorder
 from omniavatar.engine.residency import Residency
 from omniavatar.errors import ResourceError
-from omniavatar.model.dit import DiTConfig, WanDiT
+from omniavatar.model.dit import WanDiT
 from omniavatar.model.layers import BlockInputs, TokenAudio
 from omniavatar.model.rope import rope_table
-from omniavatar.plan.placement import Placement, place, wants_graphs
+from omniavatar.model.sizes import DiTConfig
+from omniavatar.plan.placement import Placement, launches_show, place, wants_graphs
 from omniavatar.plan.run import window_shape
 
 CPU = torch.device("cpu")

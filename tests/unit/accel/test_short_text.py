@@ -6,7 +6,7 @@ import torch
 from omniavatar.accel.attention.registry import create_attention
 from omniavatar.accel.short_text import WeightedKeys, apply_short_text, prepare_text
 from omniavatar.checkpoint.dit import random_dit
-from omniavatar.model.dit import DiTConfig
+from omniavatar.model.sizes import DiTConfig
 
 CPU = torch.device("cpu")
 CONFIG = DiTConfig(dim=48, ffn_dim=96, num_heads=4, num_layers=2, text_dim=12, audio_dim=0)

@@ -19,7 +19,7 @@ from omniavatar.accel.vae_frames import fused_attention, matmul_attention
 from omniavatar.accel.vae_runners import choose_vae
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.errors import ResourceError
-from omniavatar.model.vae import VAEConfig
+from omniavatar.model.sizes import VAEConfig
 from omniavatar.model.vae_layers import ChannelRMSNorm
 
 CPU = torch.device("cpu")

@@ -76,7 +76,7 @@ def test_packaged_portrait_is_the_held_out_render():
         portrait(Renderer(Head("cpu"), SIZE), 100_000)
 
 
-def test_demo_says_what_its_model_is_and_where_the_video_lies(weights, tmp_path, monkeypatch, capsys):
+def test_demo_describes_its_model_and_names_the_video(weights, tmp_path, monkeypatch, capsys):
     packaged = tmp_path / "pocket"
     packaged.mkdir()
     shutil.copy(weights / "config.yaml", packaged / "pocket.yaml")
@@ -91,7 +91,7 @@ def test_demo_says_what_its_model_is_and_where_the_video_lies(weights, tmp_path,
     frames = list(read_frames(output))
     assert len(frames) == 160 and frames[0].shape == (64, 64, 3)
     said = capsys.readouterr().err
-    assert "photographs of real people are outside it" in said and str(output) in said
+    assert "it does not work on photographs" in said and str(output) in said
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +121,14 @@ def test_rendered_heads_pass_and_other_pictures_are_warned_of(limits):
     }
     for name, pixels in others.items():
         found = notes(limits, pixels)
-        assert len(found) == 1 and "photographs of real people are outside it" in found[0], name
-    assert "its details are lost" in notes(limits, head, lost=0.3)[0]
+        assert len(found) == 1 and "with a photograph the face may change or dissolve" in found[0], name
+    assert "the VAE loses detail" in notes(limits, head, lost=0.3)[0]
 
 
 def test_sound_without_speech_is_warned_of(limits):
     speech, noise = np.full((100, 5), 2.0, np.float32), np.zeros((100, 5), np.float32)
     assert not limits.speech_notes(speech)
-    assert "speech is heard in 0% of it" in limits.speech_notes(noise)[0]
+    assert "only 0% of it is speech" in limits.speech_notes(noise)[0]
     assert not limits.speech_notes(np.concatenate([speech[:50], noise])), "a third is speech"
     assert not limits.speech_notes(noise[:10]), "less than a second is not judged"
 
@@ -172,5 +172,5 @@ def test_odd_inputs_are_warned_of_and_make_a_video_all_the_same(weights, limits,
     pipeline = AvatarPipeline.from_config(config, recorder=recorder)
     result = pipeline.generate(AvatarRequest("noise", pixels, voice(1.2)), tmp_path / "out.mp4")
     assert result.frames == len(list(read_frames(result.output)))
-    warned = [text for text in said if text.startswith(("image: unlike", "audio: speech is heard in 0%"))]
+    warned = [text for text in said if text.startswith(("image: differs", "audio: only 0% of it is speech"))]
     assert len(warned) == 2

@@ -1,4 +1,4 @@
-"""The DiT from base, adapter and LoRAs: sizes, merge, dtypes, and the memory it takes."""
+"""The DiT from base, adapter and LoRAs: sizes, merge, dtypes, and peak memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from omniavatar.accel.attention.registry import create_attention
-from omniavatar.checkpoint.dit import DiTFiles, LoraFile, inspect_dit, keep_float32, load_dit, random_dit
+from omniavatar.checkpoint.dit import DiTFiles, LoraFile, load_dit, random_dit
+from omniavatar.checkpoint.dit_sizes import inspect_dit, keep_float32
 from omniavatar.checkpoint.layout import SCALES, dit_tensors, scale_spec
 from omniavatar.checkpoint.vae import inspect_vae, load_vae, random_vae
 from omniavatar.errors import CheckpointError
@@ -38,7 +39,7 @@ def load(base, adapter=None, dtype=torch.float32, **options) -> WanDiT:
 
 
 def copied_adapter(files, folder: Path, change=lambda tensors: None, settings=None) -> Path:
-    """A copy of the nano adapter with its tensors or settings changed."""
+    """A copy of the nano adapter with changed tensors or settings."""
     folder.mkdir()
     tensors = torch.load(files["adapter"] / "pytorch_model.pt", weights_only=True)
     change(tensors)
@@ -104,7 +105,7 @@ def test_dtype_policy():
 
 
 def test_merged_checkpoint_loads_without_an_adapter(files, tmp_path):
-    """The form of LiveTalk: one file, plain names, 33 channels, audio layers."""
+    """A file like LiveTalk's: plain names, 33 channels, audio layers."""
     merged = load(files["base"], files["adapter"])
     save_file(merged.state_dict(), tmp_path / "model.safetensors")
     for path in (tmp_path / "model.safetensors", tmp_path):
@@ -163,7 +164,7 @@ def test_rank_and_alpha_can_be_overridden(files):
         for alpha in (2, 4)
     )
     torch.testing.assert_close(twice, 2 * once, rtol=1e-3, atol=1e-5)
-    with pytest.raises(CheckpointError, match="has rank 8, but lora_rank says 16"):
+    with pytest.raises(CheckpointError, match="has rank 8, but lora_rank is 16"):
         load(files["base"], files["adapter"], lora_rank=16)
 
 
@@ -259,7 +260,7 @@ options = dict(attention=create_attention("sdpa", torch.device("cpu"), torch.flo
 def status(field):
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
-# What libraries load on first use is not the loader's: a first small model takes that out of the count.
+# Loads a small model first, so that memory which libraries take at first use is not counted.
 root, nano = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
 base = nano / "Wan2.1-T2V-nano" / "diffusion_pytorch_model.safetensors"
 dit = load_dit(DiTFiles(base, nano / "OmniAvatar-nano"), dtype=torch.bfloat16, **options)
@@ -276,7 +277,7 @@ for form, dtype in (("dit", torch.float32), ("pth", torch.float32), ("dit", torc
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """300 MB of float32 in three shards, an adapter for it, and the same weights as one .pth."""
+    """300 MB of float32 weights in three shards, an adapter for them, and the same weights as one .pth."""
     from omniavatar.checkpoint.layout import FileLayout, TensorEntry, adapter_tensors
     from omniavatar.checkpoint.tensor_writer import write_random
 
@@ -297,7 +298,7 @@ def large(tmp_path_factory):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak memory counter")
-def test_loading_takes_no_second_copy(large, nano_checkpoint):
+def test_loading_needs_no_second_copy_of_the_weights(large, nano_checkpoint):
     root, size = large
     assert size > 250e6
     arguments = [sys.executable, "-c", PEAK, root, nano_checkpoint]

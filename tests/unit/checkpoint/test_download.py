@@ -1,4 +1,4 @@
-"""Download: the right files into the reference layout; a clear error for each way it fails."""
+"""Download: the right files at the official paths, and a clear error for each kind of failure."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_repositories_and_patterns_cover_the_layout():
 
 
 def released(monkeypatch, tmp_path):
-    """Let the nano scale stand for the 1.3B's released files."""
+    """Use the sizes of the nano model as those of the released 1.3B files."""
     source = make_checkpoint("nano", tmp_path / "hub")
     monkeypatch.setattr(module, "scale_spec", lambda name: scale_spec("nano"))
 
@@ -72,7 +72,7 @@ def test_damaged_arrival_is_noticed(monkeypatch, tmp_path):
         download("1.3B", tmp_path / "other", snapshot=snapshot)
 
 
-def test_disk_is_checked_first_and_counts_what_is_there(monkeypatch, tmp_path):
+def test_disk_check_comes_first_and_counts_downloaded_files(monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(synthetic.shutil, "disk_usage", lambda path: usage(10**12, 0, 10**10))
 
@@ -102,7 +102,7 @@ def hub_error(status: int) -> Exception:
 
 
 def transport_error() -> Exception:
-    """What the hub's HTTP client raises when a connection breaks (no OSError)."""
+    """The error of the hub's HTTP client for a broken connection, which is not an OSError."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return HfHubHTTPError.__bases__[0]("connection reset")
@@ -115,9 +115,9 @@ def not_found_locally() -> Exception:
 
 
 @pytest.mark.parametrize(
-    ("make", "kind", "says"),
+    ("make", "kind", "text"),
     [
-        (lambda: hub_error(401), ResourceError, "log in"),
+        (lambda: hub_error(401), ResourceError, "auth login"),
         (lambda: hub_error(403), ResourceError, "licence"),
         (lambda: hub_error(404), ResourceError, "renamed"),
         (lambda: hub_error(503), ResourceError, "503"),
@@ -127,13 +127,13 @@ def not_found_locally() -> Exception:
         (lambda: OSError(28, "No space left on device"), OutputError, "No space left"),
     ],
 )
-def test_failures(make, kind: type[OmniAvatarError], says, tmp_path):
+def test_failures(make, kind: type[OmniAvatarError], text, tmp_path):
     error = make()
 
     def snapshot(**arguments: object) -> None:
         raise error
 
-    with pytest.raises(kind, match=says) as caught:
+    with pytest.raises(kind, match=text) as caught:
         download("1.3B", tmp_path, snapshot=snapshot)
     assert "\n" not in str(caught.value)
     assert "Wan2.1-T2V-1.3B" in str(caught.value)

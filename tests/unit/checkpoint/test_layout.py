@@ -1,4 +1,4 @@
-"""The official layout: guarded by digests, by the released sizes, and by the models that read it."""
+"""The official layout, checked against digests, the released sizes, and the models that read it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from omniavatar.errors import ConfigError
 from omniavatar.model.dit import WanDiT
 from omniavatar.model.vae import WanVAE
 
-# Of every line "file key shape dtype"; change only together with a reason why the released files differ.
+# SHA-256 of all lines "file key shape dtype". Change one only if the released files differ, and say why.
 DIGESTS = {
     "1.3B": "538765f4aab1c0c4735dcba7545f2c88865fba7d4eb0be90e7ad9458e2d47dc5",
     "14B": "fea095e64187aa132cd47cd95b260e329b4bf5e7c6ab663d306c24a77968e5b1",

@@ -1,4 +1,4 @@
-"""LoRA files: every key style merges to the same weights; what cannot be applied is named."""
+"""LoRA files: every key style merges to the same weights; an error names what cannot be applied."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from omniavatar.checkpoint.lora import plan_lora
 from omniavatar.checkpoint.lora_keys import PREFIXES, LayerNames, diffusers_name, strip_prefixes
 from omniavatar.checkpoint.reader import TensorFiles
 from omniavatar.errors import CheckpointError
-from omniavatar.model.dit import DiTConfig
+from omniavatar.model.sizes import DiTConfig
 
 CONFIG = DiTConfig(32, 48, 1, 4, text_dim=24, freq_dim=16, audio_dim=20)
 SHAPES = dict(dit_tensors(CONFIG))
@@ -153,7 +153,7 @@ def test_without_alpha_the_scale_is_the_strength(tmp_path):
 def test_configured_alpha_and_rank(tmp_path):
     path = save(tmp_path / "l.safetensors", pairs_in("default adapter"))
     assert_close(merged(path, rank=RANK, alpha=2.0), expected(2.0 / RANK))
-    assert "rank 4, but lora_rank says 8" in failure(path, rank=8, alpha=2.0)
+    assert "rank 4, but lora_rank is 8" in failure(path, rank=8, alpha=2.0)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_configured_alpha_and_rank(tmp_path):
     ids=["comfy", "bare", "kohya", "diffusers"],
 )
 def test_whole_deltas(spell, modulation, tmp_path):
-    """diff -> weight, diff_b -> bias, diff_m -> modulation; alpha does not scale them."""
+    """diff changes a weight, diff_b a bias, diff_m a modulation; alpha does not scale them."""
     wanted = {key: value.clone() for key, value in BASE.items()}
     tensors = {modulation: randn(5, 1, 6, 32)}
     wanted["blocks.1.modulation"] += 0.5 * tensors[modulation]
@@ -232,7 +232,7 @@ def test_unknown_keys_are_listed(tmp_path):
         "blocks.0.self_attn.q.lora_B.bias": randn(1, 32),
     }
     message = failure(save(tmp_path / "l.safetensors", tensors))
-    assert "5 keys fit no layer" in message
+    assert "5 keys match no layer" in message
     for key in tensors.keys() - pairs_in("bare A/B").keys():
         assert key in message
 
@@ -302,7 +302,7 @@ def test_two_spellings_of_one_weight(tmp_path):
     tensors = pairs_in("bare A/B") | {
         "diffusion_model.blocks.0.ffn.0.lora_down.weight": PAIRS["blocks.0.ffn.0"][0]
     }
-    assert "stand for the same weight" in failure(save(tmp_path / "l.safetensors", tensors))
+    assert "both mean the same weight" in failure(save(tmp_path / "l.safetensors", tensors))
 
 
 def test_two_adapters_in_one_file(tmp_path):
@@ -310,7 +310,7 @@ def test_two_adapters_in_one_file(tmp_path):
     tensors = {f"{name}.lora_A.{a}.weight": down.clone() for a in "xy"} | {
         f"{name}.lora_B.{a}.weight": up.clone() for a in "xy"
     }
-    assert "stand for the same weight" in failure(save(tmp_path / "l.safetensors", tensors))
+    assert "both mean the same weight" in failure(save(tmp_path / "l.safetensors", tensors))
 
 
 def test_peft_folder_declares_alpha(tmp_path):
@@ -350,7 +350,7 @@ def test_stripping_ends(name):
 
 
 def test_names_of_diffusers_are_those_of_its_model():
-    """Every plain layer is spelled as a module of diffusers' own Wan transformer."""
+    """The diffusers name of every plain layer is a module of diffusers' Wan transformer."""
     from diffusers import WanTransformer3DModel
 
     with torch.device("meta"):

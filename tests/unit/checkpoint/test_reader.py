@@ -1,4 +1,4 @@
-"""Reading weight files: every format gives the same tensors, every damage one clear CheckpointError."""
+"""Reading weight files: every format gives the same tensors, every defect one clear CheckpointError."""
 
 from __future__ import annotations
 
@@ -153,9 +153,9 @@ def test_duplicated_key(tmp_path):
 
 def test_missing_file_names_the_remedy(tmp_path):
     assert "omniavatar download 1.3B" in error_of(tmp_path / "OmniAvatar-1.3B" / "pytorch_model.pt")
-    assert "no weight file is named" in error_of([])
+    assert "no weight file is given" in error_of([])
     (tmp_path / "weights.txt").touch()
-    assert "unknown kind" in error_of(tmp_path / "weights.txt")
+    assert "unknown type of weight file" in error_of(tmp_path / "weights.txt")
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pth", "legacy.pth"])

@@ -1,4 +1,4 @@
-"""Strict loading: each weight once with the right shape, or one error that lists what is wrong."""
+"""Strict loading: each weight once with the right shape, or one error that lists all problems."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_weight_norm_parametrisation():
 
 
 def test_what_no_file_can_fill_is_a_bug_not_raw_memory():
-    """The original left unset weights as raw memory when keys were missing."""
+    """When keys were missing, the original code left those weights uninitialised."""
 
     class Hidden(nn.Module):
         def __init__(self) -> None:
@@ -140,5 +140,5 @@ def test_renaming(tmp_path):
     with TensorFiles(tmp_path / "f.safetensors") as files:
         found = file_sources(files, lambda key: None if key == "unused" else key.removeprefix("old."))
         assert list(found) == ["a"] and found["a"].load().tolist() == [1, 1]
-        with pytest.raises(CheckpointError, match="two tensors stand for x"):
+        with pytest.raises(CheckpointError, match="two tensors both mean x"):
             file_sources(files, lambda key: "x")

@@ -1,4 +1,4 @@
-"""Synthetic checkpoints: official form, same seed same bytes, read by everything that reads the real one."""
+"""Synthetic checkpoints: official layout, equal bytes for equal seeds, readable by every loader."""
 
 from __future__ import annotations
 

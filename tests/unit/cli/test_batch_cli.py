@@ -1,4 +1,4 @@
-"""`omniavatar batch` on the nano checkpoint: real videos, a worker killed in the middle of one."""
+"""`omniavatar batch` on the nano checkpoint: real videos, and a worker killed in the middle of one."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def batch(nano: Path, cache: Path, inputs: Path, output: str, *more: str) -> Res
 
 
 def kill_the_worker_of(job: Path, over: threading.Event) -> None:
-    """kill -9 of a worker as soon as its video has two windows, until the batch is over."""
+    """Kill a worker as soon as its video has two windows; give up when the batch is over."""
     while not over.wait(0.01):
         try:
             if json.loads((job / "job.json").read_text())["done"] >= 2:
@@ -104,7 +104,7 @@ def test_batch_with_a_killed_worker_gives_the_same_videos(
     summary = json.loads(again.stdout)
     assert (again.exit_code, summary["skipped"], summary["failed"]) == (1, 1, 1)
     names = [path.name for path in (tmp_path / "elsewhere").glob("*.mp4")]
-    assert names == ["000_a-woman-speaks.mp4"], "the same name, and nothing half"
+    assert names == ["000_a-woman-speaks.mp4"], "the same name, and no partial file"
     assert before == set(output.glob("*.mp4"))
     for process in psutil.Process().children(recursive=True):
-        assert "ray" not in process.name(), "Ray stays behind"
+        assert "ray" not in process.name(), "a Ray process is still running"

@@ -1,4 +1,4 @@
-"""The command line: what each command prints, exit codes, and one line for every user error."""
+"""The command line: output of each command, exit codes, and one line for every user error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     seconds, done = timed(sys.executable, "-c", code)
     assert done.returncode == 0, done.stderr
     assert "generate" in done.stdout and "make-checkpoint" in done.stdout
-    assert seconds < 8, "2 s is promised on a free machine; this bound is for a busy one"
+    assert seconds < 8, "2 s on an idle machine; this bound allows for a busy one"
 
 
 def test_import_loads_neither_torch_nor_pydantic() -> None:
@@ -46,9 +46,9 @@ def test_every_command_has_help(command: str) -> None:
     assert result.exit_code == 0 and "Usage" in result.stdout
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="segments that grow are for Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="growing segments need Linux")
 @pytest.mark.parametrize("name", ["", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_segments_of_memory_grow_unless_the_environment_says_otherwise(
+def test_memory_segments_grow_unless_the_environment_configures_them(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -59,9 +59,9 @@ def test_segments_of_memory_grow_unless_the_environment_says_otherwise(
         os.environ[name] = "max_split_size_mb:64"
     with pytest.raises(SystemExit):
         main(["--help"])
-    said = {each: os.environ[each] for each in names if each in os.environ}
-    wanted = {name: "max_split_size_mb:64"} if name else {names[0]: "expandable_segments:True"}
-    assert said == wanted
+    found = {each: os.environ[each] for each in names if each in os.environ}
+    expected = {name: "max_split_size_mb:64"} if name else {names[0]: "expandable_segments:True"}
+    assert found == expected
 
 
 def test_script_takes_the_originals_arguments_from_any_folder(tmp_path: Path) -> None:
@@ -78,8 +78,8 @@ def test_script_takes_the_originals_arguments_from_any_folder(tmp_path: Path) ->
         cwd=tmp_path,
     )
     assert done.returncode == 2
-    wanted = "no such config file; see the folder configs/, or use pocket, the packaged model"
-    assert done.stderr == f"error: configs/none.yaml: {wanted}\n"
+    expected = "config file not found; choose one in configs/, or use pocket for the packaged model"
+    assert done.stderr == f"error: configs/none.yaml: {expected}\n"
 
 
 def test_version() -> None:
@@ -89,7 +89,7 @@ def test_version() -> None:
 # config show
 
 
-def test_config_show_tells_values_and_origins() -> None:
+def test_config_show_prints_values_and_origins() -> None:
     result = run("config", "show", "--config", NANO, "--hp=seed=7", "--json")
     report = json.loads(result.stdout)
     assert report["values"]["sampling.seed"] == 7 and report["origins"]["sampling.seed"] == "--hp"
@@ -105,16 +105,16 @@ def test_config_show_table_warns_of_keys_without_effect() -> None:
     assert "reload_cfg has no effect" in result.stdout
 
 
-# generate, with a pipeline that only notes what it is asked
+# generate, with a pipeline that records its calls
 
 
 class FakePipeline:
-    """Stands in for AvatarPipeline; images called *bad* raise `error`."""
+    """Replaces AvatarPipeline and records calls; an image with `bad` in its name raises `error`."""
 
     error: BaseException = InputError("portrait: broken")
 
     def __init__(self) -> None:
-        self.asked: list[tuple[AvatarRequest, Path, bool | None, int]] = []
+        self.calls: list[tuple[AvatarRequest, Path, bool | None, int]] = []
         self.built = 0
         self.seed = 0
 
@@ -127,7 +127,7 @@ class FakePipeline:
     def generate(
         self, request: AvatarRequest, output: Path, resume: bool | None = None, index: int = 0
     ) -> RunResult:
-        self.asked.append((request, output, resume, index))
+        self.calls.append((request, output, resume, index))
         if "bad" in str(request.image):
             raise self.error
         self.recorder.event(
@@ -161,7 +161,7 @@ def test_generate_one_request(fake: FakePipeline) -> None:
         *("--output", "x.mp4", "--seed", "5", "--no-resume", "--quiet", "-hp", "seed=3"),
     )
     assert result.exit_code == 0, result.stderr
-    request, output, resume, index = fake.asked[0]
+    request, output, resume, index = fake.calls[0]
     assert (request.prompt, str(request.image), str(request.audio)) == ("A man", PORTRAIT, SPEECH)
     assert (output, resume, index, fake.seed) == (Path("x.mp4"), False, 0, 5)
     assert result.stdout == "x.mp4\n" and result.stderr == ""
@@ -177,8 +177,8 @@ def test_generate_many_names_outputs_and_builds_one_pipeline(fake: FakePipeline,
         "--hp=output_dir=o",
     )
     assert result.exit_code == 0
-    assert [asked[1] for asked in fake.asked] == [Path("o/000_prompt-0.mp4"), Path("o/001_prompt-1.mp4")]
-    assert fake.built == 1 and fake.asked[0][2] is None
+    assert [call[1] for call in fake.calls] == [Path("o/000_prompt-0.mp4"), Path("o/001_prompt-1.mp4")]
+    assert fake.built == 1 and fake.calls[0][2] is None
 
 
 @pytest.mark.parametrize("error", [InputError("portrait: broken"), ResumeError("job: other config")])
@@ -191,7 +191,7 @@ def test_failed_line_is_named_and_the_others_run(
         file.write("only a prompt\n")
     result = run("generate", "--config", NANO, "--input-file", path, "--quiet")
     assert result.exit_code == 1
-    assert [asked[3] for asked in fake.asked] == [0, 1, 2]
+    assert [call[3] for call in fake.calls] == [0, 1, 2]
     assert error_lines(result) == [
         f"error: line 2: {error}",
         f"error: {path}:4: no image; the model needs a portrait, write prompt@@image@@audio",
@@ -207,7 +207,7 @@ def test_error_that_hits_every_line_ends_the_run(
 ) -> None:
     fake.error = error
     result = run("generate", "--config", NANO, "--input_file", requests(tmp_path, "bad.png", "b.png"))
-    assert result.exit_code == code and len(fake.asked) == 1
+    assert result.exit_code == code and len(fake.calls) == 1
     assert error_lines(result) == [f"error: {error}"]
 
 
@@ -243,7 +243,7 @@ def test_json_log_is_all_json(fake: FakePipeline, tmp_path: Path) -> None:
     assert result.stdout == "" and result.exit_code == 1
 
 
-def test_bug_of_ours_keeps_its_traceback(fake: FakePipeline, tmp_path: Path) -> None:
+def test_a_bug_keeps_its_traceback(fake: FakePipeline, tmp_path: Path) -> None:
     fake.error = ZeroDivisionError()
     result = run("generate", "--config", NANO, "--input_file", requests(tmp_path, "bad.png"))
     assert isinstance(result.exception, ZeroDivisionError)
@@ -279,7 +279,7 @@ def test_missing_input_file_is_3() -> None:
     assert result.exit_code == 3 and error_lines(result) == ["error: none.txt: no such input file"]
 
 
-def test_torchrun_with_one_process_runs_and_with_more_says_so(
+def test_torchrun_runs_with_one_process_and_fails_with_more(
     fake: FakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = requests(tmp_path, "a.png")
@@ -320,10 +320,10 @@ def test_make_checkpoint_writes_the_layout(tmp_path: Path) -> None:
 def test_download_passes_its_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import omniavatar.checkpoint.download as module
 
-    asked: list[tuple[str, Path]] = []
-    monkeypatch.setattr(module, "download", lambda scale, root: asked.append((scale, root)))
+    calls: list[tuple[str, Path]] = []
+    monkeypatch.setattr(module, "download", lambda scale, root: calls.append((scale, root)))
     assert run("download", "14B", "--root", str(tmp_path)).exit_code == 0
-    assert asked == [("14B", tmp_path)]
+    assert calls == [("14B", tmp_path)]
     assert run("download", "7B").exit_code == 2
 
 

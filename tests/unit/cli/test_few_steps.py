@@ -1,4 +1,5 @@
-"""The few-step presets whole: a LoRA in the distilled ones' format, their schedule, one pass a step."""
+"""The few-step presets end to end: a LoRA in the format of the distilled ones, their schedule, one pass per
+step."""
 
 from __future__ import annotations
 
@@ -26,11 +27,11 @@ RANK = 4
 
 @pytest.fixture(scope="module")
 def lora(nano_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What LightX2V's files hold: pairs with alpha on every product, differences of biases and norms."""
+    """A LoRA in LightX2V's format: pairs with alpha on every matrix, differences of biases and norms."""
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, torch.Tensor] = {}
     with TensorFiles(nano_checkpoint / "Wan2.1-T2V-nano" / "diffusion_pytorch_model.safetensors") as files:
-        for key in files.keys():  # noqa: SIM118  (no mapping)
+        for key in files.keys():  # noqa: SIM118  (TensorFiles is not a mapping)
             layer, _, kind = key.rpartition(".")
             name, shape = f"diffusion_model.{layer}", files.shape(key)
             if not key.startswith("blocks.") or kind == "modulation":
@@ -52,7 +53,7 @@ def lora(nano_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def generate(
     preset: str, nano: Path, folder: Path, name: str, **changes: Any
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """The sidecar and the frames of the preset on the nano model."""
+    """The sidecar and the frames of a video made with the preset and the nano model."""
     values = {k: v for k, v in overrides(nano, folder / "cache").items() if k not in OF_THE_PRESET}
     values |= {"max_tokens": 56, "overlap_frame": 5, "model_config.in_dim": 33, **changes}
     settings = ",".join(f"{k}={json.dumps(v) if isinstance(v, list) else v}" for k, v in values.items())

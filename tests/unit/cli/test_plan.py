@@ -1,4 +1,4 @@
-"""`omniavatar plan`: what it counts, from configurations, files and weights."""
+"""`omniavatar plan`: its numbers, from configurations, files and weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_plan_of_the_large_model_counts_its_weights() -> None:
     assert report["pattern"] == "C" * 50 and report["forwards"] == 100 * report["windows"]
 
 
-def test_plan_says_what_lies_where() -> None:
+def test_plan_shows_the_placement_of_weights() -> None:
     large = ("--config", config("inference"), "--minutes", "0.1", "--hp")
     tight = plan(*large, "memory=10,fuse=true,vae=plain")["memory"]
     placed = tight["placement"]["memory"]
@@ -56,10 +56,10 @@ def test_plan_of_a_silent_video_and_of_files() -> None:
     assert report["frames"] == -(-(96800 + 4800) * 25 // 16000) + 1
 
 
-def test_plan_knows_teacache_when_the_weights_are_there(nano_checkpoint: Path) -> None:
-    there = f"dit_path={nano_checkpoint}/Wan2.1-T2V-nano/diffusion_pytorch_model.safetensors"
-    there += f",exp_path={nano_checkpoint}/OmniAvatar-nano,num_steps=10,tea_cache_l1_thresh=0.2"
-    report = plan("--config", NANO, "--hp", f"{there},teacache_coefficients=1.3B")
+def test_plan_predicts_teacache_if_the_weights_are_available(nano_checkpoint: Path) -> None:
+    weights = f"dit_path={nano_checkpoint}/Wan2.1-T2V-nano/diffusion_pytorch_model.safetensors"
+    weights += f",exp_path={nano_checkpoint}/OmniAvatar-nano,num_steps=10,tea_cache_l1_thresh=0.2"
+    report = plan("--config", NANO, "--hp", f"{weights},teacache_coefficients=1.3B")
     assert len(report["pattern"]) == 10 and report["pattern"][0] == report["pattern"][-1] == "C"
     assert report["memory"]["assumed_scale"] is None
     without = plan("--config", NANO, "--hp", "tea_cache_l1_thresh=0.2,dit_path=none")

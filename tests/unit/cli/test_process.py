@@ -1,4 +1,4 @@
-"""Commands as processes of their own: whole runs, Ctrl-C, how a command ends."""
+"""Commands in their own processes: whole runs, Ctrl-C, how a command ends."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ atexit.register(print, "handlers run")
 print("printed", end="; ")
 {before}
 leave_at_once({code})
-print("goes on", end="; ")
+print("continues", end="; ")
 sys.exit({code})
 """
 
@@ -86,11 +86,11 @@ sys.exit({code})
     [
         ("", "3", "printed; handlers run\n"),
         ("", "None", "printed; handlers run\n"),
-        ("sys.setprofile(lambda *_: None)", "3", "printed; goes on; handlers run\n"),
+        ("sys.setprofile(lambda *_: None)", "3", "printed; continues; handlers run\n"),
         (
             "threading.Thread(target=time.sleep, args=(0.2,)).start()",
             "3",
-            "printed; goes on; handlers run\n",
+            "printed; continues; handlers run\n",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""`omniavatar profile`, `benchmark` and `doctor` as a user calls them."""
+"""`omniavatar profile`, `benchmark` and `doctor` from the command line."""
 
 from __future__ import annotations
 
@@ -68,29 +68,29 @@ def test_profile_writes_both_traces(profiled: tuple[Path, Result]) -> None:
     assert "aten::addmm" in kernels and read(folder / "json.json")["kernel_trace_window"] == 1
 
 
-def test_profile_wants_whole_requests() -> None:
+def test_profile_needs_complete_requests() -> None:
     assert run("profile", "-c", NANO, "--prompt", "a person").exit_code == 2
     assert run("profile", "-c", NANO, "--image", PORTRAIT).exit_code == 2
 
 
 def test_benchmark_writes_three_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+    calls: list[Any] = []
 
     def measure_all(configs: Any, options: Any, report: Any) -> tuple[FailedRow, ...]:
-        asked.append(options)
+        calls.append(options)
         return tuple(FailedRow(config=str(path), name=path.stem, reason="too large") for path in configs)
 
     monkeypatch.setattr(benchmark_run, "measure_all", measure_all)
     out = tmp_path / "out"
     result = run("benchmark", "--configs", NANO, "-o", str(out), "--minutes", "0.5,2", "--repeats", "3")
     assert result.exit_code == 1 and "no configuration could be measured" in result.stderr
-    assert asked[0].minutes == (0.5, 2.0) and asked[0].repeats == 3
+    assert calls[0].minutes == (0.5, 2.0) and calls[0].repeats == 3
     assert read(out / "benchmark.json")["rows"][0]["reason"] == "too large"
     assert "too large" in (out / "benchmark.md").read_text() and (out / "benchmark.html").is_file()
     assert run("benchmark", "--configs", NANO, "-o", str(out), "--minutes", "x").exit_code == 2
 
 
-def test_doctor_knows_the_machine(nano_checkpoint: Path, tmp_path: Path) -> None:
+def test_doctor_reports_the_machine(nano_checkpoint: Path, tmp_path: Path) -> None:
     config = tmp_path / "mine.yaml"
     config.write_text("dit_path: nowhere.safetensors\nscale: nano\n")
     result = run("doctor", "--configs", str(config), "--json")

@@ -1,4 +1,4 @@
-"""`generate` as several processes: the same video, how work is shared, and failures that end all of them."""
+"""`generate` in several processes: the same video, how work is shared, and failures that end all ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from omniavatar.cli.common import user_errors
-from omniavatar.cli.ranks import parse_gpus, spread, start_ranks
+from omniavatar.cli.ranks import config_for_rank, parse_gpus, start_ranks
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.engine.pipeline import AvatarPipeline
@@ -31,7 +31,7 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", f"import os, sys; rank = int(os.environ['RANK'])\n{code}"]
 
 
-def test_launch_waits_for_all_and_tells_each_its_place(tmp_path: Path) -> None:
+def test_launch_waits_for_all_and_gives_each_its_rank(tmp_path: Path) -> None:
     note = f"open(os.path.join({str(tmp_path)!r}, os.environ['RANK'] + 'of' + os.environ['WORLD_SIZE']), 'w')"
     assert launch(python(note), ["a", "b", "c"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0of3", "1of3", "2of3"]
@@ -47,7 +47,7 @@ def test_a_failure_ends_the_others_with_its_code(failing: int) -> None:
 def test_a_killed_process_is_named() -> None:
     begun = time.monotonic()
     kill = "import signal; os.kill(os.getpid(), signal.SIGKILL)"
-    with pytest.raises(ResourceError, match=r"rank 1 \(GPU 3\): its process was ended by SIGKILL"):
+    with pytest.raises(ResourceError, match=r"rank 1 \(GPU 3\): its process was killed by SIGKILL"):
         launch(python(f"if rank: {kill}\n{LONG}"), ["rank 0 (GPU 2)", "rank 1 (GPU 3)"])
     assert time.monotonic() - begun < 10
 
@@ -73,7 +73,7 @@ def config(**changes: object) -> PipelineConfig:
 
 def test_gpus_are_shared_by_guidance_first() -> None:
     def shares(count: int, **changes: object) -> tuple[int, int]:
-        runtime = spread(config(**changes), list(range(count)), Process()).runtime
+        runtime = config_for_rank(config(**changes), list(range(count)), Process()).runtime
         return runtime.cfg_parallel, runtime.sp_size
 
     assert shares(1) == (1, 1)
@@ -89,26 +89,26 @@ def test_gpus_are_shared_by_guidance_first() -> None:
     [
         ({}, None, 2, "torchrun started 2 processes, .* is 1; use --nproc_per_node=1 or --hp=sp_size=2"),
         ({"sp_size": 4}, None, 2, "is 4; use --nproc_per_node=4"),
-        ({"sp_size": 2}, None, 1, "one process runs, .* is 2"),
-        ({"sp_size": 2, "cfg_parallel": 2}, [0, 1], 1, "--gpus: 2 named, .* is 4"),
-        ({"sp_size": 2, "device": "cuda:1"}, None, 2, "device: cuda:1 names one GPU of several"),
+        ({"sp_size": 2}, None, 1, "1 process runs, .* is 2"),
+        ({"sp_size": 2, "cfg_parallel": 2}, [0, 1], 1, "--gpus: lists 2 GPUs, .* is 4"),
+        ({"sp_size": 2, "device": "cuda:1"}, None, 2, "device: cuda:1 is one GPU, but the run uses several"),
     ],
 )
 def test_a_wrong_number_of_processes_is_an_error(
     changes: dict[str, object], gpus: list[int] | None, world: int, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        spread(config(**changes), gpus, Process(world=world))
+        config_for_rank(config(**changes), gpus, Process(world=world))
 
 
 @pytest.mark.parametrize("text", ["0,0", "a", "", "0,-1", "1;2"])
-def test_gpu_lists_that_are_none(text: str) -> None:
+def test_invalid_gpu_lists(text: str) -> None:
     with pytest.raises(ConfigError, match="--gpus"):
         parse_gpus(text)
 
 
 def test_a_pipeline_of_several_processes_is_not_made_by_one() -> None:
-    with pytest.raises(ConfigError, match="2 processes make one video, 1 runs"):
+    with pytest.raises(ConfigError, match="2 processes are configured, but 1 runs"):
         AvatarPipeline(config(sp_size=2))
 
 
@@ -144,15 +144,15 @@ def frames(path: Path) -> np.ndarray:
 @pytest.mark.parametrize(
     "shares", ["sp_size=2,use_fsdp=true,vae_parallel=false", "cfg_parallel=2,vae_parallel=true"]
 )
-def test_a_video_made_by_two_processes_is_that_of_one(
+def test_a_video_of_two_processes_equals_that_of_one(
     shares: str, command: list[str], video_of_one: Path, tmp_path: Path
 ) -> None:
     two = generated(command, tmp_path / "two.mp4", "--gpus", "0,1", f"--hp={shares}")
-    apart = np.abs(frames(video_of_one) - frames(two))  # by a level before they became YUV and RGB again
+    apart = np.abs(frames(video_of_one) - frames(two))  # one level, before conversion to YUV and back
     assert probe_video(two).frames == 26 and apart.max() <= 4 and (apart > 0).mean() < 1e-3
     sidecars = [json.loads(path.with_suffix(".json").read_text()) for path in (video_of_one, two)]
     assert [sidecar["processes"] for sidecar in sidecars] == [1, 2]
-    assert sidecars[0]["fingerprint"] == sidecars[1]["fingerprint"]  # one may go on where the other stopped
+    assert sidecars[0]["fingerprint"] == sidecars[1]["fingerprint"]  # either can resume the other's job
 
 
 @pytest.mark.parametrize("fault", FAULTS)

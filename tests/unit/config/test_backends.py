@@ -148,7 +148,9 @@ def test_a_fake_decoder_is_one_record(register: Register) -> None:
     assert made.shape == (16, 64, 64, 3) and len(np.unique(made)) == 1
     with pytest.raises(ConfigError, match=r"decoder: must be 'full', 'lightvae', .* or 'grey'; got 'gray'"):
         load_config(None, {"decoder": "gray"})
-    with pytest.raises(ConfigError, match=r"not used by decoder: grey; set decoder to lightvae, taehv or"):
+    with pytest.raises(
+        ConfigError, match=r"has no effect with decoder: grey; set decoder to lightvae, taehv or"
+    ):
         load_config(None, {"decoder": "grey", "decoder_path": "x.pth"})
     assert BackendRow("model.decoder", "grey", False, "All grey.", "any device") in backend_rows()
     assert ("model.decoder", "grey") in {(each["setting"], each["name"]) for each in doctor()["backends"]}

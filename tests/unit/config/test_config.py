@@ -1,4 +1,4 @@
-"""The configuration: layers, origins, notations, and one clear line for everything that cannot be."""
+"""The configuration: layers, origins, notations, and one clear line for every invalid value."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_cache_policy_follows_the_threshold_unless_named() -> None:
     assert hp("step_cache=magcache").sampling.cache_policy == "magcache"
 
 
-def test_hash_ignores_what_does_not_change_the_video_and_nothing_else() -> None:
+def test_hash_ignores_only_values_that_do_not_change_the_video() -> None:
     base = config_hash(PipelineConfig())
     assert config_hash(hp("output_dir=elsewhere,resume=false,threads=3,device=cpu")) == base
     for change in ("seed=1", "crf=20", "dtype=fp32", "overlap_frame=5", "negative_prompt=x"):
@@ -74,12 +74,12 @@ def test_hash_ignores_what_does_not_change_the_video_and_nothing_else() -> None:
     assert set(flat_values(PipelineConfig())) - set(result_values(PipelineConfig())) == NEUTRAL_FIELDS
 
 
-def test_tokenizer_lies_beside_the_text_encoder() -> None:
+def test_tokenizer_is_beside_the_text_encoder() -> None:
     assert hp("text_encoder_path=a/t5.pth").model.tokenizer_folder == Path("a/google/umt5-xxl")
     assert hp("text_encoder_path=a/t5.pth,tokenizer_path=b").model.tokenizer_folder == Path("b")
 
 
-def test_missing_paths_are_named_only_where_files_are_needed() -> None:
+def test_missing_paths_are_an_error_only_if_files_are_needed() -> None:
     with pytest.raises(ConfigError, match=r"dit_path, vae_path.*weights: random"):
         PipelineConfig().model.check_files_named()
     hp("weights=random,scale=nano").model.check_files_named()
@@ -185,7 +185,7 @@ def test_memory_is_auto_or_a_number_and_the_originals_key_keeps_its_meaning() ->
     for wrong in ("memory=0", "memory=lots", "memory=true", "num_persistent_param_in_dit=-1"):
         with pytest.raises(ConfigError, match=wrong.split("=")[0]):
             hp(wrong)
-    with pytest.raises(ConfigError, match="set one"):
+    with pytest.raises(ConfigError, match="set only one"):
         hp("memory=10,num_persistent_param_in_dit=0")
     assert config_hash(hp("memory=10")) == config_hash(hp("num_persistent_param_in_dit=0"))
     assert config_hash(hp("quantize=auto")) != config_hash(hp(""))
@@ -224,9 +224,9 @@ def test_precedence_checkpoint_then_yaml_then_override(tmp_path: Path) -> None:
     assert loaded.origins["model.lora_alpha"] == "--hp"
     assert loaded.origins["model.use_audio"] == str(exp / "config.json")
     assert loaded.origins["model.dit_config"] == f"{exp / 'config.json'}, --hp"
-    assert loaded.warnings == (f"{exp}/config.json: not used: learning_rate",)
+    assert loaded.warnings == (f"{exp}/config.json: ignored keys: learning_rate",)
     below = load_config(write(tmp_path, f"exp_path: {exp}\nlora_alpha:\n")).config
-    assert below.model.lora_alpha == 64, "an empty YAML value lets the checkpoint's through"
+    assert below.model.lora_alpha == 64, "an empty YAML value keeps the checkpoint's value"
 
 
 def test_exp_path_of_the_override_decides_which_config_json_is_read(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_exp_path_of_the_override_decides_which_config_json_is_read(tmp_path: Pa
     assert load_config(path, [f"exp_path={tmp_path / 'b'}"]).config.model.lora_rank == 16
 
 
-def test_pattern_becomes_the_sorted_shards_and_stays_when_nothing_matches(tmp_path: Path) -> None:
+def test_pattern_becomes_sorted_shards_or_stays_without_matches(tmp_path: Path) -> None:
     for number in (2, 1, 3):
         (tmp_path / f"m-{number}.safetensors").touch()
     found = load_config(None, {"dit_path": f"{tmp_path}/m-*.safetensors"}).config.model.dit_path
@@ -251,9 +251,9 @@ def test_pattern_becomes_the_sorted_shards_and_stays_when_nothing_matches(tmp_pa
     [
         ("num_steps: 5\nnum_steps: 6\n", r"c\.yaml:2: not valid YAML: key num_steps occurs twice"),
         ("sampling: {seed: 1, seed: 2}\n", "seed occurs twice"),
-        ("num_steps 5\n", "must be `key: value` lines"),
+        ("num_steps 5\n", "must consist of `key: value` lines"),
         ("a: [1, 2\n", r"c\.yaml:\d+: not valid YAML"),
-        ("- 1\n- 2\n", "must be `key: value` lines"),
+        ("- 1\n- 2\n", "must consist of `key: value` lines"),
         ("num_step: 5\n", r"c\.yaml:1: unknown key num_step; did you mean num_steps\?"),
         ("sampling:\n  fps: 5\n", r"c\.yaml:2: unknown key sampling\.fps; did you mean video\.fps\?"),
         ("x: 1\nnum_steps: -5\n", "unknown key x"),
@@ -276,7 +276,7 @@ def test_bad_files_give_one_line(tmp_path: Path, text: str, message: str) -> Non
 
 
 def test_unreadable_files_give_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such config file"):
+    with pytest.raises(ConfigError, match="config file not found"):
         load_config(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="is a folder"):
         load_config(tmp_path)
@@ -293,7 +293,7 @@ def test_unreadable_files_give_one_line(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("overlap_frame=12", "overlap_frame: must be 1 \\+ 4n.*nearest is 13"),
-        ("overlap_frame=57", "overlap_frame: must be smaller than the window, 57 frames at 720x720"),
+        ("overlap_frame=57", "overlap_frame: must be smaller than the window; .*57 frames at 720x720"),
         ("max_tokens=100", "max_tokens: .*raise it to at least"),
         ("num_steps=0", "num_steps: must be greater"),
         ("num_steps=2.5", "num_steps: .*whole number"),
@@ -313,7 +313,7 @@ def test_unreadable_files_give_one_line(tmp_path: Path) -> None:
         ("sp_size=0", "sp_size: must be greater"),
         ("cfg_parallel=4", "cfg_parallel: must be less"),
         ("use_fsdp=true", "use_fsdp: .*set sp_size to 2 or more"),
-        ("use_fsdp=true,sp_size=2,num_persistent_param_in_dit=0", "use_fsdp.*set one"),
+        ("use_fsdp=true,sp_size=2,num_persistent_param_in_dit=0", "use_fsdp.*set only one"),
         ("dtype=int8", "dtype: must be 'bf16'"),
         ("device=tpu", "device: must be auto"),
         ("sampler=heun", "sampler: must be 'euler' or 'renoise'"),
@@ -321,7 +321,7 @@ def test_unreadable_files_give_one_line(tmp_path: Path) -> None:
         ("weights=random", "weights: .*set scale"),
         ("teacache_coefficients=7B", "teacache_coefficients: must be auto"),
         ("use_audio=1", "use_audio: must be true or false"),
-        ("loras=[{path: a, power: 2}]", "loras: has a key that is not known"),
+        ("loras=[{path: a, power: 2}]", "loras: has an unknown key"),
         ("seed=-1", "seed"),
         ("max_hw=900", "max_hw: must be 720 or 1280"),
         ("negative_prompt=a, b", "'b' is not key=value"),
@@ -331,7 +331,7 @@ def test_unreadable_files_give_one_line(tmp_path: Path) -> None:
         ('negative_prompt="a', "quote not closed"),
     ],
 )
-def test_impossible_values_name_field_and_remedy(text: str, message: str) -> None:
+def test_invalid_values_name_field_and_remedy(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^--hp: .*{message}") as caught:
         hp(text)
     line = str(caught.value)
@@ -380,7 +380,7 @@ VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4), max_le
 
 
 def spell(value: object) -> str:
-    """As a user who quotes every text would write it."""
+    """`value` in `--hp` notation, with quotes around every text."""
     return json.dumps(value, ensure_ascii=False)
 
 

@@ -29,7 +29,7 @@ def test_bucket_needs_pixels() -> None:
 @given(st.integers(1, 130), st.integers(1, 130), st.sampled_from([(40, 72), (72, 72), (72, 40), (48, 80)]))
 @settings(max_examples=60, deadline=None)
 def test_a_white_image_stays_white_to_the_edge(height: int, width: int, size: tuple[int, int]) -> None:
-    """The original left a one-pixel black edge where the scaled side fell short of the bucket."""
+    """In the original code, a scaled side one pixel too short left a black edge."""
     if max(height, width) > 32 * min(height, width):
         return
     prepared = prepare_image(np.full((height, width, 3), 255, np.uint8), size)

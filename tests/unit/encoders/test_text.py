@@ -1,4 +1,4 @@
-"""Text encoder: cleaning, tokens, the released file's keys and sizes, the cache that spares loading it."""
+"""Text encoder: cleaning, tokens, keys and sizes of the released file, and the cache of embeddings."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ def test_folder_tokenizer_ends_pads_and_cuts(tokenizer_folder: Path) -> None:
 
 
 def test_missing_or_broken_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no tokenizer folder"):
+    with pytest.raises(CheckpointError, match="tokenizer folder not found"):
         FolderTokenizer(tmp_path / "none")
-    with pytest.raises(CheckpointError, match="no usable tokenizer") as caught:
+    with pytest.raises(CheckpointError, match="unusable tokenizer") as caught:
         FolderTokenizer(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -92,7 +92,7 @@ def test_byte_tokenizer(text: str, length: int) -> None:
 
 def test_sizes_of_the_released_file() -> None:
     assert sizes_of(dict(text_tensors(XXL_SPEC)), "test") == dict(UMT5_XXL)
-    with pytest.raises(CheckpointError, match=r"some\.pth: no tensor 'token_embedding\.weight'"):
+    with pytest.raises(CheckpointError, match=r"some\.pth: has no tensor 'token_embedding\.weight'"):
         sizes_of({}, "some.pth")
 
 
@@ -103,7 +103,7 @@ def test_every_released_key_has_a_place() -> None:
 
 
 def test_padding_does_not_matter_and_prompts_do_not_mix(encoder: TextEncoder) -> None:
-    """Computing tokens only equals computing all 512 positions under a mask; batching changes nothing."""
+    """Computing only the tokens gives the result of all 512 positions under a mask, in any batch."""
     prompts = ["a man speaks", "a much longer prompt about a woman in a red coat"]
     embeddings = encoder.encode(prompts)
     assert embeddings.shape == (2, 512, SPEC.dim) and embeddings.dtype == torch.float32
@@ -134,7 +134,7 @@ def test_random_encoder_depends_on_the_seed(encoder: TextEncoder) -> None:
 def test_layer_by_layer_gives_the_same_embeddings(
     encoder: TextEncoder, encoder_file: Path, tokenizer_folder: Path
 ) -> None:
-    """Each layer's weights are elsewhere while it computes and back at home afterwards."""
+    """Each layer computes with other weight tensors and gets its own back afterwards."""
     streamed = random_text_encoder("cpu", torch.float32, seed=1, sizes=SIZES, layer_by_layer=True)
     at_home = {name: weight.data_ptr() for name, weight in streamed.stack.named_parameters()}
     away: list[str] = []
@@ -175,7 +175,7 @@ def test_the_synthetic_files_load(nano_checkpoint: Path) -> None:
 
 
 class Loader:
-    """Stands for the expensive load; counts its calls."""
+    """Replaces the slow load and counts its calls."""
 
     def __init__(self, encoder: TextEncoder) -> None:
         self.encoder, self.calls = encoder, 0
@@ -202,7 +202,7 @@ def test_a_repeated_prompt_never_loads_the_encoder(encoder: TextEncoder, tmp_pat
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "folder"])
-def test_a_damaged_entry_is_reported_and_made_anew(
+def test_a_damaged_entry_is_reported_and_computed_again(
     encoder: TextEncoder, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     cache, load = TextCache(tmp_path, "one"), Loader(encoder)
@@ -222,7 +222,7 @@ def test_a_damaged_entry_is_reported_and_made_anew(
     with caplog.at_level(logging.WARNING):
         assert torch.equal(encode_cached(["a man"], cache, load), whole)
     assert load.calls == 2
-    assert "made anew" in caplog.text
+    assert "computing it again" in caplog.text
     if damage != "folder":
         assert cache.get("a man") is not None
 
@@ -233,10 +233,10 @@ def test_a_cache_that_cannot_be_written_does_not_stop_the_run(
     (tmp_path / "file").touch()
     embeddings = encode_cached(["a"], TextCache(tmp_path / "file", "one"), Loader(encoder))
     assert torch.equal(embeddings, encoder.encode(["a"]))
-    assert "cannot be kept" in caplog.text
+    assert "cannot store the text embedding" in caplog.text
 
 
-def test_identity_follows_content_not_place(
+def test_identity_depends_on_content_not_path(
     encoder_file: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     identity = encoder_identity(encoder_file, tokenizer_folder, torch.bfloat16)
@@ -248,7 +248,7 @@ def test_identity_follows_content_not_place(
     settings_file = tokenizer / "tokenizer_config.json"
     settings_file.write_text(settings_file.read_text() + " ")
     assert encoder_identity(Path(copy), tokenizer, torch.bfloat16) != identity
-    with pytest.raises(CheckpointError, match="no tokenizer folder"):
+    with pytest.raises(CheckpointError, match="tokenizer folder not found"):
         encoder_identity(encoder_file, tmp_path / "none", torch.bfloat16)
 
 

@@ -18,15 +18,8 @@ from omniavatar.accel.apply import AccelConfig, row_dtype, weight_form
 from omniavatar.accel.attention.registry import create_attention
 from omniavatar.accel.kernels.rows import EagerOps, quantize_rows
 from omniavatar.accel.quantized import QuantLinear, apply_quantization
-from omniavatar.checkpoint.dit import (
-    FORM_KEY,
-    HEADS_KEY,
-    DiTFiles,
-    LoraFile,
-    inspect_dit,
-    load_dit,
-    random_dit,
-)
+from omniavatar.checkpoint.dit import FORM_KEY, DiTFiles, LoraFile, load_dit, random_dit
+from omniavatar.checkpoint.dit_sizes import HEADS_KEY, inspect_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.reader import TensorFiles
 from omniavatar.checkpoint.staging import Staging
@@ -45,8 +38,8 @@ def files_of(checkpoint: Path, **options) -> DiTFiles:
     return DiTFiles(base, checkpoint / "OmniAvatar-nano", **options)
 
 
-def load(files: DiTFiles, dtype=torch.bfloat16, form=None, place=None) -> WanDiT:
-    return load_dit(files, attention=ATTENTION, dtype=dtype, device="cpu", form=form, place=place)
+def load(files: DiTFiles, dtype=torch.bfloat16, form=None, device_of=None) -> WanDiT:
+    return load_dit(files, attention=ATTENTION, dtype=dtype, device="cpu", form=form, device_of=device_of)
 
 
 def converted(checkpoint: Path, out: Path, tmp_path: Path, **changes) -> Path:
@@ -82,16 +75,16 @@ def test_random_float8_weights_are_those_of_the_plain_model():
     assert same_weights(random_dit(spec, form=FLOAT8, **options), plain)
 
 
-def test_every_weight_asks_for_its_place(nano_checkpoint):
-    asked: list[str] = []
+def test_every_weight_goes_to_its_own_device(nano_checkpoint):
+    keys: list[str] = []
 
-    def place(key: str) -> torch.device:
-        asked.append(key)
+    def device_of(key: str) -> torch.device:
+        keys.append(key)
         return CPU
 
-    placed = load(files_of(nano_checkpoint), form=FLOAT8, place=place)
-    assert sorted(asked) == sorted(placed.state_dict())
-    assert "blocks.1.ffn.0.weight_scale" in asked
+    placed = load(files_of(nano_checkpoint), form=FLOAT8, device_of=device_of)
+    assert sorted(keys) == sorted(placed.state_dict())
+    assert "blocks.1.ffn.0.weight_scale" in keys
 
 
 @pytest.mark.parametrize("quantize", ["none", "fp8", "int8"])
@@ -139,16 +132,18 @@ def test_random_weights_can_be_converted(tmp_path):
 
 def test_wrong_use_of_a_converted_file(nano_checkpoint, tmp_path):
     out = converted(nano_checkpoint, tmp_path / "one.safetensors", tmp_path, quantize="fp8")
-    with pytest.raises(CheckpointError, match=r"one.safetensors: converted to fp8; set quantize=fp8"):
+    with pytest.raises(CheckpointError, match=r"one.safetensors: was converted to fp8; set quantize=fp8"):
         load(DiTFiles(out))
     adapter = nano_checkpoint / "OmniAvatar-nano"
     for files in (DiTFiles(out, adapter), DiTFiles(out, loras=[LoraFile(adapter)])):
-        with pytest.raises(CheckpointError, match="nothing can be merged into it; leave exp_path and loras"):
+        with pytest.raises(
+            CheckpointError, match="no adapter or LoRA can be merged; remove exp_path and loras"
+        ):
             load(files, form=FLOAT8)
 
 
 def test_nothing_is_left_of_a_failed_conversion(nano_checkpoint, tmp_path, monkeypatch):
-    with pytest.raises(OutputError, match="name it so"):
+    with pytest.raises(OutputError, match="must have the extension"):
         converted(nano_checkpoint, tmp_path / "one.pt", tmp_path)
     full = tmp_path / "full" / "one.safetensors"
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())

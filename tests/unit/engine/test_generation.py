@@ -12,7 +12,8 @@ from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.engine.window_loop import audio_slice, image_condition, to_uint8
 from omniavatar.media.inspect import probe_video
-from omniavatar.model.audio_adapter import AudioPack, audio_block_indices
+from omniavatar.model.audio_adapter import AudioPack
+from omniavatar.model.sizes import audio_block_indices
 from omniavatar.sampling.windows import plan_windows
 
 

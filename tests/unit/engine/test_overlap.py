@@ -30,7 +30,7 @@ def test_queued_stages_are_timed_by_the_device_and_asked_for_late() -> None:
         clock.now += 1.0
         with recorder.stage("inner"):
             clock.now += 2.0
-    assert clock.asked == 0
+    assert clock.reads == 0
     times = recorder.timings()
     assert (times["outer"].seconds, times["outer"].own_seconds, times["inner"].seconds) == (3.0, 1.0, 2.0)
     assert list(times) == ["inner", "outer"]
@@ -50,7 +50,7 @@ def test_other_threads_keep_the_hosts_clock_and_do_not_settle_the_devices() -> N
     thread = threading.Thread(target=write)
     thread.start()
     thread.join()
-    assert clock.asked == 0
+    assert clock.reads == 0
     assert 0.01 <= recorder.timings()["write"].seconds < 50.0
 
 

@@ -138,7 +138,7 @@ def test_spans_are_the_devices_and_nobody_waits_for_it_before_they_are_read() ->
     recorder, clock = TraceRecorder(), QueueClock(step=1, origin=100)
     recorder.use_clock(clock)
     record(recorder)
-    assert clock.asked == 0 and clock.marks == 2 * 2 + 2 * (2 * 2 + 2), (
+    assert clock.reads == 0 and clock.marks == 2 * 2 + 2 * (2 * 2 + 2), (
         "two a stage of this thread, one a step"
     )
     spans = recorder.spans()

@@ -1,4 +1,4 @@
-"""Heads among ranks: direct copies give what collectives give, and graphs and slots are used rightly."""
+"""Exchanges of heads: direct copies equal collectives, and graphs and slots are used correctly."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from omniavatar.parallel.exchange import CollectiveHeads, CollectiveRows, HeadEx
 from omniavatar.parallel.mailbox import Reach, obstacle
 from omniavatar.parallel.picture_rows import PictureRows
 from omniavatar.parallel.rank_layout import Layout, deal, starts
-from omniavatar.parallel.team import Ranks
+from omniavatar.parallel.ranks import Ranks
 from ranks import RankPool
 from thread_ranks import Board, ThreadPeers, on_threads
 
 
 class Room(Board):
-    """What the ranks of a group share: memory into which each writes, and a barrier for each piece of it."""
+    """The shared state of a group: memory into which each rank writes, and one barrier per slot."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
@@ -40,8 +40,10 @@ class Room(Board):
 
 
 class ThreadSlot:
-    """Written at once by the others; that all have come is waited for as late as may be: in `mark`'s wait, or
-    in `meet` if `eager`."""
+    """A slot that the other ranks write at once.
+
+    The barrier is as late as possible: in the wait of `mark`, or in `meet` if `eager`.
+    """
 
     def __init__(self, room: Room, number: int, size: int, eager: bool) -> None:
         self._room, self.number, self._size, self.eager = room, number, size, eager
@@ -89,7 +91,7 @@ class ThreadMailbox:
 def layers_of_attention(
     exchange: HeadExchange, mine: Tensor, counts: list[int], pieces: int, layers: int
 ) -> list[Tensor]:
-    """Something that, like attention, mixes all tokens of a head, layer after layer."""
+    """A function that, like attention, mixes all tokens of a head, layer by layer."""
     share = mine.shape[2] // exchange.size
     spans = [slice(first, first + share // pieces) for first in range(0, share, share // pieces)]
     found = []
@@ -111,7 +113,7 @@ def layers_of_attention(
 
 
 def layers_of_rows(exchange: RowExchange, mine: Tensor, counts: list[int]) -> list[Tensor]:
-    """Keys and values gathered layer after layer; the next layer's rows depend on all of this one's."""
+    """Gathers keys and values layer by layer; the rows of a layer depend on all rows of the previous one."""
     found = []
     for _ in range(6):
         both = [exchange.spread(mine * factor, counts) for factor in (1.0, 2.0)]
@@ -164,7 +166,7 @@ def test_direct_copies_bring_what_collectives_bring(
 
 @pytest.mark.parametrize(("above", "below"), [(True, True), (True, False), (False, True), (False, False)])
 def test_border_rows_by_direct_copies(above: bool, below: bool) -> None:
-    """Every rank's window gets its neighbours' outermost rows, swap after swap, and zeros beyond."""
+    """In every swap, a rank's window gets the border rows of its neighbours, and zeros beyond the picture."""
     size, rows = 3, 7
     room = Room(size)
 
@@ -210,15 +212,15 @@ def test_what_leaves_is_held_until_it_has_been_waited_for() -> None:
     [
         ([Reach("a 1", 0, (1,)), Reach("a 1", 1, (0,))], None),
         ([Reach("a 1", -1, ()), Reach("a 1", -1, ())], "needs CUDA"),
-        ([Reach("a 1", 0, (1,)), Reach("b 2", 1, (0,))], "not all GPUs are in one machine (a, b)"),
+        ([Reach("a 1", 0, (1,)), Reach("b 2", 1, (0,))], "the GPUs are in different machines (a, b)"),
         ([Reach("a 1", 0, ()), Reach("a 1", 1, (0,))], "GPU 0 cannot write into the memory of GPU 1"),
         (
             [Reach("a 1", 0, (1,)), Reach("a 1", 0, (1,))],
-            "two processes see their GPU as number 0",
+            "two processes use GPU number 0",
         ),
     ],
 )
-def test_direct_copies_want_gpus_that_reach_each_other(reaches: list[Reach], reason: str | None) -> None:
+def test_direct_copies_need_gpus_that_access_each_other(reaches: list[Reach], reason: str | None) -> None:
     found = obstacle(reaches)
     assert found is None if reason is None else str(found).startswith(reason)
 
@@ -234,14 +236,16 @@ def arranged(team: Ranks) -> tuple[str | None, str | None, bool, str]:
     return auto, alone, captures, ""
 
 
-def test_a_team_says_how_its_heads_travel(pools: dict[int, RankPool]) -> None:
+def test_a_team_reports_its_exchange(pools: dict[int, RankPool]) -> None:
     for auto, alone, captures, refused in pools[2].run(arranged):
         assert auto == alone == "exchanges: gloo (no direct copies: needs CUDA)" and not captures
-        assert refused == "exchange: direct copies between GPUs: needs CUDA; use exchange=auto"
+        assert (
+            refused == "exchange: direct copies between GPUs are not possible: needs CUDA; use exchange=auto"
+        )
 
 
 def arranged_as_if_on_gpus(team: Ranks, machines: str) -> tuple[str | None, bool]:
-    """What `auto` makes of GPUs of the named machines, a letter a rank."""
+    """The choice of `auto` for GPUs in these machines, one letter per rank."""
     numbers = range(len(machines))
     usual = team._reaches
     team._reaches = [Reach(f"{name} 1", rank, tuple(numbers)) for rank, name in enumerate(machines)]
@@ -256,21 +260,21 @@ def arranged_as_if_on_gpus(team: Ranks, machines: str) -> tuple[str | None, bool
     ("machines", "expected", "captures"),
     [
         ("aaaa", "exchanges: direct copies between the GPUs", True),
-        ("aabb", "exchanges: attention's by direct copies, the rest by gloo (no direct copies: ", True),
-        ("abab", "exchanges: gloo (no direct copies: not all GPUs are in one machine (a, b))", False),
+        ("aabb", "exchanges: direct copies in attention, gloo elsewhere (no direct copies: ", True),
+        ("abab", "exchanges: gloo (no direct copies: the GPUs are in different machines (a, b))", False),
     ],
 )
 def test_auto_copies_directly_where_it_can(
     pools: dict[int, RankPool], machines: str, expected: str, captures: bool
 ) -> None:
-    for said, captured in pools[4].run(arranged_as_if_on_gpus, machines):
-        assert said is not None and said.startswith(expected) and captured is captures
+    for text, captured in pools[4].run(arranged_as_if_on_gpus, machines):
+        assert text is not None and text.startswith(expected) and captured is captures
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (["exchange=direct"], "exchange: nothing travels.*set sp_size or cfg_parallel to 2 or more"),
+        (["exchange=direct"], "exchange: one GPU makes the video.*set sp_size or cfg_parallel to 2 or more"),
         (["sp_size=2", "use_fsdp=true", "cuda_graphs=true"], "cuda_graphs.*use_fsdp"),
     ],
 )

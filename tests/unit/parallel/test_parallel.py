@@ -1,4 +1,4 @@
-"""One video on several processes: every way to share the work gives what one process gives."""
+"""One video on several processes: every way to share the work gives the result of one process."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.engine.recorder import NullRecorder
 from omniavatar.engine.window_loop import WindowGenerator, WindowSampling
-from omniavatar.model.dit import DiTConfig, WanDiT
+from omniavatar.model.dit import WanDiT
+from omniavatar.model.sizes import DiTConfig
 from omniavatar.parallel.guidance import branch_owners
 from omniavatar.parallel.rank_layout import Layout, deal, starts
-from omniavatar.parallel.team import ONE, Ranks
+from omniavatar.parallel.ranks import Ranks
+from omniavatar.parallel.team import ONE
 from omniavatar.parallel.weights import apply_shared_weights
 from omniavatar.sampling.guidance import guidance_branches
 from omniavatar.sampling.passes import plan_passes
@@ -80,24 +82,24 @@ def forward_on_ranks(team: Ranks, heads: int, batch: int, fuse: bool, pieces: in
     ("size", "heads", "batch", "fuse", "pieces", "share"),
     [
         (2, 4, 1, False, 1, False),
-        (2, 4, 1, False, 2, False),  # heads in pieces, their exchanges under way together
-        (2, 4, 2, True, 1, False),  # fused: sent as made, the output layer in two products
+        (2, 4, 1, False, 2, False),  # heads in pieces, with overlapping exchanges
+        (2, 4, 2, True, 1, False),  # fused: sent when computed, the output layer in two products
         (4, 4, 1, True, 1, False),
         (4, 6, 2, True, 1, True),
         (4, 4, 2, True, 4, False),
         (4, 6, 1, False, 2, False),  # 2 ranks share the heads, 2 the query tokens
-        (2, 3, 2, True, 1, False),  # none divide the heads
+        (2, 3, 2, True, 1, False),  # no number of ranks divides the heads
         (4, 6, 1, True, 3, True),
         (2, 4, 1, False, 2, True),
     ],
 )
-def test_a_forward_shared_by_ranks_is_the_forward_of_one(
+def test_a_shared_forward_equals_that_of_one_rank(
     pools: dict[int, RankPool], size: int, heads: int, batch: int, fuse: bool, pieces: int, share: bool
 ) -> None:
     expected = velocity(small_dit(heads), ONE, batch)
     found = pools[size].run(forward_on_ranks, heads, batch, fuse, pieces, share)
     for each in found:
-        assert torch.equal(each, found[0])  # ranks go on from the very same sample
+        assert torch.equal(each, found[0])  # all ranks continue with the same sample
         assert differs(each, expected) < 1e-5
 
 
@@ -131,7 +133,7 @@ def held_bytes(team: Ranks) -> tuple[int, int]:
 
 
 class HalfVAE:
-    """Stands in for the VAE on the leader: a hand-over that depends on what was decoded."""
+    """Replaces the VAE on the leader: its hand-over depends on the decoded latents."""
 
     def decode_stream(self, latent: Tensor) -> Iterator[Tensor]:
         frames = latent.shape[2] * 4 - 3
@@ -157,9 +159,8 @@ def two_windows(
     conditioning = Conditioning(*text, reference, audio if team.leads else np.empty((0, SMALL.audio_dim)))
     plan = StepPlan(tuple(letter == "C" for letter in computed))
     branches = guidance_branches(*scales, has_audio=True)
-    sampling = WindowSampling(
-        7, make_schedule(len(computed), 5.0, None), plan, branches, guidance_interval=interval
-    )
+    passes = plan_passes(plan, branches, has_audio=True, interval=interval)
+    sampling = WindowSampling(7, make_schedule(len(computed), 5.0, None), passes)
     vae = HalfVAE() if team.leads else None
     made = WindowGenerator(
         dit, vae, conditioning, sampling, NullRecorder(), make_cache=ResidualCache, team=team
@@ -179,7 +180,7 @@ def two_windows(
         (4, 1, (4.5, 3.0), "Css", (0.0, 1.0)),
     ],
 )
-def test_windows_made_by_ranks_are_those_of_one(
+def test_shared_windows_equal_those_of_one_rank(
     pools: dict[int, RankPool],
     size: int,
     guidance: int,
@@ -231,7 +232,7 @@ def test_uneven_rows_of_any_type_arrive(pools: dict[int, RankPool]) -> None:
 
 
 @pytest.mark.parametrize(("guidance", "sequence", "heads"), [(1, 8, 12), (2, 4, 40), (3, 2, 12), (1, 5, 12)])
-def test_layout_gives_every_rank_one_place(guidance: int, sequence: int, heads: int) -> None:
+def test_layout_gives_every_rank_one_index(guidance: int, sequence: int, heads: int) -> None:
     layout = Layout(guidance, sequence, heads)
     assert heads % layout.ulysses == 0 and layout.ulysses * layout.rows == sequence
     for groups in (

@@ -1,4 +1,4 @@
-"""The VAE's work by rows over several processes: pixels and latents of one process, on every rank."""
+"""The VAE shared by several processes: every rank gets the pixels and latents of one process."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from omniavatar.checkpoint.vae import random_vae
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.errors import ConfigError
-from omniavatar.model.vae import VAEConfig
+from omniavatar.model.sizes import VAEConfig
 from omniavatar.parallel.picture_rows import PictureRows
-from omniavatar.parallel.team import Ranks
+from omniavatar.parallel.ranks import Ranks
 from omniavatar.parallel.vae import apply_shared_vae
 from omniavatar.plan.sizes import coding_bytes, vae_ranks
 from ranks import RankPool
@@ -58,24 +58,24 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
         (2, 2, 3, 1, 2, SLOW_TWINS),
         (4, 7, 3, 1, 2, {}),
         (4, 4, 2, 2, 2, SLOW_TWINS),  # one row each
-        (4, 3, 4, 1, 2, {}),  # fewer rows than ranks: each computes all
+        (4, 3, 4, 1, 2, {}),  # fewer rows than ranks: each rank computes all rows
     ],
 )
-def test_rows_on_ranks_are_the_picture_of_one(
+def test_shared_rows_equal_the_picture_of_one_rank(
     pools: dict[int, RankPool], size: int, rows: int, columns: int, batch: int, at_once: int, options
 ) -> None:
     pieces, latents = coded(fast_vae(at_once, **options), None, rows, columns, batch)
     found = pools[size].run(coded_on_ranks, rows, columns, batch, at_once, options)
-    for pieces_there, latents_there in found:
-        for there, first in zip(pieces_there, found[0][0], strict=True):
-            assert torch.equal(there, first)
-        assert largest_difference(torch.cat(pieces_there, 2), torch.cat(pieces, 2)) < 1e-5
-        assert torch.equal(latents_there, found[0][1])
-        assert largest_difference(latents_there, latents) < 1e-5
+    for rank_pieces, rank_latents in found:
+        for piece, first in zip(rank_pieces, found[0][0], strict=True):
+            assert torch.equal(piece, first)
+        assert largest_difference(torch.cat(rank_pieces, 2), torch.cat(pieces, 2)) < 1e-5
+        assert torch.equal(rank_latents, found[0][1])
+        assert largest_difference(rank_latents, latents) < 1e-5
 
 
 class Strangers(PictureRows):
-    """Rows whose neighbours send zeros."""
+    """Picture rows whose neighbours send zeros."""
 
     def border(self, window: Tensor, above: bool = True, below: bool = True) -> None:
         if above:
@@ -96,7 +96,7 @@ def test_the_comparison_would_notice_a_missing_row(pools: dict[int, RankPool]) -
 
 
 def borders(team: Ranks) -> list[Tensor]:
-    """Rank r's rows are r + 1; what its windows look like once the neighbours' rows are there."""
+    """The windows of a rank after a swap; the rows of rank r hold the value r + 1."""
     made = []
     for above, below in ((True, True), (False, True), (True, False)):
         window = torch.full((2, 3 + above + below, 2, 1), team.rank + 1.0)
@@ -106,7 +106,7 @@ def borders(team: Ranks) -> list[Tensor]:
     return made
 
 
-def test_neighbours_rows_arrive_and_beyond_the_picture_there_is_nothing(pools: dict[int, RankPool]) -> None:
+def test_border_rows_come_from_neighbours_and_are_zero_beyond_the_picture(pools: dict[int, RankPool]) -> None:
     for rank, (both, below, above) in enumerate(pools[4].run(borders)):
         before, after = float(rank), float(rank + 2) if rank < 3 else 0.0
         own = [rank + 1.0] * 3
@@ -118,9 +118,9 @@ def test_rows_are_dealt_out_whole() -> None:
     frames = torch.arange(56.0).view(1, 56, 1, 1)
     runs = [PictureRows(Place(rank, 4), 7).mine(frames) for rank in range(4)]  # type: ignore[arg-type]
     assert [run.shape[1] for run in runs] == [16, 16, 16, 8] and torch.equal(torch.cat(runs, 1), frames)
-    with pytest.raises(ValueError, match="54 rows of pixels for 7"):
+    with pytest.raises(ValueError, match="54 pixel rows are not a multiple of 7"):
         PictureRows(Place(0, 2), 7).mine(frames[:, :54])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="3 rows for 4 ranks"):
+    with pytest.raises(ValueError, match="3 rows are too few for 4 ranks"):
         PictureRows(Place(0, 4), 3)  # type: ignore[arg-type]
 
 
@@ -130,17 +130,17 @@ class Place:
 
 
 def test_a_smaller_decoder_is_shared_where_it_is_a_fast_vae() -> None:
-    asked: list[int] = []
+    calls: list[int] = []
 
     def split(rows: int) -> None:
-        asked.append(rows)
+        calls.append(rows)
 
     latent, video = clip(2, 2)
     shared = apply_shared_vae(OtherDecoder(fast_vae(), fast_vae()), split)
     with torch.inference_mode():
         list(shared.decode_stream(latent))
         shared.encode(video)
-    assert asked == [2, 2]
+    assert calls == [2, 2]
     with pytest.raises(TypeError, match="only the fast VAE"):
         apply_shared_vae(random_vae(VAEConfig(dim=8), dtype=torch.float32, device="cpu", seed=0), split)
 

@@ -1,4 +1,4 @@
-"""Workers of several processes: who dies with whom, what is said about it, and the same videos."""
+"""Workers of several processes: which processes die together, the reported error, and equal videos."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from omniavatar.errors import OutputError
 from omniavatar.serve.batch import pipelines as batch_run
 from omniavatar.serve.batch.destination import FolderDestination
 from omniavatar.serve.batch.group import GroupWorker
-from omniavatar.serve.batch.items import Item, Outcome, Place, Task, Verdict, WorkerInfo
+from omniavatar.serve.batch.items import Item, Outcome, Seat, Task, Verdict, WorkerInfo
 from omniavatar.serve.batch.ray_crew import workers_fitting
 from omniavatar.types import AvatarRequest, SamplingParams
 
-TWO = Place(("cpu", "cpu"))
+TWO = Seat(("cpu", "cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def no_rank_stays_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def ranks_of(process: psutil.Process) -> list[psutil.Process]:
-    """Processes of groups below `process`; those that are ending do not count."""
+    """Rank processes below `process`; skips those that are ending."""
     found = []
     for child in process.children(recursive=True):
         try:
@@ -61,13 +61,13 @@ def ranks_of(process: psutil.Process) -> list[psutil.Process]:
 def wait_until(condition: Callable[[], Any], seconds: float = 60) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)
     return found
 
 
 def pids(notes: Path, role: str) -> list[int]:
-    """Living processes that noted themselves as `role`."""
+    """Running processes that logged themselves as `role`."""
     log = notes / "log"
     lines = log.read_text().splitlines() if log.exists() else []
     found = [int(line.split()[2]) for line in lines if line.split()[0] == role]
@@ -82,7 +82,7 @@ def notes(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def group(tmp_path: Path, notes: Path) -> Iterator[Callable[..., GroupWorker]]:
-    """Makes a started group of two on `tmp_path`."""
+    """Starts a group of two ranks that writes to `tmp_path`."""
     destination = FolderDestination(tmp_path)
     made: list[GroupWorker] = []
 
@@ -109,7 +109,7 @@ def later(action: Callable[[], Any]) -> threading.Thread:
     return thread
 
 
-def test_items_one_after_the_other_and_a_bad_one_alone(
+def test_a_bad_item_does_not_affect_the_others(
     group: Callable[..., GroupWorker], tmp_path: Path, notes: Path
 ) -> None:
     worker = group(seconds=0.1)
@@ -143,7 +143,7 @@ def test_a_killed_process_ends_the_group_and_is_named(
     outcome = worker.run(task("one"))
     assert time.monotonic() - began < 8
     assert outcome.verdict is Verdict.lost and outcome.replace
-    assert outcome.error.startswith(f"rank {rank}: its process was ended by SIGKILL"), outcome.error
+    assert outcome.error.startswith(f"rank {rank}: its process was killed by SIGKILL"), outcome.error
     assert not pids(notes, "engine") and not pids(notes, "follower")
 
 
@@ -175,7 +175,7 @@ def test_what_ends_a_group(
     assert not pids(notes, "engine") and not pids(notes, "follower")
 
 
-def test_the_cause_is_told_and_not_what_the_leader_makes_of_it(
+def test_the_cause_is_reported_and_not_the_error_it_causes_in_the_leader(
     group: Callable[..., GroupWorker], notes: Path
 ) -> None:
     worker = group(seconds=0.05)
@@ -209,12 +209,12 @@ from pathlib import Path
 from batch_stub import StubEngines, make_items
 from omniavatar.serve.batch.destination import FolderDestination
 from omniavatar.serve.batch.group import GroupWorker
-from omniavatar.serve.batch.items import Place, Task
+from omniavatar.serve.batch.items import Seat, Task
 folder = Path(sys.argv[1])
 destination = FolderDestination(folder)
 engines = pickle.dumps(StubEngines(folder / "notes", windows=1000, seconds=0.05))
 with destination.prepared():
-    worker = GroupWorker(engines, Place(("cpu",) * 3), destination, ".")
+    worker = GroupWorker(engines, Seat(("cpu",) * 3), destination, ".")
     worker.start()
     worker.run(Task(make_items(["one"])[0], False))
 """
@@ -238,7 +238,7 @@ def test_workers_are_not_spread_over_nodes() -> None:
 
 @pytest.mark.slow
 def test_batch_in_which_each_process_of_a_group_is_killed_once(tmp_path: Path, notes: Path) -> None:
-    """On Ray: a follower, the leader, and the Ray actor that started both, each in the middle of an item."""
+    """On Ray, kill a follower, the leader, and the actor that started both, each in the middle of an item."""
     prompts = [f"p{i}" for i in range(4)]
     engines = StubEngines(notes, windows=6, seconds=0.1)
 
@@ -263,8 +263,8 @@ def test_batch_in_which_each_process_of_a_group_is_killed_once(tmp_path: Path, n
     result = drive(tmp_path, prompts, engines=engines, workers=1, devices=2, event=listen)
     killer.join()
     assert (result.summary["done"], result.summary["failed"]) == (4, 0), result.summary
-    assert lost[0].startswith("rank 1: its process was ended by SIGKILL")
-    assert lost[1].startswith("rank 0: its process was ended by SIGKILL") and len(lost) == 3
+    assert lost[0].startswith("rank 1: its process was killed by SIGKILL")
+    assert lost[1].startswith("rank 0: its process was killed by SIGKILL") and len(lost) == 3
     for index, prompt in enumerate(prompts):
         assert (tmp_path / "out" / f"{index:05d}.mp4").read_bytes() == video_bytes(prompt, 6)
     assert not noted(notes, "collision") and len(noted(notes, "end")) == 4
@@ -290,14 +290,14 @@ def inputs(tmp_path: Path) -> Path:
 
 
 def check_video(made: Path, nano: Path, inputs: Path) -> None:
-    """That it is the video of one process, within rounding."""
+    """Assert that the video equals that of one process, within rounding."""
     alone = inputs / "alone" / made.name
     request = AvatarRequest("a", inputs / "face.png", inputs / "voice.flac", SamplingParams(seed=1))
     make_pipeline(nano, inputs / "cache", threads=1, crf=0).generate(request, alone)
     apart = np.abs(frames(made) - frames(alone))
     assert (
         apart.max() <= 4 and (apart > 0).mean() < 1e-3
-    )  # the VAE's rows are shared too, and YUV rounds again
+    )  # the ranks share the VAE's rows, and the conversion to YUV rounds
     sidecars = [json.loads(path.with_suffix(".json").read_text()) for path in (made, alone)]
     assert [sidecar["processes"] for sidecar in sidecars] == [2, 1]
     assert sidecars[0]["fingerprint"] == sidecars[1]["fingerprint"]
@@ -325,7 +325,7 @@ def test_batch_of_videos_that_two_processes_make_together(nano_checkpoint: Path,
 
 
 @pytest.mark.slow
-def test_video_goes_on_after_a_process_of_two_was_killed(nano_checkpoint: Path, inputs: Path) -> None:
+def test_video_resumes_after_one_of_two_processes_was_killed(nano_checkpoint: Path, inputs: Path) -> None:
     config = load_config(None, overrides(nano_checkpoint, inputs / "cache", crf=0)).config
     engines = pickle.dumps(batch_run.AvatarEngines(config))
     destination = FolderDestination(inputs)
@@ -342,7 +342,7 @@ def test_video_goes_on_after_a_process_of_two_was_killed(nano_checkpoint: Path, 
         first.start()
         later(kill)
         lost = first.run(item)
-        assert lost.verdict is Verdict.lost and "rank 1: its process was ended by SIGKILL" in lost.error
+        assert lost.verdict is Verdict.lost and "rank 1: its process was killed by SIGKILL" in lost.error
         assert isinstance(second.start(), WorkerInfo)
         done = second.run(item)
         second._end()

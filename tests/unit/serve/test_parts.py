@@ -1,4 +1,4 @@
-"""The parts of the batch runner alone: leases, destinations, the worker, what the options mean."""
+"""The parts of the batch runner one by one: leases, destinations, the worker, the options."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from batch_stub import StubEngines, make_items, noted, video_bytes
 from omniavatar.errors import ConfigError, OutputError, ResourceError
 from omniavatar.serve.batch import seats
 from omniavatar.serve.batch.destination import FolderDestination, RemoteDestination, make_destination
-from omniavatar.serve.batch.items import Outcome, Place, Task, Verdict, WorkerInfo
+from omniavatar.serve.batch.items import Outcome, Seat, Task, Verdict, WorkerInfo
 from omniavatar.serve.batch.lease import holder_of, try_lease
 from omniavatar.serve.batch.ray_crew import Seats
-from omniavatar.serve.batch.seats import Wish, choose_seats, with_threads
+from omniavatar.serve.batch.seats import WorkerOptions as Options
+from omniavatar.serve.batch.seats import plan_workers, with_threads
 from omniavatar.serve.batch.worker import Worker
 
 HOLD = """
@@ -44,7 +45,7 @@ def hold(path: Path) -> subprocess.Popen[str]:
 # leases
 
 
-def test_lease_is_for_one_and_comes_back_when_its_holder_is_killed(tmp_path: Path) -> None:
+def test_only_one_holds_a_lease_and_it_is_released_when_its_holder_is_killed(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.lock"
     process = hold(path)
     assert try_lease(path) is None
@@ -59,7 +60,7 @@ def test_lease_is_for_one_and_comes_back_when_its_holder_is_killed(tmp_path: Pat
 
 
 def test_lease_on_a_name_that_was_taken_over_does_not_count(tmp_path: Path, monkeypatch) -> None:
-    """Between opening and locking, the holder gives back and another takes the name with a new file."""
+    """Between open and lock, the holder releases the lease and another process creates a new lock file."""
     import omniavatar.serve.batch.lease as module
 
     path = tmp_path / "a.lock"
@@ -67,7 +68,7 @@ def test_lease_on_a_name_that_was_taken_over_does_not_count(tmp_path: Path, monk
 
     def flock(handle: int, how: int) -> None:
         if not steps:
-            steps.append("the old file goes, another has the name")
+            steps.append("the old file is deleted, a new one has its name")
             path.unlink()
             steps.append(path.open("w"))
             real(steps[-1], module.fcntl.LOCK_EX)
@@ -86,15 +87,15 @@ def test_lease_where_nothing_can_be_written(tmp_path: Path) -> None:
 # destinations
 
 
-def test_folder_clears_what_killed_processes_left_and_nothing_else(tmp_path: Path) -> None:
+def test_folder_removes_only_the_leftovers_of_killed_processes(tmp_path: Path) -> None:
     process = hold(tmp_path / ".00001.mp4.lock")
     for name in (".00000.mp4.lock", ".batch-0123", ".own.lock", "a.mp4"):
         (tmp_path / name).touch()
     destination = FolderDestination(tmp_path)
     with destination.prepared():
         destination.check()
-        there = {path.name for path in tmp_path.iterdir()}
-        assert {".00001.mp4.lock", ".own.lock", "a.mp4"} < there and len(there) == 4
+        names = {path.name for path in tmp_path.iterdir()}
+        assert {".00001.mp4.lock", ".own.lock", "a.mp4"} < names and len(names) == 4
         elsewhere = FolderDestination(tmp_path / "not_shared", destination.token)
         with pytest.raises(OutputError, match="does not see this folder"):
             elsewhere.check()
@@ -135,12 +136,13 @@ def test_delivery_over_a_failing_network(tmp_path: Path, flaky: Path) -> None:
         assert destination.delivered("a.mp4", "one") is None
 
 
-def test_failed_delivery_keeps_the_video_and_delivers_nothing_half(tmp_path: Path, flaky: Path) -> None:
+def test_failed_delivery_keeps_the_video_and_leaves_no_partial_file(tmp_path: Path, flaky: Path) -> None:
     destination = remote(tmp_path)
     with destination.prepared():
         staged(destination)
         flaky.write_text("3")
-        with pytest.raises(OutputError, match=r"a\.mp4 cannot be delivered .*the network went away.*3 tries"):
+        text = r"cannot upload a\.mp4 after 3 attempts .*the network went away"
+        with pytest.raises(OutputError, match=text):
             destination.deliver("a.mp4", "one")
         assert destination.local("a.mp4").read_bytes() == b"video"
         assert list((tmp_path / "far").iterdir()) == []
@@ -160,12 +162,12 @@ def test_unknown_protocol_is_one_line(tmp_path: Path) -> None:
 def worker(tmp_path: Path) -> Worker:
     (tmp_path / "notes").mkdir(exist_ok=True)
     made = Worker(
-        StubEngines(tmp_path / "notes"), Place(("cpu",)), FolderDestination(tmp_path), str(Path.cwd())
+        StubEngines(tmp_path / "notes"), Seat(("cpu",)), FolderDestination(tmp_path), str(Path.cwd())
     )
     return made
 
 
-def test_worker_makes_an_item_and_leaves_one_that_another_is_at(tmp_path: Path) -> None:
+def test_worker_makes_an_item_and_skips_one_that_another_process_makes(tmp_path: Path) -> None:
     first = worker(tmp_path)
     with FolderDestination.prepared(first._destination):
         info = first.start()
@@ -183,15 +185,15 @@ def test_worker_makes_an_item_and_leaves_one_that_another_is_at(tmp_path: Path) 
     failed = first.run(three)
     assert (failed.verdict, failed.error_class) == (Verdict.failed, "InputError")
     assert first.progress().key is None
-    assert not list(tmp_path.glob(".*")), "no lease stays"
+    assert not list(tmp_path.glob(".*")), "every lease is released"
 
 
-def test_worker_says_why_it_cannot_start(tmp_path: Path) -> None:
-    gone = Worker(StubEngines(tmp_path), Place(("cpu",)), FolderDestination(tmp_path), str(tmp_path / "gone"))
+def test_worker_reports_why_it_cannot_start(tmp_path: Path) -> None:
+    gone = Worker(StubEngines(tmp_path), Seat(("cpu",)), FolderDestination(tmp_path), str(tmp_path / "gone"))
     answer = gone.start()
     assert isinstance(answer, Outcome) and answer.error_class == "ConfigError"
-    assert "does not have the folder the batch was started in" in answer.error
-    blind = Worker(StubEngines(tmp_path), Place(("cpu",)), FolderDestination(tmp_path), str(Path.cwd()))
+    assert "does not have the folder in which the batch was started" in answer.error
+    blind = Worker(StubEngines(tmp_path), Seat(("cpu",)), FolderDestination(tmp_path), str(Path.cwd()))
     answer = blind.start()
     assert isinstance(answer, Outcome) and "does not see" in answer.error
 
@@ -200,7 +202,7 @@ def test_video_delivered_just_before_a_kill_is_not_made_again(tmp_path: Path, fl
     destination = remote(tmp_path)
     (tmp_path / "notes").mkdir()
     with destination.prepared():
-        made = Worker(StubEngines(tmp_path / "notes"), Place(("cpu",)), destination, str(Path.cwd()))
+        made = Worker(StubEngines(tmp_path / "notes"), Seat(("cpu",)), destination, str(Path.cwd()))
         made.start()
         task = Task(make_items(["one"])[0], False)
         assert made.run(task).verdict is Verdict.done
@@ -210,7 +212,7 @@ def test_video_delivered_just_before_a_kill_is_not_made_again(tmp_path: Path, fl
         assert made.run(Task(task.item, True)).made is not None
 
 
-# what the options mean
+# options
 
 
 @pytest.fixture
@@ -220,74 +222,94 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "seats", "workers"),
+    ("options", "seats", "workers"),
     [
-        (Wish(), Seats(("4", "5", "6", "7"), 1.0, 4), 4),
-        (Wish("all"), Seats(("4", "5", "6", "7"), 1.0, 4), 4),
-        (Wish("0,3", split_input=True), Seats(("4", "7"), 1.0, 8), 2),
-        (Wish("1,2"), Seats(("5",), 1.0, 16), 1),
-        (Wish("0", per_gpu_jobs=2), Seats(("4",), 0.5, 8), 2),
-        (Wish("cpu"), Seats((), 0, 1), 1),
-        (Wish("cpu", workers=3), Seats((), 0, 1), 3),
-        (Wish(ray_address="ray://h:1"), Seats((), 1.0, 1, "ray://h:1"), None),
-        (Wish("cpu", ray_address="auto", workers=5), Seats((), 0, 1, "auto"), 5),
-        (Wish(gpus_per_job=2), Seats(("4", "5", "6", "7"), 2.0, 8, devices=2), 2),
-        (Wish("0,1,3", split_input=True, gpus_per_job=3), Seats(("4", "5", "7"), 3.0, 16, devices=3), 1),
-        (Wish("1,2", gpus_per_job=2), Seats(("5", "6"), 2.0, 16, devices=2), 1),
-        (Wish("cpu", workers=3, gpus_per_job=2), Seats((), 0, 2, devices=2), 3),
-        (Wish(ray_address="ray://h:1", gpus_per_job=4), Seats((), 4.0, 4, "ray://h:1", 4), None),
+        (Options(), Seats(("4", "5", "6", "7"), 1.0, 4), 4),
+        (Options("all"), Seats(("4", "5", "6", "7"), 1.0, 4), 4),
+        (Options("0,3", split_input=True), Seats(("4", "7"), 1.0, 8), 2),
+        (Options("1,2"), Seats(("5",), 1.0, 16), 1),
+        (Options("0", per_gpu_jobs=2), Seats(("4",), 0.5, 8), 2),
+        (Options("cpu"), Seats((), 0, 1), 1),
+        (Options("cpu", workers=3), Seats((), 0, 1), 3),
+        (Options(ray_address="ray://h:1"), Seats((), 1.0, 1, "ray://h:1"), None),
+        (Options("cpu", ray_address="auto", workers=5), Seats((), 0, 1, "auto"), 5),
+        (Options(gpus_per_job=2), Seats(("4", "5", "6", "7"), 2.0, 8, devices=2), 2),
+        (
+            Options("0,1,3", split_input=True, gpus_per_job=3),
+            Seats(("4", "5", "7"), 3.0, 16, devices=3),
+            1,
+        ),
+        (Options("1,2", gpus_per_job=2), Seats(("5", "6"), 2.0, 16, devices=2), 1),
+        (Options("cpu", workers=3, gpus_per_job=2), Seats((), 0, 2, devices=2), 3),
+        (Options(ray_address="ray://h:1", gpus_per_job=4), Seats((), 4.0, 4, "ray://h:1", 4), None),
     ],
 )
-def test_seats(four_gpus: None, wish: Wish, seats: Seats, workers: int | None) -> None:
-    choice = choose_seats(wish)
-    assert (choice.seats, choice.workers) == (seats, workers)
-    assert bool(choice.notes) == (wish == Wish("1,2")), "idle GPUs are told"
+def test_seats(four_gpus: None, options: Options, seats: Seats, workers: int | None) -> None:
+    plan = plan_workers(options)
+    assert (plan.seats, plan.workers) == (seats, workers)
+    assert bool(plan.notes) == (options == Options("1,2")), "a note names idle GPUs"
 
 
 @pytest.mark.parametrize(
-    ("wish", "used", "note"),
+    ("options", "used", "note"),
     [
-        (Wish(gpus_per_job=3), ("4", "5", "6"), "GPUs 7 stay idle: --gpus-per-job 3 doesn't divide 4"),
-        (Wish("0,1,3", gpus_per_job=2), ("4", "5"), "GPUs 7 stay idle: one queue on GPU 4, 5; add --split_"),
-        (Wish("0,1,3", split_input=True, gpus_per_job=2), ("4", "5"), "GPUs 7 .* doesn't divide 3"),
+        (
+            Options(gpus_per_job=3),
+            ("4", "5", "6"),
+            "GPUs 7 stay idle: --gpus-per-job 3 does not divide 4",
+        ),
+        (
+            Options("0,1,3", gpus_per_job=2),
+            ("4", "5"),
+            "GPUs 7 stay idle: only GPU 4, 5 runs the queue; add --split_",
+        ),
+        (Options("0,1,3", split_input=True, gpus_per_job=2), ("4", "5"), "GPUs 7 .* does not divide 3"),
     ],
 )
-def test_gpus_that_no_job_can_use(four_gpus: None, wish: Wish, used: tuple[str, ...], note: str) -> None:
-    choice = choose_seats(wish)
-    assert (choice.seats.gpus, choice.workers, len(choice.notes)) == (used, 1, 1)
-    assert re.match(note, choice.notes[0]), choice.notes
+def test_gpus_that_no_job_can_use(
+    four_gpus: None, options: Options, used: tuple[str, ...], note: str
+) -> None:
+    plan = plan_workers(options)
+    assert (plan.seats.gpus, plan.workers, len(plan.notes)) == (used, 1, 1)
+    assert re.match(note, plan.notes[0]), plan.notes
 
 
 @pytest.mark.parametrize(
-    ("wish", "error", "text"),
+    ("options", "error", "text"),
     [
-        (Wish("0,9", split_input=True), ResourceError, "there is no GPU 9, there are 4"),
-        (Wish("0,0"), ConfigError, "different numbers"),
-        (Wish("none"), ConfigError, "all, cpu, or different numbers"),
-        (Wish("0", workers=2), ConfigError, "--workers"),
-        (Wish("cpu", per_gpu_jobs=2), ConfigError, "--per_gpu_jobs"),
-        (Wish("0,1", ray_address="auto"), ConfigError, "no numbers"),
-        (Wish(gpus_per_job=2, per_gpu_jobs=2), ConfigError, "--gpus-per-job, --per_gpu_jobs"),
-        (Wish(gpus_per_job=5), ResourceError, "--gpus-per-job 5: there are 4 GPUs"),
-        (Wish("1", gpus_per_job=2), ResourceError, "--gpus-per-job 2: there are 1 GPUs"),
+        (
+            Options("0,9", split_input=True),
+            ResourceError,
+            "this machine has no GPU 9; choose from 0 to 3",
+        ),
+        (Options("0,0"), ConfigError, "distinct numbers"),
+        (Options("none"), ConfigError, "all, cpu, or distinct numbers"),
+        (Options("0", workers=2), ConfigError, "--workers"),
+        (Options("cpu", per_gpu_jobs=2), ConfigError, "--per_gpu_jobs"),
+        (Options("0,1", ray_address="auto"), ConfigError, "cannot select GPUs of a cluster by number"),
+        (Options(gpus_per_job=2, per_gpu_jobs=2), ConfigError, "--gpus-per-job, --per_gpu_jobs"),
+        (Options(gpus_per_job=5), ResourceError, "--gpus-per-job 5: only 4 selected"),
+        (Options("1", gpus_per_job=2), ResourceError, "--gpus-per-job 2: only 1 selected"),
     ],
 )
-def test_options_that_do_not_fit(four_gpus: None, wish: Wish, error: type[Exception], text: str) -> None:
+def test_options_that_do_not_fit(
+    four_gpus: None, options: Options, error: type[Exception], text: str
+) -> None:
     with pytest.raises(error, match=text):
-        choose_seats(wish)
+        plan_workers(options)
 
 
 def test_threads_of_workers_on_the_cpu(four_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omniavatar.serve.batch.cores.cores_here", lambda: 4)
-    two = choose_seats(Wish("cpu", workers=2))
+    monkeypatch.setattr("omniavatar.serve.batch.cores.bindable_cores", lambda: 4)
+    two = plan_workers(Options("cpu", workers=2))
     assert with_threads(two, 2, True) == replace(two, seats=Seats((), 0, 2), pin=True)
     assert not with_threads(two, 2, False).pin
-    group = choose_seats(Wish("cpu", workers=2, gpus_per_job=2))
+    group = plan_workers(Options("cpu", workers=2, gpus_per_job=2))
     crowded = with_threads(group, 2, True)
     assert crowded.seats == Seats((), 0, 4, devices=2) and not crowded.pin
-    assert crowded.notes == ("8 threads on 4 cores: workers have no cores of their own",)
-    assert with_threads(choose_seats(Wish("cpu", ray_address="auto")), 8, True).pin, "Ray finds them"
-    assert with_threads(choose_seats(Wish("0")), 8, True) == choose_seats(Wish("0"))
+    assert crowded.notes == ("8 threads share 4 cores: workers are not bound to cores",)
+    assert with_threads(plan_workers(Options("cpu", ray_address="auto")), 8, True).pin, "Ray counts the cores"
+    assert with_threads(plan_workers(Options("0")), 8, True) == plan_workers(Options("0"))
 
 
 BIND = """
@@ -303,7 +325,7 @@ sys.stdin.read()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="binds processes to cores")
-def test_workers_take_cores_of_their_own(tmp_path: Path) -> None:
+def test_workers_do_not_share_cores(tmp_path: Path) -> None:
     cores = sorted(os.sched_getaffinity(0))
     holders: list[subprocess.Popen[str]] = []
 
@@ -327,17 +349,17 @@ def test_workers_take_cores_of_their_own(tmp_path: Path) -> None:
         holder.communicate()
 
 
-def test_without_a_gpu_the_cpu_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_the_error_suggests_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seats, "_visible_gpus", lambda: ())
     with pytest.raises(ResourceError, match="use --gpus cpu --workers N"):
-        choose_seats(Wish("0"))
+        plan_workers(Options("0"))
 
 
-def test_place_of_a_worker() -> None:
-    assert Seats((), 0, 1).place.devices == ("cpu",)
-    assert Seats(("0",), 0.5, 1).place.devices == ("cuda:0",)
-    assert Seats(("0", "1"), 2, 2, devices=2).place.devices == ("cuda:0", "cuda:1")
-    assert Seats((), 0, 2, devices=2).place.devices == ("cpu", "cpu")
+def test_devices_of_a_worker() -> None:
+    assert Seats((), 0, 1).seat.devices == ("cpu",)
+    assert Seats(("0",), 0.5, 1).seat.devices == ("cuda:0",)
+    assert Seats(("0", "1"), 2, 2, devices=2).seat.devices == ("cuda:0", "cuda:1")
+    assert Seats((), 0, 2, devices=2).seat.devices == ("cpu", "cpu")
 
 
 def test_view_shows_workers_windows_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,11 +405,11 @@ def test_missing_ray_is_one_line(tmp_path: Path) -> None:
     )
 
 
-def test_the_guides_command_says_what_is_missing_here() -> None:
+def test_the_guides_command_reports_a_missing_gpu() -> None:
     script = Path(__file__).resolve().parents[3] / "scripts" / "parallel_inference.py"
     arguments = ["--config", "configs/inference_1.3B_optimized.yaml", "--input_file", "your_prompts.txt"]
     command = [sys.executable, str(script), *arguments, "--gpus", "0,1,2,3", "--split_input"]
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=hidden)
     assert (done.returncode, done.stdout) == (7, "")
-    assert done.stderr == "error: --gpus: no CUDA device here; use --gpus cpu --workers N\n"
+    assert done.stderr == "error: --gpus: this machine has no CUDA device; use --gpus cpu --workers N\n"

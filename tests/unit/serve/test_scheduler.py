@@ -1,4 +1,4 @@
-"""The rules of the batch queue, with workers that are only imagined."""
+"""The rules of the batch queue, with simulated workers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from omniavatar.serve.batch.report import summary
 from omniavatar.serve.batch.run_folder import ItemState, RunFolder
 from omniavatar.serve.batch.scheduler import Rules, Scheduler
 
-INFO = WorkerInfo("host", 1, "imagined", "")
+INFO = WorkerInfo("host", 1, "simulated", "")
 DONE = Outcome(Verdict.done, 0.0, 1.0, Made(4, 4, 0, 2.0), 10)
 Answer = Callable[[int, Task], Outcome | Lost]
 
@@ -31,8 +31,8 @@ def failure(verdict: Verdict, error: str = "x: is wrong; mend it", kind: str = "
 
 
 @dataclass
-class ImaginedCrew:
-    """Answers at once with what `answer` says; the clock moves when it waits."""
+class SimulatedCrew:
+    """Answers at once with the result of `answer`; its clock advances when the scheduler waits."""
 
     answer: Answer = lambda slot, task: DONE
     workers: int = 2
@@ -79,7 +79,7 @@ class ImaginedCrew:
 
 
 def run(
-    crew: ImaginedCrew,
+    crew: SimulatedCrew,
     items: Sequence[Item],
     folder: Path,
     before: Mapping[str, ItemState] | None = None,
@@ -99,8 +99,8 @@ def names(ledger: Ledger) -> dict[str, str]:
     return {key: state.state for key, state in ledger.states.items()}
 
 
-def test_items_go_in_order_to_whoever_is_free(tmp_path: Path) -> None:
-    crew = ImaginedCrew()
+def test_items_go_in_order_to_idle_workers(tmp_path: Path) -> None:
+    crew = SimulatedCrew()
     ledger = run(crew, make_items(["a", "b", "c", "d", "e"]), tmp_path)
     assert crew.keys() == [f"0000{i}" for i in range(5)] and crew.closed
     assert set(names(ledger).values()) == {"done"}
@@ -114,47 +114,47 @@ def test_items_go_in_order_to_whoever_is_free(tmp_path: Path) -> None:
 
 
 def test_no_more_workers_than_items(tmp_path: Path) -> None:
-    assert len(run(ImaginedCrew(workers=8), make_items(["a", "b"]), tmp_path).slots) == 2
+    assert len(run(SimulatedCrew(workers=8), make_items(["a", "b"]), tmp_path).slots) == 2
 
 
-def test_nothing_to_do_starts_nobody(tmp_path: Path) -> None:
+def test_without_open_items_no_worker_starts(tmp_path: Path) -> None:
     items = make_items(["a"])
-    run(ImaginedCrew(), items, tmp_path)
+    run(SimulatedCrew(), items, tmp_path)
 
-    def nobody() -> ImaginedCrew:
-        raise AssertionError("started")
+    def open_crew() -> SimulatedCrew:
+        raise AssertionError("a worker was started")
 
     folder = RunFolder(tmp_path)
-    scheduler = Scheduler(nobody, folder, Rules(), lambda name, **f: None)
+    scheduler = Scheduler(open_crew, folder, Rules(), lambda name, **f: None)
     ledger = scheduler.run(items, folder.states(), {"00000.mp4": 10})
     assert ledger.skipped == {"00000"}
 
 
-def test_done_item_is_made_again_when_it_changed_or_is_gone(tmp_path: Path) -> None:
+def test_done_item_is_made_again_if_it_changed_or_is_missing(tmp_path: Path) -> None:
     items = make_items(["a", "b", "c"])
     sizes = {item.name: 10 for item in items}
-    run(ImaginedCrew(), items, tmp_path)
-    crew = ImaginedCrew()
+    run(SimulatedCrew(), items, tmp_path)
+    crew = SimulatedCrew()
     run(crew, make_items(["a", "other", "c"]), tmp_path, sizes={**sizes, "00002.mp4": 9})
     assert crew.keys() == ["00001", "00002"]
-    crew = ImaginedCrew()
+    crew = SimulatedCrew()
     run(crew, items, tmp_path, sizes=sizes, fresh=True)
     assert [(key, fresh) for _, key, fresh, _ in crew.given] == [(item.key, True) for item in items]
 
 
 def test_damaged_state_counts_as_none(tmp_path: Path) -> None:
     items = make_items(["a", "b"])
-    run(ImaginedCrew(), items, tmp_path)
+    run(SimulatedCrew(), items, tmp_path)
     (tmp_path / "items" / "00000.json").write_text('{"format": 1, "key"')
     (tmp_path / "items" / "stranger.json").write_text("[]")
-    crew = ImaginedCrew()
+    crew = SimulatedCrew()
     run(crew, items, tmp_path, sizes={item.name: 10 for item in items})
     assert crew.keys() == ["00000"]
 
 
 def test_bad_line_fails_without_a_worker(tmp_path: Path) -> None:
     bad = replace(make_items(["a"])[0], request=None, problem="in.txt:1: no image")
-    ledger = run(ImaginedCrew(), [bad, make_items(["x", "b"])[1]], tmp_path)
+    ledger = run(SimulatedCrew(), [bad, make_items(["x", "b"])[1]], tmp_path)
     assert names(ledger) == {"00000": "failed", "00001": "done"}
     assert summary(ledger)["failures"][0]["error"] == "in.txt:1: no image"
 
@@ -163,7 +163,7 @@ def test_bad_line_fails_without_a_worker(tmp_path: Path) -> None:
     ("verdict", "attempts"), [(Verdict.failed, 1), (Verdict.retry, 3), (Verdict.broken, 3)]
 )
 def test_attempts(tmp_path: Path, verdict: Verdict, attempts: int) -> None:
-    crew = ImaginedCrew(lambda slot, task: failure(verdict) if task.item.key == "00000" else DONE)
+    crew = SimulatedCrew(lambda slot, task: failure(verdict) if task.item.key == "00000" else DONE)
     ledger = run(crew, make_items(["a", "b"]), tmp_path, retries=2, retry_wait_s=3.0)
     assert names(ledger) == {"00000": "failed", "00001": "done"}
     assert crew.keys().count("00000") == attempts == ledger.states["00000"].attempts
@@ -173,9 +173,9 @@ def test_attempts(tmp_path: Path, verdict: Verdict, attempts: int) -> None:
     assert crew.dismissed.count(crew.given[0][0]) == (1 + attempts if verdict is Verdict.broken else 1)
 
 
-def test_worker_is_replaced_where_its_answer_says_so(tmp_path: Path) -> None:
+def test_worker_is_replaced_if_its_answer_requests_it(tmp_path: Path) -> None:
     spent = replace(failure(Verdict.failed), replace=True)
-    crew = ImaginedCrew(lambda slot, task: spent if task.item.key == "00000" else DONE, workers=1)
+    crew = SimulatedCrew(lambda slot, task: spent if task.item.key == "00000" else DONE, workers=1)
     ledger = run(crew, make_items(["a", "b"]), tmp_path)
     assert names(ledger) == {"00000": "failed", "00001": "done"}
     assert ledger.slots[0].starts == 2 and ledger.slots[0].lost == 0
@@ -187,7 +187,7 @@ def test_item_of_a_dead_worker_goes_to_the_front_and_is_not_started_over(tmp_pat
     def answer(slot: int, task: Task) -> Outcome | Lost:
         return Lost(slot, "killed") if task.item.key == "00001" and next(deaths, False) else DONE
 
-    crew = ImaginedCrew(answer, workers=1)
+    crew = SimulatedCrew(answer, workers=1)
     ledger = run(crew, make_items(["a", "b", "c"]), tmp_path, fresh=True)
     assert crew.keys() == ["00000", "00001", "00001", "00002"]
     assert [fresh for _, _, fresh, _ in crew.given] == [True, True, False, True]
@@ -198,18 +198,18 @@ def test_item_that_kills_every_worker_fails_alone(tmp_path: Path) -> None:
     def answer(slot: int, task: Task) -> Outcome | Lost:
         return Lost(slot, "killed") if task.item.key == "00001" else DONE
 
-    ledger = run(ImaginedCrew(answer), make_items(["a", "b", "c"]), tmp_path, retries=1)
+    ledger = run(SimulatedCrew(answer), make_items(["a", "b", "c"]), tmp_path, retries=1)
     assert names(ledger) == {"00000": "done", "00001": "failed", "00002": "done"}
     assert ledger.states["00001"].error == "its worker died: killed"
 
 
-def test_item_somebody_else_works_on_waits_without_costing_attempts(tmp_path: Path) -> None:
+def test_item_of_another_process_waits_without_using_attempts(tmp_path: Path) -> None:
     busy = iter([True] * 5)
 
     def answer(slot: int, task: Task) -> Outcome | Lost:
         return failure(Verdict.busy) if task.item.key == "00000" and next(busy, False) else DONE
 
-    crew = ImaginedCrew(answer)
+    crew = SimulatedCrew(answer)
     events: list[str] = []
     ledger = run(
         crew,
@@ -224,8 +224,10 @@ def test_item_somebody_else_works_on_waits_without_costing_attempts(tmp_path: Pa
     assert events.count("item_waiting") == 1 and crew.now >= 25
 
 
-def test_error_of_every_item_ends_the_batch(tmp_path: Path) -> None:
-    crew = ImaginedCrew(lambda slot, task: failure(Verdict.fatal, "w.pt: gone", "CheckpointError"), workers=1)
+def test_an_error_that_hits_every_item_ends_the_batch(tmp_path: Path) -> None:
+    crew = SimulatedCrew(
+        lambda slot, task: failure(Verdict.fatal, "w.pt: gone", "CheckpointError"), workers=1
+    )
     ledger = run(crew, make_items(["a", "b"]), tmp_path)
     assert isinstance(ledger.error, CheckpointError) and str(ledger.error) == "w.pt: gone"
     assert names(ledger) == {"00000": "failed", "00001": "queued"} and crew.closed
@@ -233,37 +235,40 @@ def test_error_of_every_item_ends_the_batch(tmp_path: Path) -> None:
 
 def test_one_worker_that_cannot_start_leaves_the_work_to_the_others(tmp_path: Path) -> None:
     trouble = failure(Verdict.retry, "device: no memory", "ResourceError")
-    crew = ImaginedCrew(start=lambda slot: Started(slot, trouble if slot == 0 else INFO))
+    crew = SimulatedCrew(start=lambda slot: Started(slot, trouble if slot == 0 else INFO))
     ledger = run(crew, make_items(["a", "b"]), tmp_path)
     assert set(names(ledger).values()) == {"done"} and ledger.slots[0].closed == "device: no memory"
-    nobody = ImaginedCrew(start=lambda slot: Started(slot, trouble))
-    ledger = run(nobody, make_items(["c", "d"]), tmp_path / "other")
+    failing = SimulatedCrew(start=lambda slot: Started(slot, trouble))
+    ledger = run(failing, make_items(["c", "d"]), tmp_path / "other")
     assert isinstance(ledger.error, ResourceError) and str(ledger.error) == "device: no memory"
 
 
-def test_workers_that_die_at_their_start_are_given_up(tmp_path: Path) -> None:
-    crew = ImaginedCrew(start=lambda slot: Lost(slot, "died\nat start"))
+def test_slots_whose_workers_die_at_their_start_are_closed(tmp_path: Path) -> None:
+    crew = SimulatedCrew(start=lambda slot: Lost(slot, "died\nat start"))
     ledger = run(crew, make_items(["a", "b"]), tmp_path)
-    assert isinstance(ledger.error, ResourceError) and str(ledger.error) == "no worker is left: at start"
+    assert (
+        isinstance(ledger.error, ResourceError)
+        and str(ledger.error) == "every worker failed to start: at start"
+    )
     assert [slot.starts for slot in ledger.slots] == [3, 3]
     assert set(names(ledger).values()) == {"queued"}
 
 
 def test_cluster_that_never_gives_a_worker(tmp_path: Path) -> None:
-    crew = ImaginedCrew()
+    crew = SimulatedCrew()
     crew.hire = lambda slot: None  # type: ignore[method-assign]
     ledger = run(crew, make_items(["a"]), tmp_path, start_limit_s=60.0)
     assert isinstance(ledger.error, ResourceError) and "within" in str(ledger.error)
     assert 60 <= crew.now < 70
 
 
-def test_full_disk_ends_the_batch_before_every_item_is_spent(tmp_path: Path) -> None:
+def test_full_disk_ends_the_batch_before_every_item_fails(tmp_path: Path) -> None:
     full = failure(Verdict.retry, "cannot write: the disk is full; free some space", "OutputError")
-    crew = ImaginedCrew(lambda slot, task: full)
+    crew = SimulatedCrew(lambda slot, task: full)
     ledger = run(crew, make_items([f"p{i}" for i in range(50)]), tmp_path)
     assert isinstance(ledger.error, OutputError) and "disk is full" in str(ledger.error)
     assert len(set(crew.keys())) < 10
-    one = ImaginedCrew(lambda slot, task: full if task.item.key == "00003" else DONE)
+    one = SimulatedCrew(lambda slot, task: full if task.item.key == "00003" else DONE)
     ledger = run(one, make_items([f"p{i}" for i in range(20)]), tmp_path / "other", retries=9)
     assert ledger.error is None and sum(s == "done" for s in names(ledger).values()) == 19
 
@@ -277,7 +282,7 @@ def test_states_that_cannot_be_written_cost_a_warning(
     monkeypatch.setattr(RunFolder, "write", full)
     events: list[str] = []
     ledger = run(
-        ImaginedCrew(),
+        SimulatedCrew(),
         make_items(["a", "b"]),
         tmp_path,
         event=lambda name, **fields: name == "message" and events.append(fields["text"]),
@@ -292,7 +297,7 @@ def test_ctrl_c_leaves_running_items_queued(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return DONE
 
-    crew = ImaginedCrew(answer, workers=1)
+    crew = SimulatedCrew(answer, workers=1)
     ledger = run(crew, make_items(["a", "b", "c", "d"]), tmp_path)
     assert ledger.interrupted and crew.closed
     assert list(names(ledger).values()) == ["done", "done", "queued", "queued"]
@@ -303,7 +308,7 @@ def test_the_drivers_own_work_for_an_item_does_not_grow_with_the_queue(tmp_path:
     def seconds_an_item(count: int) -> float:
         items = make_items([f"p{i}" for i in range(count)])
         started = time.process_time()
-        ledger = run(ImaginedCrew(workers=8), items, tmp_path / str(count))
+        ledger = run(SimulatedCrew(workers=8), items, tmp_path / str(count))
         spent = time.process_time() - started
         assert sum(state.state == "done" for state in ledger.states.values()) == count
         return spent / count

@@ -1,4 +1,4 @@
-"""Doubles: what windows are handed in training resembles the film, and only given latents are replaced."""
+"""Doubles: handed frames resemble the film, and only given latents are replaced."""
 
 from dataclasses import fields, replace
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_a_double_resembles_its_person_in_the_same_room(head):
     assert torch.equal(again.identity, made.identity)
 
 
-def test_softening_takes_fine_structure_and_leaves_the_rest():
+def test_softening_removes_only_fine_structure():
     torch.manual_seed(0)
     coarse = torch.nn.functional.interpolate(torch.rand(2, 3, 6, 6), (48, 48), mode="bicubic") * 200
     frames = (coarse[:, None] + 40 * torch.rand(2, 1, 3, 48, 48)).clamp(0, 255).to(torch.uint8)
@@ -61,12 +61,12 @@ def test_doubles_do_what_the_person_does_where_the_window_begins(head):
     looks = studio.people(1, 11)
     handed = film_doubles(studio, [take], looks, 11, torch.tensor([[0, 4]]))
     assert handed.shape == (1, 1, GIVEN_FRAMES, 3, 192, 192) and handed.dtype == torch.uint8
-    there, elsewhere = (
+    same_frame, other_frame = (
         studio.renderer.frames(looks, gather([{k: v[part] for k, v in tracks.items()}], head.device))[0]
         for part in (slice(length - 1, None), slice(0, 1))
     )
     last = handed[0, 0, -1].float()
-    assert 0 < (last - there[0, 0]).square().mean() < 0.7 * (last - elsewhere[0, 0]).square().mean()
+    assert 0 < (last - same_frame[0, 0]).square().mean() < 0.7 * (last - other_frame[0, 0]).square().mean()
 
 
 def test_only_given_latents_of_later_windows_are_a_double_s():

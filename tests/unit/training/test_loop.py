@@ -1,4 +1,4 @@
-"""Optimisers, the supply of clips beside training, and what remains of a run that is cut off."""
+"""Optimisers, the supply of clips during training, and the state of an interrupted run."""
 
 import threading
 import time
@@ -7,7 +7,7 @@ import pytest
 import torch
 from training.loop import Budget, Optimiser, Pool
 from training.muon import Muon, orthogonalised
-from training.session import HERE
+from training.session import FOLDER
 from training.settings import read_settings
 from training.supply import Supply
 
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_muon_takes_the_steps_of_torchs(decay):
+def test_muon_steps_equal_those_of_torch(decay):
     shapes = [(8, 8), (8, 24), (24, 8), (8, 8), (8, 24)]
     torch.manual_seed(0)
     ours, theirs = ([torch.nn.Parameter(torch.randn(shape)) for shape in shapes] for _ in range(2))
@@ -53,7 +53,7 @@ class Blocks(torch.nn.Module):
 def stage(**changes):
     from dataclasses import replace
 
-    return replace(read_settings(HERE / "configs" / "check.yaml").dit, warmup=1, **changes)
+    return replace(read_settings(FOLDER / "configs" / "check.yaml").dit, warmup=1, **changes)
 
 
 def test_muon_has_the_blocks_matrices_and_adam_the_rest():

@@ -1,4 +1,4 @@
-"""Training's forwards are the engine's, its batches are what the engine will ask, its losses fall."""
+"""Training: forwards equal those of the engine, batches match its inputs, and losses fall."""
 
 import copy
 from pathlib import Path
@@ -10,7 +10,7 @@ from training import nets as training_nets
 from training.augment import roughen
 from training.export import export, load_files
 from training.loop import Budget, Optimiser, Pool
-from training.ranks import Ranks
+from training.ranks import TrainingRanks
 from training.scale import LATENTS, POCKET, WINDOW
 from training.session import Session, parse_stages
 from training.settings import read_settings
@@ -83,7 +83,7 @@ def test_latent_statistics_fold_in_without_changing_the_pictures(nets):
 
 
 def test_a_new_vae_codes_frame_by_frame(nets):
-    """A still clip decodes to one picture repeated, so single frames are a fair beginning for clips."""
+    """A clip of equal frames decodes to equal pictures, so training can start with single frames."""
     still = torch.rand(1, 3, 1, 32, 32).expand(-1, -1, 9, -1, -1) * 2 - 1
     with torch.no_grad():
         latent = training_nets.vae_encode(nets.vae, still)[0]
@@ -266,12 +266,12 @@ def test_blending_keeps_as_much_as_the_decibels_allow(nets):
 def test_a_stage_longer_than_planned_is_refused(settings):
     session = Session.__new__(Session)
     session.settings, session.facts = settings, {"minutes": {"decoder": 0.7, "dit": 3.0}}
-    with pytest.raises(ValueError, match=r"decoder: planned_minutes: 1 end before .* 0.70 .*set it to 1.20"):
+    with pytest.raises(ValueError, match=r"decoder: planned_minutes is 1, .* 0.70 .*set it to 1.20"):
         session.run("decoder", 0.5)
 
 
 def averaged(team: object) -> torch.Tensor:
-    ranks = Ranks(team.rank, team.size)
+    ranks = TrainingRanks(team.rank, team.size)
     gradients = torch.arange(4.0) * ranks.index
     ranks.average(gradients)
     assert ranks.any(ranks.index == 1, torch.device("cpu")) and not ranks.any(False, torch.device("cpu"))
@@ -327,7 +327,7 @@ def test_settings_are_strict(tmp_path):
         parse_stages(["vea=5"])
 
 
-def test_a_mirrored_film_keeps_mouths_where_they_are_seen():
+def test_a_mirrored_film_mirrors_mouth_positions():
     frames = torch.full((2, 3, 3, 8, 10), 100, dtype=torch.uint8)
     frames[..., 4, 7] = 200
     mouth = torch.tensor([7.0, 4.0]).expand(2, 3, 2)

@@ -1,4 +1,4 @@
-"""The training renderer: rasteriser against analytic triangles, faces against what they should show."""
+"""The training renderer: the rasteriser against analytic triangles, and faces against their parameters."""
 
 from dataclasses import replace
 

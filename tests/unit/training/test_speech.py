@@ -1,4 +1,4 @@
-"""Phones to mouth shapes in time, takes by seed, speech sets on disk."""
+"""Mouth shapes from timed phones, takes by seed, and speech sets on disk."""
 
 import numpy as np
 import pytest
@@ -140,7 +140,7 @@ def test_takes_repeat_by_seed_and_fit_the_frames(speech):
 
 
 def test_takes_keep_sound_and_phones_together(speech):
-    """Where the labels say speech there is sound, in every take that has some."""
+    """Frames labelled as speech have sound, in every take with speech."""
     names = Head("cpu").names
     for seed in range(12):
         take = make_take(speech, names, 76, seed)

@@ -10,12 +10,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
 from omniavatar.accel.attention.registry import ATTENTION, create_attention
 from omniavatar.device import Backend
-from omniavatar.model.attention import AttentionFn
+
+if TYPE_CHECKING:
+    from omniavatar.model.attention import AttentionFn
 
 TOKENS = {"cuda": 8192, "cpu": 512}
 WARM_UP, REPEATS, NEAR = 2, 5, 1.03

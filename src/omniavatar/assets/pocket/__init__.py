@@ -1,7 +1,7 @@
-"""The small trained model that ships with the package: its weights, its config and a portrait to try it on.
+"""The small trained model in the package: weights, configuration and a portrait (docs/pocket.md).
 
-`weights/` is what `training/export.py` writes; `pocket.yaml` is a copy of configs/pocket.yaml; `portrait.png`
-is a rendered head that training never saw (`training/portraits.py`). See docs/pocket.md.
+`training/export.py` writes `weights/`. `pocket.yaml` is a copy of configs/pocket.yaml. `portrait.png` is a
+rendered head outside the training data (`training/portraits.py`).
 """
 
 from __future__ import annotations

@@ -26,8 +26,7 @@ from omniavatar.assets import SPEECH
 from omniavatar.config.change import changed
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import PipelineConfig
-from omniavatar.device import choose_device, device_name
-from omniavatar.engine.loading import DTYPES
+from omniavatar.device import choose_device, device_name, torch_dtype
 from omniavatar.errors import ConfigError, OmniAvatarError
 from omniavatar.measure.benchmark.parts import (
     PartTimer,
@@ -119,7 +118,7 @@ def _not_possible(config: PipelineConfig, device: torch.device, options: Options
     if device.type != "cuda" and need > free:
         return f"needs about {bytes_text(need)}, this machine has {bytes_text(free)} free"
     dit, _ = find_dit_config(config.model)
-    limits = ceilings(device, DTYPES[config.model.dtype])
+    limits = ceilings(device, torch_dtype(config.model.dtype))
     least = limits.floor_seconds(forward_work(dit, latent_shape(plan)))
     if least > options.forward_limit:
         return (

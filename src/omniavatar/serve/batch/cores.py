@@ -1,9 +1,9 @@
-"""Cores of its own for a worker on the CPU (Linux).
+"""Bind a CPU worker to cores that no other worker uses (Linux).
 
-A worker of n threads that may run anywhere takes more than n cores: x264 always has four threads, since its
-output depends on their number, and sound, files and Ray have theirs. Bound to n cores it takes n, so that
-workers do not slow each other down, and one worker is the measure of several. The cores are claimed by lock,
-as items are: batches side by side do not take the same ones, and those of a killed worker are free at once.
+An unbound worker with n threads uses more than n cores: x264 always runs four threads, since its output
+depends on their number, and sound, files and Ray add theirs. Binding keeps workers from slowing each other
+down, so the speed of one predicts the speed of several. Each core is claimed with a file lock: two batches on
+one machine take different cores, and the kernel frees those of a killed worker at once.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from pathlib import Path
 from omniavatar.serve.batch.lease import Lease, try_lease
 
 
-def cores_here() -> int:
-    """Cores this process may use and can be bound to: none where the system has no such thing."""
+def bindable_cores() -> int:
+    """Number of cores this process can be bound to; 0 if the system cannot bind processes."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 0
 
 
 def take_cores(count: int, folder: Path | None = None) -> tuple[int, ...]:
-    """Bind this process, until it ends, to `count` cores that no other worker of this user has.
+    """Bind this process, until it ends, to `count` cores that no other worker of this user holds.
 
-    Returns their numbers; none, and nothing is changed, where there are not that many. folder: of the
-    locks, one for the machine.
+    Returns the core numbers. If too few cores are free, returns () and changes nothing.
+
+    folder: holds the lock files; all workers on the machine must use the same one.
     """
     folder = folder or Path(tempfile.gettempdir()) / f"omniavatar-cores-{os.getuid()}"
     numbers: list[int] = []
@@ -44,12 +45,12 @@ def take_cores(count: int, folder: Path | None = None) -> tuple[int, ...]:
 
 
 def bind(numbers: Sequence[int]) -> None:
-    """Bind every thread there is in this process; those to come are bound as the one that starts them."""
+    """Bind every thread of this process; a later thread inherits the binding of its creator."""
     bound: set[str] = set()
     while new := set(os.listdir("/proc/self/task")) - bound:
         for thread in new:
             try:
                 os.sched_setaffinity(int(thread), numbers)
-            except ProcessLookupError:  # it has ended
+            except ProcessLookupError:  # the thread has ended
                 continue
         bound |= new

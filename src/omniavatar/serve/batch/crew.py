@@ -1,4 +1,4 @@
-"""What the scheduler knows of workers: they are hired, given tasks, and tell what happened to them."""
+"""The scheduler's view of the workers: it starts them, gives them tasks and receives their answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from omniavatar.serve.batch.items import Outcome, Progress, Task, WorkerInfo
 
 @dataclass(frozen=True)
 class Started:
-    """The worker of a slot is ready, or an Outcome says why it can't be."""
+    """The worker of a slot is ready, or could not start (`answer` is then an Outcome with the error)."""
 
     slot: int
     answer: WorkerInfo | Outcome
@@ -19,7 +19,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Answered:
-    """The worker of a slot has finished with its task."""
+    """The worker of a slot finished its task, with success or an error."""
 
     slot: int
     outcome: Outcome
@@ -27,7 +27,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Lost:
-    """The worker of a slot is gone: its process or its node died."""
+    """The worker of a slot died with its process or its node."""
 
     slot: int
     reason: str
@@ -37,33 +37,33 @@ News = Started | Answered | Lost
 
 
 class Crew(Protocol):
-    """Workers by slot number. A slot holds one worker at a time."""
+    """Workers by slot number. A slot has one worker at a time."""
 
     @property
     def workers(self) -> int:
-        """How many slots there is room for."""
+        """Number of slots."""
         ...
 
     def hire(self, slot: int) -> None:
-        """Begin to start a worker; `Started` or `Lost` follows."""
+        """Start a worker without waiting; `Started` or `Lost` follows."""
         ...
 
     def give(self, slot: int, task: Task) -> None:
-        """Hand the task to a ready worker; `Answered` or `Lost` follows."""
+        """Give the task to a ready worker; `Answered` or `Lost` follows."""
         ...
 
     def dismiss(self, slot: int) -> None:
-        """End the slot's worker, whatever it does; nothing follows."""
+        """Kill the slot's worker; no news follows."""
         ...
 
     def wait(self, seconds: float) -> Sequence[News]:
-        """What has happened, waiting at most `seconds` for the first of it."""
+        """News since the last call; waits at most `seconds` for the first one."""
         ...
 
     def progress(self, slots: Sequence[int]) -> Mapping[int, Progress]:
-        """Latest known progress of these working slots; doesn't wait, and asks for the next time."""
+        """Last known progress of these busy slots. Does not wait; requests newer values for the next call."""
         ...
 
     def close(self) -> None:
-        """End every worker and what was started for them."""
+        """Kill every worker and stop the services started for them."""
         ...

@@ -1,10 +1,10 @@
-"""Where finished videos go: a folder, or any place fsspec can write to.
+"""Destinations of finished videos: a folder, or any URL that fsspec can write to.
 
-Into a folder the engine writes itself: a video gets its name by rename when it is whole. For a URL it writes
-into a local staging folder first; the whole file is then uploaded under a temporary name, checked by size
-and moved to its name, and its `.json` follows as the mark that it is complete. Each step is tried again when
-the network fails. A receipt in the staging folder outlives the local copy, so that a batch that is cut right
-after a delivery does not make the video again.
+For a folder, the engine writes the video in place and renames it when it is complete. For a URL, the engine
+writes into a local staging folder. The finished file is uploaded under a temporary name, checked by size and
+renamed; its `.json` follows and marks it as complete. Each step is retried when the network fails. A receipt
+in the staging folder outlives the local copy: a batch interrupted right after a delivery does not make the
+video again.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ from omniavatar.serve.batch.lease import try_lease
 
 
 class Destination(Protocol):
-    """Where videos go; the same value is used by the driver and, pickled, by the workers."""
+    """Where videos go. The driver and the workers use the same value; it is pickled for the workers."""
 
     def prepared(self) -> AbstractContextManager[None]:
-        """Driver, around the whole batch: make sure that it can be written. Raises OutputError."""
+        """For the driver, around the whole batch: make the destination writable. Raises OutputError."""
         ...
 
     def check(self) -> None:
-        """Worker, at its start: raise OutputError if it does not see what the driver sees."""
+        """For a worker, at its start: raise OutputError unless it sees the driver's folder."""
         ...
 
     def sizes(self) -> Mapping[str, int]:
-        """Bytes of every file that lies there, by name."""
+        """Size in bytes of every file at the destination, by name."""
         ...
 
     def local(self, name: str) -> Path:
-        """Path the engine writes the video `name` to."""
+        """Local path to which the engine writes the video `name`."""
         ...
 
     def delivered(self, name: str, identity: str) -> int | None:
-        """Worker: bytes of the video if it lies there already and was made for `identity`."""
+        """Size in bytes of the video if it was delivered already and made for `identity`, else None."""
         ...
 
     def deliver(self, name: str, identity: str) -> int:
-        """Worker: bring the finished video there; returns its bytes. Raises OutputError."""
+        """Move the finished video to the destination; returns its size in bytes. Raises OutputError."""
         ...
 
 
 @dataclass(frozen=True)
 class FolderDestination:
-    """A folder that driver and workers share."""
+    """A folder that the driver and all workers share."""
 
     folder: Path
     token: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -67,8 +67,8 @@ class FolderDestination:
     @contextmanager
     def prepared(self) -> Iterator[None]:
         check_writable(self.folder)
-        for left in (*self.folder.glob(".batch-*"), *self.folder.glob(".*.mp4.lock")):
-            if (stale := try_lease(left)) is not None:  # of a process that was killed
+        for lock in (*self.folder.glob(".batch-*"), *self.folder.glob(".*.mp4.lock")):
+            if (stale := try_lease(lock)) is not None:  # its process was killed
                 stale.release()
         lease = try_lease(self._probe)
         assert lease is not None
@@ -78,8 +78,8 @@ class FolderDestination:
     def check(self) -> None:
         if not self._probe.exists():
             raise OutputError(
-                f"{self.folder}: {socket.gethostname()} does not see this folder of the driver's; "
-                "give --output a folder that all machines share, or a URL"
+                f"{self.folder}: {socket.gethostname()} does not see this folder of the driver; "
+                "set --output to a folder that all machines share, or to a URL"
             )
 
     def sizes(self) -> Mapping[str, int]:
@@ -89,7 +89,7 @@ class FolderDestination:
         return self.folder / name
 
     def delivered(self, name: str, identity: str) -> int | None:
-        return None  # the engine knows its finished videos
+        return None  # the engine itself recognises a finished video
 
     def deliver(self, name: str, identity: str) -> int:
         return self.local(name).stat().st_size
@@ -97,7 +97,7 @@ class FolderDestination:
 
 @dataclass(frozen=True)
 class RemoteDestination:
-    """A folder of a file system that fsspec knows, filled from a local staging folder."""
+    """A folder on a file system that fsspec supports, filled from a local staging folder."""
 
     url: str
     staging: Path
@@ -107,7 +107,7 @@ class RemoteDestination:
     @contextmanager
     def prepared(self) -> Iterator[None]:
         system, root = self._open()
-        self._try("cannot make the folder", lambda: system.makedirs(root, exist_ok=True))
+        self._retry("cannot make the folder", lambda: system.makedirs(root, exist_ok=True))
         check_writable(self.staging)
         yield
 
@@ -117,7 +117,7 @@ class RemoteDestination:
 
     def sizes(self) -> Mapping[str, int]:
         system, root = self._open()
-        entries = self._try("cannot be listed", lambda: system.ls(root, detail=True))
+        entries = self._retry("cannot list the folder", lambda: system.ls(root, detail=True))
         return {entry["name"].rsplit("/", 1)[-1]: entry["size"] or 0 for entry in entries}
 
     def local(self, name: str) -> Path:
@@ -139,7 +139,7 @@ class RemoteDestination:
         sidecar = video.with_suffix(".json")
         size = video.stat().st_size
         for path in (video, sidecar):
-            self._try(f"{path.name} cannot be delivered", partial(self._upload, system, root, path))
+            self._retry(f"cannot upload {path.name}", partial(self._upload, system, root, path))
         atomic_write_json(self._receipt(name), {"identity": identity, "bytes": size})
         for path in (video, sidecar):
             path.unlink()
@@ -151,24 +151,27 @@ class RemoteDestination:
         try:
             system.put_file(str(path), part)
             system.invalidate_cache()
-            there, here = system.info(part)["size"], path.stat().st_size
-            if there != here:
-                raise OSError(f"{there} of {here} bytes arrived")
+            uploaded, size = system.info(part)["size"], path.stat().st_size
+            if uploaded != size:
+                raise OSError(f"{uploaded} of {size} bytes arrived")
             system.mv(part, target)
         except Exception:
             _forget(system, part)
             raise
 
-    def _try(self, what: str, action: Callable[[], Any]) -> Any:
-        """The result of `action`, tried again with growing pauses; backends raise errors of every kind."""
+    def _retry(self, failure: str, action: Callable[[], Any]) -> Any:
+        """The result of `action`, retried with growing pauses. Catches all errors: backends raise many kinds.
+
+        failure: message for the OutputError after the last attempt.
+        """
         for attempt in range(self.tries):
             try:
                 return action()
             except Exception as error:
                 if attempt + 1 == self.tries:
                     raise OutputError(
-                        f"{self.url}: {what} ({type(error).__name__}: {error}), {self.tries} tries; "
-                        "check the connection and the rights, then give the same command again"
+                        f"{self.url}: {failure} after {self.tries} attempts ({type(error).__name__}: "
+                        f"{error}); check the connection and permissions, then give the same command again"
                     ) from error
                 time.sleep(self.wait_s * 2**attempt)
 
@@ -191,7 +194,7 @@ class RemoteDestination:
 
 
 def _forget(system: Any, part: str) -> None:
-    """Remove what a failed upload may have left; if even that fails, the name says that it is a part."""
+    """Remove the partial file of a failed upload; if that fails too, its name ends in `.part`."""
     try:
         system.rm_file(part)
     except Exception:
@@ -199,7 +202,7 @@ def _forget(system: Any, part: str) -> None:
 
 
 def make_destination(output: str, staging: Path) -> Destination:
-    """The destination called `output`: a URL (`s3://bucket/folder`) or a folder."""
+    """The destination for `output`, a URL (`s3://bucket/folder`) or a folder."""
     if "://" in output:
         return RemoteDestination(output, staging)
     return FolderDestination(Path(output).expanduser())

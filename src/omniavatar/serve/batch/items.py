@@ -1,8 +1,8 @@
-"""What flows through a batch: items, what a worker makes of them, and the engine a worker owns.
+"""The values of a batch: items, outcomes, and the engine interface.
 
-A batch is a queue of items and some workers. A worker owns a place (a CPU thread, a GPU, a group of GPUs) and
-one warm engine on it, takes one item at a time and answers with an `Outcome`, never with an exception: what
-an error means for the item, the worker and the batch is decided where it is raised.
+A batch is a queue of items and some workers. A worker owns a seat (CPU threads, a GPU, or a group of GPUs)
+and one engine with loaded models. It takes one item at a time and answers with an `Outcome`, never with an
+exception: the code that raises an error decides what it means for the item, the worker and the batch.
 """
 
 from __future__ import annotations
@@ -38,9 +38,11 @@ ERRORS: tuple[type[OmniAvatarError], ...] = (
 class Item:
     """One video to make.
 
-    key: unique in the batch, also the name of its state file. name: file name of the video. identity: text
-    that changes whenever the finished video would no longer be what is asked. line: line of the input file.
-    problem: why it cannot be made at all (`request` is None then).
+    key: unique in the batch; names the state file.
+    name: file name of the video.
+    line: line number in the input file.
+    identity: hash of everything the finished video depends on.
+    problem: why the video cannot be made; `request` is then None.
     """
 
     key: str
@@ -54,42 +56,48 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """An item given to a worker; `fresh`: start over even if windows of it are done."""
+    """An item given to a worker.
+
+    fresh: start over, even if some of its windows are done.
+    """
 
     item: Item
     fresh: bool
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where an engine runs: torch devices as the worker's process sees them, the first one leading."""
+class Seat:
+    """Where an engine runs.
+
+    devices: torch devices, numbered as the worker's process sees them; the first one leads.
+    """
 
     devices: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Member:
-    """One of the processes that make videos together, each on a device of its own; rank 0 leads.
+    """One of the processes that make videos together, one per device; rank 0 leads.
 
-    store: file through which they find each other.
+    store: file through which the processes find each other.
     """
 
-    place: Place
+    seat: Seat
     rank: int
     store: str
 
     @property
     def device(self) -> str:
-        return self.place.devices[self.rank]
+        return self.seat.devices[self.rank]
 
 
 class PeerLost(Exception):
-    """An exchange failed because another process of the group is gone or silent."""
+    """An exchange failed because another process of the group died or does not answer."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """What an engine made of one request."""
+    """The result of an engine for one request."""
 
     frames: int
     windows: int
@@ -98,59 +106,61 @@ class Made:
 
 
 class Engine(Protocol):
-    """Makes one video after the other with models loaded once."""
+    """Makes one video after another with the same loaded models."""
 
     def run(
         self, request: AvatarRequest, output: Path, fresh: bool, on_window: Callable[[int, int], None]
     ) -> Made:
-        """Write the request's video to `output`, whole or not at all, with its `.json` beside it.
+        """Write the complete video to `output`, and its `.json` beside it. Raises OmniAvatarError.
 
-        Work that was cut inside the video is continued unless `fresh`; a finished video of the same request
-        is left as it is. `on_window(done, windows)` tells the progress. Raises OmniAvatarError.
+        An interrupted video is continued unless `fresh`. A finished video of the same request stays as it
+        is. `on_window(done, windows)` reports the progress.
         """
         ...
 
     def device(self) -> str:
-        """Name of the device, for people."""
+        """Name of the device, for display."""
         ...
 
     def intact(self) -> bool:
-        """Whether it can go on with the next request after one that failed."""
+        """Whether the engine can make the next request after one that failed."""
         ...
 
 
-EngineFactory = Callable[[Place], Engine]
+EngineFactory = Callable[[Seat], Engine]
 
 
 class GroupFactory(Protocol):
-    """Makes an engine of several processes, of which each calls one of these."""
+    """Makes an engine that spans several processes; each process calls one of these methods."""
 
     def lead(self, member: Member) -> Engine:
-        """Rank 0: join the others; what it makes, all make. Raises OmniAvatarError, PeerLost."""
+        """For rank 0: connect to the others and return the engine. Raises OmniAvatarError, PeerLost."""
         ...
 
     def follow(self, member: Member) -> None:
-        """The others: join, and work along until this process is ended. Raises as `lead`."""
+        """For the other ranks: connect, and follow orders until this process is killed. Raises as `lead`."""
         ...
 
 
 class Verdict(StrEnum):
-    """What an answer means."""
+    """What the scheduler does with an outcome."""
 
     done = "done"
-    busy = "busy"  # another process is at this item now
-    failed = "failed"  # this item can't be made, whoever tries
-    retry = "retry"  # may go well later: disk, memory, network
-    fatal = "fatal"  # every item would fail like this
+    busy = "busy"  # another process makes this item now
+    failed = "failed"  # this item can never be made
+    retry = "retry"  # may succeed later: disk, memory, network
+    fatal = "fatal"  # every item would fail in the same way
     broken = "broken"  # a bug
     lost = "lost"  # one of the worker's processes died
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A worker's answer. began, ended: seconds since 1970 on the worker's clock. size: bytes delivered.
+    """The answer of a worker to one task.
 
-    replace: the worker can make no further item.
+    began, ended: seconds since 1970 on the worker's clock.
+    size: bytes of the delivered video.
+    replace: the worker cannot make further items and must be replaced.
     """
 
     verdict: Verdict
@@ -165,7 +175,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """Who a worker is: `gpus` as in CUDA_VISIBLE_DEVICES, empty on a CPU."""
+    """Identity of a worker process; `gpus` as in CUDA_VISIBLE_DEVICES, empty on the CPU."""
 
     host: str
     pid: int
@@ -175,7 +185,7 @@ class WorkerInfo:
 
 @dataclass(frozen=True)
 class Progress:
-    """Windows done of the item a worker is at; key None: at nothing."""
+    """Finished windows of the item a worker makes now; `key` is None if it is idle."""
 
     key: str | None
     window: int
@@ -183,13 +193,13 @@ class Progress:
 
 
 def verdict_of(error: OmniAvatarError) -> Verdict:
-    """What an error of one item means for the item and for the others."""
+    """The verdict on an error raised by one item."""
     if isinstance(error, ConfigError | CheckpointError):
         return Verdict.fatal
     return Verdict.retry if isinstance(error, OutputError | ResourceError) else Verdict.failed
 
 
 def as_error(outcome: Outcome) -> OmniAvatarError:
-    """The error a worker met, as one of ours again."""
+    """The exception that a worker's outcome describes."""
     found = {kind.__name__: kind for kind in ERRORS}.get(outcome.error_class, OmniAvatarError)
     return found(outcome.error)

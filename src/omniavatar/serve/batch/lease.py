@@ -1,8 +1,8 @@
-"""The right to work on one file, for one process at a time.
+"""Leases: only one process at a time may work on a file.
 
-An advisory lock (flock) on a small file beside the output. The kernel gives it back when its holder dies,
-also by kill -9, so there is no stale lease and no clock to compare. The file is removed on release; a lock
-counts only if the file that was locked is still the one under that name.
+A lease is an advisory lock (flock) on a small file beside the output. The kernel releases it when its holder
+dies, even by kill -9, so a lease never goes stale. The lock file is removed on release; a lock counts only
+if the locked file still has that name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Lease:
-    """A lease that is held; a context manager that gives it back."""
+    """A held lease; as a context manager, it releases the lease at the end."""
 
     def __init__(self, path: Path, handle: int) -> None:
         self._path, self._handle = path, handle
@@ -43,7 +43,7 @@ class Lease:
 
 
 def try_lease(path: Path) -> Lease | None:
-    """The lease on `path`, or None while another process has it. Raises OutputError."""
+    """The lease on `path`, or None if another process holds it. Raises OutputError."""
     while True:
         handle = _open(path)
         try:
@@ -54,46 +54,46 @@ def try_lease(path: Path) -> Lease | None:
                 return None
             if error.errno in _NOT_SUPPORTED:
                 raise OutputError(
-                    f"{path.parent}: this file system has no locks; choose a folder on another one"
+                    f"{path.parent}: this file system does not support locks; choose a folder on another one"
                 ) from None
             raise
-        if _is_still(path, handle):
+        if _still_named(path, handle):
             break
         os.close(handle)
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": round(time.time(), 3)}
     text = json.dumps(holder).encode()
-    with suppress(OSError):  # for people only; a full disk must not cost the lease
+    with suppress(OSError):  # the text is for messages only; a full disk must not prevent the lease
         os.pwrite(handle, text, 0)
-        if os.fstat(handle).st_size > len(text):  # a killed holder's
+        if os.fstat(handle).st_size > len(text):  # the rest of a killed holder's text
             os.ftruncate(handle, len(text))
     return Lease(path, handle)
 
 
 def _open(path: Path) -> int:
-    how = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
     try:
-        return os.open(path, how, 0o644)
-    except OSError:  # seldom: the folder is not there yet, or is no folder
+        return os.open(path, flags, 0o644)
+    except OSError:  # rare: the folder does not exist yet, or is a file
         try:
             with translate_os_error(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             raise OutputError(f"{path.parent}: is a file, not a folder; choose another folder") from None
         with translate_os_error(path):
-            return os.open(path, how, 0o644)
+            return os.open(path, flags, 0o644)
 
 
-def _is_still(path: Path, handle: int) -> bool:
+def _still_named(path: Path, handle: int) -> bool:
     try:
-        there = path.stat()
+        on_disk = path.stat()
     except FileNotFoundError:
         return False
-    mine = os.fstat(handle)
-    return (there.st_ino, there.st_dev) == (mine.st_ino, mine.st_dev)
+    locked = os.fstat(handle)
+    return (on_disk.st_ino, on_disk.st_dev) == (locked.st_ino, locked.st_dev)
 
 
 def holder_of(path: Path) -> str:
-    """Who has the lease, for a message: `process 4711 on node7`."""
+    """The holder of the lease, for a message: `process 4711 on node7`."""
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
         return f"process {holder['pid']} on {holder['host']}"

@@ -1,4 +1,4 @@
-"""What a batch has come to so far: the state of every item, and what each worker slot has done."""
+"""The record of a batch: the state of every item, and the work of every worker slot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from omniavatar.serve.batch.run_folder import ItemState
 
 @dataclass
 class Slot:
-    """A place for a worker, and what the workers there have done so far. Times are in seconds."""
+    """One worker slot and the work of its workers so far. Times are in seconds.
+
+    info: the worker now, None while none is ready; `known` keeps the last one.
+    present: time with a ready worker. busy: time spent on items.
+    gaps, gap_seconds: pauses between two items while others were queued.
+    closed: why the slot is no longer used.
+    """
 
     number: int
     info: WorkerInfo | None = None
@@ -39,7 +45,7 @@ class Slot:
 
 @dataclass
 class Ledger:
-    """What a batch has come to."""
+    """The record of one batch run."""
 
     states: dict[str, ItemState]
     skipped: set[str] = field(default_factory=set)

@@ -1,4 +1,4 @@
-"""A batch of avatar videos: requests of an input file as items, the pipeline as the workers' engine."""
+"""Connects the batch to the pipeline: input lines become items, `AvatarPipeline` the engine of a worker."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from omniavatar import __version__
+from omniavatar.checkpoint.fingerprint import file_stamp
 from omniavatar.config.change import changed
 from omniavatar.config.identity import result_values
 from omniavatar.config.schema import PipelineConfig
@@ -26,42 +27,44 @@ from omniavatar.engine.recorder import RunRecorder
 from omniavatar.engine.requests_file import BadLine, RequestLine
 from omniavatar.errors import InputError, OmniAvatarError, ResourceError
 from omniavatar.parallel.process import Process, connect, lost_another
-from omniavatar.parallel.team import ONE, Ranks
+from omniavatar.parallel.ranks import Ranks
+from omniavatar.parallel.team import ONE
 from omniavatar.plan.calibration import constants_file
 from omniavatar.plan.sharing import shared_among
 from omniavatar.serve.batch.cores import take_cores
-from omniavatar.serve.batch.items import Engine, Item, Made, Member, PeerLost, Place
+from omniavatar.serve.batch.items import Engine, Item, Made, Member, PeerLost, Seat
 from omniavatar.types import AvatarRequest
 
 
 @dataclass(frozen=True)
 class AvatarEngines:
-    """Makes a pipeline for a place, of one process or of several (a `GroupFactory`).
+    """Makes the engine for a seat, in one process or in several (a `GroupFactory`).
 
-    A process on the CPU has one thread unless the configuration says otherwise. pin: and as many cores of its
-    own, where there are enough.
+    A process on the CPU has one thread unless the configuration sets another number.
+
+    pin: bind a process on the CPU to one free core per thread, if enough are free.
     """
 
     config: PipelineConfig
     pin: bool = False
 
-    def __call__(self, place: Place) -> Engine:
-        config = self._on(self.config, place.devices[0])
+    def __call__(self, seat: Seat) -> Engine:
+        config = self._on(self.config, seat.devices[0])
         return _AvatarEngine(config, None, self._take_cores(config))
 
     def lead(self, member: Member) -> Engine:
-        with _blaming_peers():
+        with _peer_errors():
             config = self._shared(member)
             return _AvatarEngine(config, _join(member, config), self._take_cores(config))
 
     def follow(self, member: Member) -> None:
-        with _blaming_peers():
+        with _peer_errors():
             config = self._shared(member)
             self._take_cores(config)
             AvatarPipeline.from_config(config, team=_join(member, config)).follow()
 
     def _shared(self, member: Member) -> PipelineConfig:
-        count = len(member.place.devices)
+        count = len(member.seat.devices)
         return self._on(shared_among(self.config, count, f"--gpus-per-job {count}"), member.device)
 
     def _on(self, config: PipelineConfig, device: str) -> PipelineConfig:
@@ -78,13 +81,13 @@ class AvatarEngines:
 
 
 def _join(member: Member, config: PipelineConfig) -> Ranks:
-    process = Process(member.rank, member.rank, len(member.place.devices), member.store)
+    process = Process(member.rank, member.rank, len(member.seat.devices), member.store)
     return connect(process, choose_device(config.runtime.device))
 
 
 @contextmanager
-def _blaming_peers() -> Iterator[None]:
-    """Tell an exchange that failed because another process is gone from an error of this one's own."""
+def _peer_errors() -> Iterator[None]:
+    """Raise PeerLost for an exchange that failed because another process died; pass other errors on."""
     try:
         yield
     except OmniAvatarError:
@@ -96,7 +99,10 @@ def _blaming_peers() -> Iterator[None]:
 
 
 class _AvatarEngine:
-    """An `AvatarPipeline` that tells its windows. team: the processes that make each video, None for one."""
+    """An `AvatarPipeline` that reports its windows.
+
+    team: the processes that make each video together; None for one process.
+    """
 
     def __init__(self, config: PipelineConfig, team: Ranks | None, cores: tuple[int, ...]) -> None:
         self._on_window: Callable[[int, int], None] = lambda done, windows: None
@@ -107,7 +113,7 @@ class _AvatarEngine:
     def run(
         self, request: AvatarRequest, output: Path, fresh: bool, on_window: Callable[[int, int], None]
     ) -> Made:
-        with _blaming_peers():
+        with _peer_errors():
             return self._run(request, output, fresh, on_window)
 
     def _run(
@@ -134,7 +140,7 @@ class _AvatarEngine:
         return name if self._team is None else f"{self._team.size} x {name}"
 
     def intact(self) -> bool:
-        """Not after an error while the other processes were inside a video: they wait in an exchange."""
+        """False after an error while the other processes were inside a video: they block in an exchange."""
         return self._team is None or not isinstance(self._team.last_order, WindowsOrder)
 
     def _listen(self, name: str, fields: Mapping[str, Any]) -> None:
@@ -145,7 +151,7 @@ class _AvatarEngine:
 
 
 def make_items(lines: Sequence[RequestLine | BadLine], config: PipelineConfig) -> list[Item]:
-    """Items of the input file's lines, in order; a bad line is an item with a problem."""
+    """One item per line of the input file, in order; a bad line becomes an item with a problem."""
     common = {
         "omniavatar": __version__,
         **result_values(config),
@@ -159,7 +165,8 @@ def make_items(lines: Sequence[RequestLine | BadLine], config: PipelineConfig) -
         first = lines_of.setdefault(item.key, item.line)
         if first != item.line:
             error = (
-                f"line {item.line}: its video would be {item.name}, as line {first}'s; name another output"
+                f"line {item.line}: its output {item.name} is already used by line {first}; "
+                "set a different output name"
             )
             item = _bad(BadLine(line.index, line.line, InputError(error)))
         items.append(item)
@@ -186,16 +193,15 @@ def _item(line: RequestLine, config: PipelineConfig, common: Mapping[str, Any]) 
 
 
 def _constants_file(config: PipelineConfig) -> str | None:
-    """The file of measured step-cache constants, where there is one."""
+    """Size and time of the file with measured step-cache constants, None if the run uses no such file."""
     path = constants_file(config.model, config.sampling)
     return _file(path) if path is not None and path.is_file() else None
 
 
 def _file(path: Path) -> str:
-    found = path.stat()
-    return f"{path.name}: {found.st_size} bytes, modified {found.st_mtime_ns}"
+    return f"{path.name}: {file_stamp(path)}"
 
 
 def output_folder(config: PipelineConfig) -> Path:
-    """Where videos go when no --output is given."""
+    """The folder of the videos if --output is not given."""
     return output_path(config.output, config.sampling, 0, "").parent

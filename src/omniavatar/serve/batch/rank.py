@@ -1,9 +1,9 @@
-"""One process of a worker whose videos are made on several devices: `python -m ... <socket> <pipe>`.
+"""One rank of a worker that makes videos on several devices: `python -m ... <socket> <pipe>`.
 
-It is started by `group.GroupWorker`, hears over the socket who it is, and answers there. Rank 0 holds the
-`Worker`: leases and outputs are its alone, so they end with it. The others follow the leader's orders and say
-only what went wrong. Nothing is ever written to the pipe; its end is the end of whoever started this process,
-and of this process at once, whatever it waits for.
+`group.GroupWorker` starts it, sends its rank over the socket and receives its answers there. Rank 0 runs the
+`Worker` and alone holds leases and writes outputs, so these end with it. The other ranks follow the leader's
+orders and report only errors. Nothing is written to the pipe: it closes when the starting process dies, and
+then this process exits at once, even while blocked.
 """
 
 from __future__ import annotations
@@ -17,44 +17,46 @@ from functools import partial
 from multiprocessing.connection import Connection
 
 from omniavatar.serve.batch.destination import Destination
-from omniavatar.serve.batch.items import Engine, GroupFactory, Member, Outcome, Place
-from omniavatar.serve.batch.worker import Worker, problem
+from omniavatar.serve.batch.items import Engine, GroupFactory, Member, Outcome, Seat
+from omniavatar.serve.batch.worker import Worker, error_outcome
 
 
 def main(socket: int, pipe: int) -> None:
     threading.Thread(target=_end_with_starter, args=(pipe,), daemon=True).start()
-    talk: Connection = Connection(socket)
-    member, factory, destination, folder = talk.recv()
+    connection: Connection = Connection(socket)
+    member, factory, destination, folder = connection.recv()
     began = time.time()
     try:
         if member.rank:
-            _made(factory).follow(member)
+            _unpickled(factory).follow(member)
         else:
-            _lead(talk, member, factory, destination, folder)
-    except EOFError:  # whoever started this process is gone
+            _lead(connection, member, factory, destination, folder)
+    except EOFError:  # the starting process died
         pass
     except Exception as error:
-        talk.send(problem(error, began))
+        connection.send(error_outcome(error, began))
     os._exit(1)  # without waiting for threads, queues or the other processes
 
 
-def _lead(talk: Connection, member: Member, factory: bytes, destination: Destination, folder: str) -> None:
-    engines = partial(_engine, factory, member)
-    worker = Worker(engines, member.place, destination, folder, tell=talk.send)
+def _lead(
+    connection: Connection, member: Member, factory: bytes, destination: Destination, folder: str
+) -> None:
+    make_engine = partial(_engine, factory, member)
+    worker = Worker(make_engine, member.seat, destination, folder, on_progress=connection.send)
     answer = worker.start()
-    talk.send(answer)
+    connection.send(answer)
     while not (isinstance(answer, Outcome) and answer.replace):
-        answer = worker.run(talk.recv())
-        talk.send(answer)
+        answer = worker.run(connection.recv())
+        connection.send(answer)
 
 
-def _engine(factory: bytes, member: Member, place: Place) -> Engine:
-    return _made(factory).lead(member)
+def _engine(factory: bytes, member: Member, seat: Seat) -> Engine:
+    return _unpickled(factory).lead(member)
 
 
-def _made(factory: bytes) -> GroupFactory:
-    made: GroupFactory = pickle.loads(factory)
-    return made
+def _unpickled(factory: bytes) -> GroupFactory:
+    result: GroupFactory = pickle.loads(factory)
+    return result
 
 
 def _end_with_starter(pipe: int) -> None:

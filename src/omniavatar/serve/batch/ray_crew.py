@@ -1,11 +1,11 @@
 """Workers as Ray actors; the only file that imports Ray.
 
-On one machine Ray is started here and stopped at the end: no dashboard, no usage report, a token of its own,
-a temporary folder of its own with a short name (Unix sockets allow about 100 letters). With an address a
-running cluster is joined; where its workers run, what happens when a node dies, and how many nodes there are
-is Ray's business. A worker that dies is not restarted by Ray but reported, since the scheduler knows which
-item it had.
-Source: Ray's actor, fault tolerance and fractional GPU documentation.
+Without an address, Ray is started on this machine and stopped at the end. It gets no dashboard and sends no
+usage report. It has its own token and its own temporary folder; the folder's name is short, because a Unix
+socket path may have about 100 characters. With an address, the driver joins a running cluster; Ray then
+places the workers and handles the nodes. Ray does not restart a dead worker but reports it: the scheduler
+knows which item it had.
+Source: Ray's documentation of actors, fault tolerance and fractional GPUs.
 """
 
 from __future__ import annotations
@@ -29,28 +29,29 @@ from omniavatar.errors import ConfigError, ResourceError
 from omniavatar.serve.batch.crew import Answered, Lost, News, Started
 from omniavatar.serve.batch.destination import Destination
 from omniavatar.serve.batch.group import GroupWorker
-from omniavatar.serve.batch.items import EngineFactory, GroupFactory, Outcome, Place, Progress, Task, Verdict
+from omniavatar.serve.batch.items import EngineFactory, GroupFactory, Outcome, Progress, Seat, Task, Verdict
 from omniavatar.serve.batch.worker import Worker
 
 Kind = type[Started] | type[Answered]
 
 _OBJECT_STORE_BYTES = 100 * 2**20
-_SHORT = 40
+_MAX_TEMP_PATH = 40
 _CONNECT_S = 10
-_JOINS = 3
+_JOIN_ATTEMPTS = 3
 _CLIENT_SERVER_DIED = ("Starting Ray client server failed", "psutil.")
-"""In errors of joining (the latter begins the name of one): the head forks a server a driver, and gRPC can
-kill the fork at high load; the head then finds it gone, or a zombie."""
+"""Text in join errors that are worth a retry. The head forks one server per driver, and gRPC can kill the
+fork at high load; the head then reports a failed start, or a psutil error about a dead or zombie process."""
 
 
 @dataclass(frozen=True)
 class Seats:
-    """What workers run on.
+    """The hardware of all workers of a batch.
 
-    gpus: GPUs of this machine by number as `CUDA_VISIBLE_DEVICES` has them, () for the CPU or with `address`.
-    gpus_per_worker: 0 for the CPU, below 1 to share a GPU. cpus_per_worker: threads of a worker.
-    address: of a running cluster (`ray://host:10001`, `host:6379`, `auto`); None starts Ray here.
-    devices: of a worker; each has a process of its own if there are several.
+    gpus: GPUs of this machine, as in `CUDA_VISIBLE_DEVICES`; () for the CPU or with `address`.
+    gpus_per_worker: 0 for the CPU, below 1 if workers share a GPU.
+    cpus_per_worker: threads of a worker.
+    address: a running cluster (`ray://host:10001`, `host:6379`, `auto`); None starts Ray on this machine.
+    devices: devices per worker; each has its own process if there are several.
     """
 
     gpus: tuple[str, ...]
@@ -60,18 +61,20 @@ class Seats:
     devices: int = 1
 
     @property
-    def place(self) -> Place:
+    def seat(self) -> Seat:
+        """The devices of one worker, as its process sees them."""
         if self.gpus_per_worker == 0:
-            return Place(("cpu",) * self.devices)
-        return Place(tuple(f"cuda:{index}" for index in range(self.devices)))
+            return Seat(("cpu",) * self.devices)
+        return Seat(tuple(f"cuda:{index}" for index in range(self.devices)))
 
 
 class RayCrew:
-    """A `Crew` of Ray actors; `close` it at the end.
+    """A `Crew` of Ray actors; call `close` at the end.
 
-    workers: how many it is for; None: as many as the cluster has room for. factory: a GroupFactory for seats
-    of several devices. Raises ResourceError when Ray is missing or cannot be reached, ConfigError when the
-    cluster has no room.
+    workers: number of workers; None for as many as the cluster can run now.
+    factory: makes the engines; a GroupFactory if a worker has several devices.
+
+    Raises ResourceError if Ray is missing or unreachable, ConfigError if the cluster cannot run a worker.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class RayCrew:
         destination: Destination,
     ) -> None:
         try:
-            if "ray" not in sys.modules:  # it reads them when it is imported, its processes when they start
+            if "ray" not in sys.modules:  # Ray reads its settings at import, its processes at their start
                 for name, value in _environment(seats.address).items():
                     os.environ.setdefault(name, value)
             import ray
@@ -96,26 +99,26 @@ class RayCrew:
         self._actors: dict[int, Any] = {}
         self._calls: dict[int, Any] = {}
         self._heard: SimpleQueue[tuple[int, Any, Kind, Future[Any]]] = SimpleQueue()
-        self._asked: dict[int, tuple[Any, Future[Any]]] = {}
+        self._progress_calls: dict[int, tuple[Any, Future[Any]]] = {}
         self._progress: dict[int, Progress] = {}
         try:
             if seats.address is None:
-                self._start_here(workers or 1)
+                self._start_ray(workers or 1)
             else:
                 self._join(seats.address)
-            self._workers = workers or self._fitting()
+            self._workers = workers or self._cluster_capacity()
         except BaseException:
             self.close()
             raise
         grouped = seats.devices > 1
         self._actor = ray.remote(GroupWorker if grouped else Worker)
         packed = ray.cloudpickle.dumps(factory) if grouped else factory
-        self._arguments = (packed, seats.place, destination, os.getcwd())
+        self._arguments = (packed, seats.seat, destination, os.getcwd())
 
-    def _start_here(self, workers: int) -> None:
+    def _start_ray(self, workers: int) -> None:
         seats = self._seats
         folder = tempfile.gettempdir()
-        self._folder = tempfile.mkdtemp(prefix="oa-", dir=folder if len(folder) < _SHORT else "/tmp")
+        self._folder = tempfile.mkdtemp(prefix="oa-", dir=folder if len(folder) < _MAX_TEMP_PATH else "/tmp")
         before = os.environ.get("CUDA_VISIBLE_DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(seats.gpus)
         try:
@@ -130,7 +133,8 @@ class RayCrew:
             )
         except Exception as error:
             raise ResourceError(
-                f"Ray does not start on this machine ({_one_line(error)}); see `ray stop`"
+                f"Ray did not start on this machine ({_one_line(error)}); stop other Ray processes with "
+                "`ray stop` and try again"
             ) from error
         finally:
             if before is None:
@@ -140,7 +144,7 @@ class RayCrew:
 
     def _join(self, address: str) -> None:
         _check_listening(address)
-        for left in reversed(range(_JOINS)):
+        for attempts_left in reversed(range(_JOIN_ATTEMPTS)):
             try:
                 self._ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
                 return
@@ -149,24 +153,26 @@ class RayCrew:
                     f"--ray-address {address}: {_one_line(error)}; pip install 'omniavatar[batch]'"
                 ) from None
             except Exception as error:
-                if left and any(sign in str(error) for sign in _CLIENT_SERVER_DIED):
+                if attempts_left and any(sign in str(error) for sign in _CLIENT_SERVER_DIED):
                     continue
                 raise ResourceError(
-                    f"--ray-address {address}: cannot join ({_one_line(error)}); check that a cluster runs "
-                    "there, the same Ray and Python, its token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+                    f"--ray-address {address}: cannot join the cluster ({_one_line(error)}); check that it "
+                    "runs, that it has the same versions of Ray and Python, and that its token is in "
+                    "RAY_AUTH_TOKEN or ~/.ray/auth_token"
                 ) from error
 
-    def _fitting(self) -> int:
-        """Workers for which the cluster has room now; one is always on one node."""
+    def _cluster_capacity(self) -> int:
+        """Number of workers the cluster can run now; a worker never spans nodes."""
         seats = self._seats
         on_gpu = seats.gpus_per_worker > 0
         kind, share = ("GPU", seats.gpus_per_worker) if on_gpu else ("CPU", seats.cpus_per_worker)
-        there = [node["Resources"].get(kind, 0) for node in self._ray.nodes() if node["Alive"]]
-        workers = workers_fitting(there, share)
+        node_resources = [node["Resources"].get(kind, 0) for node in self._ray.nodes() if node["Alive"]]
+        workers = workers_fitting(node_resources, share)
         if not workers:
             raise ConfigError(
-                f"--ray-address {seats.address}: has {max(there, default=0):g} {kind}s on a node now, "
-                f"{share:g} are needed; give --workers for a cluster that grows on demand"
+                f"--ray-address {seats.address}: a worker needs {share:g} {kind}s on one node, but the "
+                f"largest node has {max(node_resources, default=0):g}; "
+                "give --workers if the cluster grows on demand"
             )
         return workers
 
@@ -187,17 +193,17 @@ class RayCrew:
         self._call(slot, self._actors[slot].run.remote(task), Answered)
 
     def _call(self, slot: int, ref: Any, kind: Kind) -> None:
-        """Have the answer put into the queue: waiting there costs nothing, however many workers there are."""
+        """Put the answer into one queue, so that `wait` costs the same for any number of workers."""
         self._calls[slot] = ref
         ref.future().add_done_callback(lambda answer: self._heard.put((slot, ref, kind, answer)))
 
     def dismiss(self, slot: int) -> None:
         actor = self._actors.pop(slot, None)
         self._calls.pop(slot, None)
-        self._asked.pop(slot, None)
+        self._progress_calls.pop(slot, None)
         self._progress.pop(slot, None)
         if actor is not None:
-            with suppress(Exception):  # it may be gone already, or the connection to the cluster
+            with suppress(Exception):  # the actor may be dead already, or the cluster unreachable
                 self._ray.kill(actor, no_restart=True)
 
     def wait(self, seconds: float) -> Sequence[News]:
@@ -205,7 +211,7 @@ class RayCrew:
         with suppress(Empty):
             while True:
                 slot, ref, kind, answer = self._heard.get(timeout=0 if news else seconds)
-                if self._calls.get(slot) is ref:  # not of a worker that was dismissed
+                if self._calls.get(slot) is ref:  # skips answers of dismissed workers
                     del self._calls[slot]
                     news.append(self._news(slot, kind, answer))
         return news
@@ -220,19 +226,19 @@ class RayCrew:
         return kind(slot, answer)
 
     def progress(self, slots: Sequence[int]) -> Mapping[int, Progress]:
-        for slot, (_, answer) in list(self._asked.items()):
+        for slot, (_, answer) in list(self._progress_calls.items()):
             if answer.done():
-                del self._asked[slot]
-                with suppress(self._ray.exceptions.RayError):  # its death is reported by `wait`
+                del self._progress_calls[slot]
+                with suppress(self._ray.exceptions.RayError):  # `wait` reports the worker's death
                     self._progress[slot] = answer.result()
         for slot in slots:
-            if slot not in self._asked and slot in self._calls:
+            if slot not in self._progress_calls and slot in self._calls:
                 ref = self._actors[slot].progress.remote()
-                self._asked[slot] = (ref, ref.future())
+                self._progress_calls[slot] = (ref, ref.future())
         return {slot: self._progress[slot] for slot in slots if slot in self._progress}
 
     def close(self) -> None:
-        """End every worker, and Ray where it was started here."""
+        """Kill every worker, and stop Ray if this object started it."""
         for slot in list(self._actors):
             self.dismiss(slot)
         self._ray.shutdown()
@@ -240,46 +246,46 @@ class RayCrew:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def workers_fitting(there: Sequence[float], share: float) -> int:
-    """Workers of `share` each for which nodes with that much `there` have room."""
-    return sum(int(each / share + 1e-6) for each in there)
+def workers_fitting(node_resources: Sequence[float], share: float) -> int:
+    """Number of workers that fit on the nodes, each taking `share` of one node's resources."""
+    return sum(int(each / share + 1e-6) for each in node_resources)
 
 
 def _environment(address: str | None) -> dict[str, str]:
-    """Settings for Ray: quiet, no reports, and a token for its ports that only this batch knows."""
+    """Environment variables for Ray: quiet, no reports, and a token for its ports private to this batch."""
     quiet = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_DEDUP_LOGS_SKIP_REGEX": "^",  # no line of Ray's own on the driver's stdout
+        "RAY_DEDUP_LOGS_SKIP_REGEX": "^",  # keeps Ray's own lines off the driver's stdout
     }
     if address is not None:
-        kept = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-        kept = kept or (Path.home() / ".ray" / "auth_token").is_file()
-        return {**quiet, "RAY_AUTH_MODE": "token"} if kept else quiet  # Ray 2.60 does not do so by itself
+        has_token = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+        has_token = has_token or (Path.home() / ".ray" / "auth_token").is_file()
+        return {**quiet, "RAY_AUTH_MODE": "token"} if has_token else quiet  # Ray 2.60 needs the mode set
     return {
         **quiet,
         "RAY_enable_metrics_collection": "0",
-        "RAY_task_events_report_interval_ms": "0",  # nobody asks this Ray for lists of tasks
+        "RAY_task_events_report_interval_ms": "0",  # task lists are never read
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
 
 
 def _check_listening(address: str) -> None:
-    """Raise ResourceError if nothing answers there: Ray itself would wait for minutes, or for ever."""
+    """Raise ResourceError if nothing listens at the address: Ray would wait for minutes, or without end."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdecimal():  # `auto`, or a session of Ray Client without a port
+    if not port.isdecimal():  # `auto`, or an address without a port
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
     except (OSError, OverflowError) as error:
         raise ResourceError(
-            f"--ray-address {address}: nothing answers there ({error}); start one with `ray start --head`"
+            f"--ray-address {address}: no cluster answers ({error}); start one with `ray start --head`"
         ) from None
 
 
 def _one_line(error: Exception) -> str:
-    """What Ray's many lines come to: how the process ended, or the last line, which is the cause."""
+    """One line of a long Ray error: how the process ended, or else the last line, which has the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     detail = next((line for line in lines if "exit" in line.lower() and "detail" in line.lower()), None)
     return (detail or (lines[-1] if lines else type(error).__name__))[:300]

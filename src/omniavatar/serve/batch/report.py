@@ -1,4 +1,4 @@
-"""What a batch came to, as plain values: the content of `summary.json`."""
+"""The content of `summary.json`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from omniavatar.serve.batch.ledger import Ledger, Slot
 
 
 def summary(ledger: Ledger) -> dict[str, Any]:
-    """Counts, real-time factor, use of every worker, scheduling overhead, failures.
+    """Counts, real-time factor, utilization of every worker, pauses between items, failures.
 
-    real_time_factor: wall seconds of the batch for a second of video made. use: share of a worker's time
-    (from being ready to its end) in which it was at an item. gap_seconds: mean pause of a worker between two
-    items that lay ready, overhead: those pauses as a share of pauses and work.
+    real_time_factor: wall seconds of the batch per second of video.
+    mean_pause_seconds: mean pause of a worker between two items while others were queued.
+    pause_share: those pauses as a share of pauses and work.
+    utilization: share of a worker's `ready_seconds` spent on items.
     """
     states = ledger.states
     counts = {name: 0 for name in ("queued", "running", "done", "failed")}
@@ -27,16 +28,16 @@ def summary(ledger: Ledger) -> dict[str, Any]:
         "done": counts["done"] - len(ledger.skipped),
         "skipped": len(ledger.skipped),
         "failed": counts["failed"],
-        "left": counts["queued"] + counts["running"],
+        "remaining": counts["queued"] + counts["running"],
         "wall_seconds": ledger.wall,
         "video_seconds": video,
         "real_time_factor": ledger.wall / video if video else None,
-        "gap_seconds": paused / gaps if gaps else None,
-        "overhead": paused / (paused + busy) if gaps else None,
+        "mean_pause_seconds": paused / gaps if gaps else None,
+        "pause_share": paused / (paused + busy) if gaps else None,
         "stopped_by": "interrupted" if ledger.interrupted else str(ledger.error) if ledger.error else None,
         "workers": [_worker(slot) for slot in ledger.slots],
         "failures": [
-            {"item": state.key, "line": state.line, "class": state.error_class, "error": state.error}
+            {"item": state.key, "line": state.line, "error_class": state.error_class, "error": state.error}
             for state in states.values()
             if state.state == "failed"
         ],
@@ -55,8 +56,8 @@ def _worker(slot: Slot) -> dict[str, Any]:
         "starts": slot.starts,
         "lost": slot.lost,
         "busy_seconds": slot.busy,
-        "present_seconds": slot.present,
-        "use": slot.busy / slot.present if slot.present else None,
+        "ready_seconds": slot.present,
+        "utilization": slot.busy / slot.present if slot.present else None,
         "video_seconds": slot.video_seconds,
-        "closed": slot.closed or None,
+        "closed_reason": slot.closed or None,
     }

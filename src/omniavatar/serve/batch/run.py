@@ -1,4 +1,4 @@
-"""One batch from its items to its summary."""
+"""Runs one batch, from its items to its summary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from omniavatar.serve.batch.scheduler import Event, Rules, Scheduler
 
 @dataclass(frozen=True)
 class BatchResult:
-    """ledger: what happened. summary: the content of `path`."""
+    """The record of a batch, and its `summary.json`: content and path."""
 
     ledger: Ledger
     summary: dict[str, Any]
@@ -33,11 +33,14 @@ def run_batch(
     rules: Rules,
     event: Event,
 ) -> BatchResult:
-    """Make the items that aren't done yet and write `summary.json` into the run folder.
+    """Make the items that are not done yet and write `summary.json` into the run folder.
 
-    open_crew: makes the workers; called only if there is something to do. event: called as
-    `event(name, **fields)` for every step. An error that ended the batch early is in `BatchResult.ledger`.
-    Raises OutputError when another driver runs the same folder, or where nothing can be written.
+    An error that ended the batch early is in `BatchResult.ledger`.
+
+    open_crew: makes the workers; called only if an item is queued.
+    event: called as `event(name, **fields)` for every step.
+
+    Raises OutputError if another driver runs the same folder, or a folder cannot be written.
     """
     run = RunFolder(folder)
     with run.own():

@@ -1,9 +1,9 @@
-"""The state of every item on disk, so that the same command goes on where it was cut.
+"""The state of every item on disk, from which the same command continues after an interruption.
 
-`<run>/items/<key>.json` is replaced by rename at each change, so a reader sees a whole state or none; a state
-that cannot be read counts as none. States are a memory of the driver's, who alone writes them. What decides
-is the work itself: a finished video with its sidecar, or the job folder of one that was cut. Renames are
-not forced to the disk: after a power cut a state may be old, and the item is looked at again.
+Each change replaces `<run>/items/<key>.json` by rename, so a reader sees a complete state or none. An
+unreadable state counts as missing. Only the driver writes states, and the work itself decides over them: a
+finished video with its sidecar, or the job folder of an interrupted one. Renames are not synced to the disk:
+after a power failure a state may be old, and the item is checked again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ StateName = Literal["queued", "running", "done", "failed"]
 
 @dataclass(frozen=True)
 class ItemState:
-    """How far one item is. window: windows done, of `windows` (0: not known yet). updated: since 1970."""
+    """The state of one item.
+
+    window: finished windows, of `windows` (0 if not known yet).
+    updated: seconds since 1970.
+    """
 
     key: str
     name: str
@@ -52,24 +56,24 @@ def first_state(item: Item) -> ItemState:
 
 
 class RunFolder:
-    """The run folder of one batch, owned by one driver at a time."""
+    """The run folder of one batch; one driver at a time owns it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._items = folder / "items"
 
     def own(self) -> Lease:
-        """The right to drive this batch; give it back at the end.
+        """The lease on this run folder; release it at the end.
 
-        Raises OutputError while another driver has it, or when the folder cannot be written.
+        Raises OutputError if another driver holds it, or the folder cannot be written.
         """
         check_writable(self._items)
         path = self.folder / "driver.lock"
         lease = try_lease(path)
         if lease is None:
             raise OutputError(
-                f"{self.folder}: {holder_of(path)} is running this batch; wait for it, or give another "
-                "--run-dir"
+                f"{self.folder}: {holder_of(path)} is running this batch; wait until it ends, or set "
+                "another --run-dir"
             )
         return lease
 
@@ -89,7 +93,7 @@ class RunFolder:
     def write(self, state: ItemState) -> None:
         """Replace the item's state. Raises OutputError."""
         values = {"format": FORMAT, **vars(state), "updated": round(time.time(), 3)}
-        text = json.dumps(values, ensure_ascii=False)  # with an indent it would take ten times as long
+        text = json.dumps(values, ensure_ascii=False)  # an indent would take ten times as long
         path = f"{self._items}/{state.key}"
         with translate_os_error(f"{path}.json"):
             with open(f"{path}.tmp", "w", encoding="utf-8") as file:

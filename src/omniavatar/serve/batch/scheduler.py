@@ -1,11 +1,11 @@
-"""One queue, some workers: who does what next, and what to do when something breaks.
+"""The scheduler of a batch: which worker makes which item next, and how failures are handled.
 
-Workers pull: an item is handed out only to a worker that is free, so a long one holds up nobody. An item cut
-by the death of its worker goes to the front of the queue, since its finished windows lie on disk. Nothing
-here knows Ray, torch or processes; time comes in as a function.
+Only an idle worker gets an item, so a long item delays no other. An item whose worker died goes to the front
+of the queue, since its finished windows are on disk. This file does not know Ray, torch or processes; the
+clock is a parameter.
 
-What keeps a free worker waiting comes first: an answer is followed by the next item, and states are written
-while nothing is heard.
+A worker that waits comes first: after its answer it gets the next item at once, and states are written while
+no news arrives.
 """
 
 from __future__ import annotations
@@ -25,19 +25,21 @@ from omniavatar.serve.batch.run_folder import ItemState, RunFolder, first_state
 
 Event = Callable[..., None]
 FALSE_STARTS = 3
-"""Workers of one slot that may die in a row before they are ready."""
+"""A slot is closed after this many workers in a row died before they were ready."""
 LONGEST_UNWRITTEN_S = 0.1
-"""A state is written this often even if there is always something to hear."""
+"""A state is written at least this often, even while news keeps arriving."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How a batch is run.
+    """Settings of a batch run.
 
-    retries: further attempts at an item after its first. fresh: start finished and half-done items over.
-    retry_wait_s: pause before the second attempt after an error, doubled for each further one.
-    busy_wait_s: pause before looking again at an item another process works on. poll_s: how often progress is
-    read, and how old an item must be for that. start_limit_s: how long to wait for a first worker.
+    retries: attempts at an item after the first one failed.
+    fresh: make every item again, also finished and unfinished ones.
+    retry_wait_s: pause before the first retry after an error; doubles with each further retry.
+    busy_wait_s: pause before the next try of an item that another process works on.
+    poll_s: how often progress is read; items younger than this are not polled.
+    start_limit_s: how long to wait for the first worker.
     """
 
     retries: int = 2
@@ -49,7 +51,7 @@ class Rules:
 
 
 class Scheduler:
-    """Runs the items of one batch to their end."""
+    """Runs the items of one batch."""
 
     def __init__(
         self,
@@ -73,9 +75,10 @@ class Scheduler:
         self._warned = False
 
     def run(self, items: Sequence[Item], before: Mapping[str, ItemState], sizes: Mapping[str, int]) -> Ledger:
-        """Make every item that isn't done yet; Ctrl-C and errors that would hit every item end it early.
+        """Make every item that is not done yet; Ctrl-C, or an error that affects every item, ends it early.
 
-        before: states an earlier run left. sizes: bytes of the videos that lie at the destination, by name.
+        before: states of an earlier run.
+        sizes: bytes of the videos at the destination, by name.
         """
         ledger = Ledger({item.key: self._first(item, before.get(item.key), sizes) for item in items})
         for item in items:
@@ -122,7 +125,7 @@ class Scheduler:
             self._crew.close()
 
     def _first(self, item: Item, old: ItemState | None, sizes: Mapping[str, int]) -> ItemState:
-        """Where an item stands at the beginning; to be written unless it stays what it was."""
+        """The state of an item at the start of the run; a changed state is marked to be written."""
         same = old is not None and old.identity == item.identity
         state = first_state(item)
         if old is not None and same and not self._rules.fresh:
@@ -157,17 +160,17 @@ class Scheduler:
             if self._unwritten and (not heard or now - self._written_at > LONGEST_UNWRITTEN_S):
                 self._write_one()
             if self._clock() >= next_poll:
-                self._look(ledger)
+                self._poll(ledger)
                 next_poll = self._clock() + self._rules.poll_s
 
     def _check_start(self, ledger: Ledger, waited: float) -> None:
         closed = [slot.closed for slot in ledger.slots if slot.closed]
         if len(closed) == len(ledger.slots):
-            raise ResourceError(f"no worker is left: {_last_line(closed[-1])}")
+            raise ResourceError(f"every worker failed to start: {_last_line(closed[-1])}")
         if waited > self._rules.start_limit_s:
             raise ResourceError(
-                f"no worker could be started within {waited:.0f} s; fewer --gpus or --workers, "
-                "or see `ray status` for what the cluster lacks"
+                f"no worker started within {waited:.0f} s; use fewer --gpus or --workers, "
+                "or run `ray status` to see what the cluster lacks"
             )
 
     def _hire(self, slot: Slot) -> None:
@@ -175,7 +178,7 @@ class Scheduler:
         self._crew.hire(slot.number)
 
     def _end(self, slot: Slot) -> None:
-        """Send the slot's worker away, if there is one."""
+        """Kill the slot's worker, if it has one."""
         self._crew.dismiss(slot.number)
         if slot.info is not None:
             slot.present += self._clock() - slot.ready_since
@@ -239,7 +242,7 @@ class Scheduler:
             case Verdict.failed:
                 self._fail(ledger, slot, item, outcome.error, outcome.error_class)
             case Verdict.lost:
-                raise ValueError("a lost worker is told by `Lost`")
+                raise ValueError("the crew must report a lost worker as `Lost`")
             case Verdict.retry | Verdict.broken:
                 self._again(ledger, slot, item, outcome.error, outcome.error_class, at_once=False)
                 self._check_storage(ledger, item, outcome)
@@ -290,7 +293,7 @@ class Scheduler:
     def _again(
         self, ledger: Ledger, slot: Slot, item: Item, error: str, error_class: str, *, at_once: bool
     ) -> None:
-        """Put an item back for another attempt, or fail it when it has had all of them."""
+        """Queue an item for a retry, or mark it as failed after its last attempt."""
         attempts = self._attempts[item.key]
         if attempts > self._rules.retries:
             self._fail(ledger, slot, item, error, error_class)
@@ -318,7 +321,7 @@ class Scheduler:
         )
 
     def _check_storage(self, ledger: Ledger, item: Item, outcome: Outcome) -> None:
-        """End the batch when nothing can be written any more, before every item is spent on it."""
+        """End the batch if no output can be written any more, before every item uses up its attempts."""
         if outcome.error_class != OutputError.__name__:
             return
         self._storage_errors.add(item.key)
@@ -327,11 +330,11 @@ class Scheduler:
                 f"the last {len(self._storage_errors)} items could not be written: {outcome.error}"
             )
 
-    def _look(self, ledger: Ledger) -> None:
-        """Note the windows that were finished since the last look."""
-        begun = self._clock() - self._rules.poll_s
-        long = [slot.number for slot in ledger.slots if slot.task is not None and slot.given_at <= begun]
-        for number, progress in self._crew.progress(long).items():
+    def _poll(self, ledger: Ledger) -> None:
+        """Record the windows that were finished since the last poll."""
+        latest = self._clock() - self._rules.poll_s
+        polled = [slot.number for slot in ledger.slots if slot.task is not None and slot.given_at <= latest]
+        for number, progress in self._crew.progress(polled).items():
             task = ledger.slots[number].task
             if task is None or task.item.key != progress.key or not progress.windows:
                 continue
@@ -351,16 +354,17 @@ class Scheduler:
         self._unwritten[item.key] = state
 
     def _write_one(self) -> None:
-        """A state is a memory, so a full disk costs the memory and not the batch."""
+        """Write one state. The batch can do without states, so a full disk causes only a warning."""
         self._written_at = self._clock()
         try:
             self._folder.write(self._unwritten.pop(next(iter(self._unwritten))))
         except OutputError as error:
             if not self._warned:
                 self._warned = True
-                self._event("message", text=f"states are not kept: {error}", level="warning")
+                text = f"the states of items are not saved: {error}"
+                self._event("message", text=text, level="warning")
 
 
 def _last_line(error: str) -> str:
-    """The telling line of an error: a traceback's last."""
+    """The last line of an error, which in a traceback holds the message."""
     return error.strip().splitlines()[-1] if error.strip() else "no reason given"

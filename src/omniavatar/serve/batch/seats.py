@@ -1,4 +1,4 @@
-"""Which workers of a batch get which GPUs and threads."""
+"""Assigns GPUs and threads to the workers of a batch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What the user said about workers; fields as the options."""
+class WorkerOptions:
+    """Command-line options about workers; the fields have the options' names."""
 
     gpus: str | None = None
     split_input: bool = False
@@ -26,8 +26,13 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """workers: None takes as many as a cluster has room for. notes: lines for the user. pin: to own cores."""
+class WorkerPlan:
+    """The workers of a batch and their hardware.
+
+    workers: None for as many as the cluster can run.
+    notes: messages for the user.
+    pin: bind each worker on the CPU to cores that no other worker uses.
+    """
 
     seats: Seats
     workers: int | None
@@ -35,84 +40,87 @@ class Choice:
     pin: bool = False
 
 
-def choose_seats(wish: Wish) -> Choice:
-    """Workers and what each runs on. Raises ConfigError, ResourceError."""
+def plan_workers(options: WorkerOptions) -> WorkerPlan:
+    """The workers for these options. Raises ConfigError, ResourceError."""
     from omniavatar.serve.batch.ray_crew import Seats
 
-    devices = wish.gpus_per_job
-    if devices > 1 and wish.per_gpu_jobs > 1:
-        raise ConfigError(
-            "--gpus-per-job, --per_gpu_jobs: several GPUs a video and several videos a GPU; give one of them"
-        )
+    devices = options.gpus_per_job
+    if devices > 1 and options.per_gpu_jobs > 1:
+        raise ConfigError("--gpus-per-job, --per_gpu_jobs: both are larger than 1; set only one of them")
     if devices > 1 and sys.platform != "linux":
-        raise ConfigError("--gpus-per-job: needs Linux for more than 1")
-    if wish.gpus == "cpu":
-        if wish.per_gpu_jobs > 1:
-            raise ConfigError("--per_gpu_jobs: there is no GPU with --gpus cpu; use --workers")
-        seats = Seats((), 0, devices, wish.ray_address, devices)
-        return Choice(seats, wish.workers or (None if wish.ray_address else 1))
-    share = devices / wish.per_gpu_jobs
-    if wish.ray_address is not None:
-        if wish.gpus not in (None, "all"):
-            raise ConfigError("--gpus: GPUs of a cluster have no numbers here; use --workers for fewer")
-        return Choice(Seats((), share, devices, wish.ray_address, devices), wish.workers)
-    if wish.workers is not None:
-        raise ConfigError("--workers: is for --gpus cpu and --ray-address; use --gpus and --per_gpu_jobs")
-    return _local_gpus(wish, share)
+        raise ConfigError("--gpus-per-job: values above 1 need Linux; use 1 on this system")
+    if options.gpus == "cpu":
+        if options.per_gpu_jobs > 1:
+            raise ConfigError("--per_gpu_jobs: does not work with --gpus cpu; use --workers")
+        seats = Seats((), 0, devices, options.ray_address, devices)
+        return WorkerPlan(seats, options.workers or (None if options.ray_address else 1))
+    share = devices / options.per_gpu_jobs
+    if options.ray_address is not None:
+        if options.gpus not in (None, "all"):
+            raise ConfigError(
+                "--gpus: cannot select GPUs of a cluster by number; use --workers to run fewer workers"
+            )
+        return WorkerPlan(Seats((), share, devices, options.ray_address, devices), options.workers)
+    if options.workers is not None:
+        raise ConfigError(
+            "--workers: works only with --gpus cpu or --ray-address; use --gpus and --per_gpu_jobs"
+        )
+    return _local_gpus(options, share)
 
 
-def with_threads(choice: Choice, threads: int, pin: bool) -> Choice:
-    """The choice where each process of a worker on the CPU has `threads`, and with `pin` cores of its own."""
-    from omniavatar.serve.batch.cores import cores_here
+def with_threads(plan: WorkerPlan, threads: int, pin: bool) -> WorkerPlan:
+    """`plan` with `threads` per process of a CPU worker; with `pin`, bound to cores if there are enough."""
+    from omniavatar.serve.batch.cores import bindable_cores
 
-    seats, notes = choice.seats, choice.notes
+    seats, notes = plan.seats, plan.notes
     if seats.gpus_per_worker > 0:
-        return choice
+        return plan
     seats = replace(seats, cpus_per_worker=threads * seats.devices)
-    there = cores_here()
-    wanted = seats.cpus_per_worker * (choice.workers or 1) if seats.address is None else 1
-    if pin and there and wanted > there:
-        notes = (*notes, f"{wanted} threads on {there} cores: workers have no cores of their own")
-    return replace(choice, seats=seats, notes=notes, pin=pin and wanted <= there)
+    available = bindable_cores()
+    needed = seats.cpus_per_worker * (plan.workers or 1) if seats.address is None else 1
+    if pin and available and needed > available:
+        notes = (*notes, f"{needed} threads share {available} cores: workers are not bound to cores")
+    return replace(plan, seats=seats, notes=notes, pin=pin and needed <= available)
 
 
-def _local_gpus(wish: Wish, share: float) -> Choice:
+def _local_gpus(options: WorkerOptions, share: float) -> WorkerPlan:
     from omniavatar.serve.batch.ray_crew import Seats
 
     visible = _visible_gpus()
     if not visible:
-        raise ResourceError("--gpus: no CUDA device here; use --gpus cpu --workers N")
-    devices = wish.gpus_per_job
-    chosen = visible if wish.gpus in (None, "all") else _named(wish.gpus, visible)
+        raise ResourceError("--gpus: this machine has no CUDA device; use --gpus cpu --workers N")
+    devices = options.gpus_per_job
+    chosen = visible if options.gpus in (None, "all") else _selected(options.gpus, visible)
     if len(chosen) < devices:
         raise ResourceError(
-            f"--gpus-per-job {devices}: there are {len(chosen)} GPUs ({', '.join(chosen)}); use fewer a job"
+            f"--gpus-per-job {devices}: only {len(chosen)} selected ({', '.join(chosen)}); use a lower number"
         )
-    used, why = len(chosen) - len(chosen) % devices, f"--gpus-per-job {devices} doesn't divide {len(chosen)}"
-    if wish.gpus not in (None, "all") and not wish.split_input and len(chosen) > devices:
-        used, why = devices, f"one queue on GPU {', '.join(chosen[:devices])}; add --split_input"
+    used = len(chosen) - len(chosen) % devices
+    why = f"--gpus-per-job {devices} does not divide {len(chosen)}"
+    if options.gpus not in (None, "all") and not options.split_input and len(chosen) > devices:
+        used, why = devices, f"only GPU {', '.join(chosen[:devices])} runs the queue; add --split_input"
     idle = chosen[used:]
     notes = (f"GPUs {', '.join(idle)} stay idle: {why}",) if idle else ()
-    workers = used // devices * wish.per_gpu_jobs
+    workers = used // devices * options.per_gpu_jobs
     threads = max(devices, (os.cpu_count() or 1) // workers)
-    return Choice(Seats(chosen[:used], share, threads, devices=devices), workers, notes)
+    return WorkerPlan(Seats(chosen[:used], share, threads, devices=devices), workers, notes)
 
 
-def _named(text: str | None, visible: tuple[str, ...]) -> tuple[str, ...]:
+def _selected(text: str | None, visible: tuple[str, ...]) -> tuple[str, ...]:
     assert text is not None
     numbers = [part.strip() for part in text.split(",")]
     if not all(number.isdecimal() for number in numbers) or len(set(numbers)) < len(numbers):
-        raise ConfigError(f"--gpus {text}: must be all, cpu, or different numbers such as 0,1,2")
+        raise ConfigError(f"--gpus {text}: must be all, cpu, or distinct numbers such as 0,1,2")
     missing = [number for number in numbers if int(number) >= len(visible)]
     if missing:
         raise ResourceError(
-            f"--gpus {text}: there is no GPU {missing[0]}, there are {len(visible)}; choose lower numbers"
+            f"--gpus {text}: this machine has no GPU {missing[0]}; choose from 0 to {len(visible) - 1}"
         )
     return tuple(visible[int(number)] for number in numbers)
 
 
 def _visible_gpus() -> tuple[str, ...]:
-    """The GPUs torch can use, by their names in CUDA_VISIBLE_DEVICES."""
+    """The GPUs that torch can use, by their names in CUDA_VISIBLE_DEVICES."""
     import torch
 
     count = torch.cuda.device_count()

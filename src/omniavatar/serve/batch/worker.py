@@ -1,4 +1,4 @@
-"""A worker: one warm engine, one item at a time, under a lease."""
+"""A worker: one engine with loaded models, one item at a time, each under a lease."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from omniavatar.serve.batch.items import (
     EngineFactory,
     Outcome,
     PeerLost,
-    Place,
     Progress,
+    Seat,
     Task,
     Verdict,
     WorkerInfo,
@@ -27,35 +27,35 @@ from omniavatar.serve.batch.lease import holder_of, try_lease
 
 
 class Worker:
-    """Runs in a process of its own. `start` once, then `run` one after the other; `progress` at any time.
+    """Runs in its own process. Call `start` once, then `run` for each task; `progress` at any time.
 
-    tell: called with each progress, from any thread.
+    on_progress: called with each new progress, from any thread.
     """
 
     def __init__(
         self,
         factory: EngineFactory,
-        place: Place,
+        seat: Seat,
         destination: Destination,
         folder: str,
-        tell: Callable[[Progress], None] = lambda progress: None,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
-        self._factory, self._place, self._destination, self._folder = factory, place, destination, folder
-        self._tell = tell
+        self._factory, self._seat, self._destination, self._folder = factory, seat, destination, folder
+        self._on_progress = on_progress
         self._engine: Engine | None = None
         self._progress = Progress(None, 0, 0)
 
     def start(self) -> WorkerInfo | Outcome:
-        """Make the engine in the driver's working folder; an Outcome tells why that is not possible."""
+        """Make the engine in the driver's working folder; returns an Outcome with the error on failure."""
         began = time.time()
         try:
-            enter(self._folder)
+            enter_folder(self._folder)
             self._destination.check()
-            self._engine = self._factory(self._place)
-            gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "") if self._place.devices[0] != "cpu" else ""
+            self._engine = self._factory(self._seat)
+            gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "") if self._seat.devices[0] != "cpu" else ""
             return WorkerInfo(socket.gethostname(), os.getpid(), self._engine.device(), gpus)
         except Exception as error:
-            return problem(error, began)
+            return error_outcome(error, began)
 
     def run(self, task: Task) -> Outcome:
         """Make the task's video and deliver it."""
@@ -63,7 +63,7 @@ class Worker:
         try:
             return self._run(task, began)
         except Exception as error:
-            return problem(error, began, usable=self._engine is not None and self._engine.intact())
+            return error_outcome(error, began, usable=self._engine is not None and self._engine.intact())
         finally:
             self._progress = Progress(None, 0, 0)
 
@@ -78,32 +78,36 @@ class Worker:
         path = output.with_name(f".{item.name}.lock")
         lease = try_lease(path)
         if lease is None:
-            return Outcome(Verdict.busy, began, time.time(), error=f"{item.name}: {holder_of(path)} is at it")
+            error = f"{item.name}: {holder_of(path)} is making it"
+            return Outcome(Verdict.busy, began, time.time(), error=error)
         with lease:
             size = None if task.fresh else destination.delivered(item.name, item.identity)
             made = None
             if size is None:
-                made = self._engine.run(item.request, output, task.fresh, self._note)
+                made = self._engine.run(item.request, output, task.fresh, self._report)
                 size = destination.deliver(item.name, item.identity)
         return Outcome(Verdict.done, began, time.time(), made, size)
 
-    def _note(self, window: int, windows: int) -> None:
+    def _report(self, window: int, windows: int) -> None:
         self._progress = Progress(self._progress.key, window, windows)
-        self._tell(self._progress)
+        self._on_progress(self._progress)
 
 
-def enter(folder: str) -> None:
-    """Work in the driver's working folder, so that relative paths mean the same. Raises ConfigError."""
+def enter_folder(folder: str) -> None:
+    """Change to the driver's working folder, so that relative paths mean the same. Raises ConfigError."""
     if not Path(folder).is_dir():
         raise ConfigError(
-            f"{folder}: {socket.gethostname()} does not have the folder the batch was started in; "
-            "start it in one that all machines share"
+            f"{folder}: {socket.gethostname()} does not have the folder in which the batch was started; "
+            "start it in a folder that all machines share"
         )
     os.chdir(folder)
 
 
-def problem(error: Exception, began: float, *, usable: bool = False) -> Outcome:
-    """What the error means; usable: whether the engine can go on after an error that is no bug."""
+def error_outcome(error: Exception, began: float, *, usable: bool = False) -> Outcome:
+    """The outcome that reports `error`.
+
+    usable: whether the engine can make further items after this error; ignored for bugs and lost peers.
+    """
     if isinstance(error, OmniAvatarError):
         text, verdict = " ".join(str(error).split()), verdict_of(error)
     elif isinstance(error, PeerLost):

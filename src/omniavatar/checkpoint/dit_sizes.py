@@ -1,0 +1,146 @@
+"""Sizes of the DiT, read from the headers of its files and the adapter's `config.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omniavatar.checkpoint.lora_keys import strip_prefixes
+from omniavatar.checkpoint.reader import PathLike, TensorFiles
+from omniavatar.errors import CheckpointError
+from omniavatar.model.sizes import FRAMES_PER_LATENT, DiTConfig
+
+HEAD_DIM = 128
+HEADS_KEY = "omniavatar.num_heads"
+"""Header key of a converted file: the number of attention heads."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Content of the `config.json` beside OmniAvatar's `pytorch_model.pt`."""
+
+    path: Path
+    lora_rank: int | None
+    lora_alpha: float | None
+    model_config: Mapping[str, Any]
+
+
+def read_adapter_config(adapter_dir: PathLike) -> AdapterConfig:
+    """The adapter's `config.json`. Raises CheckpointError if it is missing or malformed."""
+    path = Path(adapter_dir) / "config.json"
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        rank, alpha = table.get("lora_rank"), table.get("lora_alpha")
+        model_config = table.get("model_config") or {}
+        return AdapterConfig(
+            path,
+            None if rank is None else int(rank),
+            None if alpha is None else float(alpha),
+            {str(name): value for name, value in model_config.items()},
+        )
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: file not found; it belongs to the adapter: run `omniavatar download 14B|1.3B`"
+        ) from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: not a valid adapter configuration ({error}); download it again"
+        ) from None
+
+
+def inspect_dit(
+    dit_paths: PathLike | Sequence[PathLike],
+    adapter_dir: PathLike | None = None,
+    *,
+    num_heads: int | None = None,
+) -> DiTConfig:
+    """Sizes of the model in these files; reads headers only.
+
+    num_heads: overrides `model_config.num_heads` of the adapter. Without either, heads are 128 wide, as in
+    all released models.
+
+    Raises CheckpointError if the files are not a Wan DiT or contradict the adapter's configuration.
+    """
+    with ExitStack() as stack:
+        base = stack.enter_context(TensorFiles(dit_paths))
+        adapter = None if adapter_dir is None else stack.enter_context(TensorFiles(adapter_dir))
+        settings = None if adapter_dir is None else read_adapter_config(adapter_dir)
+        return dit_config(base, adapter, settings, num_heads)
+
+
+def dit_config(
+    base: TensorFiles, adapter: TensorFiles | None, settings: AdapterConfig | None, num_heads: int | None
+) -> DiTConfig:
+    """`inspect_dit` for files that are open already; `settings`: the adapter's `config.json`."""
+    shapes = {key: base.shape(key) for key in base.keys()}  # noqa: SIM118  (not a dict)
+    if adapter is not None:
+        shapes |= {strip_prefixes(key): adapter.shape(key) for key in adapter.keys()}  # noqa: SIM118
+
+    def shape(key: str, axes: int) -> tuple[int, ...]:
+        if key not in shapes or len(shapes[key]) != axes:
+            raise CheckpointError(f"{base.origin}: no weight {key} with {axes} axes; this is not a Wan DiT")
+        return shapes[key]
+
+    dim, in_dim, *patch = shape("patch_embedding.weight", 5)
+    blocks = {int(match[1]) for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key))}
+    declared: Mapping[str, Any] = settings.model_config if settings else {}
+    stored = base.metadata.get(HEADS_KEY, "")
+    heads = num_heads or declared.get("num_heads") or (int(stored) if stored.isdigit() else dim // HEAD_DIM)
+    if heads < 1 or dim % heads:
+        raise CheckpointError(
+            f"{base.origin}: width {dim} cannot be split into {heads} heads; set num_heads in model_config"
+        )
+    with_audio = "audio_proj.proj.weight" in shapes
+    config = DiTConfig(
+        dim=dim,
+        in_dim=in_dim,
+        ffn_dim=shape("blocks.0.ffn.0.weight", 2)[0],
+        out_dim=shape("head.head.weight", 2)[0] // math.prod(patch),
+        text_dim=shape("text_embedding.0.weight", 2)[1],
+        freq_dim=shape("time_embedding.0.weight", 2)[1],
+        num_heads=heads,
+        num_layers=max(blocks) + 1,
+        audio_dim=shape("audio_proj.proj.weight", 2)[1] // FRAMES_PER_LATENT if with_audio else 0,
+        audio_hidden=shape("audio_proj.proj.weight", 2)[0] if with_audio else 32,
+        patch_size=(patch[0], patch[1], patch[2]),
+    )
+    if settings is not None:
+        _check_agreement(config, settings)
+    return config
+
+
+def _check_agreement(config: DiTConfig, settings: AdapterConfig) -> None:
+    stored = {
+        "in_dim": config.in_dim,
+        "audio_hidden_size": config.audio_hidden,
+        "dim": config.dim,
+        "ffn_dim": config.ffn_dim,
+        "num_layers": config.num_layers,
+    }
+    for name, size in stored.items():
+        declared = settings.model_config.get(name, size)
+        if declared != size:
+            raise CheckpointError(
+                f"{os.fspath(settings.path)}: model_config.{name} is {declared}, the weights have {size}; "
+                "use the adapter that was made for this base model"
+            )
+
+
+def keep_float32(key: str) -> bool:
+    """Whether a weight of the DiT stays float32 for every dtype of the model.
+
+    The precision of the sampler depends on these small weights (1.4 % of the 14B): patch embedding, head,
+    time and audio layers, modulation, and the scales of all norms.
+    """
+    return (
+        key.startswith(("patch_embedding.", "head.", "time_embedding.", "time_projection.", "audio_"))
+        or key.endswith("modulation")
+        or ".norm" in key
+    )
