@@ -1,34 +1,34 @@
 """Throughput and overhead of `omniavatar batch`: one worker against several, and a stub engine's known time.
 
-python benchmarks/batch.py overhead [--items 10000] [--workers 32] [--seconds 1.0]
-python benchmarks/batch.py throughput --config configs/nano.yaml --hp weights=random,scale=nano --workers 1,2
-python benchmarks/batch.py throughput --config configs/inference_1.3B_optimized.yaml --gpus 0,1 --workers 1,2
+    python -m benchmarks batch overhead [--items 10000] [--workers 32] [--seconds 1.0]
+    python -m benchmarks batch throughput --config configs/nano.yaml --hp weights=random scale=nano
+    python -m benchmarks batch throughput --config configs/inference_1.3B_optimized.yaml --gpus 0,1
 
-overhead: items that only sleep. Lost is the share of the workers' time, each's from being ready to the end of
-the batch, in which it did not sleep; it is made of pauses between two items, of what the worker does around
-the sleep (inside: lease, files, waking up late), and of the end of the queue, where some have no item any
-more. throughput: the same requests with each number of workers; the time of a run goes from the moment its
-first item starts, so that loading is left out, to its last end; each worker has made one item before it
-counts; on the CPU each worker, a single one too, is bound to as many cores as it has threads, and with
---confine the whole batch, driver and Ray too, to as many as its workers have; pauses: the workers' time
-between two items that lay ready. The last line is JSON.
+overhead: items that only sleep. Lost is the share of the workers' time, from ready to the end of the batch,
+in which they did not sleep. It has three parts: pauses between two items, what a worker does around the sleep
+(inside: lease, files, waking up late), and the end of the queue, where some workers have no item left.
+throughput: the same requests with each number of workers. Each worker makes one item before it counts, so
+loading is left out. On the CPU each worker is bound to as many cores as it has threads; --confine binds
+driver and Ray to the same cores. Pauses are the workers' time between two items while the queue had some.
+Prints the figures, then one line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+from benchmarks.shared.options import add_config, add_hp, add_repeats, make_parser, numbers, words
+from benchmarks.shared.report import print_result, print_table, spread
+from omniavatar.assets import PORTRAIT, SPEECH
 from omniavatar.serve.batch.cores import bind
 from omniavatar.serve.batch.destination import FolderDestination
 from omniavatar.serve.batch.items import Engine, EngineFactory, Item, Made, Seat
@@ -68,7 +68,7 @@ class _Sleeper:
 
 @dataclass
 class _Watch:
-    """Start and end of every item as the driver hears of them."""
+    """Start and end of every item, as the driver's events report them."""
 
     started: list[float]
     ended: list[float]
@@ -85,6 +85,7 @@ class _Watch:
 def measure(
     items: list[Item], engines: EngineFactory, seats: Seats, workers: int
 ) -> tuple[BatchResult, _Watch]:
+    """Run one batch in temporary folders. Raises the error that ended it."""
     with tempfile.TemporaryDirectory(prefix="oa-bench-") as folder:
         watch = _Watch([], [])
         destination = FolderDestination(Path(folder) / "out")
@@ -96,6 +97,7 @@ def measure(
 
 
 def overhead(count: int, workers: int, seconds: float) -> dict[str, Any]:
+    """The share of the workers' time that is lost, and its parts."""
     items = [
         Item(f"{i:06d}", f"{i:06d}.mp4", i, f"p{i}", "", AvatarRequest("p", "face.png")) for i in range(count)
     ]
@@ -111,11 +113,11 @@ def overhead(count: int, workers: int, seconds: float) -> dict[str, Any]:
         "end": (present - busy - paused) / present,
     }
     lost = sum(parts.values())
-    told = ", ".join(f"{name} {100 * share:.2f} %" for name, share in parts.items())
+    shares = ", ".join(f"{name} {share:.2%}" for name, share in parts.items())
     print(
         f"{count} items of {seconds:g} s, {workers} workers: {summary['wall_seconds']:.1f} s in all, "
-        f"{100 * lost:.2f} % lost ({told}); "
-        f"pause between two items {1000 * summary['mean_pause_seconds']:.2f} ms; load before {load:.1f}"
+        f"{lost:.2%} lost ({shares}); pause between two items {1000 * summary['mean_pause_seconds']:.2f} ms; "
+        f"load before {load:.1f}"
     )
     return {
         "items": count,
@@ -129,38 +131,35 @@ def overhead(count: int, workers: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
+def throughput(options: argparse.Namespace) -> dict[str, Any]:
+    """Items a second with each number of workers."""
     from omniavatar.config.load import load_config
     from omniavatar.engine.requests_file import RequestLine
     from omniavatar.serve.batch.pipelines import AvatarEngines, make_items
 
-    gpus = tuple(arguments.gpus.split(",")) if arguments.gpus else ()
+    gpus = tuple(options.gpus)
     cores = sorted(os.sched_getaffinity(0))
-    threads = [] if gpus else [f"threads={arguments.threads}"]
-    config = load_config(arguments.config, [*arguments.hp, *threads]).config
-    runs: dict[int, list[float]] = {count: [] for count in arguments.workers}
-    pauses: dict[int, list[float]] = {count: [] for count in arguments.workers}
-    with as_file(files("omniavatar.assets")) as assets:
-        voice = assets / "speech.flac" if config.model.use_audio else None
-        lines = [
-            RequestLine(i, i, f"A woman speaks, take {i}", assets / "portrait.png", voice)
-            for i in range(arguments.items)
-        ]
-        for _ in range(arguments.repeats):
-            for count in arguments.workers:
-                seats = Seats(gpus[:count], 1.0 if gpus else 0, arguments.threads)
-                engines = AvatarEngines(config, pin=arguments.pin)
-                if arguments.confine:
-                    bind(cores[: count * arguments.threads])
-                result, watch = measure(make_items(lines, config), engines, seats, count)
-                begun, ended = watch.ended[count - 1], watch.ended[-1]
-                runs[count].append((arguments.items - count) / (ended - begun))
-                pauses[count].append(result.summary["pause_share"] or 0.0)
-                print(
-                    f"{count} workers: {runs[count][-1]:.4f} items/s after each one's first, "
-                    f"{100 * pauses[count][-1]:.2f} % pauses; load after {os.getloadavg()[0]:.1f}",
-                    flush=True,
-                )
+    threads = [] if gpus else [f"threads={options.threads}"]
+    config = load_config(options.config, [*options.hp, *threads]).config
+    runs: dict[int, list[float]] = {count: [] for count in options.workers}
+    pauses: dict[int, list[float]] = {count: [] for count in options.workers}
+    voice = SPEECH if config.model.use_audio else None
+    lines = [RequestLine(i, i, f"A woman speaks, take {i}", PORTRAIT, voice) for i in range(options.items)]
+    for _ in range(options.repeats):
+        for count in options.workers:
+            seats = Seats(gpus[:count], 1.0 if gpus else 0, options.threads)
+            engines = AvatarEngines(config, pin=options.pin)
+            if options.confine:
+                bind(cores[: count * options.threads])
+            result, watch = measure(make_items(lines, config), engines, seats, count)
+            begun, ended = watch.ended[count - 1], watch.ended[-1]
+            runs[count].append((options.items - count) / (ended - begun))
+            pauses[count].append(result.summary["pause_share"] or 0.0)
+            print(
+                f"{count} workers: {runs[count][-1]:.4f} items/s after each worker's first, "
+                f"{pauses[count][-1]:.2%} pauses; load after {os.getloadavg()[0]:.1f}",
+                flush=True,
+            )
     one = statistics.median(runs[min(runs)]) / min(runs)
     rows = [
         {
@@ -172,36 +171,44 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
         }
         for count, rates in runs.items()
     ]
-    told = ("hp", "items", "threads", "pin", "confine")
-    return {"config": str(arguments.config), **{n: getattr(arguments, n) for n in told}, "rows": rows}
+    print_table(
+        ["workers", "items/s (min..max)", "of linear", "pauses"],
+        [
+            [
+                row["workers"],
+                spread(row["items_per_second"], *row["spread"], digits=4),
+                f"{row['of_linear']:.2f}",
+                f"{row['pauses']:.2%}",
+            ]
+            for row in rows
+        ],
+    )
+    names = ("config", "hp", "items", "threads", "pin", "confine")
+    return {**{name: getattr(options, name) for name in names}, "rows": rows}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    what = parser.add_subparsers(dest="what", required=True)
-    sleepy = what.add_parser("overhead")
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser(__name__, __doc__)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    sleepy = kinds.add_parser("overhead", help="items that only sleep")
     sleepy.add_argument("--items", type=int, default=10_000)
     sleepy.add_argument("--workers", type=int, default=32)
-    sleepy.add_argument("--seconds", type=float, default=1.0)
-    real = what.add_parser("throughput")
-    real.add_argument("--config", type=Path, required=True)
-    real.add_argument("--hp", action="append", default=[])
-    real.add_argument("--gpus", default="")
+    sleepy.add_argument("--seconds", type=float, default=1.0, help="sleep of one item")
+    real = kinds.add_parser("throughput", help="real requests, by number of workers")
+    add_config(real)
+    add_hp(real)
+    real.add_argument("--gpus", type=words, default=[], help="GPU numbers; without them: the CPU")
     real.add_argument("--threads", type=int, default=1, help="CPU threads of a worker")
     real.add_argument(
-        "--pin", action=argparse.BooleanOptionalAction, default=True, help="CPU workers on cores of their own"
+        "--pin", action=argparse.BooleanOptionalAction, default=True, help="bind CPU workers to cores"
     )
-    real.add_argument("--confine", action="store_true", help="driver and Ray on the workers' cores too")
+    real.add_argument("--confine", action="store_true", help="bind driver and Ray to the workers' cores too")
     real.add_argument("--items", type=int, default=16)
-    real.add_argument("--repeats", type=int, default=3)
-    real.add_argument("--workers", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])
-    arguments = parser.parse_args()
-    if arguments.what == "overhead":
-        figures = overhead(arguments.items, arguments.workers, arguments.seconds)
+    add_repeats(real, 3)
+    real.add_argument("--workers", type=numbers, default=[1, 2])
+    options = parser.parse_args(arguments)
+    if options.kind == "overhead":
+        figures = overhead(options.items, options.workers, options.seconds)
     else:
-        figures = throughput(arguments)
-    print(json.dumps({"benchmark": f"batch {arguments.what}", "machine": platform.node(), **figures}))
-
-
-if __name__ == "__main__":
-    main()
+        figures = throughput(options)
+    print_result(f"batch {options.kind}", machine=platform.node(), **figures)

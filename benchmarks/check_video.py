@@ -1,37 +1,38 @@
-"""Check a finished video against the sound it was made from: length, sound, alignment.
+"""Checks a finished video against the sound it was made from: length, sound, alignment.
 
-    python benchmarks/check_video.py out.mp4 speech.mp3 [--silence 0.3]
+    python -m benchmarks check_video out.mp4 speech.mp3 [--silence 0.3]
 
-Prints one line of JSON; fails where the length is off by more than a frame or the sound by more than 5 ms.
+Prints one line of JSON. Fails if the length is off by more than a frame or the sound by more than 5 ms.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.shared.options import make_parser
 from omniavatar.media.audio import decode_mono
 from omniavatar.media.inspect import probe_video
 
 RATE = 48000
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser(__name__, __doc__)
     parser.add_argument("video", type=Path)
     parser.add_argument("sound", type=Path)
-    parser.add_argument("--silence", type=float, default=0.3)
-    arguments = parser.parse_args()
-    info = probe_video(arguments.video)
+    parser.add_argument(
+        "--silence", type=float, default=0.3, help="seconds before the sound (silence_duration_s)"
+    )
+    options = parser.parse_args(arguments)
+    info = probe_video(options.video)
     with tempfile.TemporaryDirectory() as folder:
         waves = []
-        for number, source in enumerate((arguments.video, arguments.sound)):
+        for number, source in enumerate((options.video, options.sound)):
             out = Path(folder) / f"{number}.f32"
             decode_mono(source, out, RATE, 0.0)
             waves.append(np.fromfile(out, np.float32))
@@ -39,10 +40,10 @@ def main() -> None:
     size = 1 << (len(inside) + len(original)).bit_length()
     correlation = np.fft.irfft(np.fft.rfft(inside, size) * np.fft.rfft(original, size).conj(), size)
     delay = int(correlation.argmax()) / RATE
-    expected_delay = arguments.silence + 1 / float(info.fps)
-    seconds = len(original) / RATE + arguments.silence
+    expected_delay = options.silence + 1 / float(info.fps)
+    seconds = len(original) / RATE + options.silence
     report = {
-        "video": arguments.video.name,
+        "video": options.video.name,
         "frames": info.frames,
         "expected_frames": int(np.ceil(round(seconds * float(info.fps), 6))) + 1,
         "size": [info.width, info.height],
@@ -53,7 +54,3 @@ def main() -> None:
     print(json.dumps(report))
     if abs(report["frames"] - report["expected_frames"]) > 1 or abs(report["delay_error_ms"]) > 5:
         raise SystemExit("error: the video does not match its sound")
-
-
-if __name__ == "__main__":
-    main()

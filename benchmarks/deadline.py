@@ -1,11 +1,11 @@
-"""Does a run take as long as `omniavatar plan --deadline` says?
+"""Does a run take as long as `omniavatar plan --deadline` predicts?
 
-    python benchmarks/deadline.py --config configs/pocket.yaml --minutes 0.2 --deadlines 90s [--hp ...]
+    python -m benchmarks deadline --config configs/pocket.yaml --minutes 0.2 --deadlines 90s [--hp ...]
 
-For each deadline: the command proposes settings for this machine, then `omniavatar generate` makes that video
+For each deadline the command proposes settings for this machine; then `omniavatar generate` makes that video
 with them, loading included, the packaged speech repeated to `--minutes`. Random decoders paint faint pictures
-in both (`faint_command.py`). A table, then one line of JSON, with the parts of the predicted loading and the
-stages of the run, so that it shows where the two differ.
+in both (`shared/inputs.py` says why). Prints a table, then one line of JSON with the parts of the predicted
+loading and the stages of the run, which show where the two differ.
 """
 
 from __future__ import annotations
@@ -15,74 +15,77 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from scaling_video import request_files
-from timing import where
+from benchmarks.shared.inputs import FAINT_COMMAND, module_environment, speech_folder
+from benchmarks.shared.options import add_config, add_hp, make_parser
+from benchmarks.shared.report import print_result, print_table
+from omniavatar.assets import PORTRAIT
 
 
 def command(*arguments: str) -> str:
-    """Standard output of one `omniavatar` command."""
-    line = [sys.executable, str(Path(__file__).with_name("faint_command.py")), *arguments]
-    done = subprocess.run(line, stdout=subprocess.PIPE, text=True)
+    """Standard output of one `omniavatar` command. Raises SystemExit where it fails."""
+    line = [sys.executable, "-m", FAINT_COMMAND, *arguments]
+    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, env=module_environment())
     if done.returncode:
-        raise SystemExit(f"{' '.join(arguments)}: exit {done.returncode}")
+        raise SystemExit(f"error: `omniavatar {' '.join(arguments)}` ended with code {done.returncode}")
     return done.stdout
 
 
-def measure(arguments: argparse.Namespace, deadline: str, folder: Path, portrait: Path) -> dict[str, object]:
-    """What was proposed for one deadline, and what it took."""
-    given = [part for value in arguments.hp for part in ("--hp", value)]
-    told = json.loads(
+def measure(options: argparse.Namespace, deadline: str, folder: Path) -> dict[str, object]:
+    """What was proposed for one deadline, and the seconds it took."""
+    given = [part for value in options.hp for part in ("--hp", value)]
+    proposal = json.loads(
         command(
-            "plan", "--config", arguments.config, *given, "--minutes", str(arguments.minutes),
+            "plan", "--config", options.config, *given, "--minutes", str(options.minutes),
             "--deadline", deadline, "--json",
         )
     )  # fmt: skip
-    chosen = told["chosen"] or told["as_configured"]
+    chosen = proposal["chosen"] or proposal["as_configured"]
     values = [f"{key}={json.dumps(value)}" for key, value in chosen["settings"].items()]
     settings = [part for value in values for part in ("--hp", value)]
     sound, output = folder / "speech.wav", folder / "video.mp4"
     begun = time.perf_counter()
     command(
-        "generate", "--config", arguments.config, *given, *settings, "--prompt", "a person speaks",
-        "--image", str(portrait), "--audio", str(sound), "--output", str(output), "--no-resume", "--quiet",
+        "generate", "--config", options.config, *given, *settings, "--prompt", "a person speaks",
+        "--image", str(PORTRAIT), "--audio", str(sound), "--output", str(output), "--no-resume", "--quiet",
     )  # fmt: skip
     seconds = time.perf_counter() - begun
     return {
         "deadline": deadline,
         "settings": chosen["settings"],
         "predicted": chosen["seconds"],
-        "loading": {"sum": told["loading"], **told["loading_parts"]},
+        "loading": {"sum": proposal["loading"], **proposal["loading_parts"]},
         "stages": json.loads(output.with_suffix(".json").read_text())["stages"],
         "seconds": seconds,
         "error": chosen["seconds"] / seconds - 1,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser(__name__, __doc__)
+    add_config(parser)
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--deadlines", nargs="+", required=True)
-    parser.add_argument("--hp", nargs="*", default=[])
-    arguments = parser.parse_args()
+    add_hp(parser)
+    options = parser.parse_args(arguments)
     rows = []
-    with request_files(arguments.minutes) as (folder, portrait):
-        for deadline in arguments.deadlines:
-            rows.append(measure(arguments, deadline, folder, portrait))
+    with speech_folder(options.minutes) as folder:
+        for deadline in options.deadlines:
+            rows.append(measure(options, deadline, folder))
             print(rows[-1], flush=True)
-    print("| deadline | settings | predicted, s | taken, s | error |")
-    print("|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row['deadline']} | {row['settings']} | {row['predicted']:.1f} | {row['seconds']:.1f} | "
-            f"{row['error']:+.1%} |"
-        )
-    print(json.dumps({"benchmark": "deadline", **vars(arguments), **where(), "rows": rows}))
-
-
-if __name__ == "__main__":
-    main()
+    print_table(
+        ["deadline", "settings", "predicted, s", "taken, s", "error"],
+        [
+            [
+                row["deadline"],
+                row["settings"],
+                f"{row['predicted']:.1f}",
+                f"{row['seconds']:.1f}",
+                f"{row['error']:+.1%}",
+            ]
+            for row in rows
+        ],
+    )
+    print_result("deadline", **vars(options), rows=rows)

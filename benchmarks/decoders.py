@@ -1,26 +1,26 @@
 """Seconds and memory of each decoder on one CUDA device: the full VAE's, LightVAE's, TAEHV's.
 
-    python benchmarks/decoders.py [--repeats 5]
+    python -m benchmarks decoders [--repeats 5]
 
-Released sizes, random weights, bf16, 400x720: decode of 105 and of 53 frames as a stream, warm-up 2, median,
-fastest and slowest. TAEHV also with other numbers of latents a pass, and with weights that are not
-channels-last. Error: relative L2 of 53 frames against the same weights in float32 (rounding only:
-how the decoders differ from the full one can be told with trained weights alone).
-A table, then one line of JSON.
+Released sizes, random weights, bf16, 400x720: decode of 105 and of 53 frames as a stream. TAEHV also runs
+with other numbers of latents a pass, and with weights that are not channels-last.
+Error: relative L2 of 53 frames against the same weights in float32. It shows rounding only; how the decoders
+differ from the full one shows only with trained weights.
+Prints a table, then one line of JSON.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
-import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from vae import HEIGHT, LATENTS, WIDTH, make_inputs, stream, timed
 
+from benchmarks.shared.options import add_repeats, make_parser
+from benchmarks.shared.report import print_result, print_table, spread
+from benchmarks.shared.timing import require_cuda
+from benchmarks.vae import HEIGHT, LATENTS, WIDTH, coding_times, make_inputs, stream
 from omniavatar.accel.decoder import apply_decoder
 from omniavatar.accel.vae import FastVAEConfig, apply_fast_vae
 from omniavatar.checkpoint.tiny_decoder import light_vae_config, random_tiny_decoder
@@ -42,7 +42,7 @@ def wan(config: VAEConfig, fast: bool) -> tuple[VideoDecoder, WanVAE]:
 
 
 def tiny(config: TinyDecoderConfig, channels_last: bool) -> tuple[VideoDecoder, TinyDecoder]:
-    """The same of TAEHV."""
+    """TAEHV's decoder in bf16, and the plain module with its weights in float32."""
     half = random_tiny_decoder(config, dtype=torch.bfloat16, device=CUDA, seed=0)
     exact = random_tiny_decoder(config, dtype=torch.float32, device=CUDA, seed=0)
     exact.load_state_dict({key: value.float() for key, value in half.state_dict().items()})
@@ -66,47 +66,38 @@ VARIANTS: dict[str, Callable[[], tuple[VideoDecoder, VideoDecoder]]] = {
 
 @torch.inference_mode()
 def measure(repeats: int) -> list[dict]:
+    """One row for each decoder."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     inputs = make_inputs()
     rows = []
     for name, make in VARIANTS.items():
         decoder, exact = make()
-        wanted, got = (
+        expected, got = (
             torch.cat(list(each.decode_stream(inputs["decode_53"])), dim=2) for each in (exact, decoder)
         )
-        row: dict = {"decoder": name, "error": ((got - wanted).norm() / wanted.norm()).item()}
-        del exact, wanted, got
+        row: dict = {"decoder": name, "error": ((got - expected).norm() / expected.norm()).item()}
+        del exact, expected, got
         torch.cuda.empty_cache()
         for case in LATENTS:
-            row[case] = timed(functools.partial(stream, decoder, inputs[case]), repeats)
+            row[case] = coding_times(functools.partial(stream, decoder, inputs[case]), repeats)
         rows.append(row)
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser(__name__, __doc__)
+    add_repeats(parser)
+    options = parser.parse_args(arguments)
+    require_cuda()
+    rows = measure(options.repeats)
+    print_table(
+        ["decoder", "decode 105, s (min..max)", "decode 53, s", "peak GiB", "rounding"], map(cells, rows)
     )
-    parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
-    rows = measure(arguments.repeats)
-    print("| decoder | decode 105, s (min..max) | decode 53, s | peak GiB | rounding |")
-    print("|---|---|---|---|---|")
-    for row in rows:
-        long = row["decode_105"]
-        print(
-            f"| {row['decoder']} | {long['s']:.3f} ({long['min_s']:.3f}..{long['max_s']:.3f}) "
-            f"| {row['decode_53']['s']:.3f} | {long['peak_gib']:.2f} | {row['error']:.1e} |"
-        )
-    where = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "python": platform.python_version(),
-    }
-    summary = {"benchmark": "decoders", "size": [HEIGHT, WIDTH], "repeats": arguments.repeats, **where}
-    print(json.dumps({**summary, "rows": rows}))
+    print_result("decoders", size=[HEIGHT, WIDTH], repeats=options.repeats, rows=rows)
 
 
-if __name__ == "__main__":
-    main()
+def cells(row: dict) -> list[str]:
+    """A row of the table."""
+    long = row["decode_105"]
+    times = spread(long["s"], long["min_s"], long["max_s"]), f"{row['decode_53']['s']:.3f}"
+    return [row["decoder"], *times, f"{long['peak_gib']:.2f}", f"{row['error']:.1e}"]

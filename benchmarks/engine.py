@@ -1,21 +1,21 @@
 """Seconds a forward and peak memory of the full-size models with random weights, on one CUDA device.
 
-    python benchmarks/engine.py [--scales 1.3B,14B] [--tokens 30000,15000] [--repeats 5]
+    python -m benchmarks engine [--scales 1.3B,14B] [--tokens 30000,15000] [--repeats 5]
 
-`--tokens` are `max_tokens` values at 400x720 (30000: 30,375 tokens; 15000: 15,750). Warm-up, synchronisation,
-median and spread; a table, then one line of JSON.
+`--tokens` are `max_tokens` values at 400x720 (30000: 30,375 tokens; 15000: 15,750). Prints a table with
+medians and spreads, then one line of JSON.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import time
+from collections.abc import Sequence
 
 import torch
-from timing import timed, where
 
+from benchmarks.shared.options import add_repeats, make_parser, numbers, words
+from benchmarks.shared.report import print_result, print_table, spread
+from benchmarks.shared.timing import require_cuda, timed
 from omniavatar.accel.attention.registry import create_attention
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
@@ -27,6 +27,7 @@ SIZE = (400, 720)
 
 @torch.inference_mode()
 def measure(scale: str, max_tokens: list[int], repeats: int, backend: str) -> list[dict]:
+    """One row for each number of tokens."""
     device, dtype = torch.device("cuda"), torch.bfloat16
     name, attention = create_attention(backend, device, dtype)
     spec = scale_spec(scale)
@@ -62,12 +63,12 @@ def measure(scale: str, max_tokens: list[int], repeats: int, backend: str) -> li
                 "frames": length,
                 "tokens": latents * (SIZE[0] // 16) * (SIZE[1] // 16),
                 "attention": name,
-                "forward_s": statistics.median(forward),
-                "forward_min_s": min(forward),
-                "forward_max_s": max(forward),
-                "decode_s": statistics.median(decoding),
-                "decode_min_s": min(decoding),
-                "decode_max_s": max(decoding),
+                "forward_s": forward.median,
+                "forward_min_s": forward.fastest,
+                "forward_max_s": forward.slowest,
+                "decode_s": decoding.median,
+                "decode_min_s": decoding.fastest,
+                "decode_max_s": decoding.slowest,
                 "peak_gib": peak / 2**30,
                 "decode_peak_gib": torch.cuda.max_memory_allocated() / 2**30,
                 "weights_made_s": made,
@@ -77,31 +78,25 @@ def measure(scale: str, max_tokens: list[int], repeats: int, backend: str) -> li
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--scales", default="1.3B,14B")
-    parser.add_argument("--tokens", default="30000,15000")
-    parser.add_argument("--repeats", type=int, default=5)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser(__name__, __doc__)
+    parser.add_argument("--scales", type=words, default=["1.3B", "14B"])
+    parser.add_argument("--tokens", type=numbers, default=[30000, 15000])
+    add_repeats(parser)
     parser.add_argument("--attention", default="auto")
-    arguments = parser.parse_args()
-    tokens = [int(value) for value in arguments.tokens.split(",")]
+    options = parser.parse_args(arguments)
+    require_cuda()
     rows: list[dict] = []
-    for scale in arguments.scales.split(","):
-        rows += measure(scale, tokens, arguments.repeats, arguments.attention)
+    for scale in options.scales:
+        rows += measure(scale, options.tokens, options.repeats, options.attention)
         torch.cuda.empty_cache()
-    print("| model | tokens | attention | forward s (min..max) | decode s (min..max) | peak GiB |")
-    print("|---|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row['scale']} | {row['tokens']:,} | {row['attention']} "
-            f"| {row['forward_s']:.3f} ({row['forward_min_s']:.3f}..{row['forward_max_s']:.3f}) "
-            f"| {row['decode_s']:.2f} ({row['decode_min_s']:.2f}..{row['decode_max_s']:.2f}) "
-            f"| {row['peak_gib']:.1f} |"
-        )
-    print(json.dumps({"benchmark": "engine", "repeats": arguments.repeats, **where(), "rows": rows}))
+    heads = ["model", "tokens", "attention", "forward s (min..max)", "decode s (min..max)", "peak GiB"]
+    print_table(heads, map(cells, rows))
+    print_result("engine", repeats=options.repeats, rows=rows)
 
 
-if __name__ == "__main__":
-    main()
+def cells(row: dict) -> list[str]:
+    """A row of the table."""
+    forward = spread(row["forward_s"], row["forward_min_s"], row["forward_max_s"])
+    decode = spread(row["decode_s"], row["decode_min_s"], row["decode_max_s"], digits=2)
+    return [row["scale"], f"{row['tokens']:,}", row["attention"], forward, decode, f"{row['peak_gib']:.1f}"]

@@ -1,25 +1,25 @@
 """One forward of the full-size DiT with random weights: each optimisation added to the ones before it.
 
-    python benchmarks/forward.py [--scales 14B] [--repeats 5] [--profile] [--variants fused] [--backends fa3]
+    python -m benchmarks forward [--scales 14B] [--repeats 5] [--profile] [--variants fused] [--backends fa3]
 
 Times at 400x720 with 27 and 14 latent frames (30,375 and 15,750 tokens) and at 480x832 with 21 (32,760).
-Error: relative L2 of the output against the same weights run block by block in float32, at 5 latent frames;
-twin: against the same blocks with the eager passes and PyTorch's own attention, which round where the kernels
-round and add up in float32.
-A table, then one line of JSON.
+Error: relative L2 of the output against the same weights run block by block in float32, at 5 latent frames.
+Twin: the same error against the same blocks with the eager passes and PyTorch's own attention, which round
+where the kernels round and add up in float32.
+Prints a table, then one line of JSON.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import statistics
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timing import timed, where
 
+from benchmarks.shared.options import add_repeats, make_parser, words
+from benchmarks.shared.report import print_result, print_table, spread
+from benchmarks.shared.timing import require_cuda, timed
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
 from omniavatar.accel.attention.registry import ATTENTION, create_attention
 from omniavatar.accel.kernels.fused import create_fused
@@ -38,6 +38,7 @@ LADDER = (
 
 
 def inputs(dit, grid):
+    """Random arguments of one forward on a latent clip `grid` (T, h, w)."""
     generator = torch.Generator(DEVICE).manual_seed(0)
 
     def random(*shape):
@@ -50,7 +51,7 @@ def inputs(dit, grid):
 
 
 def reference(dit):
-    """Output with every block in float32, one block's copy at a time."""
+    """The output with every block in float32, copied one block at a time."""
     _, attention = create_attention("efficient", DEVICE, torch.float32)
     args = inputs(dit, ERROR_GRID)
 
@@ -66,7 +67,7 @@ def reference(dit):
 
 
 def twin(dit, ops):
-    """Output with eager passes and attention in the kernels' place."""
+    """The output with the eager passes and attention instead of the kernels."""
     _, attention = create_attention("efficient", DEVICE, DTYPE)
     fast = dit.attention
     dit.attention = dit.text_attention = attention
@@ -85,10 +86,12 @@ def use(dit, ops):
 
 
 def relative_l2(a, b):
+    """Relative L2 distance of two tensors."""
     return ((a - b).norm() / b.norm()).item()
 
 
 def profile(dit, grid, rows=18):
+    """Print the kernels of one forward by the time they take."""
     args = inputs(dit, grid)
     dit(*args)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
@@ -101,8 +104,9 @@ def profile(dit, grid, rows=18):
 
 @torch.inference_mode()
 def measure(scale, repeats, with_profile, variants, only):
+    """The rows of one scale. only: attention backends; all of a variant's if empty."""
     spec, ops = scale_spec(scale), create_fused(DEVICE)
-    there = ATTENTION.available(DEVICE)
+    available = ATTENTION.available(DEVICE)
     expected, rows = None, []
     for name, config, backends in LADDER:
         if name not in variants:
@@ -116,8 +120,8 @@ def measure(scale, repeats, with_profile, variants, only):
         for backend in backends:
             if only and backend not in only:
                 continue
-            if backend not in there:
-                print(f"{backend} is not there: skipped")
+            if backend not in available:
+                print(f"attention {backend} is not available: skipped")
                 continue
             dit.attention = dit.text_attention = create_attention(backend, DEVICE, DTYPE)[1]
             row = {"scale": scale, "variant": name, "attention": backend}
@@ -130,8 +134,8 @@ def measure(scale, repeats, with_profile, variants, only):
                 torch.cuda.reset_peak_memory_stats()
                 args = inputs(dit, grid)
                 times = timed(partial(dit, *args), repeats)
-                row[str(tokens)] = statistics.median(times)
-                row[f"{tokens}_spread"] = [min(times), max(times)]
+                row[str(tokens)] = times.median
+                row[f"{tokens}_spread"] = times.spread
                 row[f"{tokens}_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             rows.append(row)
             print(row, flush=True)
@@ -142,39 +146,27 @@ def measure(scale, repeats, with_profile, variants, only):
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser(__name__, __doc__)
+    parser.add_argument("--scales", type=words, default=["14B", "1.3B"])
+    add_repeats(parser)
+    parser.add_argument("--profile", action="store_true", help="print the kernels of fused variants too")
+    parser.add_argument("--variants", type=words, default=[name for name, _, _ in LADDER])
+    parser.add_argument(
+        "--backends", type=words, default=[], help="attention backends (default: all of the variant's)"
     )
-    parser.add_argument("--scales", default="14B,1.3B")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--variants", default=",".join(name for name, _, _ in LADDER))
-    parser.add_argument("--backends", default="", help="attention backends; all of the variant's if empty")
-    arguments = parser.parse_args()
-    variants = arguments.variants.split(",")
-    only = [name for name in arguments.backends.split(",") if name]
+    options = parser.parse_args(arguments)
+    require_cuda()
     rows = []
-    for scale in arguments.scales.split(","):
-        rows += measure(scale, arguments.repeats, arguments.profile, variants, only)
-    print(
-        "| model | variant | attention | error | twin | "
-        + " | ".join(f"{n:,}" for n in GRIDS)
-        + " | peak GiB |"
-    )
-    print("|---|---|---|---|---|" + "---|" * (len(GRIDS) + 1))
-    for row in rows:
-        cells = [
-            f"{row[str(n)]:.3f} ({row[f'{n}_spread'][0]:.3f}..{row[f'{n}_spread'][1]:.3f})"
-            if str(n) in row
-            else "-"
-            for n in GRIDS
-        ]
-        errors = f"{row['error']:.2e} | {row['twin_error']:.2e}"
-        head = f"| {row['scale']} | {row['variant']} | {row['attention']} | {errors} | "
-        print(head + " | ".join(cells) + f" | {row['30375_peak_gib']:.1f} |")
-    print(json.dumps({"benchmark": "forward", "repeats": arguments.repeats, **where(), "rows": rows}))
+    for scale in options.scales:
+        rows += measure(scale, options.repeats, options.profile, options.variants, options.backends)
+    heads = ["model", "variant", "attention", "error", "twin", *(f"{n:,}" for n in GRIDS), "peak GiB"]
+    print_table(heads, map(cells, rows))
+    print_result("forward", repeats=options.repeats, rows=rows)
 
 
-if __name__ == "__main__":
-    main()
+def cells(row):
+    """A row of the table."""
+    times = [spread(row[str(n)], *row[f"{n}_spread"]) if str(n) in row else "-" for n in GRIDS]
+    errors = f"{row['error']:.2e}", f"{row['twin_error']:.2e}"
+    return row["scale"], row["variant"], row["attention"], *errors, *times, f"{row['30375_peak_gib']:.1f}"

@@ -1,19 +1,19 @@
 """Microseconds and bandwidth of each fused pass on one CUDA device, for several widths of a warp's share.
 
-    python benchmarks/fused_passes.py [--tokens 30375]
+    python -m benchmarks fused_passes [--tokens 30375]
 
-`GB/s` counts the bytes a pass must read and write. A table, then one line of JSON.
+`GB/s` counts the bytes a pass must read and write. Prints a table, then one line of JSON.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+from collections.abc import Sequence
 
 import torch
-import triton
 
-from omniavatar.accel.kernels.fused_triton import TritonOps
+from benchmarks.shared.options import make_parser
+from benchmarks.shared.report import print_result, print_table
+from benchmarks.shared.timing import require_cuda
 from omniavatar.accel.kernels.rows import FP8
 
 MODELS = {"14B": (5120, 40, 13824), "1.3B": (1536, 12, 8960)}
@@ -21,6 +21,8 @@ SHARES = (256, 512, 1024, 2048)
 
 
 def passes(ops, tokens, width, heads, ffn):
+    """(name, bytes read and written, function) of each pass."""
+
     def random(*shape, kind=torch.bfloat16):
         return torch.randn(shape, device="cuda", dtype=kind)
 
@@ -44,31 +46,25 @@ def passes(ops, tokens, width, heads, ffn):
     yield "quantize heads", 3 * row, lambda: ops.quantize_heads(part.unflatten(-1, (heads, -1)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser(__name__, __doc__)
     parser.add_argument("--tokens", type=int, default=30375)
-    tokens = parser.parse_args().tokens
+    tokens = parser.parse_args(arguments).tokens
+    require_cuda()
+    import triton
+
+    from omniavatar.accel.kernels.fused_triton import TritonOps
+
     rows = []
     for model, sizes in MODELS.items():
         for share in SHARES:
             for name, size, run in passes(TritonOps(share), tokens, *sizes):
                 time = triton.testing.do_bench(run, warmup=10, rep=30, return_mode="median")
                 rows.append({"model": model, "pass": name, "share": share, "us": time * 1e3, "bytes": size})
-    print("| model | pass | " + " | ".join(f"{share} a warp: us (GB/s)" for share in SHARES) + " |")
-    print("|---|---|" + "---|" * len(SHARES))
-    for model in MODELS:
-        for name in dict.fromkeys(row["pass"] for row in rows):
-            cells = [
-                f"{row['us']:.0f} ({row['bytes'] / row['us'] / 1e3:.0f})"
-                for row in rows
-                if row["model"] == model and row["pass"] == name
-            ]
-            print(f"| {model} | {name} | " + " | ".join(cells) + " |")
-    where = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "tokens": tokens}
-    print(json.dumps({"benchmark": "fused_passes", **where, "rows": rows}))
-
-
-if __name__ == "__main__":
-    main()
+    by_pass: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        bandwidth = row["bytes"] / row["us"] / 1e3
+        by_pass.setdefault((row["model"], row["pass"]), []).append(f"{row['us']:.0f} ({bandwidth:.0f})")
+    heads = ["model", "pass", *(f"{share} a warp: us (GB/s)" for share in SHARES)]
+    print_table(heads, [[*key, *cells] for key, cells in by_pass.items()])
+    print_result("fused_passes", tokens=tokens, rows=rows)

@@ -1,18 +1,18 @@
 """How well OmniAvatar-Pocket talks, on people and speech it never saw: its table and its trade-offs.
 
-In the repository root with PYTHONPATH=src:. (files lie below --work, default benchmarks/build/pocket):
+Files lie below --work, default benchmarks/build/pocket:
 
-    python benchmarks/pocket_quality.py prepare --recordings ../shared/examples/speech
-    python benchmarks/pocket_quality.py measure --truth-only        # the ceiling: the renderer's own films
-    python benchmarks/pocket_quality.py generate --config configs/pocket.yaml --workers 2
-    python benchmarks/pocket_quality.py measure
-    python benchmarks/pocket_quality.py generate --config configs/pocket.yaml --tradeoff   # better on a GPU
-    python benchmarks/pocket_quality.py measure --tradeoff
+    python -m benchmarks pocket_quality prepare --recordings ../shared/examples/speech
+    python -m benchmarks pocket_quality measure --truth-only     # the ceiling: the renderer's own films
+    python -m benchmarks pocket_quality generate --config configs/pocket.yaml --workers 2
+    python -m benchmarks pocket_quality measure
+    python -m benchmarks pocket_quality generate --config configs/pocket.yaml --tradeoff  # better on a GPU
+    python -m benchmarks pocket_quality measure --tradeoff
 
 `prepare` needs the synthesisers (`training/fetch_tools.sh`) and renders for some minutes. `generate` runs on
-any machine that runs the engine and needs of --work only `inputs`; of what it writes only `made` is needed by
-`measure`, which makes itself an environment for MediaPipe (Python up to 3.12).
-`measure` prints the table in Markdown, then one line of JSON.
+any machine that runs the engine; it needs only `inputs` of --work. `measure` needs only what `generate` wrote
+to `made`, and makes an environment for MediaPipe (Python up to 3.12).
+It prints the table in Markdown, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ import argparse
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
 from benchmarks.pocket import faces, generate, material, quality, tradeoff
+from benchmarks.shared.options import make_parser
 
 WORK = Path("benchmarks/build/pocket")
 TRADEOFF_CLIPS = 4
@@ -45,20 +48,22 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 
 def tradeoff_clips(clips: list[material.Clip], count: int) -> list[material.Clip]:
-    """As many synthetic as recorded ones, `count` in all."""
+    """`count` clips, alternately synthetic and recorded."""
     kinds = [[clip for clip in clips if clip.kind == kind] for kind in ("synthetic", "recorded")]
     mixed = [clip for pair in zip(*kinds, strict=False) for clip in pair]
     return mixed[:count]
 
 
 def chosen_variants(names: list[str] | None, device: str) -> list[generate.Variant]:
-    """All variants for a device (cpu or cuda), or those named. Raises SystemExit for a name that none
-    has."""
-    there = {variant.name: variant for variant in tradeoff.variants()}
-    unknown = sorted(set(names or ()) - set(there))
+    """The variants called `names`, or all variants for a device (cpu or cuda).
+
+    Raises SystemExit for an unknown name.
+    """
+    known = {variant.name: variant for variant in tradeoff.variants()}
+    unknown = sorted(set(names or ()) - set(known))
     if unknown:
-        raise SystemExit(f"error: no variant {unknown[0]}; there are {', '.join(there)}")
-    return [there[name] for name in names or there if names or there[name].device in ("", device)]
+        raise SystemExit(f"error: no variant is called {unknown[0]}; known: {', '.join(known)}")
+    return [known[name] for name in names or known if names or known[name].device in ("", device)]
 
 
 def make(arguments: argparse.Namespace) -> None:
@@ -76,7 +81,7 @@ def make(arguments: argparse.Namespace) -> None:
 
 
 def without_nan(value: Any) -> Any:
-    """JSON has no nan: None in its place."""
+    """`value` with None for every nan, which JSON does not have."""
     if isinstance(value, dict):
         return {key: without_nan(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -89,7 +94,7 @@ def measure(arguments: argparse.Namespace) -> None:
     result: dict[str, Any] = {"benchmark": "pocket_quality", "seeds": generate.seeds_used()}
     if arguments.tradeoff:
         chosen = tradeoff_clips(clips, arguments.clips or TRADEOFF_CLIPS)
-        device = "cuda" if (arguments.work / "made" / "bf16").exists() else "cpu"  # of the machine it ran on
+        device = "cuda" if (arguments.work / "made" / "bf16").exists() else "cpu"  # where `generate` ran
         rows = tradeoff.measure(arguments.work, chosen, chosen_variants(arguments.variants, device))
         front, choice = tradeoff.pareto(rows), tradeoff.recommended(rows)
         result["tradeoff"] = {"rows": rows, "front": front, "recommended": choice}
@@ -106,17 +111,17 @@ def measure(arguments: argparse.Namespace) -> None:
     result = without_nan(result)
     file.write_text(json.dumps(result) + "\n")
     if arguments.plots is not None:
-        faces.run_there([faces.HERE / "plot.py", file.resolve(), arguments.plots.resolve()])
+        faces.run_in_environment([faces.HERE / "plot.py", file.resolve(), arguments.plots.resolve()])
     print(json.dumps(result))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser(__name__, __doc__)
     commands = parser.add_subparsers(required=True)
     for name, run, words in (
         ("prepare", prepare, "render the test clips"),
-        ("generate", make, "videos of them by the engine"),
-        ("measure", measure, "read the videos; tables"),
+        ("generate", make, "make videos of the clips with the engine"),
+        ("measure", measure, "measure the videos and print tables"),
     ):
         command = commands.add_parser(name, help=words)
         command.set_defaults(run=run)
@@ -124,10 +129,10 @@ def main() -> None:
         command.add_argument("--clips", type=int, default=8 if name == "prepare" else None)
         if name == "prepare":
             command.add_argument("--recordings", type=Path, help="folder of recordings with a transcription")
-            command.add_argument("--long-clips", type=int, default=4, help="of a minute, for the drift")
+            command.add_argument("--long-clips", type=int, default=4, help="clips of a minute, for the drift")
             command.add_argument("--long-seconds", type=int, default=material.LONG_SECONDS)
             continue
-        command.add_argument("--tradeoff", action="store_true", help="the variants instead of the table")
+        command.add_argument("--tradeoff", action="store_true", help="the variants instead of the default")
         command.add_argument("--variants", nargs="+", help="only these variants")
         if name == "generate":
             command.add_argument("--config", type=Path, default=Path("configs/pocket.yaml"))
@@ -135,11 +140,7 @@ def main() -> None:
                 "--workers", type=int, default=1, help=f"processes; this machine: {os.cpu_count()}"
             )
         else:
-            command.add_argument("--truth-only", action="store_true", help="only the films' figures")
+            command.add_argument("--truth-only", action="store_true", help="only the renderer's films")
             command.add_argument("--plots", type=Path, help="folder for the plots, such as docs/images")
-    arguments = parser.parse_args()
-    arguments.run(arguments)
-
-
-if __name__ == "__main__":
-    main()
+    options = parser.parse_args(arguments)
+    options.run(arguments)

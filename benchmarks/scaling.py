@@ -1,39 +1,38 @@
 """One forward and one guided step of the full-size DiT with random weights on several GPUs.
 
-    torchrun --standalone --nproc_per_node=2 benchmarks/scaling.py [--scale 14B] [--cfg 2] [--fsdp]
+    torchrun --standalone --nproc_per_node=2 -m benchmarks scaling [--scale 14B] [--cfg 2] [--fsdp]
         [--exchange collective] [--graphs]
-    torchrun --standalone --nproc_per_node=2 benchmarks/scaling.py --vae
 
-The processes are cfg groups of sp = N / cfg ranks. In one run: the forward of one GPU (every rank alone, at
-the same time), of sp ranks, the same with exchanges that move nothing (the difference is what they cost) and
-the exchanges alone; of what moves nothing the slowest rank counts, for whom the others wait. With --graphs
-also the shared forward as a CUDA graph, which is to be equal to the bit. With --cfg a step of two branches
-instead, in series on one GPU and on all ranks. Error: relative L2 of the shared forward against the same
-rank's own. Rank 0 prints a table, then one line of JSON.
-With --vae instead: the released VAE's sizes at 400x720, 105 frames decoded and 13 encoded (`scaling_vae`).
+The processes are cfg groups of sp = N / cfg ranks. One run times the forward of one GPU (every rank alone, at
+the same time), of sp ranks, of sp ranks with exchanges that move nothing (the difference is the cost of the
+exchanges), and the exchanges alone. Of the forward that moves nothing the slowest rank counts, because the
+others wait for it.
+--graphs also times the shared forward as a CUDA graph and compares it with the eager one.
+--cfg times a step of two branches instead, in series on one GPU and on all ranks.
+Error: relative L2 of the shared forward against the same rank's own.
+Rank 0 prints a table, then one line of JSON. `scaling_vae` does the same for the VAE.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
-from forward import GRIDS, inputs
-from scaling_vae import SilentHeads, SilentPeers, SilentRows, measure_vae
-from timing import timed
 
+from benchmarks.forward import GRIDS, inputs
+from benchmarks.scaling_vae import SilentHeads, SilentPeers, SilentRows, several_gpus
+from benchmarks.shared.options import add_repeats, make_parser
+from benchmarks.shared.report import print_result, spread
+from benchmarks.shared.timing import timed
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
 from omniavatar.accel.attention.registry import create_attention
 from omniavatar.accel.graphs import CudaCapture, GraphedBlocks
 from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
-from omniavatar.parallel.process import Process, connect, disconnect
 from omniavatar.parallel.rank_layout import Layout, deal
 from omniavatar.parallel.weights import apply_shared_weights
 from omniavatar.sampling.guidance import guidance_branches
@@ -41,28 +40,24 @@ from omniavatar.sampling.passes import plan_passes
 from omniavatar.types import StepPlan
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser(__name__, __doc__)
     parser.add_argument("--scale", default="14B")
     parser.add_argument("--tokens", type=int, default=30375, choices=sorted(GRIDS))
-    parser.add_argument("--cfg", type=int, default=1)
-    parser.add_argument("--fsdp", action="store_true")
+    parser.add_argument("--cfg", type=int, default=1, help="groups that share guidance")
+    parser.add_argument("--fsdp", action="store_true", help="share the weights among the ranks too")
     parser.add_argument("--quantize", default="none", choices=["none", "fp8"])
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--exchange", default="auto", choices=["auto", "direct", "collective"])
     parser.add_argument("--graphs", action="store_true", help="also the shared forward as a CUDA graph")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--vae", action="store_true")
-    options = parser.parse_args()
-    process = Process.from_environment()
-    device = torch.device("cuda", process.local_rank)
-    team = connect(process, device)
-    if options.vae:
-        exchange = team.arrange(Layout(1, team.size, team.size), options.exchange)
-        measure_vae(team, device, options.repeats, exchange)
-        team.meet()
-        disconnect()
-        return
+    add_repeats(parser)
+    options = parser.parse_args(arguments)
+    with several_gpus() as (team, device):
+        measure(options, team, device)
+
+
+def measure(options, team, device):
+    """Measure on all ranks; the leader prints."""
     spec = scale_spec(options.scale).dit
     layout = Layout(options.cfg, team.size // options.cfg, spec.num_heads)
     exchange = team.arrange(layout, options.exchange)
@@ -73,14 +68,14 @@ def main() -> None:
     args = inputs(dit, GRIDS[options.tokens])
     found, slow = {}, {}
 
-    def measure(label, run):
+    def measured(label, run):
         team.meet()
         times = timed(run, options.repeats)
-        found[label] = [statistics.median(times), min(times), max(times)]
-        slowest = torch.tensor(found[label][0], device=device)
+        found[label] = [times.median, *times.spread]
+        slowest = torch.tensor(times.median, device=device)
         torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX)
         slow[label] = float(slowest)
-        return found[label][0]
+        return times.median
 
     def forward():
         return dit(*args, run_blocks=team.shard(dit.run_blocks))
@@ -97,13 +92,13 @@ def main() -> None:
 
     with torch.inference_mode():
         alone = dit(*args)
-        one = measure(f"{what}, one GPU", single)
+        one = measured(f"{what}, one GPU", single)
         team.apply(dit)
         if options.fsdp:
             apply_shared_weights(dit, team.weight_peers(), device)
             torch.cuda.empty_cache()
         error = float((forward() - alone).norm() / alone.norm())
-        shared = measure(f"{what}, shared", several)
+        shared = measured(f"{what}, shared", several)
         if layout.sequence > 1 and layout.guidance == 1:
             sequence = team._sequence
             found["queued by the host"] = queued(forward, options.repeats)
@@ -112,53 +107,44 @@ def main() -> None:
                 replayed = lambda: dit(*args, run_blocks=team.shard(graphed))  # noqa: E731
                 eager = forward()
                 found["error of the graph"] = max(float((replayed() - eager).abs().max()) for _ in range(6))
-                measure("forward, shared, one graph", replayed)
+                measured("forward, shared, one graph", replayed)
                 found["graph queued by the host"] = queued(replayed, options.repeats)
             real = sequence.whole, sequence.heads, sequence.rows
             whole = sequence.whole
             sequence.whole = SilentPeers(whole.group, whole.index, whole.size)
             sequence.heads = SilentHeads(sequence.heads.index, sequence.heads.size)
             sequence.rows = SilentRows(sequence.rows.index, sequence.rows.size)
-            measure("forward, shared, nothing moved", forward)
+            measured("forward, shared, nothing moved", forward)
             silent = slow["forward, shared, nothing moved"]  # exchanges wait for the slowest rank
             sequence.whole, sequence.heads, sequence.rows = real
-            exchanges = measure("exchanges alone", lambda: exchange_all(sequence, spec, device))
+            exchanges = measured("exchanges alone", lambda: exchange_all(sequence, spec, device))
             found["share of the exchanges hidden"] = 1 - (shared - silent) / exchanges
     found["peak GB"] = torch.cuda.max_memory_allocated(device) / 1e9
-    if team.leads:
-        print(f"{options.scale}, {options.tokens} tokens, {name}, {options.quantize}, {layout}; {exchange}")
-        for label, values in found.items():
-            text = (
-                f"{values:.4f}" if isinstance(values, float) else "{:.4f} ({:.4f}..{:.4f}) s".format(*values)
-            )
-            print(f"{label:32} {text}")
-        for label, value in slow.items():
-            print(f"slowest rank, {label:32} {value:.4f} s")
-        print(f"{one / shared:.3f} times one GPU; error {error:.2e}")
-        print(
-            json.dumps(
-                {
-                    **vars(options),
-                    "gpus": team.size,
-                    "heads": exchange,
-                    "attention": name,
-                    "seconds": found,
-                    "slowest_rank": slow,
-                    "speedup": one / shared,
-                    "error": error,
-                    "device": torch.cuda.get_device_name(device),
-                    "torch": torch.__version__,
-                    "nccl_env": {key: value for key, value in os.environ.items() if key.startswith("NCCL_")},
-                    "python": platform.python_version(),
-                }
-            )
-        )
-    team.meet()
-    disconnect()
+    if not team.leads:
+        return
+    print(f"{options.scale}, {options.tokens} tokens, {name}, {options.quantize}, {layout}; {exchange}")
+    for label, values in found.items():
+        text = f"{values:.4f}" if isinstance(values, float) else f"{spread(*values, digits=4)} s"
+        print(f"{label:32} {text}")
+    for label, value in slow.items():
+        print(f"slowest rank, {label:32} {value:.4f} s")
+    print(f"{one / shared:.3f} times one GPU; error {error:.2e}")
+    print_result(
+        "scaling",
+        device,
+        **{**vars(options), "attention": name},
+        gpus=team.size,
+        heads=exchange,
+        seconds=found,
+        slowest_rank=slow,
+        speedup=one / shared,
+        error=error,
+        nccl_env={key: value for key, value in os.environ.items() if key.startswith("NCCL_")},
+    )
 
 
 def queued(run, repeats):
-    """Median seconds the host takes to queue `run` on an idle device."""
+    """Seconds the host takes to queue `run` on an idle device: [median, fastest, slowest]."""
     times = []
     for _ in range(repeats):
         torch.cuda.synchronize()
@@ -188,7 +174,3 @@ def exchange_all(sequence, spec, device):
                 sequence.rows.spread(out, rows).wait()
     total = deal(sum(sequence.counts), whole.size)
     whole.gather(mine.new_zeros(total[whole.index], spec.dim), total)
-
-
-if __name__ == "__main__":
-    main()

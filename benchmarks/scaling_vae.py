@@ -1,26 +1,34 @@
-"""What `scaling.py --vae` measures: the VAE's work on one GPU and shared by rows among all of them.
+"""The VAE's work on one GPU, and shared by rows among all GPUs of one host.
+
+    torchrun --standalone --nproc_per_node=2 -m benchmarks scaling_vae [--exchange collective]
 
 Released sizes, random weights, bf16, 400x720: decode of 105 frames and encode of 13. Each is timed on one GPU
 (every rank alone, at the same time), shared, and shared with exchanges that move nothing (the difference is
-what they cost); "queued" is the host's time to launch it all. Errors: relative L2 of the shared result
-against the same rank's own.
+the cost of the exchanges). "queued" is the host's time to launch it all.
+Errors: relative L2 of the shared result against the same rank's own.
+Rank 0 prints the seconds, then one line of JSON.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from timing import timed
 
+from benchmarks.shared.options import add_repeats, make_parser
+from benchmarks.shared.report import print_result, spread
+from benchmarks.shared.timing import require_cuda, timed
 from omniavatar.accel.vae import FastVAEConfig, apply_fast_vae
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.model.sizes import VAEConfig
 from omniavatar.parallel.exchange import Arrived
 from omniavatar.parallel.peers import Peers
 from omniavatar.parallel.picture_rows import PictureRows
+from omniavatar.parallel.process import Process, connect, disconnect
+from omniavatar.parallel.rank_layout import Layout
+from omniavatar.parallel.team import Ranks
 from omniavatar.parallel.vae import apply_shared_vae
 
 HEIGHT, WIDTH = 400, 720
@@ -80,8 +88,30 @@ class CountingPeers(Peers):
         return super().gather(rows, counts)
 
 
-def measure_vae(team, device, repeats, exchange):
-    """Measure on all ranks; the leader prints a table and one line of JSON."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser(__name__, __doc__)
+    parser.add_argument("--exchange", default="auto", choices=["auto", "direct", "collective"])
+    add_repeats(parser)
+    options = parser.parse_args(arguments)
+    with several_gpus() as (team, device):
+        exchange = team.arrange(Layout(1, team.size, team.size), options.exchange)
+        measure(team, device, options.repeats, exchange)
+
+
+@contextmanager
+def several_gpus() -> Iterator[tuple[Ranks, torch.device]]:
+    """The ranks that torchrun started, connected, and this rank's device."""
+    require_cuda()
+    process = Process.from_environment()
+    device = torch.device("cuda", process.local_rank)
+    team = connect(process, device)
+    yield team, device
+    team.meet()
+    disconnect()
+
+
+def measure(team, device, repeats, exchange):
+    """Measure on all ranks; the leader prints. exchange: how the ranks exchange, for the report."""
     alone = apply_fast_vae(
         random_vae(VAEConfig(), dtype=torch.bfloat16, device=device, seed=0), FastVAEConfig()
     )
@@ -109,7 +139,7 @@ def measure_vae(team, device, repeats, exchange):
                 torch.cuda.reset_peak_memory_stats()
                 times = timed(lambda run=run, vae=vae: run(vae), repeats)
                 label = f"{name}, {kind}"
-                found[label] = [statistics.median(times), min(times), max(times)]
+                found[label] = [times.median, *times.spread]
                 begun = time.perf_counter()
                 run(vae)
                 facts[f"{label}: queued s"] = time.perf_counter() - begun
@@ -128,21 +158,10 @@ def measure_vae(team, device, repeats, exchange):
     print(f"VAE, {HEIGHT}x{WIDTH}, {team.size} GPUs: {4 * LATENTS - 3} frames decoded, {FRAMES} encoded")
     print(exchange)
     for label, values in found.items():
-        print("{:34} {:.4f} ({:.4f}..{:.4f}) s".format(label, *values))
+        print(f"{label:34} {spread(*values, digits=4)} s")
     for label, value in facts.items():
         print(f"{label:42} {value:.4g}")
-    print(
-        json.dumps(
-            {
-                "gpus": team.size,
-                "exchange": exchange,
-                "seconds": found,
-                **facts,
-                "device": torch.cuda.get_device_name(device),
-                "torch": torch.__version__,
-            }
-        )
-    )
+    print_result("scaling_vae", device, gpus=team.size, exchange=exchange, seconds=found, **facts)
 
 
 def _pixels(vae, latent):

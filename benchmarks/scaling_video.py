@@ -1,11 +1,11 @@
 """One minute of video by the whole command, on one GPU and on several together.
 
-    python benchmarks/scaling_video.py [--gpus 0 0,1] [--config configs/inference_1.3B_4steps.yaml] [--hp ...]
+    python -m benchmarks scaling_video [--gpus 0 0,1] [--config configs/inference_1.3B_4steps.yaml] [--hp ...]
 
-`omniavatar generate` for each entry of `--gpus`, by torchrun for several, full-size random weights, 400x720,
-the packaged speech repeated to `--minutes`. Compared is the time from the end of the first window, which
-compiles, to the last, and the whole command beside it, loading included. Pictures are faint
-(`faint_command.py`): with noise x264 was what two GPUs waited for. A table, then one line of JSON.
+Runs `omniavatar generate` for each entry of `--gpus`, by torchrun for several: full-size random weights,
+400x720, the packaged speech repeated to `--minutes`. It compares the time from the end of the first window,
+which compiles, to the end of the last; the time of the whole command, loading included, stands beside it.
+Pictures are faint (`shared/inputs.py` says why). Prints a table, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -13,59 +13,37 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-import wave
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.resources import as_file, files
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from timing import where
-from whole_video import RATE, speech
+from benchmarks.shared.inputs import FAINT_COMMAND, module_environment, speech_folder
+from benchmarks.shared.options import add_config, add_hp, make_parser
+from benchmarks.shared.report import print_result, print_table, spread
+from omniavatar.assets import PORTRAIT
 
 
-def write_speech(path: Path, seconds: float) -> None:
-    """The packaged speech, repeated, as a WAV file."""
-    whole = (speech(path.parent, seconds).samples * 32767).astype(np.int16)
-    with wave.open(str(path), "wb") as sound:
-        sound.setnchannels(1)
-        sound.setsampwidth(2)
-        sound.setframerate(RATE)
-        sound.writeframes(whole.tobytes())
-
-
-@contextmanager
-def request_files(minutes: float) -> Iterator[tuple[Path, Path]]:
-    """A temporary folder with the packaged speech, repeated to `minutes`, as `speech.wav`; the portrait."""
-    with tempfile.TemporaryDirectory() as name, as_file(files("omniavatar.assets")) as assets:
-        write_speech(Path(name) / "speech.wav", minutes * 60)
-        yield Path(name), assets / "portrait.png"
-
-
-def run(arguments: argparse.Namespace, gpus: str, folder: Path, portrait: Path) -> dict[str, object]:
-    """One command: seconds of it, of its windows, and what it says of itself."""
+def run(options: argparse.Namespace, gpus: str, folder: Path) -> dict[str, object]:
+    """One command: its seconds, and those of its windows as its events report them."""
     output = folder / f"{gpus.replace(',', '_')}.mp4"
     count = len(gpus.split(","))
     command = [sys.executable]
     if count > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    command += [str(Path(__file__).with_name("faint_command.py")), "generate", "--config", arguments.config]
-    command += ["--prompt", "a person speaks", "--image", str(portrait)]
+    command += ["-m", FAINT_COMMAND, "generate", "--config", options.config]
+    command += ["--prompt", "a person speaks", "--image", str(PORTRAIT)]
     command += ["--audio", str(folder / "speech.wav"), "--output", str(output)]
     command += ["--log-format", "json", "--no-resume"]
     shared = [f"sp_size={count}"] if count > 1 else []
-    for value in ["weights=random", f"scale={arguments.scale}", *shared, *arguments.hp]:
+    for value in ["weights=random", f"scale={options.scale}", *shared, *options.hp]:
         command += ["--hp", value]
     begun = time.time()
     ends, lines = [], []
-    seen = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=seen) as process:
+    environment = module_environment(CUDA_VISIBLE_DEVICES=gpus)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
         for line in process.stderr:
             lines.append(line)
@@ -86,31 +64,30 @@ def run(arguments: argparse.Namespace, gpus: str, folder: Path, portrait: Path) 
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser(__name__, __doc__)
     parser.add_argument("--gpus", nargs="+", default=["0", "0,1"])
-    parser.add_argument("--config", default="configs/inference_1.3B_4steps.yaml")
+    add_config(parser, "configs/inference_1.3B_4steps.yaml")
     parser.add_argument("--scale", default="1.3B")
     parser.add_argument("--minutes", type=float, default=1.0)
-    parser.add_argument("--hp", nargs="*", default=["loras=[]", "image_sizes_720=[[400,720]]"])
-    arguments = parser.parse_args()
+    add_hp(parser, ["loras=[]", "image_sizes_720=[[400,720]]"])
+    options = parser.parse_args(arguments)
     rows = []
-    with request_files(arguments.minutes) as (folder, portrait):
-        for gpus in arguments.gpus:
-            rows.append(run(arguments, gpus, folder, portrait))
+    with speech_folder(options.minutes) as folder:
+        for gpus in options.gpus:
+            rows.append(run(options, gpus, folder))
             print(rows[-1], flush=True)
-    print("| GPUs | a window, s | windows after the first, s | times the first row | whole command, s |")
-    print("|---|---|---|---|---|")
-    for row in rows:
-        low, high = row["window_spread"]
-        print(
-            f"| {row['gpus']} | {row['window_s']:.3f} ({low:.3f}..{high:.3f}) | {row['windows_s']:.1f} | "
-            f"{rows[0]['windows_s'] / row['windows_s']:.3f} | {row['command_s']:.1f} |"
-        )
-    print(json.dumps({"benchmark": "scaling_video", **vars(arguments), **where(), "rows": rows}))
-
-
-if __name__ == "__main__":
-    main()
+    print_table(
+        ["GPUs", "a window, s", "windows after the first, s", "times the first row", "whole command, s"],
+        [
+            [
+                row["gpus"],
+                spread(row["window_s"], *row["window_spread"]),
+                f"{row['windows_s']:.1f}",
+                f"{rows[0]['windows_s'] / row['windows_s']:.3f}",
+                f"{row['command_s']:.1f}",
+            ]
+            for row in rows
+        ],
+    )
+    print_result("scaling_video", **vars(options), rows=rows)

@@ -1,6 +1,6 @@
-"""The environment that reads faces, apart from ours because its numpy and protobuf are old, and its use.
+"""The environment that reads faces. It is separate from ours because its numpy and protobuf are old.
 
-`environment()` makes it once (about a minute, 900 MB) below `benchmarks/build`, which git ignores. In it are
+`environment()` makes it once (about a minute, 900 MB) below `benchmarks/build`, which git ignores. It holds
 MediaPipe (landmarks), pocketsphinx (times of phones in recordings) and matplotlib (plots).
 """
 
@@ -26,13 +26,16 @@ JFK = (
 
 
 def environment(folder: Path = ENVIRONMENT) -> Path:
-    """Its Python; made when first asked for. Raises CalledProcessError where pip cannot install."""
+    """The environment's Python; the first call makes the environment.
+
+    Raises CalledProcessError where pip cannot install, RuntimeError for an unsupported Python.
+    """
     python = folder / "bin" / "python"
     stamp = folder / ".installed"
     if stamp.exists() and stamp.read_text() == " ".join(PACKAGES):
         return python
     if not (3, 9) <= sys.version_info[:2] <= (3, 12):
-        raise RuntimeError("mediapipe 0.10.21 runs on Python 3.9 to 3.12; measure with one of them")
+        raise RuntimeError("mediapipe 0.10.21 needs Python 3.9 to 3.12; run `measure` with one of them")
     print(f"making {folder} for MediaPipe", file=sys.stderr, flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
@@ -42,8 +45,8 @@ def environment(folder: Path = ENVIRONMENT) -> Path:
     return python
 
 
-def run_there(words: Sequence[str | Path]) -> None:
-    """A script with its arguments in that environment, quiet but for errors."""
+def run_in_environment(words: Sequence[str | Path]) -> None:
+    """Run a script with its arguments in the environment. Raises RuntimeError with its errors."""
     done = subprocess.run(
         [str(environment()), *map(str, words)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "GLOG_minloglevel": "3", "TF_CPP_MIN_LOG_LEVEL": "3"},
@@ -56,8 +59,10 @@ def run_there(words: Sequence[str | Path]) -> None:
 
 
 def read_faces(videos: Sequence[Path], out: Path) -> dict[str, np.ndarray]:
-    """Landmarks (T, 478, 3) of each video or picture by its stem, see `read_faces.py`; kept in `out`, and
-    read from there while newer than the video."""
+    """Landmarks (T, 478, 3) of each video or picture, by the stem of its name; see `read_faces.py`.
+
+    They are kept in `out` and computed again only for a newer video.
+    """
     files = {video: out / f"{video.stem}.npy" for video in videos}
     stale = [
         video
@@ -65,13 +70,15 @@ def read_faces(videos: Sequence[Path], out: Path) -> dict[str, np.ndarray]:
         if not file.exists() or file.stat().st_mtime < video.stat().st_mtime
     ]
     if stale:
-        run_there([HERE / "read_faces.py", out, *stale])
+        run_in_environment([HERE / "read_faces.py", out, *stale])
     return {video.stem: np.load(file) for video, file in files.items()}
 
 
 def align_recordings(folder: Path, out: Path) -> None:
-    """Phones of the recordings in `folder` (`training.record --align`), with those of jfk.wav, which its
-    transcription leaves out."""
+    """Write the phones of the recordings in `folder` (`training.record --align`) to `out`.
+
+    jfk.wav is included; the folder's transcription leaves it out.
+    """
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place)
         for file in folder.glob("*.wav"):
@@ -81,4 +88,4 @@ def align_recordings(folder: Path, out: Path) -> None:
             text += f"\n<s> {JFK} </s> (jfk)"
         (copy / "transcription").write_text(text + "\n")
         out.parent.mkdir(parents=True, exist_ok=True)
-        run_there(["-m", "training.record", "--align", copy, "--out", out])
+        run_in_environment(["-m", "training.record", "--align", copy, "--out", out])

@@ -1,9 +1,9 @@
-"""Videos of the test clips by the real engine, one folder a variant, nothing measured yet.
+"""Makes videos of the test clips with the real engine, one folder for each variant. Measures nothing.
 
-Runs wherever the engine runs, GPU machines included; measuring is a command of its own, for a machine that
-has MediaPipe. Every variant is the given configuration with a few keys changed. The silence the engine puts
-in front of the sound is left out, so that frame f of a video is frame f of its film. A finished video is
-left as it is, so a cut run goes on.
+Runs wherever the engine runs, GPU machines included; measuring is another command, for a machine with
+MediaPipe. Every variant is the given configuration with a few keys changed. The engine's silence before the
+sound is left out, so that frame f of a video is frame f of its film. Finished videos are kept, so an
+interrupted run continues.
 
 Files: `made/VARIANT/NAME.mp4` with the engine's sidecar `NAME.json`, and `made/vae.json`.
 """
@@ -20,9 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.pocket.material import LOOKS_SEED, TAKE_SEED, Clip
-from benchmarks.pocket.measures import psnr
-from benchmarks.pocket.video_files import CRF, PRESET
 from training.looks import draw_looks
 from training.motion import Manner, perform
 from training.phones import Phone
@@ -30,6 +27,9 @@ from training.render import gather
 from training.scale import SIZE
 from training.studio import Studio
 
+from benchmarks.pocket.material import LOOKS_SEED, TAKE_SEED, Clip
+from benchmarks.pocket.measures import psnr
+from benchmarks.pocket.video_files import CRF, PRESET
 from omniavatar import AvatarPipeline, AvatarRequest
 from omniavatar.config.load import load_config
 from omniavatar.measure.calibrate import calibrate
@@ -39,17 +39,17 @@ VAE_PEOPLE, VAE_FRAMES, VAE_SEED = 16, 9, 40_000
 
 @dataclass(frozen=True)
 class Variant:
-    """A configuration to compare: the keys it changes, and the group of the table it is shown in."""
+    """A configuration to compare: the keys it changes, and its group in the table."""
 
     name: str
     group: str = "default"
     changes: Mapping[str, Any] = field(default_factory=dict)
     calibrated: bool = False
-    """Needs step-cache constants of the model (`omniavatar calibrate`), measured at the default steps."""
+    """Whether it needs step-cache constants of the model (`omniavatar calibrate`)."""
     against: str = ""
-    """The variant whose videos it should come to, faster: PSNR is read against those."""
+    """The exact variant that it approximates faster; PSNR is measured against its videos."""
     device: str = ""
-    """cpu or cuda where it is meant for one of them."""
+    """cpu or cuda if it is meant for one of them only."""
 
 
 DEFAULT = Variant("default")
@@ -57,7 +57,7 @@ DEFAULT = Variant("default")
 
 @dataclass(frozen=True)
 class Job:
-    """Some clips of one variant, for one process."""
+    """The clips of one variant that one process makes."""
 
     config: Path
     folder: Path
@@ -67,7 +67,7 @@ class Job:
 
 
 def overrides(job: Job) -> dict[str, Any]:
-    """What is changed in the configuration for a job."""
+    """The settings that a job changes in the configuration."""
     changes: dict[str, Any] = {
         "silence_duration_s": 0,
         "crf": CRF,
@@ -95,7 +95,7 @@ def _work(job: Job) -> None:
 def generate(
     config: Path, folder: Path, variants: Iterable[Variant], clips: list[Clip], workers: int
 ) -> None:
-    """All clips of all variants. workers: processes, each with one thread if there are several."""
+    """Make all clips of all variants. workers: processes; several have one thread each."""
     variants = list(variants)
     if any(variant.calibrated for variant in variants) and not (folder / "step_cache.json").exists():
         _calibrate(config, folder, clips[0])
@@ -124,8 +124,8 @@ def _calibrate(config: Path, folder: Path, clip: Clip) -> None:
 
 @torch.inference_mode()
 def measure_vae(config: Path, folder: Path) -> dict[str, float]:
-    """PSNR of the VAE alone on short films of held-out people, written to `made/vae.json`."""
-    components = AvatarPipeline.from_config(config).models
+    """PSNR of the VAE alone on short films of held-out people; also written to `made/vae.json`."""
+    models = AvatarPipeline.from_config(config).models
     studio = Studio(iter(()), 0, torch.device("cpu"))
     rng = np.random.default_rng(VAE_SEED)
     phones = [Phone("AH", 0.1, 0.3), Phone("M", 0.3, 0.38), Phone("UW", 0.38, 0.5), Phone("IY", 0.5, 0.7)]
@@ -138,8 +138,8 @@ def measure_vae(config: Path, folder: Path) -> dict[str, float]:
     films = studio.renderer.frames(looks, gather(tracks, studio.head.device))[0]
     values = []
     for film in films:
-        pixels = (film.float() / 127.5 - 1).transpose(0, 1)[None].to(components.device)
-        again = components.vae.decode(components.vae.encode(pixels))[0].transpose(0, 1)
+        pixels = (film.float() / 127.5 - 1).transpose(0, 1)[None].to(models.device)
+        again = models.vae.decode(models.vae.encode(pixels))[0].transpose(0, 1)
         bytes_again = ((again.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         values.append(psnr(bytes_again.cpu().numpy(), film.numpy()))
     result = {"psnr_mean_db": float(np.mean(values)), "psnr_least_db": float(np.min(values))}
@@ -149,5 +149,5 @@ def measure_vae(config: Path, folder: Path) -> dict[str, float]:
 
 
 def seeds_used() -> dict[str, int]:
-    """First seeds of what is held out, for the report."""
+    """The first seeds of the held-out takes, looks and VAE films, for the report."""
     return {"takes": TAKE_SEED, "looks": LOOKS_SEED, "vae": VAE_SEED}

@@ -1,10 +1,10 @@
-"""What the pocket model is tested on: people never trained on who say things never trained on.
+"""The test clips of the pocket model: people never trained on who say things never trained on.
 
-Every clip is a take of `training.takes` or a recording of a person, aligned, filmed by the renderer with a
-person of its own (seeds below `HELD_OUT_SEEDS`). Of a clip are kept: the portrait (its first frame), the
-sound, the film (the ceiling of every measure), and for each frame the opening that the phones call for: that
-of this face with the mouth shapes of the phones alone, no smile. Of the clips of a minute the film is that of
-the first second's surroundings and of the last second.
+Every clip is a take of `training.takes` or an aligned recording of a person, filmed by the renderer with its
+own person (seeds below `HELD_OUT_SEEDS`). A clip keeps its portrait (the first frame), its sound, its film
+(the ceiling of every measure), and for each frame the opening that the phones call for: that of this face
+with the mouth shapes of the phones alone, without a smile. Clips of a minute keep only the film around the
+first second and of the last second.
 
 Files below a folder: `inputs/NAME.png, .wav, .json` (small, they travel to a GPU machine) and
 `truth/NAME.mp4`.
@@ -19,8 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from benchmarks.pocket import measures
-from benchmarks.pocket.video_files import write_video
 from PIL import Image
 from training.head import Head
 from training.looks import draw_looks
@@ -30,6 +28,9 @@ from training.scale import SIZE
 from training.speech import SAMPLE_RATE, SpeechSet, synthesise
 from training.studio import HELD_OUT_SEEDS, Studio
 from training.takes import SAMPLES_A_FRAME, Take, make_take
+
+from benchmarks.pocket import measures
+from benchmarks.pocket.video_files import write_video
 
 FRAMES = 126
 LONG_SECONDS = 60
@@ -42,8 +43,11 @@ STILL = Manner("neutral", "still", "A person is talking to the camera, neutral, 
 
 @dataclass(frozen=True)
 class Clip:
-    """kind: synthetic, recorded or long. opening: what the phones call for, over the distance of the eyes.
-    speaking: whether a phone is heard in the frame. Both a number a frame, frame 0 the portrait."""
+    """One test clip.
+
+    kind: synthetic, recorded or long. opening: of the mouth as the phones call for it, over the distance of
+    the eyes. speaking: whether a phone is heard. Both have one value for each frame; frame 0 is the portrait.
+    """
 
     name: str
     kind: str
@@ -54,11 +58,15 @@ class Clip:
 
 
 def read_clips(folder: Path) -> list[Clip]:
-    """The clips `prepare` wrote, by name, those of a minute last. Raises FileNotFoundError where there are
-    none."""
+    """The clips that `prepare` wrote, by name, those of a minute last.
+
+    Raises FileNotFoundError without any.
+    """
     files = sorted((folder / "inputs").glob("*.json"))
     if not files:
-        raise FileNotFoundError(f"{folder / 'inputs'}: no clips; run `pocket_quality.py prepare` first")
+        raise FileNotFoundError(
+            f"{folder / 'inputs'}: no clips; run `python -m benchmarks pocket_quality prepare` first"
+        )
     tables = [json.loads(file.read_text()) for file in files]
     clips = [
         Clip(**{**table, "opening": tuple(table["opening"]), "speaking": tuple(table["speaking"])})
@@ -70,7 +78,7 @@ def read_clips(folder: Path) -> list[Clip]:
 def prepare(
     folder: Path, synthetic: int, recorded: SpeechSet | None, long: int, long_seconds: int
 ) -> list[Clip]:
-    """Write `synthetic` takes, the pieces of each recording, and `long` clips of `long_seconds`."""
+    """Write `synthetic` takes, the pieces of each recording, and `long` clips of `long_seconds` each."""
     studio = Studio(iter(()), 0, torch.device("cpu"))
     names = studio.head.names
     speech = synthesise(160, SPEECH_SEED, 2)
@@ -97,7 +105,7 @@ def prepare(
 
 
 def _recorded_takes(speech: SpeechSet, number: int, names: list[str], rng: np.random.Generator) -> list[Take]:
-    """One recording behind a short silence, in pieces of at most `FRAMES` frames and at least half of it."""
+    """One recording after a short silence, in pieces of at most `FRAMES` frames and at least half as many."""
     samples, phones = speech.utterance(number)
     total = FRAMES * SAMPLES_A_FRAME - SAMPLES_A_FRAME
     lead = int(LEAD * SAMPLE_RATE)
@@ -128,7 +136,7 @@ def _recorded_takes(speech: SpeechSet, number: int, names: list[str], rng: np.ra
     return takes
 
 
-def wanted_opening(head: Head, identity: torch.Tensor, take: Take) -> np.ndarray:
+def expected_opening(head: Head, identity: torch.Tensor, take: Take) -> np.ndarray:
     """(T,) opening of the face `identity` (1, K) with the mouth shapes of the take's phones alone."""
     coefficients = torch.from_numpy(mouth_coefficients(take.shape, head.names))
     face = head.shape(identity).expand(len(coefficients), -1, -1)
@@ -145,7 +153,9 @@ def _write(folder: Path, studio: Studio, name: str, kind: str, voice: str, take:
         kind=kind,
         voice=voice,
         prompt=take.manner.prompt,
-        opening=tuple(round(float(value), 5) for value in wanted_opening(studio.head, looks.identity, take)),
+        opening=tuple(
+            round(float(value), 5) for value in expected_opening(studio.head, looks.identity, take)
+        ),
         speaking=tuple(bool(value) for value in take.phones),
     )
     inputs = folder / "inputs"

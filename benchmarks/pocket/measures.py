@@ -1,7 +1,7 @@
-"""Numbers from landmarks and frames; plain numpy.
+"""Figures from landmarks and frames, in plain numpy.
 
 Shapes: T frames, H W pixels; landmarks (T, 478, 3) as `read_faces.py` writes them, nan where no face was
-found. Openings are (T,) over the distance of the eyes.
+found. Openings are (T,), divided by the distance of the eyes.
 """
 
 from __future__ import annotations
@@ -33,28 +33,32 @@ def opening(landmarks: np.ndarray) -> np.ndarray:
     return gap / np.linalg.norm(eyes[0] - eyes[1], axis=-1)
 
 
-def correlation(read: np.ndarray, wanted: np.ndarray, lag: int = 0) -> float:
-    """Of what is read with what is wanted `lag` frames before; 0 if fewer than ten frames show a face or one
-    of both is constant. Frame 0, the portrait, is left out."""
-    count = min(len(read), len(wanted))
-    read, wanted = read[FIRST_FRAME:count], wanted[FIRST_FRAME:count]
+def correlation(read: np.ndarray, expected: np.ndarray, lag: int = 0) -> float:
+    """Correlation of the read openings with the expected ones `lag` frames before.
+
+    0 if fewer than ten frames show a face or if either is constant. Frame 0, the portrait, is left out.
+    """
+    count = min(len(read), len(expected))
+    read, expected = read[FIRST_FRAME:count], expected[FIRST_FRAME:count]
     read = read[max(lag, 0) : len(read) + min(lag, 0)]
-    wanted = wanted[max(-lag, 0) : len(wanted) + min(-lag, 0)]
+    expected = expected[max(-lag, 0) : len(expected) + min(-lag, 0)]
     seen = ~np.isnan(read)
-    if seen.sum() < 10 or np.ptp(read[seen]) == 0 or np.ptp(wanted[seen]) == 0:
+    if seen.sum() < 10 or np.ptp(read[seen]) == 0 or np.ptp(expected[seen]) == 0:
         return 0.0
-    return float(np.corrcoef(read[seen], wanted[seen])[0, 1])
+    return float(np.corrcoef(read[seen], expected[seen])[0, 1])
 
 
-def best_lag(read: np.ndarray, wanted: np.ndarray) -> int:
-    """Frames that what is read comes late by, where it fits best; MAX_LAG + 1 where nothing fits."""
-    values = {lag: correlation(read, wanted, lag) for lag in range(-MAX_LAG, MAX_LAG + 1)}
+def best_lag(read: np.ndarray, expected: np.ndarray) -> int:
+    """The lag in frames with the highest correlation; MAX_LAG + 1 if all correlations are 0."""
+    values = {lag: correlation(read, expected, lag) for lag in range(-MAX_LAG, MAX_LAG + 1)}
     return max(values, key=lambda lag: values[lag]) if any(values.values()) else MAX_LAG + 1
 
 
 def pauses(speaking: np.ndarray) -> np.ndarray:
-    """(T,) bool: the inside of pauses of at least `PAUSE_FRAMES`, without the frames in which the mouth
-    still closes or already opens."""
+    """(T,) bool: the inside of pauses of at least `PAUSE_FRAMES`.
+
+    Frames in which the mouth still closes or already opens do not count.
+    """
     edges = np.flatnonzero(np.diff(np.concatenate([[1], speaking.astype(np.int8), [1]])))
     inside = np.zeros(len(speaking), bool)
     for begin, end in edges.reshape(-1, 2):
@@ -64,7 +68,7 @@ def pauses(speaking: np.ndarray) -> np.ndarray:
 
 
 def rest_ratio(read: list[np.ndarray], speaking: list[np.ndarray]) -> float:
-    """Mean opening in the pauses of all clips over that in their speech; nan where no face is seen in one."""
+    """Mean opening in the pauses of all clips over that in their speech; nan if either shows no face."""
     quiet, loud = [], []
     for each, spoken in zip(read, speaking, strict=True):
         count = min(len(each), len(spoken))
@@ -85,14 +89,16 @@ def sharpness(frames: np.ndarray) -> float:
 
 
 def psnr(made: np.ndarray, true: np.ndarray) -> float:
-    """Decibels of uint8 frames of one shape."""
+    """PSNR in dB of uint8 frames of one shape."""
     error = np.square(made.astype(np.float32) - true.astype(np.float32)).mean()
     return float(10 * np.log10(255**2 / max(error, 1e-9)))
 
 
 def aligned_face(frame: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
-    """float32 (FACE, FACE, 3) of a uint8 frame: turned and scaled so that the eyes lie where they always
-    do, hair and neck included; landmarks (478, 3)."""
+    """The face, turned and scaled so that the eyes have fixed places: float32 (FACE, FACE, 3).
+
+    frame: uint8. landmarks: (478, 3). Hair and neck are included.
+    """
     left, right = (landmarks[list(corners), :2].mean(0) for corners in EYES)
     across = (right - left) / EYE_GAP
     down = np.array([-across[1], across[0]])
@@ -110,7 +116,7 @@ def face_shape(landmarks: np.ndarray) -> np.ndarray:
 
 
 def shape_distance(one: np.ndarray, other: np.ndarray) -> float:
-    """Of two `face_shape`s, after the best rotation (Procrustes)."""
+    """Distance of two `face_shape`s after the best rotation (Procrustes)."""
     u, values, v = np.linalg.svd(one.T @ other)
     if np.linalg.det(u @ v) < 0:
         values[-1] *= -1
@@ -123,7 +129,7 @@ def colour_distance(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def mean_shape(landmarks: np.ndarray) -> np.ndarray:
-    """`face_shape` of (T, 478, 3), each frame turned onto the first that shows a face; nan without one."""
+    """Mean `face_shape` of (T, 478, 3), each turned onto the first that shows a face; nan without a face."""
     shapes = [face_shape(points) for points in landmarks if not np.isnan(points).any()]
     if not shapes:
         return np.full((len(FIRM), 3), np.nan)
@@ -137,7 +143,7 @@ def mean_shape(landmarks: np.ndarray) -> np.ndarray:
 
 
 def mean_face(frames: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
-    """`aligned_face` averaged over the frames that show one; nan without one."""
+    """Mean `aligned_face` of the frames that show a face; nan without any."""
     faces = [
         aligned_face(frame, points)
         for frame, points in zip(frames, landmarks, strict=True)
@@ -147,13 +153,13 @@ def mean_face(frames: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
 
 
 def seconds_of(frames: Sized, second: float) -> slice:
-    """The frames of the second around a moment, inside the video."""
+    """The frames of the one second around a moment, kept inside the video."""
     middle = round(second * FPS)
     stop = min(len(frames), middle + FPS // 2 + 1)
     return slice(max(0, min(middle - FPS // 2, stop - FPS)), stop)
 
 
 def moments(frames: Sized) -> list[float]:
-    """Every second of a video, the last one half a second before its end."""
+    """Every full second of a video, and half a second before its end."""
     last = len(frames) / FPS - 0.5
     return [float(second) for second in range(1, int(last))] + [last]

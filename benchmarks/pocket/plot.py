@@ -1,7 +1,7 @@
 """Plots of the pocket benchmark; runs in the environment of `faces.py`, which has matplotlib.
 
-`plot.py RESULT.json OUT_DIR` draws `pocket_tradeoff.png` and `pocket_identity.png`, each if its part is
-there.
+`plot.py RESULT.json OUT_DIR` draws `pocket_tradeoff.png` and `pocket_identity.png`, each only if the result
+has its part.
 """
 
 import json
@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 
 
 def tradeoff(rows: list[dict], front: list[str], choice: str, out: Path) -> None:
-    """Lip sync and sharpness over time, a colour a group."""
+    """Plot lip sync and sharpness over time, one colour for each group."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), dpi=110)
     groups = list(dict.fromkeys(row["group"] for row in rows))
     for axis, key, name in zip(
@@ -51,7 +51,7 @@ def tradeoff(rows: list[dict], front: list[str], choice: str, out: Path) -> None
 
 
 def identity(curve: dict, out: Path) -> None:
-    """Distance to the portrait over time, as shares of the distance of two people."""
+    """Plot the distance to the portrait over time, as a share of the distance of two people."""
     figure, axis = plt.subplots(figsize=(7, 3.6), dpi=110)
     for name, values in curve["curves"].items():
         axis.plot(curve["seconds"], values, label=name.replace("_", " "))

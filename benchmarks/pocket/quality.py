@@ -1,8 +1,8 @@
-"""The table of the pocket model: lip sync, rest, identity over a minute, VAE, sharpness; made against true.
+"""The table of the pocket model: lip sync, rest, identity over a minute, VAE, sharpness.
 
-Everything is read off the finished H.264 files. Films by the renderer, coded in the same way, go through
-the same measures and give the ceiling. The floor pairs videos with the openings of other clips, which are
-turned by half their length first: every clip begins in silence, and that is no chance.
+Everything is measured on the finished H.264 files. The renderer's films, coded in the same way, go through
+the same measures and give the ceiling. The floor pairs videos with the openings of other clips, rotated by
+half their length, because the silence at the start of every clip would correlate.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
+
 from benchmarks.pocket import measures
 from benchmarks.pocket.faces import read_faces
 from benchmarks.pocket.material import Clip
 from benchmarks.pocket.video_files import read_video
-from PIL import Image
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ class Watched:
         return measures.opening(self.landmarks)
 
     @property
-    def wanted(self) -> np.ndarray:
+    def expected(self) -> np.ndarray:
         return np.array(self.clip.opening)
 
 
@@ -44,7 +45,8 @@ def watch(folder: Path, where: str, clips: list[Clip]) -> list[Watched]:
     missing = [str(video) for video in videos if not video.exists()]
     if missing:
         raise FileNotFoundError(
-            f"{missing[0]}: run `pocket_quality.py generate` first ({len(missing)} missing)"
+            f"{missing[0]}: no such video ({len(missing)} missing); run "
+            "`python -m benchmarks pocket_quality generate` first"
         )
     faces = read_faces(videos, folder / "faces" / where)
     return [
@@ -53,18 +55,18 @@ def watch(folder: Path, where: str, clips: list[Clip]) -> list[Watched]:
 
 
 def lip_sync(watched: list[Watched]) -> dict[str, Any]:
-    """Correlation with what the phones call for (median, least), its lag, the floor by others' openings,
-    the opening at rest and how many frames show a face."""
+    """Figures of lip sync: correlation with the openings that the phones call for (median, least), its lag,
+    the floor by the openings of other clips, the opening at rest, and the share of frames with a face."""
     read = [each.opening for each in watched]
-    wanted = [each.wanted for each in watched]
-    own = [measures.correlation(one, other) for one, other in zip(read, wanted, strict=True)]
+    expected = [each.expected for each in watched]
+    own = [measures.correlation(one, other) for one, other in zip(read, expected, strict=True)]
     crossed = [
-        measures.correlation(one, np.roll(wanted[other], len(wanted[other]) // 2))
+        measures.correlation(one, np.roll(expected[other], len(expected[other]) // 2))
         for number, one in enumerate(read)
-        for other in range(len(wanted))
+        for other in range(len(expected))
         if other != number
     ]
-    lags = [measures.best_lag(one, other) for one, other in zip(read, wanted, strict=True)]
+    lags = [measures.best_lag(one, other) for one, other in zip(read, expected, strict=True)]
     speaking = [np.array(each.clip.speaking) for each in watched]
     return {
         "correlation": float(np.median(own)),
@@ -104,7 +106,7 @@ class Portraits:
 
 
 def read_portraits(folder: Path, clips: list[Clip]) -> Portraits:
-    """Raises ValueError where fewer than two portraits show a face."""
+    """Faces of the portraits of `clips`. Raises ValueError if fewer than two show a face."""
     files = [folder / "inputs" / f"{clip.name}.png" for clip in clips]
     found = read_faces(files, folder / "faces" / "inputs")
     pictures = {file.stem: np.asarray(Image.open(file)) for file in files}
@@ -133,9 +135,11 @@ def read_portraits(folder: Path, clips: list[Clip]) -> Portraits:
 
 
 def identity_curve(each: Watched, portraits: Portraits) -> dict[str, Any]:
-    """Distances to the portrait at every second, as shares of the mean distance between two people: colour
-    of the aligned face, shape of its firm points, and colour of the whole picture. Drift is what is added
-    from the first second to the last."""
+    """Distances to the portrait at every second, as shares of the mean distance between two people.
+
+    They are the colour of the aligned face, the shape of its firm points, and the whole picture's colour.
+    Drift is the increase from the first second to the last.
+    """
     moments = measures.moments(each.frames)
     rows = [distances(each, measures.seconds_of(each.frames, moment), portraits) for moment in moments]
     curves = {key: [row[key] for row in rows] for key in rows[0]}
@@ -143,7 +147,7 @@ def identity_curve(each: Watched, portraits: Portraits) -> dict[str, Any]:
 
 
 def distances(each: Watched, part: slice, portraits: Portraits) -> dict[str, float]:
-    """Of some frames to the portrait, as shares of the mean distance between two people."""
+    """Distances of some frames to the portrait, as shares of the mean distance between two people."""
     name = each.clip.name
     frames, landmarks = each.frames[part], each.landmarks[part]
     face, shape = measures.mean_face(frames, landmarks), measures.mean_shape(landmarks)
@@ -160,17 +164,21 @@ def distances(each: Watched, part: slice, portraits: Portraits) -> dict[str, flo
 
 
 def added(rows: list[dict[str, float]]) -> dict[str, float]:
-    """From the first of several `distances` to the last."""
+    """The increase from the first of several `distances` to the last."""
     return {key: rows[-1][key] - rows[0][key] for key in rows[0]}
 
 
 def medians(drifts: list[dict[str, float]]) -> dict[str, float]:
+    """The median of each key."""
     return {key: float(np.median([drift[key] for drift in drifts])) for key in drifts[0]}
 
 
 def main_table(folder: Path, clips: list[Clip], where: str) -> dict[str, Any]:
-    """All figures of the videos in `folder/where`. `truth` gives the ceiling: no VAE, and what the drift
-    measure reads off the films of the minute's ends, between which nobody changes."""
+    """All figures of the videos in `folder/where`.
+
+    `truth` gives the ceiling: no VAE figures, and the drift between the films of the minute's two ends, where
+    the person does not change.
+    """
     short = [clip for clip in clips if clip.kind != "long"]
     long = [clip for clip in clips if clip.kind == "long"]
     watched = watch(folder, where, short)
@@ -205,16 +213,16 @@ def main_table(folder: Path, clips: list[Clip], where: str) -> dict[str, Any]:
 
 
 def markdown(made: dict[str, Any] | None, ceiling: dict[str, Any]) -> str:
-    """The table: what is wanted, what was reached, what true films reach."""
+    """The table: target, result, and the result of true films for each measure."""
     true = ceiling["lip_sync"]["all"]
     rows = []
 
-    def row(measure: str, wanted: str, reached: str, best: str) -> None:
-        rows.append(f"| {measure} | {wanted} | {reached} | {best} |")
+    def row(measure: str, target: str, reached: str, best: str) -> None:
+        rows.append(f"| {measure} | {target} | {reached} | {best} |")
 
     def sync(kind: str, key: str) -> str:
-        there = made is not None and kind in made["lip_sync"]
-        return f"{made['lip_sync'][kind][key]:.3f}" if made is not None and there else "-"
+        known = made is not None and kind in made["lip_sync"]
+        return f"{made['lip_sync'][kind][key]:.3f}" if made is not None and known else "-"
 
     for kind in ceiling["lip_sync"]:
         best = ceiling["lip_sync"][kind]
@@ -249,5 +257,5 @@ def markdown(made: dict[str, Any] | None, ceiling: dict[str, Any]) -> str:
         least = f"{vae['psnr_mean_db']:.1f} (least {vae['psnr_least_db']:.1f})"
         row("VAE reconstruction PSNR, dB", ">= 32", least, "-")
         row("sharpness over the true film's", ">= 0.6", f"{made['sharpness']:.3f}", "1")
-    head = "| measure | to reach | made | true films |\n|---|---|---|---|\n"
+    head = "| measure | target | made | true films |\n|---|---|---|---|\n"
     return head + "\n".join(rows)

@@ -1,8 +1,8 @@
-"""Landmarks of every frame of some videos by MediaPipe's face mesh, which knows nothing of this project.
+"""Writes the landmarks of every frame of some videos, by MediaPipe's face mesh.
 
-Runs in an environment of its own (`faces.py` makes it): needs mediapipe and the OpenCV and numpy it comes
-with. `read_faces.py OUT_DIR VIDEO...` writes `OUT_DIR/NAME.npy` for each video or picture: float32 (T, 478,
-3), x and y in pixels and depth on the same scale, nan where no face was found.
+Runs in the environment that `faces.py` makes, and needs mediapipe with its OpenCV and numpy.
+`read_faces.py OUT_DIR VIDEO...` writes `OUT_DIR/NAME.npy` for each video or picture: float32 (T, 478, 3), x
+and y in pixels and depth on the same scale, nan where no face was found.
 """
 
 import sys
@@ -22,14 +22,14 @@ def frames_of(path: Path):
         return
     video = cv2.VideoCapture(str(path))
     while True:
-        there, frame = video.read()
-        if not there:
+        read, frame = video.read()
+        if not read:
             return
         yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
 
 def landmarks(path: Path) -> np.ndarray:
-    """(T, 478, 3) of one video; the mesh follows a face from frame to frame, so each video gets its own."""
+    """(T, 478, 3) of one video. The mesh follows a face from frame to frame, so each video has its own."""
     from mediapipe import solutions
 
     rows = []

@@ -1,11 +1,10 @@
-"""What steps, caches, guidance and windows cost and give: the guide's tips, measured.
+"""Measures what steps, caches, guidance and windows cost and gain: the guide's tips.
 
-Each variant changes one thing. Time is the engine's own (the sidecar's), of everything from the first
-denoising step to the last frame, over the length of the video; compare rows of one machine only. Quality is
-lip sync (median correlation) and sharpness over the true film's; of caches and low precision also the PSNR
-to the same videos without them. The front holds the variants that none other
-beats in time and lip sync at once, among those that keep nine tenths of the best sharpness; recommended is
-the fastest of it within `NEAR` of the best correlation.
+Each variant changes one setting. Time is the sidecar's, from the first denoising step to the last frame, over
+the length of the video; compare rows of one machine only. Quality is lip sync (median correlation) and
+sharpness over the true film's; for caches and low precision also the PSNR to the exact variant's videos.
+The front holds the variants that no other variant beats in both time and lip sync, among those with nine
+tenths of the best sharpness. Recommended is the fastest of the front within `NEAR` of the best correlation.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from benchmarks.pocket.generate import DEFAULT, Variant
 from benchmarks.pocket.material import Clip
 from benchmarks.pocket.measures import psnr
@@ -56,7 +56,7 @@ def variants() -> list[Variant]:
 
 
 def precisions() -> list[Variant]:
-    """Float8 and int8: on a CPU by their slow twins around float32, on CUDA by the fast ones around bf16."""
+    """Float8 and int8: on a CPU by slow twins on top of float32, on CUDA by kernels on top of bf16."""
     twins = [
         Variant(form, "precision", {"quantize": form}, against="default", device="cpu")
         for form in ("fp8", "int8")
@@ -72,12 +72,12 @@ def precisions() -> list[Variant]:
 
 
 def _tokens(frames: int) -> int:
-    """`max_tokens` for windows of so many frames at 192x192."""
+    """`max_tokens` for windows of `frames` frames at 192x192."""
     return -(-frames * 192 * 192 // 1024)
 
 
 def measure(folder: Path, clips: list[Clip], chosen: list[Variant]) -> list[dict[str, Any]]:
-    """A row for each variant; all of them on the same clips."""
+    """One row for each variant, all on the same clips."""
     true = watch(folder, "truth", clips)
     rows = []
     for variant in chosen:
@@ -110,7 +110,7 @@ def measure(folder: Path, clips: list[Clip], chosen: list[Variant]) -> list[dict
 
 
 def likeness(folder: Path, variant: Variant, clips: list[Clip]) -> float | None:
-    """Median PSNR in dB of the videos to those they should come to; None for a variant with no such aim."""
+    """Median PSNR in dB of the videos to the exact variant's; None for a variant without one."""
     if not variant.against:
         return None
     pairs = [
@@ -121,7 +121,7 @@ def likeness(folder: Path, variant: Variant, clips: list[Clip]) -> float | None:
 
 
 def pareto(rows: list[dict[str, Any]]) -> list[str]:
-    """Names of the front, the fastest first."""
+    """Names of the variants on the front, fastest first."""
     sharp = [row for row in rows if row["sharpness"] >= SHARP_SHARE * max(each["sharpness"] for each in rows)]
     front: list[dict[str, Any]] = []
     for row in sorted(sharp, key=lambda row: (row["seconds_a_second"], -row["correlation"])):
@@ -131,14 +131,14 @@ def pareto(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def recommended(rows: list[dict[str, Any]]) -> str:
-    """The fastest variant of the front that is as good as the best, within `NEAR`."""
+    """The fastest variant of the front whose correlation is within `NEAR` of the best."""
     front = [row for name in pareto(rows) for row in rows if row["variant"] == name]
     best = max(row["correlation"] for row in front)
     return str(next(row["variant"] for row in front if row["correlation"] >= best - NEAR))
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """All rows, those of the front marked, and the recommendation."""
+    """The table of all rows, with the front marked, and the recommendation."""
     front, choice = pareto(rows), recommended(rows)
     head = (
         "| variant | forwards a window | s a second of video | correlation | lag | at rest | sharpness "

@@ -1,4 +1,4 @@
-"""Videos as files between the benchmark's commands: H.264 as the engine writes it, at one quality."""
+"""Reads and writes the benchmark's videos: H.264 as the engine writes it, at one quality."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PRESET = "medium"
 
 
 def write_video(path: Path, frames: np.ndarray) -> None:
-    """uint8 (T, H, W, 3) without sound, coded as what the engine makes for this benchmark is."""
+    """Write frames, uint8 (T, H, W, 3), without sound, coded like the engine's videos of this benchmark."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS)
@@ -26,6 +26,6 @@ def write_video(path: Path, frames: np.ndarray) -> None:
 
 
 def read_video(path: Path) -> np.ndarray:
-    """uint8 (T, H, W, 3)."""
+    """The frames, uint8 (T, H, W, 3)."""
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

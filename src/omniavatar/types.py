@@ -20,6 +20,13 @@ AudioInput: TypeAlias = "str | Path | Waveform"
 StepCache = Literal["none", "teacache", "magcache"]
 
 
+def bytes_text(count: float) -> str:
+    """`count` bytes in GB (10^9 bytes), below 0.1 GB in MB, to about three digits."""
+    value, unit = (count / 1e9, "GB") if count >= 1e8 else (count / 1e6, "MB")
+    digits = 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{digits}f} {unit}"
+
+
 @dataclass(frozen=True, eq=False)
 class Waveform:
     """Audio in memory: `samples` (samples,) or (samples, channels), float in [-1, 1]; sample rate in Hz."""

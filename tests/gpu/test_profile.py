@@ -27,11 +27,10 @@ def test_profiled_run_on_the_gpu(nano_checkpoint: Path, tmp_path: Path) -> None:
     config = load_config(None, overrides(nano_checkpoint, tmp_path, **changes)).config
     line = RequestLine(0, 0, "a person", REPOSITORY / "examples" / "portrait.png", None)
     run = profile_requests(config, [line], kernels=tmp_path / "kernels.json")
-    report = run.report
-    assert report["peak_memory"]["peak_gpu_bytes"] > 0
-    for window in report["windows"]:
-        steps = sum(step["seconds"] for step in window["steps"])
-        assert steps == pytest.approx(window["denoise"], rel=0.05, abs=2e-3)
+    assert run.peak_memory.peak_gpu_bytes > 0
+    for window in run.report.windows:
+        steps = sum(step.seconds for step in window.steps)
+        assert steps == pytest.approx(window.denoise, rel=0.05, abs=2e-3)
     events = json.loads((tmp_path / "kernels.json").read_text())["traceEvents"]
     assert any(event.get("cat") == "kernel" for event in events)
 
@@ -60,10 +59,10 @@ def test_profiling_changes_no_frame(nano_checkpoint: Path, tmp_path: Path) -> No
 def test_benchmark_of_the_nano_model_on_the_gpu() -> None:
     changes = ("weights=random,scale=nano,dtype=bf16,device=cuda",)
     row = measure(Options(str(REPOSITORY / "configs" / "nano.yaml"), "", changes, 1, 2, full=True))
-    assert row["status"] == "measured" and row["peak_memory"]["peak_gpu_bytes"] > 0
-    assert row["full"]["seconds"] > 0
+    assert row.status == "measured" and row.peak_memory.peak_gpu_bytes > 0
+    assert row.full.seconds > 0
     tight = Options(str(REPOSITORY / "configs" / "inference.yaml"), "", ("max_tokens=100000000,device=cuda",))
-    assert "GB are needed" in measure(tight)["reason"]
+    assert "GB are needed" in measure(tight).reason
 
 
 def test_machine_and_ceilings() -> None:

@@ -1,14 +1,14 @@
-"""`omniavatar calibrate`: step-cache constants measured on the model at hand."""
+"""`omniavatar calibrate`: measures step-cache constants on the configured model."""
 
 from __future__ import annotations
 
 import sys
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from omniavatar.assets import PORTRAIT, SPEECH
 from omniavatar.cli.common import (
     ConfigOption,
     HpOption,
@@ -31,18 +31,18 @@ def calibrate(
         Path | None,
         typer.Option("--output", "-o", help="File to write; default: step_cache.json beside the checkpoint."),
     ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows to measure; their median counts.")] = 2,
+    windows: Annotated[int, typer.Option(min=1, help="Windows to measure; their median is used.")] = 2,
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Run the first window by the plan too: its error and its seconds."),
+        typer.Option("--verify", help="Also run the first window by the plan and report error and seconds."),
     ] = False,
     hp: HpOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure what TeaCache and MagCache decide by on this model, and keep it beside the checkpoint.
+    """Measure the constants that TeaCache and MagCache need on this model, and write them to a file.
 
-    A real run of a few windows with every step computed; without --prompt and --image it takes the packaged
-    portrait and voice. Later runs of the same model and schedule use the file (step_cache_file: auto).
+    Runs a few windows with every step computed. Without --prompt and --image it takes the packaged portrait
+    and voice. Later runs of the same model and schedule use the file (step_cache_file: auto).
     """
     if (prompt is None) != (image is None):
         raise typer.BadParameter("give --prompt and --image, or neither for the packaged ones")
@@ -58,13 +58,12 @@ def calibrate(
         loaded = load_config(config, hp or ())
         for warning in loaded.warnings:
             print_warning(warning)
-        with as_file(files("omniavatar.assets")) as assets:
-            if prompt is not None and image is not None:
-                request = AvatarRequest(prompt, image, audio)
-            else:
-                request = AvatarRequest("A woman speaks", assets / "portrait.png", assets / "speech.flac")
-            with make_display("rich", as_json, sys.stderr) as display:
-                done = run(loaded.config, request, output, windows, verify, [display])
+        if prompt is not None and image is not None:
+            request = AvatarRequest(prompt, image, audio)
+        else:
+            request = AvatarRequest("A woman speaks", PORTRAIT, SPEECH)
+        with make_display("rich", as_json, sys.stderr) as display:
+            done = run(loaded.config, request, output, windows, verify, [display])
         if as_json:
             import json
             from dataclasses import asdict
@@ -102,7 +101,7 @@ def _print(done: CalibrationRun) -> None:
         )
     console.print(
         f"TeaCache: polynomial of degree {len(fit.polynomial) - 1} over time changes "
-        f"{fit.fitted[0]:.4f} to {fit.fitted[1]:.4f}, misses the measured changes by {fit.rms_error:.0%}",
+        f"{fit.fitted[0]:.4f} to {fit.fitted[1]:.4f}, RMS error {fit.rms_error:.0%} of the mean change",
         soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False)
@@ -115,7 +114,7 @@ def _print(done: CalibrationRun) -> None:
     for note in dict.fromkeys(note for trial in done.trials for note in trial.notes):
         console.print(f"note: {note}", soft_wrap=True)
     if done.verified:
-        table = Table(box=None, pad_edge=False, title="the first window, really run", title_justify="left")
+        table = Table(box=None, pad_edge=False, title="measured on the first window", title_justify="left")
         for head in ("constants", "cache", "threshold", "steps computed", "seconds", "error", "PSNR"):
             table.add_column(head, justify="left" if head in ("constants", "cache") else "right")
         table.add_row("-", "none", "-", str(schedule.steps), f"{done.verified[0].full_seconds:.2f}", "-", "-")
@@ -124,4 +123,4 @@ def _print(done: CalibrationRun) -> None:
             cells = (f"{row.threshold:g}", str(row.computed), f"{row.seconds:.2f}", f"{row.error:.2%}", psnr)
             table.add_row(row.constants, row.policy, *cells)
         console.print(table)
-    console.print(f"constants are in {done.output}", soft_wrap=True)
+    console.print(f"constants written to {done.output}", soft_wrap=True)

@@ -73,11 +73,12 @@ def convert(
     with user_errors(on_interrupt="interrupted; nothing was written, run the command again"):
         from omniavatar.config.load import load_config
         from omniavatar.engine.convert import convert_checkpoint
+        from omniavatar.types import bytes_text
 
         done = convert_checkpoint(load_config(config, hp or ()).config, out)
         settings = "\n".join(
             f"{key}: {'null' if value is None else value}" for key, value in done.settings.items()
         )
         typer.echo(
-            f"{done.path}: {done.num_bytes / 1e9:.2f} GB. To run it, set in the configuration:\n{settings}"
+            f"{done.path}: {bytes_text(done.num_bytes)}. To run it, set in the configuration:\n{settings}"
         )

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from omniavatar.assets import pocket
+from omniavatar.cli.benchmark import CONFIGS
 from omniavatar.cli.common import (
     JsonOption,
     user_errors,
 )
-from omniavatar.cli.profile import CONFIGS
 
 
 def doctor(
@@ -47,15 +47,14 @@ def _unavailable(backends: Sequence[dict[str, Any]]) -> list[str]:
 def _print_findings(findings: dict[str, Any]) -> None:
     from rich.console import Console
 
+    from omniavatar.types import bytes_text
+
     console = Console(highlight=False)
 
     def show(title: str, lines: Sequence[str]) -> None:
         console.print(f"[bold]{title}[/]")
         for line in lines:
             console.print(f"  {line}", soft_wrap=True, markup=False)
-
-    def size(count: int) -> str:
-        return f"{count / 2**30:.1f} GiB"
 
     def available(row: dict[str, Any]) -> str:
         return f"{'yes' if row['available'] else 'no ':<4}{row['name']}: {row['purpose']}"
@@ -64,7 +63,7 @@ def _print_findings(findings: dict[str, Any]) -> None:
         f"devices (auto: {findings['device']}, CUDA {findings['cuda'] or 'not in this torch'})",
         [
             f"{row['name']}: {row['model']} ({row['capability']}), "
-            f"{size(row['free_bytes'])} of {size(row['total_bytes'])} free"
+            f"{bytes_text(row['free_bytes'])} of {bytes_text(row['total_bytes'])} free"
             for row in findings["devices"]
         ],
     )
@@ -89,7 +88,7 @@ def _print_findings(findings: dict[str, Any]) -> None:
             f"encoder auto: {encoder['auto']} (NVENC: {encoder['nvenc']})",
         ],
     )
-    show("disk", [f"{size(row['free_bytes'])} free for {row['folder']}" for row in findings["disk"]])
+    show("disk", [f"{bytes_text(row['free_bytes'])} free for {row['folder']}" for row in findings["disk"]])
     show(
         "configurations",
         [f"{'ready' if row['ready'] else 'not ready':<10}{row['config']}" for row in findings["configs"]],

@@ -90,7 +90,7 @@ def grow_segments() -> None:
     """Let PyTorch grow its CUDA memory segments, unless the environment configures the allocator.
 
     With fixed segments, the free pieces left by one memory plan are too small for the next. The engine then
-    falls back to a smaller plan although enough memory is free (`benchmarks/memory.py`).
+    falls back to a smaller plan although enough memory is free (`python -m benchmarks memory`).
     """
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

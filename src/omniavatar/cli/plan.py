@@ -1,4 +1,4 @@
-"""`omniavatar plan`: what a run will do and need, before anything heavy."""
+"""`omniavatar plan`: what a run will do and need. Loads no model."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
 
 def plan(
     config: ConfigOption,
-    audio: Annotated[Path | None, typer.Option(help="Audio file that decides the length.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="Audio file that sets the length.")] = None,
     minutes: Annotated[
         float | None, typer.Option(min=0.001, help="Length of the audio in minutes, instead of a file.")
     ] = None,
     image: Annotated[
         Path | None,
-        typer.Option(help="Portrait that decides the size; without it the first configured size."),
+        typer.Option(help="Portrait that sets the size; without it the first configured size."),
     ] = None,
     deadline: Annotated[
         str | None,
         typer.Option(
-            help="With --minutes: time a few forwards here and propose the best-looking settings that finish "
-            "in this time, such as 20min."
+            help="With --minutes: time a few forwards on this machine and propose the best-looking settings "
+            "that finish within this time, such as 20min."
         ),
     ] = None,
     hp: HpOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print windows, tokens, steps computed and skipped, passes and memory of a run, and run nothing.
+    """Print windows, tokens, steps computed and skipped, passes and memory of a run, without running it.
 
-    Without --audio and --minutes it is the plan of a silent video of seq_len frames.
+    Without --audio and --minutes it plans a silent video of seq_len frames.
     """
     if audio is not None and minutes is not None:
         raise typer.BadParameter("give --audio or --minutes, not both")
@@ -75,7 +75,7 @@ def plan(
 
 
 def _propose(config: Path, hp: list[str] | None, minutes: float, deadline: str, as_json: bool) -> None:
-    """Print the proposal; ends with ResourceError where nothing meets the deadline."""
+    """Print the proposal. Raises ResourceError where no settings meet the deadline."""
     from omniavatar.config.load import load_config
     from omniavatar.errors import ResourceError
     from omniavatar.measure.deadline import parse_duration, propose
@@ -92,8 +92,8 @@ def _propose(config: Path, hp: list[str] | None, minutes: float, deadline: str, 
     if found.chosen is None:
         fastest = found.others[0]
         raise ResourceError(
-            f"deadline: {minutes:g} minutes of video cannot be had in {_duration(seconds)} here; the fastest "
-            f"settings take {_duration(fastest.seconds)}: --hp {fastest.override}"
+            f"deadline: {minutes:g} minutes of video cannot be made in {_duration(seconds)} on this machine; "
+            f"the fastest settings take {_duration(fastest.seconds)}: --hp {fastest.override}"
         )
 
 
@@ -116,7 +116,8 @@ def _print_proposal(found: Proposal) -> None:
         console.print(
             f"{found.minutes:g} minutes of video within {_duration(found.deadline)}: "
             f"{'--hp ' + found.chosen.override if found.chosen.settings else 'the configuration as it is'}, "
-            f"predicted {_duration(found.chosen.seconds)} ({found.loading:.0f} s of it start and loading)",
+            f"predicted {_duration(found.chosen.seconds)}, of which start and loading take "
+            f"{found.loading:.0f} s",
             soft_wrap=True,
         )
 
@@ -127,7 +128,7 @@ def _duration(seconds: float) -> str:
 
 
 def _device(config: PipelineConfig) -> torch.device:
-    """The configured device, or the CPU where it is not on this machine."""
+    """The configured device, or the CPU where this machine does not have it."""
     from omniavatar.device import choose_device
     from omniavatar.errors import ResourceError
 
@@ -138,7 +139,7 @@ def _device(config: PipelineConfig) -> torch.device:
 
 
 def _samples(config: PipelineConfig, audio: Path | None, minutes: float | None) -> int | None:
-    """Samples of the audio with the leading silence, None for a silent video."""
+    """Samples of the audio with the leading silence; None for a silent video."""
     video = config.video
     if minutes is not None:
         return round(minutes * 60 * video.sample_rate) + round(video.silence_duration_s * video.sample_rate)
@@ -160,7 +161,7 @@ def _size(config: PipelineConfig, image: Path | None) -> tuple[int, int]:
 
 
 def _step_plan(config: PipelineConfig) -> StepPlan | None:
-    """The step cache's plan, or None where TeaCache needs weights that are not on this disk."""
+    """The step cache's plan; None where TeaCache needs weights that are not on this disk."""
     from omniavatar.plan.calibration import find_constants
     from omniavatar.plan.preview import files_there, find_dit_config, time_projections
     from omniavatar.plan.steps import make_step_plan, model_scale, sampling_schedule
@@ -188,33 +189,35 @@ def _print(plan: RunPlan, memory: MemoryEstimate, decoder: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from omniavatar.types import bytes_text
+
     height, width = plan.size
     computed = plan.step_plan.computed if plan.step_plan else None
-    pattern = _pattern_text(plan) if plan.step_plan else "not known before the weights are there"
+    pattern = _pattern_text(plan) if plan.step_plan else "not known without the weights"
     policy = plan.step_plan.policy if plan.step_plan else "teacache"
     rows = [
         (
             "video",
             f"{plan.frames} frames, {plan.duration_s:.2f} s at {plan.fps:g} fps, {height} x {width}",
         ),
-        ("windows", f"{len(plan.windows)} of {plan.window_length} frames, {plan.overlap} of them overlap"),
-        ("a window", f"{plan.latent_frames} latent frames, {plan.tokens} tokens"),
+        ("windows", f"{len(plan.windows)} of {plan.window_length} frames, overlap {plan.overlap}"),
+        ("one window", f"{plan.latent_frames} latent frames, {plan.tokens} tokens"),
         ("steps", f"{plan.steps}: {computed if computed is not None else '?'} computed (cache: {policy})"),
         ("pattern", pattern),
-        ("passes a step", _passes_text(plan)),
-        ("forwards", f"{plan.forwards} in all ({plan.forwards_skipped} skipped)"),
-        ("decoder", "the VAE's" if decoder == "full" else f"{decoder} (the VAE encodes)"),
-        ("DiT weights", _size_text(memory.dit)),
-        ("VAE weights", _size_text(memory.vae)),
-        ("audio encoder", _size_text(memory.audio_encoder)),
-        ("text encoder", f"{_size_text(memory.text_encoder)}, only while new prompts are embedded"),
-        ("activations", f"about {_size_text(memory.activations)}"),
+        ("passes per step", _passes_text(plan)),
+        ("forwards", f"{plan.forwards} computed, {plan.forwards_skipped} skipped"),
+        ("decoder", "the VAE" if decoder == "full" else f"{decoder} (the VAE encodes)"),
+        ("DiT weights", bytes_text(memory.dit)),
+        ("VAE weights", bytes_text(memory.vae)),
+        ("audio encoder", bytes_text(memory.audio_encoder)),
+        ("text encoder", f"{bytes_text(memory.text_encoder)}, only while new prompts are embedded"),
+        ("activations", f"about {bytes_text(memory.activations)}"),
         (
             "device memory",
-            f"about {_size_text(memory.device_peak)} at its peak with everything on the device",
+            f"peak of about {bytes_text(memory.device_peak)} with everything on the device",
         ),
         ("on this machine", memory.choice.removeprefix("memory: ")),
-        ("audio features", f"{_size_text(memory.audio_features_file)} on disk"),
+        ("audio features", f"{bytes_text(memory.audio_features_file)} on disk"),
     ]
     table = Table(show_header=False, pad_edge=False, box=None)
     table.add_column(style="bold")
@@ -227,12 +230,14 @@ def _print(plan: RunPlan, memory: MemoryEstimate, decoder: str) -> None:
         console.print(f"note: {note}", soft_wrap=True)
     if memory.assumed_scale is not None:
         console.print(
-            f"note: the weights are not on this disk; memory is that of the {memory.assumed_scale} model"
+            f"note: the weights are not on this disk; the memory shown is that of the {memory.assumed_scale} "
+            "model",
+            soft_wrap=True,
         )
 
 
 def _pattern_text(plan: RunPlan) -> str:
-    """One pattern where all branches have the same, else each branch's own."""
+    """The pattern, or each branch's own where they differ."""
     patterns = plan.branch_patterns
     if len(set(patterns.values())) == 1:
         return next(iter(patterns.values()))
@@ -242,9 +247,7 @@ def _pattern_text(plan: RunPlan) -> str:
 def _passes_text(plan: RunPlan) -> str:
     guided = f"{len(plan.branches)}: {', '.join(branch.name for branch in plan.branches)}"
     return (
-        guided if plan.guided == plan.steps else f"{guided}; at {plan.guided} of {plan.steps} steps, else 1"
+        guided
+        if plan.guided == plan.steps
+        else f"{guided}; at {plan.guided} of {plan.steps} steps, 1 at the others"
     )
-
-
-def _size_text(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from omniavatar.assets import PORTRAIT, SPEECH
 from omniavatar.cli.common import (
     SOME_FAILED,
     ConfigOption,
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from omniavatar.config.schema import SamplingConfig
     from omniavatar.engine.requests_file import RequestLine
 
-CONFIGS = Path("configs")
-
 
 def profile(
     config: ConfigOption,
@@ -32,9 +30,11 @@ def profile(
         Path | None,
         typer.Option("--input_file", "--input-file", help="Requests: one prompt@@image@@audio a line."),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="One request instead: what the video shows.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Its portrait.")] = None,
-    audio: Annotated[Path | None, typer.Option(help="Its voice.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="One request instead of a file: what the video shows.")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="Portrait for --prompt.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="Voice for --prompt.")] = None,
     hp: HpOption = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the whole report as JSON.")
@@ -48,14 +48,16 @@ def profile(
     torch_file: Annotated[
         Path | None,
         typer.Option(
-            "--torch", metavar="FILE", help="Write torch.profiler's kernel trace of one window (slows it)."
+            "--torch",
+            metavar="FILE",
+            help="Write torch.profiler's kernel trace of one window, which slows it.",
         ),
     ] = None,
 ) -> None:
     """Make videos and report where the time went: stages, windows, steps, TFLOP/s, memory.
 
     Without --input_file and --prompt it takes the packaged portrait and voice. Videos go to
-    <output_dir>/profile and are always made anew. A line that cannot be read is reported and left out.
+    <output_dir>/profile and are always made from the start. Unreadable lines are reported and skipped.
     """
     if prompt is not None and (input_file is not None or image is None):
         raise typer.BadParameter("give --input_file, or --prompt with --image, or neither")
@@ -79,24 +81,23 @@ def profile(
         for warning in loaded.warnings:
             print_warning(warning)
         bad = 0
-        with as_file(files("omniavatar.assets")) as assets:
-            if input_file is not None:
-                lines, bad = _lines(input_file, loaded.config.sampling)
-            elif prompt is not None and image is not None:
-                lines = [RequestLine(0, 0, prompt, image, audio)]
-            else:
-                lines = [RequestLine(0, 0, "A woman speaks", assets / "portrait.png", assets / "speech.flac")]
-            with make_display("rich", False, sys.stderr) as display:
-                run = profile_requests(loaded.config, lines, [display], torch_file)
-        print_report(run.report, Console(highlight=False))
-        _write_json(json_file, {"config": str(config), **run.report})
+        if input_file is not None:
+            lines, bad = _lines(input_file, loaded.config.sampling)
+        elif prompt is not None and image is not None:
+            lines = [RequestLine(0, 0, prompt, image, audio)]
+        else:
+            lines = [RequestLine(0, 0, "A woman speaks", PORTRAIT, SPEECH)]
+        with make_display("rich", False, sys.stderr) as display:
+            run = profile_requests(loaded.config, lines, [display], torch_file)
+        print_report(run.report, run.peak_memory, Console(highlight=False))
+        _write_json(json_file, {"config": str(config), **run.as_dict()})
         _write_json(trace_file, run.trace)
         if bad:
             raise typer.Exit(SOME_FAILED)
 
 
 def _lines(path: Path, configured: SamplingConfig) -> tuple[list[RequestLine], int]:
-    """The usable requests of the file, and how many are not; those are reported."""
+    """The usable requests of the file, and the number of unusable ones, which are reported."""
     from omniavatar.engine.requests_file import RequestLine, read_requests
     from omniavatar.errors import InputError
 
@@ -109,7 +110,7 @@ def _lines(path: Path, configured: SamplingConfig) -> tuple[list[RequestLine], i
             print_error(str(line.error))
             bad += 1
     if not usable:
-        raise InputError(f"{path}: no usable request; correct the lines named above")
+        raise InputError(f"{path}: no usable request; correct the lines reported above")
     return usable, bad
 
 
@@ -118,9 +119,3 @@ def _write_json(path: Path | None, content: dict[str, Any]) -> None:
         from omniavatar.media.atomic import atomic_write_json
 
         atomic_write_json(path, content)
-
-
-def _write(path: Path, text: str) -> None:
-    from omniavatar.media.atomic import atomic_write_bytes
-
-    atomic_write_bytes(path, text.encode())

@@ -1,10 +1,10 @@
-"""What the user sees of a run: progress bars, plain lines, or JSON lines. All of it goes to stderr.
+"""Shows the progress of a run on stderr: progress bars, plain lines, or JSON lines.
 
 Each display is a listener of `RunRecorder` and reads the pipeline's events:
 `request_started{index, name, frames, windows, steps, resumed_windows}`, `window_started{window, windows}`,
 `step{window, step, steps, action}`, `window_finished{window, windows, frames_done, seconds}`,
-`message{text, level}`, `request_finished{output, seconds, frames}`. On a GPU a step is reported when its
-work is queued, a window when it is written. JSON lines hold one event each:
+`message{text, level}`, `request_finished{output, seconds, frames}`. On a GPU a step is reported when its work
+is queued, a window when it is written. Each JSON line holds one event:
 `{"event": name, "time": seconds since 1970, ...fields}`.
 """
 
@@ -37,7 +37,7 @@ class Display(Protocol):
 
 
 class _Plain:
-    """Nothing to open or close."""
+    """A display that has nothing to open or close."""
 
     def __enter__(self) -> Self:
         return self
@@ -49,7 +49,7 @@ class _Plain:
 
 
 class JsonLines(_Plain):
-    """One JSON object a line and event, flushed at once."""
+    """One line of JSON for each event, flushed at once."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -61,7 +61,7 @@ class JsonLines(_Plain):
 
 
 class Quiet(_Plain):
-    """Warnings only."""
+    """Shows warnings only."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -74,7 +74,7 @@ class Quiet(_Plain):
 class Bars:
     """Two bars: steps of the whole request with the time left, and steps of the current window.
 
-    Where stderr is no terminal there are no bars but a line a window.
+    Prints a line for each window instead where stderr is not a terminal.
     """
 
     def __init__(self, console: Console) -> None:
@@ -124,10 +124,10 @@ class Bars:
 
     def _start(self, fields: Mapping[str, Any]) -> None:
         windows, steps, resumed = fields["windows"], fields["steps"], fields.get("resumed_windows", 0)
-        going_on = f", {resumed} windows already done" if resumed else ""
+        resuming = f", {resumed} windows already done" if resumed else ""
         title = escape(str(fields["name"]))
         self._console.print(
-            f"[bold]{title}[/]: {fields['frames']} frames in {windows} windows{going_on}", soft_wrap=True
+            f"[bold]{title}[/]: {fields['frames']} frames in {windows} windows{resuming}", soft_wrap=True
         )
         self._video = self._progress.add_task(
             "video", total=windows * steps, completed=resumed * steps, unit="steps"
@@ -146,7 +146,7 @@ class Bars:
 
 
 def make_display(log_format: LogFormat, quiet: bool, stderr: IO[str]) -> Display:
-    """The display the user chose; `quiet` leaves warnings only (as JSON lines with log_format json)."""
+    """The display for a log format. quiet: warnings only; JSON lines stay complete."""
     if log_format == "json":
         return JsonLines(stderr)
     console = Console(file=stderr, highlight=False)

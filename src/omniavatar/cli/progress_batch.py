@@ -1,4 +1,4 @@
-"""What the user sees of a batch: a live view of items and workers, plain lines, or JSON lines; the summary.
+"""Shows the progress of a batch on stderr: a live view of items and workers, plain lines, or JSON lines.
 
 The displays are listeners of the scheduler's events: `batch_started{items, queued, skipped, failed}`,
 `worker_ready{worker, host, device, gpus}`, `worker_lost{worker, reason}`, `worker_closed{worker, reason}`,
@@ -38,7 +38,7 @@ class _Row:
 
 
 class BatchView:
-    """Items with the time left, and a row a worker; where stderr is no terminal, a line for each item."""
+    """Items with the time left, and a row for each worker; a line for each item without a terminal."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -70,8 +70,8 @@ class BatchView:
             case "batch_started":
                 self._total, self._left = fields["items"], fields["queued"]
                 self._ended, self._failed = 0, fields["failed"]
-                there = f", {fields['skipped']} done already" if fields["skipped"] else ""
-                self._line(f"[bold]{fields['items']} items[/]{there}")
+                done = f", {fields['skipped']} already done" if fields["skipped"] else ""
+                self._line(f"[bold]{fields['items']} items[/]{done}")
             case "worker_ready":
                 self._began = self._began or time.monotonic()
                 gpus = f" GPU {fields['gpus']}" if fields["gpus"] else ""
@@ -92,12 +92,12 @@ class BatchView:
                 self._failed += 1
                 self._line(f"[red]{item} failed[/]: {escape(fields['error'])}")
             case "item_retried":
-                self._line(f"[yellow]{item} will be tried again[/]: {escape(fields['error'])}")
+                self._line(f"[yellow]{item} will be retried[/]: {escape(fields['error'])}")
             case "item_waiting":
                 self._line(f"[yellow]{item} waits[/]: {escape(fields['reason'])}")
             case "worker_lost" | "worker_closed":
                 row.item = ""
-                what = "died" if name == "worker_lost" else "is not used any more"
+                what = "died" if name == "worker_lost" else "is no longer used"
                 self._line(f"[yellow]worker {fields['worker']} {what}[/]: {escape(fields['reason'])}")
             case "message":
                 self._line(f"[yellow]{escape(str(fields['text']))}[/]")
@@ -113,7 +113,7 @@ class BatchView:
         running = [row for row in self._rows.values() if row.item]
         partly = sum(row.window / row.windows for row in running if row.windows)
         table = Table(box=None, pad_edge=False)
-        for column in ("worker", "item", "window", "for", "done"):
+        for column in ("worker", "item", "window", "elapsed", "done"):
             table.add_column(column)
         now = time.monotonic()
         for row in self._rows.values():
@@ -134,7 +134,7 @@ def _clock(seconds: float) -> str:
 
 
 def make_batch_display(log_format: LogFormat, quiet: bool, stderr: IO[str]) -> Display:
-    """The display the user chose."""
+    """The display for a log format. quiet: warnings only; JSON lines stay complete."""
     if log_format == "json":
         return JsonLines(stderr)
     console = Console(file=stderr, highlight=False)
@@ -142,7 +142,7 @@ def make_batch_display(log_format: LogFormat, quiet: bool, stderr: IO[str]) -> D
 
 
 def print_summary(summary: Mapping[str, Any], console: Console) -> None:
-    """Workers, failures, and the sum of it."""
+    """Print workers, failures and totals."""
     table = Table(box=None, pad_edge=False)
     for column in ("worker", "host", "device", "GPU", "done", "failed", "starts", "in use", "video s"):
         table.add_column(column, justify="left" if column in ("host", "device") else "right")

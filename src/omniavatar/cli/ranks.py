@@ -121,7 +121,11 @@ def config_for_rank(config: PipelineConfig, gpus: Sequence[int] | None, process:
                 "remove --gpus"
             )
         changes["device"] = _device(gpus, process.local_rank)
-    return config.model_copy(update={"runtime": runtime.model_copy(update=changes)}) if changes else config
+    if not changes:
+        return config
+    from omniavatar.config.change import changed
+
+    return changed(config, runtime=changes)
 
 
 def _device(gpus: Sequence[int] | None, local_rank: int) -> str:

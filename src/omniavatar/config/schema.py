@@ -27,7 +27,7 @@ from omniavatar.config.values import (
     choice_or_path,
     coefficients,
     descending_timesteps,
-    device_name,
+    device_setting,
     dtype_name,
     lora_entry,
     memory_limit,
@@ -276,7 +276,7 @@ class OutputConfig(_Section):
 class RuntimeConfig(_Section):
     """Device, memory and speed of the model."""
 
-    device: Annotated[str, AfterValidator(device_name)] = "auto"
+    device: Annotated[str, AfterValidator(device_setting)] = "auto"
     """cpu, cuda, cuda:N, or auto: cuda if available, else cpu."""
     attention: str = "auto"
     """Attention backend by name (`omniavatar doctor` lists them). auto: the fastest exact one for the GPU

@@ -156,7 +156,7 @@ def coefficients(value: Any) -> Any:
     return tuple(real(number) for number in value)
 
 
-def device_name(value: str) -> str:
+def device_setting(value: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
         raise ValueError("must be auto, cpu, cuda or cuda:N")
     return value

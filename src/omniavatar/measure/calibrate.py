@@ -1,8 +1,8 @@
-"""One calibration: a few windows with every step computed, what was measured, what plans it gives.
+"""One calibration: runs a few windows with every step computed, and fits the step cache's constants.
 
-The windows run as in any other run, guided at every step (a branch that pauses has no step before to compare
-with); only what stands in for the block stack differs (`accel.residual_meter`). With verification, the first
-window runs once more with every step, for its time, and once by each plan.
+The windows run as in any other run, but guided at every step, because a branch that pauses has no step before
+to compare with, and with `accel.residual_meter` around the block stack. Verification runs the first window
+once more with every step, for its time, and once by each plan.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ import torch
 
 from omniavatar import __version__
 from omniavatar.accel.residual_meter import ResidualMeter
+from omniavatar.config.change import changed
 from omniavatar.config.schema import PipelineConfig, SamplingConfig
+from omniavatar.device import device_name
 from omniavatar.engine.pipeline import AvatarPipeline
 from omniavatar.engine.prepare import Prepared
 from omniavatar.engine.recorder import Listener, RunRecorder, stage_seconds
 from omniavatar.errors import ConfigError, OutputError
-from omniavatar.measure.ceilings import device_name
 from omniavatar.measure.quality import compare
 from omniavatar.media.atomic import atomic_write_json, check_writable
 from omniavatar.plan.calibration import (
-    Branch,
     Calibration,
+    MeasuredBranch,
     TeaCache,
     default_path,
     measured_schedule,
@@ -52,9 +53,9 @@ MAGCACHE_THRESHOLDS = (0.06, 0.12, 0.24)
 
 @dataclass(frozen=True)
 class Trial:
-    """One policy at one threshold by the measured constants. error: `calibration.estimated_error`.
+    """One policy at one threshold with the measured constants. error: `calibration.estimated_error`.
 
-    notes: what the plan has to say.
+    notes: those of the plan.
     """
 
     policy: str
@@ -67,10 +68,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Verified:
-    """The first window by one plan, against the same window with every step computed.
+    """The first window by one plan, compared with the same window with every step computed.
 
-    error: relative L2 of the latent. psnr_db: of the decoded frames, None where they are equal. seconds:
-    denoising; full_seconds: with every step.
+    error: relative L2 of the latent. psnr_db: of the decoded frames, None where they are equal.
+    seconds: of denoising; full_seconds: with every step.
     """
 
     constants: str
@@ -86,7 +87,7 @@ class Verified:
 
 @dataclass(frozen=True)
 class CalibrationRun:
-    """What was written, where, and what it means; `seconds` of the whole calibration."""
+    """A finished calibration. output: the file. seconds: of the whole calibration."""
 
     output: Path
     calibration: Calibration
@@ -96,10 +97,10 @@ class CalibrationRun:
 
 
 def calibration_output(config: PipelineConfig, output: Path | None) -> Path:
-    """Where the file goes; its folder exists and can be written. Raises ConfigError, OutputError."""
+    """The file to write; its folder exists and is writable. Raises ConfigError, OutputError."""
     path = output or default_path(config.model)
     if path is None:
-        raise ConfigError("--output: random weights have no folder of their own; name the file to write")
+        raise ConfigError("--output: random weights have no folder; name the file to write")
     if output is None and not path.parent.is_dir():
         raise ConfigError(f"exp_path: {path.parent} does not exist; correct it")
     try:
@@ -119,16 +120,16 @@ def calibrate(
 ) -> CalibrationRun:
     """Measure `windows` windows of `request` (fewer where it has fewer) and write the constants.
 
-    output: default `step_cache.json` beside the checkpoint. Raises ConfigError for fewer than two steps,
-    OutputError, and what `AvatarPipeline` raises.
+    output: default `step_cache.json` beside the checkpoint.
+
+    Raises ConfigError for fewer than two steps, OutputError, and what `AvatarPipeline` raises.
     """
     started = time.perf_counter()
     if config.sampling.steps < 2:
-        raise ConfigError("num_steps: one step has none to compare with; use at least 2")
+        raise ConfigError("num_steps: calibration compares steps with each other; use at least 2")
     path = calibration_output(config, output)
     recorder = RunRecorder(listeners)
-    whole = {"step_cache": "none", "guidance_interval": (0.0, 1.0)}
-    plain = config.model_copy(update={"sampling": config.sampling.model_copy(update=whole)})
+    plain = changed(config, sampling={"step_cache": "none", "guidance_interval": (0.0, 1.0)})
     pipeline = AvatarPipeline.from_config(plain, recorder=recorder)
     with pipeline.prepare(request) as ready:
         chosen = ready.plan.windows[:windows]
@@ -182,14 +183,14 @@ def _calibration(
             "python": platform.python_version(),
         },
         time_changes=time_changes,
-        branches={name: Branch(**asdict(each)) for name, each in changes.items()},
+        branches={name: MeasuredBranch(**asdict(each)) for name, each in changes.items()},
         magnitude_ratios=shared_ratios(changes),
         teacache=TeaCache(**asdict(fit)),
     )
 
 
 class _Bench:
-    """Plans by measured constants: what they would do, and what they do."""
+    """Plans from measured constants: estimates them, and runs them."""
 
     def __init__(
         self,
@@ -203,6 +204,7 @@ class _Bench:
         self._sampling, self._ready, self._changes = sampling, ready, changes
 
     def trials(self, constants: CacheConstants) -> tuple[Trial, ...]:
+        """Estimates for both policies at several thresholds."""
         rows = [("teacache", threshold) for threshold in TEACACHE_THRESHOLDS]
         rows += [("magcache", threshold) for threshold in MAGCACHE_THRESHOLDS]
         schedule = sampling_schedule(self._sampling)
@@ -214,7 +216,7 @@ class _Bench:
         return tuple(found)
 
     def verify(self, window: Window, measured: CacheConstants) -> list[Verified]:
-        """The configured policy (MagCache where none is) by measured and by published constants."""
+        """Run the configured policy (default: MagCache) with measured and with published constants."""
         sampling = self._sampling
         policy = "teacache" if sampling.cache_policy == "teacache" else "magcache"
         threshold = sampling.tea_cache_l1_thresh if policy == "teacache" else sampling.magcache_thresh

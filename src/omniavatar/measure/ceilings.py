@@ -1,9 +1,9 @@
-"""What a device can do at most, measured: the yardstick that a run's TFLOP/s are held against.
+"""The measured peak rates of a device, which a run's TFLOP/s are compared with.
 
 The floor of some work is its matrix products at the matrix ceiling plus its attention at the attention
-ceiling, one after the other. For the devices in `MEASURED` the ceilings are the best kernels that this
-project has timed on them (docs/lab_notes.md); any other device is timed on the spot by `probe`, with the
-matrix product and the attention PyTorch picks by itself, which a better kernel may beat.
+ceiling, one after the other. For the devices in `MEASURED` the ceilings are the rates of the fastest kernels
+that this project has timed on them (docs/lab_notes.md). `probe` times any other device at once, with the
+matrix product and the attention that PyTorch chooses; a better kernel may be faster.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from types import MappingProxyType
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from omniavatar.device import device_name
 from omniavatar.measure.flops import Work
 
 HALF = (torch.bfloat16, torch.float16)
@@ -24,7 +25,7 @@ REPEATS = 4
 
 @dataclass(frozen=True)
 class Ceilings:
-    """TFLOP/s of a device in one arithmetic. `source`: where the figures come from."""
+    """TFLOP/s of a device in one arithmetic. source: where the figures come from."""
 
     device: str
     arithmetic: str
@@ -33,7 +34,7 @@ class Ceilings:
     source: str
 
     def floor_seconds(self, work: Work) -> float:
-        """Least time for `work` on this device."""
+        """The least time that `work` takes on this device."""
         return (work.matrix / self.matrix + work.attention / self.attention) / 1e12
 
 
@@ -57,15 +58,15 @@ MEASURED: Mapping[str, _Measured] = MappingProxyType(
             698.0,
             1500.0,
             938.0,
-            f"the same chip's figures from an H100 SXM, not measured here: {_H100}",
+            f"figures of an H100 SXM, which has the same chip; not measured on an H200: {_H100}",
         ),
     }
 )
-"""By the name CUDA gives the device; fp8 with a scale for each row."""
+"""By the device's name in CUDA; fp8 with a scale for each row."""
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """The ceilings of a device for weights of `dtype`: from the table, else probed now (a second or two)."""
+    """The ceilings of a device for weights of `dtype`: from the table, else probed (a second or two)."""
     name = device_name(device)
     known = MEASURED.get(name)
     if known is not None and dtype in HALF:
@@ -74,7 +75,7 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def fp8_ceilings(device: torch.device) -> Ceilings | None:
-    """The same with fp8 products and fp8 attention, where they have been measured."""
+    """The ceilings with fp8 products and fp8 attention; None where they have not been measured."""
     known = MEASURED.get(device_name(device))
     if known is None:
         return None
@@ -83,13 +84,9 @@ def fp8_ceilings(device: torch.device) -> Ceilings | None:
     )
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 @torch.inference_mode()
 def probe(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Time one matrix product and one attention on the device; the best of a few runs counts."""
+    """Time one matrix product and one attention on the device; the fastest of a few runs counts."""
     on_gpu = device.type == "cuda"
     side, tokens, heads = (8192, 8192, 12) if on_gpu else (1024, 1024, 4)
     a = torch.randn(side, side, device=device, dtype=dtype)

@@ -1,11 +1,11 @@
 """The best-looking configuration that makes a video of some minutes before a deadline, on this device.
 
 The parts of a window are timed with the configured model, in its own precision and in float8 (int8 where
-that is missing); every combination of the settings below is then counted, not run. Which one looks better is
-an order of preference, stated as points and not measured: float8 or int8 layers 1; a step cache 1, 2 or 4 by
-its threshold; guidance on three quarters of the steps 1, on half of them 2; fewer steps 6 for each halving.
-The fewest points that meet the deadline win, and among equals the fastest. Sizes, windows, overlap, seed and
-prompts stay as configured, and so does the number of steps where `timesteps` are given.
+float8 is not available). Every combination of the settings below is then counted, not run. Which combination
+looks better is an order of preference in points, not a measurement: float8 or int8 layers 1; a step cache 1,
+2 or 4 by its threshold; guidance on three quarters of the steps 1, on half of them 2; fewer steps 6 for each
+halving. The combination with the fewest points that meets the deadline wins; among equals, the fastest.
+Sizes, windows, overlap, seed and prompts stay as configured, and so do the steps if `timesteps` are given.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ CACHES = ((0.06, 1), (0.12, 2), (0.24, 4))
 INTERVALS = ((0.75, 1), (0.5, 2))
 HALVING = 6.0
 MARGIN = 0.05
-"""Part of the deadline that is left free: what a prediction may be off."""
+"""Part of the deadline that is left free for the error of the prediction."""
 _UNITS = {"h": 3600.0, "min": 60.0, "m": 60.0, "s": 1.0}
 _PART = re.compile(r"(\d+(?:\.\d+)?)\s*(h|min|m|s)")
 
 
 @dataclass(frozen=True)
-class Choice:
+class Candidate:
     """One combination of settings (by flat key), its points, and the predicted seconds with loading."""
 
     settings: Mapping[str, Any]
@@ -50,24 +50,28 @@ class Choice:
 
     @property
     def override(self) -> str:
-        """The settings as one `--hp` value; empty for the configuration as it is."""
+        """The settings as one `--hp` value; empty for the unchanged configuration."""
         return ",".join(f"{key}={_text(value)}" for key, value in self.settings.items())
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """loading: what does not grow with the video, the sum of `loading_parts`: the command's start, a new
-    prompt's embedding, models, and what first runs take beyond later ones.
-    chosen: None where nothing meets the deadline. others: better-looking ones that miss it, nearest first,
-    then the fastest of all. as_configured: the configuration unchanged."""
+    """What was found for one deadline, in seconds.
+
+    loading: what does not grow with the video, the sum of `loading_parts`: the command's start, the embedding
+    of a new prompt, loading the models, and what first runs take beyond later ones.
+    as_configured: the unchanged configuration. chosen: None where no candidate meets the deadline.
+    others: up to three better-looking candidates that miss the deadline, fastest first; if nothing meets it,
+    the fastest candidate alone.
+    """
 
     minutes: float
     deadline: float
     loading: float
     loading_parts: Mapping[str, float]
-    as_configured: Choice
-    chosen: Choice | None
-    others: tuple[Choice, ...]
+    as_configured: Candidate
+    chosen: Candidate | None
+    others: tuple[Candidate, ...]
     notes: tuple[str, ...]
 
 
@@ -79,24 +83,24 @@ def parse_duration(text: str) -> float:
     elif compact and not _PART.sub("", compact).strip():
         seconds = sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(compact))
     else:
-        raise ConfigError(f"deadline: {text!r} is no duration; write 20min, 1h30m or 90s")
+        raise ConfigError(f"deadline: {text!r} is not a duration; write 20min, 1h30m or 90s")
     if seconds <= 0:
-        raise ConfigError(f"deadline: {text!r} is no time at all; write 20min, 1h30m or 90s")
+        raise ConfigError(f"deadline: {text!r} must be above 0; write 20min, 1h30m or 90s")
     return seconds
 
 
 def propose(
     config: PipelineConfig, minutes: float, deadline: float, repeats: int = 5, started: float = 0.0
 ) -> Proposal:
-    """Time the parts and choose; missing weights are replaced by random ones. deadline: seconds.
+    """Time the parts and choose; missing weights are replaced by random ones.
 
-    started: seconds a command takes until it begins to load, such as the processor time of this one so far.
+    deadline: seconds. started: seconds a command takes until it begins to load.
 
     Raises ConfigError, CheckpointError, ResourceError as loading the pipeline does.
     """
     config, note = with_weights(config)
     notes = [note] if note else []
-    choices: list[Choice] = []
+    choices: list[Candidate] = []
     loading: dict[str, float] = {}
     embedding = 0.0
     for quantize in _precisions(config):
@@ -119,15 +123,15 @@ def propose(
         torch.cuda.empty_cache()
     all_loading = sum(loading.values())
     choices = [
-        Choice(each.settings, each.points, each.seconds + all_loading, each.forwards) for each in choices
+        Candidate(each.settings, each.points, each.seconds + all_loading, each.forwards) for each in choices
     ]
     return choose(choices, minutes, deadline, loading, notes)
 
 
 def choose(
-    choices: list[Choice], minutes: float, deadline: float, loading: Mapping[str, float], notes: list[str]
+    choices: list[Candidate], minutes: float, deadline: float, loading: Mapping[str, float], notes: list[str]
 ) -> Proposal:
-    """The choice with the fewest points within the deadline less its margin."""
+    """Choose the fewest points within the deadline less its margin."""
     ranked = sorted(choices, key=lambda each: (each.points, each.seconds))
     fitting = [each for each in ranked if each.seconds <= deadline * (1 - MARGIN)]
     chosen = fitting[0] if fitting else None
@@ -141,7 +145,7 @@ def choose(
 
 
 def _precisions(config: PipelineConfig) -> list[str]:
-    """The configured precision, and float8 or int8 where that is another one and runs faster here."""
+    """The configured precision, and the fastest one of this device if that is another."""
     configured = config.runtime.quantize
     best = best_quantize(choose_device(config.runtime.device))
     return [configured] if best is None or configured == best else [configured, best]
@@ -154,7 +158,7 @@ def _count(
     minutes: float,
     quantize: str,
     configured: str,
-) -> Iterator[Choice]:
+) -> Iterator[Candidate]:
     precision = ({}, 0.0) if quantize == configured else ({"quantize": quantize}, 1.0)
     for combination in itertools.product(_steps(config), _caches(config), _intervals(config)):
         settings: dict[str, Any] = dict(precision[0])
@@ -167,7 +171,7 @@ def _count(
             counted = plan(changed(config, sampling=sampling), minutes * 60)
         except ConfigError:
             continue
-        yield Choice(settings, points, seconds(counted), counted.forwards)
+        yield Candidate(settings, points, seconds(counted), counted.forwards)
 
 
 Axis = list[tuple[dict[str, Any], float]]

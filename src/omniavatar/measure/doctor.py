@@ -25,6 +25,7 @@ from omniavatar.media.h264 import ENCODERS, choose_encoder
 from omniavatar.plan.estimate import MemoryEstimate, estimate_memory
 from omniavatar.plan.preview import missing_files
 from omniavatar.plan.run import plan_run
+from omniavatar.types import bytes_text
 
 NEEDED_CODECS = ("libx264", "aac")
 
@@ -127,7 +128,7 @@ def _problems(encoders: Sequence[dict[str, Any]], configs: Sequence[dict[str, An
                 f"{row['config']}: {row['missing'][0]}{more} not on this disk; run `omniavatar download`"
             )
         elif not row["fits"]:
-            needs = f"needs about {row['needs_bytes'] / 2**30:.1f} GiB, more than is free"
+            needs = f"needs about {bytes_text(row['needs_bytes'])}, more than is free"
             remedy = f"{needs}; lower max_tokens or use a smaller model"
             problems.append(f"{row['config']}: {remedy if row['placed'] else row['memory']}")
     return problems

@@ -1,9 +1,9 @@
 """Floating-point operations of the DiT and of the VAE, by formula from their sizes.
 
-A multiplication and an addition count as two; norms, activations, rotation and softmax are left out, as
-PyTorch's `flop_counter` leaves them out (it is the slow twin of this file in the tests, and agrees exactly).
-What is counted is the work the maths asks for: a kernel that pads or recomputes does more, one that
-merges two layers (`accel.vae`: doubling and convolution) does less.
+A multiplication and an addition count as two. Norms, activations, rotation and softmax do not count, as in
+PyTorch's `flop_counter`, which the tests compare with: both agree exactly. The count is that of the maths: a
+kernel that pads or recomputes does more, one that merges two layers (`accel.vae`: doubling and convolution)
+does less.
 
 Letters: L video tokens, C width, S text tokens, T latent frames, h w latent pixels, n frames at a stage.
 """

@@ -1,9 +1,9 @@
-"""A kernel trace of one window, taken with torch.profiler while a profiled run goes by.
+"""A kernel trace of one window, taken with torch.profiler during a profiled run.
 
-A listener of the run's events: it starts with the second window of the first request (the first where there
-is no other, since a first window also pays for warming up) and stops where the next window or the end of the
-request is announced. On a GPU it waits for the work before, and for the window's own, since windows are
-queued ahead. That and recording every kernel slow the window down: its times in the report are larger.
+`KernelTrace` listens to the run's events. It starts with the second window of the first request, because the
+first window also warms up, or with the first if it is the only one. It stops at the next window or at the end
+of the request. Windows are queued ahead on a GPU, so it waits for the work before and for the window's own.
+Waiting and recording slow that window down, so its times in the report are larger.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class KernelTrace:
-    """Writes the Chrome trace of one window to `path`; `window` is its number once it has been taken."""
+    """Writes the Chrome trace of one window to `path`. window: its number, None until it starts."""
 
     def __init__(self, path: Path, on_gpu: bool) -> None:
         self.path = path
@@ -41,7 +41,7 @@ class KernelTrace:
             self._profiler.start()
 
     def stop(self) -> None:
-        """Write what has been recorded; does nothing when nothing is being recorded."""
+        """Stop recording and write the trace; does nothing when not recording."""
         if self._running:
             self._running = False
             self._settle()

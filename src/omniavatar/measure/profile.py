@@ -1,7 +1,7 @@
-"""One profiled run: the pipeline as it is, with a recorder that keeps everything.
+"""One profiled run: the ordinary pipeline with a recorder that keeps everything.
 
-Videos are made anew, never continued, so that the whole way is measured; they go to a folder of their own
-(`<output_dir>/profile`), so that unfinished work of an ordinary run stays untouched.
+Videos are made from the start, never resumed, so that every part is measured. They go to
+`<output_dir>/profile`, so that unfinished work of an ordinary run stays untouched.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,16 @@ import torch
 from omniavatar import __version__
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import inspect_vae
+from omniavatar.config.change import changed
 from omniavatar.config.schema import ModelConfig, PipelineConfig
 from omniavatar.device import choose_device, torch_dtype
 from omniavatar.engine.pipeline import AvatarPipeline
 from omniavatar.engine.recorder import Listener
 from omniavatar.engine.requests_file import RequestLine
-from omniavatar.engine.sidecar import peak_memory
 from omniavatar.measure.ceilings import ceilings, fp8_ceilings
 from omniavatar.measure.kernels import KernelTrace
-from omniavatar.measure.report import Models, RequestFigures, build_report
+from omniavatar.measure.peaks import PeakMemory
+from omniavatar.measure.report import Models, Report, RequestFigures, build_report
 from omniavatar.measure.trace import TraceRecorder, chrome_trace
 from omniavatar.model.sizes import VAEConfig
 from omniavatar.sampling.windows import plan_windows
@@ -38,10 +39,36 @@ FOLDER = "profile"
 
 @dataclass(frozen=True)
 class ProfiledRun:
-    """The report, and the stages and steps as a Chrome trace."""
+    """What ran and on what, the report, and the stages and steps as a Chrome trace.
 
-    report: dict[str, Any]
+    memory: the plan of `plan.memory`. kernel_trace_window: the window whose kernels were traced, if any.
+    """
+
+    device: str
+    dtype: str
+    weights: str
+    attention: str
+    quantize: str
+    memory: Mapping[str, Any]
+    vae: str
+    decoder: str
+    kernel_trace_window: int | None
+    peak_memory: PeakMemory
+    report: Report
     trace: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the trace, with versions, for JSON."""
+        about = {name: value for name, value in vars(self).items() if name not in ("report", "trace")}
+        return {
+            "command": "profile",
+            "omniavatar": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            **about,
+            "peak_memory": asdict(self.peak_memory),
+            **self.report.as_dict(),
+        }
 
 
 def profile_requests(
@@ -50,7 +77,7 @@ def profile_requests(
     listeners: Sequence[Listener] = (),
     kernels: Path | None = None,
 ) -> ProfiledRun:
-    """Generate every line and report on it. kernels: where a torch.profiler trace of one window goes.
+    """Generate every line and report on it. kernels: file for a torch.profiler trace of one window.
 
     Raises what `AvatarPipeline.generate` raises.
     """
@@ -59,9 +86,7 @@ def profile_requests(
     taker = None if kernels is None else KernelTrace(kernels, on_gpu)
     recorder = TraceRecorder([*listeners, *([taker] if taker else [])])
     folder = config.output.output_dir / FOLDER
-    config = config.model_copy(
-        update={"output": config.output.model_copy(update={"output_dir": folder, "keep_job": False})}
-    )
+    config = changed(config, output={"output_dir": folder, "keep_job": False})
     ceiling = ceilings(device, torch_dtype(config.model.dtype))
     started = time.perf_counter()
     pipeline = AvatarPipeline.from_config(config, recorder=recorder)
@@ -77,27 +102,24 @@ def profile_requests(
     models = Models(loaded.dit_config, _vae_sizes(config.model))
     spans = recorder.spans()
     report = build_report(spans, recorder.timings(), figures, models, ceiling, fp8_ceilings(device), seconds)
-    about = {
-        "command": "profile",
-        "omniavatar": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": ceiling.device,
-        "dtype": config.model.dtype,
-        "weights": config.model.weights,
-        "attention": loaded.attention_name,
-        "quantize": placement.quantize,
-        "memory": placement.memory.as_dict(),
-        "vae": loaded.vae_name,
-        "decoder": config.model.decoder,
-        "kernel_trace_window": None if taker is None else taker.window,
-        "peak_memory": peak_memory(loaded.device),
-    }
-    return ProfiledRun({**about, **report}, chrome_trace(spans))
+    return ProfiledRun(
+        device=ceiling.device,
+        dtype=config.model.dtype,
+        weights=config.model.weights,
+        attention=loaded.attention_name,
+        quantize=placement.quantize,
+        memory=placement.memory.as_dict(),
+        vae=loaded.vae_name,
+        decoder=config.model.decoder,
+        kernel_trace_window=None if taker is None else taker.window,
+        peak_memory=PeakMemory.now(loaded.device),
+        report=report,
+        trace=chrome_trace(spans),
+    )
 
 
 def _vae_sizes(model: ModelConfig) -> VAEConfig | None:
-    """Sizes of the VAE where it is what decoded."""
+    """Sizes of the VAE, or None where another decoder ran."""
     if model.decoder != "full":
         return None
     if model.weights == "random":
@@ -107,7 +129,7 @@ def _vae_sizes(model: ModelConfig) -> VAEConfig | None:
 
 
 def _figures(result: RunResult) -> RequestFigures:
-    """The request's figures, from the sidecar that the pipeline wrote."""
+    """The figures of a request, from the sidecar that the pipeline wrote."""
     plan = json.loads(result.sidecar.read_text(encoding="utf-8"))["plan"]
     height, width = plan["size"]
     return RequestFigures(

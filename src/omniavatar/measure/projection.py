@@ -1,8 +1,8 @@
-"""From the measured times of one window's parts to the time of a whole video, by counting.
+"""Projects the time of a whole video from the measured parts of one window, by counting.
 
 Windows run one after the other on the model's thread: forwards, decode, encode of the hand-over. The video
-writer works beside it, one window behind, and is waited for only where it is the slower of the two; what it
-does for the last window comes on top. Left out: loading the models, and embedding a new prompt.
+writer works beside it, one window behind. The model waits for it only where it is the slower of the two; its
+work for the last window is added. Loading the models and embedding a new prompt do not count.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Timing:
-    """Repeated measurements of one thing, in seconds."""
+    """Repeated measurements of one part, in seconds."""
 
     median: float
     fastest: float
@@ -28,8 +28,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class WindowCosts:
-    """Seconds of one window's parts: a computed forward, a skipped one, the decode of the whole window, the
-    encode of the hand-over, writing its new frames."""
+    """Seconds of one window's parts.
+
+    forward, skipped_forward: one each. decode: of the whole window. encode: of the hand-over.
+    write: of the new frames.
+    """
 
     forward: float
     skipped_forward: float
@@ -40,7 +43,7 @@ class WindowCosts:
 
 @dataclass(frozen=True)
 class StartCosts:
-    """Seconds before the first window: portrait to latent, and audio features for a second of sound."""
+    """Seconds before the first window: portrait to latent, and features of one second of audio."""
 
     portrait: float
     audio_per_second: float
@@ -48,8 +51,10 @@ class StartCosts:
 
 @dataclass(frozen=True)
 class Counts:
-    """What a plan counts. computed, skipped: forwards of a window. last_share: part of the last window's
-    latents that is decoded."""
+    """Counts of a plan.
+
+    computed, skipped: forwards of a window. last_share: part of the last window's latents that is decoded.
+    """
 
     windows: int
     computed: int
@@ -59,12 +64,12 @@ class Counts:
 
 
 def denoise_seconds(costs: WindowCosts, counts: Counts) -> float:
-    """All forwards of one window."""
+    """Seconds of all forwards of one window."""
     return counts.computed * costs.forward + counts.skipped * costs.skipped_forward
 
 
 def video_seconds(costs: WindowCosts, start: StartCosts, counts: Counts) -> float:
-    """Audio to finished video, models loaded."""
+    """Seconds from audio to finished video, models loaded."""
     denoise = denoise_seconds(costs, counts)
     whole = denoise + costs.decode + costs.encode
     last = denoise + costs.decode * counts.last_share

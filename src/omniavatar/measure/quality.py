@@ -1,7 +1,7 @@
-"""How near two videos are, frame by frame: PSNR and SSIM.
+"""How similar two videos are, frame by frame: PSNR and SSIM.
 
-Both are means over frames of 8-bit RGB. SSIM (Wang et al. 2004) on luma with a flat 7x7 window, sample
-covariance and K = 0.01, 0.03: what scikit-image computes by default for a grey picture.
+Both are means over frames of 8-bit RGB. SSIM (Wang et al. 2004) is computed on luma with a flat 7x7 window,
+sample covariance and K = 0.01, 0.03, which are scikit-image's defaults for a grey picture.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LUMA = np.array([0.2126, 0.7152, 0.0722])
 
 @dataclass(frozen=True)
 class Quality:
-    """psnr_db is None for equal videos (it would be infinite)."""
+    """Similarity of two videos. psnr_db: None for equal videos, whose PSNR is infinite."""
 
     psnr_db: float | None
     ssim: float
@@ -26,7 +26,10 @@ class Quality:
 
 
 def compare(frames: Iterable[np.ndarray], reference: Iterable[np.ndarray]) -> Quality:
-    """Mean PSNR over the whole video and mean SSIM, of frames (H, W, 3) uint8 pair by pair."""
+    """PSNR over the whole video and mean SSIM, of pairs of frames (H, W, 3) uint8.
+
+    Raises ValueError for videos without frames or of different lengths.
+    """
     squared, similar, count = 0.0, 0.0, 0
     for a, b in zip(frames, reference, strict=True):
         difference = a.astype(np.float64) - b.astype(np.float64)
@@ -40,7 +43,7 @@ def compare(frames: Iterable[np.ndarray], reference: Iterable[np.ndarray]) -> Qu
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Structural similarity of two grey pictures (H, W) with values to 255."""
+    """Structural similarity of two grey pictures (H, W) with values from 0 to 255."""
     mean_a, mean_b = _window_mean(a), _window_mean(b)
     pixels = WINDOW**2
     to_sample = pixels / (pixels - 1)
@@ -54,7 +57,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _window_mean(x: np.ndarray) -> np.ndarray:
-    """Means of all WINDOW x WINDOW patches inside the picture, by running sums."""
+    """Means of all WINDOW x WINDOW patches of the picture, by cumulative sums."""
     sums = np.pad(x.astype(np.float64), ((1, 0), (1, 0))).cumsum(0).cumsum(1)
     n = WINDOW
     inside = sums[n:, n:] - sums[:-n, n:] - sums[n:, :-n] + sums[:-n, :-n]

@@ -1,8 +1,8 @@
-"""What a profiled run says: seconds by stage, window and step; TFLOP/s and the share of the device's floor.
+"""What a profiled run reports: seconds by stage, window and step; TFLOP/s and share of the device's floor.
 
-Pure: from spans (`trace`), stage times (`recorder`), the figures of each request and the sizes of the models
-to one JSON-able dictionary. Stages of the thread that writes the video run beside the model and are marked
-so; they count for the overall time only where the model waits for them.
+Pure: makes one `Report` from spans (`trace`), stage times (`recorder`), the figures of each request and the
+sizes of the models. Stages of the thread that writes the video run beside the model and are marked so; they
+count for the overall time only where the model waits for them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from omniavatar.model.sizes import DiTConfig, VAEConfig
     from omniavatar.types import Window
 
+DECODE, ENCODE = "vae_decode", "vae_encode"
 LABELS: Mapping[str, str] = {
     "load_dit": "load diffusion transformer",
     "load_vae": "load VAE",
@@ -39,12 +40,12 @@ LABELS: Mapping[str, str] = {
     "video_append": "video: write",
     "video_finish": "video: finish",
 }
-"""Stage names in the order a report lists them; a stage that is not here follows under its own name."""
+"""Stage names in the order of the report; a stage without a label follows under its own name."""
 
 
 @dataclass(frozen=True)
 class RequestFigures:
-    """What one finished request was. tokens: of one forward. branches: forwards a step."""
+    """One finished request. tokens: of one forward. branches: forwards a step."""
 
     output: str
     frames: int
@@ -67,13 +68,124 @@ class RequestFigures:
     def latent_size(self) -> tuple[int, int]:
         return self.size[0] // 8, self.size[1] // 8
 
+    def as_dict(self) -> dict[str, Any]:
+        """The request for JSON."""
+        return {
+            **vars(self),
+            "windows": len(self.windows),
+            "video_seconds": self.video_seconds,
+            "real_time_factor": self.seconds / self.video_seconds,
+        }
+
 
 @dataclass(frozen=True)
 class Models:
-    """Sizes of the models that ran; vae None where its decoder is not the released one."""
+    """Sizes of the models that ran. vae: None where another decoder than the released VAE's ran."""
 
     dit: DiTConfig
     vae: VAEConfig | None
+
+
+@dataclass(frozen=True)
+class OverallFigures:
+    """The whole run. requests_seconds: the sum of all requests. Factors: None without a video."""
+
+    seconds: float
+    requests_seconds: float
+    loading_seconds: float
+    video_seconds: float
+    real_time_factor: float | None
+    real_time_factor_without_loading: float | None
+    forwards: int
+    forwards_skipped: int
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """Own seconds of one stage. share: of the whole run; None for a stage beside the model."""
+
+    name: str
+    label: str
+    seconds: float
+    count: int
+    share: float | None
+    beside_the_model: bool
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one denoising step. action: compute or reuse."""
+
+    step: int
+    action: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class WindowRow:
+    """Seconds of one window's stages, None for a stage it did not have, and of its steps."""
+
+    request: int | None
+    window: int
+    steps: tuple[StepTime, ...]
+    denoise: float | None
+    vae_decode: float | None
+    vae_encode: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The window for JSON, without the stages it did not have."""
+        values = asdict(self)
+        absent = [name for name in (DENOISE, DECODE, ENCODE) if values[name] is None]
+        return {name: value for name, value in values.items() if name not in absent}
+
+
+@dataclass(frozen=True)
+class StepSpread:
+    """Seconds of all steps of one action."""
+
+    count: int
+    median: float
+    fastest: float
+    slowest: float
+
+
+@dataclass(frozen=True)
+class WorkRow:
+    """Operations of one kind of work, their rate, and the least time they take on this device."""
+
+    name: str
+    label: str
+    tflop: float
+    seconds: float
+    tflop_per_s: float
+    floor_seconds: float
+    share_of_floor: float
+    floor_seconds_fp8: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The tables of a profiled run. steps: by action. ceilings: for the weights' dtype; for fp8 if known."""
+
+    overall: OverallFigures
+    requests: tuple[RequestFigures, ...]
+    stages: tuple[StageRow, ...]
+    windows: tuple[WindowRow, ...]
+    steps: Mapping[str, StepSpread]
+    work: tuple[WorkRow, ...]
+    ceilings: tuple[Ceilings, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report for JSON."""
+        return {
+            "overall": asdict(self.overall),
+            "requests": [request.as_dict() for request in self.requests],
+            "stages": [asdict(row) for row in self.stages],
+            "windows": [row.as_dict() for row in self.windows],
+            "steps": {action: asdict(spread) for action, spread in self.steps.items()},
+            "work": [asdict(row) for row in self.work],
+            "ceilings": [asdict(limit) for limit in self.ceilings],
+        }
 
 
 def build_report(
@@ -84,101 +196,79 @@ def build_report(
     ceiling: Ceilings,
     fp8: Ceilings | None,
     seconds: float,
-) -> dict[str, Any]:
+) -> Report:
     """The report. seconds: of the whole run, model loading included."""
     video = sum(request.video_seconds for request in requests)
     working = sum(request.seconds for request in requests)
     loading = sum(time.own_seconds for name, time in timings.items() if name.startswith("load_"))
-    return {
-        "overall": {
-            "seconds": seconds,
-            "requests_seconds": working,
-            "loading_seconds": loading,
-            "video_seconds": video,
-            "real_time_factor": working / video if video else None,
-            "real_time_factor_without_loading": (working - loading) / video if video else None,
-            "forwards": sum(request.forwards for request in requests),
-            "forwards_skipped": sum(request.forwards_skipped for request in requests),
-        },
-        "requests": [_request(request) for request in requests],
-        "stages": _stages(spans, timings, seconds),
-        "windows": _windows(spans),
-        "steps": _steps(spans),
-        "work": _work(timings, requests, models, ceiling, fp8),
-        "ceilings": [asdict(limit) for limit in (ceiling, fp8) if limit is not None],
-    }
+    return Report(
+        overall=OverallFigures(
+            seconds=seconds,
+            requests_seconds=working,
+            loading_seconds=loading,
+            video_seconds=video,
+            real_time_factor=working / video if video else None,
+            real_time_factor_without_loading=(working - loading) / video if video else None,
+            forwards=sum(request.forwards for request in requests),
+            forwards_skipped=sum(request.forwards_skipped for request in requests),
+        ),
+        requests=tuple(requests),
+        stages=_stages(spans, timings, seconds),
+        windows=_windows(spans),
+        steps=_steps(spans),
+        work=_work(timings, requests, models, ceiling, fp8),
+        ceilings=tuple(limit for limit in (ceiling, fp8) if limit is not None),
+    )
 
 
-def _request(request: RequestFigures) -> dict[str, Any]:
-    values = {name: value for name, value in vars(request).items() if name != "windows"}
-    return {
-        **values,
-        "windows": len(request.windows),
-        "video_seconds": request.video_seconds,
-        "real_time_factor": request.seconds / request.video_seconds,
-    }
-
-
-def _stages(spans: Sequence[Span], timings: Mapping[str, StageTime], seconds: float) -> list[dict[str, Any]]:
-    """Own time of each stage, and what is left over; the shares of the model's thread add up to 1."""
+def _stages(spans: Sequence[Span], timings: Mapping[str, StageTime], seconds: float) -> tuple[StageRow, ...]:
+    """Own time of each stage, and the rest; the shares of the model's thread add up to 1."""
     main = threading.get_ident() if not spans else spans[0].thread
     beside = {span.name for span in spans if span.thread != main}
     order = {name: place for place, name in enumerate(LABELS)}
-    rows: list[dict[str, Any]] = [
-        {
-            "name": name,
-            "label": LABELS.get(name, name),
-            "seconds": time.own_seconds,
-            "count": time.count,
-            "share": None if name in beside else time.own_seconds / seconds,
-            "beside_the_model": name in beside,
-        }
+    rows = [
+        StageRow(
+            name=name,
+            label=LABELS.get(name, name),
+            seconds=time.own_seconds,
+            count=time.count,
+            share=None if name in beside else time.own_seconds / seconds,
+            beside_the_model=name in beside,
+        )
         for name, time in sorted(timings.items(), key=lambda item: order.get(item[0], len(order)))
     ]
     named = sum(time.own_seconds for name, time in timings.items() if name not in beside)
     rest = max(seconds - named, 0.0)
-    rows.append(
-        {
-            "name": "other",
-            "label": "everything else",
-            "seconds": rest,
-            "count": 1,
-            "share": rest / seconds,
-            "beside_the_model": False,
-        }
-    )
-    return rows
+    return (*rows, StageRow("other", "everything else", rest, 1, rest / seconds, False))
 
 
-def _windows(spans: Sequence[Span]) -> list[dict[str, Any]]:
-    """One row a window: seconds of its stages and of its steps."""
-    rows: dict[tuple[int | None, int], dict[str, Any]] = {}
+def _windows(spans: Sequence[Span]) -> tuple[WindowRow, ...]:
+    """One row for each window, in the order of their first spans."""
+    steps: dict[tuple[int | None, int], list[StepTime]] = {}
+    stages: dict[tuple[int | None, int], dict[str, float]] = {}
     for span in spans:
-        if span.window is None or span.name not in (DENOISE, "vae_decode", "vae_encode", STEP):
+        if span.window is None or span.name not in (DENOISE, DECODE, ENCODE, STEP):
             continue
-        row = rows.setdefault(
-            (span.request, span.window), {"request": span.request, "window": span.window, "steps": []}
-        )
+        key = span.request, span.window
+        own_steps, own_stages = steps.setdefault(key, []), stages.setdefault(key, {})
         if span.name == STEP:
-            row["steps"].append({**span.details, "seconds": span.seconds})
+            own_steps.append(StepTime(span.details["step"], span.details["action"], span.seconds))
         else:
-            row[span.name] = span.seconds
-    return list(rows.values())
+            own_stages[span.name] = span.seconds
+    return tuple(
+        WindowRow(*key, tuple(steps[key]), own.get(DENOISE), own.get(DECODE), own.get(ENCODE))
+        for key, own in stages.items()
+    )
 
 
-def _steps(spans: Sequence[Span]) -> dict[str, dict[str, float]]:
-    """Spread of the step times, computed and reused apart."""
+def _steps(spans: Sequence[Span]) -> dict[str, StepSpread]:
+    """Spread of the step times by action."""
     found: dict[str, list[float]] = {}
     for span in spans:
         if span.name == STEP:
             found.setdefault(span.details["action"], []).append(span.seconds)
     return {
-        action: {
-            "count": len(times),
-            "median": statistics.median(times),
-            "fastest": min(times),
-            "slowest": max(times),
-        }
+        action: StepSpread(len(times), statistics.median(times), min(times), max(times))
         for action, times in found.items()
     }
 
@@ -189,9 +279,9 @@ def _work(
     models: Models,
     ceiling: Ceilings,
     fp8: Ceilings | None,
-) -> list[dict[str, Any]]:
+) -> tuple[WorkRow, ...]:
     """Operations, rate and floor of denoising, VAE decode and VAE encode."""
-    done = {DENOISE: Work(), "vae_decode": Work(), "vae_encode": Work()}
+    done = {DENOISE: Work(), DECODE: Work(), ENCODE: Work()}
     for request in requests:
         latent: Grid = (request.windows[0].latent_frames, *request.latent_size)
         done[DENOISE] += forward_work(models.dit, latent) * request.forwards
@@ -200,31 +290,31 @@ def _work(
             continue
         for window, following in zip(request.windows, (*request.windows[1:], None), strict=True):
             clip = (decoded_latents(window, last=following is None), *request.latent_size)
-            done["vae_decode"] += decode_work(models.vae, clip)
+            done[DECODE] += decode_work(models.vae, clip)
             if following is not None:
-                done["vae_encode"] += encode_work(models.vae, following.given_frames, request.size)
+                done[ENCODE] += encode_work(models.vae, following.given_frames, request.size)
     rows = []
     for name, work in done.items():
         spent = timings.get(name, StageTime()).own_seconds
         if work.total and spent:
             floor = ceiling.floor_seconds(work)
             rows.append(
-                {
-                    "name": name,
-                    "label": LABELS[name],
-                    "tflop": work.total / 1e12,
-                    "seconds": spent,
-                    "tflop_per_s": work.total / spent / 1e12,
-                    "floor_seconds": floor,
-                    "share_of_floor": floor / spent,
-                    "floor_seconds_fp8": fp8.floor_seconds(work) if fp8 else None,
-                }
+                WorkRow(
+                    name=name,
+                    label=LABELS[name],
+                    tflop=work.total / 1e12,
+                    seconds=spent,
+                    tflop_per_s=work.total / spent / 1e12,
+                    floor_seconds=floor,
+                    share_of_floor=floor / spent,
+                    floor_seconds_fp8=fp8.floor_seconds(work) if fp8 else None,
+                )
             )
-    return rows
+    return tuple(rows)
 
 
 def decoded_latents(window: Window, last: bool) -> int:
-    """Latents of a window that are decoded: the last window stops at its last wanted frame."""
+    """Latents of a window that are decoded: the last window stops at its last frame of the video."""
     if not last:
         return window.latent_frames
     skip = 0 if window.index == 0 else window.given_frames

@@ -3,99 +3,94 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from omniavatar.measure.peaks import PeakMemory
+    from omniavatar.measure.report import Report, StageRow, StepSpread, WindowRow, WorkRow
+
 SHOWN_WINDOWS = 12
 
 
-def print_report(report: Mapping[str, Any], console: Console) -> None:
-    """Overall figures, stages, steps, windows, work."""
-    overall = report["overall"]
-    console.print(_stages(report["stages"], overall["seconds"]))
-    console.print(_windows(report["windows"]))
-    if report["steps"]:
-        console.print(_steps(report["steps"]))
-    if report["work"]:
-        console.print(_work(report["work"]))
-    for ceiling in report["ceilings"]:
+def print_report(report: Report, peak: PeakMemory, console: Console) -> None:
+    """Print stages, windows, steps, work, ceilings and overall figures."""
+    console.print(_stages(report.stages, report.overall.seconds))
+    console.print(_windows(report.windows))
+    if report.steps:
+        console.print(_steps(report.steps))
+    if report.work:
+        console.print(_work(report.work))
+    for ceiling in report.ceilings:
         console.print(
-            f"ceilings of {ceiling['device']} in {ceiling['arithmetic']}: {ceiling['matrix']:,.4g} TFLOP/s "
-            f"products, {ceiling['attention']:,.4g} attention ({ceiling['source']})",
+            f"ceilings of {ceiling.device} in {ceiling.arithmetic}: {ceiling.matrix:,.4g} TFLOP/s "
+            f"products, {ceiling.attention:,.4g} attention ({ceiling.source})",
             soft_wrap=True,
         )
-    for line in _overall(report):
+    for line in [*_overall(report), f"peak memory: {peak.text}"]:
         console.print(line, soft_wrap=True)
 
 
-def _overall(report: Mapping[str, Any]) -> list[str]:
-    overall, memory = report["overall"], report["peak_memory"]
-    parts = [f"overall {seconds_text(overall['seconds'])}"]
-    if overall["real_time_factor"] is not None:
+def _overall(report: Report) -> list[str]:
+    overall = report.overall
+    parts = [f"overall {seconds_text(overall.seconds)}"]
+    if overall.real_time_factor is not None:
         parts.append(
-            f"{overall['video_seconds']:.2f} s of video: real-time factor "
-            f"{overall['real_time_factor']:.3g}, {overall['real_time_factor_without_loading']:.3g} "
+            f"{overall.video_seconds:.2f} s of video: real-time factor "
+            f"{overall.real_time_factor:.3g}, {overall.real_time_factor_without_loading:.3g} "
             "without model loading (below 1 is faster than the video plays)"
         )
-    lines = [
+    return [
         "; ".join(parts),
-        f"forwards: {overall['forwards']} computed, {overall['forwards_skipped']} skipped by the step cache",
+        f"forwards: {overall.forwards} computed, {overall.forwards_skipped} skipped by the step cache",
+        *(f"  {each.output}: steps {each.pattern}, {each.branches} passes" for each in report.requests),
     ]
-    lines += [f"  {r['output']}: steps {r['pattern']}, {r['branches']} passes" for r in report["requests"]]
-    on_gpu, on_host = memory["peak_gpu_bytes"], memory["peak_host_bytes"]
-    sizes = [f"{on_gpu / 2**30:.2f} GiB on the GPU"] if on_gpu is not None else []
-    sizes += [f"{on_host / 2**30:.2f} GiB on the host"] if on_host is not None else []
-    return [*lines, f"peak memory: {', '.join(sizes)}"]
 
 
-def _stages(rows: Sequence[Mapping[str, Any]], seconds: float) -> Table:
+def _stages(rows: Sequence[StageRow], seconds: float) -> Table:
     table = _table("stage", "seconds", "times", "share")
     for row in rows:
-        share = "beside the model" if row["share"] is None else f"{row['share']:.1%}"
-        table.add_row(row["label"], seconds_text(row["seconds"]), str(row["count"]), share)
+        share = "beside the model" if row.share is None else f"{row.share:.1%}"
+        table.add_row(row.label, seconds_text(row.seconds), str(row.count), share)
     table.add_row("overall", seconds_text(seconds), "", "", style="bold")
     return table
 
 
-def _windows(rows: Sequence[Mapping[str, Any]]) -> Table:
+def _windows(rows: Sequence[WindowRow]) -> Table:
     table = _table("window", "denoising", "a step", "VAE decode", "VAE encode")
-    several = any(row["request"] for row in rows)
+    several = any(row.request for row in rows)
     for row in rows[:SHOWN_WINDOWS]:
-        name = f"{(row['request'] or 0) + 1}.{row['window'] + 1}" if several else str(row["window"] + 1)
-        steps = [step["seconds"] for step in row["steps"]]
-        mean = seconds_text(sum(steps) / len(steps)) if steps else "-"
-        cells = [
-            seconds_text(row[key]) if key in row else "-" for key in ("denoise", "vae_decode", "vae_encode")
-        ]
-        table.add_row(name, cells[0], mean, *cells[1:])
+        name = f"{(row.request or 0) + 1}.{row.window + 1}" if several else str(row.window + 1)
+        steps = [step.seconds for step in row.steps]
+        mean = sum(steps) / len(steps) if steps else None
+        times = (row.denoise, mean, row.vae_decode, row.vae_encode)
+        table.add_row(name, *("-" if time is None else seconds_text(time) for time in times))
     if len(rows) > SHOWN_WINDOWS:
         table.add_row("...", f"and {len(rows) - SHOWN_WINDOWS} more in the JSON", "", "", "")
     return table
 
 
-def _steps(steps: Mapping[str, Mapping[str, float]]) -> Table:
+def _steps(steps: Mapping[str, StepSpread]) -> Table:
     table = _table("step", "times", "median", "fastest", "slowest")
     for action, row in steps.items():
-        times = [seconds_text(row[key]) for key in ("median", "fastest", "slowest")]
-        table.add_row(
-            {"compute": "computed", "reuse": "skipped"}.get(action, action), str(row["count"]), *times
-        )
+        times = [seconds_text(each) for each in (row.median, row.fastest, row.slowest)]
+        table.add_row({"compute": "computed", "reuse": "skipped"}.get(action, action), str(row.count), *times)
     return table
 
 
-def _work(rows: Sequence[Mapping[str, Any]]) -> Table:
+def _work(rows: Sequence[WorkRow]) -> Table:
     table = _table("work", "TFLOP", "seconds", "TFLOP/s", "floor", "floor / seconds", "fp8 floor")
     for row in rows:
-        fp8 = row["floor_seconds_fp8"]
+        fp8 = row.floor_seconds_fp8
         table.add_row(
-            row["label"],
-            f"{row['tflop']:,.4g}",
-            seconds_text(row["seconds"]),
-            f"{row['tflop_per_s']:,.3g}",
-            seconds_text(row["floor_seconds"]),
-            f"{row['share_of_floor']:.0%}",
+            row.label,
+            f"{row.tflop:,.4g}",
+            seconds_text(row.seconds),
+            f"{row.tflop_per_s:,.3g}",
+            seconds_text(row.floor_seconds),
+            f"{row.share_of_floor:.0%}",
             "-" if fp8 is None else seconds_text(fp8),
         )
     return table
@@ -110,7 +105,7 @@ def _table(first: str, *others: str) -> Table:
 
 
 def seconds_text(seconds: float) -> str:
-    """Seconds to three digits, minutes and hours where they read better."""
+    """Seconds to three digits, or minutes or hours where those read better."""
     if seconds < 1:
         return f"{seconds * 1e3:.3g} ms"
     if seconds < 120:

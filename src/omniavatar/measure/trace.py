@@ -1,11 +1,11 @@
 """A recorder that keeps every stage and every denoising step, for `omniavatar profile`.
 
-`TraceRecorder` is a `RunRecorder` that also remembers when each stage began and ended, by the clock of its
-thread: for the thread that drives a GPU marks in the device's queue, so that a time is that of the work and
-not of its queueing, and nothing waits that would not wait in an ordinary run. A step lasts from the end of
-the one before (the first: from the start of its "denoise" stage). A span costs some microseconds.
+`TraceRecorder` is a `RunRecorder` that also keeps when each stage began and ended, by its thread's clock. The
+thread that drives a GPU puts marks into the device's queue, so a time is that of the work and not of its
+queueing, and nothing waits that does not wait in an ordinary run. A step lasts from the end of the previous
+step (the first: from the start of its "denoise" stage). A span costs some microseconds.
 
-`chrome_trace` is the form that Perfetto (ui.perfetto.dev) and chrome://tracing load.
+`chrome_trace` makes the form that Perfetto (ui.perfetto.dev) and chrome://tracing load.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ DENOISE = "denoise"
 
 @dataclass(frozen=True)
 class Span:
-    """Something that took from `start` to `end` (seconds of one clock), on one thread.
+    """A stage or step from `start` to `end` (seconds of one clock) on one thread.
 
-    depth: stages of the thread around it. window, request: numbers from 0, None outside of one.
-    details: step and action of a step.
+    depth: number of stages around it. window, request: numbers from 0, None outside of one.
+    details: number and action of a step.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Span:
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """A stage or step, and where it was."""
+    """A recorded stage or step, from which `span` is read later."""
 
     stage: MarkedStage
     thread: int
@@ -64,7 +64,7 @@ class _Kept:
 
 
 class TraceRecorder(RunRecorder):
-    """Remembers spans."""
+    """A `RunRecorder` that keeps spans."""
 
     def __init__(self, listeners: Sequence[Listener] = ()) -> None:
         super().__init__(listeners)
@@ -100,7 +100,7 @@ class TraceRecorder(RunRecorder):
         super().event(name, **fields)
 
     def spans(self) -> tuple[Span, ...]:
-        """Everything that has ended, in the order of its beginning; waits for a device that is timed."""
+        """All stages and steps that have ended, by their start. Waits for a device that is timed."""
         spans = [kept.span() for kept in self._kept if kept.stage.end is not None]
         return tuple(sorted(spans, key=lambda span: (span.start, span.depth)))
 
@@ -115,7 +115,7 @@ class TraceRecorder(RunRecorder):
 
 
 def chrome_trace(spans: Sequence[Span]) -> dict[str, Any]:
-    """Spans as the Trace Event Format: microseconds from the first span, one row a thread."""
+    """Spans in the Trace Event Format: microseconds from the first span, one row for each thread."""
     origin = min((span.start for span in spans), default=0.0)
     threads = {thread: number for number, thread in enumerate(dict.fromkeys(s.thread for s in spans))}
     process = os.getpid()

@@ -53,7 +53,7 @@ class MeasuredSchedule(_Part):
     sampler: Annotated[str, BeforeValidator(backend_name("sampling.sampler"))]
 
 
-class Branch(_Part):
+class MeasuredBranch(_Part):
     """`sampling.calibration.ResidualChanges` of one branch."""
 
     magnitude_ratios: tuple[Positive, ...]
@@ -81,7 +81,7 @@ class Calibration(_Part):
     schedule: MeasuredSchedule
     measured: dict[str, Any]
     time_changes: tuple[Share, ...]
-    branches: dict[str, Branch] = Field(min_length=1)
+    branches: dict[str, MeasuredBranch] = Field(min_length=1)
     magnitude_ratios: tuple[Positive, ...]
     teacache: TeaCache
 

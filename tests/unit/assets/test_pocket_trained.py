@@ -1,7 +1,7 @@
 """The packaged model's weights do what its card says, end to end on a CPU.
 
 Measures are light: darkness around the mouth, followed as the head moves, for lip sync, and the renderer's
-own smile for the word "smiling". The judge with landmarks is benchmarks/pocket_quality.py.
+own smile for the word "smiling". The judge with landmarks is `python -m benchmarks pocket_quality`.
 """
 
 import json

@@ -6,8 +6,7 @@ import itertools
 import random
 
 import pytest
-
-from omniavatar.profiling.busy import busy, united
+from benchmarks.busy import busy, united
 
 
 def event(category: str, start: float, length: float, **more: object) -> dict[str, object]:

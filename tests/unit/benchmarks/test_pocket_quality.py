@@ -111,16 +111,16 @@ def test_recordings_become_takes_in_time():
         assert np.abs(take.sound[lead : lead + 100] - samples[start : start + 100]).max() == 0
 
 
-def test_wanted_opening_follows_the_phones_alone():
+def test_expected_opening_follows_the_phones_alone():
     head = Head("cpu")
     phones = [Phone("B", 0.4, 0.5), Phone("AA", 0.5, 0.8), Phone("B", 0.8, 0.9)]
     shape = smooth_articulate(phones, 40).astype(np.float32)
     take = Take(
         np.zeros(39 * 640, np.int16), np.zeros(40, np.int64), shape, Manner("smiling", "still", ""), {}
     )
-    wanted = material.wanted_opening(head, draw_looks(head, 1, 1).identity, take)
-    assert wanted[:5].max() < 0.02 < 0.1 < wanted[17]
-    assert wanted.argmax() in range(14, 20)
+    expected = material.expected_opening(head, draw_looks(head, 1, 1).identity, take)
+    assert expected[:5].max() < 0.02 < 0.1 < expected[17]
+    assert expected.argmax() in range(14, 20)
 
 
 def test_clip_is_written_with_its_truth(tmp_path):
@@ -138,9 +138,9 @@ def test_clip_is_written_with_its_truth(tmp_path):
         material.read_clips(tmp_path / "nowhere")
 
 
-def watched(kind, read, wanted, number):
+def watched(kind, read, expected, number):
     clip = material.Clip(
-        f"{kind}{number}", kind, "", "", tuple(wanted), tuple(value > 0.25 for value in wanted)
+        f"{kind}{number}", kind, "", "", tuple(expected), tuple(value > 0.25 for value in expected)
     )
     marks = np.repeat(face()[None], len(read), 0)
     marks[:, measures.INNER_LIPS[1], 1] = marks[:, measures.INNER_LIPS[0], 1] + 40 * read
@@ -188,7 +188,7 @@ def test_front_and_recommendation():
     assert "Recommended: `middle`" in tradeoff.markdown(rows)
 
 
-def test_likeness_is_read_against_the_variant_it_should_come_to(tmp_path):
+def test_likeness_is_measured_against_the_exact_variant(tmp_path):
     rng = np.random.default_rng(0)
     exact = rng.integers(60, 200, (3, 32, 32, 1), np.uint8).repeat(3, 3).repeat(8, 1).repeat(8, 2)
     clip = material.Clip("one", "synthetic", "", "", (), ())
@@ -220,7 +220,7 @@ def test_names_of_variants_are_checked_and_results_are_json():
         chosen = pocket_quality.chosen_variants(None, device)
         assert {variant.device for variant in chosen} == {"", device}
         assert {variant.against for variant in chosen} - {""} <= {variant.name for variant in chosen}
-        assert pocket_quality.chosen_variants(["bf16"], other)[0].device == "cuda", "as asked"
+        assert pocket_quality.chosen_variants(["bf16"], other)[0].device == "cuda", "as named"
     assert pocket_quality.chosen_variants(["steps_8"], "cpu") == [
         Variant("steps_8", "steps", {"num_steps": 8})
     ]

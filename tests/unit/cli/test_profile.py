@@ -14,6 +14,7 @@ from typer.testing import Result
 from command_line import NANO, PORTRAIT, REPOSITORY, run
 from engine import overrides
 from omniavatar.measure.benchmark import run as benchmark_run
+from omniavatar.measure.benchmark.rows import FailedRow
 
 
 def hp(checkpoint: Path, folder: Path) -> str:
@@ -72,22 +73,12 @@ def test_profile_needs_complete_requests() -> None:
     assert run("profile", "-c", NANO, "--image", PORTRAIT).exit_code == 2
 
 
-def row(config: str, **changes: Any) -> dict[str, Any]:
-    return {
-        "config": config,
-        "name": Path(config).stem,
-        "status": "skipped",
-        "reason": "too large",
-        **changes,
-    }
-
-
 def test_benchmark_writes_three_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
-    def measure_all(configs: Any, options: Any, report: Any) -> list[dict[str, Any]]:
+    def measure_all(configs: Any, options: Any, report: Any) -> tuple[FailedRow, ...]:
         calls.append(options)
-        return [row(str(config)) for config in configs]
+        return tuple(FailedRow(config=str(path), name=path.stem, reason="too large") for path in configs)
 
     monkeypatch.setattr(benchmark_run, "measure_all", measure_all)
     out = tmp_path / "out"

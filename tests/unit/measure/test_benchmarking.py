@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import xml.etree.ElementTree as ElementTree
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,20 @@ from omniavatar.errors import ConfigError
 from omniavatar.measure.benchmark.page import bar_chart, html_page
 from omniavatar.measure.benchmark.parts import counts_of
 from omniavatar.measure.benchmark.row import Options, measure
+from omniavatar.measure.benchmark.rows import (
+    BenchmarkResult,
+    FailedRow,
+    MeasuredRow,
+    Row,
+    Setup,
+    SkippedRow,
+    as_dict,
+    row_from_json,
+)
 from omniavatar.measure.benchmark.run import find_configs, measure_all
-from omniavatar.measure.benchmark.summary import markdown, measured
+from omniavatar.measure.benchmark.summary import markdown
 from omniavatar.measure.benchmark.tips import Tip, fewer_tokens, guide_tips
-from omniavatar.measure.benchmark.whole import measure_full
+from omniavatar.measure.benchmark.whole import measure_whole
 from omniavatar.measure.flops import forward_work
 from omniavatar.measure.projection import Counts, StartCosts, Timing, WindowCosts, video_seconds
 from omniavatar.plan.run import plan_run
@@ -30,7 +41,9 @@ from omniavatar.plan.steps import make_step_plan
 from omniavatar.sampling.cache_constants import published_constants
 from omniavatar.sampling.step_cache import compute_all
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+ROOT = Path(__file__).resolve().parents[3]
+CONFIGS, RESULTS = ROOT / "configs", ROOT / "benchmarks" / "results"
+SETUP = [field.name for field in fields(Setup)]
 COSTS = WindowCosts(forward=1.0, skipped_forward=0.1, decode=3.0, encode=0.5, write=2.0)
 START = StartCosts(portrait=0.25, audio_per_second=0.01)
 COUNTS = Counts(windows=4, computed=20, skipped=10, last_share=0.5, audio_seconds=100.0)
@@ -141,7 +154,7 @@ def test_configs_of_a_folder_in_order() -> None:
 
 
 @pytest.fixture(scope="module")
-def nano_row() -> dict[str, Any]:
+def nano_row() -> MeasuredRow:
     options = Options(
         str(CONFIGS / "nano.yaml"),
         "",
@@ -150,21 +163,38 @@ def nano_row() -> dict[str, Any]:
         repeats=1,
         forward_limit=1e6,
     )
-    return measure(options)
+    row = measure(options)
+    assert isinstance(row, MeasuredRow)
+    return row
 
 
-def test_missing_weights_become_random_ones_and_the_row_says_so(nano_row: dict[str, Any]) -> None:
-    assert nano_row["status"] == "measured" and nano_row["weights"] == "random"
-    assert "nowhere.safetensors" in nano_row["notes"][0]
-    assert nano_row["steps"] == nano_row["computed_steps"] == 4 and nano_row["pattern"] == "CCCC"
-    assert [each["minutes"] for each in nano_row["projections"]] == [1.0, 5.0, 10.0]
-    assert all(each["seconds"] == each["baseline_seconds"] > 0 for each in nano_row["projections"])
-    assert nano_row["timings"]["skipped_forward"]["median"] < nano_row["timings"]["forward"]["median"]
-    assert nano_row["tips"][-1]["verdict"] == "saves nothing", "all of nano is less than the guide's number"
-    cache = nano_row["tips"][0]
-    assert cache["tip"] == "step cache" and cache["verdict"] == "not tried"
-    assert "random" in cache["note"], "TeaCache's plan of random weights would be called useless"
-    json.dumps(nano_row)
+def test_missing_weights_become_random_ones_and_the_row_says_so(nano_row: MeasuredRow) -> None:
+    assert nano_row.status == "measured" and nano_row.weights == "random"
+    assert "nowhere.safetensors" in nano_row.notes[0]
+    assert nano_row.steps == nano_row.computed_steps == 4 and nano_row.pattern == "CCCC"
+    assert [each.minutes for each in nano_row.projections] == [1.0, 5.0, 10.0]
+    assert all(each.seconds == each.baseline_seconds > 0 for each in nano_row.projections)
+    assert nano_row.timings["skipped_forward"].median < nano_row.timings["forward"].median
+    assert nano_row.tips[-1].verdict == "saves nothing", "all of nano is less than the guide's number"
+    cache = nano_row.tips[0]
+    assert cache.tip == "step cache" and cache.verdict == "not tried"
+    assert "random" in cache.note, "TeaCache's plan of random weights would be called useless"
+    assert nano_row.full is None and "full" not in as_dict(nano_row)
+
+
+def test_rows_survive_the_way_through_json(nano_row: MeasuredRow) -> None:
+    assert row_from_json(json.dumps(as_dict(nano_row))) == nano_row
+    setup = {name: getattr(nano_row, name) for name in SETUP}
+    for row in (SkippedRow(**setup, reason="r"), FailedRow(config="c", name="n", reason="r")):
+        assert row_from_json(json.dumps(as_dict(row))) == row
+
+
+def test_rows_written_before_are_read_and_written_alike(nano_row: MeasuredRow) -> None:
+    before = json.loads((RESULTS / "2026-11-26_h100_benchmark.json").read_text())
+    rows = tuple(row_from_json(json.dumps(row)) for row in before["rows"])
+    again = BenchmarkResult(before["warm_up"], before["repeats"], rows).as_dict()
+    assert json.loads(json.dumps(again)) == before
+    assert list(as_dict(nano_row)) == list(before["rows"][0])
 
 
 def test_streaming_is_tried_last_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,19 +211,19 @@ def test_streaming_is_tried_last_and_measured(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(PartTimer, "forward_timings", timed)
     settings = "weights=random,scale=nano,device=cpu,max_tokens=56,image_sizes_720=[[64,64]]"
     row = measure(Options(str(CONFIGS / "nano.yaml"), "", (settings,), 0, 1, forward_limit=1e6), persistent=0)
-    assert resident == [6, 6, 0]
-    tip = row["tips"][-1]
-    assert tip["change"].startswith("num_persistent_param_in_dit to 0") and tip["after"] > tip["before"]
-    assert row["memory"]["resident_blocks"] == 6
+    assert isinstance(row, MeasuredRow) and resident == [6, 6, 0]
+    tip = row.tips[-1]
+    assert tip.change.startswith("num_persistent_param_in_dit to 0") and tip.after > tip.before
+    assert row.memory["resident_blocks"] == 6
 
 
-def test_tips_are_tried_without_a_step_cache_whose_plan_cannot_be_told() -> None:
+def test_tips_are_tried_without_a_step_cache_whose_plan_is_unknown() -> None:
     config = load_config(CONFIGS / "inference_1.3B_optimized.yaml").config
     assert config.sampling.cache_policy == "teacache"
 
     def seconds(changes: PipelineConfig) -> float:
         if changes.sampling.cache_policy == "teacache":
-            raise ConfigError("its plan cannot be told")
+            raise ConfigError("its plan is not known")
         return float(changes.sampling.steps)
 
     for cached, tried in ((True, 2), (False, 9)):
@@ -203,53 +233,67 @@ def test_tips_are_tried_without_a_step_cache_whose_plan_cannot_be_told() -> None
     assert [tip.tip for tip in tips if tip.verdict == "not tried"] == ["step cache"]
 
 
-def test_whole_videos_with_and_without_the_step_cache(nano_checkpoint: Path, tmp_path: Path) -> None:
+def test_whole_videos_with_and_without_the_step_cache(
+    nano_row: MeasuredRow, nano_checkpoint: Path, tmp_path: Path
+) -> None:
     cache = {"step_cache": "magcache", "magcache_thresh": 10.0, "magcache_retention": 0.0, "num_steps": 4}
     pipeline = make_pipeline(nano_checkpoint, tmp_path, scale="1.3B", magcache_max_skip=1, **cache)
-    full = measure_full(pipeline, voice(0.4), lambda audio: 2.0 * audio)
-    assert full["video_seconds"] == pytest.approx(0.7, abs=0.1) and full["seconds"] > 0
-    assert full["predicted_seconds"] == pytest.approx(0.8)
-    assert full["baseline_seconds"] > 0 and full["quality"]["psnr_db"] < 60
-    assert full["quality"]["frames"] == round(full["video_seconds"] * 25)
-    full = measure_full(make_pipeline(nano_checkpoint, tmp_path), voice(0.4), lambda audio: 1.0)
-    assert full["baseline_seconds"] is None and full["quality"] is None
+    whole = measure_whole(pipeline, voice(0.4), lambda audio: 2.0 * audio)
+    assert whole.video_seconds == pytest.approx(0.7, abs=0.1) and whole.seconds > 0
+    assert whole.predicted_seconds == pytest.approx(0.8)
+    assert whole.baseline_seconds > 0 and whole.quality.psnr_db < 60
+    assert whole.quality.frames == round(whole.video_seconds * 25)
+    row = replace(nano_row, full=whole)
+    assert row_from_json(json.dumps(as_dict(row))) == row
+    assert "## Whole videos" in markdown(result_of(row)) and f"{whole.quality.ssim:.4f}" in markdown(
+        result_of(row)
+    )
+    whole = measure_whole(make_pipeline(nano_checkpoint, tmp_path), voice(0.4), lambda audio: 1.0)
+    assert whole.baseline_seconds is None and whole.quality is None
+    assert "no step cache" in markdown(result_of(replace(nano_row, full=whole)))
 
 
 def test_what_cannot_run_is_skipped_with_the_reason() -> None:
     row = measure(Options(str(CONFIGS / "nano.yaml"), "", ("device=cpu",), forward_limit=1e-9))
-    assert row["status"] == "skipped" and "one forward would take" in row["reason"]
+    assert isinstance(row, SkippedRow) and "one forward would take" in row.reason
     many = ("device=cpu,max_tokens=2000000000,weights=random,scale=14B",)
     row = measure(Options(str(CONFIGS / "nano.yaml"), "", many))
-    assert row["status"] == "skipped" and "this machine has" in row["reason"]
+    assert isinstance(row, SkippedRow) and re.search(r"needs about \d+ GB, this machine has", row.reason)
 
 
 @pytest.mark.slow
-def test_a_config_with_an_error_is_a_row_of_a_process_of_its_own(tmp_path: Path) -> None:
+def test_a_config_with_an_error_is_a_row(tmp_path: Path) -> None:
     bad = tmp_path / "bad.yaml"
     bad.write_text("num_stepz: 3\n")
-    said: list[str] = []
-    (row,) = measure_all([bad], Options("", ""), said.append)
-    assert row["status"] == "failed" and "num_stepz" in row["reason"]
-    assert len(said) == 2 and "failed" in said[1]
+    reported: list[str] = []
+    (row,) = measure_all([bad], Options("", ""), reported.append)
+    assert isinstance(row, FailedRow) and "num_stepz" in row.reason
+    assert len(reported) == 2 and "failed" in reported[1]
 
 
 # Reports
 
 
-def result_of(*rows: dict[str, Any]) -> dict[str, Any]:
-    return {"benchmark": "speed", "warm_up": 0, "repeats": 1, "rows": list(rows)}
+def result_of(*rows: Row) -> BenchmarkResult:
+    return BenchmarkResult(0, 1, rows)
 
 
-def with_speed(row: dict[str, Any], name: str, factor: float) -> dict[str, Any]:
-    projections = [{**each, "seconds": each["seconds"] / factor} for each in row["projections"]]
-    return {**row, "name": name, "projections": projections}
+def with_speed(row: MeasuredRow, name: str, factor: float) -> MeasuredRow:
+    projections = tuple(replace(each, seconds=each.seconds / factor) for each in row.projections)
+    return replace(row, name=name, projections=projections)
 
 
-def test_reports_rank_by_the_five_minute_projection(nano_row: dict[str, Any]) -> None:
+def test_rows_rank_by_five_minutes_or_the_longest_projection(nano_row: MeasuredRow) -> None:
+    assert nano_row.ranked.minutes == 5.0
+    assert replace(nano_row, projections=nano_row.projections[::2]).ranked.minutes == 10.0
+
+
+def test_reports_rank_by_the_five_minute_projection(nano_row: MeasuredRow) -> None:
     faster = with_speed(nano_row, "faster", 2.0)
-    skipped = {"config": "x.yaml", "name": "x", "status": "skipped", "reason": "needs <much> & more"}
+    setup = {name: getattr(nano_row, name) for name in SETUP}
+    skipped = SkippedRow(**{**setup, "config": "x.yaml"}, reason="needs <much> & more")
     result = result_of(nano_row, skipped, faster)
-    assert [row["name"] for row in measured(result["rows"])] == ["faster", "nano"]
+    assert [row.name for row in result.measured] == ["faster", "nano"]
     text = markdown(result)
     assert "| 1 | faster | nano | random | sdpa, none, fast | 4 of 4 | 2 |" in text and "2.00x" in text
     assert "x.yaml: skipped, needs <much> & more" in text and "saves nothing" in text
@@ -263,7 +307,7 @@ def test_reports_rank_by_the_five_minute_projection(nano_row: dict[str, Any]) ->
 
 
 def test_a_page_without_measurements_is_still_a_page() -> None:
-    row = {"config": "x.yaml", "name": "x", "status": "failed", "reason": "why"}
+    row = FailedRow(config="x.yaml", name="x", reason="why")
     ElementTree.fromstring(html_page(result_of(row)).split("\n", 1)[1])
 
 

@@ -303,7 +303,12 @@ def test_command_prints_tables_and_plan_uses_the_file(folder, cache, tmp_path):
     settings = hp(folder, cache, num_steps=4, step_cache="magcache", magcache_retention=0.0)
     result = run("calibrate", "-c", NANO, "--hp", settings, "-o", str(output), "--windows", "1", "--verify")
     assert result.exit_code == 0, result.stderr
-    for text in ("1 window of 4 steps", "positive+speech", "polynomial of degree 1", "really run"):
+    for text in (
+        "1 window of 4 steps",
+        "positive+speech",
+        "polynomial of degree 1",
+        "measured on the first window",
+    ):
         assert text in result.stdout
     assert str(output) in result.stdout and output.is_file()
     settings += f",step_cache_file={output}"

@@ -14,7 +14,7 @@ from omniavatar.cli import app
 from omniavatar.config.change import changed
 from omniavatar.config.load import load_config
 from omniavatar.errors import ConfigError
-from omniavatar.measure.deadline import Choice, _count, choose, parse_duration, propose
+from omniavatar.measure.deadline import Candidate, _count, choose, parse_duration, propose
 from omniavatar.plan.run import plan_run
 from omniavatar.sampling.step_cache import compute_all
 
@@ -29,13 +29,13 @@ def test_durations(hours: int, minutes: int, seconds: int) -> None:
         if total:
             assert parse_duration(text) == total
         else:
-            with pytest.raises(ConfigError, match="no time at all"):
+            with pytest.raises(ConfigError, match="must be above 0"):
                 parse_duration(text)
 
 
 @pytest.mark.parametrize("text", ["", "soon", "20 minutes!", "-5min", "5x", "min"])
-def test_what_is_no_duration(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no duration; write 20min"):
+def test_what_is_not_a_duration(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a duration; write 20min"):
         parse_duration(text)
     assert parse_duration("1.5") == 90
 
@@ -46,7 +46,7 @@ def test_what_is_no_duration(text: str) -> None:
     st.floats(0, 1500),
 )
 def test_the_fewest_points_within_the_deadline(pairs, deadline, as_is) -> None:
-    choices = [Choice({}, 0.0, as_is, 1), *(Choice({"num_steps": 1}, p, s, 1) for p, s in pairs)]
+    choices = [Candidate({}, 0.0, as_is, 1), *(Candidate({"num_steps": 1}, p, s, 1) for p, s in pairs)]
     found = choose(choices, 5, deadline, {}, [])
     fitting = [each for each in choices if each.seconds <= deadline * 0.95]
     assert found.as_configured == choices[0]
@@ -115,7 +115,8 @@ def test_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(met.stdout)["chosen"]["settings"] == {}
     missed = run.invoke(app, [*base, "--deadline", "0.01s"])
     assert missed.exit_code == 7
-    assert "cannot be had in 0.0 s here; the fastest settings take" in " ".join(missed.output.split())
+    line = " ".join(missed.output.split())
+    assert "cannot be made in 0.0 s on this machine; the fastest settings take" in line
     assert run.invoke(app, [*base[:-2], "--deadline", "5h"]).exit_code == 2
     wrong = run.invoke(app, [*base, "--deadline", "soon"])
-    assert wrong.exit_code == 2 and "is no duration" in wrong.output
+    assert wrong.exit_code == 2 and "is not a duration" in wrong.output

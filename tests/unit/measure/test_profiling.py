@@ -18,6 +18,7 @@ from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.measure import flops
 from omniavatar.measure.ceilings import Ceilings, ceilings, fp8_ceilings
 from omniavatar.measure.kernels import KernelTrace
+from omniavatar.measure.peaks import PeakMemory
 from omniavatar.measure.quality import WINDOW, compare, ssim
 from omniavatar.measure.report import Models, RequestFigures, build_report, decoded_latents
 from omniavatar.measure.report_table import print_report, seconds_text
@@ -25,9 +26,11 @@ from omniavatar.measure.trace import TraceRecorder, chrome_trace
 from omniavatar.model.dit import WanDiT
 from omniavatar.model.vae import WanVAE
 from omniavatar.sampling.windows import plan_windows
+from omniavatar.types import bytes_text
 from queue_clock import QueueClock
 
 LATENT = (3, 6, 8)
+RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 
 # FLOPs, against PyTorch's counter on tensors without memory
 
@@ -220,24 +223,44 @@ def test_report_counts_work_and_shares() -> None:
     report = build_report(
         recorder.spans(), recorder.timings(), [request], Models(spec.dit, spec.vae), limits, None, 1.0
     )
-    assert sum(row["share"] for row in report["stages"] if row["share"] is not None) == pytest.approx(1)
-    beside = [row["name"] for row in report["stages"] if row["beside_the_model"]]
+    assert sum(row.share for row in report.stages if row.share is not None) == pytest.approx(1)
+    beside = [row.name for row in report.stages if row.beside_the_model]
     assert beside == ["video_write"]
-    assert report["overall"]["real_time_factor"] == pytest.approx(2.0 / (20 / 25))
-    assert report["steps"]["compute"]["count"] == 4
-    assert [len(row["steps"]) for row in report["windows"]] == [2, 2]
-    work = {row["name"]: row for row in report["work"]}
+    assert report.overall.real_time_factor == pytest.approx(2.0 / (20 / 25))
+    assert report.steps["compute"].count == 4
+    assert [len(row.steps) for row in report.windows] == [2, 2]
+    work = {row.name: row for row in report.work}
     latent = (4, 8, 8)
     expected = flops.forward_work(spec.dit, latent).total * request.forwards
     expected += flops.skipped_forward_work(spec.dit, latent).total * request.forwards_skipped
-    assert work["denoise"]["tflop"] * 1e12 == pytest.approx(expected)
-    assert work["denoise"]["floor_seconds"] == pytest.approx(expected / 1e12)
+    assert work["denoise"].tflop * 1e12 == pytest.approx(expected)
+    assert work["denoise"].floor_seconds == pytest.approx(expected / 1e12)
     console = Console(record=True, width=200)
-    memory = {"peak_gpu_bytes": None, "peak_host_bytes": 2**30}
-    print_report({**report, "peak_memory": memory}, console)
+    print_report(report, PeakMemory(None, 2_340_000_000), console)
     text = console.export_text()
-    assert "1.00 GiB on the host" in text and "real-time factor 2.5" in text and "denoising" in text
-    json.dumps(report)
+    assert "peak memory: 2.34 GB on the host" in text and "real-time factor 2.5" in text
+    assert "denoising" in text
+    assert [sorted(row) for row in report.as_dict()["windows"]] == [
+        ["denoise", "request", "steps", "vae_decode", "window"]
+    ] * 2
+
+
+def test_the_report_is_written_with_the_keys_it_always_had() -> None:
+    """Those of a file in benchmarks/results."""
+    recorder = TraceRecorder()
+    record(recorder)
+    spec = scale_spec("nano")
+    limits = Ceilings("d", "fp32", 1.0, 1.0, "s")
+    made = build_report(
+        recorder.spans(), recorder.timings(), [figures()], Models(spec.dit, spec.vae), limits, limits, 1.0
+    ).as_dict()
+    before = json.loads((RESULTS / "2026-11-26_h100_profile.json").read_text())
+    assert set(made["overall"]) == set(before["overall"])
+    for name in ("requests", "stages", "work", "ceilings"):
+        assert set(made[name][0]) == set(before[name][0])
+    assert set(made["steps"]["compute"]) == set(before["steps"]["compute"])
+    assert set(made["windows"][0]) == set(before["windows"][0]) - {"vae_encode"}, "no hand-over recorded"
+    assert set(made["windows"][0]["steps"][0]) == set(before["windows"][0]["steps"][0])
 
 
 def test_last_window_stops_decoding_at_its_last_frame() -> None:
@@ -251,6 +274,22 @@ def test_last_window_stops_decoding_at_its_last_frame() -> None:
 )
 def test_seconds_read_well(seconds: float, text: str) -> None:
     assert seconds_text(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0.00 MB"),
+        (28_800_000, "28.8 MB"),
+        (99_600_000, "99.6 MB"),
+        (10**8, "0.10 GB"),
+        (9_990_000_000, "9.99 GB"),
+        (59_600_000_000, "59.6 GB"),
+        (115e9, "115 GB"),
+    ],
+)
+def test_bytes_read_well(count: float, text: str) -> None:
+    assert bytes_text(count) == text
 
 
 # Quality

@@ -1,15 +1,15 @@
-"""The benchmark as one HTML page that needs nothing else: tables and bar charts as inline SVG.
+"""The benchmark as one self-contained HTML page: tables and bar charts as inline SVG.
 
-The page is well-formed XML besides, which the tests use. Colours follow the reader's light or dark scheme.
+The page is also well-formed XML, which the tests use. Colours follow the reader's light or dark scheme.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
-from typing import Any
 
-from omniavatar.measure.benchmark.summary import Row, markdown, measured, projection, ranked_minutes
+from omniavatar.measure.benchmark.rows import BenchmarkResult, MeasuredRow
+from omniavatar.measure.benchmark.summary import markdown
 from omniavatar.measure.report_table import seconds_text
 
 WIDTH, LABEL, BAR, GAP, MARGIN = 900, 240, 22, 8, 110
@@ -21,22 +21,16 @@ STYLE = (
     "td, th { border: 1px solid #8886; padding: 3px 9px; text-align: left }"
     "svg { max-width: 100%; height: auto } svg text { font: 13px system-ui, sans-serif; fill: currentColor }"
 )
-PARTS = (
-    ("denoise", "denoising"),
-    ("decode", "VAE decode"),
-    ("encode", "VAE encode"),
-    ("write", "video write"),
-)
 
 
-def html_page(result: Mapping[str, Any]) -> str:
+def html_page(result: BenchmarkResult) -> str:
     """The whole page."""
-    rows = measured(result["rows"])
+    rows = result.measured
     charts = []
     if rows:
-        minutes = ranked_minutes(rows[0])
+        minutes = rows[0].ranked.minutes
         charts = [
-            _titled(f"Time for {minutes:g} minutes of video", _against_baseline(rows, minutes)),
+            _titled(f"Time for {minutes:g} minutes of video", _against_baseline(rows)),
             _titled("One window, by part", _window_parts(rows)),
         ]
     title, _, text = markdown(result).partition("\n")
@@ -48,7 +42,7 @@ def html_page(result: Mapping[str, Any]) -> str:
 def bar_chart(
     labels: Sequence[str], series: Sequence[tuple[str, Sequence[float]]], *, stacked: bool = False
 ) -> str:
-    """Horizontal bars in seconds, one group a label; stacked: the series of a label end to end."""
+    """Horizontal bars in seconds, one group for each label. stacked: the series of a label end to end."""
     totals = [sum(values[i] for _, values in series) for i in range(len(labels))]
     longest = max(totals if stacked else [v for _, values in series for v in values], default=0.0) or 1.0
     scale = (WIDTH - LABEL - MARGIN) / longest
@@ -78,20 +72,25 @@ def bar_chart(
     )
 
 
-def _against_baseline(rows: Sequence[Row], minutes: float) -> str:
-    found = [projection(row, minutes) for row in rows]
-    all_in = [each["seconds"] if each else 0.0 for each in found]
-    baseline = [each["baseline_seconds"] if each else 0.0 for each in found]
+def _against_baseline(rows: Sequence[MeasuredRow]) -> str:
+    all_in = [row.ranked.seconds for row in rows]
+    baseline = [row.ranked.baseline_seconds for row in rows]
     return bar_chart(_labels(rows), [("all in", all_in), ("baseline: every step computed", baseline)])
 
 
-def _window_parts(rows: Sequence[Row]) -> str:
-    series = [(label, [float(row["window"][key]) for row in rows]) for key, label in PARTS]
+def _window_parts(rows: Sequence[MeasuredRow]) -> str:
+    windows = [row.window for row in rows]
+    series = [
+        ("denoising", [window.denoise for window in windows]),
+        ("VAE decode", [window.decode for window in windows]),
+        ("VAE encode", [window.encode for window in windows]),
+        ("video write", [window.write for window in windows]),
+    ]
     return bar_chart(_labels(rows), series, stacked=True)
 
 
-def _labels(rows: Sequence[Row]) -> list[str]:
-    return [f"{row['name']}{' (random)' if row['weights'] == 'random' else ''}" for row in rows]
+def _labels(rows: Sequence[MeasuredRow]) -> list[str]:
+    return [f"{row.name}{' (random)' if row.weights == 'random' else ''}" for row in rows]
 
 
 def _titled(title: str, chart: str) -> str:

@@ -1,6 +1,7 @@
 """Times the parts of one pipeline's windows on its device: forwards, decode, encode, writing, audio features.
 
-Synchronised, with warm-up; inputs are noise of the right sizes, a drifting portrait for the video encoder.
+Runs are synchronised and warmed up. Inputs are noise of the right sizes; the video encoder gets a drifting
+portrait.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ from omniavatar.plan.steps import model_scale
 
 AUDIO_SECONDS = 10
 TEXT_WORDS = 64
-"""Tokens of an ordinary prompt; the rest of the 512 is padding, which a CPU need not attend to one by one."""
+"""Tokens of an ordinary prompt. The rest of the 512 is padding, which a CPU leaves out of attention."""
 
 
 class PartTimer:
-    """One loaded pipeline and how long its parts take."""
+    """One pipeline, and the times of its parts."""
 
     def __init__(self, config: PipelineConfig, warm_up: int, repeats: int) -> None:
         self._config, self._warm_up, self._repeats = config, warm_up, repeats
@@ -50,14 +51,14 @@ class PartTimer:
         self._models = self._pipeline.models
         self._device = self._models.device
         self.warming = 0.0
-        """Seconds that the first runs of what was timed took beyond an ordinary one."""
+        """Seconds that the first runs of the timed parts took beyond their medians."""
 
     @property
     def pipeline(self) -> AvatarPipeline:
         return self._pipeline
 
     def load(self) -> float:
-        """Load every model a window needs, where the configured memory wants them; seconds."""
+        """Load every model of a window to where the configured memory places it. Returns seconds."""
         models = self._models
         self._place(self._pipeline)
         begun = time.perf_counter()
@@ -66,7 +67,7 @@ class PartTimer:
         return time.perf_counter() - begun
 
     def embed_prompt(self) -> float:
-        """Embed a prompt that is in no cache, as a run with a new one must; seconds, most of them loading."""
+        """Embed a prompt that no cache holds. Returns seconds, most of them for loading the encoder."""
         with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
             fresh = AvatarPipeline.from_config(
                 changed(self._config, runtime={"text_cache_dir": Path(folder)})
@@ -78,11 +79,11 @@ class PartTimer:
             return time.perf_counter() - begun
 
     def _place(self, pipeline: AvatarPipeline) -> None:
-        """Decide where the models go, as a run does before it loads any."""
+        """Decide where the models go, as a run does before it loads them."""
         pipeline.adopt(window_shape(self._config, self._size, has_audio=True))
 
     def plan(self, config: PipelineConfig, audio_seconds: float) -> RunPlan:
-        """The plan of a video of so many seconds of sound, with the decisions of its step cache."""
+        """The plan of a video of so many seconds of audio, its steps decided."""
         video, model, models = config.video, config.model, self._models
         samples = round((audio_seconds + video.silence_duration_s) * video.sample_rate)
         scale = model_scale(model.scale, models.dit_config.dim)
@@ -96,7 +97,7 @@ class PartTimer:
 
     @torch.inference_mode()
     def forward_timings(self, plan: RunPlan) -> dict[str, Timing]:
-        """A computed forward and a skipped one, of a window of `plan`."""
+        """Times of a computed forward and of a skipped one, for a window of `plan`."""
         dit, shape, noise = self._models.dit, latent_shape(plan), self._noise
         sample, y = noise(1, 16, *shape), noise(1, 17, *shape)
         text = prepare_text(
@@ -119,7 +120,7 @@ class PartTimer:
 
     @torch.inference_mode()
     def window_timings(self, plan: RunPlan) -> dict[str, Timing]:
-        """Forward, skipped forward, decode, encode and write of a window of `plan`."""
+        """Times of forward, skipped forward, decode, encode and write, for a window of `plan`."""
         vae, noise = self._models.vae, self._noise
         sample = noise(1, 16, *latent_shape(plan))
         frames = _moving_portrait(plan.size, plan.window_length - plan.overlap)
@@ -154,6 +155,7 @@ class PartTimer:
 
     @torch.inference_mode()
     def start_timings(self) -> dict[str, Timing]:
+        """Times of the portrait's encode and of the features of `AUDIO_SECONDS` of audio."""
         video = self._config.video
         pixels = prepare_image(packaged_portrait(self._size), self._size).to(self._device)[:, :, None]
         wave = np.random.default_rng(0).standard_normal(AUDIO_SECONDS * video.sample_rate).astype(np.float32)
@@ -181,17 +183,18 @@ class PartTimer:
         return timing
 
     def wait(self) -> None:
+        """Wait until the device is idle."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
 
 def with_weights(config: PipelineConfig) -> tuple[PipelineConfig, str | None]:
-    """The configuration, with random weights of the same sizes where files are missing; and a note if so."""
+    """The configuration, with random weights of the same sizes if files are missing; then also a note."""
     missing = missing_files(config.model)
     if not missing:
         return config, None
     model = {"weights": "random", "scale": assumed_scale(config.model), "loras": ()}
-    return changed(config, model=model), f"weights are not on this disk ({missing[0]}): random ones"
+    return changed(config, model=model), f"weights are not on this disk ({missing[0]}): random ones are used"
 
 
 def latent_shape(plan: RunPlan) -> tuple[int, int, int]:
@@ -200,7 +203,7 @@ def latent_shape(plan: RunPlan) -> tuple[int, int, int]:
 
 
 def counts_of(plan: RunPlan) -> Counts:
-    """What the projection needs of a plan whose steps are known."""
+    """The counts that a projection needs, from a plan whose steps are decided."""
     assert plan.step_plan is not None
     windows = len(plan.windows)
     last = decoded_latents(plan.windows[-1], last=True) / plan.latent_frames

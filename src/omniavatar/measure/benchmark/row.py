@@ -1,12 +1,12 @@
-"""Times the parts of one configuration's window on this machine; run in a process of its own.
+"""Times the parts of one configuration's window on this machine; `run.py` starts it as a process.
 
     python -m omniavatar.measure.benchmark.row '{"config": "configs/nano.yaml", "result": "row.json"}'
 
-A few forwards (computed, skipped, and computed on a shorter window), one window's decode, the encode of the
-hand-over and of the portrait, audio features, and writing; everything else is counted by the plan. With
-`full` it also makes whole videos. Missing weights are replaced by random ones of the same sizes: times are
+Measured are a few forwards (computed, skipped, and computed on a shorter window), the decode of one window,
+the encode of the hand-over and of the portrait, audio features, and writing. The plan counts the rest. With
+`full` it also makes whole videos. Missing weights are replaced by random ones of the same sizes: times stay
 the same, pictures mean nothing. A configuration that does not fit the device's memory, or whose forward
-would take longer than the limit, is not run, and the row says why.
+would take longer than the limit, is skipped, and the row says why.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ import json
 import os
 import platform
 import sys
-from dataclasses import asdict, dataclass, replace
-from importlib.resources import as_file, files
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from omniavatar import __version__
+from omniavatar.assets import SPEECH
 from omniavatar.config.change import changed
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import PipelineConfig
-from omniavatar.device import choose_device, torch_dtype
-from omniavatar.engine.sidecar import peak_memory
+from omniavatar.device import choose_device, device_name, torch_dtype
 from omniavatar.errors import ConfigError, OmniAvatarError
 from omniavatar.measure.benchmark.parts import (
     PartTimer,
@@ -37,21 +36,34 @@ from omniavatar.measure.benchmark.parts import (
     window_costs,
     with_weights,
 )
-from omniavatar.measure.benchmark.tips import PERSISTENT, fewer_tokens, guide_tips
-from omniavatar.measure.benchmark.whole import measure_full
-from omniavatar.measure.ceilings import ceilings, device_name
+from omniavatar.measure.benchmark.rows import (
+    RANKED_MINUTES,
+    FailedRow,
+    MeasuredRow,
+    Projection,
+    Row,
+    Setup,
+    SkippedRow,
+    Versions,
+    WholeVideo,
+    WindowParts,
+    as_dict,
+)
+from omniavatar.measure.benchmark.tips import PERSISTENT, Tip, fewer_tokens, guide_tips
+from omniavatar.measure.benchmark.whole import measure_whole
+from omniavatar.measure.ceilings import ceilings
 from omniavatar.measure.flops import forward_work
 from omniavatar.measure.machine import free_memory
-from omniavatar.measure.projection import Timing, denoise_seconds, video_seconds
+from omniavatar.measure.peaks import PeakMemory
+from omniavatar.measure.projection import StartCosts, Timing, WindowCosts, denoise_seconds, video_seconds
 from omniavatar.plan.estimate import estimate_memory
 from omniavatar.plan.limit import device_limit
 from omniavatar.plan.placement import QUANTIZE_FIELD, place
 from omniavatar.plan.preview import assumed_scale, find_dit_config
 from omniavatar.plan.run import RunPlan, plan_run
+from omniavatar.types import bytes_text
 
-AUDIO_SECONDS = 10
-TIP_MINUTES = 5.0
-NO_TEACACHE = "TeaCache reads its plan off the weights: with random ones it skips other steps"
+NO_TEACACHE = "TeaCache decides from the weights: with random ones it skips other steps"
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,7 @@ class Options:
     full: bool = False
 
 
-def measure(options: Options, persistent: int = PERSISTENT) -> dict[str, Any]:
+def measure(options: Options, persistent: int = PERSISTENT) -> Row:
     """The row of one configuration. Raises OmniAvatarError for one that cannot be used.
 
     persistent: parameters that the tip on streaming leaves on the device.
@@ -76,32 +88,29 @@ def measure(options: Options, persistent: int = PERSISTENT) -> dict[str, Any]:
     config = load_config(options.config, options.overrides).config
     config, missing = with_weights(config)
     device = choose_device(config.runtime.device)
-    row: dict[str, Any] = {
-        "config": options.config,
-        "name": Path(options.config).stem,
-        "model": assumed_scale(config.model),
-        "weights": "random" if config.model.weights == "random" else "files",
-        "dtype": config.model.dtype,
-        "device": device_name(device),
-        "versions": {
-            "omniavatar": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "notes": [missing] if missing else [],
-    }
+    setup = Setup(
+        config=options.config,
+        name=Path(options.config).stem,
+        model=assumed_scale(config.model),
+        weights="random" if config.model.weights == "random" else "files",
+        dtype=config.model.dtype,
+        device=device_name(device),
+        versions=Versions(__version__, torch.__version__, platform.python_version()),
+        notes=(missing,) if missing else (),
+    )
     reason = _not_possible(config, device, options)
     if reason is not None:
-        return {**row, "status": "skipped", "reason": reason}
+        return SkippedRow(**vars(setup), reason=reason)
+    measurement = _Measurement(config, device, options, setup)
     try:
-        measured = _Measurement(config, device, options, row["notes"]).run(persistent)
-        return {**row, "status": "measured", **measured}
+        return measurement.run(persistent)
     except torch.cuda.OutOfMemoryError as error:
-        return {**row, "status": "skipped", "reason": f"out of GPU memory: {str(error).split('.')[0]}"}
+        setup = replace(setup, notes=tuple(measurement.notes))
+        return SkippedRow(**vars(setup), reason=f"out of GPU memory: {str(error).split('.')[0]}")
 
 
 def _not_possible(config: PipelineConfig, device: torch.device, options: Options) -> str | None:
-    """Why the configuration is not worth starting here, or None."""
+    """Why the configuration is not started here, or None."""
     plan = plan_run(config, config.video.sizes[0], config.video.sample_rate)
     memory = estimate_memory(config, plan, device)
     if memory.placement is None:
@@ -110,7 +119,7 @@ def _not_possible(config: PipelineConfig, device: torch.device, options: Options
     need = memory.device_peak if options.full else models + memory.activations
     free = free_memory(device)
     if device.type != "cuda" and need > free:
-        return f"needs about {need / 2**30:.1f} GiB, this machine has {free / 2**30:.1f} GiB free"
+        return f"needs about {bytes_text(need)}, this machine has {bytes_text(free)} free"
     dit, _ = find_dit_config(config.model)
     limits = ceilings(device, torch_dtype(config.model.dtype))
     least = limits.floor_seconds(forward_work(dit, latent_shape(plan)))
@@ -122,103 +131,118 @@ def _not_possible(config: PipelineConfig, device: torch.device, options: Options
     return None
 
 
-class _Measurement:
-    """The models of one configuration and the times of its parts."""
+class _Projector:
+    """Projects the seconds of videos from timed parts. costs: by max_tokens."""
 
-    def __init__(
-        self, config: PipelineConfig, device: torch.device, options: Options, notes: list[str]
-    ) -> None:
-        self._config, self._device, self._options, self._notes = config, device, options, notes
+    def __init__(self, parts: PartTimer, costs: dict[int, WindowCosts], start: StartCosts) -> None:
+        self._parts, self._costs, self._start = parts, costs, start
+
+    def seconds(self, config: PipelineConfig, minutes: float = RANKED_MINUTES) -> float:
+        """Seconds of a video. Raises ConfigError where its window was not timed."""
+        plan = self._parts.plan(config, minutes * 60)
+        costs = self._costs.get(config.video.max_tokens)
+        if costs is None:
+            raise ConfigError(f"max_tokens: {config.video.max_tokens} leaves no window beside the overlap")
+        return video_seconds(costs, self._start, counts_of(plan))
+
+    def projection(self, config: PipelineConfig, minutes: float) -> Projection:
+        """Seconds of a video, with the configured step cache and without."""
+        windows = len(self._parts.plan(config, minutes * 60).windows)
+        baseline = changed(config, sampling={"step_cache": "none"})
+        return Projection(minutes, windows, self.seconds(config, minutes), self.seconds(baseline, minutes))
+
+    def use_forward(self, config: PipelineConfig, seconds: float) -> None:
+        """From now on count with this time of a forward for the window of `config`."""
+        tokens = config.video.max_tokens
+        self._costs[tokens] = replace(self._costs[tokens], forward=seconds)
+
+
+class _Measurement:
+    """The models of one configuration and the times of its parts. `notes` grow while it runs."""
+
+    def __init__(self, config: PipelineConfig, device: torch.device, options: Options, setup: Setup) -> None:
+        self._config, self._device, self._options, self._setup = config, device, options, setup
+        self.notes = list(setup.notes)
         self._parts = PartTimer(config, options.warm_up, options.repeats)
         self._models = self._parts.pipeline.models
 
-    def run(self, persistent: int) -> dict[str, Any]:
-        config, options, models = self._config, self._options, self._models
+    def run(self, persistent: int) -> MeasuredRow:
+        """Load, time the parts, project, and try the guide's tips."""
+        config, models = self._config, self._models
         loading = self._parts.load()
         plan = self._parts.plan(config, 60.0)
+        assert plan.step_plan is not None
         cached = not _unreadable_cache(config)
         if not cached:
-            self._notes.append(
-                f"{NO_TEACACHE}, and the all-in figure is not that of the real model; other tips: without it"
+            self.notes.append(
+                f"{NO_TEACACHE}, so the all-in time is not that of the real model; other tips run without it"
             )
-        if plan.step_plan is not None and plan.step_plan.source:
-            self._notes.append(f"step cache by constants {plan.step_plan.source}")
+        if plan.step_plan.source:
+            self.notes.append(f"step cache by constants {plan.step_plan.source}")
         timings = self._parts.window_timings(plan)
-        shorter = changed(config, video={"max_tokens": fewer_tokens(config)})
-        costs = {config.video.max_tokens: window_costs(timings)}
-        try:
-            short_plan = self._parts.plan(shorter, 60.0)
-            costs[shorter.video.max_tokens] = window_costs(self._parts.window_timings(short_plan))
-        except ConfigError as error:
-            self._notes.append(f"no shorter window: {error}")
+        costs = window_costs(timings)
+        by_tokens = {config.video.max_tokens: costs, **self._shorter_window()}
         start_timings = self._parts.start_timings()
-        start = start_costs(start_timings)
+        projector = _Projector(self._parts, by_tokens, start_costs(start_timings))
+        row = MeasuredRow(
+            **vars(self._setup),
+            attention=models.attention_name,
+            quantize=models.residency.placement.quantize,
+            memory=models.residency.placement.memory.as_dict(),
+            vae=models.vae_name,
+            decoder=config.model.decoder,
+            size=plan.size,
+            window_length=plan.window_length,
+            tokens=plan.tokens,
+            steps=plan.steps,
+            computed_steps=plan.step_plan.computed,
+            pattern=plan.step_plan.pattern,
+            step_cache=plan.step_plan.policy,
+            branches=len(plan.branches),
+            loading_seconds=loading,
+            timings={**timings, **start_timings},
+            window=WindowParts(
+                denoise_seconds(costs, counts_of(plan)), costs.decode, costs.encode, costs.write
+            ),
+            projections=tuple(projector.projection(config, minutes) for minutes in self._options.minutes),
+            peak_memory=PeakMemory.now(self._device),
+            tips=(),
+        )
+        whole = self._whole(projector)
+        tips = self._tips(projector, plan, timings["forward"], cached, persistent)
+        return replace(row, full=whole, tips=tips, notes=tuple(self.notes))
 
-        def seconds(changes: PipelineConfig, minutes: float = TIP_MINUTES) -> float:
-            run_plan = self._parts.plan(changes, minutes * 60)
-            if changes.video.max_tokens not in costs:
-                raise ConfigError(
-                    f"max_tokens: {changes.video.max_tokens} leaves no window beside the overlap"
-                )
-            return video_seconds(costs[changes.video.max_tokens], start, counts_of(run_plan))
+    def _shorter_window(self) -> dict[int, WindowCosts]:
+        """The costs of the window of `fewer_tokens`; empty, with a note, where it cannot be that short."""
+        shorter = changed(self._config, video={"max_tokens": fewer_tokens(self._config)})
+        try:
+            plan = self._parts.plan(shorter, 60.0)
+            return {shorter.video.max_tokens: window_costs(self._parts.window_timings(plan))}
+        except ConfigError as error:
+            self.notes.append(f"no shorter window: {error}")
+            return {}
 
-        def tried(changes: PipelineConfig) -> float:
+    def _whole(self, projector: _Projector) -> WholeVideo | None:
+        if not self._options.full:
+            return None
+        return measure_whole(
+            self._parts.pipeline, SPEECH, lambda audio: projector.seconds(self._config, audio / 60)
+        )
+
+    def _tips(
+        self, projector: _Projector, plan: RunPlan, forward: Timing, cached: bool, persistent: int
+    ) -> tuple[Tip, ...]:
+        def seconds(changes: PipelineConfig) -> float:
             if _unreadable_cache(changes):
                 raise ConfigError(NO_TEACACHE)
-            if changes.runtime != config.runtime:
-                forward = self._forward_elsewhere(changes, plan, timings["forward"])
-                costs[changes.video.max_tokens] = replace(
-                    costs[changes.video.max_tokens], forward=forward.median
-                )
-            return seconds(changes)
+            if changes.runtime != self._config.runtime:
+                projector.use_forward(changes, self._forward_elsewhere(changes, plan, forward).median)
+            return projector.seconds(changes)
 
-        baseline = changed(config, sampling={"step_cache": "none"})
-        projections = [
-            {
-                "minutes": minutes,
-                "windows": len(self._parts.plan(config, minutes * 60).windows),
-                "seconds": seconds(config, minutes),
-                "baseline_seconds": seconds(baseline, minutes),
-            }
-            for minutes in options.minutes
-        ]
-        assert plan.step_plan is not None
-        counts = counts_of(plan)
-        row: dict[str, Any] = {
-            "attention": models.attention_name,
-            "quantize": models.residency.placement.quantize,
-            "memory": models.residency.placement.memory.as_dict(),
-            "vae": models.vae_name,
-            "decoder": config.model.decoder,
-            "size": list(plan.size),
-            "window_length": plan.window_length,
-            "tokens": plan.tokens,
-            "steps": plan.steps,
-            "computed_steps": plan.step_plan.computed,
-            "pattern": plan.step_plan.pattern,
-            "step_cache": plan.step_plan.policy,
-            "branches": len(plan.branches),
-            "loading_seconds": loading,
-            "timings": {name: asdict(value) for name, value in {**timings, **start_timings}.items()},
-            "window": {
-                "denoise": denoise_seconds(costs[config.video.max_tokens], counts),
-                "decode": timings["decode"].median,
-                "encode": timings["encode"].median,
-                "write": timings["write"].median,
-            },
-            "projections": projections,
-            "peak_memory": peak_memory(self._device),
-        }
-        if options.full:
-            with as_file(files("omniavatar.assets")) as assets:
-                voice = assets / "speech.flac"
-                row["full"] = measure_full(
-                    self._parts.pipeline, voice, lambda audio: seconds(config, audio / 60)
-                )
-        return {**row, "tips": [tip.as_dict() for tip in guide_tips(config, tried, cached, persistent)]}
+        return tuple(guide_tips(self._config, seconds, cached, persistent))
 
     def _forward_elsewhere(self, config: PipelineConfig, plan: RunPlan, known: Timing) -> Timing:
-        """A forward with the blocks where `config` puts them; `known`, if that is where they are."""
+        """A forward with the blocks where `config` puts them; `known` if they already lie there."""
         models, residency = self._models, self._models.residency
         limit = device_limit(config.runtime.memory, self._device)
         kept = {QUANTIZE_FIELD: residency.placement.quantize}
@@ -230,27 +254,23 @@ class _Measurement:
 
 
 def _unreadable_cache(config: PipelineConfig) -> bool:
-    """Whether the steps that the step cache skips would be read off weights that are not the model's."""
+    """Whether the step cache would decide from weights that are not the model's."""
     return config.model.weights == "random" and config.sampling.cache_policy == "teacache"
 
 
 def main() -> None:
-    """Measure what the one argument (JSON of `Options`) asks for and write the row to its `result`."""
+    """Measure as the one argument (JSON of `Options`) says and write the row to its `result`."""
     values: dict[str, Any] = {
         name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(sys.argv[1]).items()
     }
     options = Options(**values)
+    row: Row
     try:
         row = measure(options)
     except OmniAvatarError as error:
-        row = {
-            "config": options.config,
-            "name": Path(options.config).stem,
-            "status": "failed",
-            "reason": str(error),
-        }
+        row = FailedRow(config=options.config, name=Path(options.config).stem, reason=str(error))
     partial = Path(options.result + ".partial")
-    partial.write_text(json.dumps(row), encoding="utf-8")
+    partial.write_text(json.dumps(as_dict(row)), encoding="utf-8")
     os.replace(partial, options.result)
 
 

@@ -1,7 +1,7 @@
-"""Runs every configuration's measurement in a process of its own, one after the other.
+"""Runs the measurement of every configuration, each in a new process, one after the other.
 
-A process of its own gives each configuration a clean device: nothing stays in memory, and one that crashes
-is a row of the table that says so. The children's words are kept and shown only when they fail.
+A new process gives each configuration an empty device, and one that crashes becomes a row of the table that
+says so. The output of a process is shown only if it fails.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from omniavatar.errors import ConfigError
 from omniavatar.measure.benchmark.row import Options
+from omniavatar.measure.benchmark.rows import FailedRow, MeasuredRow, Row, row_from_json
 
 
 def find_configs(places: Sequence[Path]) -> list[Path]:
-    """YAML files among `places`, those of a folder in the order of their names. Raises ConfigError."""
+    """YAML files among `places`, those of a folder sorted by name. Raises ConfigError."""
     found: list[Path] = []
     for place in places:
         inside = sorted(place.glob("*.yaml")) if place.is_dir() else [place]
@@ -30,29 +30,26 @@ def find_configs(places: Sequence[Path]) -> list[Path]:
     return found
 
 
-def measure_all(
-    configs: Sequence[Path], options: Options, report: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """A row for each configuration. report: told what is going on, a line at a time."""
-    rows = []
+def measure_all(configs: Sequence[Path], options: Options, report: Callable[[str], None]) -> tuple[Row, ...]:
+    """A row for each configuration. report: called with each line of progress."""
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
         for number, config in enumerate(configs):
             report(f"{number + 1} of {len(configs)}: {config}")
             result = Path(folder) / f"{number}.json"
             row = _measure(replace(options, config=str(config), result=str(result)))
-            if row["status"] != "measured":
-                report(f"  {row['status']}: {row['reason']}")
+            if not isinstance(row, MeasuredRow):
+                report(f"  {row.status}: {row.reason}")
             rows.append(row)
-    return rows
+    return tuple(rows)
 
 
-def _measure(options: Options) -> dict[str, Any]:
+def _measure(options: Options) -> Row:
     command = [sys.executable, "-m", "omniavatar.measure.benchmark.row", json.dumps(asdict(options))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     result = Path(options.result)
     if result.is_file():
-        row: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        return row
-    last = done.stderr.strip().splitlines()[-1:] or ["without a word"]
+        return row_from_json(result.read_text(encoding="utf-8"))
+    last = done.stderr.strip().splitlines()[-1:] or ["without any message"]
     reason = f"ended with code {done.returncode}: {last[0]}"
-    return {"config": options.config, "name": Path(options.config).stem, "status": "failed", "reason": reason}
+    return FailedRow(config=options.config, name=Path(options.config).stem, reason=reason)

@@ -1,8 +1,8 @@
-"""Which tips of the speed guide save time, on the numbers measured.
+"""Which tips of the speed guide save time, by the measured parts of a window.
 
-Every tip is one change of the configuration; the time of a video of five minutes is counted before and after
-it with the same measured costs of a window (a shorter window has been measured too). What a change does to
-the picture is not said here.
+Every tip is one change of the configuration. The time of a video of five minutes is projected before and
+after it from the same measured parts (a shorter window is measured too). What a change does to the picture is
+not measured here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DISTILLED = MappingProxyType(
 
 @dataclass(frozen=True)
 class Tip:
-    """One tip: `before` and `after` are seconds for the video; None where it cannot be tried, see `note`."""
+    """One tip. before, after: seconds for the video; None where it cannot be tried, `note` says why."""
 
     tip: str
     change: str
@@ -36,6 +36,7 @@ class Tip:
 
     @property
     def verdict(self) -> str:
+        """What the tip saves, or that it was not tried."""
         if self.before is None or self.after is None:
             return "not tried"
         saved = 1 - self.after / self.before
@@ -44,6 +45,7 @@ class Tip:
         return f"saves {saved:.0%}" if saved > 0 else f"costs {-saved:.0%} more"
 
     def as_dict(self) -> dict[str, Any]:
+        """The tip for JSON."""
         return {**vars(self), "verdict": self.verdict}
 
 
@@ -53,10 +55,11 @@ def guide_tips(
     cached: bool = True,
     persistent: int = PERSISTENT,
 ) -> list[Tip]:
-    """The tips, tried on `config`; all but the step cache's own without its step cache if not `cached`.
+    """The tips, tried on `config`.
 
-    seconds: a configuration's time for the video; max_tokens may be the configured or `fewer_tokens`. The
-    last one tried streams blocks, which cannot come back to the device.
+    seconds: projects the time of a video with a configuration, whose max_tokens is the configured one or
+    `fewer_tokens`. The tip that streams blocks comes last, because they cannot return to the device.
+    cached: False tries every tip but the step cache's own without the step cache.
     """
     whole, plain = config, changed(config, sampling={"step_cache": "none"})
     config = whole if cached else plain
@@ -128,7 +131,7 @@ def guide_tips(
 
 
 def fewer_tokens(config: PipelineConfig) -> int:
-    """Two thirds of max_tokens, the guide's own step from 30,000 to 20,000."""
+    """Two thirds of max_tokens, as in the guide's step from 30,000 to 20,000."""
     return max(1, config.video.max_tokens * 2 // 3)
 
 

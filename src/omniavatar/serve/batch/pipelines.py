@@ -15,9 +15,10 @@ import torch
 
 from omniavatar import __version__
 from omniavatar.checkpoint.fingerprint import file_stamp
+from omniavatar.config.change import changed
 from omniavatar.config.identity import result_values
 from omniavatar.config.schema import PipelineConfig
-from omniavatar.device import choose_device
+from omniavatar.device import choose_device, device_name
 from omniavatar.engine.identity import weight_identities
 from omniavatar.engine.job import output_path
 from omniavatar.engine.orders import WindowsOrder
@@ -70,7 +71,7 @@ class AvatarEngines:
         changes: dict[str, Any] = {"device": device}
         if device == "cpu":
             changes["threads"] = config.runtime.threads or 1
-        return config.model_copy(update={"runtime": config.runtime.model_copy(update=changes)})
+        return changed(config, runtime=changes)
 
     def _take_cores(self, config: PipelineConfig) -> tuple[int, ...]:
         runtime = config.runtime
@@ -139,7 +140,7 @@ class AvatarEngine:
 
     def device(self) -> str:
         device = self._pipeline.models.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        name = device_name(device)
         if self._cores and self._team is None:
             name = f"{name} core {','.join(map(str, self._cores))}"
         return name if self._team is None else f"{self._team.size} x {name}"

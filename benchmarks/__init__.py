@@ -1,0 +1,1 @@
+"""The project's benchmarks, one a file. `python -m benchmarks` lists them."""

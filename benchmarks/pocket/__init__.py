@@ -1,0 +1,1 @@
+"""The parts of the `pocket_quality` benchmark: test clips, videos, face landmarks, figures."""
