@@ -31,11 +31,19 @@ from benchmarks.shared.report import print_result, print_table, spread
 from omniavatar.assets import PORTRAIT, SPEECH
 from omniavatar.serve.batch.cores import bind
 from omniavatar.serve.batch.destination import FolderDestination
+from omniavatar.serve.batch.events import (
+    ItemDone,
+    ItemFailed,
+    ItemRetried,
+    ItemStarted,
+    WorkerClosed,
+    WorkerLost,
+)
 from omniavatar.serve.batch.items import Engine, EngineFactory, Item, Made, Seat
 from omniavatar.serve.batch.ray_crew import RayCrew, Seats
 from omniavatar.serve.batch.run import BatchResult, run_batch
 from omniavatar.serve.batch.scheduler import Rules
-from omniavatar.types import AvatarRequest
+from omniavatar.types import AvatarRequest, Event
 
 
 @dataclass(frozen=True)
@@ -73,13 +81,13 @@ class _Watch:
     started: list[float]
     ended: list[float]
 
-    def __call__(self, name: str, **fields: Any) -> None:
-        if name == "item_started":
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, ItemStarted):
             self.started.append(time.monotonic())
-        elif name == "item_done":
+        elif isinstance(event, ItemDone):
             self.ended.append(time.monotonic())
-        elif name in ("item_failed", "item_retried", "worker_lost", "worker_closed"):
-            print(name, fields, flush=True)
+        elif isinstance(event, ItemFailed | ItemRetried | WorkerLost | WorkerClosed):
+            print(event.kind, event.as_dict(), flush=True)
 
 
 def measure(

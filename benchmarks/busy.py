@@ -33,8 +33,10 @@ from omniavatar.assets import PORTRAIT
 from omniavatar.config.change import changed
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import PipelineConfig
+from omniavatar.engine.events import WindowStarted
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.sampling.windows import window_length
+from omniavatar.types import Event
 
 SIZE = (400, 720)
 Interval = tuple[float, float]
@@ -105,8 +107,8 @@ class Trace:
         self.profiler = profile(activities=[ProfilerActivity.CUDA])
         self.armed = False
 
-    def __call__(self, name: str, fields: Mapping[str, Any]) -> None:
-        if self.armed and name == "window_started":
+    def __call__(self, event: Event) -> None:
+        if self.armed and isinstance(event, WindowStarted):
             self.armed = False
             torch.cuda.synchronize()
             self.profiler.start()

@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from benchmarks.shared.options import add_config, add_hp, add_repeats, make_parser
 from benchmarks.shared.report import print_result, print_table
@@ -28,6 +27,7 @@ from omniavatar.assets import PORTRAIT
 from omniavatar.config.load import load_config
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.measure.trace import TraceRecorder
+from omniavatar.types import Event
 
 
 class MeteredRecorder(TraceRecorder):
@@ -56,9 +56,9 @@ class MeteredRecorder(TraceRecorder):
             stage.__exit__(*sys.exc_info())
             self._took(begun)
 
-    def event(self, name: str, /, **fields: Any) -> None:
+    def event(self, event: Event) -> None:
         begun = time.perf_counter()
-        super().event(name, **fields)
+        super().event(event)
         self._took(begun)
 
 

@@ -18,7 +18,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,11 @@ from benchmarks.shared.report import print_result
 from omniavatar import AvatarPipeline, AvatarRequest
 from omniavatar.assets import PORTRAIT
 from omniavatar.config.load import load_config
+from omniavatar.engine.events import WindowFinished
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.media.inspect import probe_video
 from omniavatar.plan.run import plan_run
+from omniavatar.types import Event
 
 SIZE = (400, 720)
 
@@ -43,9 +45,9 @@ class Windows:
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
-    def __call__(self, name: str, fields: Mapping[str, Any]) -> None:
-        if name == "window_finished":
-            self.seconds.append(fields["seconds"])
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, WindowFinished):
+            self.seconds.append(event.seconds)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

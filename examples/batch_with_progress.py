@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from omniavatar import AvatarPipeline, AvatarRequest, OmniAvatarError
-from omniavatar.engine.recorder import RunRecorder
+from omniavatar import AvatarPipeline, AvatarRequest, Event, OmniAvatarError, RunRecorder
+from omniavatar.engine.events import Message, RequestStarted, WindowFinished
 
 
-def show_progress(event: str, fields: Mapping[str, Any]) -> None:
+def show_progress(event: Event) -> None:
     """Print one line for each video and each finished window."""
-    if event == "request_started":
-        print(f"{fields['name']}: {fields['frames']} frames in {fields['windows']} windows")
-    elif event == "window_finished":
-        done, windows = fields["window"] + 1, fields["windows"]
-        print(f"  {done / windows:4.0%}, {fields['seconds']:.1f} s for this window")
-    elif event == "message" and fields.get("level") == "warning":
-        print(f"  warning: {fields['text']}")
+    match event:
+        case RequestStarted():
+            print(f"{event.name}: {event.frames} frames in {event.windows} windows")
+        case WindowFinished():
+            done = (event.window + 1) / event.windows
+            print(f"  {done:4.0%}, {event.seconds:.1f} s for this window")
+        case Message(level="warning"):
+            print(f"  warning: {event.text}")
 
 
 def make_videos(jobs: Path, folder: Path, config: str) -> list[str]:

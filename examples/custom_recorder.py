@@ -9,10 +9,8 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
 
-from omniavatar import AvatarPipeline, AvatarRequest
-from omniavatar.engine.recorder import RunRecorder
+from omniavatar import AvatarPipeline, AvatarRequest, Event, RunRecorder
 
 HERE = Path(__file__).parent
 
@@ -25,11 +23,11 @@ class FileRecorder(RunRecorder):
         self.log = log
         log.write_text("", encoding="utf-8")
 
-    def event(self, name: str, /, **fields: Any) -> None:
-        record = {"event": name, "time": time.time(), **fields}
+    def event(self, event: Event) -> None:
+        record = {"event": event.kind, "time": time.time(), **event.as_dict()}
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, default=str) + "\n")
-        super().event(name, **fields)
+        super().event(event)
 
 
 def slowest(recorder: RunRecorder, count: int) -> list[tuple[str, float]]:

@@ -12,6 +12,7 @@ from omniavatar.serve.batch.destination import make_destination
 from omniavatar.serve.batch.ray_crew import RayCrew, Seats
 from omniavatar.serve.batch.run import BatchResult, run_batch
 from omniavatar.serve.batch.scheduler import Rules
+from omniavatar.types import Event
 
 
 def drive(
@@ -37,7 +38,7 @@ def drive(
         destination,
         folder / "run",
         Rules(**rules),
-        event or (lambda name, **fields: None),
+        event or (lambda event: None),
     )
 
 
@@ -46,8 +47,8 @@ if __name__ == "__main__":
     path = Path(options.pop("folder"))
     settings = options.pop("engine", {})
 
-    def show(name: str, **fields: Any) -> None:
-        print(json.dumps({"event": name, **fields}), flush=True)
+    def show(event: Event) -> None:
+        print(json.dumps({"event": event.kind, **event.as_dict()}), flush=True)
 
     made = drive(
         path, options.pop("prompts"), engines=StubEngines(path / "notes", **settings), event=show, **options

@@ -17,16 +17,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from omniavatar.config.schema import PipelineConfig
     from omniavatar.engine.pipeline import AvatarPipeline, generate
+    from omniavatar.engine.recorder import RunRecorder
     from omniavatar.errors import OmniAvatarError
-    from omniavatar.types import AvatarRequest, RunResult, SamplingParams, VideoChunk, Waveform
+    from omniavatar.types import AvatarRequest, Event, RunResult, SamplingParams, VideoChunk, Waveform
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AvatarPipeline",
     "AvatarRequest",
+    "Event",
     "OmniAvatarError",
     "PipelineConfig",
+    "RunRecorder",
     "RunResult",
     "SamplingParams",
     "VideoChunk",
@@ -39,6 +42,7 @@ _HOMES = {
     "AvatarPipeline": "engine.pipeline",
     "generate": "engine.pipeline",
     "PipelineConfig": "config.schema",
+    "RunRecorder": "engine.recorder",
     "OmniAvatarError": "errors",
 }
 

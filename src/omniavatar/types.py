@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
@@ -162,6 +162,21 @@ class RunResult:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Event:
+    """Something that happened in a run. kind: its name in JSON lines."""
+
+    kind: ClassVar[str]
+
+    def __init_subclass__(cls, kind: str, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.kind = kind
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its values, JSON-able."""
+        return dict(vars(self))
+
+
 class Recorder(Protocol):
     """Receives the timings of named stages, and events for progress and logs."""
 
@@ -169,6 +184,6 @@ class Recorder(Protocol):
         """Time a named stage. Stages nest; times of a repeated name add up."""
         ...
 
-    def event(self, name: str, /, **fields: Any) -> None:
-        """Report the event `name` with fields that JSON can hold."""
+    def event(self, event: Event) -> None:
+        """Report something that happened."""
         ...

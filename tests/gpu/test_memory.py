@@ -18,6 +18,7 @@ from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec, text_tensors
 from omniavatar.config.load import load_config
 from omniavatar.encoders.text import random_text_encoder, sizes_of
+from omniavatar.engine.events import Message
 from omniavatar.engine.host import Host
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.plan.limit import device_limit
@@ -189,7 +190,7 @@ def pipeline(host=None, **changes):
         **changes,
     }
     messages: list[str] = []
-    recorder = RunRecorder([lambda name, fields: messages.append(fields.get("text", ""))])
+    recorder = RunRecorder([lambda event: isinstance(event, Message) and messages.append(event.text)])
     pipe = AvatarPipeline.from_config(load_config(None, values).config, recorder=recorder, host=host)
     generator = torch.Generator().manual_seed(5)
     for prompt in (request().prompt, pipe.config.sampling.negative_prompt):

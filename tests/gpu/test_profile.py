@@ -11,6 +11,7 @@ import torch
 from engine import make_pipeline, overrides, request
 from omniavatar.config.load import load_config
 from omniavatar.engine.clocks import DeviceClock
+from omniavatar.engine.events import StepFinished
 from omniavatar.engine.requests_file import RequestLine
 from omniavatar.measure.benchmark.row import Options, measure
 from omniavatar.measure.ceilings import ceilings, probe
@@ -44,7 +45,7 @@ def test_a_step_lasts_until_the_gpu_is_done() -> None:
         for step in range(2):
             for _ in range(10):
                 a @ a
-            recorder.event("step", window=0, step=step, steps=2, action="compute")
+            recorder.event(StepFinished(0, step, 2, "compute", 1))
     steps = [span.seconds for span in recorder.spans() if span.name == "step"]
     assert min(steps) > 10 * 2 * 8192**3 / 1e15, "a petaflop a second is beyond any device in float32"
 

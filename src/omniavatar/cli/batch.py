@@ -131,6 +131,7 @@ def batch(
         require_one_process()
         plan = plan_workers(options)
         from omniavatar.config.load import load_config
+        from omniavatar.engine.events import Message
         from omniavatar.engine.requests_file import read_requests
         from omniavatar.media.slug import slugify
         from omniavatar.plan.sharing import shared_among
@@ -144,7 +145,7 @@ def batch(
         shared_among(loaded.config, gpus_per_job, f"--gpus-per-job {gpus_per_job}")
         plan = with_threads(plan, loaded.config.runtime.threads or 1, pin)
         for warning in (*loaded.warnings, *plan.notes):
-            recorder.event("message", text=warning, level="warning")
+            recorder.event(Message(warning, "warning"))
         items = make_items(read_requests(input_file, loaded.config.sampling), loaded.config)
         target = output or str(output_folder(loaded.config))
         stem = f"batch_{input_file.stem}"

@@ -116,6 +116,7 @@ def reporting(
     make_display: called with (log format, quiet, stderr); the default shows one video at a time.
     """
     from omniavatar.cli.progress import make_display as make_video_display
+    from omniavatar.engine.events import CommandFailed
     from omniavatar.engine.recorder import RunRecorder
 
     display = (make_display or make_video_display)(log_format.value, quiet, sys.stderr)
@@ -123,7 +124,7 @@ def reporting(
 
     def report(text: str) -> None:
         if log_format is LogFormat.json:
-            recorder.event("error", text=text)
+            recorder.event(CommandFailed(text))
         else:
             print_error(text)
 
@@ -148,8 +149,10 @@ class _Forward(logging.Handler):
         self._recorder = recorder
 
     def emit(self, record: logging.LogRecord) -> None:
-        level = "warning" if record.levelno >= logging.WARNING else "info"
-        self._recorder.event("message", text=record.getMessage(), level=level)
+        from omniavatar.engine.events import Message
+
+        warning = record.levelno >= logging.WARNING
+        self._recorder.event(Message(record.getMessage(), "warning" if warning else "info"))
 
 
 def leave_at_once(code: object) -> None:

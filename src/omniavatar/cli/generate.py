@@ -142,6 +142,7 @@ def demo(
 
         from omniavatar.assets import pocket
         from omniavatar.config.load import load_config
+        from omniavatar.engine.events import Message
         from omniavatar.engine.requests_file import RequestLine
 
         loaded = load_config(config or pocket.CONFIG, hp or ())
@@ -150,9 +151,9 @@ def demo(
             _generate_lines(loaded, [request], output, None, recorder, report, quiet, many=False, team=None)
         if config is None:
             text = "this small model was trained on rendered heads; it does not work on photographs"
-            recorder.event("message", text=text, level="info")
+            recorder.event(Message(text))
             text = f"the video is in {output.resolve()}; for real people, run `omniavatar download 1.3B`"
-            recorder.event("message", text=text, level="info")
+            recorder.event(Message(text))
 
 
 def _generate_lines(
@@ -171,12 +172,13 @@ def _generate_lines(
 
     If other processes wait for the pipeline, it is made at once; otherwise, at the first readable line.
     """
+    from omniavatar.engine.events import Message
     from omniavatar.engine.pipeline import AvatarPipeline
     from omniavatar.engine.requests_file import RequestLine
     from omniavatar.errors import InputError, ResumeError
 
     for warning in loaded.warnings:
-        recorder.event("message", text=warning, level="warning")
+        recorder.event(Message(warning, "warning"))
     config = loaded.config
     pipeline: AvatarPipeline | None = None
     if team is not None and team.size > 1:

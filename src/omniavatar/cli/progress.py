@@ -12,14 +12,23 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
 from types import TracebackType
-from typing import IO, Any, Literal, Protocol, Self
+from typing import IO, Literal, Protocol, Self
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as Remaining
+
+from omniavatar.engine.events import (
+    Message,
+    RequestFinished,
+    RequestStarted,
+    StepFinished,
+    WindowFinished,
+    WindowStarted,
+)
+from omniavatar.types import Event
 
 LogFormat = Literal["rich", "json"]
 
@@ -27,7 +36,7 @@ LogFormat = Literal["rich", "json"]
 class Display(Protocol):
     """A listener that may own the terminal while it is entered."""
 
-    def __call__(self, name: str, fields: Mapping[str, Any]) -> None: ...
+    def __call__(self, event: Event) -> None: ...
 
     def __enter__(self) -> Self: ...
 
@@ -54,8 +63,8 @@ class JsonLines(_Plain):
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
 
-    def __call__(self, name: str, fields: Mapping[str, Any]) -> None:
-        record = {"event": name, "time": round(time.time(), 3), **fields}
+    def __call__(self, event: Event) -> None:
+        record = {"event": event.kind, "time": round(time.time(), 3), **event.as_dict()}
         self._stream.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
         self._stream.flush()
 
@@ -66,9 +75,9 @@ class Quiet(_Plain):
     def __init__(self, console: Console) -> None:
         self._console = console
 
-    def __call__(self, name: str, fields: Mapping[str, Any]) -> None:
-        if name == "message" and fields.get("level") == "warning":
-            self._console.print(f"[yellow]warning:[/] {escape(str(fields['text']))}", soft_wrap=True)
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Message) and event.level == "warning":
+            self._console.print(f"[yellow]warning:[/] {escape(event.text)}", soft_wrap=True)
 
 
 class Bars:
@@ -102,46 +111,46 @@ class Bars:
     ) -> None:
         self._progress.stop()
 
-    def __call__(self, name: str, fields: Mapping[str, Any]) -> None:
-        match name:
-            case "request_started":
-                self._start(fields)
-            case "window_started" if self._window is not None:
-                number, total = fields["window"] + 1, fields["windows"]
-                self._progress.reset(self._window, description=f"  window {number} of {total}")
-            case "step" if self._window is not None and self._video is not None:
-                self._progress.update(self._window, completed=fields["step"] + 1, total=fields["steps"])
-                done = fields["window"] * fields["steps"] + fields["step"] + 1
+    def __call__(self, event: Event) -> None:
+        match event:
+            case RequestStarted():
+                self._start(event)
+            case WindowStarted() if self._window is not None:
+                title = f"  window {event.window + 1} of {event.windows}"
+                self._progress.reset(self._window, description=title)
+            case StepFinished() if self._window is not None and self._video is not None:
+                self._progress.update(self._window, completed=event.step + 1, total=event.steps)
+                done = event.window * event.steps + event.step + 1
                 self._progress.update(self._video, completed=done)
-            case "window_finished" if self._progress.disable:
-                number, total = fields["window"] + 1, fields["windows"]
-                self._console.print(f"window {number} of {total} done in {fields['seconds']:.1f} s")
-            case "message":
-                colour = "yellow" if fields.get("level") == "warning" else "dim"
-                self._console.print(f"[{colour}]{escape(str(fields['text']))}[/]", soft_wrap=True)
-            case "request_finished":
-                self._finish(fields)
+            case WindowFinished() if self._progress.disable:
+                number, total = event.window + 1, event.windows
+                self._console.print(f"window {number} of {total} done in {event.seconds:.1f} s")
+            case Message():
+                colour = "yellow" if event.level == "warning" else "dim"
+                self._console.print(f"[{colour}]{escape(event.text)}[/]", soft_wrap=True)
+            case RequestFinished():
+                self._finish(event)
 
-    def _start(self, fields: Mapping[str, Any]) -> None:
-        windows, steps, resumed = fields["windows"], fields["steps"], fields.get("resumed_windows", 0)
+    def _start(self, event: RequestStarted) -> None:
+        windows, steps, resumed = event.windows, event.steps, event.resumed_windows
         resuming = f", {resumed} windows already done" if resumed else ""
-        title = escape(str(fields["name"]))
         self._console.print(
-            f"[bold]{title}[/]: {fields['frames']} frames in {windows} windows{resuming}", soft_wrap=True
+            f"[bold]{escape(event.name)}[/]: {event.frames} frames in {windows} windows{resuming}",
+            soft_wrap=True,
         )
         self._video = self._progress.add_task(
             "video", total=windows * steps, completed=resumed * steps, unit="steps"
         )
         self._window = self._progress.add_task("  window", total=steps, unit="steps")
 
-    def _finish(self, fields: Mapping[str, Any]) -> None:
+    def _finish(self, event: RequestFinished) -> None:
         for task in (self._video, self._window):
             if task is not None:
                 self._progress.remove_task(task)
         self._video = self._window = None
-        output = escape(str(fields["output"]))
         self._console.print(
-            f"[green]{output}[/]: {fields['frames']} frames in {fields['seconds']:.1f} s", soft_wrap=True
+            f"[green]{escape(event.output)}[/]: {event.frames} frames in {event.seconds:.1f} s",
+            soft_wrap=True,
         )
 
 

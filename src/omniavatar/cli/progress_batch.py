@@ -23,6 +23,20 @@ from rich.table import Table
 from rich.text import Text
 
 from omniavatar.cli.progress import Display, JsonLines, LogFormat, Quiet
+from omniavatar.engine.events import Message
+from omniavatar.serve.batch.events import (
+    BatchStarted,
+    ItemDone,
+    ItemFailed,
+    ItemRetried,
+    ItemStarted,
+    ItemWaiting,
+    ItemWindow,
+    WorkerClosed,
+    WorkerLost,
+    WorkerReady,
+)
+from omniavatar.types import Event
 
 
 @dataclass
@@ -63,48 +77,53 @@ class BatchView:
     ) -> None:
         self._live.stop()
 
-    def __call__(self, name: str, fields: Mapping[str, Any]) -> None:
-        row = self._rows.setdefault(fields["worker"], _Row()) if "worker" in fields else _Row()
-        item = escape(str(fields.get("item", "")))
-        match name:
-            case "batch_started":
-                self._total, self._left = fields["items"], fields["queued"]
-                self._ended, self._failed = 0, fields["failed"]
-                done = f", {fields['skipped']} already done" if fields["skipped"] else ""
-                self._line(f"[bold]{fields['items']} items[/]{done}")
-            case "worker_ready":
+    def __call__(self, event: Event) -> None:
+        match event:
+            case BatchStarted():
+                self._total, self._left = event.items, event.queued
+                self._ended, self._failed = 0, event.failed
+                done = f", {event.skipped} already done" if event.skipped else ""
+                self._line(f"[bold]{event.items} items[/]{done}")
+            case WorkerReady():
                 self._began = self._began or time.monotonic()
-                gpus = f" GPU {fields['gpus']}" if fields["gpus"] else ""
-                row.where = f"{fields['host']}{gpus} {fields['device']}"
-            case "item_started":
-                row.item, row.window, row.windows, row.since = fields["item"], 0, 0, time.monotonic()
-            case "item_window":
-                row.window, row.windows = fields["window"], fields["windows"]
-            case "item_done":
-                self._end_item(row)
-                row.done += 1
-                self._line(
-                    f"[green]{escape(fields['video'])}[/]: "
-                    f"{fields['frames']} frames in {fields['seconds']:.1f} s"
-                )
-            case "item_failed":
-                self._end_item(row)
-                self._failed += 1
-                self._line(f"[red]{item} failed[/]: {escape(fields['error'])}")
-            case "item_retried":
-                self._line(f"[yellow]{item} will be retried[/]: {escape(fields['error'])}")
-            case "item_waiting":
-                self._line(f"[yellow]{item} waits[/]: {escape(fields['reason'])}")
-            case "worker_lost" | "worker_closed":
+                gpus = f" GPU {event.gpus}" if event.gpus else ""
+                self._row(event.worker).where = f"{event.host}{gpus} {event.device}"
+            case ItemStarted():
+                row = self._row(event.worker)
+                row.item, row.window, row.windows, row.since = event.item, 0, 0, time.monotonic()
+            case ItemWindow():
+                row = self._row(event.worker)
+                row.window, row.windows = event.window, event.windows
+            case ItemDone():
+                row = self._row(event.worker)
                 row.item = ""
-                what = "died" if name == "worker_lost" else "is no longer used"
-                self._line(f"[yellow]worker {fields['worker']} {what}[/]: {escape(fields['reason'])}")
-            case "message":
-                self._line(f"[yellow]{escape(str(fields['text']))}[/]")
+                row.done += 1
+                self._ended += 1
+                self._line(f"[green]{escape(event.video)}[/]: {event.frames} frames in {event.seconds:.1f} s")
+            case ItemFailed():
+                self._clear(event.item)
+                self._ended += 1
+                self._failed += 1
+                self._line(f"[red]{escape(event.item)} failed[/]: {escape(event.error)}")
+            case ItemRetried():
+                self._line(f"[yellow]{escape(event.item)} will be retried[/]: {escape(event.error)}")
+            case ItemWaiting():
+                self._line(f"[yellow]{escape(event.item)} waits[/]: {escape(event.reason)}")
+            case WorkerLost() | WorkerClosed():
+                self._row(event.worker).item = ""
+                what = "died" if isinstance(event, WorkerLost) else "is no longer used"
+                self._line(f"[yellow]worker {event.worker} {what}[/]: {escape(event.reason)}")
+            case Message():
+                self._line(f"[yellow]{escape(event.text)}[/]")
 
-    def _end_item(self, row: _Row) -> None:
-        row.item = ""
-        self._ended += 1
+    def _row(self, worker: int) -> _Row:
+        return self._rows.setdefault(worker, _Row())
+
+    def _clear(self, item: str) -> None:
+        """Show no worker at `item` any more."""
+        for row in self._rows.values():
+            if row.item == item:
+                row.item = ""
 
     def _line(self, text: str) -> None:
         self._console.print(text, soft_wrap=True)

@@ -13,6 +13,7 @@ import torch
 
 from omniavatar.accel.vae_runners import choose_vae, create_vae
 from omniavatar.device import choose_device, torch_dtype
+from omniavatar.engine.events import Message
 from omniavatar.engine.host import Host
 from omniavatar.engine.residency import Residency
 from omniavatar.parallel.rank_layout import Layout
@@ -63,7 +64,7 @@ class Models:
         layout = Layout(config.runtime.cfg_parallel, config.runtime.sp_size, dit.num_heads)
         for text in (measured, team.arrange(layout, config.runtime.exchange)):
             if text is not None:
-                recorder.event("message", text=text, level="info")
+                recorder.event(Message(text))
         self.residency = Residency(config, dit, self.vae_name, self.device, recorder, team.captures, host)
         enforce_limit(config.runtime.memory, self.device)
 

@@ -22,6 +22,7 @@ from omniavatar.accel.residual_cache import PassRunner, ResidualCache
 from omniavatar.config.load import Overrides, load_config
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.engine.clocks import DeviceClock
+from omniavatar.engine.events import Message, RequestFinished, RequestStarted
 from omniavatar.engine.host import Host
 from omniavatar.engine.identity import request_identity
 from omniavatar.engine.job import Job, checked_output, fingerprint
@@ -112,9 +113,7 @@ class AvatarPipeline:
                 writer.finish()
             values = sidecar_values(job, made, self.models, self.config, encoder, elapsed)
             result = job.close(values, self.config.output.keep_job)
-        self._recorder.event(
-            "request_finished", output=str(job.output), seconds=result.seconds, frames=result.frames
-        )
+        self._recorder.event(RequestFinished(str(job.output), result.seconds, result.frames))
         return result
 
     def stream(self, request: AvatarRequest) -> Iterator[VideoChunk]:
@@ -204,13 +203,14 @@ class AvatarPipeline:
 
     def _announce(self, job: Job, plan: RunPlan, index: int) -> None:
         self._recorder.event(
-            "request_started",
-            index=index,
-            name=job.output.name,
-            frames=plan.frames,
-            windows=len(plan.windows),
-            steps=plan.steps,
-            resumed_windows=job.done,
+            RequestStarted(
+                index=index,
+                name=job.output.name,
+                frames=plan.frames,
+                windows=len(plan.windows),
+                steps=plan.steps,
+                resumed_windows=job.done,
+            )
         )
         if job.done:
             self._message(f"resuming {job.output.name} at window {job.done + 1} of {len(plan.windows)}")
@@ -221,8 +221,8 @@ class AvatarPipeline:
             self._encoders[size] = self._host.choose_encoder(self.config.output.encoder, size)
         return self._encoders[size]
 
-    def _message(self, text: str, level: str = "info") -> None:
-        self._recorder.event("message", text=text, level=level)
+    def _message(self, text: str) -> None:
+        self._recorder.event(Message(text))
 
 
 def generate(

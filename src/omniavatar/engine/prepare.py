@@ -18,6 +18,7 @@ import torch
 
 from omniavatar.config.change import effective_sampling
 from omniavatar.encoders.image import choose_bucket, prepare_image
+from omniavatar.engine.events import Message
 from omniavatar.engine.window_loop import WindowSampling
 from omniavatar.errors import InputError
 from omniavatar.media.audio import decode_mono
@@ -118,8 +119,8 @@ def condition(models: Models, planned: Planned) -> Prepared:
     retry = models.residency.retry
     conditioning = retry(lambda: _encode(models, planned))
     step_plan = retry(lambda: decide_steps(models, planned.inputs.sampling, planned.inputs.constants))
-    for text, level in _notes(step_plan):
-        models.recorder.event("message", text=text, level=level)
+    for message in _notes(step_plan):
+        models.recorder.event(message)
     plan = planned.plan.decided(step_plan)
     return Prepared(planned.inputs, plan, planned.waveform, planned.folder, conditioning)
 
@@ -131,16 +132,16 @@ def decide_steps(models: Models, sampling: SamplingConfig, constants: CacheConst
     return make_step_plan(sampling, constants, lambda: models.time_projections(timesteps), guard)
 
 
-def _notes(plan: StepPlan) -> list[tuple[str, str]]:
-    """What the user reads of a step cache's plan, as (text, level)."""
-    notes = [(note, "warning") for note in plan.notes]
+def _notes(plan: StepPlan) -> list[Message]:
+    """What the user reads of a step cache's plan."""
+    notes = [Message(note, "warning") for note in plan.notes]
     if not plan.source:
         return notes
     text = (
         f"step cache {plan.policy}: {plan.computed} of {len(plan.compute)} steps computed; "
         f"constants {plan.source}"
     )
-    return [(text, "info"), *notes]
+    return [Message(text), *notes]
 
 
 @torch.inference_mode()
@@ -163,7 +164,7 @@ def _encode(models: Models, planned: Planned) -> Conditioning:
             speech = None if features is None else features[: plan.frames - 1]
             notes = _beyond_limits(models, models.config.model.input_limits, picture, reference, speech)
         for text in notes:
-            recorder.event("message", text=text, level="warning")
+            recorder.event(Message(text, "warning"))
     return Conditioning(positive, negative, reference, features)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from omniavatar.checkpoint.layout import scale_spec, text_tensors
 from omniavatar.encoders.text import TextEncoder, random_text_encoder, sizes_of
 from omniavatar.encoders.text_cache import TextCache, encode_cached, encoder_identity
+from omniavatar.engine.events import Message
 
 if TYPE_CHECKING:
     from omniavatar.config.schema import PipelineConfig
@@ -57,9 +58,7 @@ class PromptEncoder:
             try:
                 return self.encode(prompts, layer_by_layer=False)
             except torch.OutOfMemoryError:
-                self._recorder.event(
-                    "message", text="the text encoder does not fit: layer by layer", level="warning"
-                )
+                self._recorder.event(Message("the text encoder does not fit: layer by layer", "warning"))
         return self.encode(prompts, layer_by_layer=True)
 
     def encode(self, prompts: Sequence[str], layer_by_layer: bool) -> Tensor:
@@ -76,7 +75,7 @@ class PromptEncoder:
         assert encoder_path is not None and tokenizer_path is not None
 
         def load() -> TextEncoder:
-            self._recorder.event("message", text="loading the text encoder (new prompt)", level="info")
+            self._recorder.event(Message("loading the text encoder (new prompt)"))
             with self._recorder.stage("load_text_encoder"):
                 return TextEncoder.load(
                     encoder_path, tokenizer_path, self._device, self._dtype, layer_by_layer

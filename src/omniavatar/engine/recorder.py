@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omniavatar.engine.clocks import Clock, HostClock
+from omniavatar.types import Event
 
-Listener = Callable[[str, Mapping[str, Any]], None]
+Listener = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,12 @@ class NullRecorder:
     def stage(self, name: str) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def event(self, name: str, /, **fields: Any) -> None:
+    def event(self, event: Event) -> None:
         return None
 
 
 class RunRecorder:
-    """Sums stage times and forwards events to `listeners`, called as `listener(name, fields)`."""
+    """Sums stage times and forwards events to `listeners`, called as `listener(event)`."""
 
     def __init__(self, listeners: Sequence[Listener] = ()) -> None:
         self._listeners = tuple(listeners)
@@ -85,11 +86,11 @@ class RunRecorder:
                     else:
                         self._add(stage)
 
-    def event(self, name: str, /, **fields: Any) -> None:
+    def event(self, event: Event) -> None:
         """Hand the event to every listener, in order; events of several threads are not interleaved."""
         with self._lock:
             for listener in self._listeners:
-                listener(name, fields)
+                listener(event)
 
     def timings(self) -> dict[str, StageTime]:
         """Times of every outermost stage that has ended and of those in it, in the order of their ends.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from omniavatar.engine.events import Message
 from omniavatar.engine.host import Host
 from omniavatar.engine.retry import Result, retry_with_less
 from omniavatar.errors import ResourceError
@@ -94,7 +95,7 @@ class Residency:
         """Put `placement` in force: move what is loaded; what is not loaded yet will be loaded into it."""
         before, self._placement = self._placement, placement
         if before is None or before.describe() != placement.describe():
-            self._recorder.event("message", text=placement.describe(), level="info")
+            self._recorder.event(Message(placement.describe()))
         self.retry(self._arrange)
 
     def step_down(self, reason: str) -> None:
@@ -116,7 +117,7 @@ class Residency:
             )
         self._placement = smaller
         text = f"{reason}: retrying with less GPU memory. {smaller.describe()}"
-        self._recorder.event("message", text=text, level="warning")
+        self._recorder.event(Message(text, "warning"))
         self.retry(self._arrange)
 
     def retry(self, run: Callable[[], Result]) -> Result:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from omniavatar.accel.residual_cache import PassRunner, ResidualCache
 from omniavatar.device import arrival, download, upload
+from omniavatar.engine.events import StepFinished, WindowStarted
 from omniavatar.engine.retry import Retry, no_retry
 from omniavatar.parallel.team import ONE, Team
 from omniavatar.sampling.denoise import denoise as denoise_window
@@ -169,7 +170,7 @@ class WindowGenerator:
         """
         known = self._reference if given is None else given.to(self._device)
         for window in windows[first:]:
-            self._recorder.event("window_started", window=window.index, windows=len(windows))
+            self._recorder.event(WindowStarted(window=window.index, windows=len(windows)))
             last = window.index == len(windows) - 1
             overlap = 0 if last else windows[window.index + 1].given_frames
             compute = partial(self._compute, window, known, overlap)
@@ -259,12 +260,13 @@ class WindowGenerator:
         def on_step(step: int) -> None:
             row = self._passes[step]
             self._recorder.event(
-                "step",
-                window=window.index,
-                step=step,
-                steps=len(sampling.schedule),
-                action="compute" if any(each.compute for each in row) else "reuse",
-                passes=len(row),
+                StepFinished(
+                    window=window.index,
+                    step=step,
+                    steps=len(sampling.schedule),
+                    action="compute" if any(each.compute for each in row) else "reuse",
+                    passes=len(row),
+                )
             )
 
         return denoise_window(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Self
 
 import safetensors.torch
 
+from omniavatar.engine.events import WindowFinished
 from omniavatar.engine.host import Host
 from omniavatar.engine.job import Job
 from omniavatar.errors import ResumeError
@@ -122,10 +123,11 @@ class VideoWriter:
             self._job.finish_window(None if given is None else safetensors.torch.save({"given": given}))
             self._growing.append(self._job.segment_path(window.index))
         self._recorder.event(
-            "window_finished",
-            window=window.index,
-            windows=len(self._plan.windows),
-            frames_done=window.first_new_frame + window.new_frames,
-            seconds=seconds,
+            WindowFinished(
+                window=window.index,
+                windows=len(self._plan.windows),
+                frames_done=window.first_new_frame + window.new_frames,
+                seconds=seconds,
+            )
         )
         return True

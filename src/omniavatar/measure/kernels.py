@@ -9,12 +9,14 @@ Waiting and recording slow that window down, so its times in the report are larg
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from omniavatar.engine.events import RequestFinished, WindowStarted
+from omniavatar.types import Event
 
 
 class KernelTrace:
@@ -29,13 +31,13 @@ class KernelTrace:
         self._running = False
         self._owner = threading.get_ident()
 
-    def __call__(self, name: str, fields: Mapping[str, Any]) -> None:
+    def __call__(self, event: Event) -> None:
         if threading.get_ident() != self._owner:
             return
-        if self._running and name in ("window_started", "request_finished"):
+        if self._running and isinstance(event, WindowStarted | RequestFinished):
             self.stop()
-        elif name == "window_started" and self.window is None and _chosen(fields):
-            self.window = fields["window"]
+        elif isinstance(event, WindowStarted) and self.window is None and _chosen(event):
+            self.window = event.window
             self._running = True
             self._settle()
             self._profiler.start()
@@ -49,6 +51,6 @@ class KernelTrace:
             self._profiler.export_chrome_trace(str(self.path))
 
 
-def _chosen(fields: Mapping[str, Any]) -> bool:
+def _chosen(event: WindowStarted) -> bool:
     """Whether this is the second window, or the only one."""
-    return bool(fields["window"] == min(1, fields["windows"] - 1))
+    return event.window == min(1, event.windows - 1)

@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from omniavatar.engine.events import RequestFinished, RequestStarted, StepFinished, WindowStarted
 from omniavatar.engine.recorder import Listener, MarkedStage, RunRecorder
+from omniavatar.types import Event
 
 STEP = "step"
 DENOISE = "denoise"
@@ -86,29 +88,29 @@ class TraceRecorder(RunRecorder):
                 self._step_start = stage.start
             yield
 
-    def event(self, name: str, /, **fields: Any) -> None:
-        match name:
-            case "step":
-                self._step(fields)
-            case "request_started":
+    def event(self, event: Event) -> None:
+        match event:
+            case StepFinished():
+                self._step(event)
+            case RequestStarted():
                 self._request, self._requests = self._requests, self._requests + 1
                 self._window = None
-            case "window_started":
-                self._window = fields["window"]
-            case "request_finished":
+            case WindowStarted():
+                self._window = event.window
+            case RequestFinished():
                 self._request = self._window = None
-        super().event(name, **fields)
+        super().event(event)
 
     def spans(self) -> tuple[Span, ...]:
         """All stages and steps that have ended, by their start. Waits for a device that is timed."""
         spans = [kept.span() for kept in self._kept if kept.stage.end is not None]
         return tuple(sorted(spans, key=lambda span: (span.start, span.depth)))
 
-    def _step(self, fields: dict[str, Any]) -> None:
+    def _step(self, event: StepFinished) -> None:
         clock = self._clock()
         now = clock.mark()
         stage = MarkedStage(STEP, clock, now if self._step_start is None else self._step_start, now)
-        details = {"step": fields["step"], "action": fields["action"]}
+        details = {"step": event.step, "action": event.action}
         thread, depth = threading.get_ident(), len(self._nested())
         self._kept.append(_Kept(stage, thread, depth, self._request, self._window, details))
         self._step_start = now

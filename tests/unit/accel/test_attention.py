@@ -17,6 +17,7 @@ from omniavatar.accel.attention.packages import SageAttention
 from omniavatar.accel.attention.registry import ATTENTION, choose_backend, create_attention
 from omniavatar.accel.attention.timing import NEAR, attention_seconds, choose_attention, pick
 from omniavatar.device import Backend
+from omniavatar.engine.events import Message
 from omniavatar.errors import ResourceError
 
 CPU = torch.device("cpu")
@@ -66,7 +67,7 @@ def test_the_choice_is_said_and_kept_with_the_video(nano_checkpoint, tmp_path):
     from omniavatar.engine.recorder import RunRecorder
 
     said: list[str] = []
-    recorder = RunRecorder([lambda name, fields: said.append(str(fields.get("text")))])
+    recorder = RunRecorder([lambda event: isinstance(event, Message) and said.append(event.text)])
     pipeline = make_pipeline(nano_checkpoint, tmp_path / "cache", recorder, attention="fastest")
     result = pipeline.generate(request(0.3), tmp_path / "a.mp4")
     sidecar = json.loads(result.sidecar.read_text())

@@ -24,6 +24,7 @@ from omniavatar.cli import main
 from omniavatar.config.load import load_config
 from omniavatar.config.values import POCKET_WEIGHTS
 from omniavatar.encoders.input_limits import InputLimits, outlines, thumbnail
+from omniavatar.engine.events import Message
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.errors import CheckpointError, ConfigError
 from omniavatar.media.inspect import read_frames
@@ -170,7 +171,7 @@ def test_odd_inputs_are_warned_of_and_make_a_video_all_the_same(weights, limits,
     deaf = replace(limits, speech_weights=np.zeros(2 * hidden), speech_bias=-1.0)
     deaf.save(file, {})
     said = []
-    recorder = RunRecorder([lambda name, fields: said.append(fields.get("text", ""))])
+    recorder = RunRecorder([lambda event: isinstance(event, Message) and said.append(event.text)])
     settings = {**SMALL, "text_cache_dir": str(tmp_path / "cache"), "input_limits": str(file)}
     config = load_config(weights / "config.yaml", settings).config
     pixels = np.random.default_rng(0).integers(0, 256, (300, 200, 3), dtype=np.uint8)

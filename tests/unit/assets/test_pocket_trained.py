@@ -22,6 +22,7 @@ from training.scale import OVERLAP, SIZE, WINDOW
 from omniavatar import AvatarPipeline, AvatarRequest, SamplingParams, Waveform
 from omniavatar.assets import pocket
 from omniavatar.config.load import load_config
+from omniavatar.engine.events import WindowStarted
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.media.audio import decode_mono
 from omniavatar.media.inspect import read_frames
@@ -196,8 +197,8 @@ def test_a_cut_run_goes_on_to_the_same_file(short_windows, speech, tmp_path):
     sound = Waveform(speech[: (2 * SHORT_WINDOW - OVERLAP - 1) * RATE // FPS], RATE)
     request = AvatarRequest(STILL, pocket.PORTRAIT, sound, sampling=SamplingParams(num_steps=1))
 
-    def cut(name, fields):
-        if name == "window_started" and fields["window"] == 1:
+    def cut(event):
+        if isinstance(event, WindowStarted) and event.window == 1:
             raise KeyboardInterrupt
 
     whole, resumed = tmp_path / "whole.mp4", tmp_path / "resumed.mp4"

@@ -13,6 +13,7 @@ import pytest
 
 from command_line import NANO, PORTRAIT, REPOSITORY, SPEECH, error_lines, run, timed
 from omniavatar.cli import main
+from omniavatar.engine.events import RequestFinished, RequestStarted
 from omniavatar.errors import CheckpointError, InputError, OutputError, ResumeError
 from omniavatar.types import AvatarRequest, RunResult
 
@@ -133,10 +134,8 @@ class FakePipeline:
         self.calls.append((request, output, resume, index))
         if "bad" in str(request.image):
             raise self.error
-        self.recorder.event(
-            "request_started", index=index, name=output.name, frames=5, windows=1, steps=2, resumed_windows=0
-        )
-        self.recorder.event("request_finished", output=str(output), seconds=1.0, frames=5)
+        self.recorder.event(RequestStarted(index, output.name, 5, windows=1, steps=2, resumed_windows=0))
+        self.recorder.event(RequestFinished(str(output), 1.0, 5))
         return RunResult(output, output.with_suffix(".json"), 5, 1, 0, 1.0)
 
 

@@ -13,6 +13,7 @@ import torch
 from engine import make_pipeline, request
 from omniavatar import AvatarPipeline
 from omniavatar.device import arrival, download, upload
+from omniavatar.engine.events import WindowFinished
 from omniavatar.engine.host import Host
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.engine.window_loop import WindowResult
@@ -150,9 +151,9 @@ def test_window_seconds_are_between_arrivals(nano_checkpoint, tmp_path) -> None:
     """Not between the moments the host had queued them."""
     seconds: list[float] = []
 
-    def listener(name, fields):
-        if name == "window_finished":
-            seconds.append(fields["seconds"])
+    def listener(event):
+        if isinstance(event, WindowFinished):
+            seconds.append(event.seconds)
 
     class Late(Host):
         def arrival(self, device):

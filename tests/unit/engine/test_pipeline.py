@@ -136,7 +136,7 @@ def test_silent_video_has_seq_len_frames_and_no_sound(nano_checkpoint, cache, tm
 
 def test_step_cache_saves_forwards_and_is_planned(nano_checkpoint, cache):
     calls: list[str] = []
-    recorder = RunRecorder([lambda name, fields: calls.append(fields.get("action", name))])
+    recorder = RunRecorder([lambda event: calls.append(getattr(event, "action", event.kind))])
     pipe = make_pipeline(
         nano_checkpoint,
         cache,

@@ -6,24 +6,32 @@ import io
 import json
 import threading
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from omniavatar.cli.progress import Bars, JsonLines, Quiet, make_display
+from omniavatar.engine.events import (
+    Message,
+    RequestFinished,
+    RequestStarted,
+    StepFinished,
+    WindowFinished,
+    WindowStarted,
+)
 from omniavatar.engine.recorder import NullRecorder, RunRecorder, stage_seconds
+from omniavatar.types import Event
 
 RUN = [
-    ("request_started", dict(index=0, name="[a].mp4", frames=33, windows=2, steps=2, resumed_windows=0)),
-    ("message", dict(text="[odd] note", level="warning")),
-    ("window_started", dict(window=0, windows=2)),
-    ("step", dict(window=0, step=0, steps=2, action="compute")),
-    ("step", dict(window=0, step=1, steps=2, action="reuse")),
-    ("window_finished", dict(window=0, windows=2, frames_done=25, seconds=1.5)),
-    ("window_started", dict(window=1, windows=2)),
-    ("request_finished", dict(output="out/[a].mp4", seconds=3.0, frames=33)),
+    RequestStarted(index=0, name="[a].mp4", frames=33, windows=2, steps=2, resumed_windows=0),
+    Message("[odd] note", "warning"),
+    WindowStarted(window=0, windows=2),
+    StepFinished(window=0, step=0, steps=2, action="compute", passes=2),
+    StepFinished(window=0, step=1, steps=2, action="reuse", passes=2),
+    WindowFinished(window=0, windows=2, frames_done=25, seconds=1.5),
+    WindowStarted(window=1, windows=2),
+    RequestFinished(output="out/[a].mp4", seconds=3.0, frames=33),
 ]
 
 
@@ -55,7 +63,7 @@ def test_threads_nest_their_own_stages() -> None:
     def work() -> None:
         for _ in range(50):
             with recorder.stage("thread"):
-                recorder.event("tick")
+                recorder.event(Message("tick"))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     with recorder.stage("main"):
@@ -90,21 +98,21 @@ def test_overhead_is_small() -> None:
 def test_null_recorder_does_nothing() -> None:
     recorder = NullRecorder()
     with recorder.stage("x"):
-        recorder.event("y", z=1)
+        recorder.event(Message("y"))
 
 
 def play(display: Any) -> None:
     recorder = RunRecorder([display])
     with display:
-        for name, fields in RUN:
-            recorder.event(name, **fields)
+        for event in RUN:
+            recorder.event(event)
 
 
 def test_json_lines_are_one_object_an_event() -> None:
     stream = io.StringIO()
     play(JsonLines(stream))
     records = [json.loads(line) for line in stream.getvalue().splitlines()]
-    assert [record["event"] for record in records] == [name for name, _ in RUN]
+    assert [record["event"] for record in records] == [event.kind for event in RUN]
     assert records[3]["step"] == 0 and all(isinstance(record["time"], float) for record in records)
 
 
@@ -133,7 +141,10 @@ def test_bars_on_a_terminal() -> None:
 
 
 def test_events_reach_every_listener() -> None:
-    seen: list[tuple[str, Mapping[str, Any]]] = []
-    recorder = RunRecorder([lambda name, fields: seen.append((name, fields))] * 2)
-    recorder.event("step", step=1)
-    assert seen == [("step", {"step": 1})] * 2
+    seen: list[Event] = []
+    recorder = RunRecorder([seen.append] * 2)
+    step = StepFinished(window=0, step=1, steps=4, action="compute", passes=2)
+    recorder.event(step)
+    assert seen == [step, step]
+    assert step.kind == "step"
+    assert step.as_dict() == {"window": 0, "step": 1, "steps": 4, "action": "compute", "passes": 2}

@@ -16,6 +16,7 @@ import pytest
 from engine import make_pipeline, portrait, request, voice
 from media_files import write_audio
 from omniavatar import SamplingParams
+from omniavatar.engine.events import StepFinished
 from omniavatar.errors import OutputError, ResumeError
 from omniavatar.media.inspect import probe_video, read_frames
 
@@ -88,7 +89,7 @@ def test_only_missing_windows_are_computed(pipeline, whole, tmp_path):
     interrupt_after(pipeline, output, 3)
     steps: list[int] = []
     pipe = make_pipeline_like(
-        pipeline, lambda name, fields: name == "step" and steps.append(fields["window"])
+        pipeline, lambda event: isinstance(event, StepFinished) and steps.append(event.window)
     )
     result = pipe.generate(request(SECONDS), output)
     assert min(steps) == result.resumed_windows >= 3
@@ -105,8 +106,8 @@ def make_pipeline_like(pipeline, listener):
 def interrupt_after(pipeline, output: Path, windows: int) -> None:
     """Ctrl-C while window number `windows` (from 0) is being denoised."""
 
-    def listener(name, fields):
-        if name == "step" and fields["window"] == windows:
+    def listener(event):
+        if isinstance(event, StepFinished) and event.window == windows:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -19,6 +19,7 @@ from engine import make_pipeline, overrides, place, request
 from omniavatar.accel import residual_meter
 from omniavatar.accel.residual_meter import ResidualMeter
 from omniavatar.config.load import load_config
+from omniavatar.engine.events import Message, WindowFinished
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.errors import CheckpointError, ConfigError, OutputError, ResumeError
 from omniavatar.measure.calibrate import CalibrationRun, calibrate
@@ -244,7 +245,7 @@ def sidecar(pipeline, output: Path, **changes: Any) -> dict[str, Any]:
 
 def test_a_run_says_which_constants_it_used(done, folder, cache, tmp_path):
     texts: list[str] = []
-    recorder = RunRecorder([lambda name, fields: texts.append(fields.get("text", ""))])
+    recorder = RunRecorder([lambda event: isinstance(event, Message) and texts.append(event.text)])
     measured = make_pipeline(folder, cache, recorder, num_steps=STEPS, scale="1.3B", **MAGCACHE)
     plan = sidecar(measured, tmp_path / "a.mp4")["plan"]
     assert plan["step_plan"]["source"].startswith(f"measured on this model at {STEPS} steps")
@@ -263,8 +264,8 @@ def test_a_resumed_run_cannot_mix_constants(done, folder, cache, tmp_path):
     settings = {"num_steps": STEPS, "scale": "1.3B", **MAGCACHE}
     output = tmp_path / "out.mp4"
 
-    def stop(name: str, fields: Any) -> None:
-        if name == "window_finished":
+    def stop(event: Any) -> None:
+        if isinstance(event, WindowFinished):
             raise KeyboardInterrupt
 
     published = make_pipeline(folder, cache, RunRecorder([stop]), step_cache_file="none", **settings)

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from omniavatar.accel.attention.registry import create_attention
 from omniavatar.checkpoint.layout import scale_spec
+from omniavatar.engine.events import RequestFinished, RequestStarted, StepFinished, WindowStarted
 from omniavatar.measure import flops
 from omniavatar.measure.ceilings import Ceilings, ceilings, fp8_ceilings
 from omniavatar.measure.kernels import KernelTrace
@@ -96,22 +97,26 @@ def test_unknown_devices_are_probed_and_say_so() -> None:
 # Traces
 
 
+def started(windows: int) -> RequestStarted:
+    return RequestStarted(0, "out.mp4", frames=5, windows=windows, steps=2, resumed_windows=0)
+
+
 def record(recorder: TraceRecorder, windows: int = 2, steps: int = 2) -> None:
     with recorder.stage("text"), recorder.stage("load_text_encoder"):
         pass
-    recorder.event("request_started", windows=windows)
+    recorder.event(started(windows))
     for window in range(windows):
-        recorder.event("window_started", window=window, windows=windows)
+        recorder.event(WindowStarted(window, windows))
         with recorder.stage("denoise"):
             for step in range(steps):
                 time.sleep(0.002)
-                recorder.event("step", window=window, step=step, steps=steps, action="compute")
+                recorder.event(StepFinished(window, step, steps, "compute", 1))
         with recorder.stage("vae_decode"):
             pass
         thread = threading.Thread(target=write, args=[recorder])
         thread.start()
         thread.join()
-    recorder.event("request_finished")
+    recorder.event(RequestFinished("out.mp4", 1.0, 5))
 
 
 def write(recorder: TraceRecorder) -> None:
@@ -185,18 +190,18 @@ def test_recording_costs_well_under_a_percent_of_a_step() -> None:
     begun = time.thread_time()  # of this thread: others may have the core meanwhile
     for step in range(1000):
         with recorder.stage("denoise"):
-            recorder.event("step", window=0, step=step, steps=1000, action="compute")
+            recorder.event(StepFinished(0, step, 1000, "compute", 1))
     assert (time.thread_time() - begun) / 1000 < 5e-4, "the nano model's step on a CPU takes 50 ms and more"
 
 
 def test_kernel_trace_covers_one_window(tmp_path: Path) -> None:
     taker = KernelTrace(tmp_path / "kernels.json", on_gpu=False)
     recorder = TraceRecorder([taker])
-    recorder.event("request_started", windows=3)
+    recorder.event(started(3))
     for window in range(3):
-        recorder.event("window_started", window=window, windows=3)
+        recorder.event(WindowStarted(window, 3))
         torch.ones(4).add(window)
-    recorder.event("request_finished")
+    recorder.event(RequestFinished("out.mp4", 1.0, 5))
     assert taker.window == 1
     events = json.loads((tmp_path / "kernels.json").read_text())["traceEvents"]
     assert sum(event.get("name") == "aten::add" for event in events) == 1

@@ -16,6 +16,7 @@ from omniavatar.checkpoint.layout import SCALES
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.device import choose_device
+from omniavatar.engine.events import Message, StepFinished
 from omniavatar.engine.host import Host
 from omniavatar.engine.loading import loading_device
 from omniavatar.engine.recorder import RunRecorder
@@ -50,9 +51,9 @@ class Messages:
         self.texts: list[str] = []
         self.recorder = RunRecorder([self])
 
-    def __call__(self, name, fields) -> None:
-        if name == "message":
-            self.texts.append(fields["text"])
+    def __call__(self, event) -> None:
+        if isinstance(event, Message):
+            self.texts.append(event.text)
 
     def about_memory(self) -> list[str]:
         return [text for text in self.texts if "memory:" in text]
@@ -311,8 +312,8 @@ def test_resumed_run_keeps_the_precision_it_began_with(nano_checkpoint, cache, t
     make_pipeline(nano_checkpoint, cache, host=tight, quantize="auto").generate(request(SECONDS), expected)
     assert sidecar(expected)["quantize"] == "fp8"
 
-    def stop(name, fields):
-        if name == "step" and fields["window"] == 2:
+    def stop(event):
+        if isinstance(event, StepFinished) and event.window == 2:
             raise KeyboardInterrupt
 
     output = tmp_path / "out.mp4"

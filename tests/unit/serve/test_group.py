@@ -30,11 +30,12 @@ from omniavatar.config.load import load_config
 from omniavatar.engine.orders import EndOrder, WindowsOrder
 from omniavatar.errors import OutputError
 from omniavatar.serve.batch.destination import FolderDestination
+from omniavatar.serve.batch.events import WorkerLost
 from omniavatar.serve.batch.group import GroupWorker
 from omniavatar.serve.batch.items import Item, Outcome, Seat, Task, Verdict, WorkerInfo
 from omniavatar.serve.batch.pipelines import AvatarEngine, AvatarEngines
 from omniavatar.serve.batch.ray_crew import workers_fitting
-from omniavatar.types import AvatarRequest, SamplingParams
+from omniavatar.types import AvatarRequest, Event, SamplingParams
 
 TWO = Seat(("cpu", "cpu"))
 
@@ -261,9 +262,9 @@ def test_batch_in_which_each_process_of_a_group_is_killed_once(tmp_path: Path, n
     killer = later(kill)
     lost: list[str] = []
 
-    def listen(name: str, **fields: Any) -> None:
-        if name == "worker_lost":
-            lost.append(fields["reason"])
+    def listen(event: Event) -> None:
+        if isinstance(event, WorkerLost):
+            lost.append(event.reason)
 
     result = drive(tmp_path, prompts, engines=engines, workers=1, devices=2, event=listen)
     killer.join()

@@ -25,6 +25,8 @@ import processes
 from batch_driver import drive
 from batch_stub import StubEngines, noted, video_bytes
 from omniavatar.errors import CheckpointError, ResourceError
+from omniavatar.serve.batch.events import ItemDone, ItemWindow
+from omniavatar.types import Event
 
 TESTS = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -169,10 +171,10 @@ def test_killed_worker_costs_only_the_window_it_was_at(tmp_path: Path, cluster: 
     killer = at_once(kill)
     windows: list[int] = []
 
-    def listen(event: str, **fields: Any) -> None:
-        if event == "item_window":
-            assert fields["windows"] == 6
-            windows.append(fields["window"])
+    def listen(event: Event) -> None:
+        if isinstance(event, ItemWindow):
+            assert event.windows == 6
+            windows.append(event.window)
 
     result = drive(tmp_path, prompts, engines=engines, event=listen, address=cluster)
     killer.join()
@@ -451,9 +453,9 @@ def pauses_and_use(tmp_path: Path, cluster: str) -> tuple[float, float, int]:
     seconds, enough = 0.2, 60
     done: list[str] = []
 
-    def listen(event: str, **fields: Any) -> None:
-        if event == "item_done":
-            done.append(fields["item"])
+    def listen(event: Event) -> None:
+        if isinstance(event, ItemDone):
+            done.append(event.item)
             if len(done) == enough:
                 raise KeyboardInterrupt
 

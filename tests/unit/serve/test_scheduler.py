@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from batch_stub import make_items
+from omniavatar.engine.events import Message
 from omniavatar.errors import CheckpointError, OutputError, ResourceError
 from omniavatar.serve.batch.crew import Answered, Lost, News, Started
 from omniavatar.serve.batch.items import Item, Made, Outcome, Progress, Task, Verdict, WorkerInfo
@@ -91,7 +92,7 @@ def run(
     run_folder = run_folder or RunFolder(folder)
     with run_folder.own():
         scheduler = Scheduler(
-            lambda: crew, run_folder, Rules(**rules), event or (lambda name, **f: None), lambda: crew.now
+            lambda: crew, run_folder, Rules(**rules), event or (lambda event: None), lambda: crew.now
         )
         return scheduler.run(items, run_folder.states() if before is None else before, sizes or {})
 
@@ -126,7 +127,7 @@ def test_without_open_items_no_worker_starts(tmp_path: Path) -> None:
         raise AssertionError("a worker was started")
 
     folder = RunFolder(tmp_path)
-    scheduler = Scheduler(open_crew, folder, Rules(), lambda name, **f: None)
+    scheduler = Scheduler(open_crew, folder, Rules(), lambda event: None)
     ledger = scheduler.run(items, folder.states(), {"00000.mp4": 10})
     assert ledger.skipped == {"00000"}
 
@@ -218,7 +219,7 @@ def test_item_of_another_process_waits_without_using_attempts(tmp_path: Path) ->
         tmp_path,
         retries=0,
         busy_wait_s=5.0,
-        event=lambda name, **fields: events.append(name),
+        event=lambda event: events.append(event.kind),
     )
     assert set(names(ledger).values()) == {"done"}
     assert ledger.states["00000"].attempts == 1
@@ -285,7 +286,7 @@ def test_states_that_cannot_be_written_cost_a_warning(tmp_path: Path) -> None:
         make_items(["a", "b"]),
         tmp_path,
         run_folder=FullFolder(tmp_path),
-        event=lambda name, **fields: name == "message" and events.append(fields["text"]),
+        event=lambda event: isinstance(event, Message) and events.append(event.text),
     )
     assert set(names(ledger).values()) == {"done"}
     assert len(events) == 1 and "disk is full" in events[0]

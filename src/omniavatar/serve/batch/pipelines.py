@@ -19,6 +19,7 @@ from omniavatar.config.change import changed
 from omniavatar.config.identity import result_values
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.device import choose_device, device_name
+from omniavatar.engine.events import RequestStarted, WindowFinished
 from omniavatar.engine.identity import weight_identities
 from omniavatar.engine.job import output_path
 from omniavatar.engine.orders import WindowsOrder
@@ -33,7 +34,7 @@ from omniavatar.plan.calibration import constants_file
 from omniavatar.plan.sharing import shared_among
 from omniavatar.serve.batch.cores import take_cores
 from omniavatar.serve.batch.items import Engine, Item, Made, Member, PeerLost, Seat
-from omniavatar.types import AvatarRequest
+from omniavatar.types import AvatarRequest, Event
 
 
 @dataclass(frozen=True)
@@ -149,11 +150,11 @@ class AvatarEngine:
         """False after an error while the other processes were inside a video: they block in an exchange."""
         return self._team is None or not isinstance(self._team.last_order, WindowsOrder)
 
-    def _listen(self, name: str, fields: Mapping[str, Any]) -> None:
-        if name == "request_started":
-            self._on_window(fields["resumed_windows"], fields["windows"])
-        elif name == "window_finished":
-            self._on_window(fields["window"] + 1, fields["windows"])
+    def _listen(self, event: Event) -> None:
+        if isinstance(event, RequestStarted):
+            self._on_window(event.resumed_windows, event.windows)
+        elif isinstance(event, WindowFinished):
+            self._on_window(event.window + 1, event.windows)
 
 
 def make_items(lines: Sequence[RequestLine | BadLine], config: PipelineConfig) -> list[Item]:

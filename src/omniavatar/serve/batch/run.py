@@ -9,11 +9,12 @@ from typing import Any
 
 from omniavatar.serve.batch.crew import Crew
 from omniavatar.serve.batch.destination import Destination
+from omniavatar.serve.batch.events import BatchFinished
 from omniavatar.serve.batch.items import Item
 from omniavatar.serve.batch.ledger import Ledger
 from omniavatar.serve.batch.report import summary
 from omniavatar.serve.batch.run_folder import RunFolder
-from omniavatar.serve.batch.scheduler import Event, Rules, Scheduler
+from omniavatar.serve.batch.scheduler import Report, Rules, Scheduler
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,14 @@ def run_batch(
     destination: Destination,
     folder: Path,
     rules: Rules,
-    event: Event,
+    event: Report,
 ) -> BatchResult:
     """Make the items that are not done yet and write `summary.json` into the run folder.
 
     An error that ended the batch early is in `BatchResult.ledger`.
 
     open_crew: makes the workers; called only if an item is queued.
-    event: called as `event(name, **fields)` for every step.
+    event: called with each event of `serve.batch.events`.
 
     Raises OutputError if another driver runs the same folder, or a folder cannot be written.
     """
@@ -47,5 +48,5 @@ def run_batch(
         with destination.prepared():
             ledger = Scheduler(open_crew, run, rules, event).run(items, run.states(), destination.sizes())
         figures = summary(ledger)
-        event("batch_finished", **figures)
+        event(BatchFinished(figures))
         return BatchResult(ledger, figures, run.write_summary(figures))

@@ -17,13 +17,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from omniavatar.engine.events import Message
 from omniavatar.errors import OmniAvatarError, OutputError, ResourceError
 from omniavatar.serve.batch.crew import Answered, Crew, Lost, News, Started
+from omniavatar.serve.batch.events import (
+    BatchStarted,
+    ItemDone,
+    ItemFailed,
+    ItemRetried,
+    ItemStarted,
+    ItemWaiting,
+    ItemWindow,
+    WorkerClosed,
+    WorkerLost,
+    WorkerReady,
+)
 from omniavatar.serve.batch.items import Item, Outcome, Task, Verdict, WorkerInfo, as_error
 from omniavatar.serve.batch.ledger import Ledger, WorkerSlot
 from omniavatar.serve.batch.run_folder import ItemState, RunFolder, first_state
+from omniavatar.types import Event
 
-Event = Callable[..., None]
+Report = Callable[[Event], None]
 FALSE_STARTS = 3
 """A slot is closed after this many workers in a row died before they were ready."""
 LONGEST_UNWRITTEN_S = 0.1
@@ -58,7 +72,7 @@ class Scheduler:
         open_crew: Callable[[], Crew],
         folder: RunFolder,
         rules: Rules,
-        event: Event,
+        event: Report,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._open_crew, self._folder, self._rules = open_crew, folder, rules
@@ -89,11 +103,12 @@ class Scheduler:
                 self._queue.append(item)
         began = self._clock()
         self._event(
-            "batch_started",
-            items=len(items),
-            queued=len(self._queue),
-            skipped=len(ledger.skipped),
-            failed=len(items) - len(self._queue) - len(ledger.skipped),
+            BatchStarted(
+                items=len(items),
+                queued=len(self._queue),
+                skipped=len(ledger.skipped),
+                failed=len(items) - len(self._queue) - len(ledger.skipped),
+            )
         )
         if self._queue:
             self._work(ledger)
@@ -135,7 +150,7 @@ class Scheduler:
                 return old
         if item.problem is not None:
             state = replace(state, state="failed", error=item.problem, error_class="InputError")
-            self._event("item_failed", item=item.key, line=item.line, error=item.problem, attempts=0)
+            self._event(ItemFailed(item=item.key, line=item.line, error=item.problem, attempts=0))
         self._unwritten[state.key] = state
         return state
 
@@ -190,7 +205,7 @@ class Scheduler:
         self._crew.give(slot.number, slot.task)
         changes = {"attempts": attempts, "worker": slot.name, "error": "", "error_class": ""}
         self._save(ledger, item, state="running", **changes)
-        self._event("item_started", item=item.key, worker=slot.number, attempt=attempts)
+        self._event(ItemStarted(item=item.key, worker=slot.number, attempt=attempts))
 
     def _hear(self, ledger: Ledger, news: News) -> None:
         slot = ledger.slots[news.slot]
@@ -199,7 +214,7 @@ class Scheduler:
                 slot.info = slot.known = info
                 slot.ready_since, slot.false_starts = self._clock(), 0
                 self._event(
-                    "worker_ready", worker=slot.number, host=info.host, device=info.device, gpus=info.gpus
+                    WorkerReady(worker=slot.number, host=info.host, device=info.device, gpus=info.gpus)
                 )
             case Started(answer=Outcome() as outcome):
                 self._end(slot)
@@ -213,7 +228,7 @@ class Scheduler:
 
     def _close(self, slot: WorkerSlot, reason: str) -> None:
         slot.closed = reason
-        self._event("worker_closed", worker=slot.number, reason=_last_line(reason))
+        self._event(WorkerClosed(worker=slot.number, reason=_last_line(reason)))
 
     def _answered(self, ledger: Ledger, slot: WorkerSlot, outcome: Outcome) -> None:
         assert slot.task is not None
@@ -234,7 +249,7 @@ class Scheduler:
                 self._save(ledger, item, state="queued", attempts=self._attempts[item.key])
                 if item.key not in self._waiting:
                     self._waiting.add(item.key)
-                    self._event("item_waiting", item=item.key, reason=outcome.error)
+                    self._event(ItemWaiting(item=item.key, reason=outcome.error))
                 self._put_back(item, self._rules.busy_wait_s)
             case Verdict.fatal:
                 self._fail(ledger, slot, item, outcome.error, outcome.error_class)
@@ -268,20 +283,21 @@ class Scheduler:
         )
         resumed = made.resumed_windows if made else 0
         self._event(
-            "item_done",
-            item=item.key,
-            video=item.name,
-            worker=slot.number,
-            frames=frames,
-            resumed_windows=resumed,
-            seconds=spent,
+            ItemDone(
+                item=item.key,
+                video=item.name,
+                worker=slot.number,
+                frames=frames,
+                resumed_windows=resumed,
+                seconds=spent,
+            )
         )
 
     def _lost(self, ledger: Ledger, slot: WorkerSlot, reason: str) -> None:
         task, started = slot.task, slot.info is not None
         slot.lost += 1
         self._end(slot)
-        self._event("worker_lost", worker=slot.number, reason=reason)
+        self._event(WorkerLost(worker=slot.number, reason=reason))
         slot.false_starts = 0 if started else slot.false_starts + 1
         if slot.false_starts < FALSE_STARTS:
             self._hire(slot)
@@ -299,7 +315,7 @@ class Scheduler:
             self._fail(ledger, slot, item, error, error_class)
             return
         self._save(ledger, item, state="queued", error=error, error_class=error_class)
-        self._event("item_retried", item=item.key, attempt=attempts, error=_last_line(error))
+        self._event(ItemRetried(item=item.key, attempt=attempts, error=_last_line(error)))
         if at_once:
             self._queue.appendleft(item)
         else:
@@ -313,11 +329,9 @@ class Scheduler:
         slot.failed += 1
         self._save(ledger, item, state="failed", error=error, error_class=error_class)
         self._event(
-            "item_failed",
-            item=item.key,
-            line=item.line,
-            error=_last_line(error),
-            attempts=self._attempts[item.key],
+            ItemFailed(
+                item=item.key, line=item.line, error=_last_line(error), attempts=self._attempts[item.key]
+            )
         )
 
     def _check_storage(self, ledger: Ledger, item: Item, outcome: Outcome) -> None:
@@ -342,11 +356,9 @@ class Scheduler:
             if (old.window, old.windows) != (progress.window, progress.windows):
                 self._save(ledger, task.item, window=progress.window, windows=progress.windows)
                 self._event(
-                    "item_window",
-                    item=task.item.key,
-                    worker=number,
-                    window=progress.window,
-                    windows=progress.windows,
+                    ItemWindow(
+                        item=task.item.key, worker=number, window=progress.window, windows=progress.windows
+                    )
                 )
 
     def _save(self, ledger: Ledger, item: Item, **changes: Any) -> None:
@@ -362,7 +374,7 @@ class Scheduler:
             if not self._warned:
                 self._warned = True
                 text = f"the states of items are not saved: {error}"
-                self._event("message", text=text, level="warning")
+                self._event(Message(text, "warning"))
 
 
 def _last_line(error: str) -> str:

@@ -1,0 +1,77 @@
+"""Events of a run, as values. A recorder passes each to its listeners: displays, JSON lines, traces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from omniavatar.types import Event
+
+Level = Literal["info", "warning"]
+Action = Literal["compute", "reuse"]
+
+
+@dataclass(frozen=True)
+class Message(Event, kind="message"):
+    """A sentence for the user."""
+
+    text: str
+    level: Level = "info"
+
+
+@dataclass(frozen=True)
+class CommandFailed(Event, kind="error"):
+    """The command ends with an error. text: the line that the user reads."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class RequestStarted(Event, kind="request_started"):
+    """A request is planned. index: its number. name: of the video file. resumed_windows:
+    windows that an earlier run finished."""
+
+    index: int
+    name: str
+    frames: int
+    windows: int
+    steps: int
+    resumed_windows: int
+
+
+@dataclass(frozen=True)
+class RequestFinished(Event, kind="request_finished"):
+    """A video has its final name. output: its path."""
+
+    output: str
+    seconds: float
+    frames: int
+
+
+@dataclass(frozen=True)
+class WindowStarted(Event, kind="window_started"):
+    """The host starts to queue a window (numbered from 0)."""
+
+    window: int
+    windows: int
+
+
+@dataclass(frozen=True)
+class StepFinished(Event, kind="step"):
+    """A step of a window is queued. passes: forward passes that it ran."""
+
+    window: int
+    step: int
+    steps: int
+    action: Action
+    passes: int
+
+
+@dataclass(frozen=True)
+class WindowFinished(Event, kind="window_finished"):
+    """A window is on disk. frames_done: of the whole video. seconds: since the window before."""
+
+    window: int
+    windows: int
+    frames_done: int
+    seconds: float
