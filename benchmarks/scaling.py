@@ -34,6 +34,7 @@ from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.parallel.rank_layout import Layout, deal
+from omniavatar.parallel.ranks import Ranks
 from omniavatar.parallel.weights import apply_shared_weights
 from omniavatar.sampling.guidance import guidance_branches
 from omniavatar.sampling.passes import plan_passes
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure(options, team, device)
 
 
-def measure(options, team, device):
+def measure(options, team: Ranks, device):
     """Measure on all ranks; the leader prints."""
     spec = scale_spec(options.scale).dit
     layout = Layout(options.cfg, team.size // options.cfg, spec.num_heads)

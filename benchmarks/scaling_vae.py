@@ -28,7 +28,7 @@ from omniavatar.parallel.peers import Peers
 from omniavatar.parallel.picture_rows import PictureRows
 from omniavatar.parallel.process import Process, connect, disconnect
 from omniavatar.parallel.rank_layout import Layout
-from omniavatar.parallel.team import Ranks
+from omniavatar.parallel.ranks import Ranks
 from omniavatar.parallel.vae import apply_shared_vae
 
 HEIGHT, WIDTH = 400, 720
@@ -110,7 +110,7 @@ def several_gpus() -> Iterator[tuple[Ranks, torch.device]]:
     disconnect()
 
 
-def measure(team, device, repeats, exchange):
+def measure(team: Ranks, device, repeats, exchange):
     """Measure on all ranks; the leader prints. exchange: how the ranks exchange, for the report."""
     alone = apply_fast_vae(
         random_vae(VAEConfig(), dtype=torch.bfloat16, device=device, seed=0), FastVAEConfig()

@@ -31,6 +31,7 @@ def test_the_list_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> N
     assert "-m benchmarks scaling" in listed
 
 
+@pytest.mark.slow
 def test_the_list_imports_no_benchmark() -> None:
     code = "import sys, benchmarks.__main__ as b; b.main([]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
@@ -62,6 +63,7 @@ def test_every_benchmark_prints_its_help(name: str, capsys: pytest.CaptureFixtur
     assert f"-m benchmarks {name} " in shown.partition("\n\n")[2], "an example with the way to start it"
 
 
+@pytest.mark.slow
 def test_profile_overhead_runs(capsys: pytest.CaptureFixture[str]) -> None:
     main(["profile_overhead", "--hp", *SMALL, "num_steps=1", "--repeats", "2", "--frames", "10"])
     shown = capsys.readouterr().out
@@ -71,6 +73,7 @@ def test_profile_overhead_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "| profiled | " in shown
 
 
+@pytest.mark.slow
 def test_a_whole_video_runs_and_is_projected() -> None:
     """As a process, since it replaces the random decoder for good."""
     options = ["--config", "configs/nano.yaml", "--scale", "nano", "--minutes", "0.05", "--windows", "3"]
