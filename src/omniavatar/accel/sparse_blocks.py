@@ -1,0 +1,102 @@
+"""The blocks of a forward with self-attention by plan, and with tokens in another order inside.
+
+`SparseBlocks` and `OrderedBlocks` stand in for `WanDiT.run_blocks` (see there for the arguments). Each layer
+of the first attends with lists of its own; the second brings tokens, positions and audio into a `TokenOrder`
+before the blocks and the tokens back after them. Nothing in a block depends on the order but the rounding of
+sums over keys; the text has no order to follow.
+
+Shapes: B batch, L tokens, C width, T latent frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast, overload
+
+import torch
+from torch import Tensor
+
+from omniavatar.accel.attention.sparse import BlockLists, SparseAttentionFn
+from omniavatar.model.dit import RunBlocks, WanDiT
+from omniavatar.model.layers import Block, BlockInputs
+from omniavatar.model.rope import RopeTable
+from omniavatar.sampling.token_order import TokenOrder
+
+
+class BoundAttention:
+    """An `AttentionFn`: a sparse one with its lists."""
+
+    def __init__(self, attention: SparseAttentionFn, lists: BlockLists) -> None:
+        self._attention, self._lists = attention, lists
+        self.takes_float8 = getattr(attention, "takes_float8", False)
+
+    def __call__(self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
+        return self._attention(q_BLHD, k_BLHD, v_BLHD, self._lists)
+
+
+class SparseBlocks:
+    """The blocks of `dit`; layer i attends by `attention` with `lists[i]`, or by the model's own if None."""
+
+    def __init__(self, dit: WanDiT, attention: SparseAttentionFn, lists: Sequence[BlockLists | None]) -> None:
+        self._dit = dit
+        self._attentions = [None if each is None else BoundAttention(attention, each) for each in lists]
+
+    def __call__(self, tokens_BLC: Tensor, inputs: BlockInputs) -> Tensor:
+        dit = self._dit
+        layers = zip(dit.blocks, inputs.text, inputs.audio, self._attentions, strict=True)
+        for block, text, audio, attention in layers:
+            tokens_BLC = cast(Block, block)(
+                tokens_BLC,
+                inputs.modulation,
+                inputs.rope,
+                text,
+                audio,
+                attention or dit.attention,
+                dit.text_attention,
+            )
+        return tokens_BLC
+
+
+class OrderedBlocks:
+    """`run_blocks` on tokens in `order`; takes and gives them as the model makes them."""
+
+    def __init__(self, run_blocks: RunBlocks, order: TokenOrder, device: torch.device) -> None:
+        self._run_blocks = run_blocks
+        self._tokens = torch.from_numpy(order.tokens).to(device)
+        self._places = torch.from_numpy(order.places).to(device)
+        self._frames = torch.from_numpy(order.positions[:, 0].copy()).to(device)
+        self._grid = order.grid
+
+    def __call__(self, tokens_BLC: Tensor, inputs: BlockInputs) -> Tensor:
+        if tokens_BLC.shape[1] != len(self._tokens):
+            raise ValueError(f"{tokens_BLC.shape[1]} tokens do not fit an order for a grid of {self._grid}")
+        rope = RopeTable(inputs.rope.cos[self._tokens], inputs.rope.sin[self._tokens])
+        audio = OrderedAudio(inputs.audio, self._frames)
+        ordered = BlockInputs(inputs.modulation, rope, inputs.text, audio)
+        out_BLC = self._run_blocks(tokens_BLC.index_select(1, self._tokens), ordered)
+        return out_BLC.index_select(1, self._places)
+
+
+@dataclass(frozen=True, eq=False)
+class OrderedAudio(Sequence[Tensor | None]):
+    """Audio of each block as one vector a token (B, L, C), made when a block asks.
+
+    per_frame: for each block None or (B, T, C). frames: the latent frame of each token, (L,).
+    """
+
+    per_frame: Sequence[Tensor | None]
+    frames: Tensor
+
+    def __len__(self) -> int:
+        return len(self.per_frame)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor | None]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor | None] | None:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        frame_BTC = self.per_frame[index]
+        return None if frame_BTC is None else frame_BTC.index_select(1, self.frames)
