@@ -71,6 +71,8 @@ class Float8SparseAttention:
     def transposed(self, v_LHD: Tensor) -> tuple[Tensor, Tensor]:
         """Values as the kernel reads them, (H*128, L in whole blocks) float8, and the scale of each head."""
         tokens, heads, width = v_LHD.shape
+        if v_LHD.stride()[1:] != (width, 1):
+            v_LHD = v_LHD.contiguous()
         blocks = -(-tokens // BLOCK)
         scales = head_scales(v_LHD[None])[0]
         out = torch.empty(heads * width, blocks * BLOCK, dtype=FP8, device=v_LHD.device)
