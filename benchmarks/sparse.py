@@ -1,27 +1,28 @@
 """Block-sparse attention: errors against the eager twin, times at each share kept, whole forwards.
 
-    python benchmarks/sparse.py [--parts errors,times,forwards] [--sizes 40x30375] [--shares 1,0.5]
+    python -m benchmarks sparse [--parts errors,times,forwards] [--sizes 40x30375] [--shares 1,0.5]
 
 errors: each backend against the twin in float32, on inputs of order one that differ a head, with uneven
 lists and tokens that do not fill the last block.
 times: random lists (the twin of a calibrated plan) and the window plan, beside dense FlashAttention-3.
 forwards: the full-size DiT with random weights and float8 layers, tokens in tile order, window plan; the
 distance to the same model with FlashAttention-3 in bf16, of which a share below 1 is what was left out.
-A table, then one line of JSON a part.
+Prints rows as they are measured, then for each part a table and one line of JSON.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import importlib.metadata
 import math
-import os
 import statistics
-import traceback
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
+from benchmarks.shared.options import add_repeats, make_parser, numbers, words
+from benchmarks.shared.report import print_result, print_table
+from benchmarks.shared.timing import require_cuda
 from omniavatar.accel.attention.sparse import BlockLists, create_fa4_sparse, eager_sparse_attention
 from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.accel.kernels.rows import FP8, FP8_MAX
@@ -106,14 +107,10 @@ def measure_errors(found):
         dense = {name: without_lists(each) for name, each in dense_backends().items()} if share == 1 else {}
         for name, attention in (found | dense).items():
             row = {"heads": heads, "tokens": tokens, "share": share, "backend": name}
-            try:
-                out = attention(q, k, v, lists)
-                row["error"] = relative_l2(out, exact)
-                row["error_to_rounded"] = relative_l2(out, same)
-                row["repeats_exactly"] = bool(torch.equal(out, attention(q, k, v, lists)))
-            except Exception as error:
-                traceback.print_exc()
-                row["failed"] = f"{type(error).__name__}: {error}"[:300]
+            out = attention(q, k, v, lists)
+            row["error"] = relative_l2(out, exact)
+            row["error_to_rounded"] = relative_l2(out, same)
+            row["repeats_exactly"] = bool(torch.equal(out, attention(q, k, v, lists)))
             rows.append(row)
             print(row, flush=True)
     return rows
@@ -257,55 +254,57 @@ def forward_times(run, repeats):
     return [begin.elapsed_time(end) for begin, end in events]
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def versions():
+    """Versions of the packages with kernels; None for one that is not installed."""
+    found = {}
+    for package in ("triton", "fa3-fwd", "flash-attn-4", "nvidia-cutlass-dsl"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def shares(text):
+    """The shares of a comma-separated list."""
+    return [float(word) for word in words(text)]
+
+
+def head_sizes(text):
+    """(heads, tokens) of each HEADSxTOKENS of a comma-separated list."""
+    return [tuple(int(each) for each in word.split("x")) for word in words(text)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser(__name__, __doc__)
+    parser.add_argument("--parts", type=words, default=["errors", "times", "forwards"])
+    parser.add_argument(
+        "--sizes", type=head_sizes, default=[(40, 30375), (40, 15750), (12, 30375), (12, 15750)]
     )
-    parser.add_argument("--parts", default="errors,times,forwards")
-    parser.add_argument("--sizes", default="40x30375,40x15750,12x30375,12x15750")
-    parser.add_argument("--shares", default="1,0.75,0.5,0.35,0.25,0.15")
-    parser.add_argument("--backends", default="fa4,float8")
-    parser.add_argument("--scales", default="14B,1.3B")
-    parser.add_argument("--forward-shares", default="1,0.35,0.25")
-    parser.add_argument("--forward-tokens", default="30375,15750")
+    parser.add_argument("--shares", type=shares, default=[1.0, 0.75, 0.5, 0.35, 0.25, 0.15])
+    parser.add_argument("--backends", type=words, default=["fa4", "float8"])
+    parser.add_argument("--scales", type=words, default=["14B", "1.3B"])
+    parser.add_argument("--forward-shares", type=shares, default=[1.0, 0.35, 0.25])
+    parser.add_argument("--forward-tokens", type=numbers, default=list(GRIDS))
     parser.add_argument("--seconds", type=float, default=0.3, help="of each measured time")
-    parser.add_argument("--repeats", type=int, default=5, help="of each forward")
+    add_repeats(parser)
     given = parser.parse_args(arguments)
-    found = backends(given.backends.split(","))
-    sizes = [tuple(int(each) for each in size.split("x")) for size in given.sizes.split(",")]
-    shares = [float(share) for share in given.shares.split(",")]
+    require_cuda()
+    found = backends(given.backends)
     parts = {
         "errors": lambda: measure_errors(found),
-        "times": lambda: measure_times(found, sizes, shares, given.seconds),
+        "times": lambda: measure_times(found, given.sizes, given.shares, given.seconds),
         "forwards": lambda: measure_forwards(
-            found,
-            given.scales.split(","),
-            [float(share) for share in given.forward_shares.split(",")],
-            given.repeats,
-            [int(tokens) for tokens in given.forward_tokens.split(",")],
+            found, given.scales, given.forward_shares, given.repeats, given.forward_tokens
         ),
     }
-    for part in given.parts.split(","):
-        line = {"benchmark": f"sparse {part}", **where(), "rows": parts[part]()}
-        print(json.dumps(line), flush=True)
-        if folder := os.environ.get("OUT"):
-            with open(f"{folder}/sparse.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+    for part in given.parts:
+        rows = parts[part]()
+        heads = list(dict.fromkeys(key for row in rows for key in row))
+        print_table(heads, [[cell(row.get(key, "-")) for key in heads] for row in rows])
+        print_result(f"sparse {part}", **versions(), rows=rows)
 
 
-def where() -> dict[str, str]:
-    """Device and versions, for the line of JSON."""
-    import importlib.metadata
-    import platform
-
-    versions = {"device": torch.cuda.get_device_name(), "python": platform.python_version()}
-    for package in ("torch", "triton", "fa3-fwd", "flash-attn-4", "nvidia-cutlass-dsl"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
-
-
-if __name__ == "__main__":
-    main()
+def cell(value):
+    """A value of the table."""
+    return f"{value:.4g}" if isinstance(value, float) else value

@@ -1,26 +1,27 @@
 """What plans of sparse attention lose on the pocket model: frames of one window against dense attention.
 
-    python benchmarks/sparse_quality.py [--block 16] [--section 2,2] [--shares 0.75,0.5,0.35,0.25]
+    python -m benchmarks sparse_quality [--block 16] [--section 2,2] [--shares 0.75,0.5,0.35,0.25]
 
 Each plan makes window 0 of the packaged portrait and speech with the first step dense; calibrated plans are
 measured on window 1 with another seed. Rows: PSNR of the frames to those of dense attention, relative L2 of
 the latents, share of the attention matrix computed in the steps that are not dense.
-A table, then one line of JSON.
+Prints rows as they are made, then a table and one line of JSON.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
-from importlib.resources import files
 
 import numpy as np
 import torch
 
+from benchmarks.shared.options import make_parser, numbers, words
+from benchmarks.shared.report import print_result, print_table
 from omniavatar.accel.attention.sparse import BlockLists, block_mass, eager_sparse_attention
 from omniavatar.accel.sparse_blocks import OrderedBlocks, SparseBlocks
+from omniavatar.assets import PORTRAIT, SPEECH
 from omniavatar.engine.pipeline import AvatarPipeline
 from omniavatar.engine.recorder import NullRecorder
 from omniavatar.engine.window_loop import WindowGenerator
@@ -29,7 +30,6 @@ from omniavatar.sampling.token_order import row_order, tile_order
 from omniavatar.types import AvatarRequest
 
 CPU = torch.device("cpu")
-ASSETS = files("omniavatar.assets")
 PROMPT = "A person talks to the camera."
 
 
@@ -111,26 +111,24 @@ def at_share(shape, mass, share, dense_steps):
 
 
 @torch.inference_mode()
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser(__name__, __doc__)
     parser.add_argument("--block", type=int, default=16)
-    parser.add_argument("--section", default="2,2", help="frames and rows of a tile's cross-section")
-    parser.add_argument("--shares", default="0.75,0.5,0.35,0.25")
+    parser.add_argument(
+        "--section", type=numbers, default=[2, 2], help="frames and rows of a tile's cross-section"
+    )
+    parser.add_argument("--shares", type=words, default=["0.75", "0.5", "0.35", "0.25"])
     given = parser.parse_args(arguments)
-    shares = [float(share) for share in given.shares.split(",")]
+    shares = [float(share) for share in given.shares]
     pipeline = AvatarPipeline.from_config("pocket")
     rows = []
-    with pipeline.prepare(
-        AvatarRequest(PROMPT, str(ASSETS / "portrait.png"), str(ASSETS / "speech.flac"))
-    ) as ready:
+    with pipeline.prepare(AvatarRequest(PROMPT, PORTRAIT, SPEECH)) as ready:
         pipeline.models.load_for_windows()
         dit, sampling = pipeline.models.dit, ready.window_sampling
         passes, steps = len(sampling.passes[0]), len(sampling.passes)
         latent = ready.conditioning.reference_latent.shape
         grid = (ready.plan.windows[0].latent_frames, latent[-2] // 2, latent[-1] // 2)
-        tiles = tile_order(grid, tuple(int(each) for each in given.section.split(",")))
+        tiles = tile_order(grid, tuple(given.section))
         shape = PlanShape(steps, dit.config.num_layers, dit.config.num_heads, math.prod(grid), given.block)
         print(f"{grid} tokens, {shape.blocks} blocks, {steps} steps of {passes} passes", flush=True)
         dense, dense_latent = make(pipeline, ready, dit.run_blocks, 1, 42)
@@ -163,9 +161,12 @@ def main(arguments: list[str] | None = None) -> None:
         mean = masses["tiles"].mean(0)
         plan, mass = at_share(shape, lambda step, layer: mean[layer], share, [0])
         add("calibrated, one for all steps", plan, tiles, mass=mass)
-    line = {"benchmark": "sparse quality", "block": given.block, "section": given.section, "grid": grid}
-    print(json.dumps({**line, "torch": torch.__version__, "rows": rows}))
-
-
-if __name__ == "__main__":
-    main()
+    heads = ["plan", "share", "mass", "psnr", "latent_error"]
+    print_table(
+        heads,
+        [
+            [f"{row[key]:.4g}" if key in row and key != "plan" else row.get(key, "-") for key in heads]
+            for row in rows
+        ],
+    )
+    print_result("sparse_quality", CPU, block=given.block, section=given.section, grid=grid, rows=rows)
