@@ -11,19 +11,19 @@ import argparse
 import csv
 from pathlib import Path
 
+import omniavatar
 from omniavatar import AvatarPipeline, AvatarRequest, Event, OmniAvatarError, RunRecorder
-from omniavatar.engine.events import Message, RequestStarted, WindowFinished
 
 
 def show_progress(event: Event) -> None:
     """Print one line for each video and each finished window."""
     match event:
-        case RequestStarted():
+        case omniavatar.RequestStarted():
             print(f"{event.name}: {event.frames} frames in {event.windows} windows")
-        case WindowFinished():
+        case omniavatar.WindowFinished():
             done = (event.window + 1) / event.windows
             print(f"  {done:4.0%}, {event.seconds:.1f} s for this window")
-        case Message(level="warning"):
+        case omniavatar.Message(level="warning"):
             print(f"  warning: {event.text}")
 
 

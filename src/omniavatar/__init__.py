@@ -16,6 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from omniavatar.config.schema import PipelineConfig
+    from omniavatar.engine.events import (
+        Message,
+        RequestFinished,
+        RequestStarted,
+        StepFinished,
+        WindowFinished,
+        WindowStarted,
+    )
     from omniavatar.engine.pipeline import AvatarPipeline, generate
     from omniavatar.engine.recorder import RunRecorder
     from omniavatar.errors import OmniAvatarError
@@ -27,13 +35,19 @@ __all__ = [
     "AvatarPipeline",
     "AvatarRequest",
     "Event",
+    "Message",
     "OmniAvatarError",
     "PipelineConfig",
+    "RequestFinished",
+    "RequestStarted",
     "RunRecorder",
     "RunResult",
     "SamplingParams",
+    "StepFinished",
     "VideoChunk",
     "Waveform",
+    "WindowFinished",
+    "WindowStarted",
     "__version__",
     "generate",
 ]
@@ -44,6 +58,12 @@ _HOMES = {
     "PipelineConfig": "config.schema",
     "RunRecorder": "engine.recorder",
     "OmniAvatarError": "errors",
+    "Message": "engine.events",
+    "RequestFinished": "engine.events",
+    "RequestStarted": "engine.events",
+    "StepFinished": "engine.events",
+    "WindowFinished": "engine.events",
+    "WindowStarted": "engine.events",
 }
 
 

@@ -1,7 +1,4 @@
-"""The house rules: layers, import circles, names, sizes, what an import loads, what tests may patch.
-
-Lists named `STILL_...` hold what was not put right yet. They may only become shorter.
-"""
+"""The house rules: layers, import circles, names, sizes, what an import loads, what tests may patch."""
 
 from __future__ import annotations
 
@@ -30,8 +27,6 @@ MOST_LINES = 400
 MOST_LOADED = 80
 """Modules of ours that `import omniavatar.engine.pipeline` loads, packages included."""
 
-STILL_OUTSIDE_THE_CONTRACT = {"profiling"}
-STILL_TWICE = {"Branch", "Converted", "Models", "Slot"}
 NOT_MODULES = {"omniavatar.form", "omniavatar.num_heads", "omniavatar.sources"}
 """Keys in the headers of weight files."""
 NOT_YET_MODULES = {"omniavatar.live"}
@@ -109,7 +104,7 @@ def layers() -> list[set[str]]:
 def test_every_room_is_in_the_layer_contract() -> None:
     rooms = {path.stem for path in entries()} - {"__init__"}
     named = set().union(*layers())
-    assert rooms - named <= STILL_OUTSIDE_THE_CONTRACT
+    assert rooms <= named
     assert {f"omniavatar.{name}" for name in named - rooms} <= NOT_YET_MODULES
     assert len(layers()) <= 9
 
@@ -124,8 +119,6 @@ def test_rooms_import_lower_layers_only_inside_functions_too(graph: grimp.Import
             wrong.append(f"{importer} -> {imported}")
             continue
         room, other = importer.split(".")[1], imported.split(".")[1]
-        if STILL_OUTSIDE_THE_CONTRACT & {room, other}:
-            continue
         if room != other and level[room] >= level[other]:
             wrong.append(f"{importer} -> {imported}")
     assert wrong == []
@@ -153,7 +146,7 @@ def python_files(*folders: str) -> list[Path]:
 
 
 def test_the_package_has_few_entries() -> None:
-    found = {path.name for path in entries()} - STILL_OUTSIDE_THE_CONTRACT
+    found = {path.name for path in entries()}
     assert len(found) <= MOST_ENTRIES, sorted(found)
 
 
@@ -171,7 +164,7 @@ def test_class_names_are_unique() -> None:
             if isinstance(node, ast.ClassDef):
                 homes[node.name].add(str(path.relative_to(SOURCE)))
     twice = {name: files for name, files in homes.items() if len(files) > 1}
-    assert set(twice) <= STILL_TWICE, twice
+    assert twice == {}
 
 
 def test_dotted_names_of_ours_exist_in_strings_too() -> None:

@@ -147,7 +147,7 @@ DECODERS: Registry[PictureDecoder] = Registry(
 
 
 def apply_decoder(vae: VideoVAE, decoder: VideoDecoder) -> VideoVAE:
-    """`vae` with `decoder` in place of its own; the weights of a `TinyDecoder` become channels-last."""
+    """`vae` that decodes with `decoder`; the weights of a `TinyDecoder` become channels-last."""
     import torch
 
     from omniavatar.model.tiny_decoder import TinyDecoder

@@ -1,7 +1,7 @@
 """The blocks of a forward with self-attention by plan, and with tokens in another order inside.
 
 `SparseBlocks` and `OrderedBlocks` stand in for `WanDiT.run_blocks` (see there for the arguments). Each layer
-of the first attends with lists of its own; the second brings tokens, positions and audio into a `TokenOrder`
+of the first attends with its own lists; the second brings tokens, positions and audio into a `TokenOrder`
 before the blocks and the tokens back after them. Nothing in a block depends on the order but the rounding of
 sums over keys; the text has no order to follow.
 

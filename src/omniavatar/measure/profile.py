@@ -28,7 +28,7 @@ from omniavatar.engine.requests_file import RequestLine
 from omniavatar.measure.ceilings import ceilings, fp8_ceilings
 from omniavatar.measure.kernels import KernelTrace
 from omniavatar.measure.peaks import PeakMemory
-from omniavatar.measure.report import Models, Report, RequestFigures, build_report
+from omniavatar.measure.report import ModelSizes, Report, RequestFigures, build_report
 from omniavatar.measure.trace import TraceRecorder, chrome_trace
 from omniavatar.model.sizes import VAEConfig
 from omniavatar.sampling.windows import plan_windows
@@ -99,7 +99,7 @@ def profile_requests(
     if taker is not None:
         taker.stop()
     loaded, placement = pipeline.models, pipeline.models.residency.placement
-    models = Models(loaded.dit_config, _vae_sizes(config.model))
+    models = ModelSizes(loaded.dit_config, _vae_sizes(config.model))
     spans = recorder.spans()
     report = build_report(spans, recorder.timings(), figures, models, ceiling, fp8_ceilings(device), seconds)
     return ProfiledRun(

@@ -79,7 +79,7 @@ class RequestFigures:
 
 
 @dataclass(frozen=True)
-class Models:
+class ModelSizes:
     """Sizes of the models that ran. vae: None where another decoder than the released VAE's ran."""
 
     dit: DiTConfig
@@ -192,7 +192,7 @@ def build_report(
     spans: Sequence[Span],
     timings: Mapping[str, StageTime],
     requests: Sequence[RequestFigures],
-    models: Models,
+    models: ModelSizes,
     ceiling: Ceilings,
     fp8: Ceilings | None,
     seconds: float,
@@ -276,7 +276,7 @@ def _steps(spans: Sequence[Span]) -> dict[str, StepSpread]:
 def _work(
     timings: Mapping[str, StageTime],
     requests: Sequence[RequestFigures],
-    models: Models,
+    models: ModelSizes,
     ceiling: Ceilings,
     fp8: Ceilings | None,
 ) -> tuple[WorkRow, ...]:

@@ -225,6 +225,7 @@ def test_a_name_is_registered_once() -> None:
         registry.unregister("one")
 
 
+@pytest.mark.slow
 def test_checking_names_loads_no_heavy_package() -> None:
     code = (
         "import sys\n"

@@ -78,7 +78,7 @@ def test_programs_are_short_typed_and_use_public_names(name: str) -> None:
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("omniavatar"):
             assert node.module in PUBLIC, node.module
         elif isinstance(node, ast.Import):
-            assert not [each.name for each in node.names if each.name.startswith("omniavatar")]
+            assert not [each.name for each in node.names if each.name.startswith("omniavatar.")]
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from omniavatar.measure.ceilings import Ceilings, ceilings, fp8_ceilings
 from omniavatar.measure.kernels import KernelTrace
 from omniavatar.measure.peaks import PeakMemory
 from omniavatar.measure.quality import WINDOW, compare, ssim
-from omniavatar.measure.report import Models, RequestFigures, build_report, decoded_latents
+from omniavatar.measure.report import ModelSizes, RequestFigures, build_report, decoded_latents
 from omniavatar.measure.report_table import print_report, seconds_text
 from omniavatar.measure.trace import TraceRecorder, chrome_trace
 from omniavatar.model.dit import WanDiT
@@ -226,7 +226,7 @@ def test_report_counts_work_and_shares() -> None:
     limits = Ceilings("d", "fp32", 1.0, 1.0, "s")
     request = figures()
     report = build_report(
-        recorder.spans(), recorder.timings(), [request], Models(spec.dit, spec.vae), limits, None, 1.0
+        recorder.spans(), recorder.timings(), [request], ModelSizes(spec.dit, spec.vae), limits, None, 1.0
     )
     assert sum(row.share for row in report.stages if row.share is not None) == pytest.approx(1)
     beside = [row.name for row in report.stages if row.beside_the_model]
@@ -257,7 +257,7 @@ def test_the_report_is_written_with_the_keys_it_always_had() -> None:
     spec = scale_spec("nano")
     limits = Ceilings("d", "fp32", 1.0, 1.0, "s")
     made = build_report(
-        recorder.spans(), recorder.timings(), [figures()], Models(spec.dit, spec.vae), limits, limits, 1.0
+        recorder.spans(), recorder.timings(), [figures()], ModelSizes(spec.dit, spec.vae), limits, limits, 1.0
     ).as_dict()
     before = json.loads((RESULTS / "2026-11-26_h100_profile.json").read_text())
     assert set(made["overall"]) == set(before["overall"])

@@ -20,6 +20,14 @@ from batch_stub import StubEngines, make_items, noted, video_bytes
 from command_line import NANO, REPOSITORY
 from omniavatar.errors import ConfigError, OutputError, ResourceError
 from omniavatar.serve.batch.destination import FolderDestination, RemoteDestination, make_destination
+from omniavatar.serve.batch.events import (
+    BatchStarted,
+    ItemDone,
+    ItemFailed,
+    ItemStarted,
+    ItemWindow,
+    WorkerReady,
+)
 from omniavatar.serve.batch.items import Outcome, Seat, Task, Verdict, WorkerInfo
 from omniavatar.serve.batch.lease import holder_of, try_lease
 from omniavatar.serve.batch.ray_crew import Seats
@@ -375,20 +383,20 @@ def test_view_shows_workers_windows_and_time_left(monkeypatch: pytest.MonkeyPatc
     view = BatchView(console)
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    view("batch_started", {"items": 5, "queued": 4, "skipped": 1, "failed": 0})
-    view("worker_ready", {"worker": 0, "host": "node", "device": "H100", "gpus": "3"})
-    view("item_started", {"item": "a", "worker": 0, "attempt": 1})
+    view(BatchStarted(items=5, queued=4, skipped=1, failed=0))
+    view(WorkerReady(worker=0, host="node", device="H100", gpus="3"))
+    view(ItemStarted("a", worker=0, attempt=1))
     now[0] += 60
-    view("item_done", {"item": "a", "video": "a.mp4", "worker": 0, "frames": 50, "seconds": 60.0})
-    view("item_started", {"item": "b [x]", "worker": 0, "attempt": 1})
-    view("item_window", {"item": "b [x]", "worker": 0, "window": 1, "windows": 2})
+    view(ItemDone("a", "a.mp4", worker=0, frames=50, resumed_windows=0, seconds=60.0))
+    view(ItemStarted("b [x]", worker=0, attempt=1))
+    view(ItemWindow("b [x]", worker=0, window=1, windows=2))
     now[0] += 30
     with console.capture() as captured:
         console.print(view._render())
     text = captured.get()
     assert "1 of 4 items, 0 failed, 0:02:30 left" in text, text
     assert "node GPU 3 H100" in text and "b [x]" in text and "1 of 2" in text and "0:00:30" in text
-    view("item_failed", {"item": "b", "line": 2, "error": "image: [red] broken", "attempts": 1})
+    view(ItemFailed("b", line=2, error="image: [red] broken", attempts=1))
     assert "image: [red] broken" in console.file.getvalue()  # type: ignore[attr-defined]
 
 

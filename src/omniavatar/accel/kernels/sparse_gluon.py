@@ -12,7 +12,7 @@ before it with its values does. Four things are particular to float8:
 - Four weights travel from one turn of the loop to the next packed in an int32: single bytes would be taken
   apart and put together again at every turn.
 - Weights are scaled by 2**8, which uses float8's range; the row sums are scaled alike.
-Before a loop, give a variable a value of its own: two names of one value become one variable in it (3.6).
+Before a loop, give each variable a separate value: two names of one value become one variable in it (3.6).
 
 Shapes: L tokens, H heads, 128 channels a head, blocks of 128 tokens.
 """
