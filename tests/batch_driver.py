@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from batch_stub import StubEngines, make_items
 from omniavatar.serve.batch.destination import make_destination
-from omniavatar.serve.batch.ray_crew import RayCrew, Seats
+from omniavatar.serve.batch.ray_crew import RayCrew, Seats, ray_environment
 from omniavatar.serve.batch.run import BatchResult, run_batch
 from omniavatar.serve.batch.scheduler import Rules
 from omniavatar.types import Event
+
+
+def ray_cluster(cpus: int) -> Any:
+    """A Ray cluster of this machine with one node.
+
+    Ray reads its environment when it is imported. This may be the first import, so it gets the product's.
+    """
+    for name, value in ray_environment(None).items():
+        os.environ.setdefault(name, value)
+    from ray.cluster_utils import Cluster
+
+    return Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
 
 
 def drive(

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 import processes
-from batch_driver import drive
+from batch_driver import drive, ray_cluster
 from batch_stub import StubEngines, noted, video_bytes
 from omniavatar.errors import CheckpointError, ResourceError
 from omniavatar.serve.batch.events import ItemDone, ItemWindow
@@ -58,11 +58,9 @@ def nothing_stays_behind(monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtur
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """Address of a Ray of two cores that tests share: starting one takes longer than most of them."""
-    from ray.cluster_utils import Cluster
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", MODULES)
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        made = ray_cluster(2)
         made.wait_for_nodes()
     yield made.address
     made.shutdown()
@@ -252,10 +250,8 @@ def test_a_second_driver_of_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_killed_node_of_a_cluster(tmp_path: Path) -> None:
-    from ray.cluster_utils import Cluster
-
     prompts = [f"p{i}" for i in range(12)]
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = ray_cluster(1)
     try:
         second = cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()

@@ -86,7 +86,7 @@ class RayCrew:
     ) -> None:
         try:
             if "ray" not in sys.modules:  # Ray reads its settings at import, its processes at their start
-                for name, value in _environment(seats.address).items():
+                for name, value in ray_environment(seats.address).items():
                     os.environ.setdefault(name, value)
             import ray
         except ImportError:
@@ -256,7 +256,7 @@ def workers_fitting(node_resources: Sequence[float], share: float) -> int:
     return sum(int(each / share + 1e-6) for each in node_resources)
 
 
-def _environment(address: str | None) -> dict[str, str]:
+def ray_environment(address: str | None) -> dict[str, str]:
     """Environment variables for Ray: quiet, no reports, and a token for its ports private to this batch."""
     quiet = {
         "RAY_USAGE_STATS_ENABLED": "0",
