@@ -122,7 +122,7 @@ def magcache_plan(
     - protect_first, protect_last: first (at least 1) and last steps that always run.
     """
     row = stretch_ratios(ratios, num_steps)
-    # The published loop counts calls of both guidance branches, hence the doubling before rounding down.
+    # The published loop counts calls of both guidance branches, so it is doubled before rounding down.
     first = max(int(num_steps * 2 * retention) // 2, protect_first, 1)
     compute, product, error, skipped = [], 1.0, 0.0, 0
     for step in range(num_steps):

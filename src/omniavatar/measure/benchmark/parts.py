@@ -83,7 +83,7 @@ class PartTimer:
         pipeline.adopt(window_shape(self._config, self._size, has_audio=True))
 
     def plan(self, config: PipelineConfig, audio_seconds: float) -> RunPlan:
-        """The plan of a video of so many seconds of audio, its steps decided."""
+        """The plan of a video of `audio_seconds` seconds of audio, its steps decided."""
         video, model, models = config.video, config.model, self._models
         samples = round((audio_seconds + video.silence_duration_s) * video.sample_rate)
         scale = model_scale(model.scale, models.dit_config.dim)

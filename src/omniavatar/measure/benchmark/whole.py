@@ -41,7 +41,7 @@ def measure_whole(
 ) -> WholeVideo:
     """Make the video, and the baseline where a step cache is configured.
 
-    predicted: projected seconds for so many seconds of audio.
+    predicted: projected seconds for a number of seconds of audio.
     """
     config = pipeline.config
     pipeline.adopt(window_shape(config, config.video.sizes[0], has_audio=True))
