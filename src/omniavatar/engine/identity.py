@@ -1,8 +1,9 @@
-"""What decides a video's frames, as printable values: a request's identity."""
+"""The identity of a request: everything that decides a video's frames, as printable values."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,16 +23,17 @@ if TYPE_CHECKING:
     from omniavatar.plan.placement import Placement
 
 READ_BYTES = 2**20
+"""A sound file is read in blocks of this size."""
 
 
 def request_identity(
     config: PipelineConfig, inputs: Inputs, encoder: str, placement: Placement, attention: str
 ) -> dict[str, str]:
-    """What decides the frames of a request: configuration, weight files, inputs, package version.
+    """The identity of a request: configuration, weight files, inputs, placement, package version.
 
-    - inputs: of the step cache's constants the numbers count, not the file they come from.
-    - encoder, attention: what `output.encoder` and `runtime.attention` chose.
-    - placement: what was chosen for the available memory.
+    The step cache's constants count by their numbers, not by their file.
+
+    - encoder, attention: the backends that `output.encoder` and `runtime.attention` selected.
     """
     values = result_values(config.model_copy(update={"sampling": inputs.sampling}))
     del values["sampling.step_cache_file"]
@@ -40,14 +42,14 @@ def request_identity(
     values["runtime.attention"] = attention
     values |= placement.identity()
     values["request.prompt"] = inputs.request.prompt
-    values["request.image"] = hashlib.sha256(np.ascontiguousarray(inputs.image).tobytes()).hexdigest()
-    values["request.audio"] = _audio_digest(inputs.request.audio)
+    values["request.image"] = _sha256([_bytes(inputs.image)])
+    values["request.audio"] = audio_digest(inputs.request.audio)
     values["omniavatar"] = __version__
     return fingerprint({**values, **weight_identities(config.model)})
 
 
 def weight_identities(model: ModelConfig) -> dict[str, str]:
-    """Size and time of every weight file there is, as `file.<name>`."""
+    """Size and modification time of every weight file that exists, as `file.<name>`."""
     named = (model.vae_path, model.decoder_path, model.text_encoder_path, model.wav2vec_path, model.exp_path)
     paths = (*model.dit_path, *named, *(lora.path for lora in model.loras))
     return {f"file.{path.name}": _file_identity(path) for path in paths if path is not None and path.exists()}
@@ -59,18 +61,25 @@ def _file_identity(path: Path) -> str:
     return "; ".join(file_stamp(file) for file in files)
 
 
-def _audio_digest(audio: AudioInput | None) -> str:
+def audio_digest(audio: AudioInput | None) -> str:
+    """SHA-256 of a sound file's content, or of a waveform's rate and samples. Raises InputError."""
     if audio is None:
         return "none"
-    digest = hashlib.sha256()
     if isinstance(audio, Waveform):
-        digest.update(str(audio.sample_rate).encode())
-        digest.update(np.ascontiguousarray(audio.samples).tobytes())
-        return digest.hexdigest()
+        return _sha256([str(audio.sample_rate).encode(), _bytes(audio.samples)])
     try:
         with Path(audio).open("rb") as file:
-            while block := file.read(READ_BYTES):
-                digest.update(block)
+            return _sha256(iter(lambda: file.read(READ_BYTES), b""))
     except OSError as error:
         raise InputError(f"audio {audio}: cannot be read ({error.strerror}); check the path") from None
+
+
+def _sha256(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()
+
+
+def _bytes(array: np.ndarray) -> bytes:
+    return np.ascontiguousarray(array).tobytes()
