@@ -163,11 +163,11 @@ def _size(config: PipelineConfig, image: Path | None) -> tuple[int, int]:
 def _step_plan(config: PipelineConfig) -> StepPlan | None:
     """The step cache's plan; None where TeaCache needs weights that are not on this disk."""
     from omniavatar.plan.calibration import find_constants
-    from omniavatar.plan.preview import files_there, find_dit_config, time_projections
+    from omniavatar.plan.preview import files_exist, find_dit_config, time_projections
     from omniavatar.plan.steps import make_step_plan, model_scale, sampling_schedule
 
     model, sampling = config.model, config.sampling
-    if sampling.cache_policy == "teacache" and not files_there(model):
+    if sampling.cache_policy == "teacache" and not files_exist(model):
         return None
     dit, _ = find_dit_config(model)
 

@@ -1,9 +1,9 @@
-"""The file of measured step-cache constants: what is in it, where it lies, when it may be used.
+"""The file of measured step-cache constants: its content, its path, and when it may be used.
 
-`omniavatar calibrate` writes it (`calibrate_run`), by default as `step_cache.json` beside the checkpoint. It
-says which model and which schedule it was measured on; for another model or schedule it is refused, never
-silently left out. Another number of steps of the same schedule is served: magnitude ratios are stretched to
-it, TeaCache's polynomial is a function of the time change and not of the step.
+`omniavatar calibrate` writes it (`measure.calibrate`), by default as `step_cache.json` beside the checkpoint.
+It records the model and the schedule of the measurement. Another model or schedule is an error, never
+silently ignored. Another number of steps of the same schedule is supported: magnitude ratios are stretched,
+and TeaCache's polynomial depends on the time change, not on the step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from omniavatar.model.sizes import DiTConfig
 
 NAME = "step_cache.json"
+"""Default name of the file."""
 SIZES = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "text_dim", "audio_dim", "audio_hidden")
+"""Fields of `DiTConfig` that identify the model."""
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(allow_inf_nan=False, ge=0)]
@@ -38,14 +40,18 @@ class _Part(BaseModel):
 
 
 class Model(_Part):
-    """sizes: those of the DiT. weights: hash of each file's content, by what it is and its name."""
+    """The measured model.
+
+    - sizes: of the DiT, by field.
+    - weights: hash of each file's content, by the file's role and name.
+    """
 
     sizes: dict[str, int]
     weights: dict[str, str]
 
 
 class MeasuredSchedule(_Part):
-    """Steps and noise levels that were measured; `timesteps` where they were given one by one."""
+    """Steps and noise levels of the measurement; `timesteps` only if the configuration lists them."""
 
     steps: int = Field(ge=2)
     shift: Positive
@@ -71,9 +77,11 @@ class TeaCache(_Part):
 
 
 class Calibration(_Part):
-    """Everything in the file. measured: when, where and with what, for people; nothing reads it.
+    """Everything in the file.
 
-    time_changes: TeaCache's distances, one a step. magnitude_ratios: those of all branches as one.
+    - measured: time, machine and versions, for people; no code reads them.
+    - time_changes: TeaCache's distances, one a step.
+    - magnitude_ratios: one a step, for all branches together.
     """
 
     format: Literal[1] = 1
@@ -100,7 +108,7 @@ class Calibration(_Part):
 
 
 def read_calibration(path: Path) -> Calibration:
-    """The file's content. Raises ConfigError when it is missing, CheckpointError when it is damaged."""
+    """The file's content. Raises ConfigError if it is missing, CheckpointError if it is damaged."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -113,16 +121,16 @@ def read_calibration(path: Path) -> Calibration:
         return Calibration.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        message = f"{place}: {first['msg']}" if place else first["msg"]
+        field = ".".join(str(part) for part in first["loc"])
+        message = f"{field}: {first['msg']}" if field else first["msg"]
         raise CheckpointError(
-            f"{path}: not a file of `omniavatar calibrate` of this version, or damaged "
+            f"{path}: not written by this version of `omniavatar calibrate`, or damaged "
             f"({message.removeprefix('Value error, ')}); run `omniavatar calibrate` again"
         ) from None
 
 
 def model_identity(model: ModelConfig, dit: DiTConfig) -> Model:
-    """What a measurement belongs to: sizes of the DiT, content of all files its weights come from."""
+    """The model of a measurement: sizes of the DiT, and hashes of all its weight files."""
     return Model(sizes={name: getattr(dit, name) for name in SIZES}, weights=_weights(model))
 
 
@@ -148,12 +156,12 @@ def default_path(model: ModelConfig) -> Path | None:
     """`step_cache.json` in the adapter's folder, else in the DiT's; None for random weights."""
     if model.weights == "random" or not model.dit_path:
         return None
-    place = model.exp_path or model.dit_path[0]
-    return (place.parent if place.is_file() else place) / NAME
+    source = model.exp_path or model.dit_path[0]
+    return (source.parent if source.is_file() else source) / NAME
 
 
 def constants_file(model: ModelConfig, sampling: SamplingConfig) -> Path | None:
-    """The file of measured constants that `step_cache_file` names, or that lies at the default path."""
+    """The file that `step_cache_file` names, or with `auto` the one at the default path, if it exists."""
     if isinstance(sampling.step_cache_file, Path):
         return sampling.step_cache_file
     path = default_path(model) if sampling.step_cache_file == "auto" else None
@@ -163,11 +171,11 @@ def constants_file(model: ModelConfig, sampling: SamplingConfig) -> Path | None:
 def find_constants(
     model: ModelConfig, sampling: SamplingConfig, dit: DiTConfig, scale: str | None
 ) -> CacheConstants | None:
-    """The constants in force: measured where `step_cache_file` leads to a file, else published for `scale`.
+    """The step cache's constants: measured if `step_cache_file` leads to a file, else published for `scale`.
 
-    None where there are neither, no step cache, or TeaCache by coefficients of the configuration. Raises
-    ConfigError for a file that is missing or of another schedule, CheckpointError for one that is damaged or
-    of another model.
+    None if neither exists, without a step cache, and if the configuration has TeaCache's coefficients.
+    Raises ConfigError if the file is missing or of another schedule, CheckpointError if it is damaged or of
+    another model.
     """
     policy = sampling.cache_policy
     if policy == "none" or (policy == "teacache" and sampling.teacache_coefficients != "auto"):
@@ -193,7 +201,7 @@ def _check_model(path: Path, then: Model, now: Model) -> None:
 
 def _first_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     for name in dict.fromkeys((*old, *new)):
-        before, after = (_short(each.get(name, "not there")) for each in (old, new))
+        before, after = (_short(each.get(name, "absent")) for each in (old, new))
         if before != after:
             return f"{name}: {before} then, {after} now"
     return None
@@ -217,7 +225,7 @@ def _check_schedule(path: Path, then: MeasuredSchedule, sampling: SamplingConfig
 
 
 def measured_schedule(sampling: SamplingConfig) -> MeasuredSchedule:
-    """The schedule of `sampling` as the file states it."""
+    """The schedule of `sampling`, in the form that the file stores."""
     return MeasuredSchedule(
         steps=sampling.steps, shift=sampling.shift, timesteps=sampling.timesteps, sampler=sampling.sampler
     )

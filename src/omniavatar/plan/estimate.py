@@ -1,8 +1,8 @@
-"""How much memory a run will take and where its models would lie, estimated before anything heavy.
+"""Estimates the memory and the placement of a run, before anything is loaded.
 
-Sizes and places are those of `placement`, which a run uses too: weights are exact, activations are counted
-or fitted (`plan.memory` says how well). The text encoder is counted apart, since it comes and goes
-before the first window.
+Sizes and placement come from the functions that a run uses: weights are exact, activations are counted or
+fitted (see `plan.memory`). The text encoder is counted apart, because it is loaded and released before the
+first window.
 """
 
 from __future__ import annotations
@@ -23,8 +23,12 @@ from omniavatar.plan.sizes import DTYPE_BYTES, FLOAT, dit_sizes, run_sizes
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by part; `audio_features_file` lies on disk. `assumed_scale`: the model counted, if not read off
-    the files. placement: what this machine would do; None, with the reason in `problem`, where it cannot."""
+    """Bytes by part.
+
+    - audio_features_file: bytes on disk.
+    - assumed_scale: the assumed model; None if the sizes come from the files.
+    - placement: the choice for this machine; None if the run does not fit, with the reason in `problem`.
+    """
 
     dit: int
     vae: int
@@ -38,17 +42,17 @@ class MemoryEstimate:
 
     @property
     def device_peak(self) -> int:
-        """With everything resident: weights that stay and the larger of activations and text encoder."""
+        """Peak with everything resident: weights, and the larger of activations and text encoder."""
         return self.dit + self.vae + self.audio_encoder + max(self.activations, self.text_encoder)
 
     @property
     def choice(self) -> str:
-        """One line: the placement, or why there is none."""
+        """One line: the placement, or the reason why the run does not fit."""
         return self.placement.describe() if self.placement else str(self.problem)
 
 
 def estimate_memory(config: PipelineConfig, plan: RunPlan, device: torch.device) -> MemoryEstimate:
-    """Memory of one request under `plan` on `device`. Raises CheckpointError for broken files."""
+    """Memory of one request with `plan` on `device`. Raises CheckpointError if files are broken."""
     dit, assumed = find_dit_config(config.model)
     vae_name = choose_vae(config.runtime.vae, device)
     run = run_sizes(config, dit, plan, vae_name, device)

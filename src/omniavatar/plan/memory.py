@@ -1,13 +1,13 @@
-"""What stays on the device, what visits it: a pure function from sizes and a limit to a `MemoryPlan`.
+"""Which blocks stay on the device and which are streamed: a pure function from sizes and a limit to a plan.
 
-First the VAE's pass is made as large as it can be with every block streamed, then as many blocks stay
-resident as fit beside the larger of denoising and coding. Streaming is nearly free where a block computes
-longer than its copy takes, so blocks give way before anything else does. Precision is never touched here.
+First, the VAE's pass is made as large as possible with every block streamed. Then as many blocks stay
+resident as fit beside the larger of denoising and coding. Blocks are offloaded first, because streaming is
+nearly free if a block computes longer than its copy takes. The plan never changes precision.
 
-Weights are exact. Activations of the fused blocks are counted: 8 widths of the tokens, or 3 and one of the
-feed-forward layer; those of the plain ones and of the VAE (at 400x720) are fitted to peaks measured on an
-H100. 15 % and HEADROOM of the limit are left for scratch memory and for holes in the allocator. What the
-estimate misses, `smaller` takes up: one step less after an allocation failed.
+Weights are exact. Activations of fused blocks are counted: 8 times the tokens' width, or 3 times that and
+once the feed-forward layer's. Those of plain blocks and of the VAE (at 400x720) are fitted to peaks measured
+on an H100. SLACK (15 % of activations) and HEADROOM cover scratch memory and holes in the allocator. If the
+estimate is too low, an allocation fails and `smaller` gives the next plan.
 """
 
 from __future__ import annotations
@@ -24,23 +24,28 @@ if TYPE_CHECKING:
     from omniavatar.model.sizes import DiTConfig
 
 STEPS_DOWN = 8
+"""`smaller` offloads one of this many parts of the blocks at a time."""
 HEADROOM = 0.04
-"""Part of the limit that no plan counts on."""
-TextPlace = Literal["whole", "layer by layer"]
+"""Fraction of the limit that every plan leaves free."""
+TextMode = Literal["whole", "layer by layer"]
+"""How the text encoder computes."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What is where. `peak`: the estimate in bytes; `limit`: what it was made for, None without one.
+    """What lies on the device.
 
-    coding_pass: which of the VAE's pass sizes, 0 the largest. text_encoder: how it computes, if it must.
+    - resident_blocks: of `blocks`; the others are streamed through `ring` buffers.
+    - coding_pass: index of the VAE's pass size; 0 is the largest.
+    - text_encoder: its mode, if a prompt must be encoded.
+    - peak: estimated bytes. limit: bytes that the plan was made for; None means no limit.
     """
 
     blocks: int
     resident_blocks: int
     ring: int
     coding_pass: int
-    text_encoder: TextPlace
+    text_encoder: TextMode
     peak: int
     limit: int | None
 
@@ -74,10 +79,11 @@ class MemoryPlan:
 
 
 def plan_memory(dit: DiTSizes, run: RunSizes, limit: int | None, passes: range | None = None) -> MemoryPlan:
-    """The plan with most resident blocks that fits into `limit` bytes (None: everything resident).
+    """The plan with the most resident blocks that fits into `limit` bytes; None means everything resident.
 
-    passes: the VAE's pass sizes it may choose from, all if None. Raises ResourceError when not even one
-    streamed block at a time fits.
+    - passes: the VAE's pass sizes to choose from; None means all.
+
+    Raises ResourceError if not even one streamed block at a time fits.
     """
     passes = passes or range(len(run.coding))
     whole = _plan(dit, run, limit, dit.blocks, RING, passes[0])
@@ -92,21 +98,21 @@ def plan_memory(dit: DiTSizes, run: RunSizes, limit: int | None, passes: range |
     least = _plan(dit, run, limit, 0, 1, passes[-1]).peak / (1 - HEADROOM)
     raise ResourceError(
         f"memory: about {least / GB:.1f} GB are needed with every block streamed, {limit / GB:.1f} GB are "
-        "there; lower max_tokens, use quantize=fp8 or the 1.3B model, or free memory on the device"
+        "available; lower max_tokens, use quantize=fp8 or the 1.3B model, or free memory on the device"
     )
 
 
 def plan_parameters(
     dit: DiTSizes, run: RunSizes, resident: int, limit: int | None, passes: range | None = None
 ) -> MemoryPlan:
-    """The plan with this many resident blocks, whether or not it fits; the VAE's pass is chosen to fit."""
+    """The plan with `resident` blocks, even if it does not fit, and the largest VAE pass that fits."""
     passes = passes or range(len(run.coding))
     plans = [_plan(dit, run, limit, resident, RING, coding) for coding in passes]
     return next((plan for plan in plans if plan.fits), plans[-1])
 
 
 def resident_blocks(config: DiTConfig, parameters: int) -> int:
-    """Blocks that stay when `parameters` of the DiT may: those outside the blocks count first."""
+    """How many blocks stay if `parameters` of the DiT may; parameters outside the blocks count first."""
     counts = [0, 0]
     for key, shape in dit_tensors(config):
         counts[key.startswith("blocks.")] += math.prod(shape)
@@ -121,7 +127,7 @@ def fewer_resident(plan: MemoryPlan, resident: int, dit: DiTSizes, run: RunSizes
 
 
 def smaller(plan: MemoryPlan, dit: DiTSizes, run: RunSizes) -> MemoryPlan | None:
-    """One step down: fewer resident blocks, then one buffer, then smaller VAE passes; None at the end."""
+    """The next smaller plan: fewer resident blocks, then one buffer, then smaller VAE passes, then None."""
     step = max(1, math.ceil(plan.blocks / STEPS_DOWN))
     if plan.resident_blocks:
         fewer = plan.resident_blocks - step - (0 if plan.streams else plan.ring)
@@ -143,7 +149,7 @@ def _plan(
     beside = run.vae + run.audio_encoder
     peak = weights + beside + run.held + max(run.denoise, run.coding[coding])
     alone = beside + run.text_encoder
-    text: TextPlace = "whole"
+    text: TextMode = "whole"
     if limit is not None and alone > limit * (1 - HEADROOM):
         text = "layer by layer"
     return MemoryPlan(

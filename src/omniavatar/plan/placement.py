@@ -1,9 +1,9 @@
-"""How one request runs on the memory there is: sizes read off configuration and plan, the limit, the choice.
+"""How one request runs in the available memory: precision, resident blocks, VAE passes, CUDA graphs.
 
-The plan itself is `plan.memory`. Here are its inputs, and the one choice that is not about places:
-`quantize: auto` takes float8 layers where exact weights would have to be streamed and the device can. Both
-that and the VAE's pass size may change the video's last bits, so they belong to a request's identity
-(`Placement.identity`), and a run that is resumed keeps those it began with.
+`plan.memory` makes the memory plan. This module gathers its inputs and chooses the precision: with
+`quantize: auto`, 8-bit layers if exact weights would have to be streamed and the device supports them. The
+precision and the VAE's pass size may change the video's last bits. So they belong to a request's identity
+(`Placement.identity`), and a resumed run keeps the ones it started with.
 """
 
 from __future__ import annotations
@@ -36,12 +36,16 @@ if TYPE_CHECKING:
 
 QUANTIZE_FIELD, PASS_FIELD = "runtime.quantize", "runtime.vae_latents_a_pass"
 IDENTITY_FIELDS = (QUANTIZE_FIELD, PASS_FIELD)
-"""What of a placement decides the frames; a resumed run keeps these."""
+"""The values of a placement that decide the frames; a resumed run keeps them."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The precision and places of one request; `vae_passes`: latents of each pass size the VAE has."""
+    """Precision and memory plan of one request.
+
+    - vae_passes: latents of each pass size of the VAE.
+    - note: added to the user's line about memory.
+    """
 
     quantize: Quantize
     memory: MemoryPlan
@@ -54,17 +58,17 @@ class Placement:
 
     @property
     def vae_latents(self) -> int:
-        """Latents a decoding pass."""
+        """Latents of one decoding pass."""
         return self.vae_passes[self.memory.coding_pass]
 
     @property
     def streamed_bytes(self) -> int:
-        """Host memory that streamed blocks take."""
+        """Bytes of host memory that streamed blocks take."""
         streamed = self.memory.blocks - self.memory.resident_blocks
         return streamed * (self.dit.block + self.dit.text_layers)
 
     def identity(self) -> dict[str, str | int]:
-        """What of it decides the frames."""
+        """The values that decide the frames."""
         values: dict[str, str | int] = {QUANTIZE_FIELD: self.quantize}
         return {**values, PASS_FIELD: self.vae_latents} if len(self.vae_passes) > 1 else values
 
@@ -74,7 +78,7 @@ class Placement:
         return self.memory.describe() + graphs + self.note
 
     def step_down(self) -> Placement | None:
-        """The next smaller one of the same precision, None when there is none."""
+        """The next smaller placement with the same precision; None if there is none."""
         plan = smaller(self.memory, self.dit, self.run)
         return None if plan is None else replace(self, memory=plan, note="", graphs=False)
 
@@ -82,9 +86,9 @@ class Placement:
 def wants_graphs(
     config: PipelineConfig, dit: DiTConfig, tokens: int, device: torch.device, captures: bool = True
 ) -> bool:
-    """Whether the blocks of a forward over `tokens` are to be captured, if they all stay on the device.
+    """Whether to capture the blocks of a forward over `tokens` as graphs, if all stay on the device.
 
-    Raises ResourceError where `cuda_graphs` asks for what cannot be.
+    Raises ResourceError if `cuda_graphs` is set and not supported.
     """
     runtime = config.runtime
     if device.type != "cuda" or not captures:
@@ -107,10 +111,12 @@ def place(
     kept: Mapping[str, str | int] | None = None,
     captures: bool = True,
 ) -> Placement:
-    """The placement of a request under `limit`. kept: `identity` values that must stay as they were.
-    captures: `parallel.team.Team.captures`.
+    """The placement of a request within `limit` bytes.
 
-    Raises ResourceError when it cannot fit.
+    - kept: values of `Placement.identity` that must not change.
+    - captures: `parallel.team.Team.captures`.
+
+    Raises ResourceError if the request does not fit.
     """
     runtime, kept = config.runtime, kept or {}
     run = run_sizes(config, dit, shape, vae_name, device)
@@ -120,8 +126,8 @@ def place(
         index = vae_passes.index(int(kept[PASS_FIELD]))
         passes = range(index, index + 1)
 
-    def placed(quantize: Quantize) -> Placement:
-        plain = arranged(quantize)
+    def with_precision(quantize: Quantize) -> Placement:
+        plain = without_graphs(quantize)
         if not wants_graphs(config, dit, shape.tokens, device, captures):
             return plain
         memory = replace(plain.memory, peak=plain.memory.peak + graph_bytes(config, dit, shape.tokens))
@@ -133,7 +139,7 @@ def place(
             )
         return plain
 
-    def arranged(quantize: Quantize) -> Placement:
+    def without_graphs(quantize: Quantize) -> Placement:
         sizes = dit_sizes(dit, DTYPE_BYTES[config.model.dtype], quantize != "none")
         if runtime.use_fsdp:
             sizes = shared_out(sizes, runtime.sp_size)
@@ -149,33 +155,34 @@ def place(
             )
         return Placement(quantize, memory, sizes, run, vae_passes)
 
-    wanted = kept.get(QUANTIZE_FIELD) if runtime.quantize == "auto" else runtime.quantize
-    if isinstance(wanted, str) and wanted in PRECISIONS.names and not PRECISIONS.get(wanted).exact:
-        return placed(wanted)
+    chosen = kept.get(QUANTIZE_FIELD) if runtime.quantize == "auto" else runtime.quantize
+    if isinstance(chosen, str) and chosen in PRECISIONS.names and not PRECISIONS.get(chosen).exact:
+        return with_precision(chosen)
     best = best_quantize(device)
-    if wanted == "none" or best is None:
-        exact = placed("none")
+    if chosen == "none" or best is None:
+        exact = with_precision("none")
         if exact.memory.streams and best is not None and runtime.num_persistent_param_in_dit is None:
-            stay = placed(best).memory.resident_blocks
-            note = f"; with quantize={best} {stay} of {exact.memory.blocks} would stay, at some loss"
+            stay = with_precision(best).memory.resident_blocks
+            note = f"; quantize={best} would keep {stay} of {exact.memory.blocks}, at some loss of quality"
             return replace(exact, note=note)
         return exact
     try:
-        exact = placed("none")
+        exact = with_precision("none")
         if not exact.memory.streams:
             return exact
     except ResourceError:
         pass
-    return replace(placed(best), note=f"; {best} layers (quantize=auto: exact ones would be streamed)")
+    note = f"; {best} layers (quantize=auto: exact ones would be streamed)"
+    return replace(with_precision(best), note=note)
 
 
 SMALL_BLOCK = 2.4e12
-"""Up to this many floating-point operations (4 ms at 600 TFLOP/s) a block takes less time than its launches.
-On slower devices such a block takes longer, and a graph neither gains nor costs time."""
+"""Floating-point operations (4 ms at 600 TFLOP/s) below which a block takes less time than its launches.
+On slower devices such a block takes longer; then a graph neither saves nor costs time."""
 
 
 def launches_show(config: DiTConfig, tokens: int, ranks: int = 1) -> bool:
-    """Whether a block on `tokens` tokens, shared by `ranks`, computes faster than the host launches it."""
+    """Whether a block over `tokens`, shared by `ranks`, computes faster than the host launches it."""
     own, width = tokens / ranks, config.dim
     products = 2 * own * width * (6 * width + 2 * config.ffn_dim)
     return products + 4 * own * tokens * width < SMALL_BLOCK

@@ -1,7 +1,7 @@
-"""What can be told of the weights without loading them: sizes from file headers, TeaCache's time projections.
+"""Facts about weights without loading them: sizes from file headers, TeaCache's time projections.
 
-A plan is asked for before a run, often on a machine without the weights; then the sizes are those of the
-configured scale, or of the one the file names mention.
+A plan is made before a run, often on a machine without the weights. Then the sizes are those of the
+configured scale, or of the scale that the file names mention.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from omniavatar.model.sizes import DiTConfig
 
 
-def files_there(model: ModelConfig) -> bool:
+def files_exist(model: ModelConfig) -> bool:
     """Whether the DiT is read from files and all of them exist."""
     return model.weights == "files" and bool(model.dit_path) and all(path.exists() for path in model.dit_path)
 
 
 def missing_files(model: ModelConfig) -> list[Path]:
-    """Files and folders that the configuration names and this disk lacks; none for random weights."""
+    """Configured files and folders that do not exist; none for random weights."""
     if model.weights == "random":
         return []
     named = (
@@ -44,11 +44,11 @@ def missing_files(model: ModelConfig) -> list[Path]:
 
 
 def find_dit_config(model: ModelConfig) -> tuple[DiTConfig, str | None]:
-    """The DiT's sizes, from the files when they are there, else from the scale; and the scale if assumed.
+    """The DiT's sizes and the assumed scale; the scale is None if the sizes come from the files.
 
-    Raises ConfigError when neither tells, CheckpointError when the files are broken.
+    Raises CheckpointError if the files are broken.
     """
-    if files_there(model):
+    if files_exist(model):
         exp = model.exp_path if model.exp_path is not None and model.exp_path.exists() else None
         return inspect_dit(model.dit_path, adapter_dir=exp, num_heads=model.dit_config.num_heads), None
     scale = assumed_scale(model)
@@ -56,7 +56,7 @@ def find_dit_config(model: ModelConfig) -> tuple[DiTConfig, str | None]:
 
 
 def assumed_scale(model: ModelConfig) -> str:
-    """The configured scale, else the one the DiT's file names mention, else 14B (the largest)."""
+    """The configured scale, else the scale that the DiT's file names mention, else 14B (the largest)."""
     if model.scale != "auto":
         return model.scale
     names = " ".join(str(path) for path in model.dit_path)
@@ -66,10 +66,9 @@ def assumed_scale(model: ModelConfig) -> str:
 def time_projections(model: ModelConfig, config: DiTConfig, timesteps: Sequence[float]) -> np.ndarray:
     """Time projections (steps, 6, dim) float32 of the base DiT, which decide TeaCache's plan.
 
-    Reads six small tensors. Further LoRAs that change the time embedding are not taken into account.
-    Raises CheckpointError when the files lack them.
+    Reads six small tensors. Ignores LoRAs that change the time embedding. Raises CheckpointError if the files
+    lack the tensors.
     """
-
     import torch
 
     from omniavatar.checkpoint.reader import TensorFiles
@@ -88,7 +87,7 @@ def time_projections(model: ModelConfig, config: DiTConfig, timesteps: Sequence[
 
 
 def read_dit_config(model: ModelConfig) -> DiTConfig:
-    """The DiT's sizes from file headers. Raises CheckpointError where they differ from the configuration."""
+    """The DiT's sizes from file headers. Raises CheckpointError if they differ from the configuration."""
     if model.weights == "random":
         return scale_spec(model.scale).dit
     found = inspect_dit(model.dit_path, adapter_dir=model.exp_path, num_heads=model.dit_config.num_heads)

@@ -1,4 +1,4 @@
-"""What a run will do, known before anything heavy happens: the shape of a window, then the whole plan.
+"""What a run will do, known before anything is loaded: the shape of a window, then the whole plan.
 
 A `WindowShape` needs no audio, so memory can be planned as soon as the portrait and the settings are read.
 A `RunPlan` is that shape plus the windows that the audio fills. Each is made once for a video. Only
@@ -22,17 +22,21 @@ from omniavatar.sampling.windows import frames_for, padded_audio_frames, plan_wi
 from omniavatar.types import StepCache, StepPlan, Window
 
 VAE_STRIDE = 8
+"""Pixels of a latent pixel's side."""
 PATCH = 2
+"""Latent pixels of a token's side."""
 
 
 @dataclass(frozen=True)
 class WindowShape:
     """One window of a request.
 
-    - size: (height, width) in pixels. window_length, overlap: video frames.
+    - size: (height, width) in pixels.
+    - window_length, overlap: in video frames.
     - tokens: video tokens of one forward.
-    - branches: the passes of a guided step. guidance_interval: the fraction of steps that are guided.
-    - step_cache: its policy; a step cache keeps residuals on the device.
+    - branches: the passes of a guided step.
+    - guidance_interval: beginning and end of the guided steps, as fractions of the steps.
+    - step_cache: the policy; a step cache keeps residuals on the device.
     """
 
     size: tuple[int, int]
@@ -52,7 +56,7 @@ class WindowShape:
 
     @property
     def guided(self) -> int:
-        """How many steps are guided."""
+        """Number of guided steps."""
         return len(guided_steps(self.steps, self.guidance_interval))
 
 
@@ -60,8 +64,10 @@ class WindowShape:
 class RunPlan(WindowShape):
     """The whole run of one request: a window's shape, and the windows.
 
-    - frames: of the finished video. audio_delay_s: of its sound, since the portrait is the first frame.
-    - step_plan: None while TeaCache's decisions are unknown; every step then counts as computed.
+    - frames: of the finished video.
+    - padded_audio_frames: rows of audio features, padded to fill the last window.
+    - audio_delay_s: delay of the sound by the leading silence and the portrait, which is the first frame.
+    - step_plan: None while TeaCache's decisions are unknown; then every step counts as computed.
     """
 
     fps: float
@@ -76,7 +82,7 @@ class RunPlan(WindowShape):
         return self.frames / self.fps
 
     def decided(self, step_plan: StepPlan) -> RunPlan:
-        """This plan with the decisions of the step cache."""
+        """This plan, with the decisions of the step cache."""
         return replace(self, step_plan=step_plan)
 
     @cached_property
@@ -87,7 +93,7 @@ class RunPlan(WindowShape):
 
     @property
     def forwards(self) -> int:
-        """Block-stack passes of all windows without skipped ones; an upper bound while step_plan is None."""
+        """Computed forwards of all windows; an upper bound while `step_plan` is None."""
         return count_passes(self.passes)[0] * len(self.windows)
 
     @property
@@ -96,7 +102,7 @@ class RunPlan(WindowShape):
 
     @property
     def branch_patterns(self) -> dict[str, str]:
-        """For each branch one letter a step: C computed, s skipped, - not run."""
+        """One letter a step, for each branch: C computed, s skipped, - not run."""
         return branch_patterns(self.passes)
 
     @property
@@ -117,7 +123,7 @@ class RunPlan(WindowShape):
         return tuple(notes)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able form; windows are given by their count."""
+        """The plan for JSON; windows are given by their count."""
         return {
             "size": self.size,
             "fps": self.fps,
@@ -147,7 +153,7 @@ def window_shape(
     """The shape of a request's windows.
 
     - size: (height, width) of the video in pixels.
-    - sampling: the request's, the configured one by default.
+    - sampling: the request's; None means the configuration's.
     """
     video, sampling = config.video, sampling or config.sampling
     height, width = size
@@ -170,8 +176,9 @@ def window_shape(
 def make_plan(config: PipelineConfig, shape: WindowShape, audio_samples: int | None) -> RunPlan:
     """The plan of a request whose windows have `shape`.
 
-    audio_samples: samples at `sample_rate` with the leading silence; None for a silent video of `seq_len`
-    frames. Raises ValueError when it does not fit the shape.
+    - audio_samples: at `sample_rate`, with the leading silence; None for a silent video of `seq_len` frames.
+
+    Raises ValueError if `audio_samples` contradicts the shape.
     """
     if (audio_samples is not None) != shape.has_audio:
         raise ValueError(f"{audio_samples} samples for windows with has_audio={shape.has_audio}")
@@ -197,6 +204,6 @@ def plan_run(
     audio_samples: int | None,
     step_plan: StepPlan | None = None,
 ) -> RunPlan:
-    """Shape and plan in one call, for what plans without making a video."""
+    """Shape and plan in one call, for commands that plan without making a video."""
     plan = make_plan(config, window_shape(config, size, audio_samples is not None), audio_samples)
     return plan if step_plan is None else plan.decided(step_plan)

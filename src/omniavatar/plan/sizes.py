@@ -1,4 +1,4 @@
-"""Bytes that a model and a request take, before anything is loaded."""
+"""Bytes that a model and a request need, known before anything is loaded."""
 
 from __future__ import annotations
 
@@ -24,20 +24,28 @@ if TYPE_CHECKING:
     from omniavatar.plan.run import WindowShape
 
 GB = 10**9
-
+"""All limits and messages use decimal gigabytes."""
 RING = 2
-
+"""Whole blocks on the device beside the resident ones: one computes while the next one arrives."""
 TEXT_TOKENS = 512
-
+"""Every prompt is padded to this many tokens."""
 FLOAT = 4
-
+"""Bytes of a float32 number."""
 SLACK = 1.15
+"""Factor on counted activations, for scratch memory and holes in the allocator."""
+DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+"""Bytes of a number, by `model.dtype`."""
 
 
 @dataclass(frozen=True)
 class DiTSizes:
-    """Bytes of a DiT's weights. block: what a block computes with. text_layers: its layers for the text's
-    keys and values, which leave the device with it. outside: everything not in a block."""
+    """Bytes of a DiT's weights.
+
+    - blocks: how many blocks the DiT has.
+    - block: one block without `text_layers`; a streamed block brings these bytes to the device.
+    - text_layers: one block's layers for keys and values of the text; they are offloaded with the block.
+    - outside: everything outside the blocks.
+    """
 
     blocks: int
     block: int
@@ -53,8 +61,10 @@ class DiTSizes:
 class RunSizes:
     """Bytes of everything else.
 
-    held: text keys and values, alive in every window. denoise: alive in a forward. coding: alive while the
-    VAE works, for each size its passes may have, the largest first.
+    - vae, audio_encoder, text_encoder: weights.
+    - held: keys and values of the texts, kept in every window.
+    - denoise: activations of a forward.
+    - coding: activations of the VAE, for each size of its passes, the largest first.
     """
 
     vae: int
@@ -66,7 +76,7 @@ class RunSizes:
 
 
 def dit_sizes(config: DiTConfig, dtype_bytes: int, float8: bool) -> DiTSizes:
-    """Bytes of a DiT in the form it runs in."""
+    """Bytes of a DiT in the form in which it runs; `float8` stands for any 8-bit form."""
     block = text_layers = outside = 0
     for key, shape in dit_tensors(config):
         in_block = key.startswith("blocks.")
@@ -85,7 +95,7 @@ def dit_sizes(config: DiTConfig, dtype_bytes: int, float8: bool) -> DiTSizes:
 
 
 def shared_out(sizes: DiTSizes, ranks: int) -> DiTSizes:
-    """What one of `ranks` holds when they share the blocks: its part of each, and RING whole ones."""
+    """Bytes on one of `ranks` that share the blocks: its part of each block, and RING whole blocks."""
     block, text = -(-sizes.block // ranks), -(-sizes.text_layers // ranks)
     whole = RING * sizes.block + sizes.text_layers
     return DiTSizes(sizes.blocks, block, text, sizes.outside + whole)
@@ -100,9 +110,11 @@ def denoise_bytes(
     cached: bool,
     float8: bool = False,
 ) -> int:
-    """What is alive in a forward, the residuals of a step cache included.
+    """Bytes of a forward's activations and of a step cache's residuals.
 
-    float8: the feed-forward layer's result is there twice for a moment, the second time in float8.
+    - tokens: video tokens of one forward.
+    - branches: guidance branches; a step cache keeps one residual for each.
+    - float8: adds the 8-bit copy of the feed-forward layer's result.
     """
     width, hidden = tokens * config.dim * dtype_bytes, tokens * config.ffn_dim * dtype_bytes
     if float8:
@@ -113,7 +125,7 @@ def denoise_bytes(
 
 
 def held_bytes(config: DiTConfig, texts: int, dtype_bytes: int) -> int:
-    """Keys and values of this many texts in every block."""
+    """Bytes of the keys and values of `texts` prompts, in all blocks."""
     return texts * config.num_layers * 2 * TEXT_TOKENS * config.dim * dtype_bytes
 
 
@@ -126,14 +138,23 @@ def coding_bytes(
     fast: bool,
     ranks: int = 1,
 ) -> int:
-    """What is alive while the VAE decodes `latents` a pass, or encodes the hand-over of `overlap` frames.
+    """Bytes of the VAE's activations: the larger of decoding and of encoding the hand-over.
 
-    In frames of the last stage: 18 past ones and 29 for each latent, encoding 20 and 5 for each frame (fast;
-    measured on an H100: decoding 70 at two latents a pass, two ranks 58, encoding 77 and 41, the larger of
-    them at one latent 47); the scores of a frame's attention are float32 and there twice. Where ranks share
-    the rows, the largest run of them counts with its border, times the latents of a pass, which are `ranks`
-    times as many, and what is whole on each: the portrait encoded by the leader, three times the pixels of a
-    pass in float32.
+    The unit of the counts is one frame of the last stage, `height * width * channels` numbers.
+
+    - Decoding (fast): 18 for past frames and 29 for each latent of a pass. Encoding: 20 and 5 for each frame.
+    - Measured on an H100: decoding 70 at two latents a pass, 58 on two ranks; encoding 77 and 41; at one
+      latent a pass, the larger of both is 47.
+    - The scores of one frame's attention are float32 and exist twice.
+    - Ranks that share the rows: the largest share counts, with its border. A pass has `ranks` times as many
+      latents. Whole on each rank are the portrait that the leader encodes, and three times the pixels of a
+      pass in float32.
+
+    Arguments:
+
+    - channels: of the VAE's last stage. size: (height, width) in pixels.
+    - latents: of one pass on one rank. overlap: frames of the hand-over.
+    - fast: the VAE backend that works in passes.
     """
     height, width = size
     frame = height * width * channels * dtype_bytes
@@ -156,22 +177,19 @@ def tensor_bytes(tensors: Iterable[tuple[str, Shape]], dtype_bytes: int) -> int:
     return sum(math.prod(shape) for _, shape in tensors) * dtype_bytes
 
 
-DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-
-
 def vae_ranks(config: PipelineConfig, vae_name: str) -> int:
-    """Processes that share the VAE's work: all that make a video, or one.
+    """How many processes share the VAE's work: all processes of a video, or 1.
 
-    Raises ConfigError where `vae_parallel` asks for what cannot be.
+    Raises ConfigError if `vae_parallel` is set and they cannot share it.
     """
     runtime = config.runtime
     can = runtime.processes > 1 and vae_name == "fast" and DECODERS.get(config.model.decoder).shares_rows
     if runtime.vae_parallel and not can:
-        shared = ", ".join(each.name for each in DECODERS if each.shares_rows)
+        decoders = ", ".join(each.name for each in DECODERS if each.shares_rows)
         raise ConfigError(
-            f"vae_parallel: needs several processes, vae: fast and one of the decoders "
-            f"{shared}, not {runtime.processes}, {vae_name} and {config.model.decoder}; "
-            "leave it out to share the VAE where it can be"
+            f"vae_parallel: needs several processes, vae: fast and one of the decoders {decoders}; "
+            f"got {runtime.processes}, {vae_name} and {config.model.decoder}; "
+            "leave it out to share the VAE when possible"
         )
     return runtime.processes if can and runtime.vae_parallel is not False else 1
 
@@ -179,9 +197,9 @@ def vae_ranks(config: PipelineConfig, vae_name: str) -> int:
 def run_sizes(
     config: PipelineConfig, dit: DiTConfig, shape: WindowShape, vae_name: str, device: torch.device
 ) -> RunSizes:
-    """What a request needs beside the DiT's weights.
+    """Bytes that a request needs beside the DiT's weights.
 
-    Encoders and VAE are counted at the sizes of the released model of the DiT's width.
+    Encoders and VAE have the sizes of the released model that has the DiT's width.
     """
     spec = next((scale for scale in SCALES if scale.dit.dim == dit.dim), SCALES[-1])
     size = DTYPE_BYTES[config.model.dtype]
@@ -204,7 +222,7 @@ def run_sizes(
 
 
 def graph_bytes(config: PipelineConfig, dit: DiTConfig, tokens: int) -> int:
-    """What the captured forwards of a video's windows keep: activations of `tokens`, two shapes' text."""
+    """Bytes that captured forwards keep: activations of `tokens`, and the text of two window shapes."""
     size, runtime = DTYPE_BYTES[config.model.dtype], config.runtime
     own = -(-tokens // runtime.sp_size)
     activations = denoise_bytes(dit, own, size, True, 0, False, runtime.quantize != "none")

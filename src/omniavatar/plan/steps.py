@@ -1,4 +1,4 @@
-"""Which steps of a run compute the blocks, decided before the first step by the configured step cache."""
+"""Decides which steps of a run compute the blocks, before the first step, by the configured step cache."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def sampling_schedule(sampling: SamplingConfig) -> Schedule:
-    """Noise levels of the configured steps."""
+    """The noise levels of the configured steps."""
     return make_schedule(sampling.num_steps, sampling.shift, sampling.timesteps)
 
 
 def model_scale(configured: str, dim: int) -> str | None:
-    """The model whose published cache constants apply: the configured scale, else by width, else None."""
+    """The model whose published constants apply: by the configured scale, else by width `dim`, else None."""
     if configured in ("1.3B", "14B"):
         return configured
     return {1536: "1.3B", 5120: "14B"}.get(dim)
@@ -35,13 +35,13 @@ def make_step_plan(
     time_projections: Callable[[], np.ndarray],
     guard: bool = True,
 ) -> StepPlan:
-    """The configured step cache's plan.
+    """The plan of the configured step cache.
 
-    - constants: those of this model (`plan.calibration.find_constants`).
-    - time_projections: returns the projections (steps, 6, dim) float32 of the schedule. It is called for
-      TeaCache only.
+    - constants: of this model (`plan.calibration.find_constants`).
+    - time_projections: returns the schedule's projections (steps, 6, dim) float32; called for TeaCache only.
+    - guard: whether TeaCache computes where its polynomial does not hold (`teacache_plan`).
 
-    Raises ConfigError when constants for this model are neither published nor measured nor configured.
+    Raises ConfigError if constants for this model are neither published, measured nor configured.
     """
     policy, steps = sampling.cache_policy, sampling.steps
     if policy == "none":
