@@ -1,15 +1,15 @@
 """The one order in which optimisations are applied to the DiT.
 
 1. merge: LoRA pairs are added to their weights while files are read, so later steps see plain layers.
-2. quantise: in the same pass, so a merged weight is quantised once and never fills the device exactly.
-3. fuse: after quantising, because a fused pass hands a quantised layer the rows that it takes.
-4. shard: after fusing, because fused blocks call the attention that then spans the ranks.
-5. shared weights: when every tensor has its final form, each rank keeps its share of the blocks.
-6. offload: the last change of where tensors lie; blocks that do not stay go to host memory.
-7. graphs: capture what steps 1 to 6 left to launch, only where no block is streamed.
-8. step cache: wraps the blocks from outside for each window, so that it skips all of the above.
+2. quantise: in the same pass, so a weight is quantised once, and exact weights never fill the device.
+3. fuse: after quantising, because a fused pass produces the rows that a quantised layer takes.
+4. shard: after fusing, because it replaces the attention that fused blocks call.
+5. shared weights: each rank keeps its share of the blocks, once every tensor has its final form.
+6. offload: last of the steps that move tensors; blocks that do not stay go to host memory.
+7. graphs: capture the launches that steps 1 to 6 leave, only if no block is streamed.
+8. step cache: wraps the blocks from outside, for each window, so that it skips all of the above.
 
-Steps 1 to 5 are below. `Residency.hold` does 6 and 7 as the placement says, and `WindowGenerator` does 8.
+Steps 1 to 5 are below. `Residency.hold` does 6 and 7 as the placement says; `WindowGenerator` does 8.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def accelerated_dit(
 ) -> WanDiT:
     """The DiT with every optimisation that changes its weights or modules.
 
-    load: reads and merges the weights in the form it is given. Raises CheckpointError, ResourceError.
+    - load: reads and merges the weights, in the given form.
+
+    Raises CheckpointError, ResourceError.
     """
     fuse = device.type == "cuda" if runtime.fuse is None else runtime.fuse
     accel, ops = AccelConfig(quantize, fuse), create_fused(device, row_dtype(quantize))

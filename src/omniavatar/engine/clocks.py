@@ -1,9 +1,8 @@
-"""Clocks by which stages are timed: the host's, and the timeline of a CUDA device.
+"""Clocks that time stages: the host's, and the timeline of a CUDA device.
 
-While the host runs ahead of a device, the host's clock says how long it took to queue a stage, not to do it.
-`DeviceClock` puts a mark into the device's queue instead: a stage lasts from when the device gets to its
-beginning until it gets to its end, which for a device with an empty queue is host time. Nobody waits for a
-mark until its time is asked for.
+While the host runs ahead of a device, the host's clock shows how long queueing a stage took, not running it.
+`DeviceClock` puts marks into the device's queue instead: a stage lasts from when the device reaches its first
+mark until it reaches its last. If the queue is empty, this is host time. Only reading a mark waits for it.
 """
 
 from __future__ import annotations
@@ -15,18 +14,21 @@ import torch
 
 
 class Clock(Protocol):
-    """Marks moments; `queued` says whether a moment may still lie ahead when it is marked."""
+    """Marks moments.
+
+    - queued: whether a mark may lie in the future, because the device has not reached it.
+    """
 
     queued: bool
 
     def mark(self) -> Any: ...
 
     def seconds(self, start: Any, end: Any) -> float:
-        """Between two marks; waits for the later one."""
+        """Seconds between two marks; waits for the later one."""
         ...
 
     def moment(self, mark: Any) -> float:
-        """A mark in seconds of `time.perf_counter`; waits for it."""
+        """The time of a mark on the scale of `time.perf_counter`; waits for the mark."""
         ...
 
 
@@ -46,7 +48,10 @@ class HostClock:
 
 
 class DeviceClock:
-    """The current stream of one CUDA device; making one waits for the device, to know when it is."""
+    """The current stream of one CUDA device.
+
+    The constructor waits for the device once, to relate its timeline to the host's.
+    """
 
     queued = True
 

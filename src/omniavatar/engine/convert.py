@@ -1,4 +1,4 @@
-"""`omniavatar convert`: from a configuration to one file of its DiT in the form it runs in."""
+"""`omniavatar convert`: writes the DiT of a configuration to one file, in the form in which it runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from omniavatar.errors import ConfigError
 
 @dataclass(frozen=True)
 class Converted:
-    """The written file, its bytes, and the settings that load it in place of the originals."""
+    """The written file, its size, and the settings that load it instead of the original files."""
 
     path: Path
     num_bytes: int
@@ -34,8 +34,11 @@ def convert_checkpoint(
 ) -> Converted:
     """Write the configured DiT to `out`: merged, in `model.dtype`, quantised as `runtime.quantize` says.
 
-    Random weights are converted too, for timings. Raises CheckpointError, ConfigError, OutputError,
-    ResourceError.
+    Random weights can be converted too, for timings.
+
+    - progress: called with (done, total).
+
+    Raises CheckpointError, ConfigError, OutputError, ResourceError.
     """
     model, quantize = config.model, config.runtime.quantize
     if quantize == "auto":

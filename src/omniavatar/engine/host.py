@@ -1,4 +1,4 @@
-"""What the engine asks of the machine it runs on. Pass an own `Host` to change one of the answers."""
+"""What the engine needs from the machine it runs on. A subclass of `Host` replaces single functions."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Host:
     """This machine."""
 
     def memory_limit(self, runtime: RuntimeConfig, device: torch.device) -> int | None:
-        """Bytes of the device that this process may hold in all; None means no limit."""
+        """Bytes of the device that this process may hold in total; None means no limit."""
         return device_limit(runtime.memory, device)
 
     def arrival(self, device: torch.device) -> Callable[[], None]:
-        """A function that blocks until the device has done everything that is queued now."""
+        """A function that blocks until the device has finished everything queued so far."""
         return arrival(device)
 
     def choose_encoder(self, name: str, size: tuple[int, int]) -> str:
-        """The video encoder that `output.encoder` means for frames of (height, width)."""
+        """The video encoder that `output.encoder` selects for frames of (height, width)."""
         return choose_encoder(name, size)
 
     def encode_segment(self, frames: Any, path: Path, **options: Any) -> int:

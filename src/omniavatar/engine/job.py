@@ -1,10 +1,14 @@
-"""What one request leaves on disk while it runs, so that it can go on after a crash.
+"""The job folder: what one request keeps on disk while it runs, so that it can continue after a crash.
 
-`<output>.job/` beside the output holds `job.json` (what was asked, how many windows are done), a video
-segment and the next window's given latents for every finished window, and the audio features. A window
-counts as done only when its segment and its hand-over are on disk; then `job.json` is replaced atomically.
-The same command continues after the last done window; anything that changes the frames makes it refuse and
-name the change. The folder is removed once the video has its final name.
+`<output>.job/` beside the output holds:
+
+- `job.json`: the request's identity and the number of windows that are done;
+- a video segment for every finished window, and the given latents of the next window;
+- the audio features.
+
+A window is done when its segment and its hand-over are on disk; then `job.json` is replaced atomically. The
+same command continues after the last done window. If anything that decides the frames has changed, it fails
+and names the change. The folder is removed once the video has its final name.
 """
 
 from __future__ import annotations
@@ -35,10 +39,11 @@ if TYPE_CHECKING:
     from omniavatar.config.schema import OutputConfig, SamplingConfig
 
 FORMAT = 1
+"""Version of `job.json`; a folder with another version is not resumed."""
 
 
 def fingerprint(values: Mapping[str, Any]) -> dict[str, str]:
-    """Values that decide the frames, as printable text by dotted name."""
+    """Values that decide the frames, as printable text, sorted by name; long texts are cut and hashed."""
     return {name: _printable(value) for name, value in sorted(values.items())}
 
 
@@ -74,9 +79,9 @@ class Job:
         self.fingerprint: dict[str, str] = {}
 
     def open(self, values: dict[str, str], resume: bool) -> int:
-        """Begin or continue; returns how many windows are done.
+        """Start or resume the job; returns how many windows are done.
 
-        Raises ResumeError when the folder belongs to another request or configuration.
+        Raises ResumeError if the folder belongs to another request or configuration.
         """
         self.fingerprint = values
         if self._state.exists() and resume:
@@ -97,7 +102,7 @@ class Job:
 
     @contextmanager
     def opened(self, values: dict[str, str], resume: bool) -> Iterator[None]:
-        """Begin or continue for as long as the body runs; a run without a finished window leaves nothing."""
+        """Open the job while the body runs. If no window was finished, the folder is removed at the end."""
         self.open(values, resume)
         try:
             yield
@@ -106,9 +111,9 @@ class Job:
                 self.discard()
 
     def recorded(self, names: Collection[str]) -> dict[str, Any]:
-        """The named values of the unfinished run in the folder, or else of the finished video.
+        """The named values of the identity that the job folder, or else the sidecar, records.
 
-        Values that are absent are left out.
+        Missing values are left out.
         """
         path = self._state if self._state.exists() else self.sidecar
         try:
@@ -118,11 +123,14 @@ class Job:
             return {}
 
     def amend(self, changes: Mapping[str, str]) -> None:
-        """Windows from now on are made with these values of the fingerprint."""
+        """Change these values of the fingerprint, for the windows that follow."""
         self.fingerprint = {**self.fingerprint, **changes}
 
     def finish_window(self, given: bytes | None) -> None:
-        """Record that the next window's segment lies on disk; `given`: what the one after starts from."""
+        """Record one more window as done; its segment must be on disk.
+
+        - given: given latents of the window after it, as bytes of a safetensors file; None after the last.
+        """
         if given is not None:
             atomic_write_bytes(self.given_path(self.done + 1), given)
         self.done += 1
@@ -133,7 +141,7 @@ class Job:
         return self.folder / f"segment_{window:05d}.mp4"
 
     def given_path(self, window: int) -> Path:
-        """Given latents of `window`, left by the one before."""
+        """File of the given latents of `window`, written after the previous window."""
         return self.folder / f"given_{window:05d}.safetensors"
 
     def close(self, values: dict[str, Any], keep: bool) -> RunResult:
@@ -158,7 +166,10 @@ class Job:
             self.partial.unlink(missing_ok=True)
 
     def given(self) -> Tensor | None:
-        """Given latents of the next window, None before the first. Raises ResumeError when they are gone."""
+        """Given latents of the next window; None before the first.
+
+        Raises ResumeError if their file is missing or damaged.
+        """
         if not self.done:
             return None
         path = self.given_path(self.done)
@@ -170,7 +181,7 @@ class Job:
             raise ResumeError(f"{path} is damaged ({error}); use --no-resume to start over") from None
 
     def finished(self, values: dict[str, str]) -> RunResult | None:
-        """The result of a finished video made from exactly these values, None where there is none."""
+        """The result of a finished video that was made from exactly these values; None if there is none."""
         sidecar = self._finished_sidecar(values)
         if sidecar is None:
             return None
@@ -206,10 +217,10 @@ class Job:
 
 
 def output_path(output: OutputConfig, sampling: SamplingConfig, index: int, prompt: str) -> Path:
-    """Where the video of request `index` of a run goes when no output name is given.
+    """Default path of the video of request `index`, by `output.naming`.
 
-    slug: `<output_dir>/<index>_<slug>.mp4`. reference: the original's way, the sampling settings in a folder
-    name and a numbered file in it.
+    - slug: `<output_dir>/<index>_<slug of the prompt>.mp4`.
+    - reference: as the original code, `<output_dir>/<sampling settings>/result_<index>.mp4`.
     """
     if output.naming == "slug":
         return output.output_dir / f"{index:03d}_{slugify(prompt)}.mp4"
@@ -220,7 +231,7 @@ def output_path(output: OutputConfig, sampling: SamplingConfig, index: int, prom
 
 
 def checked_output(output: Path) -> Path:
-    """`output` if a video can be written there. Raises OutputError."""
+    """`output`, unchanged. Raises OutputError if no video can be written to it."""
     if output.suffix.lower() != ".mp4":
         raise OutputError(f"{output}: the video is written as .mp4; give the output that ending")
     check_writable(output.parent)

@@ -1,4 +1,4 @@
-"""Loading what a configuration names, from files or as random weights of the same sizes."""
+"""Loads the models of a configuration, from files or as random weights of the same sizes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 
 class VAELoader:
-    """Loads a model's VAE. run: what runs loaded weights (`accel.vae_runners.create_vae`)."""
+    """Loads the VAE of a model.
+
+    - run: makes a runner from loaded weights (`accel.vae_runners.create_vae`).
+    """
 
     def __init__(
         self, model: ModelConfig, dtype: torch.dtype, device: torch.device, run: Callable[[WanVAE], VideoVAE]
@@ -34,7 +37,7 @@ class VAELoader:
         self._model, self._dtype, self._device, self._run = model, dtype, device, run
 
     def load(self) -> VideoVAE:
-        """The VAE with the decoder that `model.decoder` names."""
+        """The VAE, with the decoder that `model.decoder` names."""
         model = self._model
         if model.weights == "random":
             full = random_vae(scale_spec(model.scale).vae, dtype=self._dtype, device=self._device, seed=0)
@@ -57,7 +60,7 @@ class VAELoader:
 
 
 def dit_files(model: ModelConfig) -> DiTFiles:
-    """The files the configured DiT is merged from."""
+    """The files that the configured DiT is merged from."""
     return DiTFiles(
         model.dit_path,
         adapter=model.exp_path,
@@ -69,7 +72,7 @@ def dit_files(model: ModelConfig) -> DiTFiles:
 
 
 def loading_device(layers: int, resident: int, device: torch.device) -> Callable[[str], torch.device]:
-    """The device that the tensor of a key is read into: host memory for blocks that will be streamed."""
+    """A function from a tensor's key to its device: host memory for blocks that will be streamed."""
     streamed = set(streamed_blocks(layers, resident))
 
     def device_of(key: str) -> torch.device:
@@ -88,10 +91,10 @@ def load_dit_weights(
     form: WeightForm | None,
     device_of: Callable[[str], torch.device],
 ) -> WanDiT:
-    """The DiT with its adapter and LoRAs merged, or a random one.
+    """The DiT with its adapter and LoRAs merged, or one with random weights.
 
-    - form: what weights become while they are read (quantised layers).
-    - device_of: where the tensor of a key is put.
+    - form: converts weights while they are read (quantised layers).
+    - device_of: the device of a tensor, by its key.
     """
     if model.weights == "random":
         return random_dit(
@@ -105,7 +108,9 @@ def load_dit_weights(
 def load_audio_encoder(model: ModelConfig, width: int, device: torch.device) -> AudioEncoder:
     """wav2vec 2.0, always in float32: its features are normalised, small and cheap to compute.
 
-    width: numbers a frame that the DiT takes. Raises CheckpointError where the encoder gives another number.
+    - width: numbers a frame that the DiT takes.
+
+    Raises CheckpointError if the encoder gives another number.
     """
     if model.weights == "random":
         spec = scale_spec(model.scale).wav2vec
@@ -123,7 +128,7 @@ def load_audio_encoder(model: ModelConfig, width: int, device: torch.device) -> 
         encoder = AudioEncoder.load(model.wav2vec_path, device)
     if encoder.width != width:
         raise CheckpointError(
-            f"{model.wav2vec_path}: gives {encoder.width} numbers a frame, the DiT's audio_proj takes "
+            f"{model.wav2vec_path}: gives {encoder.width} numbers a frame, but the DiT's audio_proj takes "
             f"{width}; use the wav2vec folder the checkpoint was trained with"
         )
     return encoder

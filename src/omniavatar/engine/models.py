@@ -1,7 +1,9 @@
-"""The models of a pipeline, each loaded when it is first used, from the files the configuration names.
+"""The models of a pipeline, each loaded on first use from the files that the configuration names.
 
-Where they lie is `engine.residency`; how they are read is `engine.loading`; in which order they are
-accelerated is `engine.accelerate`; prompts have an encoder of their own (`engine.prompts`).
+- `engine.residency`: where the models lie.
+- `engine.loading`: how they are read.
+- `engine.accelerate`: the order of optimisations.
+- `engine.prompts`: the encoder of prompts.
 """
 
 from __future__ import annotations
@@ -36,14 +38,14 @@ if TYPE_CHECKING:
     from omniavatar.types import Recorder
 
 TEXT_ROOM = 1.1
-"""Memory of the text encoder at work over that of its weights."""
+"""Memory of the running text encoder, as a multiple of its weights."""
 
 
 class Models:
-    """The models one configuration names, on one device.
+    """The models of one configuration, on one device.
 
-    - team: the processes of one video.
-    - residency: where a request's models lie; adopt a placement there before the DiT is used.
+    - team: the processes that make one video.
+    - residency: what lies on the device; it must adopt a placement before the DiT is used.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class Models:
 
     @functools.cached_property
     def dit(self) -> WanDiT:
-        """The diffusion transformer with the configured optimisations, placed as `residency` says."""
+        """The diffusion transformer, with the configured optimisations and the adopted placement."""
         from omniavatar.engine.accelerate import accelerated_dit
 
         placement = self.residency.placement
@@ -87,7 +89,7 @@ class Models:
 
     @functools.cached_property
     def vae(self) -> VideoVAE:
-        """The video VAE of this process alone, run as `vae_name` says."""
+        """This process's own video VAE, run by the backend `vae_name`."""
         from omniavatar.accel.vae import coding_dtype
         from omniavatar.engine.loading import VAELoader
 
@@ -97,7 +99,7 @@ class Models:
 
     @functools.cached_property
     def window_vae(self) -> VideoVAE | None:
-        """The VAE that codes the windows: all processes together, or the leader's, None elsewhere."""
+        """The VAE that codes windows: shared by all processes, or only the leader's (None on other ranks)."""
         if self.vae_ranks > 1:
             from omniavatar.parallel.vae import apply_shared_vae
 
@@ -114,18 +116,18 @@ class Models:
 
     @functools.cached_property
     def prompts(self) -> PromptEncoder:
-        """The encoder of prompts, which holds the text encoder only while it needs it."""
+        """The encoder of prompts; it holds the text encoder only while it runs."""
         from omniavatar.engine.prompts import PromptEncoder
 
         return PromptEncoder(self.config, self.device, self.dtype, self.recorder, self._text_encoder_fits)
 
     def load_for_windows(self) -> None:
-        """Load what makes the windows and is not loaded yet, with less on the device where needed."""
+        """Load the DiT and the VAE if they are not loaded. Retries with less GPU memory if needed."""
         self.residency.retry(lambda: self.window_vae)
         self.residency.retry(lambda: self.dit)
 
     def audio_features(self, waveform: np.ndarray, frames: int, path: Path) -> np.ndarray:
-        """One audio vector a video frame, (frames, D), from the file at `path` or else encoded into it."""
+        """Audio vectors (frames, D), one a video frame, read from `path`, or encoded and written to it."""
         from omniavatar.encoders.audio import open_features
 
         if path.is_file() and len(features := open_features(path)) == frames:
@@ -134,12 +136,12 @@ class Models:
 
     @torch.inference_mode()
     def time_projections(self, timesteps: tuple[float, ...]) -> np.ndarray:
-        """What TeaCache reads: the DiT's time projections (steps, 6, dim) float32."""
+        """The DiT's time projections (steps, 6, dim) float32, from which TeaCache decides."""
         steps = torch.tensor(timesteps, dtype=torch.float32, device=self.device)
         return self.dit.embed_time(steps)[1].float().cpu().numpy()
 
     def _load_dit(self, form: WeightForm | None) -> WanDiT:
-        """The merged weights; blocks that will be streamed or shared out are read into host memory."""
+        """The DiT with merged weights; blocks to be streamed or shared are read into host memory."""
         from omniavatar.engine.loading import load_dit_weights, loading_device
 
         resident = 0 if self.config.runtime.use_fsdp else self.residency.placement.memory.resident_blocks

@@ -1,4 +1,4 @@
-"""What the leader of several processes sends the others, between videos and never in the step loop."""
+"""Orders from the leader to the other ranks. They are sent between videos, never in the step loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from omniavatar.types import Conditioning, Window
 
 @dataclass(frozen=True)
 class PlaceOrder:
-    """Load the models for windows of `shape`. identity: what of the leader's placement decides the frames."""
+    """Load the models for windows of `shape`.
+
+    - identity: the values of the leader's placement that decide the frames.
+    """
 
     shape: WindowShape
     identity: Mapping[str, str | int]
@@ -24,9 +27,11 @@ class PlaceOrder:
 
 @dataclass(frozen=True, eq=False)
 class WindowsOrder:
-    """Make `windows[first:]`. Tensors are the leader's, on the host; audio rows come window by window.
+    """Make `windows[first:]`. The leader sends its tensors on the host, and audio rows window by window.
 
-    vae_latents: latents of a pass of the VAE, where all share it.
+    - audio_width: numbers in an audio row; None for a silent video.
+    - given: given latents of window `first`; None if `first` is 0.
+    - vae_latents: latents of one VAE pass, for ranks that share the VAE.
     """
 
     sampling: WindowSampling
@@ -62,7 +67,7 @@ class WindowsOrder:
         )
 
     def conditioning(self, device: torch.device) -> Conditioning:
-        """The leader's conditioning without its audio rows, on this rank's device."""
+        """The leader's conditioning, without audio rows, on this rank's device."""
         width = self.audio_width
         return Conditioning(
             self.text_positive.to(device),

@@ -1,9 +1,9 @@
 """The main path: read -> place -> plan -> condition -> windows (denoise, decode, hand over) -> write.
 
-`AvatarPipeline` serves many requests with models loaded once. `stream` yields frames as windows finish;
-`generate` writes a video that grows on disk, survives a crash and gets its final name when it is whole.
-A request's result depends on its inputs, its seed and the configuration alone, not on earlier requests.
-Of several processes that make one video, the leader runs `stream` or `generate` and the others `follow`.
+`AvatarPipeline` loads its models once and serves many requests. `stream` yields frames as windows finish.
+`generate` writes a video that grows on disk, survives a crash and gets its final name when it is complete.
+A result depends only on the request's inputs, its seed and the configuration, not on earlier requests.
+If several processes make one video, the leader runs `stream` or `generate`, and the others run `follow`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class AvatarPipeline:
-    """One portrait, one voice, one prompt -> a talking-avatar video, for any number of requests."""
+    """Makes a talking-avatar video from a portrait, a voice and a prompt, for any number of requests."""
 
     def __init__(
         self,
@@ -71,9 +71,9 @@ class AvatarPipeline:
         team: Team = ONE,
         host: Host | None = None,
     ) -> Self:
-        """A pipeline from a YAML file (with `--hp` style overrides) or a ready configuration.
+        """A pipeline from a YAML file with overrides (as `--hp`), or from a configuration object.
 
-        Weight files are checked by their headers now and loaded at the first request.
+        The headers of weight files are checked now; weights are loaded at the first request.
         Raises ConfigError, CheckpointError, ResourceError.
         """
         if not isinstance(config, PipelineConfig):
@@ -85,9 +85,13 @@ class AvatarPipeline:
     ) -> RunResult:
         """Write the request's video to `output` (.mp4) and a JSON sidecar beside it.
 
-        An interrupted run of the same request continues after its last finished window, and a finished one
-        is left as it is, unless `resume` is False (default: the configuration's). `index` numbers the request
-        in events. Raises InputError, OutputError, ResumeError, CheckpointError, ResourceError.
+        An interrupted run of the same request continues after its last finished window. A finished video of
+        the same request is kept.
+
+        - resume: False starts over in both cases (default: `output.resume` of the configuration).
+        - index: the request's number in events.
+
+        Raises InputError, OutputError, ResumeError, ConfigError, CheckpointError, ResourceError.
         """
         job = Job(checked_output(Path(output)))
         resume = self.config.output.resume if resume is None else resume
@@ -117,7 +121,7 @@ class AvatarPipeline:
         return result
 
     def stream(self, request: AvatarRequest) -> Iterator[VideoChunk]:
-        """Yield the frames of each window as it finishes; nothing stays on disk."""
+        """Yield the frames of each window when it is finished. Nothing stays on disk."""
         with self.prepare(request) as ready:
             for result in self.windows(ready):
                 yield VideoChunk(
@@ -129,9 +133,9 @@ class AvatarPipeline:
                 )
 
     def follow(self) -> None:
-        """Carry out the leader's orders until the last: load the models, make windows with the other ranks.
+        """Carry out the leader's orders until the last one: load the models, make windows together.
 
-        Reading inputs, deciding and writing are the leader's. Raises CheckpointError, ResourceError.
+        Only the leader reads inputs, decides and writes. Raises CheckpointError, ResourceError.
         """
         residency = self.models.residency
         while not isinstance(order := self.team.next_order(), EndOrder):
@@ -147,15 +151,15 @@ class AvatarPipeline:
 
     @contextmanager
     def prepare(self, request: AvatarRequest) -> Iterator[Prepared]:
-        """Read, plan and encode a request, for as long as the body runs; the caller runs its windows."""
+        """Read, plan and encode a request for the caller, who runs its windows inside the body."""
         inputs = read_inputs(self.models, request)
         with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
             yield condition(self.models, self._plan(inputs, None, Path(folder)))
 
     def windows(self, ready: Prepared, first: int = 0, given: Tensor | None = None) -> Iterator[WindowResult]:
-        """The windows of a conditioned request from `first` on, made by all processes.
+        """Results of the request's windows from `first` on, made by all processes together.
 
-        given: latents handed over by the window before `first`.
+        - given: given latents of window `first`; None if `first` is 0.
         """
         self.models.load_for_windows()
         sampling, windows = ready.window_sampling, ready.plan.windows
@@ -170,7 +174,7 @@ class AvatarPipeline:
         conditioning: Conditioning,
         make_cache: Callable[[RunBlocks], PassRunner] = ResidualCache,
     ) -> WindowGenerator:
-        """What denoises and decodes windows; a window is retried with less on the device by one process."""
+        """The object that denoises and decodes windows. A single process retries with less GPU memory."""
         models = self.models
         retry = no_retry if self.team.size > 1 else models.residency.retry
         return retry(
@@ -189,7 +193,7 @@ class AvatarPipeline:
         )
 
     def adopt(self, shape: WindowShape, placement: Placement | None = None) -> None:
-        """Put a placement for windows of `shape` in force, on all processes; plan one if None is given."""
+        """Put a placement for windows of `shape` in force on all processes; None plans one first."""
         placement = placement or self.models.residency.place(shape, {})
         self.team.order(PlaceOrder(shape, placement.identity()))
         self.models.residency.adopt(placement)
@@ -216,7 +220,7 @@ class AvatarPipeline:
             self._message(f"resuming {job.output.name} at window {job.done + 1} of {len(plan.windows)}")
 
     def _encoder(self, size: tuple[int, int]) -> str:
-        """The video encoder for frames of `size`; chosen once for each size."""
+        """The video encoder for frames of `size`, chosen once for each size."""
         if size not in self._encoders:
             self._encoders[size] = self._host.choose_encoder(self.config.output.encoder, size)
         return self._encoders[size]
@@ -231,5 +235,5 @@ def generate(
     output: str | Path,
     overrides: Overrides = (),
 ) -> RunResult:
-    """One video from one call; for several, keep an `AvatarPipeline` so that models load once."""
+    """Make one video with one call. For several, keep an `AvatarPipeline`, so that models are loaded once."""
     return AvatarPipeline.from_config(config, overrides).generate(request, output)

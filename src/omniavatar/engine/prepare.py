@@ -1,10 +1,11 @@
-"""From a request to everything its windows need, in three steps that all users of the engine share.
+"""Prepares a request for its windows, in three steps that all users of the engine share.
 
-`read_inputs` reads the portrait and the settings, which is enough to plan memory. `plan_request` decodes
-the sound and plans the windows. `condition` runs the encoders and decides the steps.
+1. `read_inputs` reads the portrait and the settings, which is enough to plan memory.
+2. `plan_request` decodes the sound and plans the windows.
+3. `condition` runs the encoders and decides the steps.
 
-Where the configuration names `input_limits`, the portrait and the sound are compared with what the model was
-trained for. What does not fit is a warning, and the run goes on.
+If the configuration names `input_limits`, the portrait and the sound are compared with the training data. A
+difference is a warning, not an error.
 """
 
 from __future__ import annotations
@@ -36,15 +37,16 @@ if TYPE_CHECKING:
     from omniavatar.sampling.cache_constants import CacheConstants
 
 WAVEFORM, FEATURES = "audio_16k.f32", "audio_features.npy"
-"""Files of a request's folder: 16 kHz samples (float32), one row of audio features a video frame."""
+"""Files in a request's folder: 16 kHz samples (float32); audio features, one row a video frame."""
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """A request whose portrait and settings are read; nothing heavy has happened yet.
+    """A request with its portrait and settings read. No model is loaded for it.
 
-    - sampling: the configured one with the request's changes. image: (H, W, 3) uint8.
-    - constants: those of the step cache, None without one.
+    - sampling: the configuration's, with the request's changes.
+    - image: (H, W, 3) uint8.
+    - constants: of the step cache; None without one.
     """
 
     request: AvatarRequest
@@ -56,10 +58,10 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """A request whose windows are planned.
+    """A request with its windows planned.
 
     - waveform: 16 kHz mono with the leading silence, memory-mapped; None for a silent video.
-    - folder: where its audio features lie.
+    - folder: holds the files WAVEFORM and FEATURES.
     """
 
     inputs: Inputs
@@ -70,23 +72,23 @@ class Planned:
 
 @dataclass(frozen=True, eq=False)
 class Prepared(Planned):
-    """A request that is ready for its windows."""
+    """A request that is ready for its windows: encoded, with its steps decided."""
 
     conditioning: Conditioning
 
     @property
     def window_sampling(self) -> WindowSampling:
-        """How its windows are sampled, by the plan's passes."""
+        """How the windows are sampled, with the plan's passes."""
         sampling, plan = self.inputs.sampling, self.plan
         return WindowSampling(sampling.seed, plan.schedule, plan.passes, sampling.sampler)
 
     def decided(self, step_plan: StepPlan) -> Prepared:
-        """The same request with other decisions of the step cache."""
+        """This request with another plan of the step cache."""
         return replace(self, plan=self.plan.decided(step_plan))
 
 
 def read_inputs(models: Models, request: AvatarRequest) -> Inputs:
-    """The request's portrait and settings. Raises InputError, ConfigError, CheckpointError."""
+    """Read the request's portrait and settings. Raises InputError, ConfigError, CheckpointError."""
     config, dit = models.config, models.dit_config
     if not request.prompt.strip():
         raise InputError("prompt: is empty; describe the person and the scene in a sentence")
@@ -102,7 +104,7 @@ def read_inputs(models: Models, request: AvatarRequest) -> Inputs:
 
 
 def plan_request(models: Models, inputs: Inputs, folder: Path) -> Planned:
-    """Decode the sound into `folder` and plan the windows it fills. Raises InputError, ConfigError."""
+    """Decode the sound into `folder` and plan the windows. Raises InputError, ConfigError."""
     video, audio = models.config.video, inputs.request.audio
     waveform: np.ndarray | None = None
     if audio is not None:
@@ -115,7 +117,7 @@ def plan_request(models: Models, inputs: Inputs, folder: Path) -> Planned:
 
 
 def condition(models: Models, planned: Planned) -> Prepared:
-    """Run the encoders, then decide the steps; less is kept on the device where an allocation fails."""
+    """Run the encoders, then decide the steps. Retries with less GPU memory if an allocation fails."""
     retry = models.residency.retry
     conditioning = retry(lambda: _encode(models, planned))
     step_plan = retry(lambda: decide_steps(models, planned.inputs.sampling, planned.inputs.constants))
@@ -126,14 +128,14 @@ def condition(models: Models, planned: Planned) -> Prepared:
 
 
 def decide_steps(models: Models, sampling: SamplingConfig, constants: CacheConstants | None) -> StepPlan:
-    """The step cache's plan; loads the DiT where TeaCache reads its time projections."""
+    """The step cache's plan. Loads the DiT if TeaCache needs its time projections."""
     timesteps = sampling_schedule(sampling).timesteps
     guard = not models.config.runtime.reference_numerics
     return make_step_plan(sampling, constants, lambda: models.time_projections(timesteps), guard)
 
 
 def _notes(plan: StepPlan) -> list[Message]:
-    """What the user reads of a step cache's plan."""
+    """Messages about the step cache's plan."""
     notes = [Message(note, "warning") for note in plan.notes]
     if not plan.source:
         return notes
@@ -146,7 +148,7 @@ def _notes(plan: StepPlan) -> list[Message]:
 
 @torch.inference_mode()
 def _encode(models: Models, planned: Planned) -> Conditioning:
-    """Prompt, portrait and sound through their encoders."""
+    """Encode prompt, portrait and sound."""
     inputs, plan, recorder = planned.inputs, planned.plan, models.recorder
     picture = prepare_image(inputs.image, plan.size)
     with recorder.stage("text"):
@@ -171,7 +173,7 @@ def _encode(models: Models, planned: Planned) -> Conditioning:
 def _beyond_limits(
     models: Models, path: Path, picture: Tensor, reference: Tensor, speech: np.ndarray | None
 ) -> list[str]:
-    """How portrait and sound differ from what the model was trained for, a sentence each."""
+    """How portrait and sound differ from the training data, one sentence each."""
     from omniavatar.encoders.input_limits import InputLimits
 
     limits = InputLimits.load(path)

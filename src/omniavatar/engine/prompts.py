@@ -1,7 +1,7 @@
-"""Embeddings of prompts, from memory, from the cache on disk, or from the text encoder.
+"""Embeddings of prompts, from memory, the cache on disk or the text encoder.
 
-The text encoder is loaded only for prompts that no cache holds, and released at once: it is the largest model
-beside the DiT and is needed for seconds. Where it does not fit it computes layer by layer.
+The text encoder is loaded only for prompts that no cache holds, and is released at once: only the DiT is
+larger, and the text encoder runs for seconds. If it does not fit, it computes layer by layer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class PromptEncoder:
     """Embeds prompts for one configuration.
 
-    - fits: whether the whole text encoder fits on the device now; it computes the same either way.
+    - fits: returns whether the whole text encoder fits on the device now. The embeddings do not depend on it.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class PromptEncoder:
         self._embeddings: dict[str, Tensor] = {}
 
     def embed(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Embeddings (1, 512, text_dim) on the device, kept for the life of the pipeline."""
+        """Embeddings, one (1, 512, text_dim) a prompt, on the device; the pipeline keeps them."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
         if missing:
             for prompt, embedding in zip(missing, self._compute(missing), strict=True):
@@ -49,11 +49,11 @@ class PromptEncoder:
         return [self._embeddings[prompt] for prompt in prompts]
 
     def remember(self, prompt: str, embedding: Tensor) -> None:
-        """Use `embedding` (1, 512, text_dim) for this prompt from now on."""
+        """Use `embedding` (1, 512, text_dim) for all later uses of this prompt."""
         self._embeddings[prompt] = embedding.to(self._device)
 
     def _compute(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings (n, 512, text_dim), from the cache on disk or a text encoder loaded for them."""
+        """Embeddings (n, 512, text_dim), from the cache on disk or from a text encoder loaded now."""
         if self._fits():
             try:
                 return self.encode(prompts, layer_by_layer=False)
@@ -62,7 +62,7 @@ class PromptEncoder:
         return self.encode(prompts, layer_by_layer=True)
 
     def encode(self, prompts: Sequence[str], layer_by_layer: bool) -> Tensor:
-        """Embeddings (n, 512, text_dim); with `layer_by_layer` one layer lies on the device at a time."""
+        """Embeddings (n, 512, text_dim); with `layer_by_layer`, the device holds one layer at a time."""
         model = self._config.model
         if model.weights == "random":
             with self._recorder.stage("load_text_encoder"):

@@ -1,9 +1,9 @@
-"""Recorders: where a run reports its stage times and its progress events.
+"""Recorders: a run reports its stage times and progress events to one.
 
-`NullRecorder` does nothing. `RunRecorder` adds up the wall-clock time of each named stage, with and
-without the stages nested in it, and hands every event to its listeners (progress bars, JSON lines).
-Times are the host's, unless a thread names another clock by `use_clock` (a run on a GPU queues its work ahead
-and is timed on the GPU's own timeline). A stage costs some microseconds; each thread nests its own stages.
+`NullRecorder` does nothing. `RunRecorder` sums the wall-clock time of each named stage, with and without its
+nested stages, and passes every event to its listeners (progress bars, JSON lines). It uses the host's clock,
+unless a thread selects another with `use_clock`: a GPU run queues work ahead, so the GPU's timeline times it.
+A stage costs a few microseconds. Each thread nests its own stages.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Listener = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class StageTime:
-    """Summed time of one stage name: `own_seconds` leaves out the stages nested in it."""
+    """Summed time of one stage name. `own_seconds` excludes nested stages."""
 
     seconds: float = 0.0
     own_seconds: float = 0.0
@@ -32,7 +32,7 @@ class StageTime:
 
 @dataclass(eq=False, slots=True)
 class MarkedStage:
-    """A stage between two marks of its clock, and the stages nested in it."""
+    """A stage, as two marks of its clock, and the stages nested in it."""
 
     name: str
     clock: Clock
@@ -52,7 +52,7 @@ class NullRecorder:
 
 
 class RunRecorder:
-    """Sums stage times and forwards events to `listeners`, called as `listener(event)`."""
+    """Sums stage times, and calls each listener for every event, as `listener(event)`."""
 
     def __init__(self, listeners: Sequence[Listener] = ()) -> None:
         self._listeners = tuple(listeners)
@@ -63,12 +63,12 @@ class RunRecorder:
         self._local = threading.local()
 
     def use_clock(self, clock: Clock) -> None:
-        """Time the stages of the calling thread by `clock` from now on."""
+        """Use `clock` for later stages of the calling thread."""
         self._local.clock = clock
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time the body under `name`; also when it raises."""
+        """Time the body under `name`, even if it raises."""
         clock, stack = self._clock(), self._nested()
         stage = MarkedStage(name, clock, clock.mark())
         stack.append(stage)
@@ -87,15 +87,16 @@ class RunRecorder:
                         self._add(stage)
 
     def event(self, event: Event) -> None:
-        """Hand the event to every listener, in order; events of several threads are not interleaved."""
+        """Call every listener in order. Events of several threads do not interleave."""
         with self._lock:
             for listener in self._listeners:
                 listener(event)
 
     def timings(self) -> dict[str, StageTime]:
-        """Times of every outermost stage that has ended and of those in it, in the order of their ends.
+        """Times by stage name, in the order in which stages ended.
 
-        Waits for the device where its clock is used.
+        An outermost stage counts when it has ended, together with the stages nested in it.
+        Waits for the device if a stage was timed by its clock.
         """
         with self._lock:
             ended, self._ended = self._ended, []
@@ -118,7 +119,7 @@ class RunRecorder:
         return clock
 
     def _nested(self) -> list[MarkedStage]:
-        """The stages this thread is in."""
+        """The stages that are open in this thread, outermost first."""
         stack: list[MarkedStage] | None = getattr(self._local, "nested", None)
         if stack is None:
             stack = self._local.nested = []
@@ -126,7 +127,7 @@ class RunRecorder:
 
 
 class Elapsed:
-    """Time since this was made, in all and by stage."""
+    """Time since this object was created, in total and by stage."""
 
     def __init__(self, recorder: RunRecorder) -> None:
         self._recorder, self._before = recorder, recorder.timings()
@@ -136,11 +137,11 @@ class Elapsed:
         return time.perf_counter() - self._started
 
     def stages(self) -> dict[str, float]:
-        """Seconds of each stage that ran; waits for the device where its clock is used."""
+        """Seconds of each stage that ran. Waits for the device if a stage was timed by its clock."""
         return stage_seconds(self._before, self._recorder.timings())
 
 
 def stage_seconds(before: Mapping[str, StageTime], after: Mapping[str, StageTime]) -> dict[str, float]:
-    """Seconds each stage took between two `timings()`, for the stages that ran."""
-    spent = {name: time.seconds - before.get(name, StageTime()).seconds for name, time in after.items()}
+    """Seconds of each stage between two `timings()`; stages that did not run are left out."""
+    spent = {name: total.seconds - before.get(name, StageTime()).seconds for name, total in after.items()}
     return {name: seconds for name, seconds in spent.items() if seconds > 0}

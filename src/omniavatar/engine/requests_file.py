@@ -1,11 +1,13 @@
-"""The input file: one request a line, as text, JSON lines or CSV, told apart by the file's ending.
+"""The input file: one request a line, as text, JSON lines or CSV. The file name's ending selects the format.
 
-text: `prompt@@image@@audio`, or `prompt@@image` for a silent video; blank lines and lines that begin with
-`#` are skipped. `.jsonl`: one object a line; `.csv`: a header line, then a row a request. Both know the keys
-`prompt`, `image`, `audio`, `output` (a file name in the output folder) and those of `SamplingParams`, such as
-`seed`. Files are UTF-8, with or without a byte-order mark. A path counts from the current directory, and
-where nothing lies there, from the input file's folder. A line that cannot be used becomes an `InputError` in
-its place, so that the others still run.
+- text: `prompt@@image@@audio`, or `prompt@@image` for a silent video. Blank lines and lines that begin with
+  `#` are skipped.
+- `.jsonl`: one object a line. `.csv`: a header line, then one row a request. The keys are `prompt`, `image`,
+  `audio`, `output` (a file name in the output folder) and those of `SamplingParams`, such as `seed`.
+
+Files are UTF-8, with or without a byte-order mark. A path is relative to the current directory; if no file
+exists at that path, it is relative to the input file's folder. A line that cannot be used becomes a
+`BadLine`; the others still run.
 """
 
 from __future__ import annotations
@@ -33,9 +35,10 @@ _TEXT_KEYS = frozenset(("prompt", "image", "audio", "output", "sampler", "negati
 
 @dataclass(frozen=True)
 class RequestLine:
-    """One line's request: `index` counts requests from 0, `line` counts lines of the file from 1.
+    """One line's request.
 
-    output: name of the video in the output folder; None: made from index and prompt.
+    - index: counts requests from 0. line: counts lines of the file from 1.
+    - output: name of the video in the output folder; None means a name made from index and prompt.
     """
 
     index: int
@@ -50,14 +53,14 @@ class RequestLine:
         return AvatarRequest(self.prompt, self.image, self.audio, self.sampling)
 
     def target(self, config: PipelineConfig) -> Path:
-        """Where the video goes."""
-        usual = output_path(config.output, config.sampling, self.index, self.prompt)
-        return usual if self.output is None else usual.with_name(self.output)
+        """Path of the video."""
+        default = output_path(config.output, config.sampling, self.index, self.prompt)
+        return default if self.output is None else default.with_name(self.output)
 
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line that cannot be used, and why."""
+    """A line that cannot be used, and the reason."""
 
     index: int
     line: int
@@ -65,32 +68,33 @@ class BadLine:
 
 
 def read_requests(path: str | Path, configured: SamplingConfig | None = None) -> list[RequestLine | BadLine]:
-    """Requests of the input file in file order.
+    """Requests of the input file, in file order.
 
-    configured: what the sampling values of a line are checked against (default: the defaults).
-    Raises InputError when the file itself is missing, is not UTF-8 text, or holds no request.
+    - configured: the configuration that a line's sampling values change (default: the default values).
+
+    Raises InputError if the file is missing, is not UTF-8 text or contains no request.
     """
     path = Path(path)
     configured = configured or SamplingConfig()
     read = {".jsonl": _json_lines, ".csv": _csv_rows}.get(path.suffix.lower(), _text_lines)
     requests: list[RequestLine | BadLine] = []
-    named: dict[str, int] = {}
+    line_of: dict[str, int] = {}
     for number, values in read(_text(path), path):
         index = len(requests)
         try:
             if isinstance(values, InputError):
                 raise values
             request = _request(values, path, number, index, configured)
-            if request.output is not None and named.setdefault(request.output, number) != number:
+            if request.output is not None and line_of.setdefault(request.output, number) != number:
                 raise InputError(
-                    f"{path}:{number}: output {request.output} is line {named[request.output]}'s already; "
-                    "give each line its own"
+                    f"{path}:{number}: output {request.output} is already used by line "
+                    f"{line_of[request.output]}; give each line another name"
                 )
             requests.append(request)
         except InputError as error:
             requests.append(BadLine(index, number, error))
     if not requests:
-        raise InputError(f"{path}: holds no request; write lines of prompt{SEPARATOR}image{SEPARATOR}audio")
+        raise InputError(f"{path}: has no request; write lines of prompt{SEPARATOR}image{SEPARATOR}audio")
     return requests
 
 
@@ -163,7 +167,7 @@ def _csv_rows(text: str, path: Path) -> _Rows:
 
 
 def _cell(name: str, cell: str) -> Any:
-    """Numbers and lists of a CSV cell are written as in JSON."""
+    """The value of a CSV cell; numbers and lists are written as in JSON."""
     if name in _TEXT_KEYS:
         return cell
     try:

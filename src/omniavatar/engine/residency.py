@@ -1,8 +1,8 @@
 """What lies on the device: the placement in force, streamed blocks, captured graphs, the VAE's passes.
 
-A request's `Placement` is planned by `place` and put in force by `adopt`. Streamed blocks go to host memory
-as they are loaded and never lie on the device together. Later requests and `step_down` may send more blocks
-there; none come back.
+`place` plans a request's `Placement`, and `adopt` puts it in force. Streamed blocks are loaded into host
+memory and are never all on the device together. Later requests and `step_down` may move more blocks to host
+memory; no block moves back.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ if TYPE_CHECKING:
 
 
 class Residency:
-    """Places one configuration's models on one device.
+    """Places the models of one configuration on one device.
 
-    captures: whether the exchanges inside a forward can be captured in a CUDA graph.
+    - captures: whether the exchanges inside a forward can be captured in a CUDA graph.
+    - capture: makes the object that captures graphs; None means CUDA's.
     """
 
     def __init__(
@@ -62,16 +63,17 @@ class Residency:
 
     @property
     def placement(self) -> Placement:
-        """The placement in force. Raises RuntimeError before the first is adopted."""
+        """The placement in force. Raises RuntimeError if none has been adopted."""
         if self._placement is None:
             raise RuntimeError("no placement is in force yet: place and adopt one first")
         return self._placement
 
     def place(self, shape: WindowShape, kept: Mapping[str, str | int]) -> Placement:
-        """Plan where the models lie for a request; nothing changes yet, and what is loaded stays as it is.
+        """Plan where the models lie for a request. Nothing moves yet; the plan keeps what is loaded.
 
-        kept: values of `Placement.identity` of the run that is resumed. Raises ResourceError when the
-        request does not fit.
+        - kept: values of `Placement.identity` from the run that is resumed.
+
+        Raises ResourceError if the request does not fit.
         """
         if self._offloader is not None:
             kept = {**kept, QUANTIZE_FIELD: self.placement.quantize}
@@ -92,17 +94,17 @@ class Residency:
         return replace(planned, memory=memory, graphs=planned.graphs and not memory.streams)
 
     def adopt(self, placement: Placement) -> None:
-        """Put `placement` in force: move what is loaded; what is not loaded yet will be loaded into it."""
+        """Put `placement` in force: loaded models move now, others follow it when they are loaded."""
         before, self._placement = self._placement, placement
         if before is None or before.describe() != placement.describe():
             self._recorder.event(Message(placement.describe()))
         self.retry(self._arrange)
 
     def step_down(self, reason: str) -> None:
-        """Use less of the device after an allocation failed.
+        """Use less GPU memory, after an allocation failed.
 
-        Everything computed stays equal to the bit, except that the last step changes the VAE's passes.
-        Raises ResourceError when no step is left.
+        Results stay equal to the bit, except that the last step makes the VAE's passes smaller.
+        Raises ResourceError if no step is left.
         """
         gc.collect()
         if self._device.type == "cuda":
@@ -121,11 +123,11 @@ class Residency:
         self.retry(self._arrange)
 
     def retry(self, run: Callable[[], Result]) -> Result:
-        """`run()`, started again with less on the device after each allocation that failed."""
+        """`run()`; after a failed allocation, runs it again with less GPU memory."""
         return retry_with_less(run, self.step_down)
 
     def hold(self, dit: WanDiT) -> None:
-        """Take over a loaded DiT: send the blocks that do not stay to host memory."""
+        """Manage a loaded DiT: move the blocks that do not stay to host memory, prepare CUDA graphs."""
         from omniavatar.accel.offload import Offloader
 
         offloader = Offloader(dit, self._device)
@@ -134,25 +136,25 @@ class Residency:
         self._capture_blocks()
 
     def hold_vae(self, vae: FastVAE) -> None:
-        """Take over a VAE that works in passes."""
+        """Manage a VAE that works in passes."""
         self._vaes.append(vae)
         if self._placement is not None:
             vae.use_pass(self._placement.vae_latents)
 
     def use_vae_pass(self, latents: int) -> None:
-        """Use the leader's pass size: ranks that share a picture work in step."""
+        """Set the latents of one VAE pass. Ranks that share a picture need the leader's number."""
         for vae in self._vaes:
             vae.use_pass(latents)
 
     def run_blocks(self, tokens_BLC: Tensor, inputs: BlockInputs) -> Tensor:
-        """The DiT's blocks, captured as CUDA graphs where the placement in force says so."""
+        """Run the DiT's blocks, as CUDA graphs if the placement in force says so."""
         assert self._dit is not None
         if self._graphs is None:
             return self._dit.run_blocks(tokens_BLC, inputs)
         return self._graphs(tokens_BLC, inputs)
 
     def has_room_for(self, count: int) -> bool:
-        """Whether `count` more bytes fit on the device now."""
+        """Whether `count` more bytes fit on the device."""
         limit = self._limit
         if limit is None:
             return True

@@ -1,4 +1,4 @@
-"""Retrying with less on the device after an allocation failed."""
+"""Retrying with less GPU memory after an allocation failed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Result = TypeVar("Result")
 
 
 class Retry(Protocol):
-    """Runs a function that gives the same result when it is started again."""
+    """Runs a function, and may run it again; the function must give the same result each time."""
 
     def __call__(self, run: Callable[[], Result]) -> Result: ...
 
 
 def no_retry(run: Callable[[], Result]) -> Result:
-    """`run()`. Raises ResourceError when the device's memory does not suffice."""
+    """`run()`, once. Raises ResourceError if an allocation fails."""
     try:
         return run()
     except torch.OutOfMemoryError as error:
@@ -29,7 +29,10 @@ def no_retry(run: Callable[[], Result]) -> Result:
 
 
 def retry_with_less(run: Callable[[], Result], step_down: Callable[[str], None]) -> Result:
-    """`run()`, started again after each `step_down(reason)`, which frees memory or raises ResourceError."""
+    """`run()`; after a failed allocation, calls `step_down(reason)` and runs it again.
+
+    `step_down` frees memory, or raises ResourceError.
+    """
     while True:
         try:
             return run()

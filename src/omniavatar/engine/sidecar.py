@@ -27,7 +27,7 @@ except ImportError:  # Windows
 
 
 def peak_memory(device: torch.device) -> dict[str, int | None]:
-    """Most memory this process has held so far, bytes; `peak_gpu_bytes` is None without CUDA."""
+    """Peak memory of this process in bytes; `peak_gpu_bytes` is None without CUDA."""
     unit = 1 if sys.platform == "darwin" else 1024
     on_gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else None
@@ -37,7 +37,7 @@ def peak_memory(device: torch.device) -> dict[str, int | None]:
 def sidecar_values(
     job: Job, made: Planned, models: Models, config: PipelineConfig, encoder: str, elapsed: Elapsed
 ) -> dict[str, Any]:
-    """Everything needed to know how a finished video was made, and to make it again."""
+    """Content of the sidecar: how the finished video was made, and all that is needed to make it again."""
     plan, inputs, placement = made.plan, made.inputs, models.residency.placement
     return {
         "output": job.output.name,

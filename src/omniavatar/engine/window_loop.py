@@ -1,14 +1,14 @@
-"""The long-video loop: windows denoised one after the other, each handed the end of the one before.
+"""The long-video loop: windows are denoised one after the other, each from the end of the previous one.
 
-Nobody here waits for the device: work, uploads and downloads are queued, and whoever reads a `WindowResult`
-waits for it. So the next window is queued while this one is computed, copied, encoded and written.
+The loop never waits for the device. It queues work, uploads and downloads; only reading a `WindowResult`
+waits. So the next window is queued while this one is computed, copied, encoded and written.
 
-The hand-over goes through pixels: the last `overlap` frames of a window, clipped to [0, 1] and kept as
-floats, are encoded again and become the next window's given latents (a latent from the middle of a clip
-cannot serve, because the causal VAE codes a clip's first frame alone).
+The hand-over goes through pixels. The last `overlap` frames of a window are clipped to [0, 1], kept as floats
+and encoded again; they are the next window's given latents. A latent from the middle of a clip cannot be
+used, because the causal VAE codes the first frame of a clip alone.
 
-Several processes (`parallel.team`) denoise a window together, and share the VAE's work (`parallel.vae`)
-or leave it to the leader, who sends the others what is handed over.
+Several processes (`parallel.team`) denoise a window together. They share the VAE's work (`parallel.vae`), or
+the leader does it and sends the given latents to the others.
 Source: OmniAvatar (arXiv 2506.18866).
 
 Shapes: T latent frames, h w latent pixels, N video frames, H W pixels, D audio width.
@@ -47,7 +47,10 @@ DrawNoise = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class WindowSampling:
-    """How every window of one request is sampled. passes: what runs at each step (`plan_passes`)."""
+    """How every window of one request is sampled.
+
+    - passes: the forwards of each step (`plan_passes`).
+    """
 
     seed: int
     schedule: Schedule
@@ -56,10 +59,10 @@ class WindowSampling:
 
 
 class WindowResult:
-    """One window, queued if not finished. Reading what is on the host waits for it; any thread may.
+    """One window, queued or finished. Reading `frames` or `next_given` waits for it, in any thread.
 
     - latent: (1, 16, T, h, w) float32 on the device.
-    - started: host time (`time.perf_counter`) at which its computing was queued.
+    - started: host time (`time.perf_counter`) at which the window was queued.
     """
 
     def __init__(
@@ -76,27 +79,27 @@ class WindowResult:
 
     @property
     def frames(self) -> list[np.ndarray]:
-        """The new frames only, in the form `convert` gave them."""
+        """The new frames only, as `convert` returned them."""
         self._wait()
         return self._frames
 
     @property
     def next_given(self) -> Tensor | None:
-        """Given latents of the next window (1, 16, G, h, w) float32 on the host, None after the last."""
+        """The next window's given latents (1, 16, G, h, w) float32 on the host; None after the last."""
         self._wait()
         return self._next_given
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:
-    """Pixels (1, 3, N, H, W) in [0, 1] to (N, H, W, 3) uint8, rounded (not truncated), on the CPU.
+    """Convert pixels (1, 3, N, H, W) in [0, 1] to (N, H, W, 3) uint8 on the CPU, rounded, not truncated.
 
-    From a CUDA device the copy is only queued (`device.download`).
+    The copy from a CUDA device is only queued (`device.download`).
     """
     return download((pixels[0].permute(1, 2, 3, 0) * 255.0).round_().to(torch.uint8).contiguous()).numpy()
 
 
 def audio_slice(audio: np.ndarray, window: Window) -> Tensor:
-    """Audio vectors (1, length, D) of a window: frame f hears row f-1, the portrait frame hears zeros."""
+    """Audio vectors (1, length, D) of a window: row f-1 for frame f, zeros for the portrait frame."""
     rows = torch.zeros(1, window.length, audio.shape[1])
     first = 1 if window.start == 0 else 0
     start = window.start + first - 1
@@ -108,7 +111,7 @@ def audio_slice(audio: np.ndarray, window: Window) -> Tensor:
 
 
 def image_condition(reference_latent: Tensor, window: Window) -> Tensor:
-    """y (1, 17, T, h, w): the portrait latent on every frame, and the mask (0 given, 1 to generate)."""
+    """y (1, 17, T, h, w): the portrait latent on every frame, and a mask (0 given, 1 to generate)."""
     frames = window.latent_frames
     repeated = reference_latent.expand(-1, -1, frames, -1, -1)
     mask = torch.ones_like(repeated[:, :1])
@@ -117,10 +120,13 @@ def image_condition(reference_latent: Tensor, window: Window) -> Tensor:
 
 
 class WindowGenerator:
-    """Generates the windows of one request with models that are already on their device.
+    """Generates the windows of one request with loaded models.
 
-    vae: None where the leader has the only one. The rows of the conditioning's audio are the leader's, and
-    its results alone have frames. run_blocks: what stands in for the DiT's own.
+    Only the leader has audio rows in its conditioning, and only the leader's results carry frames.
+
+    - vae: None on ranks that leave the VAE to the leader.
+    - draw_noise: replaces the seeded noise.
+    - run_blocks: replaces the DiT's own.
     """
 
     def __init__(
@@ -163,29 +169,30 @@ class WindowGenerator:
     def run(
         self, windows: Sequence[Window], first: int = 0, given: Tensor | None = None
     ) -> Iterator[WindowResult]:
-        """Yield the results of `windows[first:]`; `given` are window `first`'s given latents if first > 0.
+        """Yield the results of `windows[first:]`.
 
-        A window for which the device's memory does not suffice is started again, with the same noise, as
-        `retry` says.
+        `retry` starts a window again, with the same noise, after an allocation failed.
+
+        - given: the given latents of window `first`; None if `first` is 0.
         """
-        known = self._reference if given is None else given.to(self._device)
+        current = self._reference if given is None else given.to(self._device)
         for window in windows[first:]:
             self._recorder.event(WindowStarted(window=window.index, windows=len(windows)))
             last = window.index == len(windows) - 1
             overlap = 0 if last else windows[window.index + 1].given_frames
-            compute = partial(self._compute, window, known, overlap)
+            compute = partial(self._compute, window, current, overlap)
             self._draw_ahead(windows[window.index : window.index + 2])
-            result, following = self._retry(compute)
-            known = known if following is None else following
+            result, handed_over = self._retry(compute)
+            current = current if handed_over is None else handed_over
             yield result
 
-    def _compute(self, window: Window, known: Tensor, overlap: int) -> tuple[WindowResult, Tensor | None]:
+    def _compute(self, window: Window, given: Tensor, overlap: int) -> tuple[WindowResult, Tensor | None]:
         """One window, and the given latents of the next one on the device."""
         started = time.perf_counter()
         with self._recorder.stage("denoise"):
-            latent = self.denoise(window, known)
+            latent = self.denoise(window, given)
         frames: list[np.ndarray] = []
-        following = next_given = tail = None
+        handed_over = next_given = tail = None
         if self._vae is not None:
             with self._recorder.stage("vae_decode"):
                 frames, tail = self._decode(self._vae, latent, window, overlap)
@@ -193,19 +200,19 @@ class WindowGenerator:
             with self._recorder.stage("vae_encode"):
                 encoded = None if self._vae is None or tail is None else self._encode(self._vae, tail)
                 shape = (1, latent.shape[1], (overlap + 3) // 4, *latent.shape[3:])
-                following = self._team.share(encoded if self._team.leads else None, shape, self._device)
-                next_given = download(following)
+                handed_over = self._team.share(encoded if self._team.leads else None, shape, self._device)
+                next_given = download(handed_over)
         result = WindowResult(window, latent, frames, next_given, self._arrival(self._device), started)
-        return result, following
+        return result, handed_over
 
     def _draw_ahead(self, windows: Sequence[Window]) -> None:
-        """Let the noises of this window and the next be drawn, the next one's while this one is computed."""
+        """Draw this window's noises, and the next window's in the background while this one is computed."""
         if self._draw_noise is None:
             for window in windows:
                 self._noise.prepare(window.index, self._latent_shape(window))
 
     def _noise_of(self, window: Window) -> DrawNoise:
-        """What draws this window's noises."""
+        """The function that draws this window's noises."""
         shape = self._latent_shape(window)
         if self._draw_noise is not None:
             return self._draw_noise(window, shape)
@@ -233,7 +240,7 @@ class WindowGenerator:
 
     @torch.inference_mode()
     def denoise(self, window: Window, given: Tensor) -> Tensor:
-        """Latents (1, 16, T, h, w) float32 of one window from its given latents (1, 16, G, h, w)."""
+        """Denoise one window from its given latents (1, 16, G, h, w) to latents (1, 16, T, h, w) float32."""
         sampling, dit = self._sampling, self._dit
         y = image_condition(self._reference, window)
         audio = self._audio_states(window)
@@ -277,7 +284,7 @@ class WindowGenerator:
     def _decode(
         self, vae: VideoVAE, latent: Tensor, window: Window, overlap: int
     ) -> tuple[list[np.ndarray], Tensor | None]:
-        """New frames of the window, converted by the leader, and its last `overlap` frames as floats."""
+        """The window's new frames, converted on the leader only, and its last `overlap` frames as floats."""
         skip = 0 if window.index == 0 else window.given_frames
         stop = skip + window.new_frames
         frames: list[np.ndarray] = []

@@ -1,8 +1,8 @@
-"""Writing one video while it is made: segments, the growing file, the sidecar, output names.
+"""Writes one video while it is made: a segment for each window, and the growing file.
 
-`VideoWriter` waits for the device, encodes and muxes in threads of its own, two windows at a time: with few
-steps on several GPUs one window takes x264 longer than the model. A window is recorded as done, in order,
-only after its segment and its hand-over are on disk.
+`VideoWriter` waits for the device, encodes and muxes in its own threads, two windows at a time: with few
+steps on several GPUs, x264 takes longer for a window than the model. Windows are recorded as done in order,
+each only after its segment and its hand-over are on disk.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
     from omniavatar.plan.run import RunPlan
 
 ENCODER_THREADS = 4
-"""Fixed, since x264's output depends on it and a resumed run must give the same video."""
+"""Threads of x264. Fixed, because its output depends on them and a resumed run must give the same video."""
 ENCODERS = 2
-"""Windows that are encoded at the same time; each is a file of its own, so the bytes are the same."""
+"""Windows encoded at the same time. Each is a separate file, so this number does not change the bytes."""
 MOST_PENDING = ENCODERS + 1
-"""Windows the writer may be behind the model: those that are being encoded and one that is being computed."""
+"""Most windows handed over and not yet written: those being encoded, and one being computed."""
 
 
 class VideoWriter:
-    """Encodes finished windows and appends them to the growing video, in order, behind the model's back.
+    """Encodes windows in the background and appends them to the growing video in order.
 
-    A context manager: leaving it waits for the windows handed over, and leaves everything on disk.
+    As a context manager, it waits at the end until all windows handed over are on disk.
     """
 
     def __init__(
@@ -74,9 +74,9 @@ class VideoWriter:
             self._growing.append(segment)
 
     def submit(self, result: WindowResult) -> None:
-        """Hand over a window that may still be computed; waits while `MOST_PENDING` are not written.
+        """Queue a window, finished or not; waits while `MOST_PENDING` windows are not yet written.
 
-        Raises the error of an earlier window; no window is written after one that failed.
+        Raises the error of an earlier window. No window is written after one that failed.
         """
         while self._pending and (len(self._pending) >= MOST_PENDING or self._pending[0].done()):
             self._pending.popleft().result()
@@ -100,7 +100,7 @@ class VideoWriter:
         self._growing.close()
 
     def _write(self, result: WindowResult, before: Future[bool] | None) -> bool:
-        """Encode a window and, after the one `before` it, append it; whether both were done."""
+        """Encode a window, wait for the one `before`, append it. False if an earlier window failed."""
         frames, given = result.frames, result.next_given
         arrived = time.perf_counter()
         window = result.window
