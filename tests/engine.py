@@ -75,7 +75,7 @@ def request(seconds: float | None = 0.9, **changes: Any) -> AvatarRequest:
     return AvatarRequest(**values)
 
 
-def place(pipeline: AvatarPipeline, what: AvatarRequest) -> AvatarPipeline:
-    """Decide where the models of a request lie, so that they can be loaded before it runs."""
-    pipeline.adopt(read_inputs(pipeline.models, what).shape)
+def adopt_placement(pipeline: AvatarPipeline, for_request: AvatarRequest) -> AvatarPipeline:
+    """Adopt the placement of a request, so that its models can be loaded before it runs."""
+    pipeline.adopt(read_inputs(pipeline.models, for_request).shape)
     return pipeline

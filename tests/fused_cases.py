@@ -1,4 +1,4 @@
-"""Inputs for comparing implementations of `ops.fused`, and the comparison itself."""
+"""Compares implementations of `accel.kernels` with the eager ones on the same inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def rows(value) -> torch.Tensor:
 def compare(
     fast, device: str, dtype: torch.dtype, width: int, heads: int, tolerance: float, fp8_tolerance: float
 ) -> None:
-    """Every pass of `fast` against the eager twin on the same inputs."""
+    """Compare every pass of `fast` with `EagerOps`."""
     slow = EagerOps(fast.row_dtype)
     generator = torch.Generator().manual_seed(width)
 
@@ -73,7 +73,7 @@ def compare(
 
 
 def compare_rescale(device: str, dtype: torch.dtype, tolerance: float) -> None:
-    """The pass after an integer product against the same in float64."""
+    """Compare the pass after an integer product with the same in float64."""
     generator = torch.Generator().manual_seed(0)
     rows = quantize_rows(torch.randn(37, 64, generator=generator), torch.int8)
     weight = quantize_rows(torch.randn(1100, 64, generator=generator), torch.int8)

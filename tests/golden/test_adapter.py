@@ -67,7 +67,7 @@ def test_merged_model_gives_the_recorded_output(golden, tmp_path, default):
     assert error(golden, *write(golden, tmp_path, default=default)) <= 1e-4
 
 
-def test_the_scale_matters(golden, tmp_path):
+def test_the_adapters_scale_changes_the_output(golden, tmp_path):
     recorded = float(golden("adapter.safetensors")[1]["lora_alpha"])
     for factor in (0.8, 1.25):
         assert error(golden, *write(golden, tmp_path, alpha=factor * recorded)) > 1e-3

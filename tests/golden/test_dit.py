@@ -5,7 +5,7 @@ import torch
 from compare import build_dit, relative_error, under
 
 
-def test_every_case(golden):
+def test_every_recorded_case(golden):
     tensors, metadata = golden("dit.safetensors")
     dit = build_dit(metadata, under(tensors, "weights."))
     cases = sorted({match.group(0) for key in tensors if (match := re.match(r"case\d+\.", key))})
@@ -22,7 +22,7 @@ def test_every_case(golden):
                 assert relative_error(output, case[name]) <= 1e-5, (prefix, name)
 
 
-def test_audio_matters(golden):
+def test_audio_changes_the_output(golden):
     """Without audio, the comparison above fails."""
     tensors, metadata = golden("dit.safetensors")
     assert relative_error(tensors["case0.output_silent"], tensors["case0.output"]) > 1e-3
@@ -35,7 +35,7 @@ def test_audio_matters(golden):
 
 
 @pytest.mark.parametrize("changed", ["patch_embedding.weight", "time_projection.1.bias", "head.modulation"])
-def test_weights_matter(golden, changed):
+def test_weights_change_the_output(golden, changed):
     tensors, metadata = golden("dit.safetensors")
     weights = under(tensors, "weights.")
     weights[changed] = weights[changed] * 1.1

@@ -1,4 +1,4 @@
-"""Image, text and audio preparation against the recordings of the original code."""
+"""Image, text and audio preparation equal the recordings of the original code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole long-video loop against the recorded runs: windows, masks, hand-over, guidance, step cache."""
+"""The whole long-video loop equals the recorded runs: windows, masks, hand-over, guidance, step cache."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def recording(golden):
 
 
 def audio_rows(metadata, count):
-    """Rows 0..count-1 of the recorded recipe; fewer rows are the beginning of numpy's stream."""
+    """The first `count` rows of the recorded recipe: numpy's stream for fewer rows is the beginning."""
     shape = [
         int(n)
         for n in re.search(r"standard_normal\(\(([\d, ]+)\)\)", metadata["audio_embedding"])[1].split(",")
@@ -51,7 +51,7 @@ def step_plan(dit, schedule, threshold):
 
 
 @pytest.mark.slow
-def test_every_run(golden, recording):
+def test_every_recorded_run(golden, recording):
     tensors, metadata, vae = recording
     runs = json.loads(metadata["runs"])
     assert runs

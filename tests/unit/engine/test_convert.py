@@ -1,4 +1,4 @@
-"""Conversion to one merged file, quantising while loading, and reading through the staging buffers."""
+"""Conversion to one merged file, quantising while loading, and reading through staging buffers."""
 
 from __future__ import annotations
 
@@ -75,15 +75,15 @@ def test_random_float8_weights_are_those_of_the_plain_model():
     assert same_weights(random_dit(spec, form=FLOAT8, **options), plain)
 
 
-def test_every_weight_goes_to_its_own_device(nano_checkpoint):
+def test_every_weight_is_read_to_the_device_of_its_key(nano_checkpoint):
     keys: list[str] = []
 
     def device_of(key: str) -> torch.device:
         keys.append(key)
         return CPU
 
-    placed = load(files_of(nano_checkpoint), form=FLOAT8, device_of=device_of)
-    assert sorted(keys) == sorted(placed.state_dict())
+    loaded = load(files_of(nano_checkpoint), form=FLOAT8, device_of=device_of)
+    assert sorted(keys) == sorted(loaded.state_dict())
     assert "blocks.1.ffn.0.weight_scale" in keys
 
 
@@ -115,7 +115,7 @@ def test_video_of_a_converted_checkpoint_is_the_same(nano_checkpoint, tmp_path):
     assert all((a == b).all() for a, b in zip(before, after, strict=True))
 
 
-def test_heads_are_kept(nano_checkpoint, tmp_path):
+def test_converted_file_keeps_the_number_of_heads(nano_checkpoint, tmp_path):
     out = converted(nano_checkpoint, tmp_path / "h.safetensors", tmp_path, model_config={"num_heads": 4})
     assert inspect_dit(out).num_heads == 4
     assert inspect_dit(out, num_heads=8).num_heads == 8
@@ -124,13 +124,13 @@ def test_heads_are_kept(nano_checkpoint, tmp_path):
 def test_random_weights_can_be_converted(tmp_path):
     config = load_config(None, {"weights": "random", "scale": "nano", "quantize": "fp8", "device": "cpu"})
     out = convert_checkpoint(config.config, tmp_path / "random.safetensors").path
-    again = random_dit(
+    expected = random_dit(
         scale_spec("nano").dit, attention=ATTENTION, dtype=torch.bfloat16, device="cpu", seed=0, form=FLOAT8
     )
-    assert same_weights(load(DiTFiles(out), form=FLOAT8), again)
+    assert same_weights(load(DiTFiles(out), form=FLOAT8), expected)
 
 
-def test_wrong_use_of_a_converted_file(nano_checkpoint, tmp_path):
+def test_wrong_use_of_a_converted_file_is_an_error(nano_checkpoint, tmp_path):
     out = converted(nano_checkpoint, tmp_path / "one.safetensors", tmp_path, quantize="fp8")
     with pytest.raises(CheckpointError, match=r"one.safetensors: was converted to fp8; set quantize=fp8"):
         load(DiTFiles(out))
@@ -142,7 +142,7 @@ def test_wrong_use_of_a_converted_file(nano_checkpoint, tmp_path):
             load(files, form=FLOAT8)
 
 
-def test_nothing_is_left_of_a_failed_conversion(nano_checkpoint, tmp_path, monkeypatch):
+def test_failed_conversion_leaves_no_file(nano_checkpoint, tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="must have the extension"):
         converted(nano_checkpoint, tmp_path / "one.pt", tmp_path)
     full = tmp_path / "full" / "one.safetensors"
@@ -192,7 +192,7 @@ def test_staging_reads_large_tensors_in_parts(tmp_path):
             assert torch.equal(staging.load(files, "turned"), tensor.t())
 
 
-def test_header_names_the_heads(nano_checkpoint, tmp_path):
+def test_header_has_the_number_of_heads(nano_checkpoint, tmp_path):
     out = converted(nano_checkpoint, tmp_path / "one.safetensors", tmp_path)
     with TensorFiles(out) as files:
         assert files.metadata[HEADS_KEY] == "2"

@@ -1,4 +1,4 @@
-"""Pieces of the long-video loop, and faults of the original that live there."""
+"""Parts of the long-video loop, and faults of the original code in them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from omniavatar.model.sizes import audio_block_indices
 from omniavatar.sampling.windows import plan_windows
 
 
-def test_each_frame_hears_its_own_row():
+def test_each_frame_gets_its_own_audio_row():
     rows = np.arange(1, 61, dtype=np.float32)[:, None].repeat(2, 1)
     windows = plan_windows(40, 17, 5)
     first = audio_slice(rows, windows[0])[0, :, 0]
-    assert first.tolist() == [0, *range(1, 17)]  # the portrait frame hears zeros, frame f hears row f - 1
+    assert first.tolist() == [0, *range(1, 17)]  # zeros for the portrait frame, row f - 1 for frame f
     second = audio_slice(rows, windows[1])[0, :, 0]
     assert second.tolist() == list(range(12, 29))
-    assert torch.equal(second[:5], first[-5:])  # a window starts with the last vectors of the one before
+    assert torch.equal(second[:5], first[-5:])  # a window starts with the last vectors of the previous one
     with pytest.raises(ValueError, match="needs audio rows"):
         audio_slice(rows[:20], windows[1])
 
@@ -39,14 +39,14 @@ def test_mask_is_zero_on_given_latents_only():
 
 
 def test_frames_are_rounded_not_truncated():
-    """Fault of the original: float frames truncated to bytes, half a grey level darker on average."""
+    """Fault of the original: float frames are truncated to bytes, half a grey level darker on average."""
     values = torch.tensor([0.0, 0.4, 0.6, 1.4, 254.6, 255.0]) / 255
     frames = to_uint8(values.view(1, 1, 1, 1, -1).expand(1, 3, 2, 1, -1).clone())
     assert frames.shape == (2, 1, 6, 3)
     assert frames[1, 0, :, 2].tolist() == [0, 0, 1, 1, 255, 255]
 
 
-def test_samples_of_a_batch_do_not_mix():
+def test_samples_of_a_batch_are_independent():
     """Fault of the original: batched conditioning mixes samples."""
     _, attention = create_attention("sdpa", torch.device("cpu"), torch.float32)
     spec = scale_spec("nano").dit
@@ -80,8 +80,8 @@ def test_audio_is_packed_four_by_four_with_the_first_repeated():
     assert list(audio_block_indices(40)) == list(range(2, 21)) and len(audio_block_indices(30)) == 14
 
 
-def test_file_names_are_never_shell_words(nano_checkpoint, tmp_path):
-    """Fault of the original: shell strings with file names."""
+def test_file_names_never_reach_a_shell(nano_checkpoint, tmp_path):
+    """Fault of the original: file names in shell commands."""
     import PIL.Image
 
     folder = tmp_path / 'it\'s a "folder"; $(touch pwned) & more'

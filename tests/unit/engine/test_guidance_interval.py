@@ -1,4 +1,4 @@
-"""Guidance on part of the steps: what runs where, no stale residual reused, the videos it makes."""
+"""Guidance on part of the steps: the passes of each step, no stale residual, the resulting videos."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import make_pipeline, place, request
+from engine import adopt_placement, make_pipeline, request
 from omniavatar import SamplingParams
 from omniavatar.accel.residual_cache import ResidualCache
 from omniavatar.config.load import load_config
@@ -46,14 +46,14 @@ def test_interval_is_fractions_of_the_steps(steps, interval, expected):
     assert list(guided_steps(steps, interval)) == list(expected)
 
 
-def test_a_branch_that_begins_at_a_skipped_step_computes_there():
+def test_a_branch_that_starts_at_a_skipped_step_computes_it():
     assert patterns("CssCss", (0.5, 1.0)) == {"positive+speech": "CssCss", "negative+silence": "---Css"}
     assert patterns("CssCss", (1 / 6, 1.0)) == {"positive+speech": "CssCss", "negative+silence": "-CsCss"}
     assert patterns("CssCss", (0.0, 0.5)) == {"positive+speech": "CssCss", "negative+silence": "Css---"}
 
 
 def test_conditional_branch_may_pause_inside_the_interval():
-    """Audio scale 0: speech runs only where guidance is off, so its residual of before must not come back."""
+    """Audio scale 0: speech runs only without guidance, so its residual from before must not be reused."""
     silent = guidance_branches(3.0, 0.0, has_audio=True)
     found = patterns("CsssCs", (2 / 6, 3 / 6), silent)
     assert found["positive+speech"] == "Cs-sCs"
@@ -121,9 +121,9 @@ def video(pipeline, **sampling) -> np.ndarray:
     return np.concatenate([chunk.frames for chunk in pipeline.stream(req)])
 
 
-def test_videos_of_whole_empty_and_half_intervals(pipeline):
+def test_videos_with_whole_empty_and_half_intervals(pipeline):
     calls = []
-    place(pipeline, request(0.3))
+    adopt_placement(pipeline, request(0.3))
     blocks = pipeline.models.dit.run_blocks
 
     def counted(tokens, inputs):
@@ -158,7 +158,7 @@ def test_videos_of_whole_empty_and_half_intervals(pipeline):
     }
 
 
-def test_sidecar_tells_what_ran(pipeline, tmp_path: Path):
+def test_sidecar_records_which_passes_ran(pipeline, tmp_path: Path):
     params = SamplingParams(guidance_interval=(0.25, 0.75))
     result = pipeline.generate(request(0.3, sampling=params), tmp_path / "out.mp4")
     plan = json.loads(result.sidecar.read_text())["plan"]

@@ -1,4 +1,4 @@
-"""The model runs ahead of the writer, the writer of nobody: who waits for what, clocks and events faked."""
+"""The model runs ahead of the device and of the writer, within limits; devices and clocks are fakes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from queue_clock import QueueClock
 CPU = torch.device("cpu")
 
 
-def test_queued_stages_are_timed_by_the_device_and_asked_for_late() -> None:
+def test_queued_stages_are_timed_by_the_device_and_read_late() -> None:
     recorder, clock = RunRecorder(), QueueClock()
     recorder.use_clock(clock)
     with recorder.stage("outer"):
@@ -38,7 +38,7 @@ def test_queued_stages_are_timed_by_the_device_and_asked_for_late() -> None:
     assert recorder.timings()["outer"].seconds == 3.0
 
 
-def test_other_threads_keep_the_hosts_clock_and_do_not_settle_the_devices() -> None:
+def test_other_threads_use_the_hosts_clock_and_do_not_read_the_devices() -> None:
     recorder, clock = RunRecorder(), QueueClock()
     recorder.use_clock(clock)
     with recorder.stage("device"):
@@ -55,14 +55,14 @@ def test_other_threads_keep_the_hosts_clock_and_do_not_settle_the_devices() -> N
     assert 0.01 <= recorder.timings()["write"].seconds < 50.0
 
 
-def test_copies_on_the_host_are_the_values() -> None:
+def test_copies_on_the_host_have_the_same_values() -> None:
     values = torch.arange(6.0).view(2, 3)
     assert torch.equal(download(upload(values, CPU)), values)
     arrival(CPU)()
 
 
 class Counting(Host):
-    """A machine that counts the waits for its device."""
+    """A host that counts the waits for its device."""
 
     def __init__(self) -> None:
         self.waits: list[int] = []
@@ -71,7 +71,7 @@ class Counting(Host):
         return lambda: self.waits.append(1)
 
 
-def test_windows_are_queued_without_waiting_and_reading_waits(nano_checkpoint, tmp_path) -> None:
+def test_queueing_windows_does_not_wait_and_reading_them_does(nano_checkpoint, tmp_path) -> None:
     host = Counting()
     kept: list[WindowResult] = []
 
@@ -91,7 +91,7 @@ def test_windows_are_queued_without_waiting_and_reading_waits(nano_checkpoint, t
     assert kept[0].next_given is not None and len(host.waits) == 2
 
 
-def test_the_model_is_three_windows_ahead_of_the_writer_at_most(nano_checkpoint, tmp_path) -> None:
+def test_the_model_is_at_most_three_windows_ahead_of_the_writer(nano_checkpoint, tmp_path) -> None:
     ahead: list[int] = []
     written = 0
     all_handed_over = threading.Event()
@@ -109,7 +109,7 @@ def test_the_model_is_three_windows_ahead_of_the_writer_at_most(nano_checkpoint,
     class Counted(AvatarPipeline):
         def windows(self, *arguments):
             for result in super().windows(*arguments):
-                yield result  # goes on when the writer has taken it
+                yield result  # continues when the writer has queued it
                 ahead.append(result.window.index + 1 - written)
                 if len(ahead) == MOST_PENDING:
                     all_handed_over.set()
@@ -121,7 +121,7 @@ def test_the_model_is_three_windows_ahead_of_the_writer_at_most(nano_checkpoint,
 
 
 def test_nothing_is_written_after_a_window_that_failed(nano_checkpoint, tmp_path) -> None:
-    """Else the job would count a window whose segment is missing as done."""
+    """Otherwise the job would count a window as done although its segment is missing."""
     calls: list[str] = []
     computed = threading.Event()
 
@@ -143,12 +143,12 @@ def test_nothing_is_written_after_a_window_that_failed(nano_checkpoint, tmp_path
     pipe = make_pipeline(nano_checkpoint, tmp_path / "cache", host=Failing(), kind=Releasing)
     with pytest.raises(OutputError, match="disk full"):
         pipe.generate(request(2.0), tmp_path / "out.mp4")
-    assert len(calls) < 5  # the fifth window was never encoded; the third may have been, beside the second
+    assert len(calls) < 5  # never the fifth window; perhaps the third, beside the second
     assert json.loads((tmp_path / "out.mp4.job" / "job.json").read_text())["done"] == 1
 
 
 def test_window_seconds_are_between_arrivals(nano_checkpoint, tmp_path) -> None:
-    """Not between the moments the host had queued them."""
+    """Not between the times at which the host queued them."""
     seconds: list[float] = []
 
     def listener(event):
@@ -160,7 +160,7 @@ def test_window_seconds_are_between_arrivals(nano_checkpoint, tmp_path) -> None:
             return lambda: time.sleep(0.05)
 
     pipe = make_pipeline(nano_checkpoint, tmp_path / "cache", RunRecorder([listener]), host=Late())
-    begun = time.perf_counter()
+    start = time.perf_counter()
     pipe.generate(request(0.9), tmp_path / "out.mp4")
     assert len(seconds) >= 2 and all(each >= 0.05 for each in seconds)
-    assert sum(seconds) <= time.perf_counter() - begun
+    assert sum(seconds) <= time.perf_counter() - start

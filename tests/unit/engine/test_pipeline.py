@@ -30,7 +30,7 @@ def pipeline(nano_checkpoint, cache):
 
 
 def blocks(frames: np.ndarray) -> np.ndarray:
-    """Brightness of 8x8 blocks: what survives lossy coding of a noise-like picture."""
+    """Brightness of 8x8 blocks, which survives lossy coding of a noise-like picture."""
     grey = frames.astype(float) @ [0.2126, 0.7152, 0.0722]
     return grey.reshape(len(frames), SIDE // 8, 8, SIDE // 8, 8).mean((2, 4))
 
@@ -60,7 +60,7 @@ def test_stream_and_generate_give_the_same_video(pipeline, tmp_path):
     assert not list(tmp_path.glob("*.job")) and not list(tmp_path.glob("*partial*"))
 
 
-def test_sidecar_tells_how_it_was_made(pipeline, tmp_path):
+def test_sidecar_records_how_the_video_was_made(pipeline, tmp_path):
     req = request(0.3, sampling=SamplingParams(seed=7, num_steps=3))
     result = pipeline.generate(req, tmp_path / "out.mp4")
     sidecar = json.loads(result.sidecar.read_text())
@@ -89,7 +89,7 @@ def test_sound_is_delayed_by_silence_and_portrait_frame(pipeline, tmp_path):
 
 
 def test_result_does_not_depend_on_what_ran_before(pipeline, nano_checkpoint, cache):
-    """Fault of the original: one global seed, so that result k depends on all before."""
+    """Fault of the original: one global seed, so that a result depends on all earlier ones."""
     req = request(0.3)
     first = streamed(pipeline, req)
     streamed(pipeline, request(0.3, prompt="someone else", sampling=SamplingParams(seed=1)))
@@ -103,21 +103,21 @@ def test_result_does_not_depend_on_what_ran_before(pipeline, nano_checkpoint, ca
 @pytest.mark.parametrize(
     "change", [{"prompt": "a cat sleeps"}, {"image": portrait(1)}, {"audio": voice(0.3, seed=9)}]
 )
-def test_every_input_acts(pipeline, change):
+def test_every_input_changes_the_video(pipeline, change):
     base = streamed(pipeline, request(0.3))
     changed = streamed(pipeline, request(0.3, **change))
     assert changed.shape == base.shape
     assert not np.array_equal(changed, base)
 
 
-def test_audio_acts_also_at_text_scale_one(pipeline):
+def test_audio_scale_works_at_text_scale_one(pipeline):
     def run(**params):
         return streamed(pipeline, request(0.3, sampling=SamplingParams(guidance_scale=1.0, **params)))
 
     assert not np.array_equal(run(), run(audio_scale=3.0))
 
 
-def test_image_and_audio_forms_are_equal(pipeline, tmp_path):
+def test_all_forms_of_image_and_audio_give_the_same_video(pipeline, tmp_path):
     picture, sound = portrait(), voice(0.3)
     PIL.Image.fromarray(picture).save(tmp_path / "face.png")
     base = streamed(pipeline, request(0.3))
@@ -134,7 +134,7 @@ def test_silent_video_has_seq_len_frames_and_no_sound(nano_checkpoint, cache, tm
     assert info.frames == 15 and info.audio is None
 
 
-def test_step_cache_saves_forwards_and_is_planned(nano_checkpoint, cache):
+def test_step_cache_saves_forwards(nano_checkpoint, cache):
     calls: list[str] = []
     recorder = RunRecorder([lambda event: calls.append(getattr(event, "action", event.kind))])
     pipe = make_pipeline(
@@ -188,7 +188,7 @@ def test_bf16_weights_run_on_the_cpu(nano_checkpoint, cache):
     pipe = make_pipeline(nano_checkpoint, cache, dtype="bf16")
     half = streamed(pipe, request(0.3))
     assert torch.bfloat16 in {weight.dtype for weight in pipe.models.dit.parameters()}
-    assert pipe.models.vae.plain.conv1.weight.dtype == torch.float32  # bfloat16 convolutions crawl
+    assert pipe.models.vae.plain.conv1.weight.dtype == torch.float32  # bfloat16 convolutions are very slow
     exact = streamed(make_pipeline(nano_checkpoint, cache), request(0.3))
     assert 0 < np.abs(half.astype(int) - exact).mean() < 6
 
@@ -219,12 +219,12 @@ def test_lora_changes_the_video(nano_checkpoint, cache, tmp_path):
         ({"dit_path": "no/such.safetensors"}, "no/such.safetensors"),
     ],
 )
-def test_unfit_checkpoints(nano_checkpoint, cache, changes, match):
+def test_checkpoints_that_do_not_fit_are_errors(nano_checkpoint, cache, changes, match):
     with pytest.raises((CheckpointError, ConfigError), match=match):
         streamed(make_pipeline(nano_checkpoint, cache, **changes), request(0.3))
 
 
-def test_bad_requests(pipeline, tmp_path):
+def test_bad_requests_are_errors(pipeline, tmp_path):
     with pytest.raises(InputError, match="prompt"):
         pipeline.generate(request(prompt="  "), tmp_path / "out.mp4")
     with pytest.raises(InputError, match=r"missing\.png"):

@@ -1,4 +1,4 @@
-"""Recorders add up nested stages and forward events; displays show what they are told."""
+"""Recorders sum nested stages and forward events; displays show the events."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RUN = [
 ]
 
 
-def test_nested_stages_add_up() -> None:
+def test_nested_stages_are_summed() -> None:
     recorder = RunRecorder()
     for _ in range(2):
         with recorder.stage("outer"), recorder.stage("inner"):
@@ -48,7 +48,7 @@ def test_nested_stages_add_up() -> None:
     assert times["inner"].own_seconds == times["inner"].seconds
 
 
-def test_stage_counts_also_when_it_raises_and_nesting_survives() -> None:
+def test_stage_that_raises_counts_and_later_nesting_is_right() -> None:
     recorder = RunRecorder()
     with pytest.raises(KeyError), recorder.stage("a"), recorder.stage("b"):
         raise KeyError
@@ -108,7 +108,7 @@ def play(display: Any) -> None:
             recorder.event(event)
 
 
-def test_json_lines_are_one_object_an_event() -> None:
+def test_json_lines_have_one_object_an_event() -> None:
     stream = io.StringIO()
     play(JsonLines(stream))
     records = [json.loads(line) for line in stream.getvalue().splitlines()]

@@ -1,4 +1,4 @@
-"""The input file: every line is a request or an error that names it, and the others still run."""
+"""The input file: each line gives a request, or an error that names the line; the other lines still run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read(folder: Path, text: str | bytes) -> list[RequestLine | BadLine]:
     return read_requests(path)
 
 
-def test_lines_comments_blanks_and_byte_order_mark(folder: Path) -> None:
+def test_comments_blank_lines_and_byte_order_mark_are_skipped(folder: Path) -> None:
     lines = read(
         folder,
         "\ufeff# first\r\n\r\nA man@@face.png@@voice.wav\r\n  # second\n Ein Löwe @@ two words.png \n",
@@ -44,7 +44,7 @@ def test_trailing_separator_means_no_audio(folder: Path) -> None:
     assert read(folder, "p@@face.png@@")[0] == RequestLine(0, 1, "p", folder / "face.png", None)
 
 
-def test_current_directory_goes_before_the_files_folder(
+def test_current_directory_has_priority_over_the_files_folder(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = folder / "here"
@@ -69,7 +69,7 @@ def test_current_directory_goes_before_the_files_folder(
         ("p@@a\0b", "image not found"),
     ],
 )
-def test_bad_line_names_itself_and_the_others_run(folder: Path, line: str, message: str) -> None:
+def test_error_names_its_line_and_the_other_lines_run(folder: Path, line: str, message: str) -> None:
     bad, good = read(folder, f"{line}\nq@@face.png\n")
     assert isinstance(bad, BadLine) and isinstance(good, RequestLine)
     assert (bad.index, good.index) == (0, 1)
@@ -80,12 +80,12 @@ def test_bad_line_names_itself_and_the_others_run(folder: Path, line: str, messa
 @pytest.mark.parametrize(
     ("text", "message"), [(b"", "no request"), (b"# only\n\n", "no request"), (b"\xff\xfe", "not UTF-8")]
 )
-def test_unusable_files(folder: Path, text: bytes, message: str) -> None:
+def test_unusable_files_are_errors(folder: Path, text: bytes, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read(folder, text)
 
 
-def test_missing_file_and_folder(folder: Path) -> None:
+def test_missing_file_and_folder_are_errors(folder: Path) -> None:
     with pytest.raises(InputError, match="no such input file"):
         read_requests(folder / "none.txt")
     with pytest.raises(InputError, match="cannot be read"):
@@ -97,7 +97,7 @@ PART = st.text(st.characters(codec="utf-8", exclude_characters="@\n\r#\x00"), mi
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(PART.filter(lambda part: part.strip()), min_size=1, max_size=5))
-def test_every_prompt_comes_back(folder: Path, prompts: list[str]) -> None:
+def test_every_prompt_is_read_unchanged(folder: Path, prompts: list[str]) -> None:
     lines = read(folder, "\n".join(f"{prompt}@@face.png" for prompt in prompts))
     assert [line.prompt for line in lines if isinstance(line, RequestLine)] == [p.strip() for p in prompts]
 
@@ -154,7 +154,7 @@ def test_tables_hold_the_same_requests(folder: Path, ending: str, text: str, sec
         ('"audio": "none.wav"', "audio not found"),
     ],
 )
-def test_bad_values_of_a_table_fail_their_line_alone(folder: Path, fields: str, message: str) -> None:
+def test_bad_value_fails_only_its_line(folder: Path, fields: str, message: str) -> None:
     bad, good = read_as(
         folder,
         ".jsonl",
@@ -165,12 +165,12 @@ def test_bad_values_of_a_table_fail_their_line_alone(folder: Path, fields: str, 
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '"text"', '{"prompt": "p"}', '{"image": "face.png"}'])
-def test_broken_json_line_fails_alone(folder: Path, line: str) -> None:
+def test_broken_json_fails_only_its_line(folder: Path, line: str) -> None:
     bad, good = read_as(folder, ".jsonl", f'{line}\n{{"prompt": "q", "image": "face.png"}}')
     assert isinstance(bad, BadLine) and isinstance(good, RequestLine)
 
 
-def test_csv_rows_that_do_not_fit(folder: Path) -> None:
+def test_csv_rows_that_do_not_fit_the_header_are_errors(folder: Path) -> None:
     bad, good = read_as(folder, ".csv", "prompt,image\nA man, walking,face.png\nq,face.png\n")
     assert isinstance(bad, BadLine) and "3 cells for 2 columns" in str(bad.error)
     assert isinstance(good, RequestLine)
@@ -180,11 +180,11 @@ def test_csv_rows_that_do_not_fit(folder: Path) -> None:
     assert isinstance(wrong, BadLine) and "did you mean seed" in str(wrong.error)
 
 
-def test_two_lines_cannot_have_one_output(folder: Path) -> None:
+def test_two_lines_cannot_have_the_same_output(folder: Path) -> None:
     line = '{"prompt": "p", "image": "face.png", "output": "a.mp4"}'
     first, second = read_as(folder, ".jsonl", f"{line}\n{line}")
     assert isinstance(first, RequestLine) and isinstance(second, BadLine)
-    assert "a.mp4 is line 1's already" in str(second.error)
+    assert "output a.mp4 is already used by line 1; give each line another name" in str(second.error)
 
 
 def test_sampling_of_a_line_is_checked_with_the_configuration(folder: Path) -> None:

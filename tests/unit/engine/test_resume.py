@@ -1,4 +1,4 @@
-"""What survives a crash: kill -9, Ctrl-C, a full disk, a changed request; and memory against length."""
+"""Resuming after kill -9, Ctrl-C and a full disk; changed requests; memory of long videos."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def frames_of(path: Path) -> np.ndarray:
 
 
 def start(nano: Path, cache: Path, output: Path, after_windows: int) -> subprocess.Popen[bytes]:
-    """A process making the video, as soon as it has finished `after_windows`."""
+    """Start a process that makes the video; returns when `after_windows` windows are done."""
     arguments = [sys.executable, "-c", SCRIPT, str(TESTS), str(nano), str(cache), str(output), str(SECONDS)]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     state = output.with_name(output.name + ".job") / "job.json"
@@ -67,7 +67,7 @@ def start(nano: Path, cache: Path, output: Path, after_windows: int) -> subproce
     raise AssertionError(f"no {after_windows} windows: {process.communicate()[1].decode()[-2000:]}")
 
 
-def test_killed_run_continues_and_gives_the_same_video(pipeline, nano_checkpoint, cache, whole, tmp_path):
+def test_killed_run_is_resumed_and_gives_the_same_video(pipeline, nano_checkpoint, cache, whole, tmp_path):
     output = tmp_path / "out.mp4"
     process = start(nano_checkpoint, cache, output, 2)
     process.send_signal(signal.SIGKILL)
@@ -75,7 +75,7 @@ def test_killed_run_continues_and_gives_the_same_video(pipeline, nano_checkpoint
     assert process.returncode == -signal.SIGKILL
     assert not output.exists()
     partial = tmp_path / "out.partial.mp4"
-    assert probe_video(partial).frames >= 13  # playable; the kill may fall between record and append
+    assert probe_video(partial).frames >= 13  # playable; the kill may come between record and append
 
     result = pipeline.generate(request(SECONDS), output)
     assert 2 <= result.resumed_windows < result.windows
@@ -132,7 +132,7 @@ def test_ctrl_c_keeps_finished_windows(pipeline, whole, tmp_path):
         ({"sampling": SamplingParams(num_steps=3)}, "sampling.num_steps: 2 -> 3"),
     ],
 )
-def test_changed_request_refuses_to_resume_and_says_what_changed(pipeline, tmp_path, change, named):
+def test_changed_request_is_not_resumed_and_the_error_names_the_change(pipeline, tmp_path, change, named):
     output = tmp_path / "out.mp4"
     interrupt_after(pipeline, output, 1)
     with pytest.raises(ResumeError, match=named) as caught:
@@ -144,7 +144,7 @@ def test_changed_request_refuses_to_resume_and_says_what_changed(pipeline, tmp_p
         assert result.resumed_windows == 0
 
 
-def test_changed_weights_refuse_to_resume(pipeline, nano_checkpoint, cache, tmp_path):
+def test_changed_weights_are_not_resumed(pipeline, nano_checkpoint, cache, tmp_path):
     import shutil
 
     moved = tmp_path / "checkpoint"
@@ -161,15 +161,15 @@ def test_finished_video_is_not_made_again(pipeline, tmp_path):
     output = tmp_path / "out.mp4"
     pipeline.generate(request(0.3), output)
     written = output.stat().st_mtime_ns
-    again = pipeline.generate(request(0.3), output)
-    assert again.seconds == 0 and output.stat().st_mtime_ns == written
+    second = pipeline.generate(request(0.3), output)
+    assert second.seconds == 0 and output.stat().st_mtime_ns == written
     assert pipeline.generate(request(0.3), output, resume=False).seconds > 0
     assert output.stat().st_mtime_ns > written
     changed = pipeline.generate(request(0.3, prompt="new"), output)
     assert changed.resumed_windows == 0 and changed.seconds > 0
 
 
-def test_damaged_job_is_named(pipeline, tmp_path):
+def test_error_names_the_damaged_file_of_a_job(pipeline, tmp_path):
     output = tmp_path / "out.mp4"
     interrupt_after(pipeline, output, 2)
     job = tmp_path / "out.mp4.job"
@@ -187,7 +187,7 @@ def test_damaged_job_is_named(pipeline, tmp_path):
         pipeline.generate(request(SECONDS), output)
 
 
-def test_disk_full_keeps_finished_windows_and_goes_on_later(pipeline, whole, tmp_path, monkeypatch):
+def test_full_disk_keeps_finished_windows_and_a_later_run_continues(pipeline, whole, tmp_path, monkeypatch):
     import errno
 
     output = tmp_path / "out.mp4"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from command_line import NANO, run
-from engine import make_pipeline, overrides, place, request
+from engine import adopt_placement, make_pipeline, overrides, request
 from omniavatar.accel import residual_meter
 from omniavatar.accel.residual_meter import ResidualMeter
 from omniavatar.config.load import load_config
@@ -68,7 +68,7 @@ def test_the_file_lies_beside_the_checkpoint_and_reads_back(done, folder):
     for branch in read.branches.values():
         assert branch.magnitude_ratios[0] == 1 and branch.changes[0] == 0
         assert all(ratio > 0 for ratio in branch.magnitude_ratios) and min(branch.changes[1:]) > 0
-    made = place(make_pipeline(folder, folder / "cache", num_steps=STEPS), request())
+    made = adopt_placement(make_pipeline(folder, folder / "cache", num_steps=STEPS), request())
     timesteps = sampling_schedule(made.config.sampling).timesteps
     wanted = relative_changes(made.models.time_projections(timesteps))
     assert read.time_changes == pytest.approx(wanted.tolist())
@@ -167,9 +167,9 @@ def test_another_model_is_refused(done, folder, cache, tmp_path):
     save_file(
         {f"{key}.lora_down.weight": torch.zeros(4, 256), f"{key}.lora_up.weight": torch.zeros(256, 4)}, lora
     )
-    with pytest.raises(CheckpointError, match=r"LoRA style.safetensors at 0.5: not there then, \w{12} now"):
+    with pytest.raises(CheckpointError, match=r"LoRA style.safetensors at 0.5: absent then, \w{12} now"):
         constants(folder, cache, loras=[{"path": str(lora), "strength": 0.5}])
-    with pytest.raises(CheckpointError, match=r"adapter pytorch_model.pt: .* not there now"):
+    with pytest.raises(CheckpointError, match=r"adapter pytorch_model.pt: .* absent now"):
         constants(folder, cache, exp_path=None, step_cache_file=str(done.output))
     moved = tmp_path / "step_cache.json"
     content = json.loads(done.output.read_text())

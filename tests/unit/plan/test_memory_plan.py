@@ -1,4 +1,4 @@
-"""The memory plan: what fits stays, estimates agree with measured peaks, each step down is one."""
+"""The memory plan: as many blocks stay as fit, estimates agree with measured peaks, each step down is smaller."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BLOCKS = DiTSizes(blocks=40, block=GB * 6 // 10, text_layers=GB // 10, outside=G
 
 
 @given(st.integers(0, 80 * GB), st.integers(1, 60), st.integers(1, GB), st.integers(0, 8 * GB))
-def test_a_plan_fits_and_no_more_blocks_would(limit, blocks, block, denoise):
+def test_a_plan_fits_and_more_blocks_would_not(limit, blocks, block, denoise):
     dit = DiTSizes(blocks, block, block // 6, GB // 2)
     run = RunSizes(GB // 4, GB // 3, 11 * GB, GB // 2, denoise, (3 * GB, GB))
     try:
@@ -68,7 +68,7 @@ def test_small_passes_are_taken_only_where_large_ones_do_not_fit():
         plan_memory(BLOCKS, RUN, int(tight), range(0, 1))
 
 
-def test_text_encoder_goes_where_it_fits():
+def test_text_encoder_computes_layer_by_layer_only_where_it_does_not_fit():
     assert plan_memory(BLOCKS, RUN, None).text_encoder == "whole"
     assert plan_memory(BLOCKS, RUN, 80 * GB).text_encoder == "whole"
     assert plan_memory(BLOCKS, RUN, 24 * GB).text_encoder == "whole"
@@ -80,7 +80,7 @@ def test_without_a_limit_everything_stays():
     assert not plan.streams and plan.coding_pass == 0 and "all blocks" in plan.describe()
 
 
-def test_a_plan_says_what_it_does():
+def test_a_plan_describes_itself():
     text = plan_memory(BLOCKS, RUN, 8 * GB).describe()
     assert "of 40 blocks stay on the device" in text and "through 2 buffers" in text
     assert "text encoder layer by layer" in text and "of 8.0 GB" in text
@@ -89,7 +89,7 @@ def test_a_plan_says_what_it_does():
 @pytest.mark.parametrize(
     "variant", [AccelConfig(), AccelConfig(fuse=True), AccelConfig("fp8", True)], ids=str
 )
-def test_estimated_weights_are_the_models(variant):
+def test_estimated_weights_equal_the_models(variant):
     config, cpu = scale_spec("nano").dit, torch.device("cpu")
     _, attention = create_attention("sdpa", cpu, torch.bfloat16)
     dit = random_dit(config, attention=attention, dtype=torch.bfloat16, device=cpu, seed=0)
@@ -106,8 +106,10 @@ def test_estimated_weights_are_the_models(variant):
     [("14B", 30375, 31.60), ("14B", 15750, 29.62), ("1.3B", 30375, 4.53), ("1.3B", 15750, 3.71)],
 )
 def test_estimate_against_peaks_of_plain_blocks_measured_on_an_h100(scale, tokens, peak):
-    """Plain bf16, one prompt (benchmarks/results/2026-11-22_h100_forward.json), GiB; before the patches
-    and tokens that the forward kept were dropped (3 widths)."""
+    """Plain bf16, one prompt, GiB (benchmarks/results/2026-11-22_h100_forward.json).
+
+    When this was measured, the forward still kept patches and tokens (3 widths), which are added here.
+    """
     config = scale_spec(scale).dit
     alive = denoise_bytes(config, tokens, 2, False, 1, False) + held_bytes(config, 1, 2)
     estimate = dit_sizes(config, 2, False).whole + alive
@@ -115,8 +117,8 @@ def test_estimate_against_peaks_of_plain_blocks_measured_on_an_h100(scale, token
     assert peak * 0.96 <= (estimate + kept) / 2**30 <= peak * 1.15
 
 
-def test_the_wanted_limits_hold_14b_and_1_3b():
-    """24 and 10 GB for the 14B at 30,375 tokens, 6 GB for the 1.3B: VAE, two prompts and all."""
+def test_14b_and_1_3b_fit_into_the_target_limits():
+    """24, 10 and 8 GB for the 14B at 30,375 tokens, 6 GB for the 1.3B, with VAE and two prompts."""
     for scale, limit in (("14B", 24), ("14B", 10), ("14B", 8), ("1.3B", 6)):
         config = scale_spec(scale).dit
         run = RunSizes(
@@ -138,7 +140,7 @@ def test_float8_rows_beside_a_wide_feed_forward_layer_are_counted():
         assert (float8 > exact) == more
 
 
-def test_parameters_of_the_original():
+def test_num_persistent_param_gives_the_resident_blocks():
     config = scale_spec("14B").dit
     assert resident_blocks(config, 0) == 0 and resident_blocks(config, 10**12) == 40
     assert resident_blocks(config, 7 * 10**9) in range(18, 21)

@@ -1,4 +1,4 @@
-"""A run under a memory limit: the same video to the byte, what it says, what it does when memory fails."""
+"""Runs under a memory limit: the same video to the byte, their messages, and failed allocations."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import make_pipeline, request
-from engine import place as place_models
+from engine import adopt_placement, make_pipeline, request
 from omniavatar.accel.offload import Offloader, StreamedBlock, streamed_blocks
 from omniavatar.accel.vae import FastVAE
 from omniavatar.checkpoint.layout import SCALES
@@ -83,15 +82,15 @@ def test_streamed_video_is_the_same_to_the_byte(nano_checkpoint, cache, whole, t
     pipe.generate(request(SECONDS), tmp_path / "out.mp4")
     assert streamed(pipe) in expected
     assert (tmp_path / "out.mp4").read_bytes() == whole.read_bytes()
-    said, kept = sidecar(tmp_path / "out.mp4"), sidecar(whole)
-    assert said["memory"]["resident_blocks"] == 6 - streamed(pipe)
-    assert said["fingerprint"] == kept["fingerprint"]
+    record, whole_record = sidecar(tmp_path / "out.mp4"), sidecar(whole)
+    assert record["memory"]["resident_blocks"] == 6 - streamed(pipe)
+    assert record["fingerprint"] == whole_record["fingerprint"]
     assert len(messages.about_memory()) == 1
     assert (f"{6 - streamed(pipe)} of 6 blocks" in messages.about_memory()[0]) == (streamed(pipe) > 0)
 
 
 def test_weights_of_streamed_blocks_go_to_host_memory_as_they_are_read():
-    """Asked of the function that decides where a tensor is read into."""
+    """Checks the function that chooses the device of a tensor."""
     device_of = loading_device(6, 2, torch.device("meta"))
     names = [f"blocks.{i}.{name}" for i in range(6) for name in ("ffn.0.weight", "modulation")]
     on_host = [key for key in names if device_of(key).type == "cpu"]
@@ -112,7 +111,7 @@ def test_streamed_blocks_of_a_pipeline_are_those_of_the_plan(nano_checkpoint, ca
 
 
 class Limited(Host):
-    """A machine whose device has `limit` bytes, None for no limit."""
+    """A host whose device has `limit` bytes; None means no limit."""
 
     def __init__(self, limit: float | None) -> None:
         self.limit = limit
@@ -122,7 +121,7 @@ class Limited(Host):
 
 
 def failing(function, calls: list[int], at: set[int]):
-    """`function`, but the calls whose numbers are in `at` run out of memory."""
+    """`function`, but calls whose numbers are in `at` run out of memory."""
 
     def run(*args, **options):
         calls.append(len(calls))
@@ -134,26 +133,26 @@ def failing(function, calls: list[int], at: set[int]):
 
 
 @pytest.mark.parametrize("where", ["denoise", "decode", "encode"])
-def test_a_window_that_ran_out_of_memory_is_made_again(nano_checkpoint, cache, whole, tmp_path, where):
+def test_a_window_that_ran_out_of_memory_is_retried(nano_checkpoint, cache, whole, tmp_path, where):
     messages = Messages()
     pipe = make_pipeline(nano_checkpoint, cache, messages.recorder)
     calls: list[int] = []
     models = pipe.models
     if where == "denoise":
-        place_models(pipe, request(SECONDS))
+        adopt_placement(pipe, request(SECONDS))
         models.dit.attention = failing(models.dit.attention, calls, {60, 61})
     else:
         name = "decode_stream" if where == "decode" else "encode"
         setattr(models.vae, name, failing(getattr(models.vae, name), calls, {1, 2}))
     pipe.generate(request(SECONDS), tmp_path / "out.mp4")
     assert (tmp_path / "out.mp4").read_bytes() == whole.read_bytes()
-    again = [text for text in messages.texts if "retrying with less GPU memory" in text]
-    assert len(again) == 2 and "Tried to allocate" not in again[0] and "CUDA out of memory" in again[0]
-    assert streamed(pipe) == 4  # two steps down: three blocks at first, since two go to the ring, then one
+    retries = [text for text in messages.texts if "retrying with less GPU memory" in text]
+    assert len(retries) == 2 and "Tried to allocate" not in retries[0] and "CUDA out of memory" in retries[0]
+    assert streamed(pipe) == 4  # two steps down: first three blocks, because two fill the ring, then one
     assert sidecar(tmp_path / "out.mp4")["memory"]["resident_blocks"] == 2
 
 
-def test_out_of_memory_while_loading_and_preparing(nano_checkpoint, cache, whole, tmp_path):
+def test_out_of_memory_while_loading_is_retried(nano_checkpoint, cache, whole, tmp_path):
     pipe = make_pipeline(nano_checkpoint, cache)
     calls: list[int] = []
     pipe.models.residency.hold = failing(pipe.models.residency.hold, calls, {0})
@@ -162,12 +161,14 @@ def test_out_of_memory_while_loading_and_preparing(nano_checkpoint, cache, whole
     assert (tmp_path / "out.mp4").read_bytes() == whole.read_bytes()
 
 
-def test_out_of_memory_while_making_room(nano_checkpoint, cache, whole, tmp_path, monkeypatch):
-    """The ring's buffers are allocated too: when they fail, the next step down is taken."""
+def test_out_of_memory_while_stepping_down_takes_the_next_step(
+    nano_checkpoint, cache, whole, tmp_path, monkeypatch
+):
+    """The ring's buffers are allocated too; if that fails, the next step down is taken."""
     pipe = make_pipeline(nano_checkpoint, cache)
     attached, failed = [], []
     monkeypatch.setattr(Offloader, "attach_ring", failing(Offloader.attach_ring, attached, {0, 1}))
-    place_models(pipe, request(SECONDS))
+    adopt_placement(pipe, request(SECONDS))
     pipe.models.dit.attention = failing(pipe.models.dit.attention, failed, {30})
     pipe.generate(request(SECONDS), tmp_path / "out.mp4")
     assert len(attached) == 3 and streamed(pipe) == 5
@@ -184,19 +185,19 @@ def test_text_encoder_that_does_not_fit_computes_layer_by_layer(nano_checkpoint,
     assert (tmp_path / "out.mp4").read_bytes() == whole.read_bytes()
 
 
-def test_the_end_of_the_ladder_is_one_clear_error(nano_checkpoint, cache, tmp_path):
+def test_running_out_of_steps_is_one_clear_error(nano_checkpoint, cache, tmp_path):
     pipe = make_pipeline(nano_checkpoint, cache)
     calls: list[int] = []
-    place_models(pipe, request(SECONDS))
+    adopt_placement(pipe, request(SECONDS))
     pipe.models.dit.attention = failing(pipe.models.dit.attention, calls, set(range(1000)))
     with pytest.raises(ResourceError, match=r"max_tokens: 56 needs more GPU memory than is free .*fp8"):
         pipe.generate(request(SECONDS), tmp_path / "out.mp4")
-    assert streamed(pipe) == 6 and len(calls) == 7  # as it was, six blocks, smaller VAE passes
+    assert streamed(pipe) == 6 and len(calls) == 7  # no change, six blocks, smaller VAE passes
 
 
-def test_a_limit_that_nothing_fits_is_refused_before_anything_is_loaded(nano_checkpoint, cache, tmp_path):
+def test_a_limit_that_is_too_small_is_an_error_before_anything_is_loaded(nano_checkpoint, cache, tmp_path):
     pipe = make_pipeline(nano_checkpoint, cache, memory=0.001)
-    with pytest.raises(ResourceError, match=r"memory: about 0\.0 GB are needed"):
+    with pytest.raises(ResourceError, match=r"memory: about 0\.0 GB are needed .*, 0\.0 GB are available"):
         pipe.generate(request(SECONDS), tmp_path / "out.mp4")
     assert "dit" not in vars(pipe.models) and not list(tmp_path.iterdir())
 
@@ -243,7 +244,7 @@ def test_auto_quantises_only_what_would_be_streamed(with_float8):
 
 
 def test_exact_weights_that_are_streamed_come_with_a_hint(with_float8):
-    assert "with quantize=fp8 40 of 40 would stay" in placed(30).describe()
+    assert "quantize=fp8 would keep 40 of 40, at some loss of quality" in placed(30).describe()
     assert "quantize" not in placed(80).describe()
 
 
@@ -251,7 +252,7 @@ def test_auto_stays_exact_where_float8_is_missing():
     assert placed(30, quantize="auto").quantize == "none"
 
 
-def test_precision_and_passes_are_part_of_the_identity_and_kept(with_float8):
+def test_precision_and_passes_belong_to_the_identity_and_are_kept(with_float8):
     small = placed(6.3, quantize="fp8")
     assert small.memory.coding_pass == 1
     assert small.identity() == {"runtime.quantize": "fp8", "runtime.vae_latents_a_pass": 1}
@@ -262,7 +263,7 @@ def test_precision_and_passes_are_part_of_the_identity_and_kept(with_float8):
     assert placed(80, kept={"runtime.quantize": "fp8"}, quantize="none").quantize == "none"
 
 
-def test_parameters_of_the_original_decide_the_blocks():
+def test_num_persistent_param_decides_the_resident_blocks():
     assert placed(80, num_persistent_param_in_dit=100_000_000).memory.resident_blocks == 0
     assert placed(80, num_persistent_param_in_dit=7_000_000_000).memory.resident_blocks == 19
     assert placed(None, num_persistent_param_in_dit=20_000_000_000).memory.resident_blocks == 40
@@ -275,13 +276,13 @@ def test_limit_of_a_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GB)
     fraction = [1.0]
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction[0])
-    assert device_limit("auto", cuda) == 22.5 * GB  # free, and held already, less the margin
+    assert device_limit("auto", cuda) == 22.5 * GB  # free and held memory, less the margin
     assert device_limit(10, cuda) == 10 * GB and device_limit(23, cuda) == 22.5 * GB
     fraction[0] = 0.25
     assert device_limit("auto", cuda) == device_limit(10, cuda) == 6 * GB
 
 
-def test_host_without_room_for_streamed_blocks_is_an_error_and_not_a_kill():
+def test_too_little_host_memory_for_streamed_blocks_is_an_error():
     from omniavatar.accel import pinned
 
     need = placed(10).streamed_bytes
@@ -291,7 +292,7 @@ def test_host_without_room_for_streamed_blocks_is_an_error_and_not_a_kill():
     pinned.check_host_room(0, lambda: (16 * GB, 32 * GB))
 
 
-def test_a_number_is_enforced_on_cuda_and_auto_leaves_the_allocator_alone(monkeypatch):
+def test_a_number_limits_the_allocator_and_auto_does_not(monkeypatch):
     set_to: list[float] = []
     properties = type("Properties", (), {"total_memory": 40 * GB})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -304,8 +305,8 @@ def test_a_number_is_enforced_on_cuda_and_auto_leaves_the_allocator_alone(monkey
     assert set_to == [0.25, 1.0]
 
 
-def test_resumed_run_keeps_the_precision_it_began_with(nano_checkpoint, cache, tmp_path, monkeypatch):
-    """Begun when memory was short (float8), resumed when it is not: the same precision, the same video."""
+def test_resumed_run_keeps_the_precision_it_started_with(nano_checkpoint, cache, tmp_path, monkeypatch):
+    """Started with little memory (float8), resumed with enough: same precision, same video."""
     monkeypatch.setattr(placement, "best_quantize", lambda device: "fp8")
     tight = Limited(TIGHT * GB)
     expected = tmp_path / "whole.mp4"
@@ -327,7 +328,7 @@ def test_resumed_run_keeps_the_precision_it_began_with(nano_checkpoint, cache, t
     assert result.resumed_windows and output.read_bytes() == expected.read_bytes()
 
 
-def test_the_last_step_changes_the_vaes_passes_and_the_record_says_so(nano_checkpoint, cache, tmp_path):
+def test_the_last_step_down_changes_the_vaes_passes_and_is_recorded(nano_checkpoint, cache, tmp_path):
     messages = Messages()
     pipe = make_pipeline(nano_checkpoint, cache, messages.recorder, vae="fast")
     vae = pipe.models.vae
@@ -346,8 +347,8 @@ def test_the_last_step_changes_the_vaes_passes_and_the_record_says_so(nano_check
     vae.decode_stream = decode_stream
     pipe.generate(request(SECONDS), tmp_path / "out.mp4")
     assert set(sizes) == {1} and vae.config.frames_at_once == 4
-    said = sidecar(tmp_path / "out.mp4")
-    assert said["fingerprint"]["runtime.vae_latents_a_pass"] == "1"
+    record = sidecar(tmp_path / "out.mp4")
+    assert record["fingerprint"]["runtime.vae_latents_a_pass"] == "1"
     assert "VAE in small passes" in messages.about_memory()[-1]
 
 
@@ -359,8 +360,8 @@ def test_auto_precision_cannot_be_converted(tmp_path):
         convert_checkpoint(config, tmp_path / "x.safetensors")
 
 
-def test_a_cuda_device_has_its_number(monkeypatch):
-    """Some functions of torch take a device with a number only."""
+def test_a_cuda_device_has_an_index(monkeypatch):
+    """Some functions of torch need a device with an index."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
@@ -368,7 +369,7 @@ def test_a_cuda_device_has_its_number(monkeypatch):
     assert choose_device("cuda:0") == torch.device("cuda", 0)
 
 
-def test_which_form_a_card_takes(monkeypatch):
+def test_best_precision_of_a_card(monkeypatch):
     from omniavatar.accel.precision import best_quantize, check_quantize
 
     card = torch.device("cuda", 0)
