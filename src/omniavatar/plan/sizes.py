@@ -63,7 +63,7 @@ class RunSizes:
 
     - vae, audio_encoder, text_encoder: weights.
     - held: keys and values of the texts, kept in every window.
-    - denoise: activations of a forward.
+    - denoise: activations of a forward, and a step cache's residuals.
     - coding: activations of the VAE, for each size of its passes, the largest first.
     """
 
@@ -113,7 +113,7 @@ def denoise_bytes(
     """Bytes of a forward's activations and of a step cache's residuals.
 
     - tokens: video tokens of one forward.
-    - branches: guidance branches; a step cache keeps one residual for each.
+    - branches: guidance branches. cached: counts a step cache's tensors, one a branch and two more.
     - float8: adds the 8-bit copy of the feed-forward layer's result.
     """
     width, hidden = tokens * config.dim * dtype_bytes, tokens * config.ffn_dim * dtype_bytes

@@ -1,4 +1,4 @@
-"""The memory plan: as many blocks stay as fit, estimates agree with measured peaks, each step down is smaller."""
+"""The memory plan: it keeps as many blocks as fit, agrees with measured peaks, and steps down in order."""
 
 from __future__ import annotations
 
