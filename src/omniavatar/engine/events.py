@@ -21,15 +21,21 @@ class Message(Event, kind="message"):
 
 @dataclass(frozen=True)
 class CommandFailed(Event, kind="error"):
-    """The command ends with an error. text: the line that the user reads."""
+    """The command ends with an error.
+
+    - text: the line that the user reads.
+    """
 
     text: str
 
 
 @dataclass(frozen=True)
 class RequestStarted(Event, kind="request_started"):
-    """A request is planned. index: its number. name: of the video file. resumed_windows:
-    windows that an earlier run finished."""
+    """A request is planned.
+
+    - index: number of the request. name: of the video file.
+    - resumed_windows: windows that an earlier run finished.
+    """
 
     index: int
     name: str
@@ -41,7 +47,10 @@ class RequestStarted(Event, kind="request_started"):
 
 @dataclass(frozen=True)
 class RequestFinished(Event, kind="request_finished"):
-    """A video has its final name. output: its path."""
+    """A video has its final name.
+
+    - output: path of the video.
+    """
 
     output: str
     seconds: float
@@ -50,7 +59,7 @@ class RequestFinished(Event, kind="request_finished"):
 
 @dataclass(frozen=True)
 class WindowStarted(Event, kind="window_started"):
-    """The host starts to queue a window (numbered from 0)."""
+    """The host starts to queue a window; windows are numbered from 0."""
 
     window: int
     windows: int
@@ -58,7 +67,10 @@ class WindowStarted(Event, kind="window_started"):
 
 @dataclass(frozen=True)
 class StepFinished(Event, kind="step"):
-    """A step of a window is queued. passes: forward passes that it ran."""
+    """A step of a window is queued.
+
+    - passes: number of its forward passes.
+    """
 
     window: int
     step: int
@@ -69,7 +81,10 @@ class StepFinished(Event, kind="step"):
 
 @dataclass(frozen=True)
 class WindowFinished(Event, kind="window_finished"):
-    """A window is on disk. frames_done: of the whole video. seconds: since the window before."""
+    """A window is on disk.
+
+    - frames_done: of the whole video. seconds: since the previous window.
+    """
 
     window: int
     windows: int
