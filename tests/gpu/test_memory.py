@@ -49,7 +49,7 @@ def model(variant: AccelConfig, scale="nano", place=None, **sizes):
         device=CUDA,
         seed=0,
         form=weight_form(variant, ops, CUDA),
-        place=place,
+        device_of=place,
     )
     apply_accelerations(dit, variant, ops)
     return dit
@@ -234,7 +234,7 @@ def test_videos_under_a_number_and_after_failed_allocations_are_the_same(tmp_pat
     torch.cuda.set_per_process_memory_fraction(0.75 * peak / total)
     pipe, messages = pipeline(WholeCard())
     pipe.generate(request(None), tmp_path / "fallback.mp4")
-    assert streamed(pipe) > 0 and any("once more with less" in text for text in messages)
+    assert streamed(pipe) > 0 and any("retrying with less GPU memory" in text for text in messages)
     assert (tmp_path / "fallback.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
 
 

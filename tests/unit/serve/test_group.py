@@ -129,6 +129,7 @@ def test_a_bad_item_does_not_affect_the_others(
     bad = worker.run(Task(make_items(["x", "bad two"])[1], False))
     assert (bad.verdict, bad.error_class, bad.replace) == (Verdict.failed, "InputError", False)
     assert worker.run(Task(make_items(["x", "y", "three"])[2], False)).verdict is Verdict.done
+    wait_until(lambda: noted(notes, "follower"))  # it may start later than the leader works
     assert len(noted(notes, "engine")) == len(noted(notes, "follower")) == 1
 
 
