@@ -48,7 +48,10 @@ class H264Encoder(Backend):
 
 
 def _x264_options(crf: float, preset: str) -> dict[str, str]:
-    return {"crf": str(crf), "preset": preset}
+    # With mbtree, x264 gives other bytes for the same frames on a busy machine (seen in 3 of 10 encodes with
+    # FFmpeg 8.1.2), and a resumed video would not equal an uninterrupted one. Without it the files are about
+    # 28 % larger at the same crf.
+    return {"crf": str(crf), "preset": preset, "mbtree": "0"}
 
 
 def _nvenc_options(crf: float, preset: str) -> dict[str, str]:
