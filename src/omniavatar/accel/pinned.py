@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from omniavatar.errors import ResourceError
+from omniavatar.types import bytes_text
 
 
 def host_buffer(size: int, device: torch.device) -> Tensor:
@@ -61,7 +62,7 @@ def check_host_room(size: int, memory: Callable[[], tuple[int, int]] = host_memo
     """Raise ResourceError if the host has less than `size` bytes: the process would be killed later."""
     available = memory()[0]
     if size > available:
-        raise ResourceError(_refusal(size, f"{available / 2**30:.2f} GiB are available"))
+        raise ResourceError(_refusal(size, f"{bytes_text(available)} are available"))
 
 
 def _unregister(address: int) -> None:
@@ -70,6 +71,6 @@ def _unregister(address: int) -> None:
 
 def _refusal(size: int, reason: str) -> str:
     return (
-        f"memory: {size / 2**30:.2f} GiB of host memory for streamed weights cannot be allocated ({reason}); "
+        f"memory: {bytes_text(size)} of host memory for streamed weights cannot be allocated ({reason}); "
         "raise memory (or num_persistent_param_in_dit), use quantize=fp8, or free host memory"
     )

@@ -35,6 +35,7 @@ from omniavatar.checkpoint.layout_files import (
 )
 from omniavatar.checkpoint.tensor_writer import Progress, byte_counter, write_random
 from omniavatar.errors import OutputError
+from omniavatar.types import bytes_text
 
 SIDE_FILES_BYTES = 10_000_000
 
@@ -85,7 +86,7 @@ def require_space(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise OutputError(
-            f"{folder}: {what} needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free; "
+            f"{folder}: {what} needs {bytes_text(needed)}, but the disk has {bytes_text(free)} free; "
             "free some space or choose another disk"
         )
 

@@ -182,21 +182,16 @@ class Job:
 
     def finished(self, values: dict[str, str]) -> RunResult | None:
         """The result of a finished video that was made from exactly these values; None if there is none."""
-        sidecar = self._finished_sidecar(values)
-        if sidecar is None:
-            return None
-        windows = sidecar["windows"]
-        return RunResult(self.output, self.sidecar, sidecar["frames"], windows, windows, 0.0)
-
-    def _finished_sidecar(self, values: dict[str, str]) -> dict[str, Any] | None:
         if self.folder.exists() or not self.output.is_file() or not self.sidecar.is_file():
             return None
         try:
             sidecar: dict[str, Any] = json.loads(self.sidecar.read_text(encoding="utf-8"))
         except (ValueError, UnicodeDecodeError):
             return None
-        same = sidecar.get("fingerprint") == values
-        return sidecar if same and sidecar.get("bytes") == self.output.stat().st_size else None
+        if sidecar.get("fingerprint") != values or sidecar.get("bytes") != self.output.stat().st_size:
+            return None
+        windows = sidecar["windows"]
+        return RunResult(self.output, self.sidecar, sidecar["frames"], windows, windows, 0.0)
 
     def _read_state(self) -> dict[str, Any]:
         try:

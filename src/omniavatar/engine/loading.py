@@ -25,38 +25,25 @@ if TYPE_CHECKING:
     from omniavatar.model.vae import VideoVAE, WanVAE
 
 
-class VAELoader:
-    """Loads the VAE of a model.
+def load_model_vae(
+    model: ModelConfig, dtype: torch.dtype, device: torch.device, run: Callable[[WanVAE], VideoVAE]
+) -> VideoVAE:
+    """The VAE of a model, with the decoder that `model.decoder` names.
 
-    - run: makes a runner from loaded weights (`accel.vae_runners.create_vae`).
+    run: makes a runner from loaded weights (`accel.vae_runners.create_vae`).
     """
-
-    def __init__(
-        self, model: ModelConfig, dtype: torch.dtype, device: torch.device, run: Callable[[WanVAE], VideoVAE]
-    ) -> None:
-        self._model, self._dtype, self._device, self._run = model, dtype, device, run
-
-    def load(self) -> VideoVAE:
-        """The VAE, with the decoder that `model.decoder` names."""
-        model = self._model
-        if model.weights == "random":
-            full = random_vae(scale_spec(model.scale).vae, dtype=self._dtype, device=self._device, seed=0)
-        else:
-            assert model.vae_path is not None
-            full = load_vae(model.vae_path, dtype=self._dtype, device=self._device)
-        vae = self._run(full)
-        backend = DECODERS.get(model.decoder)
-        random = model.weights == "random"
-        assert random or backend.file is None or model.decoder_path is not None
-        source = DecoderSource(
-            None if random else model.decoder_path,
-            full.config,
-            self._dtype,
-            self._device,
-            self._run,
-        )
-        decoder = backend.create(source)
-        return vae if decoder is None else apply_decoder(vae, decoder)
+    random = model.weights == "random"
+    if random:
+        full = random_vae(scale_spec(model.scale).vae, dtype=dtype, device=device, seed=0)
+    else:
+        assert model.vae_path is not None
+        full = load_vae(model.vae_path, dtype=dtype, device=device)
+    vae = run(full)
+    backend = DECODERS.get(model.decoder)
+    assert random or backend.file is None or model.decoder_path is not None
+    source = DecoderSource(None if random else model.decoder_path, full.config, dtype, device, run)
+    decoder = backend.create(source)
+    return vae if decoder is None else apply_decoder(vae, decoder)
 
 
 def dit_files(model: ModelConfig) -> DiTFiles:

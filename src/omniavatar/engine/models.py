@@ -91,11 +91,11 @@ class Models:
     def vae(self) -> VideoVAE:
         """This process's own video VAE, run by the backend `vae_name`."""
         from omniavatar.accel.vae import coding_dtype
-        from omniavatar.engine.loading import VAELoader
+        from omniavatar.engine.loading import load_model_vae
 
         with self.recorder.stage("load_vae"):
             dtype = coding_dtype(self.dtype, self.device)
-            return VAELoader(self.config.model, dtype, self.device, self._run_vae).load()
+            return load_model_vae(self.config.model, dtype, self.device, self._run_vae)
 
     @functools.cached_property
     def window_vae(self) -> VideoVAE | None:

@@ -124,7 +124,7 @@ def test_index_of_the_shards(tmp_path):
 def test_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, 5 * 10**9))
-    with pytest.raises(OutputError, match=r"14B checkpoint needs 71\.9 GB, but the disk has 5\.0 GB free"):
+    with pytest.raises(OutputError, match=r"14B checkpoint needs 71\.9 GB, but the disk has 5\.00 GB free"):
         make_checkpoint("14B", tmp_path / "new" / "folder")
     assert not (tmp_path / "new").exists()
 

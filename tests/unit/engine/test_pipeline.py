@@ -14,6 +14,7 @@ import torch
 from engine import SIDE, make_pipeline, portrait, request, voice
 from media_files import read_audio
 from omniavatar import SamplingParams, Waveform
+from omniavatar.engine import prepare
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.errors import CheckpointError, ConfigError, InputError, OutputError
 from omniavatar.media.inspect import probe_video, read_frames
@@ -242,3 +243,22 @@ def test_bad_requests_are_errors(pipeline, tmp_path):
     with pytest.raises(InputError, match=r"text\.mp3"):
         pipeline.generate(request(audio=tmp_path / "text.mp3"), tmp_path / "out.mp4")
     assert not (tmp_path / "out.mp4").exists() and not list(tmp_path.glob("out*"))
+
+
+def test_shape_and_plan_are_made_once_for_a_video(pipeline, tmp_path, monkeypatch):
+    made: list[str] = []
+
+    def counted(function):
+        def run(*arguments):
+            made.append(function.__name__)
+            return function(*arguments)
+
+        return run
+
+    for name in ("window_shape", "make_plan"):
+        monkeypatch.setattr(prepare, name, counted(getattr(prepare, name)))
+    pipeline.generate(request(0.9), tmp_path / "out.mp4")
+    assert made == ["window_shape", "make_plan"]
+    made.clear()
+    assert list(pipeline.stream(request(0.3)))
+    assert made == ["window_shape", "make_plan"]
