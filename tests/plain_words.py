@@ -1,8 +1,6 @@
 """Phrases that read badly, in the text of the package and in the documents, each with a plainer one.
 
 `python tests/plain_words.py` prints them as `file:line: phrase -> plainer`, `--room serve` those of one room.
-`data/plain_words.json` has how many each room may still have: a room that is not in it may have none.
-`--lower` lowers its numbers to what is found, and never raises one.
 """
 
 from __future__ import annotations
@@ -10,17 +8,14 @@ from __future__ import annotations
 import argparse
 import ast
 import io
-import json
 import re
 import tokenize
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "src" / "omniavatar"
-BASELINE = Path(__file__).with_name("data") / "plain_words.json"
 
 PLAINER = {
     r"anew": "again",
@@ -129,32 +124,12 @@ def document_prose(text: str) -> dict[int, str]:
     return prose
 
 
-def counts() -> Counter[str]:
-    return Counter(finding.room for finding in findings())
-
-
-def baseline() -> dict[str, int]:
-    """How many phrases a room may still have."""
-    return json.loads(BASELINE.read_text()) if BASELINE.is_file() else {}
-
-
-def lower() -> None:
-    """Lower the baseline to what is found."""
-    found = counts()
-    lowered = {room: min(most, found[room]) for room, most in baseline().items()}
-    BASELINE.write_text(json.dumps({room: most for room, most in lowered.items() if most}, indent=2) + "\n")
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--room", help="only this room: a folder of src/omniavatar, package, or docs")
-    parser.add_argument("--lower", action="store_true", help="lower the baseline to what is found")
     arguments = parser.parse_args()
-    if arguments.lower:
-        lower()
     for each in findings():
         if arguments.room in (None, each.room):
             print(each)
-    print(dict(counts()))

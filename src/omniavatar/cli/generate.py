@@ -138,17 +138,14 @@ def demo(
     """
     with reporting(log_format, quiet) as (recorder, report), user_errors(report, INTERRUPT_NOTE):
         require_one_process()
-        from importlib.resources import as_file, files
-
-        from omniavatar.assets import pocket
+        from omniavatar.assets import SPEECH, pocket
         from omniavatar.config.load import load_config
         from omniavatar.engine.events import Message
         from omniavatar.engine.requests_file import RequestLine
 
         loaded = load_config(config or pocket.CONFIG, hp or ())
-        with as_file(files("omniavatar.assets")) as assets:
-            request = RequestLine(0, 0, pocket.PROMPT, pocket.PORTRAIT, assets / "speech.flac")
-            _generate_lines(loaded, [request], output, None, recorder, report, quiet, many=False, team=None)
+        request = RequestLine(0, 0, pocket.PROMPT, pocket.PORTRAIT, SPEECH)
+        _generate_lines(loaded, [request], output, None, recorder, report, quiet, many=False, team=None)
         if config is None:
             text = "this small model was trained on rendered heads; it does not work on photographs"
             recorder.event(Message(text))

@@ -28,7 +28,7 @@ from omniavatar.engine.identity import request_identity
 from omniavatar.engine.job import Job, checked_output, fingerprint
 from omniavatar.engine.models import Models
 from omniavatar.engine.orders import EndOrder, PlaceOrder, WindowsOrder
-from omniavatar.engine.prepare import Inputs, Planned, Prepared, condition, plan_request, read_inputs
+from omniavatar.engine.prepare import Prepared, condition, plan_request, read_inputs
 from omniavatar.engine.recorder import Elapsed, RunRecorder
 from omniavatar.engine.retry import no_retry
 from omniavatar.engine.sidecar import sidecar_values
@@ -103,8 +103,9 @@ class AvatarPipeline:
             self._message(f"{job.output} is finished already; use --no-resume to make it again")
             return finished
         with job.opened(identity, resume):
+            self.adopt(inputs.shape, placement)
             elapsed = Elapsed(self._recorder)
-            made = self._plan(inputs, placement, job.folder)
+            made = plan_request(self.models, inputs, job.folder)
             self._announce(job, made.plan, index)
             with VideoWriter(
                 job, made.plan, self.config.output, request.audio, self._recorder, encoder, self._host
@@ -112,6 +113,7 @@ class AvatarPipeline:
                 if job.done < len(made.plan.windows):
                     made = ready = condition(self.models, made)
                     for window in self.windows(ready, job.done, job.given()):
+                        # a window that needed less memory is recorded with what it was made with
                         job.amend(fingerprint(self.models.residency.placement.identity()))
                         writer.submit(window)
                 writer.finish()
@@ -154,7 +156,8 @@ class AvatarPipeline:
         """Read, plan and encode a request for the caller, who runs its windows inside the body."""
         inputs = read_inputs(self.models, request)
         with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
-            yield condition(self.models, self._plan(inputs, None, Path(folder)))
+            self.adopt(inputs.shape)
+            yield condition(self.models, plan_request(self.models, inputs, Path(folder)))
 
     def windows(self, ready: Prepared, first: int = 0, given: Tensor | None = None) -> Iterator[WindowResult]:
         """Results of the request's windows from `first` on, made by all processes together.
@@ -194,16 +197,11 @@ class AvatarPipeline:
 
     def adopt(self, shape: WindowShape, placement: Placement | None = None) -> None:
         """Put a placement for windows of `shape` in force on all processes; None plans one first."""
+        if self.models.device.type == "cuda":
+            self._recorder.use_clock(DeviceClock(self.models.device))
         placement = placement or self.models.residency.place(shape, {})
         self.team.order(PlaceOrder(shape, placement.identity()))
         self.models.residency.adopt(placement)
-
-    def _plan(self, inputs: Inputs, placement: Placement | None, folder: Path) -> Planned:
-        """Adopt the placement, decode the sound, plan the windows."""
-        if self.models.device.type == "cuda":
-            self._recorder.use_clock(DeviceClock(self.models.device))
-        self.adopt(inputs.shape, placement)
-        return plan_request(self.models, inputs, folder)
 
     def _announce(self, job: Job, plan: RunPlan, index: int) -> None:
         self._recorder.event(

@@ -134,8 +134,7 @@ def calibrate(
     with pipeline.prepare(request) as ready:
         chosen = ready.plan.windows[:windows]
         meter = ResidualMeter()
-        every = compute_all(ready.plan.steps)
-        sampling = ready.decided(every).window_sampling
+        sampling = ready.window_sampling
         generator = pipeline.window_generator(sampling, ready.conditioning, meter.window)
         for _ in generator.run(chosen):
             meter.keep()

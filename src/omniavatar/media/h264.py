@@ -11,6 +11,7 @@ of p1 to p7. No frames are reordered, so every NVENC that can do H.264 works.
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -121,9 +122,17 @@ def choose_encoder(value: str, size: tuple[int, int], encoders: Registry[H264Enc
     `auto` takes NVENC if it works, else x264; the choice is logged. Raises ConfigError for an unknown name,
     ResourceError for an encoder that cannot be used.
     """
-    chosen = encoders.resolve(value, size)
     if value == "auto":
-        better = [each for each in encoders if (each.rank or 0) > (chosen.rank or 0)]
-        reasons = [f"{each.name}: {each.unavailable(size)}" for each in better]
-        _log.info("video encoder: %s", "; not ".join([f"{chosen.name} ({chosen.codec})", *reasons]))
+        reasons = encoders.reasons(size)  # each encoder is tried once
+        ranked = [each for each in encoders if each.rank is not None]
+        ranked.sort(key=lambda each: each.rank or 0, reverse=True)
+        refused = itertools.takewhile(lambda each: reasons[each.name] is not None, ranked)
+        notes = [f"{each.name}: {reasons[each.name]}" for each in refused]
+        if len(notes) < len(ranked):
+            chosen = ranked[len(notes)]
+            _log.info("video encoder: %s", "; not ".join([f"{chosen.name} ({chosen.codec})", *notes]))
+            return chosen.name
+    chosen = encoders.resolve(value, size)
+    if chosen.codec != "libx264":
+        _log.info("video encoder: %s (%s)", chosen.name, chosen.codec)
     return chosen.name

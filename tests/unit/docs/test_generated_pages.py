@@ -71,7 +71,7 @@ def test_fields_with_words_of_their_own_exist() -> None:
     assert known >= settings.WRONG.keys() | settings.SPELT.keys()
 
 
-def test_a_wrong_value_that_isaccepted_stops_the_page() -> None:
+def test_a_wrong_value_that_is_accepted_stops_the_page() -> None:
     field = dict(settings.leaves(RuntimeConfig))["device"]
     with pytest.raises(AssertionError, match="was accepted"):
         settings.accepted(field, "cpu")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,10 +16,10 @@ import torch
 from engine import SIDE, make_pipeline, portrait, request, voice
 from media_files import read_audio
 from omniavatar import SamplingParams, Waveform
-from omniavatar.engine import prepare
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.errors import CheckpointError, ConfigError, InputError, OutputError
 from omniavatar.media.inspect import probe_video, read_frames
+from omniavatar.plan.run import make_plan, window_shape
 
 
 @pytest.fixture(scope="module")
@@ -245,20 +247,32 @@ def test_bad_requests_are_errors(pipeline, tmp_path):
     assert not (tmp_path / "out.mp4").exists() and not list(tmp_path.glob("out*"))
 
 
-def test_shape_and_plan_are_made_once_for_a_video(pipeline, tmp_path, monkeypatch):
+def test_shape_and_plan_are_made_once_for_a_video(pipeline, tmp_path):
+    codes = {function.__code__: function.__name__ for function in (window_shape, make_plan)}
     made: list[str] = []
 
-    def counted(function):
-        def run(*arguments):
-            made.append(function.__name__)
-            return function(*arguments)
+    def watch(frame, event, argument):
+        if event == "call" and frame.f_code in codes:
+            made.append(codes[frame.f_code])
 
-        return run
+    for run in (
+        lambda: pipeline.generate(request(0.9), tmp_path / "out.mp4"),
+        lambda: list(pipeline.stream(request(0.3))),
+    ):
+        made.clear()
+        sys.setprofile(watch)
+        try:
+            run()
+        finally:
+            sys.setprofile(None)
+        assert made == ["window_shape", "make_plan"]
 
-    for name in ("window_shape", "make_plan"):
-        monkeypatch.setattr(prepare, name, counted(getattr(prepare, name)))
-    pipeline.generate(request(0.9), tmp_path / "out.mp4")
-    assert made == ["window_shape", "make_plan"]
-    made.clear()
-    assert list(pipeline.stream(request(0.3)))
-    assert made == ["window_shape", "make_plan"]
+
+def test_a_stream_that_is_closed_early_leaves_nothing(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    chunks = pipeline.stream(request(0.9))
+    next(chunks)
+    assert list(tmp_path.glob("omniavatar-*"))
+    chunks.close()
+    assert not list(tmp_path.glob("omniavatar-*"))
+    assert len(list(pipeline.stream(request(0.9)))) > 1
