@@ -14,7 +14,6 @@ from omniavatar.accel.short_text import apply_short_text
 from omniavatar.checkpoint.dit import WeightForm
 from omniavatar.model.dit import WanDiT
 
-Quantize = str
 """A name of `accel.precision.PRECISIONS`."""
 
 
@@ -22,7 +21,7 @@ Quantize = str
 class AccelConfig:
     """quantize: precision of the linear layers. fuse: element-wise work in single passes."""
 
-    quantize: Quantize = "none"
+    quantize: str = "none"
     fuse: bool = False
 
 
@@ -37,7 +36,7 @@ def weight_form(config: AccelConfig, ops: FusedOps, device: torch.device) -> Wei
     return QuantForm(ops)
 
 
-def row_dtype(quantize: Quantize) -> torch.dtype:
+def row_dtype(quantize: str) -> torch.dtype:
     """The dtype that rows are quantised to; float8 if nothing is quantised."""
     return PRECISIONS.get(quantize).create() or FP8
 

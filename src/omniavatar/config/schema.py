@@ -315,6 +315,10 @@ class RuntimeConfig(_Section):
     threads: Whole | None = Field(None, ge=1)
     """CPU threads of torch; unset: the default of torch."""
 
+    def fuses(self, device_type: str) -> bool:
+        """Whether blocks run in fused passes on a device of this type (cuda, cpu)."""
+        return device_type == "cuda" if self.fuse is None else self.fuse
+
     @property
     def processes(self) -> int:
         """Number of processes that make one video."""

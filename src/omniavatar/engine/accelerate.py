@@ -24,7 +24,6 @@ from omniavatar.parallel.weights import apply_shared_weights
 if TYPE_CHECKING:
     import torch
 
-    from omniavatar.accel.apply import Quantize
     from omniavatar.checkpoint.dit import WeightForm
     from omniavatar.config.schema import RuntimeConfig
     from omniavatar.model.dit import WanDiT
@@ -34,7 +33,7 @@ LoadDiT = Callable[["WeightForm | None"], "WanDiT"]
 
 
 def accelerated_dit(
-    load: LoadDiT, quantize: Quantize, runtime: RuntimeConfig, team: Team, device: torch.device
+    load: LoadDiT, quantize: str, runtime: RuntimeConfig, team: Team, device: torch.device
 ) -> WanDiT:
     """The DiT with every optimisation that changes its weights or modules.
 
@@ -42,8 +41,7 @@ def accelerated_dit(
 
     Raises CheckpointError, ResourceError.
     """
-    fuse = device.type == "cuda" if runtime.fuse is None else runtime.fuse
-    accel, ops = AccelConfig(quantize, fuse), create_fused(device, row_dtype(quantize))
+    accel, ops = AccelConfig(quantize, runtime.fuses(device.type)), create_fused(device, row_dtype(quantize))
     dit = load(weight_form(accel, ops, device))  # 1 merge, 2 quantise
     apply_accelerations(dit, accel, ops)  # 2 quantise where loading did not, 3 fuse
     team.apply(dit)  # 4 shard

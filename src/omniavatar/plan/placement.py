@@ -30,7 +30,6 @@ from omniavatar.plan.sizes import (
 )
 
 if TYPE_CHECKING:
-    from omniavatar.accel.apply import Quantize
     from omniavatar.config.schema import PipelineConfig
     from omniavatar.plan.run import WindowShape
 
@@ -47,7 +46,7 @@ class Placement:
     - note: added to the user's line about memory.
     """
 
-    quantize: Quantize
+    quantize: str
     memory: MemoryPlan
     dit: DiTSizes
     run: RunSizes
@@ -126,7 +125,7 @@ def place(
         index = vae_passes.index(int(kept[PASS_FIELD]))
         passes = range(index, index + 1)
 
-    def with_precision(quantize: Quantize) -> Placement:
+    def with_precision(quantize: str) -> Placement:
         plain = without_graphs(quantize)
         if not wants_graphs(config, dit, shape.tokens, device, captures):
             return plain
@@ -139,7 +138,7 @@ def place(
             )
         return plain
 
-    def without_graphs(quantize: Quantize) -> Placement:
+    def without_graphs(quantize: str) -> Placement:
         sizes = dit_sizes(dit, DTYPE_BYTES[config.model.dtype], quantize != "none")
         if runtime.use_fsdp:
             sizes = shared_out(sizes, runtime.sp_size)

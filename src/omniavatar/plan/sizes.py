@@ -203,7 +203,7 @@ def run_sizes(
     """
     spec = next((scale for scale in SCALES if scale.dit.dim == dit.dim), SCALES[-1])
     size = DTYPE_BYTES[config.model.dtype]
-    fused = device.type == "cuda" if config.runtime.fuse is None else config.runtime.fuse
+    fused = config.runtime.fuses(device.type)
     branches, cached = shape.branches, shape.step_cache != "none"
     ranks = vae_ranks(config, vae_name)
     float8 = config.runtime.quantize != "none"
