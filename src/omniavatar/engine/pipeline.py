@@ -113,7 +113,6 @@ class AvatarPipeline:
                 if job.done < len(made.plan.windows):
                     made = ready = condition(self.models, made)
                     for window in self.windows(ready, job.done, job.given()):
-                        # a window that needed less memory is recorded with what it was made with
                         job.amend(fingerprint(self.models.residency.placement.identity()))
                         writer.submit(window)
                 writer.finish()
