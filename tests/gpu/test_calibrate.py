@@ -44,5 +44,5 @@ def test_the_same_constants_as_on_the_cpu(nano_checkpoint: Path, tmp_path: Path)
     settings = overrides(nano_checkpoint, tmp_path / "cache", num_steps=STEPS, step_cache="magcache")
     config = load_config(None, {**settings, "step_cache_file": str(tmp_path / "cuda.json")}).config
     dit = make_pipeline(nano_checkpoint, tmp_path / "cache").models.dit_config
-    found = find_constants(config.model, config.sampling, dit, None)
+    found = find_constants(config.model, config.sampling, dit)
     assert found is not None and found.digest == gpu.calibration.constants("").digest

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast, overload
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from omniavatar.accel.attention.sparse import BlockLists, SparseAttentionFn
 from omniavatar.model.dit import RunBlocks, WanDiT
-from omniavatar.model.layers import Block, BlockInputs
+from omniavatar.model.layers import AudioByToken, Block, BlockInputs
 from omniavatar.model.rope import RopeTable
 from omniavatar.sampling.token_order import TokenOrder
 
@@ -79,24 +79,12 @@ class OrderedBlocks:
 
 
 @dataclass(frozen=True, eq=False)
-class OrderedAudio(Sequence[Tensor | None]):
-    """Audio of each block as one vector a token (B, L, C), made when a block asks.
-
-    per_frame: for each block None or (B, T, C). frames: the latent frame of each token, (L,).
-    """
+class OrderedAudio(AudioByToken):
+    """Audio of tokens in any order."""
 
     per_frame: Sequence[Tensor | None]
-    frames: Tensor
+    token_frames: Tensor
 
-    def __len__(self) -> int:
-        return len(self.per_frame)
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor | None: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Tensor | None]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor | None] | None:
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
-        frame_BTC = self.per_frame[index]
-        return None if frame_BTC is None else frame_BTC.index_select(1, self.frames)
+    @property
+    def frames(self) -> Tensor:
+        return self.token_frames

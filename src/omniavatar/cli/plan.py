@@ -164,7 +164,7 @@ def _step_plan(config: PipelineConfig) -> StepPlan | None:
     """The step cache's plan; None where TeaCache needs weights that are not on this disk."""
     from omniavatar.plan.calibration import find_constants
     from omniavatar.plan.preview import files_exist, find_dit_config, time_projections
-    from omniavatar.plan.steps import make_step_plan, model_scale, sampling_schedule
+    from omniavatar.plan.steps import make_step_plan, sampling_schedule
 
     model, sampling = config.model, config.sampling
     if sampling.cache_policy == "teacache" and not files_exist(model):
@@ -174,7 +174,7 @@ def _step_plan(config: PipelineConfig) -> StepPlan | None:
     def projections() -> np.ndarray:
         return time_projections(model, dit, sampling_schedule(sampling).timesteps)
 
-    constants = find_constants(model, sampling, dit, model_scale(model.scale, dit.dim))
+    constants = find_constants(model, sampling, dit)
     return make_step_plan(sampling, constants, projections, not config.runtime.reference_numerics)
 
 

@@ -26,7 +26,7 @@ from omniavatar.media.audio import decode_mono
 from omniavatar.media.image import load_image
 from omniavatar.plan.calibration import find_constants
 from omniavatar.plan.run import RunPlan, WindowShape, make_plan, window_shape
-from omniavatar.plan.steps import make_step_plan, model_scale, sampling_schedule
+from omniavatar.plan.steps import make_step_plan, sampling_schedule
 from omniavatar.types import AvatarRequest, Conditioning, StepPlan
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def read_inputs(models: Models, request: AvatarRequest) -> Inputs:
     image = load_image(request.image)
     height, width = image.shape[:2]
     size = choose_bucket(height, width, config.video.sizes)
-    constants = find_constants(config.model, sampling, dit, model_scale(config.model.scale, dit.dim))
+    constants = find_constants(config.model, sampling, dit)
     shape = window_shape(config, size, request.audio is not None, sampling)
     return Inputs(request, sampling, image, shape, constants)
 

@@ -6,6 +6,7 @@ Tokens have the dtype of the weights; norms, modulation, rotation and gates are 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,19 +36,18 @@ class BlockInputs:
     audio: Sequence[Tensor | None]
 
 
-@dataclass(frozen=True, eq=False)
-class TokenAudio(Sequence[Tensor | None]):
-    """Audio of each block as vectors (B, tokens, C) of a range of tokens, made when a block reads them.
+class AudioByToken(Sequence[Tensor | None]):
+    """Audio of each block as one vector a token (B, L, C), made when a block reads it.
 
     - per_frame: for each block None or (B, T, C).
-    - first, tokens: first token and length of the range.
-    - total: tokens of all T frames.
+    - frames: the latent frame of each token, (L,).
     """
 
     per_frame: Sequence[Tensor | None]
-    first: int
-    tokens: int
-    total: int
+
+    @property
+    @abstractmethod
+    def frames(self) -> Tensor: ...
 
     def __len__(self) -> int:
         return len(self.per_frame)
@@ -60,10 +60,24 @@ class TokenAudio(Sequence[Tensor | None]):
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
         frame_BTC = self.per_frame[index]
-        return None if frame_BTC is None else frame_BTC.index_select(1, self._frames)
+        return None if frame_BTC is None else frame_BTC.index_select(1, self.frames)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenAudio(AudioByToken):
+    """Audio of a range of tokens.
+
+    - first, tokens: first token and length of the range.
+    - total: tokens of all T frames.
+    """
+
+    per_frame: Sequence[Tensor | None]
+    first: int
+    tokens: int
+    total: int
 
     @cached_property
-    def _frames(self) -> Tensor:
+    def frames(self) -> Tensor:
         """The frame of each token of the range, for all blocks."""
         heard = next(each for each in self.per_frame if each is not None)
         token = torch.arange(self.first, self.first + self.tokens, device=heard.device)

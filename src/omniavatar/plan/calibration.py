@@ -20,6 +20,7 @@ from omniavatar.checkpoint.reader import TensorFiles
 from omniavatar.config.backends import backend_name
 from omniavatar.config.schema import ModelConfig, SamplingConfig
 from omniavatar.errors import CheckpointError, ConfigError
+from omniavatar.plan.steps import model_scale
 from omniavatar.sampling.cache_constants import CacheConstants, published_constants
 
 if TYPE_CHECKING:
@@ -168,10 +169,8 @@ def constants_file(model: ModelConfig, sampling: SamplingConfig) -> Path | None:
     return path if path is not None and path.is_file() else None
 
 
-def find_constants(
-    model: ModelConfig, sampling: SamplingConfig, dit: DiTConfig, scale: str | None
-) -> CacheConstants | None:
-    """The step cache's constants: measured if `step_cache_file` leads to a file, else published for `scale`.
+def find_constants(model: ModelConfig, sampling: SamplingConfig, dit: DiTConfig) -> CacheConstants | None:
+    """The step cache's constants: measured if `step_cache_file` leads to a file, else the published ones.
 
     None if neither exists, without a step cache, and if the configuration has TeaCache's coefficients.
     Raises ConfigError if the file is missing or of another schedule, CheckpointError if it is damaged or of
@@ -182,7 +181,7 @@ def find_constants(
         return None
     path = constants_file(model, sampling)
     if path is None:
-        return published_constants(scale)
+        return published_constants(model_scale(model.scale, dit.dim))
     calibration = read_calibration(path)
     _check_model(path, calibration.model, model_identity(model, dit))
     _check_schedule(path, calibration.schedule, sampling)

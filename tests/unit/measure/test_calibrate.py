@@ -18,6 +18,7 @@ from command_line import NANO, run
 from engine import adopt_placement, make_pipeline, overrides, request
 from omniavatar.accel import residual_meter
 from omniavatar.accel.residual_meter import ResidualMeter
+from omniavatar.config.change import changed
 from omniavatar.config.load import load_config
 from omniavatar.engine.events import Message, WindowFinished
 from omniavatar.engine.recorder import RunRecorder
@@ -56,7 +57,8 @@ def done(folder, cache) -> CalibrationRun:
 def constants(folder: Path, cache: Path, **changes: Any) -> CacheConstants | None:
     config = load_config(None, overrides(folder, cache, **{"num_steps": STEPS, **MAGCACHE, **changes})).config
     pipeline = make_pipeline(folder, cache)
-    return find_constants(config.model, config.sampling, pipeline.models.dit_config, "1.3B")
+    model = changed(config, model={"scale": "1.3B"}).model
+    return find_constants(model, config.sampling, pipeline.models.dit_config)
 
 
 def test_the_file_lies_beside_the_checkpoint_and_reads_back(done, folder):

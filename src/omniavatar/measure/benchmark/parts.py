@@ -34,7 +34,6 @@ from omniavatar.media.video import encode_segment
 from omniavatar.plan.calibration import find_constants
 from omniavatar.plan.preview import assumed_scale, missing_files
 from omniavatar.plan.run import RunPlan, plan_run, window_shape
-from omniavatar.plan.steps import model_scale
 
 AUDIO_SECONDS = 10
 TEXT_WORDS = 64
@@ -84,10 +83,9 @@ class PartTimer:
 
     def plan(self, config: PipelineConfig, audio_seconds: float) -> RunPlan:
         """The plan of a video of `audio_seconds` seconds of audio, its steps decided."""
-        video, model, models = config.video, config.model, self._models
+        video, models = config.video, self._models
         samples = round((audio_seconds + video.silence_duration_s) * video.sample_rate)
-        scale = model_scale(model.scale, models.dit_config.dim)
-        constants = find_constants(model, config.sampling, models.dit_config, scale)
+        constants = find_constants(config.model, config.sampling, models.dit_config)
         return plan_run(config, self._size, samples, decide_steps(models, config.sampling, constants))
 
     def _noise(self, *sizes: int) -> Tensor:
