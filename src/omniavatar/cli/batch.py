@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -156,14 +158,15 @@ def batch(
         folder = run_dir or default_run_dir
         destination = make_destination(target, folder / "work")
         engines = AvatarEngines(loaded.config, plan.pin)
-        result = run_batch(
-            items,
-            lambda: RayCrew(plan.seats, plan.workers, engines, destination),
-            destination,
-            folder,
-            Rules(retries=retries, fresh=no_resume),
-            recorder.event,
-        )
+        with redirect_stdout(sys.stderr):  # Ray prints lost workers, but stdout holds the summary alone
+            result = run_batch(
+                items,
+                lambda: RayCrew(plan.seats, plan.workers, engines, destination),
+                destination,
+                folder,
+                Rules(retries=retries, fresh=no_resume),
+                recorder.event,
+            )
     _print(result, quiet=quiet, as_json=as_json)
     _exit(result, report)
 

@@ -65,6 +65,9 @@ def cluster() -> Iterator[str]:
         made.wait_for_nodes()
     yield made.address
     made.shutdown()
+    for process in ray_processes():  # Ray's own, which a loaded machine ends late
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     wait_for(lambda: not ray_processes())
 
 
