@@ -80,14 +80,16 @@ class WanDiT(nn.Module):
             for block in self._typed_blocks()
         )
 
-    def prepare_audio(self, audio_BND: Tensor | None) -> AudioState:
+    def prepare_audio(self, audio_BND: Tensor | None, continued: bool = False) -> AudioState:
         """What each block adds, (B, T, C) or None, for audio vectors (B, 4T-3, audio_dim).
 
         For silence pass zeros (the biases still act). None means a model or a use without audio.
+
+        - continued: the vectors (B, 4T, audio_dim) follow earlier ones of the same video.
         """
         per_block: list[Tensor | None] = [None] * self.config.num_layers
         if audio_BND is not None:
-            packed = self.audio_proj(audio_BND.to(self.audio_proj.proj.weight.device))
+            packed = self.audio_proj(audio_BND.to(self.audio_proj.proj.weight.device), continued)
             for index, proj in zip(self.config.audio_blocks, self.audio_cond_projs, strict=True):
                 per_block[index] = proj(packed.to(proj.weight.dtype))
         return tuple(per_block)
@@ -124,17 +126,19 @@ class WanDiT(nn.Module):
         text: TextState,
         audio: AudioState,
         run_blocks: RunBlocks | None = None,
+        first_frame: int = 0,
     ) -> Tensor:
         """Velocity (B, 16, T, h, w) float32 of a noisy `sample` of the same shape.
 
         - y: (B, 17, T, h, w) reference latent and mask (0 given, 1 to generate), or None for plain T2V.
         - timestep_B: (B,) in 0..1000.
         - text, audio: from `prepare_text` and `prepare_audio`.
+        - first_frame: the place in time of the first latent frame.
         """
         x = sample if y is None else torch.cat([sample, y.to(sample.dtype)], dim=1)
         t, h, w = (size // patch for size, patch in zip(x.shape[2:], self.config.patch_size, strict=True))
         embedded, modulation = self.embed_time(timestep_B)
-        rope = rope_table((t, h, w), self.config.head_dim, x.device)
+        rope = rope_table((t, h, w), self.config.head_dim, x.device, first_frame)
         inputs = BlockInputs(modulation, rope, text, audio)
         tokens = (run_blocks or self.run_blocks)(self._embed_patches(x), inputs)
         return self._unpatchify(self.head(tokens, embedded), (t, h, w)).float()

@@ -1,0 +1,154 @@
+"""The block-causal loop against a twin that keeps no cache, and far from the video's start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from omniavatar.accel.attention.registry import create_attention
+from omniavatar.checkpoint.dit import random_dit
+from omniavatar.checkpoint.layout import scale_spec
+from omniavatar.engine.block_loop import BlockGenerator
+from omniavatar.model.dit import WanDiT
+from omniavatar.model.rope import rope_table, rotate
+from omniavatar.sampling.causal import CausalWindow
+from omniavatar.sampling.schedule import make_schedule
+
+WINDOW = CausalWindow(block=2, window=6, sink=2)
+SCHEDULE = make_schedule(1, 1.0, (1000.0, 625.0))
+HEIGHT, WIDTH = 4, 6
+TOKENS = WINDOW.block * HEIGHT * WIDTH // 4
+
+
+@pytest.fixture(scope="module")
+def dit() -> WanDiT:
+    _, attention = create_attention("sdpa", torch.device("cpu"), torch.float32)
+    spec = scale_spec("nano").dit
+    return random_dit(spec, attention=attention, dtype=torch.float32, device="cpu", seed=0)
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def generator(dit: WanDiT, window: CausalWindow = WINDOW) -> BlockGenerator:
+    with torch.inference_mode():
+        text = dit.prepare_text(random(1, 7, dit.config.text_dim, seed=1))
+    reference = random(1, 16, 1, HEIGHT, WIDTH, seed=2)
+    return BlockGenerator(dit, reference, text, SCHEDULE, window, torch.float32)
+
+
+def noises(shape: tuple[int, ...], block: int) -> Callable[[], Tensor]:
+    source = torch.Generator().manual_seed(100 + block)
+    return lambda: torch.randn(shape, generator=source)
+
+
+def audio(dit: WanDiT, rows: int, block: int) -> Tensor:
+    return random(1, rows, dit.config.audio_dim, seed=1000 + block)
+
+
+def make(dit: WanDiT, made: BlockGenerator, block: int) -> Tensor:
+    return made.make(audio(dit, made.audio_rows(block), block), noises(made.shape, block))
+
+
+class Rolled:
+    """A twin of the cache: keys and values in a list of blocks, from which the oldest after the sink go."""
+
+    def __init__(self, dit: WanDiT, window: CausalWindow) -> None:
+        self.dit, self.window = dit, window
+        self.kept: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in dit.blocks]
+
+    def run_blocks(self, block: int) -> Callable[..., Tensor]:
+        def run(tokens: Tensor, inputs: object) -> Tensor:
+            for layer, module in enumerate(self.dit.blocks):
+
+                def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
+                    self.kept[layer][block] = (k, v)
+                    seen = [self.kept[layer][each] for each in self.window.seen(block)]
+                    keys, values = (torch.cat(parts, dim=1) for parts in zip(*seen, strict=True))
+                    return self.dit.attention(q, keys, values)
+
+                tokens = module(
+                    tokens, inputs.modulation, inputs.rope, inputs.text[layer], inputs.audio[layer], attend,
+                    self.dit.text_attention,
+                )  # fmt: skip
+            return tokens
+
+        return run
+
+
+@torch.inference_mode()
+def twin(dit: WanDiT, blocks: int, window: CausalWindow) -> list[Tensor]:
+    """The latents of `blocks` blocks, written out step by step."""
+    text = dit.prepare_text(random(1, 7, dit.config.text_dim, seed=1))
+    reference = random(1, 16, 1, HEIGHT, WIDTH, seed=2)
+    rolled, made = Rolled(dit, window), []
+    whole = torch.cat([audio(dit, 4 * window.block - (0 if n else 3), n) for n in range(blocks)], dim=1)
+    states = dit.prepare_audio(whole)
+    for block in range(blocks):
+        first = block * window.block
+        state = tuple(None if s is None else s[:, first : first + window.block] for s in states)
+        draw = noises((1, 16, window.block, HEIGHT, WIDTH), block)
+        mask = torch.ones(1, 1, window.block, HEIGHT, WIDTH)
+        mask[:, :, 0] = 0 if block == 0 else 1
+        y = torch.cat([reference.expand(-1, -1, window.block, -1, -1), mask], dim=1)
+        run, sample = rolled.run_blocks(block), draw()
+        for sigma, lower in ((1.0, 0.625), (0.625, 0.0)):
+            if block == 0:
+                sample[:, :, :1] = reference
+            velocity = dit(sample, y, torch.tensor([1000 * sigma]), text, state, run, first)
+            sample = sample - sigma * velocity
+            if lower:
+                sample = (1 - lower) * sample + lower * draw()
+        if block == 0:
+            sample[:, :, :1] = reference
+        dit(sample, y, torch.tensor([0.0]), text, state, run, first)
+        made.append(sample)
+    return made
+
+
+@pytest.mark.parametrize(
+    "window", [WINDOW, CausalWindow(2, 4, 2), CausalWindow(2, 6, 0), CausalWindow(1, 3, 1)]
+)
+def test_blocks_equal_those_of_a_loop_without_a_cache_of_fixed_size(
+    dit: WanDiT, window: CausalWindow
+) -> None:
+    made, blocks = generator(dit, window), 6
+    for block, expected in enumerate(twin(dit, blocks, window)):
+        torch.testing.assert_close(make(dit, made, block), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_endless_video_needs_no_more_memory(dit: WanDiT) -> None:
+    made = generator(dit)
+    buffers = [tensor.data_ptr() for tensor in (*made.cache.keys, *made.cache.values)]
+    for block in range(40):
+        latent = make(dit, made, block)
+    assert latent.isfinite().all() and made.done == 40
+    assert [tensor.data_ptr() for tensor in (*made.cache.keys, *made.cache.values)] == buffers
+    held = sum(tensor.nbytes for tensor in (*made.cache.keys, *made.cache.values))
+    config = dit.config
+    assert held == made.cache.bytes_needed(config.num_layers, config.dim, WINDOW, TOKENS, torch.float32)
+
+
+def test_attention_far_from_the_start_is_that_at_the_start() -> None:
+    """Only distances matter, and a week of video at 16 frames a second keeps them exact."""
+    query, key = random(1, 12, 2, 24, seed=3), random(1, 12, 2, 24, seed=4)
+    cpu = torch.device("cpu")
+
+    def scores(first: int) -> Tensor:
+        q, k = (
+            rotate(x, rope_table((3, 2, 2), 24, cpu, first + later)) for x, later in ((query, 5), (key, 0))
+        )
+        return torch.einsum("blhd,bshd->bhls", q, k)
+
+    torch.testing.assert_close(scores(2_419_200), scores(0), rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_with_too_few_audio_vectors_is_refused(dit: WanDiT) -> None:
+    made = generator(dit)
+    with pytest.raises(ValueError, match="block 0 needs 5 audio vectors, not 4"):
+        made.make(audio(dit, 4, 0), noises(made.shape, 0))
+    assert made.done == 0
