@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from omniavatar.checkpoint.layout import Shape
     from omniavatar.model.sizes import VAEConfig
-    from omniavatar.model.vae import VideoDecoder, VideoVAE, WanVAE
+    from omniavatar.model.vae import DecodeMore, VideoDecoder, VideoVAE, WanVAE
 
 
 @dataclass(frozen=True)
@@ -170,3 +170,7 @@ class OtherDecoder:
     def decode_stream(self, latent: Tensor) -> Iterator[Tensor]:
         """Pixels of the other decoder, see `model.vae.WanVAE.decode_stream`."""
         return self.decoder.decode_stream(latent)
+
+    def begin_clip(self) -> DecodeMore:
+        """See `model.vae.WanVAE.begin_clip`."""
+        return self.decoder.begin_clip()

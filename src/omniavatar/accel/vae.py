@@ -32,7 +32,7 @@ from omniavatar.accel.kernels import channel_norm
 from omniavatar.accel.kernels.channel_norm import AddNorm
 from omniavatar.accel.vae_frames import Clip, FrameLayers, SharedRows, pointwise
 from omniavatar.model.sizes import frames_of_pass
-from omniavatar.model.vae import Decoder, Encoder, WanVAE, denormalise, normalise
+from omniavatar.model.vae import DecodeMore, Decoder, Encoder, WanVAE, denormalise, normalise
 
 Kernels = Literal["eager", "triton"]
 SplitRows = Callable[[int], SharedRows | None]
@@ -111,34 +111,47 @@ class FastVAE:
         means: list[Tensor] = []
         for frames in video.to(self.plain.conv1.weight.dtype).permute(0, 2, 3, 4, 1):
             clip = Clip(split(frames.shape[1] // self.spatial_factor))
-            passes = _passes(clip.mine(frames), self.config.frames_at_once)
+            passes = _passes(clip.mine(frames), self.config.frames_at_once, first_alone=True)
             pieces = [self._encode_frames(piece, clip) for piece in passes]
             means.append(clip.whole(torch.cat(pieces).chunk(2, dim=-1)[0]))
         return normalise(torch.stack(means).permute(0, 4, 1, 2, 3).contiguous())
 
-    @torch.no_grad()
     def decode_stream(self, latent: Tensor, split: SplitRows = whole_picture) -> Iterator[Tensor]:
         """Yield pixels (B, 3, n, H, W) float32, about [-1, 1], in order; n = 1 first, then 4 for each latent.
 
         split: see `encode`. N ranks that share a picture take N times as many latents in a pass, so that a
         pass is as large as in one process.
         """
-        z = denormalise(latent).to(self.plain.conv2.weight.dtype).permute(0, 2, 3, 4, 1)
-        clips = [Clip(split(z.shape[2])) for _ in z]
-        streams = [
-            _passes(clip.mine(frames), clip.ranks * self.config.latents_at_once)
-            for frames, clip in zip(z, clips, strict=True)
-        ]
-        for pieces in zip(*streams, strict=True):
-            pixels = [
-                clip.whole(self._decode_latents(piece, clip))
-                for piece, clip in zip(pieces, clips, strict=True)
+        return self.begin_clip(split)(latent)
+
+    def begin_clip(self, split: SplitRows = whole_picture) -> DecodeMore:
+        """See `model.vae.WanVAE.begin_clip`."""
+        clips: list[Clip] = []
+
+        @torch.no_grad()
+        def decode(latent: Tensor) -> Iterator[Tensor]:
+            z = denormalise(latent).to(self.plain.conv2.weight.dtype).permute(0, 2, 3, 4, 1)
+            if not clips:
+                clips.extend(Clip(split(z.shape[2])) for _ in z)
+            streams = [
+                _passes(clip.mine(frames), clip.ranks * self.config.latents_at_once, not clip.started)
+                for frames, clip in zip(z, clips, strict=True)
             ]
-            yield torch.stack(pixels).permute(0, 4, 1, 2, 3)
+            for pieces in zip(*streams, strict=True):
+                yield self._decode_clips(pieces, clips)
+
+        return decode
 
     def decode(self, latent: Tensor) -> Tensor:
         """Pixels (B, 3, 4T-3, H, W) float32 of normalised latents (B, 16, T, h, w), not clamped."""
         return torch.cat(list(self.decode_stream(latent)), dim=2)
+
+    def _decode_clips(self, pieces: Sequence[Tensor], clips: Sequence[Clip]) -> Tensor:
+        """Pixels (B, 3, n, H, W) float32 of the next latents (n, rows, w, 16) of each clip."""
+        pixels = [
+            clip.whole(self._decode_latents(piece, clip)) for piece, clip in zip(pieces, clips, strict=True)
+        ]
+        return torch.stack(pixels).permute(0, 4, 1, 2, 3)
 
     def _encode_frames(self, frames: Tensor, clip: Clip) -> Tensor:
         """Mean and log variance (T, h, w, 32) float32 of frames (n, H, W, 3)."""
@@ -165,9 +178,11 @@ class FastVAE:
         return out
 
 
-def _passes(frames: Tensor, at_once: int) -> list[Tensor]:
-    """The first frame alone, then `at_once` frames in each pass."""
-    return [frames[:1], *(frames[1:].split(at_once) if len(frames) > 1 else ())]
+def _passes(frames: Tensor, at_once: int, first_alone: bool) -> list[Tensor]:
+    """`at_once` frames in each pass, except that a clip's first frame is coded alone."""
+    alone = [frames[:1]] if first_alone else []
+    rest = frames[len(alone) :]
+    return [*alone, *(rest.split(at_once) if len(rest) else ())]
 
 
 def _kernels(config: FastVAEConfig) -> AddNorm:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omniavatar.model.vae import denormalise
+from omniavatar.model.vae import DecodeMore, denormalise
 
 Memory = dict[nn.Module, Tensor]
 FRAMES_A_LATENT = 4
@@ -101,13 +101,24 @@ class TinyDecoder(nn.Module):
 
     def decode_stream(self, latent: Tensor) -> Iterator[Tensor]:
         """Yield pixels (B, 3, n, H, W) float32 in [-1, 1] of normalised latents (B, 16, T, h, w) in order."""
-        z = denormalise(latent) if self.config.raw_latents else latent.float()
-        z = (torch.tanh(z / LATENT_LIMIT) * LATENT_LIMIT).to(cast(Tensor, self.decoder[1].weight).dtype)
-        memories: list[Memory] = [{} for _ in z]
-        for number, piece in enumerate(z.split(self.config.latents_at_once, dim=2)):
-            clips = [self._frames(clip, memory) for clip, memory in zip(piece, memories, strict=True)]
-            pixels = torch.stack(clips).permute(0, 2, 1, 3, 4)
-            yield pixels[:, :, FRAMES_A_LATENT - 1 :] if number == 0 else pixels
+        return self.begin_clip()(latent)
+
+    def begin_clip(self) -> DecodeMore:
+        """See `model.vae.WanVAE.begin_clip`."""
+        memories: list[Memory] = []
+
+        def decode(latent: Tensor) -> Iterator[Tensor]:
+            z = denormalise(latent) if self.config.raw_latents else latent.float()
+            z = (torch.tanh(z / LATENT_LIMIT) * LATENT_LIMIT).to(cast(Tensor, self.decoder[1].weight).dtype)
+            for piece in z.split(self.config.latents_at_once, dim=2):
+                first = not memories
+                if first:
+                    memories.extend({} for _ in piece)
+                clips = [self._frames(clip, memory) for clip, memory in zip(piece, memories, strict=True)]
+                pixels = torch.stack(clips).permute(0, 2, 1, 3, 4)
+                yield pixels[:, :, FRAMES_A_LATENT - 1 :] if first else pixels
+
+        return decode
 
     def _frames(self, latents_CThw: Tensor, memory: Memory) -> Tensor:
         """Pixels (4T, 3, H, W) float32 of some latents of one clip."""

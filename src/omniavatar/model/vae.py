@@ -11,7 +11,7 @@ Shapes: B batch, N = 4T-3 video frames, T latent frames, H W pixels, h w = H/8 W
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -89,10 +89,19 @@ class Decoder(nn.Module):
         return _apply_head(self.head, x, state)
 
 
+DecodeMore = Callable[[Tensor], Iterator[Tensor]]
+"""Decodes the next latents (B, 16, T, h, w) of a clip; yields pixels as `WanVAE.decode_stream` does.
+
+Read the pixels to the end before the next call.
+"""
+
+
 class VideoDecoder(Protocol):
-    """Decodes latents to pixels; `WanVAE.decode_stream` documents the shapes."""
+    """Decodes latents to pixels; `WanVAE` documents the shapes."""
 
     def decode_stream(self, latent: Tensor) -> Iterator[Tensor]: ...
+
+    def begin_clip(self) -> DecodeMore: ...
 
 
 class VideoVAE(VideoDecoder, Protocol):
@@ -137,10 +146,22 @@ class WanVAE(nn.Module):
 
     def decode_stream(self, latent: Tensor, latents_at_once: int = 1) -> Iterator[Tensor]:
         """Yield pixels (B, 3, n, H, W) float32, about [-1, 1], in order; n = 1 first, then 4 a latent."""
-        z = self.conv2(denormalise(latent).to(self.conv2.weight.dtype))
+        return self.begin_clip(latents_at_once)(latent)
+
+    def begin_clip(self, latents_at_once: int = 1) -> DecodeMore:
+        """A function that decodes a clip whose latents come little by little.
+
+        Its state is the causal history, so memory does not grow. With one latent in a pass the pixels are
+        those of the whole clip bit for bit.
+        """
         state: CausalState = {}
-        for piece in z.split(latents_at_once, dim=2):
-            yield self.decoder(piece, state).float()
+
+        def decode(latent: Tensor) -> Iterator[Tensor]:
+            z = self.conv2(denormalise(latent).to(self.conv2.weight.dtype))
+            for piece in z.split(latents_at_once, dim=2):
+                yield self.decoder(piece, state).float()
+
+        return decode
 
     def decode(self, latent: Tensor, latents_at_once: int = 1) -> Tensor:
         """Pixels (B, 3, 4T-3, H, W) float32 of normalised latents (B, 16, T, h, w), not clamped."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from omniavatar.accel.decoder import OtherDecoder
 from omniavatar.accel.vae import FastVAE, SplitRows
-from omniavatar.model.vae import VideoDecoder, VideoVAE
+from omniavatar.model.vae import DecodeMore, VideoDecoder, VideoVAE
 
 
 def apply_shared_vae(vae: VideoVAE, split: SplitRows) -> VideoVAE:
@@ -46,3 +46,7 @@ class SharedVAE:
     def decode_stream(self, latent: Tensor) -> Iterator[Tensor]:
         """See `FastVAE.decode_stream`."""
         return self._vae.decode_stream(latent, self._split)
+
+    def begin_clip(self) -> DecodeMore:
+        """See `FastVAE.begin_clip`."""
+        return self._vae.begin_clip(self._split)
