@@ -160,7 +160,7 @@ class AudioEncoder:
         try:
             work.mkdir(parents=True, exist_ok=True)
             try:
-                with torch.inference_mode(), _exact_convolutions():
+                with torch.inference_mode(), exact_convolutions():
                     normalised = NormalisedWaveform(waveform, padded, plan.features * front.stride)
                     spans = SpanEncoder(self.model, normalised, num_frames, plan)
                     blocks = config.num_hidden_layers + 2
@@ -203,7 +203,7 @@ def _counter(total: int, on_progress: Callable[[int, int], None] | None) -> Call
     return step
 
 
-def _exact_convolutions() -> Any:
+def exact_convolutions() -> Any:
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 

@@ -1,0 +1,120 @@
+"""Features of sound in pieces against those of the whole recording."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from omniavatar.encoders.audio import AudioEncoder
+from omniavatar.encoders.live_audio import LiveAudioEncoder
+from omniavatar.errors import InputError
+
+RATE = 16000
+
+
+@pytest.fixture(scope="module")
+def encoder() -> AudioEncoder:
+    return AudioEncoder.random(
+        hidden=24, layers=3, heads=2, intermediate=48, conv_dim=16, pos_kernel=16, pos_groups=4,
+        device="cpu", seed=0,
+    )  # fmt: skip
+
+
+def sound(seconds: float, seed: int = 0) -> np.ndarray:
+    """Noise whose loudness and colour change, as those of speech do."""
+    dice = np.random.default_rng(seed)
+    count = round(seconds * RATE)
+    noise = dice.standard_normal(count)
+    rough = np.repeat(dice.uniform(0, 0.3, count // 1600 + 1), 1600)[:count]
+    return (rough * (noise + np.roll(noise, 1) * np.sin(np.arange(count) / 9000))).astype(np.float32)
+
+
+def test_all_frames_in_one_block_equal_the_whole_recording(encoder: AudioEncoder, tmp_path: Path) -> None:
+    waveform = sound(4)
+    whole = encoder.encode(waveform, 100, 25, tmp_path / "whole.npy")
+    live = LiveAudioEncoder(encoder, 25, ahead_frames=0)
+    live.push(waveform)
+    made = live.encode(100)[0].numpy()
+    assert made.shape == (100, live.width)
+    assert np.abs(made - whole).max() / np.abs(whole).max() <= 1e-4
+
+
+def test_blocks_come_close_to_the_whole_recording_when_they_see_more(
+    encoder: AudioEncoder, tmp_path: Path
+) -> None:
+    waveform = sound(6)
+    whole = np.asarray(encoder.encode(waveform, 150, 25, tmp_path / "whole.npy"))
+
+    def error(past: float, ahead: int) -> float:
+        live = LiveAudioEncoder(encoder, 25, past, ahead)
+        live.push(waveform)
+        made = np.concatenate([live.encode(12)[0].numpy() for _ in range(11)])
+        late = slice(60, 132)
+        return float(np.linalg.norm(made[late] - whole[late]) / np.linalg.norm(whole[late]))
+
+    short, longer, ahead = error(0.5, 0), error(4, 0), error(4, 10)
+    assert ahead < longer < short
+    assert ahead < 0.1
+
+
+@pytest.mark.parametrize("sizes", [[1], [37, 1600], [48000]])
+def test_pieces_of_any_size_give_the_same_bits(encoder: AudioEncoder, sizes: list[int]) -> None:
+    waveform = sound(2)
+    once = LiveAudioEncoder(encoder, 25)
+    once.push(waveform)
+    expected = [once.encode(12) for _ in range(3)]
+
+    live, made, start, turn = LiveAudioEncoder(encoder, 25), [], 0, 0
+    while len(made) < 3:
+        if live.ready(12):
+            made.append(live.encode(12))
+            continue
+        size = sizes[turn % len(sizes)] if sizes != [1] else max(1, live.needed(12) // 2)
+        live.push(waveform[start : start + size])
+        start, turn = start + size, turn + 1
+    for block, other in zip(made, expected, strict=True):
+        assert torch.equal(block, other)
+
+
+def test_a_block_waits_for_its_sound_and_the_look_ahead(encoder: AudioEncoder) -> None:
+    live = LiveAudioEncoder(encoder, 25, ahead_frames=2)
+    assert live.needed(12) == 14 * 640 and not live.ready(12)
+    live.push(sound(14 * 640 / RATE)[:-1])
+    assert live.needed(12) == 1
+    with pytest.raises(ValueError, match="12 frames need 1 more samples"):
+        live.encode(12)
+    live.push(np.zeros(1, np.float32))
+    assert live.ready(12) and live.encode(12).shape == (1, 12, live.width)
+    assert live.needed(12) == 12 * 640
+
+
+def test_an_hour_of_sound_keeps_a_few_seconds(encoder: AudioEncoder) -> None:
+    live = LiveAudioEncoder(encoder, 25, past_seconds=1.0)
+    second = sound(1)
+    for _ in range(60):
+        live.push(second)
+        while live.ready(12):
+            block = live.encode(12)
+    assert torch.isfinite(block).all() and live.frames > 1450
+    assert live.samples == 60 * RATE and len(live._kept) < 3 * RATE
+
+
+def test_silence_has_features(encoder: AudioEncoder) -> None:
+    live = LiveAudioEncoder(encoder, 25)
+    live.push(np.zeros(2 * RATE, np.float32))
+    assert torch.isfinite(live.encode(12)).all()
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [np.zeros((2, 5), np.float32), np.zeros(5), np.array([0, np.nan], np.float32)],
+    ids=["stereo", "float64", "nan"],
+)
+def test_bad_pieces_are_refused_and_change_nothing(encoder: AudioEncoder, piece: np.ndarray) -> None:
+    live = LiveAudioEncoder(encoder, 25)
+    with pytest.raises(InputError, match="audio: "):
+        live.push(piece)
+    assert live.samples == 0
