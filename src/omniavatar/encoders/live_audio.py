@@ -5,8 +5,8 @@ of video frames, so time and memory of a block are constant. Three things differ
 - the mean and variance of the first convolution (a group norm over all time) are those of the sound so far;
 - attention and positional convolution reach `past_seconds` back instead of to the start;
 - they reach `ahead_frames` forward instead of to the end. This look-ahead delays the video.
-Vector k belongs to the sound from k/fps to (k+1)/fps seconds. At rates other than 25 frames a second the whole
-recording is stretched by up to one feature (20 ms) at its end, since its first and last features are aligned.
+Vector k belongs to the sound from k/fps to (k+1)/fps seconds. At rates other than 25 frames a second the
+whole recording is stretched by up to one feature (20 ms) at its end, where its last feature is aligned.
 Source: wav2vec 2.0 (arXiv 2006.11477); modules are those of transformers' `Wav2Vec2Model`.
 
 Shapes: N video frames, D the width of a frame's vector.
