@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from omniavatar.accel.key_value_cache import KeyValueCache
-from omniavatar.model.dit import AudioState, TextState, WanDiT
+from omniavatar.model.dit import AudioState, RunBlocks, TextState, WanDiT
 from omniavatar.model.sizes import FRAMES_PER_LATENT
 from omniavatar.sampling.causal import CausalWindow
 from omniavatar.sampling.denoise import denoise
@@ -32,6 +32,8 @@ class BlockGenerator:
     - reference_latent: (1, 16, 1, h, w) float32, the portrait; on the DiT's device.
     - text: from `WanDiT.prepare_text`.
     - dtype: of the cached keys and values.
+    - wrap: applied once to each function that runs the DiT's blocks with a full cache, such as
+      `accel.graphs.GraphedBlocks`. There is one for each slot that is written over and over.
     """
 
     def __init__(
@@ -42,8 +44,10 @@ class BlockGenerator:
         schedule: Schedule,
         window: CausalWindow,
         dtype: torch.dtype,
+        wrap: Callable[[RunBlocks], RunBlocks] = lambda run: run,
     ) -> None:
-        self._dit, self._reference, self._schedule = dit, reference_latent, schedule
+        self._dit, self._reference, self._schedule, self._wrap = dit, reference_latent, schedule, wrap
+        self._runners: dict[tuple[int, int], RunBlocks] = {}
         self.text, self.window = text, window
         self.done = 0
         device = reference_latent.device
@@ -101,9 +105,17 @@ class BlockGenerator:
             self._timesteps[step : step + 1],
             self.text,
             audio,
-            run_blocks=self.cache.runner(self._dit, self.done),
+            run_blocks=self._runner(),
             first_frame=self.done * self.window.block,
         )
+
+    def _runner(self) -> RunBlocks:
+        """Runs the DiT's blocks for the block in hand; the same function for the same slots."""
+        slot, filled = self.window.slot(self.done), self.window.filled(self.done)
+        if (slot, filled) not in self._runners:
+            run = self.cache.runner(self._dit, self.done)
+            self._runners[slot, filled] = self._wrap(run) if filled == self.window.slots else run
+        return self._runners[slot, filled]
 
     def _audio(self, audio_BND: Tensor | None) -> AudioState:
         needed = self.audio_rows(self.done)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from omniavatar.accel.attention.registry import create_attention
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.engine.block_loop import BlockGenerator
-from omniavatar.model.dit import WanDiT
+from omniavatar.model.dit import RunBlocks, WanDiT
+from omniavatar.model.layers import BlockInputs
 from omniavatar.model.rope import rope_table, rotate
 from omniavatar.sampling.causal import CausalWindow
 from omniavatar.sampling.schedule import make_schedule
@@ -34,11 +36,11 @@ def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def generator(dit: WanDiT, window: CausalWindow = WINDOW) -> BlockGenerator:
+def generator(dit: WanDiT, window: CausalWindow = WINDOW, **options: Any) -> BlockGenerator:
     with torch.inference_mode():
         text = dit.prepare_text(random(1, 7, dit.config.text_dim, seed=1))
     reference = random(1, 16, 1, HEIGHT, WIDTH, seed=2)
-    return BlockGenerator(dit, reference, text, SCHEDULE, window, torch.float32)
+    return BlockGenerator(dit, reference, text, SCHEDULE, window, torch.float32, **options)
 
 
 def noises(shape: tuple[int, ...], block: int) -> Callable[[], Tensor]:
@@ -62,7 +64,7 @@ class Rolled:
         self.kept: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in dit.blocks]
 
     def run_blocks(self, block: int) -> Callable[..., Tensor]:
-        def run(tokens: Tensor, inputs: object) -> Tensor:
+        def run(tokens: Tensor, inputs: BlockInputs) -> Tensor:
             for layer, module in enumerate(self.dit.blocks):
 
                 def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
@@ -131,6 +133,27 @@ def test_an_endless_video_needs_no_more_memory(dit: WanDiT) -> None:
     held = sum(tensor.nbytes for tensor in (*made.cache.keys, *made.cache.values))
     config = dit.config
     assert held == made.cache.bytes_needed(config.num_layers, config.dim, WINDOW, TOKENS, torch.float32)
+
+
+def test_the_functions_of_a_full_cache_are_wrapped_once_for_each_slot(dit: WanDiT) -> None:
+    """A captured forward is replayed for every later block that writes the same slot."""
+    calls: list[int] = []
+
+    def wrap(run: RunBlocks) -> RunBlocks:
+        number = len(calls)
+        calls.append(0)
+
+        def counted(tokens: Tensor, inputs: BlockInputs) -> Tensor:
+            calls[number] += 1
+            return run(tokens, inputs)
+
+        return counted
+
+    wrapped, plain = generator(dit, wrap=wrap), generator(dit)
+    for block in range(8):
+        assert torch.equal(make(dit, wrapped, block), make(dit, plain, block))
+    passes = len(SCHEDULE) + 1
+    assert calls == [passes * 3, passes * 3], "blocks 2, 4, 6 and blocks 3, 5, 7"
 
 
 def test_attention_far_from_the_start_is_that_at_the_start() -> None:
