@@ -37,7 +37,7 @@ class LiveAudioEncoder:
     """Encodes one stream of sound. `width` is D.
 
     - past_seconds: sound before a block that is encoded with it.
-    - ahead_frames: frames after a block whose sound must be there before the block is encoded.
+    - ahead_frames: frames after a block whose sound must have arrived before the block is encoded.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class LiveAudioEncoder:
         self._kept = np.concatenate([self._kept, samples])
 
     def ready(self, frames: int) -> bool:
-        """Whether the sound of the next `frames` frames and of the look-ahead is there."""
+        """Whether the sound of the next `frames` frames and of the look-ahead has arrived."""
         return self.samples >= self._last_sample(self.frames + frames + self.ahead_frames)
 
     def needed(self, frames: int) -> int:
