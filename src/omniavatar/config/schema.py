@@ -228,6 +228,9 @@ class VideoConfig(_Section):
     """Frames of a video without audio; with audio, the audio sets the length."""
     fps: Whole = Field(25, ge=1, le=240)
     """Frames per second."""
+    color_profile: Literal["convert", "ignore"] = "convert"
+    """convert: turn the colours of the portrait into sRGB by its embedded profile. ignore: use its numbers
+    as they are, like the original code."""
     sample_rate: Literal[16000] = 16000
     """Sample rate of the audio encoder, Hz; only 16000 is supported."""
     silence_duration_s: Real = Field(0.3, ge=0, le=60)

@@ -16,12 +16,11 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from omniavatar.errors import InputError
+from omniavatar.media.picture_file import MAX_ASPECT
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-
-MAX_ASPECT = 32
 
 
 def choose_bucket(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:

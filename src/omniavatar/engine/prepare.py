@@ -95,7 +95,7 @@ def read_inputs(models: Models, request: AvatarRequest) -> Inputs:
     sampling = effective_sampling(config.sampling, request.sampling)
     if request.audio is not None and not dit.audio_dim:
         raise InputError("audio: this checkpoint has no audio layers; leave the audio out or set exp_path")
-    image = load_image(request.image)
+    image = load_image(request.image, colour_profile=config.video.color_profile)
     height, width = image.shape[:2]
     size = choose_bucket(height, width, config.video.sizes)
     constants = find_constants(config.model, sampling, dit)

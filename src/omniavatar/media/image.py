@@ -1,33 +1,35 @@
 """A picture from a file or from memory, as RGB bytes.
 
-The EXIF rotation is applied, and transparency becomes white. The first frame of an animation is used, which
-is logged (a PIL image: its current frame). CMYK, grey, palette and 16-bit pictures become 8-bit RGB. Embedded
-colour profiles are not applied, as in the original.
+The EXIF rotation is applied, the embedded colour profile is converted to sRGB, and transparency becomes
+white. The first frame of an animation is used, which is logged (a PIL image: its current frame). CMYK, grey,
+palette and 16-bit pictures become 8-bit RGB.
 
-Limits: at least 16 pixels a side, at most 178,956,970 pixels (Pillow's limit against decompression bombs). A
-picture above 40 megapixels is reduced by a whole factor during or right after decoding, to at least 2880
-pixels on its shorter side, so that 100 megapixels need little memory.
+`picture_file` opens the files and has the limits. A picture above 40 megapixels is reduced by a whole factor
+during or right after decoding, to at least 2880 pixels on its shorter side, so that 100 megapixels need
+little memory.
 """
 
 from __future__ import annotations
 
-import logging
-import struct
-import warnings
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, Literal
 
 import numpy as np
 import PIL.Image
-from PIL import ImageOps
 
 from omniavatar.errors import InputError
-from omniavatar.media.input_files import existing_file
-
-MIN_SIDE = 16
+from omniavatar.media.colour import lab_to_srgb, to_srgb
+from omniavatar.media.picture_file import (
+    Stored,
+    check_size,
+    decode,
+    decode_opened,
+    is_deep,
+    open_file,
+    upright,
+)
 
 
 @dataclass(frozen=True)
@@ -37,76 +39,82 @@ class Reduction:
     above_pixels: int = 40_000_000
     to_side: int = 2880
 
+    def draft_size(self, width: int, height: int) -> tuple[int, int] | None:
+        """The size at which a JPEG is decoded; None for a picture that is not reduced."""
+        if width * height <= self.above_pixels:
+            return None
+        scale = max(1, min(width, height) // self.to_side)
+        return width // scale, height // scale
+
 
 REDUCTION = Reduction()
 
-_log = logging.getLogger(__name__)
-
-# What Pillow's format plugins raise for damaged files, in addition to UnidentifiedImageError (an OSError).
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
+ColourProfile = Literal["convert", "ignore"]
 
 
 def load_image(
-    source: str | Path | PIL.Image.Image | np.ndarray, reduction: Reduction = REDUCTION
+    source: str | Path | bytes | bytearray | memoryview | BinaryIO | PIL.Image.Image | np.ndarray,
+    reduction: Reduction = REDUCTION,
+    colour_profile: ColourProfile = "convert",
 ) -> np.ndarray:
     """Read an image as (h, w, 3) uint8 RGB.
 
-    source: a file, a PIL image, or an array (h, w), (h, w, 1), (h, w, 3), (h, w, 4), uint8 or float in [0,
-    1].
-    Raises InputError if it cannot be used.
+    source: a file, its content, an open binary file (read from its position on, not closed), a PIL image, or
+    an array (h, w), (h, w, 1), (h, w, 3), (h, w, 4), uint8 or float in [0, 1].
+    colour_profile: convert to sRGB, or ignore as the original does.
+    Raises InputError if it cannot be used; ResourceError if a package is missing for its format.
     """
     if isinstance(source, np.ndarray):
         pixels = _from_array(source)
-        name = "the image array"
-    elif isinstance(source, PIL.Image.Image):
+        check_size(pixels.shape[1], pixels.shape[0], "the image array")
+        return pixels
+    if isinstance(source, PIL.Image.Image):
         name = "the PIL image"
-        with _damage_as_one_line(name):
-            pixels = _decode(source, name, reduction)
-    else:
-        name = f"image {source}"
-        pixels = _from_file(existing_file(source, name), name, reduction)
-    height, width = pixels.shape[:2]
-    if min(height, width) < MIN_SIDE:
-        raise InputError(
-            f"{name} is only {width}x{height} pixels; give a portrait of at least {MIN_SIDE} pixels a side"
-        )
-    return pixels
+        return _to_pixels(decode_opened(source, name), name, reduction, colour_profile)
+    name = f"image {source}" if isinstance(source, (str, os.PathLike)) else "the image in memory"
+    with open_file(source, name) as file:
+        stored = decode(file, name, reduction.draft_size)
+    return _to_pixels(stored, name, reduction, colour_profile)
 
 
-def _from_file(path: Path, name: str, reduction: Reduction) -> np.ndarray:
-    with warnings.catch_warnings(), _damage_as_one_line(name):
-        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-        with PIL.Image.open(path) as image:
-            if getattr(image, "n_frames", 1) > 1:
-                _log.info("%s is animated: its first frame is used", name)
-                image.seek(0)
-            if image.width * image.height > reduction.above_pixels:
-                scale = max(1, min(image.size) // reduction.to_side)
-                image.draft(None, (image.width // scale, image.height // scale))
-            return _decode(image, name, reduction)
-
-
-@contextmanager
-def _damage_as_one_line(name: str) -> Iterator[None]:
-    try:
-        yield
-    except PIL.Image.DecompressionBombError as error:
-        raise InputError(f"{name} has more than 178 megapixels; make it smaller first") from error
-    except PIL.UnidentifiedImageError as error:
-        raise InputError(f"{name} is not an image Pillow can read; convert it to PNG or JPEG") from error
-    except _DAMAGED as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{name} is damaged or truncated ({reason}); export or download it again") from error
-
-
-def _decode(image: PIL.Image.Image, name: str, reduction: Reduction) -> np.ndarray:
-    """(h, w, 3) uint8 of an opened image of any mode."""
-    image.load()
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _grey_from_deep(ImageOps.exif_transpose(image), name)
+def _to_pixels(stored: Stored, name: str, reduction: Reduction, colour_profile: ColourProfile) -> np.ndarray:
+    """(h, w, 3) uint8 of a decoded image of any mode."""
+    image = stored.image
+    if is_deep(image):
+        image = _grey_from_deep(upright(image, name), stored, name)
+    elif "transparency" in image.info:
+        image = _with_alpha(stored)
     if image.width * image.height > reduction.above_pixels:
         image = _reduced(image, reduction)
-    return np.asarray(_to_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
+    image = upright(image, name)
+    if colour_profile == "convert":
+        image = to_srgb(image, name)
+    return np.asarray(_to_rgb(image), dtype=np.uint8)
+
+
+def _with_alpha(stored: Stored) -> PIL.Image.Image:
+    """The image with its transparent colour or palette entries as an alpha channel."""
+    image = stored.image.copy()  # the caller may own it
+    key = image.info["transparency"]
+    if stored.low_bytes is not None:
+        return _keyed_16_bit(image, stored.low_bytes, key)
+    # PNG counts the key in the samples of the file, and only its lower bits; Pillow scales the samples alone.
+    if image.mode == "L" and isinstance(key, int):
+        bits = {"L;2": 2, "L;4": 4}.get(stored.raw_mode, 8)
+        image.info["transparency"] = (key % 2**bits) * 255 // (2**bits - 1)
+    elif image.mode == "RGB" and isinstance(key, tuple):
+        image.info["transparency"] = tuple(value & 255 for value in key)
+    return image.convert("RGBA")
+
+
+def _keyed_16_bit(image: PIL.Image.Image, low: PIL.Image.Image, key: tuple[int, int, int]) -> PIL.Image.Image:
+    """`image`, the higher bytes, as RGBA; pixels that equal `key` in all 16 bits are transparent."""
+    high_key = np.array([value >> 8 for value in key], np.uint8)
+    low_key = np.array([value & 255 for value in key], np.uint8)
+    clear = (np.asarray(image) == high_key).all(-1) & (np.asarray(low) == low_key).all(-1)
+    del image.info["transparency"]
+    image.putalpha(PIL.Image.fromarray(np.where(clear, np.uint8(0), np.uint8(255))))
+    return image
 
 
 def _reduced(image: PIL.Image.Image, reduction: Reduction) -> PIL.Image.Image:
@@ -119,6 +127,8 @@ def _reduced(image: PIL.Image.Image, reduction: Reduction) -> PIL.Image.Image:
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    if image.mode == "LAB":
+        return lab_to_srgb(image)
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.has_transparency_data:
@@ -129,17 +139,25 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.convert("RGB")
 
 
-def _grey_from_deep(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
-    """16- and 32-bit grey as 8 bits; the range is 0..65535 for integers, 0..1 for floats."""
+def _grey_from_deep(image: PIL.Image.Image, stored: Stored, name: str) -> PIL.Image.Image:
+    """12-, 16- and 32-bit grey as 8 bits; the range of 32 bits is 0..65535 for integers, 0..1 for floats."""
     values = np.asarray(image)
-    top = 1 if image.mode == "F" else 65535
+    top = 1 if image.mode == "F" else 4095 if stored.raw_mode == "I;12" else 65535
     if not np.isfinite(values).all() or values.min() < 0 or values.max() > top:
         raise InputError(f"{name} holds grey values outside 0..{top}; convert it to 8 bits first")
     if image.mode == "F":
         grey = np.rint(values * np.float32(255)).astype(np.uint8)
     else:
-        grey = np.rint(np.arange(65536) / 257).astype(np.uint8)[values]
-    return PIL.Image.fromarray(grey)
+        grey = np.rint(np.arange(top + 1) / (top / 255)).astype(np.uint8)[values]
+    if stored.white_is_zero:
+        grey = 255 - grey
+    info = {key: value for key, value in image.info.items() if key == "icc_profile"}
+    picture = PIL.Image.fromarray(grey)
+    picture.info.update(info)
+    key = image.info.get("transparency")
+    if key is not None:
+        picture.putalpha(PIL.Image.fromarray(np.where(values == key, np.uint8(0), np.uint8(255))))
+    return picture
 
 
 def _from_array(array: np.ndarray) -> np.ndarray:

@@ -13,7 +13,8 @@ import PIL.Image
 import pytest
 
 from omniavatar.errors import InputError
-from omniavatar.media.image import MIN_SIDE, Reduction, load_image
+from omniavatar.media.image import Reduction, load_image
+from omniavatar.media.picture_file import MIN_SIDE
 
 RED, BLUE = (250, 10, 10), (10, 10, 250)
 
@@ -76,7 +77,11 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation(tmp_path: Path, orientation: int) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "options"),
+    [("png", {}), ("tiff", {}), ("tiff", {"compression": "tiff_lzw"}), ("webp", {"lossless": True})],
+)
+def test_exif_rotation(tmp_path: Path, orientation: int, suffix: str, options: dict[str, object]) -> None:
     upright = two_halves()
     turned = {
         1: None,
@@ -91,8 +96,9 @@ def test_exif_rotation(tmp_path: Path, orientation: int) -> None:
     stored = upright if turned is None else upright.transpose(turned)
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation
-    stored.save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(load_image(tmp_path / "turned.png"), np.asarray(upright))
+    path = tmp_path / f"turned.{suffix}"
+    stored.save(path, exif=exif, **options)
+    assert np.array_equal(load_image(path), np.asarray(upright))
 
 
 def test_transparency_is_laid_on_white() -> None:
@@ -175,7 +181,7 @@ BAD_FILES = {
     "onepixel.png": (_bytes(PIL.Image.new("RGB", (1, 1)), "PNG"), "only 1x1"),
     "thin.png": (_bytes(PIL.Image.new("RGB", (500, 15)), "PNG"), "only 500x15"),
     "vector.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "PNG or JPEG"),
-    "sound.png": (b"RIFF\x24\0\0\0WAVEfmt ", "not an image"),
+    "sound.png": (b"RIFF\x24\0\0\0WAVEfmt ", "sound (WAV), not an image"),
 }
 
 
