@@ -25,7 +25,8 @@ import numpy as np
 
 from omniavatar.errors import InputError
 from omniavatar.media.containers import missing_tail, promises_length
-from omniavatar.media.input_files import existing_file
+from omniavatar.media.input_files import open_regular
+from omniavatar.media.signatures import refuse_picture
 from omniavatar.types import Waveform
 
 WAVEFORM_BLOCK = 65536
@@ -61,7 +62,9 @@ def open_audio(source: str | Path | Waveform) -> Iterator[AudioSource]:
         yield _open_waveform(source)
         return
     name = f"audio {source}"
-    path = existing_file(source, name)
+    path = Path(source)
+    with open_regular(path, name) as file:
+        refuse_picture(file, name)
     tail = missing_tail(path)
     if tail:
         raise InputError(f"{name} is truncated ({tail}); export or download it again")

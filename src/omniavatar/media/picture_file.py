@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import stat
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import PIL.Image
 from PIL import ImageOps
 
 from omniavatar.errors import InputError, OmniAvatarError, ResourceError
+from omniavatar.media.input_files import open_regular
 from omniavatar.media.signatures import HEAD_BYTES, Content, content_of
 
 MIN_SIDE = 16
@@ -44,7 +44,7 @@ def open_file(source: str | Path | bytes | bytearray | memoryview | BinaryIO, na
         file: BinaryIO = io.BytesIO(source)
         size = len(file.getbuffer()) if isinstance(file, io.BytesIO) else 0
     elif isinstance(source, (str, os.PathLike)):
-        file = _open_regular(source, name)
+        file = open_regular(Path(source), name)
         size = os.fstat(file.fileno()).st_size
     else:
         file = _in_memory(source, name)
@@ -59,27 +59,6 @@ def open_file(source: str | Path | bytes | bytearray | memoryview | BinaryIO, na
         file.close()
         raise InputError(f"{name} {problem}")
     return file
-
-
-def _open_regular(source: str | os.PathLike[str], name: str) -> BinaryIO:
-    # Without O_NONBLOCK, opening a FIFO waits for its writer.
-    flags = (
-        os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
-    )
-    try:
-        handle = os.open(source, flags)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"{name} does not exist; check the path") from error
-    except PermissionError as error:
-        raise InputError(f"{name} cannot be read; check its permissions") from error
-    except (OSError, ValueError) as error:  # a name too long for the system, or with a zero byte in it
-        raise InputError(f"{name} cannot be opened ({error}); check the path") from error
-    mode = os.fstat(handle).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(handle)
-        what = "a folder" if stat.S_ISDIR(mode) else "a device, a pipe or a socket"
-        raise InputError(f"{name} is {what}; give a file")
-    return os.fdopen(handle, "rb")
 
 
 def _in_memory(source: BinaryIO, name: str) -> BinaryIO:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import BinaryIO, Literal
+
+from omniavatar.errors import InputError
 
 HEAD_BYTES = 64
 """Number of leading bytes that `content_of` needs."""
@@ -92,6 +94,18 @@ def content_of(head: bytes) -> Content | None:
         if (text if content.kind == "document" else head).startswith(start):
             return content
     return Content("sound", "MP3 or AAC") if len(head) > 1 and _is_mpeg_audio(*head[:2]) else None
+
+
+def refuse_picture(file: BinaryIO, name: str) -> None:
+    """Raise InputError if `file`, given as sound, holds a picture; it is at its start afterwards."""
+    file.seek(0)
+    content = content_of(file.read(HEAD_BYTES))
+    file.seek(0)
+    if content is not None and content.kind == "picture":
+        raise InputError(
+            f"{name} is a picture ({content.name}), not a sound; "
+            "give a sound file (are image and audio swapped?)"
+        )
 
 
 def _is_mpeg_audio(first: int, second: int) -> bool:

@@ -15,12 +15,14 @@ import pytest
 
 from media_files import tones, write_audio
 from omniavatar.errors import InputError
+from omniavatar.media.audio_source import open_audio
 from omniavatar.media.image import load_image
 from omniavatar.media.picture_file import MAX_FILE_BYTES, MAX_PIXELS
 from omniavatar.media.signatures import content_of
 from png_files import png_file
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+HEIC = Path(__file__).parents[2] / "data" / "portrait.heic"
 LOSSLESS = {"PNG": {}, "WEBP": {"lossless": True}, "BMP": {}, "TIFF": {}, "PPM": {}, "JPEG2000": {}}
 LOSSY = {"JPEG": {"quality": 100}, "AVIF": {"quality": 100}, "GIF": {}, "MPO": {"quality": 100}}
 
@@ -104,7 +106,8 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, name: str) -
     thread = threading.Thread(target=lambda: done.append(error_of(tmp_path / name)), daemon=True)
     thread.start()
     thread.join(10)
-    assert done and "give a file" in done[0] and name in done[0]
+    what = {"fifo": "is a pipe", "folder": "is a folder"}.get(name, "is a device")
+    assert done and what in done[0] and name in done[0]
 
 
 def test_a_link_to_a_picture_is_followed(tmp_path: Path) -> None:
@@ -157,6 +160,14 @@ def test_a_sound_as_picture_is_called_swapped(tmp_path: Path, suffix: str) -> No
     path = write_audio(tmp_path / f"voice.{suffix}", tones(0.2, 48000, 1), 48000, SOUNDS[suffix], "mono")
     message = error_of(path)
     assert "swapped" in message and "not an image" in message
+
+
+@pytest.mark.parametrize("form", [*LOSSLESS, *LOSSY, "HEIC"])
+def test_a_picture_as_sound_is_called_swapped(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "voice.wav"
+    path.write_bytes(HEIC.read_bytes() if form == "HEIC" else saved(form))
+    with pytest.raises(InputError, match=r"voice\.wav is a picture .* swapped\?"), open_audio(path):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -223,10 +234,7 @@ def test_a_huge_float_picture_is_refused_by_the_header() -> None:
 
 @pytest.mark.parametrize("form", [*LOSSLESS, *LOSSY, "HEIC"])
 def test_damaged_pictures_give_an_image_or_one_line(form: str) -> None:
-    if form == "HEIC":
-        whole = (Path(__file__).parents[2] / "data" / "portrait.heic").read_bytes()
-    else:
-        whole = saved(form)
+    whole = HEIC.read_bytes() if form == "HEIC" else saved(form)
     random = np.random.default_rng(len(form))
     refused = 0
     for _ in range(40):
@@ -248,8 +256,7 @@ def test_a_missing_heic_reader_is_named_with_its_remedy() -> None:
         "from omniavatar.media.image import load_image\n"
         "try: load_image(sys.argv[1])\nexcept ResourceError as error: print(error)\n"
     )
-    path = Path(__file__).parents[2] / "data" / "portrait.heic"
     answer = subprocess.run(
-        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(HEIC)], capture_output=True, text=True, check=True
     )
     assert "HEIC" in answer.stdout and "pip install pillow-heif" in answer.stdout
