@@ -93,17 +93,22 @@ def _decode(container: av.container.InputContainer, fps: Fraction, seen: _Seen) 
         stream.codec_context.options = _STRICT
     for packet in container.demux(video, *container.streams.audio):
         for frame in packet.decode():
-            if frame.pts is None or frame.time_base is None or frame.is_corrupt:
-                raise av.error.InvalidDataError(0, "a damaged frame")
-            time = frame.pts * frame.time_base
-            if isinstance(frame, av.VideoFrame):
-                if seen.misplaced is None and abs(time - seen.frames / fps) > 1 / (2 * fps):
-                    seen.misplaced = (seen.frames, time)
-                seen.frames += 1
-            elif isinstance(frame, av.AudioFrame):
-                seen.samples += frame.samples
-                seen.sound_start = time if seen.sound_start is None else seen.sound_start
-                seen.sound_end = time + Fraction(frame.samples, frame.sample_rate)
+            if isinstance(frame, av.VideoFrame | av.AudioFrame):
+                _count(frame, fps, seen)
+
+
+def _count(frame: av.VideoFrame | av.AudioFrame, fps: Fraction, seen: _Seen) -> None:
+    if frame.pts is None or frame.time_base is None or frame.is_corrupt:
+        raise av.error.InvalidDataError(0, "a damaged frame")
+    time = frame.pts * frame.time_base
+    if isinstance(frame, av.VideoFrame):
+        if seen.misplaced is None and abs(time - seen.frames / fps) > 1 / (2 * fps):
+            seen.misplaced = (seen.frames, time)
+        seen.frames += 1
+    else:
+        seen.samples += frame.samples
+        seen.sound_start = time if seen.sound_start is None else seen.sound_start
+        seen.sound_end = time + Fraction(frame.samples, frame.sample_rate)
 
 
 def _sound_problem(seen: _Seen, rate: int, audio_seconds: Fraction | float) -> str:
