@@ -94,8 +94,7 @@ def _to_pixels(stored: Stored, name: str, reduction: Reduction, colour_profile: 
 
 def _with_alpha(stored: Stored) -> PIL.Image.Image:
     """The image with its transparent colour or palette entries as an alpha channel."""
-    image = stored.image.copy()  # the caller may own it
-    key = image.info["transparency"]
+    image, key = stored.image, stored.image.info["transparency"]
     if stored.low_bytes is not None:
         return _keyed_16_bit(image, stored.low_bytes, key)
     # PNG counts the key in the samples of the file, and only its lower bits; Pillow scales the samples alone.
@@ -104,7 +103,10 @@ def _with_alpha(stored: Stored) -> PIL.Image.Image:
         image.info["transparency"] = (key % 2**bits) * 255 // (2**bits - 1)
     elif image.mode == "RGB" and isinstance(key, tuple):
         image.info["transparency"] = tuple(value & 255 for value in key)
-    return image.convert("RGBA")
+    try:
+        return image.convert("RGBA")
+    finally:
+        image.info["transparency"] = key  # the caller may own the image
 
 
 def _keyed_16_bit(image: PIL.Image.Image, low: PIL.Image.Image, key: tuple[int, int, int]) -> PIL.Image.Image:

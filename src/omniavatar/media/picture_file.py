@@ -29,7 +29,7 @@ MAX_ASPECT = 32
 """The longer side may have this many times the pixels of the shorter one."""
 MAX_PIXELS = 178_956_970
 MAX_DEEP_PIXELS = 64_000_000
-"""Limit for modes that need more than 4 bytes a pixel while they become 8 bits."""
+"""Limit for pictures that need several copies while they become 8 bits without transparency."""
 MAX_FILE_BYTES = 512_000_000
 
 TIFF_PHOTOMETRIC = 262
@@ -95,8 +95,8 @@ def decode(file: BinaryIO, name: str, draft_size: Callable[[int, int], tuple[int
     content = _checked_content(file, name)
     with _decoding(name), PIL.Image.open(file, formats=[content.reader]) as image:
         raw_mode = _raw_mode(image)
-        two_planes = raw_mode == "RGB;16B" and "transparency" in image.info
-        _check_header(image, name, deep=two_planes)
+        keyed = image.mode == "RGB" and "transparency" in image.info
+        _check_header(image, name, keyed)
         if getattr(image, "is_animated", False):
             _log.info("%s holds several pictures: its first frame is used", name)
         size = draft_size(*image.size)
@@ -104,7 +104,8 @@ def decode(file: BinaryIO, name: str, draft_size: Callable[[int, int], tuple[int
             image.draft(None, size)
         image.load()
         _check_header(image, name)  # a HEIC can decode to another size than its header names
-        return Stored(image, raw_mode, _white_is_zero(image), _low_bytes(file) if two_planes else None)
+        low_bytes = _low_bytes(file) if keyed and raw_mode == "RGB;16B" else None
+        return Stored(image, raw_mode, _white_is_zero(image), low_bytes)
 
 
 def decode_opened(image: PIL.Image.Image, name: str) -> Stored:
@@ -153,12 +154,13 @@ def _low_bytes(file: BinaryIO) -> PIL.Image.Image:
         return image
 
 
-def _check_header(image: PIL.Image.Image, name: str, deep: bool = False) -> None:
+def _check_header(image: PIL.Image.Image, name: str, keyed: bool = False) -> None:
     check_size(*image.size, name)
-    if (deep or is_deep(image)) and image.width * image.height > MAX_DEEP_PIXELS:
+    if (keyed or is_deep(image)) and image.width * image.height > MAX_DEEP_PIXELS:
+        what = "with a transparent colour" if keyed else "of 16 or 32 bits"
         raise InputError(
-            f"{name} has {_megapixels(*image.size)} of 16 or 32 bits, more than "
-            f"{MAX_DEEP_PIXELS // 1_000_000}; convert it to 8 bits or make it smaller"
+            f"{name} has {_megapixels(*image.size)} {what}, "
+            f"more than {MAX_DEEP_PIXELS // 1_000_000}; convert it to plain 8 bits or make it smaller"
         )
 
 

@@ -211,6 +211,12 @@ def test_sizes_are_refused_by_the_header(size: tuple[int, int], says: str) -> No
     assert says in error_of(png_header(*size))
 
 
+@pytest.mark.parametrize("depth", [8, 16])
+def test_a_transparent_colour_has_a_lower_limit(depth: int) -> None:
+    content = png_file((9000, 9000), depth, 2, bytes(1000), tRNS=bytes(6))
+    assert "81 megapixels with a transparent colour" in error_of(content)
+
+
 def test_the_limit_holds_when_the_program_changed_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", None)
     assert MAX_PIXELS < 14000 * 14000
