@@ -24,6 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/omniavatar demo
+	@echo "omniavatar lives in $(BIN): run \`source $(BIN)/activate\`, then \`omniavatar --help\`; or write $(BIN)/omniavatar"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

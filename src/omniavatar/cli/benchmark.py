@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from omniavatar.assets import pocket
+from omniavatar.cli.choose import CONFIGS
 from omniavatar.cli.common import (
     SOME_FAILED,
     HpOption,
@@ -16,8 +17,6 @@ from omniavatar.cli.common import (
     require_one_process,
     user_errors,
 )
-
-CONFIGS = Path("configs")
 
 
 def benchmark(

@@ -37,6 +37,16 @@ ConfigOption = Annotated[
         help="Configuration file, such as configs/inference.yaml, or `pocket` for the packaged model.",
     ),
 ]
+ConfigChoice = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        metavar="YAML",
+        help="Configuration file, such as configs/inference.yaml, or `pocket` for the packaged model. "
+        "Default: the best model whose weights are here, else pocket.",
+    ),
+]
 HpOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -82,6 +92,7 @@ def user_errors(
 ) -> Iterator[None]:
     """Report an `OmniAvatarError` as one line with its exit code, and Ctrl-C as one line with 130.
 
+    The line for Ctrl-C is the text of the KeyboardInterrupt, or `on_interrupt` if it has none.
     Any other exception is a bug in this program and keeps its traceback.
     """
     try:
@@ -89,8 +100,8 @@ def user_errors(
     except OmniAvatarError as error:
         report(str(error))
         raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        report(on_interrupt)
+    except KeyboardInterrupt as interrupt:
+        report(str(interrupt) or on_interrupt)
         raise typer.Exit(INTERRUPTED) from None
 
 

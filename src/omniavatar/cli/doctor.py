@@ -9,11 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from omniavatar.assets import pocket
-from omniavatar.cli.benchmark import CONFIGS
-from omniavatar.cli.common import (
-    JsonOption,
-    user_errors,
-)
+from omniavatar.cli.choose import CONFIGS
+from omniavatar.cli.common import JsonOption, user_errors
 
 
 def doctor(
@@ -23,7 +20,10 @@ def doctor(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Report what this machine has: devices, versions, backends, codecs, memory, disk, weights."""
+    """Report what this machine has, what it can run now, and how to get the rest.
+
+    Lists devices, versions, backends, codecs, memory, disk and weights. It changes nothing.
+    """
     with user_errors():
         from omniavatar.measure.benchmark.run import find_configs
         from omniavatar.measure.doctor import examine
@@ -75,6 +75,7 @@ def _print_findings(findings: dict[str, Any]) -> None:
             for dtype, r in findings["attention"].items()
         ],
     )
+    show("threads that wait on the CPU", [findings["waiting_threads"]])
     show("video VAE", [f"auto: {findings['vae']}"])
     show("backends that cannot be used here", _unavailable(findings["backends"]))
     choices = findings["memory_auto"].items()
@@ -89,8 +90,30 @@ def _print_findings(findings: dict[str, Any]) -> None:
         ],
     )
     show("disk", [f"{bytes_text(row['free_bytes'])} free for {row['folder']}" for row in findings["disk"]])
-    show(
-        "configurations",
-        [f"{'ready' if row['ready'] else 'not ready':<10}{row['config']}" for row in findings["configs"]],
-    )
-    show("to do" if findings["problems"] else "nothing to do", findings["problems"])
+    show("configurations", [_readiness(row) for row in findings["configs"]])
+    fetched = {config for each in findings["fetch"] for config in each["configs"]}
+    if others := [line for line in findings["problems"] if line.partition(": ")[0] not in fetched]:
+        show("to do", others)
+    if findings["fetch"]:
+        show("to get the rest", [line for each in findings["fetch"] for line in _fetching(each)])
+    show("you can run this now", findings["run_now"])
+
+
+def _readiness(row: dict[str, Any]) -> str:
+    """One line for a configuration: ready, or why not."""
+    if row["ready"]:
+        return f"{'ready':<10}{row['config']}"
+    count = len(row["missing"])
+    reason = f"{count} {'files' if count > 1 else 'file'} missing" if count else "see below"
+    return f"{'not ready':<10}{row['config']} ({reason})"
+
+
+def _fetching(found: dict[str, Any]) -> list[str]:
+    """The command, and what it is for."""
+    lines = []
+    if found["files"]:
+        lines.append(found["command"])
+        lines.append(f"    {len(found['files'])} files for {', '.join(found['configs'])}")
+    for lora in found["loras"]:
+        lines.append(f"    and the LoRA {lora} (the comments of its configuration say where it is)")
+    return lines

@@ -1,4 +1,4 @@
-"""`omniavatar generate` and `omniavatar demo`: videos from the command line or an input file.
+"""`omniavatar generate`: videos from the command line or an input file.
 
 One pipeline makes the lines of an input file in order. A line with unusable inputs is reported and the next
 line runs. An error that would affect every line (weights, device, disk) ends the run.
@@ -13,17 +13,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from omniavatar.cli.choose import CONFIGS, Choice, best_config
 from omniavatar.cli.common import (
-    INTERRUPT_NOTE,
     SOME_FAILED,
-    ConfigOption,
+    ConfigChoice,
     HpOption,
     LogFormat,
     LogOption,
     QuietOption,
-    reporting,
-    require_one_process,
-    user_errors,
 )
 from omniavatar.cli.ranks import config_for_rank, parse_gpus, rank_reporting, start_ranks, team_of
 
@@ -36,12 +33,17 @@ if TYPE_CHECKING:
 
 def generate(
     context: typer.Context,
-    config: ConfigOption,
+    config: ConfigChoice = None,
     prompt: Annotated[str | None, typer.Option(help="Text that describes the video.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Portrait (any image file).")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Portrait (any image file). It decides the shape of the video.")
+    ] = None,
     audio: Annotated[
         Path | None,
-        typer.Option(help="Voice (any audio file). Without it the video is silent and has seq_len frames."),
+        typer.Option(
+            help="Voice (any audio file). It decides the length of the video. Without it the video is "
+            "silent and has seq_len frames."
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -72,7 +74,8 @@ def generate(
 ) -> None:
     """Make one video (--prompt, --image, --audio), or one per line of --input_file.
 
-    To continue an interrupted run after its last finished window, give the same command again.
+    The voice decides the length of the video, and the portrait decides its shape (`omniavatar plan` prints
+    both). To continue an interrupted run after its last finished window, give the same command again.
     """
     if (input_file is None) == (prompt is None):
         raise typer.BadParameter("give either --input_file, or --prompt and --image")
@@ -82,14 +85,22 @@ def generate(
         raise typer.BadParameter("--image is missing; give a portrait")
     overrides = [*(hp or ()), *([] if seed is None else [f"seed={seed}"])]
     with rank_reporting(log_format, quiet) as (recorder, report, process):
+        from omniavatar.cli.position import command_again
         from omniavatar.config.load import load_config
+        from omniavatar.engine.events import Message
         from omniavatar.engine.requests_file import RequestLine, read_requests
 
+        check_kinds(image, audio)
+        words = list(context.obj or ())
+        if config is None:
+            config, reason = chosen_config(process.world)
+            recorder.event(Message(reason))
+            words += ["--config", str(config)]
         loaded = load_config(config, overrides)
         numbers = None if gpus is None else parse_gpus(gpus)
         rank_config = config_for_rank(loaded.config, numbers, process)
         if numbers is not None and len(numbers) > process.world:
-            start_ranks(context.obj, numbers)
+            start_ranks(words, numbers)
             return
         loaded = replace(loaded, config=rank_config)
         if not process.leads:
@@ -107,53 +118,60 @@ def generate(
         resume = False if no_resume else None
         many = input_file is not None
         with team_of(rank_config, process) as team:
-            failed = _generate_lines(
-                loaded, lines, output, resume, recorder, report, quiet, many=many, team=team
+            again = command_again(words)
+            failed = make_lines(
+                loaded, lines, output, resume, recorder, report, quiet, many=many, team=team, again=again
             )
         if failed:
             report(f"{failed} of {len(lines)} lines of {input_file} failed")
             raise typer.Exit(SOME_FAILED)
 
 
-def demo(
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config",
-            "-c",
-            metavar="YAML",
-            help="Configuration to run instead of the packaged one, such as configs/inference_1.3B.yaml.",
-        ),
-    ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Video to write.")] = Path(
-        "demo_out/demo.mp4"
-    ),
-    hp: HpOption = None,
-    quiet: QuietOption = False,
-    log_format: LogOption = LogFormat.rich,
-) -> None:
-    """Make a talking head from the packaged model, portrait and voice, on any machine.
+def chosen_config(processes: int) -> Choice:
+    """The configuration to take without `--config`. Raises ConfigError for one of several processes."""
+    from omniavatar.errors import ConfigError
 
-    The packaged model is small and was trained on rendered heads only. Use --config for another model.
-    """
-    with reporting(log_format, quiet) as (recorder, report), user_errors(report, INTERRUPT_NOTE):
-        require_one_process()
-        from omniavatar.assets import SPEECH, pocket
-        from omniavatar.config.load import load_config
-        from omniavatar.engine.events import Message
-        from omniavatar.engine.requests_file import RequestLine
-
-        loaded = load_config(config or pocket.CONFIG, hp or ())
-        request = RequestLine(0, 0, pocket.PROMPT, pocket.PORTRAIT, SPEECH)
-        _generate_lines(loaded, [request], output, None, recorder, report, quiet, many=False, team=None)
-        if config is None:
-            text = "this small model was trained on rendered heads; it does not work on photographs"
-            recorder.event(Message(text))
-            text = f"the video is in {output.resolve()}; for real people, run `omniavatar download 1.3B`"
-            recorder.event(Message(text))
+    if processes > 1:  # they could choose differently, because each sees its own free memory
+        raise ConfigError(
+            "--config is missing; name the configuration where torchrun starts several processes"
+        )
+    return best_config(CONFIGS)
 
 
-def _generate_lines(
+def check_kinds(image: Path | None, audio: Path | None) -> None:
+    """Raise InputError if, by their names, `image` is a sound and `audio` is a picture."""
+    from mimetypes import guess_type
+
+    from omniavatar.errors import InputError
+
+    kinds = [
+        (guess_type(path.name)[0] or "").partition("/")[0] for path in (image, audio) if path is not None
+    ]
+    if kinds == ["audio", "image"]:
+        raise InputError(
+            f"--image {image} is a sound and --audio {audio} is a picture; "
+            f"write --image {audio} --audio {image}"
+        )
+
+
+def silent_videos(loaded: LoadedConfig, lines: Sequence[RequestLine | BadLine]) -> list[str]:
+    """A warning if requests have no voice, unless `seq_len` was set, which is the length of such videos."""
+    from omniavatar.engine.requests_file import RequestLine
+
+    usable = [line for line in lines if isinstance(line, RequestLine)]
+    silent = sum(line.audio is None for line in usable)
+    if not silent or loaded.origins["video.seq_len"] == "--hp":
+        return []
+    video = loaded.config.video
+    seconds = f"{video.seq_len / video.fps:g} s"
+    if len(lines) == 1:
+        text = f"no --audio: the video is silent and {seconds} long"
+    else:
+        text = f"{silent} of {len(lines)} lines have no voice; their videos are silent and {seconds} long"
+    return [f"{text}; give a voice, or set the number of frames: --hp=seq_len=N"]
+
+
+def make_lines(
     loaded: LoadedConfig,
     lines: Sequence[RequestLine | BadLine],
     output: Path | None,
@@ -164,18 +182,25 @@ def _generate_lines(
     *,
     many: bool,
     team: Team | None,
+    again: str,
 ) -> int:
     """Generate every line and return how many failed. With `many`, an error of one line does not end the run.
 
     If other processes wait for the pipeline, it is made at once; otherwise, at the first readable line.
+
+    again: the command that continues after Ctrl-C.
     """
+    from omniavatar.cli.position import Position
     from omniavatar.engine.events import Message
     from omniavatar.engine.pipeline import AvatarPipeline
+    from omniavatar.engine.recorder import RunRecorder
     from omniavatar.engine.requests_file import RequestLine
     from omniavatar.errors import InputError, ResumeError
 
-    for warning in loaded.warnings:
+    for warning in (*loaded.warnings, *silent_videos(loaded, lines)):
         recorder.event(Message(warning, "warning"))
+    position = Position()
+    recorder = RunRecorder([recorder.event, position])
     config = loaded.config
     pipeline: AvatarPipeline | None = None
     if team is not None and team.size > 1:
@@ -187,10 +212,11 @@ def _generate_lines(
             failed += 1
             continue
         pipeline = pipeline or AvatarPipeline.from_config(config, recorder=recorder)
+        target = output or line.target(config)
         try:
-            result = pipeline.generate(
-                line.request(), output or line.target(config), resume=resume, index=line.index
-            )
+            result = pipeline.generate(line.request(), target, resume=resume, index=line.index)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(position.interrupted(target, again)) from None
         except (InputError, ResumeError) as error:
             if not many:
                 raise

@@ -9,49 +9,44 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
 
-from omniavatar.cli import batch, benchmark, calibrate, checkpoint, config, doctor, generate, plan, profile
+from omniavatar.cli import (
+    batch,
+    benchmark,
+    calibrate,
+    checkpoint,
+    config,
+    demo,
+    doctor,
+    generate,
+    plan,
+    profile,
+)
 from omniavatar.cli.common import leave_at_once
+from omniavatar.cli.layout import CONTEXT, EVERYDAY, MEASURING, MODELS, SERVERS, Command, Groups, examples
+from omniavatar.threads import bound_spinning
 
 app = typer.Typer(
     name="omniavatar",
+    cls=Groups,
     help="Make talking-head videos of any length from a portrait, a voice and a prompt "
     "(OmniAvatar on Wan 2.1).",
-    epilog="Start with `omniavatar demo`: it needs neither a GPU nor a download.",
+    epilog=examples(
+        "omniavatar demo                          # needs neither a GPU nor a download",
+        "omniavatar demo --image me.png --audio me.wav",
+        "omniavatar COMMAND --help                # options and examples of one command",
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    context_settings=CONTEXT,
 )
-config_app = typer.Typer(no_args_is_help=True, help="Show the configuration.")
-
-GENERATE_EXAMPLES = """Examples:
-
-omniavatar generate -c configs/inference_1.3B.yaml --prompt "A woman talks" --image face.jpg --audio talk.wav
-
-omniavatar generate -c configs/inference.yaml --input_file requests.txt --gpus 0,1 --hp=num_steps=25,seed=1"""
-
-BATCH_EXAMPLES = """Examples:
-
-omniavatar batch -c configs/inference_1.3B.yaml --input_file requests.jsonl
-
-omniavatar batch -c configs/inference.yaml --input_file requests.jsonl --gpus-per-job 2 -o s3://bucket/videos
-
-omniavatar batch -c pocket --input_file requests.jsonl --gpus cpu --workers 4"""
-
-DEMO_EXAMPLES = """Examples:
-
-omniavatar demo
-
-omniavatar demo -c configs/inference_1.3B.yaml -o demo.mp4"""
-
-CONVERT_EXAMPLES = """Example:
-
-omniavatar convert -c configs/inference.yaml --hp=quantize=fp8 --out avatar-14B-fp8.safetensors"""
+config_app = typer.Typer(no_args_is_help=True, help="Show the configuration.", rich_markup_mode=None)
 
 
 def _print_version(requested: bool) -> None:
@@ -71,19 +66,58 @@ def _options(
     return None
 
 
-app.command(epilog=GENERATE_EXAMPLES)(generate.generate)
-app.command(epilog=BATCH_EXAMPLES)(batch.batch)
-app.command()(plan.plan)
-config_app.command("show")(config.show)
-app.add_typer(config_app, name="config")
-app.command()(checkpoint.download)
-app.command("make-checkpoint")(checkpoint.make_checkpoint)
-app.command(epilog=CONVERT_EXAMPLES)(checkpoint.convert)
-app.command(epilog=DEMO_EXAMPLES)(generate.demo)
-app.command()(profile.profile)
-app.command()(benchmark.benchmark)
-app.command()(doctor.doctor)
-app.command()(calibrate.calibrate)
+def _add(group: str, function: Callable[..., None], *lines: str, name: str | None = None) -> None:
+    """Register a command in a group of the help, with examples."""
+    app.command(name, cls=Command, rich_help_panel=group, epilog=examples(*lines))(function)
+
+
+_add(
+    EVERYDAY,
+    generate.generate,
+    'omniavatar generate --prompt "A woman talks" --image face.jpg --audio talk.wav -o out.mp4',
+    "omniavatar generate -c configs/inference.yaml --input_file requests.txt --gpus 0,1",
+    'omniavatar generate -c pocket --prompt "A man talks" --image face.png --hp=num_steps=2,seed=1',
+)
+_add(
+    EVERYDAY,
+    demo.demo,
+    "omniavatar demo",
+    "omniavatar demo --image me.png --audio me.wav",
+    "omniavatar demo -c configs/inference_1.3B.yaml -o demo.mp4",
+)
+_add(
+    EVERYDAY,
+    plan.plan,
+    "omniavatar plan --image face.jpg --audio talk.wav",
+    "omniavatar plan -c configs/inference.yaml --minutes 5 --deadline 20min",
+)
+_add(EVERYDAY, doctor.doctor, "omniavatar doctor")
+config_app.command("show", cls=Command, epilog=examples("omniavatar config show -c pocket --explain"))(
+    config.show
+)
+app.add_typer(config_app, name="config", rich_help_panel=EVERYDAY)
+_add(
+    SERVERS,
+    batch.batch,
+    "omniavatar batch -c configs/inference_1.3B.yaml --input_file requests.jsonl",
+    "omniavatar batch -c configs/inference.yaml --input_file requests.jsonl --gpus-per-job 2",
+    "omniavatar batch -c pocket --input_file requests.jsonl --gpus cpu --workers 4",
+)
+_add(MODELS, checkpoint.download, "omniavatar download 1.3B")
+_add(
+    MODELS,
+    checkpoint.convert,
+    "omniavatar convert -c configs/inference.yaml --hp=quantize=fp8 --out avatar-14B-fp8.safetensors",
+)
+_add(
+    MODELS,
+    checkpoint.make_checkpoint,
+    "omniavatar make-checkpoint --scale nano --out pretrained_models/nano",
+    name="make-checkpoint",
+)
+_add(MEASURING, profile.profile, "omniavatar profile -c pocket --json report.json")
+_add(MEASURING, benchmark.benchmark, "omniavatar benchmark --configs configs/inference_1.3B.yaml")
+_add(MEASURING, calibrate.calibrate, "omniavatar calibrate -c configs/inference_1.3B.yaml --verify")
 
 
 def grow_segments() -> None:
@@ -99,6 +133,7 @@ def grow_segments() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line with `arguments` (default: `sys.argv`) and exit with its code."""
     grow_segments()
+    bound_spinning()
     values = list(sys.argv[1:] if arguments is None else arguments)
     app(args=values, prog_name="omniavatar", obj=values)
 

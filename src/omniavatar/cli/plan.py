@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from omniavatar.cli.common import ConfigOption, HpOption, JsonOption, print_warning, user_errors
+from omniavatar.cli.choose import CONFIGS, best_config
+from omniavatar.cli.common import ConfigChoice, HpOption, JsonOption, print_warning, user_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,14 +23,16 @@ if TYPE_CHECKING:
 
 
 def plan(
-    config: ConfigOption,
-    audio: Annotated[Path | None, typer.Option(help="Audio file that sets the length.")] = None,
+    config: ConfigChoice = None,
+    audio: Annotated[
+        Path | None, typer.Option(help="Voice (any audio file) that decides the length.")
+    ] = None,
     minutes: Annotated[
         float | None, typer.Option(min=0.001, help="Length of the audio in minutes, instead of a file.")
     ] = None,
     image: Annotated[
         Path | None,
-        typer.Option(help="Portrait that sets the size; without it the first configured size."),
+        typer.Option(help="Portrait that decides the shape; without it the first configured size."),
     ] = None,
     deadline: Annotated[
         str | None,
@@ -41,15 +44,21 @@ def plan(
     hp: HpOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print windows, tokens, steps computed and skipped, passes and memory of a run, without running it.
+    """Print the length, shape, work and memory of a run, without running it.
 
-    Without --audio and --minutes it plans a silent video of seq_len frames.
+    The voice decides the length of the video, and the portrait decides its shape: the configured size whose
+    shape is nearest. Without --audio and --minutes it plans a silent video of seq_len frames. The work is
+    shown as windows, tokens, steps computed and skipped, and passes.
     """
     if audio is not None and minutes is not None:
         raise typer.BadParameter("give --audio or --minutes, not both")
-    if deadline is not None:
-        if minutes is None:
-            raise typer.BadParameter("--deadline needs --minutes, the length of the video")
+    if deadline is not None and minutes is None:
+        raise typer.BadParameter("--deadline needs --minutes, the length of the video")
+    if config is None:
+        with user_errors():
+            config, reason = best_config(CONFIGS)
+        typer.echo(reason, err=True)
+    if deadline is not None and minutes is not None:
         with user_errors():
             _propose(config, hp, minutes, deadline, as_json)
         return
@@ -71,7 +80,24 @@ def plan(
 
             typer.echo(json.dumps(_report(run_plan, memory, settings.model.decoder), indent=2))
         else:
-            _print(run_plan, memory, settings.model.decoder)
+            length, shape = _decided_by(settings, audio, minutes, image)
+            _print(run_plan, memory, settings.model.decoder, length, shape)
+
+
+def _decided_by(
+    config: PipelineConfig, audio: Path | None, minutes: float | None, image: Path | None
+) -> tuple[str, str]:
+    """What decides the length and the shape of the video."""
+    silence = f" and {config.video.silence_duration_s:g} s of silence before it"
+    if audio is not None:
+        length = f"decided by the voice {audio}{silence}"
+    elif minutes is not None:
+        length = f"{minutes:g} minutes of voice{silence}"
+    else:
+        length = "seq_len frames, silent; with --audio the voice decides the length"
+    if image is not None:
+        return length, f"decided by the portrait {image}: the configured size whose shape is nearest"
+    return length, "the first configured size; with --image the portrait decides the shape"
 
 
 def _propose(config: Path, hp: list[str] | None, minutes: float, deadline: str, as_json: bool) -> None:
@@ -185,7 +211,7 @@ def _report(plan: RunPlan, memory: MemoryEstimate, decoder: str) -> dict[str, An
     return {**plan.as_dict(), "decoder": decoder, "memory": need}
 
 
-def _print(plan: RunPlan, memory: MemoryEstimate, decoder: str) -> None:
+def _print(plan: RunPlan, memory: MemoryEstimate, decoder: str, length: str, shape: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -198,8 +224,11 @@ def _print(plan: RunPlan, memory: MemoryEstimate, decoder: str) -> None:
     rows = [
         (
             "video",
-            f"{plan.frames} frames, {plan.duration_s:.2f} s at {plan.fps:g} fps, {height} x {width}",
+            f"{plan.frames} frames, {plan.duration_s:.2f} s at {plan.fps:g} fps, "
+            f"{width} x {height} (width x height)",
         ),
+        ("length", length),
+        ("shape", shape),
         ("windows", f"{len(plan.windows)} of {plan.window_length} frames, overlap {plan.overlap}"),
         ("one window", f"{plan.latent_frames} latent frames, {plan.tokens} tokens"),
         ("steps", f"{plan.steps}: {computed if computed is not None else '?'} computed (cache: {policy})"),

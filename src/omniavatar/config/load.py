@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from omniavatar.config.hints import hint, plain_word
 from omniavatar.config.identity import flat_values
 from omniavatar.config.schema import DitOverrides, PipelineConfig
 from omniavatar.config.syntax import Entry, parse_overrides, read_yaml
@@ -152,7 +153,14 @@ def _full_key(entry: Entry) -> str:
         known = False
     if known:
         return ".".join((_SECTION_OF[leaf], leaf, *inner))
-    raise ConfigError(f"{entry.origin}: unknown key {entry.key}{_nearest(entry.key)}")
+    found = hint(entry.key, {plain_word(entry.key): str(entry.value)})
+    remedy = f"; {found.text(in_file=entry.origin != '--hp')}" if found else _nearest(entry.key)
+    raise ConfigError(f"{entry.origin}: unknown key {entry.key}{remedy}")
+
+
+def is_key(name: str) -> bool:
+    """Whether `name` is a key of the configuration, without its section."""
+    return name in _SECTION_OF
 
 
 def _nearest(key: str) -> str:

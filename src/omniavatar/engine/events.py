@@ -35,6 +35,7 @@ class RequestStarted(Event, kind="request_started"):
 
     - index: number of the request. name: of the video file.
     - resumed_windows: windows that an earlier run finished.
+    - preview: path of the growing video; empty if nothing is written.
     """
 
     index: int
@@ -43,6 +44,7 @@ class RequestStarted(Event, kind="request_started"):
     windows: int
     steps: int
     resumed_windows: int
+    preview: str = ""
 
 
 @dataclass(frozen=True)

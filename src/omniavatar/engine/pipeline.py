@@ -211,6 +211,7 @@ class AvatarPipeline:
                 windows=len(plan.windows),
                 steps=plan.steps,
                 resumed_windows=job.done,
+                preview=str(job.partial),
             )
         )
         if job.done:

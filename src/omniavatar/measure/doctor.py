@@ -6,6 +6,7 @@ Weights are checked by the presence of the files that a configuration names, mem
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from omniavatar.errors import OmniAvatarError
 from omniavatar.measure.machine import codecs, devices, free_disk, free_memory, optional_packages, versions
 from omniavatar.media.h264 import ENCODERS, choose_encoder
 from omniavatar.plan.estimate import MemoryEstimate, estimate_memory
-from omniavatar.plan.preview import missing_files
+from omniavatar.plan.preview import assumed_scale, missing_files
 from omniavatar.plan.run import plan_run
+from omniavatar.threads import waiting
 from omniavatar.types import bytes_text
 
 NEEDED_CODECS = ("libx264", "aac")
@@ -40,7 +42,7 @@ def examine(configs: Sequence[Path]) -> dict[str, Any]:
     encoders = codecs()
     size = VideoConfig().sizes[0]
     refused = ENCODERS.reasons(size)
-    rows = [_config(path, device) for path in configs]
+    rows = [config_row(path, device) for path in configs]
     return {
         "command": "doctor",
         "omniavatar": __version__,
@@ -49,6 +51,7 @@ def examine(configs: Sequence[Path]) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "versions": versions(),
         "attention": attention,
+        "waiting_threads": waiting(os.environ),
         "backends": backends(device, size),
         "vae": choose_vae("auto", device),
         "optional": optional_packages(),
@@ -61,6 +64,8 @@ def examine(configs: Sequence[Path]) -> dict[str, Any]:
         "memory_auto": {scale: _choice(scale, device) for scale in ("1.3B", "14B")},
         "configs": rows,
         "problems": _problems(encoders, rows),
+        "fetch": fetch_commands(rows),
+        "run_now": commands_now(rows),
     }
 
 
@@ -80,14 +85,14 @@ def backends(device: torch.device, size: tuple[int, int]) -> list[dict[str, Any]
     return rows
 
 
-def _config(path: Path, device: torch.device) -> dict[str, Any]:
-    """Whether the weights of one configuration exist and fit."""
+def config_row(path: Path, device: torch.device) -> dict[str, Any]:
+    """Whether the weights of one configuration exist and fit; `ready` says both."""
     try:
         config = load_config(path).config
         missing = missing_files(config.model)
         memory = _estimate(config, device)
     except OmniAvatarError as error:
-        return {"config": str(path), "ready": False, "error": str(error)}
+        return {"config": str(path), "ready": False, "error": str(error), "missing": []}
     need = memory.device_peak
     fits = memory.placement is not None and (device.type == "cuda" or need <= free_memory(device))
     return {
@@ -95,11 +100,46 @@ def _config(path: Path, device: torch.device) -> dict[str, Any]:
         "ready": not missing and fits,
         "error": None,
         "missing": [str(each) for each in missing],
+        "scale": assumed_scale(config.model),
+        "loras": [str(each.path) for each in config.model.loras if each.path in missing],
         "needs_bytes": need,
         "fits": fits,
         "placed": memory.placement is not None,
         "memory": memory.choice,
     }
+
+
+def fetch_commands(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each command that brings missing weights: the configurations that need them, and how many files.
+
+    A LoRA belongs to no command: the comments of its configuration name its source.
+    """
+    fetched: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if not row["missing"]:
+            continue
+        command = f"omniavatar download {row['scale']}"
+        if row["scale"] == "nano":
+            command = "omniavatar make-checkpoint --scale nano --out pretrained_models/nano"
+        found = fetched.setdefault(command, {"command": command, "configs": [], "files": [], "loras": []})
+        found["configs"].append(row["config"])
+        found["files"] += [each for each in row["missing"] if each not in (*row["loras"], *found["files"])]
+        found["loras"] += [each for each in row["loras"] if each not in found["loras"]]
+    return list(fetched.values())
+
+
+def commands_now(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A command for each ready configuration, the largest model first; the demo, which always works, last."""
+    ready = sorted((row for row in rows if row["ready"]), key=lambda row: -row["needs_bytes"])
+    image, audio = ("examples/head.png", "examples/speech.flac")
+    if not Path(image).is_file():
+        image, audio = ("face.jpg", "voice.wav")
+    made = [
+        f"omniavatar generate --config {row['config']} --image {image} --audio {audio} "
+        '--prompt "A person is talking to the camera" --output first.mp4'
+        for row in ready
+    ]
+    return [*made, "omniavatar demo"]
 
 
 def _choice(scale: str, device: torch.device) -> str:

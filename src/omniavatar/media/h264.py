@@ -130,7 +130,9 @@ def choose_encoder(value: str, size: tuple[int, int], encoders: Registry[H264Enc
         notes = [f"{each.name}: {reasons[each.name]}" for each in refused]
         if len(notes) < len(ranked):
             chosen = ranked[len(notes)]
-            _log.info("video encoder: %s", "; not ".join([f"{chosen.name} ({chosen.codec})", *notes]))
+            _log.info("video encoder: %s (%s)", chosen.name, chosen.codec)
+            for note in notes:
+                _log.debug("video encoder: not %s", note)
             return chosen.name
     chosen = encoders.resolve(value, size)
     if chosen.codec != "libx264":

@@ -46,8 +46,16 @@ def test_auto_takes_nvenc_where_it_works_and_says_so(caplog) -> None:
     assert [record.message for record in caplog.records] == [
         "video encoder: nvenc (h264_nvenc)",
         "video encoder: nvenc (h264_nvenc)",
-        "video encoder: x264 (libx264); not nvenc: no unit",
+        "video encoder: x264 (libx264)",
     ]
+
+
+def test_the_reason_against_nvenc_is_a_detail(caplog) -> None:
+    """It would be the first line of every run on a machine without NVENC, and look like a failure."""
+    caplog.set_level(logging.DEBUG, "omniavatar")
+    assert choose_encoder("auto", SIZE, encoders(lambda size: "no unit")) == "x264"
+    reasons = [record.levelname for record in caplog.records if "not nvenc: no unit" in record.message]
+    assert reasons == ["DEBUG"]
 
 
 def test_named_encoders_are_kept_to(caplog) -> None:
