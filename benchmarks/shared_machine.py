@@ -3,10 +3,10 @@
     python -m benchmarks shared_machine [--spins default,100,1000,10000,passive] [--beside 2] [--repeats 3]
 
 Makes a short video of the packaged model, each time in a new process: alone, and beside processes that never
-pause. `default` is what libgomp does without a setting, `ours` is what the command line sets, `passive` does not
-spin, a number is GOMP_SPINCOUNT. With one other job a
-core, a fair share is half of each core, so a fair time is twice the time alone. Orders alternate. Prints a table with CPU
-seconds and whether all videos have the same bytes, then one line of JSON.
+pause. `default` is what libgomp does without a setting, `ours` is what the command line sets, `passive` does
+not spin, a number is GOMP_SPINCOUNT. With one other job a core, a fair share is half of each core, so a fair
+time is twice the time alone. Orders alternate. Prints a table with CPU seconds and whether all videos have
+the same bytes, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

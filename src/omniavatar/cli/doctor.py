@@ -114,6 +114,7 @@ def _fetching(found: dict[str, Any]) -> list[str]:
     if found["files"]:
         lines.append(found["command"])
         lines.append(f"    {len(found['files'])} files for {', '.join(found['configs'])}")
-    for lora in found["loras"]:
-        lines.append(f"    and the LoRA {lora} (the comments of its configuration say where it is)")
+    lines += [f"LoRA {lora}" for lora in found["loras"]]
+    if found["loras"]:
+        lines.append("    the comments of its configuration name the source")
     return lines

@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-import typer
 from typer.core import TyperCommand, TyperGroup
 
 EVERYDAY = "Everyday"
@@ -43,7 +42,8 @@ class Command(TyperCommand):
             text = advice(str(unknown), words) if unknown else None
             if text is None:
                 raise
-            raise typer.BadParameter(text, ctx=ctx) from None
+            no_such_option: Any = type(error)
+            raise no_such_option(unknown, message=text, ctx=ctx) from None
 
 
 def advice(option: str, words: Sequence[str]) -> str | None:

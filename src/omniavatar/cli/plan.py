@@ -88,7 +88,7 @@ def _decided_by(
     config: PipelineConfig, audio: Path | None, minutes: float | None, image: Path | None
 ) -> tuple[str, str]:
     """What decides the length and the shape of the video."""
-    silence = f" and {config.video.silence_duration_s:g} s of silence before it"
+    silence = f", after {config.video.silence_duration_s:g} s of silence"
     if audio is not None:
         length = f"decided by the voice {audio}{silence}"
     elif minutes is not None:

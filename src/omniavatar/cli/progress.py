@@ -13,31 +13,35 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from types import TracebackType
-from typing import IO, Literal, Protocol, Self
+from typing import IO, Any, Literal, Protocol, Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as Remaining
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
+from omniavatar.cli.course import Course
 from omniavatar.engine.events import (
     Message,
     RequestFinished,
     RequestStarted,
-    StepFinished,
     WindowFinished,
-    WindowStarted,
 )
 from omniavatar.types import Event
 
 LogFormat = Literal["rich", "json"]
 
-_FIRST_STEP_SHARE = 0.5
-"""The share of a window's time that its steps take, before one was measured."""
-_ENDING = 0.01
-"""The part of the bar that is left when the last window is written, in windows for each window."""
 _SPEED_PERIOD_S = 600.0
 
 
@@ -88,34 +92,41 @@ class Quiet(_Plain):
             self._console.print(f"[yellow]warning:[/] {escape(event.text)}", soft_wrap=True)
 
 
+class _Ticking(Progress):
+    """Progress bars that call `tick` before each drawing."""
+
+    def __init__(self, tick: Callable[[], None], *columns: ProgressColumn, **options: Any) -> None:
+        self._tick = tick
+        super().__init__(*columns, **options)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        self._tick()
+        yield from super().get_renderables()
+
+
 class Bars:
     """One bar for the whole video, with what is done now and the time left.
 
-    Each window is one unit of the bar. Its steps fill the share of the unit that steps took in the window
-    before; decoding and writing fill the rest. Prints a line for each window instead where stderr is not a
-    terminal.
-
-    clock: gives the time in seconds.
+    Prints a line for each window instead where stderr is not a terminal.
     """
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console, self._clock = console, clock
-        self._progress = Progress(
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._course: Course | None = None
+        self._video: TaskID | None = None
+        self._progress = _Ticking(
+            self._draw,
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             TaskProgressColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
-            Remaining(),
+            TimeRemainingColumn(),
             console=console,
             expand=True,
             speed_estimate_period=_SPEED_PERIOD_S,
             disable=not console.is_terminal,
         )
-        self._video: TaskID | None = None
-        self._windows = 0
-        self._step_share = _FIRST_STEP_SHARE
-        self._began = self._steps_ended = clock()
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -127,16 +138,15 @@ class Bars:
         self._progress.stop()
 
     def __call__(self, event: Event) -> None:
+        if self._course is not None:
+            self._course(event)
+            self._progress.refresh()
         match event:
             case RequestStarted():
                 self._start(event)
-            case WindowStarted():
-                self._began = self._clock()
-                self._show(f"window {event.window + 1} of {event.windows}", event.window)
-            case StepFinished():
-                self._step(event)
-            case WindowFinished():
-                self._window_finished(event)
+            case WindowFinished() if self._progress.disable:
+                number, total = event.window + 1, event.windows
+                self._console.print(f"window {number} of {total} done in {event.seconds:.1f} s")
             case Message():
                 colour = "yellow" if event.level == "warning" else "dim"
                 self._console.print(f"[{colour}]{escape(event.text)}[/]", soft_wrap=True)
@@ -153,43 +163,20 @@ class Bars:
         if event.preview:
             text = f"preview, grows with every window: {event.preview}"
             self._console.print(f"[dim]{escape(text)}[/]", soft_wrap=True)
-        self._windows = windows
-        self._video = self._progress.add_task(
-            "loading the models", total=windows * (1 + _ENDING), completed=resumed
-        )
+        self._course = Course(event)
+        self._video = self._progress.add_task(self._course.text, total=self._course.total, completed=resumed)
 
-    def _step(self, event: StepFinished) -> None:
-        number = f"window {event.window + 1} of {self._windows}"
-        share = self._step_share * (event.step + 1) / event.steps
-        if event.step + 1 < event.steps:
-            self._show(f"{number}, step {event.step + 1} of {event.steps}", event.window + share)
-        else:
-            self._steps_ended = self._clock()
-            self._show(f"{number}, decoding", event.window + share)
-
-    def _window_finished(self, event: WindowFinished) -> None:
-        now = self._clock()
-        if now > self._steps_ended > self._began:
-            self._step_share = (self._steps_ended - self._began) / (now - self._began)
-        if self._progress.disable:
-            number, total = event.window + 1, event.windows
-            self._console.print(f"window {number} of {total} done in {event.seconds:.1f} s")
-        last = event.window + 1 == event.windows
-        self._show("writing the video" if last else "", event.window + 1)
-
-    def _show(self, text: str, done: float) -> None:
-        """Show what is done now (empty: as before); the bar never goes back."""
-        if self._video is None:
-            return
-        task = next(each for each in self._progress.tasks if each.id == self._video)
-        self._progress.update(
-            self._video, description=text or task.description, completed=max(task.completed, done)
-        )
+    def _draw(self) -> None:
+        course, video = self._course, self._video
+        if course is not None and video is not None:
+            with suppress(KeyError):  # the thread that draws comes here too, perhaps while the video ends
+                self._progress.update(video, description=course.text, completed=course.done())
 
     def _finish(self, event: RequestFinished) -> None:
         if self._video is not None:
             self._progress.remove_task(self._video)
-        self._video = None
+            self._progress.refresh()
+        self._course = self._video = None
         self._console.print(
             f"[green]{escape(event.output)}[/]: {event.frames} frames in {event.seconds:.1f} s",
             soft_wrap=True,

@@ -7,6 +7,7 @@ value to write from the one that was given.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -34,8 +35,9 @@ class Hint:
         remark = f" ({self.why})" if self.why else ""
         if self.name.startswith("--"):
             return f"write {self.name} {self.value} on the command line{remark}"
-        written = f"{self.name}: {self.value}" if in_file else f"--hp={self.name}={self.value}"
-        return f"write {written}{remark}"
+        if in_file:
+            return f"write {self.name}: {self.value}{remark}"
+        return f"write --hp {shlex.quote(f'{self.name}={self.value}')}{remark}"
 
 
 _SHAPES = (
@@ -100,7 +102,7 @@ def hint(word: str, given: Mapping[str, str]) -> Hint | None:
     if word in _SECONDS:
         return Hint("seq_len", _frames(value, _SECONDS[word]), LENGTH)
     if word in _FRAMES:
-        return Hint("seq_len", value if value.isdecimal() else "200", LENGTH)
+        return Hint("seq_len", value if re.fullmatch(r"\d{1,9}", value) else "200", LENGTH)
     for table in (_KEYS, _OPTIONS):
         if word in table:
             name, example = table[word]
@@ -109,10 +111,10 @@ def hint(word: str, given: Mapping[str, str]) -> Hint | None:
 
 
 def shown(value: str) -> str:
-    """`value` for a message, in quotes where a shell needs them, cut to a readable length."""
+    """`value` for a message, in quotes where YAML or `--hp` needs them, cut to a readable length."""
     value = " ".join(value.split())
     value = value if len(value) <= _MAX_SHOWN else f"{value[:_MAX_SHOWN]}..."
-    return f'"{value}"' if re.search(r"[\s,;&|<>()$*?!\[\]{}]", value) else value
+    return f'"{value}"' if re.search(r"[\s,:#\[\]{}]", value) else value
 
 
 def _shape_hint(given: Mapping[str, str]) -> Hint:

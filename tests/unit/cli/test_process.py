@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -58,9 +60,13 @@ def test_ctrl_c_keeps_finished_windows_and_the_same_command_resumes(
                 break
         rest = [json.loads(line) for line in process.stderr]
     assert process.returncode == 130
-    assert [event["text"] for event in rest if event["event"] == "error"] == [
-        "interrupted; finished windows are kept, and the same command continues after them"
-    ]
+    (text,) = [event["text"] for event in rest if event["event"] == "error"]
+    kept = r"interrupted; (\d+) of \d+ windows are finished and kept in x\.mp4\.job; "
+    found = re.fullmatch(kept + "to continue after them: (.*)", text)
+    assert found is not None, text
+    state = json.loads((tmp_path / "x.mp4.job" / "job.json").read_text())
+    assert state["done"] == int(found[1])
+    assert shlex.split(found[2]) == ["omniavatar", *command[3:]]
     assert not (tmp_path / "x.mp4").exists()
     _, done = timed(*command, cwd=tmp_path)
     events = [json.loads(line) for line in done.stderr.splitlines()]

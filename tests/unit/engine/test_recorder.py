@@ -134,6 +134,13 @@ def test_bars_name_the_request_and_the_result() -> None:
     assert "[odd] note" in shown and "out/[a].mp4: 33 frames in 3.0 s" in shown
 
 
+def test_bars_name_the_preview() -> None:
+    stream = io.StringIO()
+    started = RequestStarted(0, "a.mp4", 9, windows=2, steps=1, resumed_windows=0, preview="o/a.partial.mp4")
+    Bars(Console(file=stream, width=100))(started)
+    assert "preview, grows with every window: o/a.partial.mp4" in stream.getvalue()
+
+
 def test_bars_on_a_terminal() -> None:
     stream = io.StringIO()
     play(Bars(Console(file=stream, force_terminal=True, width=100)))
