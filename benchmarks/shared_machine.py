@@ -26,7 +26,7 @@ from benchmarks.shared.inputs import module_environment, speech_folder
 from benchmarks.shared.options import add_repeats, make_parser, words
 from benchmarks.shared.report import print_result, print_table, spread
 from omniavatar.assets import pocket
-from omniavatar.threads import WAIT_SETTINGS, bounded_spin
+from omniavatar.parallel.threads import WAIT_SETTINGS, bounded_spin
 
 DEFAULT_ROUNDS = 300_000
 FOREVER = "while True: pass"

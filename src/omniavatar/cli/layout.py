@@ -1,4 +1,4 @@
-"""How the help looks, and what an unknown option is told: commands in groups, examples that can be copied.
+"""How the help looks, and the answer to an unknown option: commands in groups, examples that can be copied.
 
 The help is plain text in the width of the terminal, because the tables of Typer's rich help cut long option
 names and examples at 80 columns.

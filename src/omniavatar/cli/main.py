@@ -28,7 +28,7 @@ from omniavatar.cli import (
 )
 from omniavatar.cli.common import leave_at_once
 from omniavatar.cli.layout import CONTEXT, EVERYDAY, MEASURING, MODELS, SERVERS, Command, Groups, examples
-from omniavatar.threads import bound_spinning
+from omniavatar.parallel.threads import bound_spinning
 
 app = typer.Typer(
     name="omniavatar",

@@ -23,10 +23,10 @@ from omniavatar.device import choose_device, torch_dtype
 from omniavatar.errors import OmniAvatarError
 from omniavatar.measure.machine import codecs, devices, free_disk, free_memory, optional_packages, versions
 from omniavatar.media.h264 import ENCODERS, choose_encoder
+from omniavatar.parallel.threads import waiting
 from omniavatar.plan.estimate import MemoryEstimate, estimate_memory
 from omniavatar.plan.preview import assumed_scale, missing_files
 from omniavatar.plan.run import plan_run
-from omniavatar.threads import waiting
 from omniavatar.types import bytes_text
 
 NEEDED_CODECS = ("libx264", "aac")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from omniavatar.threads import WAIT_SETTINGS, bound_spinning, bounded_spin, waiting
+from omniavatar.parallel.threads import WAIT_SETTINGS, bound_spinning, bounded_spin, waiting
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 PROGRAM = """
 import json, os, sys
 from omniavatar.cli import main
@@ -47,8 +47,9 @@ def test_the_wait_is_described() -> None:
 def test_the_command_line_sets_it_before_torch_is_loaded(given: dict[str, str]) -> None:
     """libgomp reads its settings when torch is loaded."""
     environment = {name: text for name, text in os.environ.items() if name not in WAIT_SETTINGS}
+    command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env={**environment, **given}, capture_output=True, text=True, check=True
+        command, env={**environment, **given}, stdout=subprocess.PIPE, text=True, check=True
     )
     found, torch_is_loaded = json.loads(done.stdout.splitlines()[-1])
     expected = {**given, **bounded_spin(given)}

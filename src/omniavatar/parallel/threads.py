@@ -22,7 +22,7 @@ WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBR
 
 
 def bounded_spin(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables to add so that idle threads soon sleep; none if the environment has one of its own."""
+    """The variables to add so that idle threads soon sleep; none if the environment sets one already."""
     if any(name in environment for name in WAIT_SETTINGS):
         return {}
     return {"GOMP_SPINCOUNT": str(SPIN_ROUNDS), "KMP_BLOCKTIME": str(BLOCK_TIME_MS)}
