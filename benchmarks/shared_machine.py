@@ -34,10 +34,11 @@ FOREVER = "while True: pass"
 
 @dataclass(frozen=True)
 class Run:
-    """One video: wall-clock and CPU seconds of its process, and the hash of its bytes."""
+    """One video: wall-clock and CPU seconds of its process, how often its threads slept, its bytes' hash."""
 
     seconds: float
     cpu_seconds: float
+    sleeps: int
     digest: str
 
 
@@ -75,7 +76,7 @@ def make_video(folder: Path, voice: Path, settings: Mapping[str, str]) -> Run:
     if code:
         raise SystemExit(f"the video failed with wait status {code}")
     digest = hashlib.sha256(output.read_bytes()).hexdigest()
-    return Run(seconds, used.ru_utime + used.ru_stime, digest)
+    return Run(seconds, used.ru_utime + used.ru_stime, used.ru_nvcsw, digest)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -96,13 +97,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     for name in names:
                         run = make_video(folder, folder / "speech.wav", wait_settings(name))
                         runs[name, count].append(run)
-                        print(f"{name}, beside {count}: {run.seconds:.1f} s", file=sys.stderr, flush=True)
+                        shown = f"{run.seconds:.1f} s, {run.cpu_seconds:.1f} CPU s, {run.sleeps} sleeps"
+                        print(f"{name}, beside {count}: {shown}", file=sys.stderr, flush=True)
     rows = []
     for (name, count), made in runs.items():
         seconds = [run.seconds for run in made]
         middle = spread(statistics.median(seconds), min(seconds), max(seconds), digits=1)
-        rows.append((name, count, middle, f"{statistics.median(run.cpu_seconds for run in made):.1f}"))
-    print_table(("waiting", "other jobs", "seconds", "CPU seconds"), rows)
+        cpu = f"{statistics.median(run.cpu_seconds for run in made):.1f}"
+        rows.append((name, count, middle, cpu, round(statistics.median(run.sleeps for run in made))))
+    print_table(("waiting", "other jobs", "seconds", "CPU seconds", "sleeps"), rows)
     same = len({run.digest for made in runs.values() for run in made}) == 1
     print(f"same bytes: {'yes' if same else 'NO'}")
     values = [

@@ -47,7 +47,11 @@ def generate(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Video to write; default: <output_dir>/000_<prompt>.mp4."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Video to write, or a folder for it; default: <output_dir>/000_<prompt>.mp4.",
+        ),
     ] = None,
     input_file: Annotated[
         Path | None,
@@ -212,7 +216,9 @@ def make_lines(
             failed += 1
             continue
         pipeline = pipeline or AvatarPipeline.from_config(config, recorder=recorder)
-        target = output or line.target(config)
+        target = line.target(config)
+        if output is not None:
+            target = output / target.name if output.is_dir() else output
         try:
             result = pipeline.generate(line.request(), target, resume=resume, index=line.index)
         except KeyboardInterrupt:

@@ -121,6 +121,12 @@ def test_swapped_files_are_recognised(command: list[str], calls: Calls) -> None:
     ]
 
 
+def test_a_folder_as_output_takes_the_video(calls: Calls, tmp_path: Path) -> None:
+    one = ("generate", "--config", "pocket", "--prompt", "A man", "--image", PORTRAIT, "--audio", SPEECH)
+    messages(*one, "-o", str(tmp_path))
+    assert calls[0][1] == tmp_path / "000_a-man.mp4"
+
+
 # her own demo
 
 
