@@ -7,7 +7,7 @@ names and examples at 80 columns.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
@@ -39,19 +39,21 @@ class Command(TyperCommand):
             return super().parse_args(ctx, args)
         except Exception as error:
             unknown = getattr(error, "option_name", None)
-            text = advice(str(unknown), words) if unknown else None
+            known = {option for each in self.params for option in each.opts}
+            text = advice(str(unknown), words, known) if unknown else None
             if text is None:
                 raise
             no_such_option: Any = type(error)
             raise no_such_option(unknown, message=text, ctx=ctx) from None
 
 
-def advice(option: str, words: Sequence[str]) -> str | None:
+def advice(option: str, words: Sequence[str], known: Collection[str]) -> str | None:
     """One line that names what to write for an unknown option, or None where nothing is known.
 
     words: the command line, which has the values.
+    known: the options of the command.
     """
-    from omniavatar.config.hints import Hint, hint, plain_word, shown
+    from omniavatar.config.hints import FRAMES_PER_SECOND, Hint, hint, plain_word, shown
 
     given = _values(words)
     word = plain_word(option)
@@ -62,6 +64,8 @@ def advice(option: str, words: Sequence[str]) -> str | None:
         if not is_key(word):
             return None
         found = Hint(word, shown(given.get(word, "")) or "VALUE")
+    if found.name == "seq_len" and "--minutes" in known:
+        found = Hint("--minutes", f"{int(found.value) / FRAMES_PER_SECOND / 60:.3g}")
     return f"there is no option {option}: {found.text()}"
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, MutableMapping
 
-SPIN_ROUNDS = 1000
+SPIN_ROUNDS = 5000
 BLOCK_TIME_MS = 1
 WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 """Variables that say how threads wait, in any OpenMP runtime."""
@@ -35,7 +35,10 @@ def waiting(environment: Mapping[str, str]) -> str:
     if not found:
         return "spin for long: set GOMP_SPINCOUNT before torch is imported if the machine has other work"
     if found == bounded_spin({}):
-        return f"spin briefly, then sleep ({settings}; set by the command line, a setting of yours wins)"
+        return (
+            f"spin briefly, then sleep ({settings}, set by the command line; a setting of yours wins, and a "
+            "Python program sets its own before it imports torch)"
+        )
     return f"as the environment says ({settings})"
 
 

@@ -63,6 +63,10 @@ def test_words_for_our_options(written: str, answer: str) -> None:
     assert f"write {answer} on the command line" in plain(run("generate", *written.split()).stderr)
 
 
+def test_plan_has_an_option_for_the_length() -> None:
+    assert "write --minutes 1.5 on the command line" in plain(run("plan", "--duration", "90s").stderr)
+
+
 def test_an_unknown_word_is_only_refused() -> None:
     result = run("generate", "--bogus", "3")
     assert result.exit_code == 2 and "No such option: --bogus" in plain(result.stderr)
