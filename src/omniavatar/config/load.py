@@ -17,7 +17,6 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from omniavatar.config.hints import hint, plain_word
 from omniavatar.config.identity import flat_values
 from omniavatar.config.schema import DitOverrides, PipelineConfig
 from omniavatar.config.syntax import Entry, parse_overrides, read_yaml
@@ -153,6 +152,8 @@ def _full_key(entry: Entry) -> str:
         known = False
     if known:
         return ".".join((_SECTION_OF[leaf], leaf, *inner))
+    from omniavatar.config.hints import hint, plain_word
+
     found = hint(entry.key, {plain_word(entry.key): str(entry.value)})
     remedy = f"; {found.text(in_file=entry.origin != '--hp')}" if found else _nearest(entry.key)
     raise ConfigError(f"{entry.origin}: unknown key {entry.key}{remedy}")
