@@ -1,13 +1,14 @@
 """Sound for the model (16 kHz mono) and sound for the video (AAC at the original's quality).
 
 Both read the same stream from its first sample, so the model's sound and the viewer's sound are aligned. Mono
-is the average of the channels before resampling (as in librosa; it cannot clip). Resampled sound has exactly
-ceil(samples * new_rate / rate) samples. FFmpeg's swresample resamples.
+is the average of the channels before resampling (as in librosa; it cannot clip), or one channel where the
+average cancels. Resampled sound has exactly ceil(samples * new_rate / rate) samples. FFmpeg's swresample
+resamples.
 
-The AAC track keeps the source's rate if AAC supports it (8 to 96 kHz). Higher rates become 48 kHz, others the
-next supported one. It keeps mono, stereo and 5.1 channels; 7.1 becomes 5.1, others stereo. The bit rate is 96
-kb/s a channel (192 kb/s for stereo), or AAC's limit if that is less. The file signals the encoder's 1024
-samples of priming, so players start at the true first sample.
+The AAC track keeps the source's rate if AAC supports it (8 to 48 kHz). Higher rates become 48 kHz, because
+browsers refuse AAC above it; others become the next supported one. It keeps mono, stereo and 5.1 channels;
+7.1 becomes 5.1, others stereo. The bit rate is 96 kb/s a channel (192 kb/s for stereo), or AAC's limit if that
+is less. The file signals the encoder's 1024 samples of priming, so players start at the true first sample.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ import av
 import numpy as np
 
 from omniavatar.media.atomic import atomic_path
-from omniavatar.media.audio_source import WAVEFORM_BLOCK, open_audio
+from omniavatar.media.audio_source import open_audio
+from omniavatar.media.open_file import new_media
+from omniavatar.media.resample import resample, resampled_length, silence
 from omniavatar.types import Waveform
 
 MODEL_RATE = 16000
 AAC_FRAME = 1024
 BITS_PER_CHANNEL = 96_000
-_AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
+_AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 _AAC_LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 7: "5.1", 8: "5.1"}
 
 
@@ -68,7 +71,7 @@ def measure_audio(
     with open_audio(source) as audio:
         count = sum(block.shape[1] for block in audio.blocks)
         lead = round(lead_silence_s * sample_rate)
-        total = lead + _resampled_length(count, audio.sample_rate, sample_rate)
+        total = lead + resampled_length(count, audio.sample_rate, sample_rate)
         return AudioTrack(total, sample_rate, lead, count, audio.sample_rate, audio.channels)
 
 
@@ -88,9 +91,9 @@ def decode_mono(
         file.write(np.zeros(lead, "<f4").tobytes())
         counted = _Counter(audio.blocks)
         mono = (block.mean(axis=0, dtype=np.float32, keepdims=True) for block in counted)
-        for block in _resample(mono, "mono", audio.sample_rate, "mono", sample_rate):
+        for block in resample(mono, "mono", audio.sample_rate, "mono", sample_rate):
             file.write(block[0].astype("<f4", copy=False).tobytes())
-        total = lead + _resampled_length(counted.samples, audio.sample_rate, sample_rate)
+        total = lead + resampled_length(counted.samples, audio.sample_rate, sample_rate)
         return AudioTrack(total, sample_rate, lead, counted.samples, audio.sample_rate, audio.channels)
 
 
@@ -108,8 +111,8 @@ def encode_aac_track(
         delay, total = round(delay_s * rate), round(duration_s * rate)
         if total <= 0:
             raise ValueError(f"duration_s must be positive, not {duration_s}")
-        sound = _resample(audio.blocks, audio.layout, audio.sample_rate, layout, rate)
-        with av.open(str(temporary), "w", format="mp4") as container:
+        sound = resample(audio.blocks, audio.layout, audio.sample_rate, layout, rate)
+        with new_media(temporary) as container:
             stream = container.add_stream("aac", rate=rate, layout=layout)
             context = stream.codec_context
             channels = context.channels
@@ -140,52 +143,11 @@ class _Counter:
             yield block
 
 
-def _resampled_length(samples: int, rate: int, new_rate: int) -> int:
-    return -(-samples * new_rate // rate)
-
-
-def _frame(block: np.ndarray, layout: str, rate: int) -> av.AudioFrame:
-    """An interleaved float frame of (channels, samples): PyAV 18.1 cannot make a planar one of 8 channels."""
-    interleaved = np.ascontiguousarray(block.T).reshape(1, -1)
-    frame = av.AudioFrame.from_ndarray(interleaved, format="flt", layout=layout)
-    frame.sample_rate = rate
-    return frame
-
-
-def _resample(
-    blocks: Iterable[np.ndarray], layout: str, rate: int, new_layout: str, new_rate: int
-) -> Iterator[np.ndarray]:
-    """Blocks at the new rate and layout, with exactly `_resampled_length` samples in total."""
-    if (layout, rate) == (new_layout, new_rate):
-        yield from blocks
-        return
-    resampler = av.AudioResampler(format="fltp", layout=new_layout, rate=new_rate)
-    read = written = 0
-    for block in blocks:
-        read += block.shape[1]
-        frames = resampler.resample(_frame(block, layout, rate)) if block.shape[1] else []
-        for frame in frames:
-            data = frame.to_ndarray()
-            written += data.shape[1]
-            yield data
-    missing = _resampled_length(read, rate, new_rate) - written
-    for frame in resampler.resample(None) if read else []:
-        data = frame.to_ndarray()[:, : max(0, missing)]
-        missing -= data.shape[1]
-        yield data
-    yield from _zeros(len(av.AudioLayout(new_layout).channels), missing)
-
-
-def _zeros(channels: int, samples: int) -> Iterator[np.ndarray]:
-    for start in range(0, samples, WAVEFORM_BLOCK):
-        yield np.zeros((channels, min(WAVEFORM_BLOCK, samples - start)), np.float32)
-
-
 def _fitted(blocks: Iterable[np.ndarray], channels: int, delay: int, total: int) -> Iterator[np.ndarray]:
     """AAC frames (channels, 1024; the last may be shorter): `delay` zeros, the sound, zeros up to `total`."""
     rest = total
     pending = np.zeros((channels, 0), np.float32)
-    for block in chain(_zeros(channels, delay), blocks, _zeros(channels, total)):
+    for block in chain(silence(channels, delay), blocks, silence(channels, total)):
         part = block[:, :rest]
         rest -= part.shape[1]
         pending = np.concatenate([pending, part], axis=1)

@@ -1,7 +1,9 @@
 """Sound from a file or from memory, as a stream of float32 blocks at its own rate and channels.
 
-The first audio stream of any file that FFmpeg decodes (music, speech, the sound of a video), or a `Waveform`,
-is read block by block, so memory does not grow with its length.
+The first audio stream of any file of `media_kinds.FORMATS` (music, speech, the sound of a video), or a
+`Waveform`, is read block by block, so memory does not grow with its length. Files joined end to end are read
+one after the other; parts of another rate or layout are resampled to that of the first. Late starts and gaps
+in the time stamps are silence (`timeline`).
 
 Damaged files raise an InputError that names the position. A file is damaged if it ends before the length that
 its container states (RIFF sizes, MP4 and FLAC durations, the Xing header of an MP3, an incomplete last MP3
@@ -12,36 +14,40 @@ cutting) is only logged.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from fractions import Fraction
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import av
 import av.error
 import numpy as np
 
 from omniavatar.errors import InputError
-from omniavatar.media.containers import missing_tail, promises_length
+from omniavatar.media.audio_part import MAX_HOURS, PartReader, too_long
+from omniavatar.media.containers import missing_tail
 from omniavatar.media.input_files import open_regular
+from omniavatar.media.media_kinds import AUDIO_DECODERS
+from omniavatar.media.open_file import MAX_BYTES, MediaFile, Stopwatch, open_media
+from omniavatar.media.parts import Pieces, sound_parts
+from omniavatar.media.resample import WAVEFORM_BLOCK, resample
 from omniavatar.media.signatures import refuse_picture
+from omniavatar.media.timeline import TimeLine
 from omniavatar.types import Waveform
 
-WAVEFORM_BLOCK = 65536
 MIN_RATE, MAX_RATE = 4000, 768000
+MOST_PARTS = 10_000
+LOUDEST = 64.0
+"""Samples beyond this are not float sound, whose full scale is 1."""
 
 _LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "quad", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}
-
-_TAGS = (b"ID3", b"TAG", b"APE")  # between the parts of MP3 files joined end to end
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class AudioSource:
-    """An opened sound: rate in Hz, FFmpeg layout name, and `blocks` of float32 (channels, samples)."""
+    """An opened sound: rate in Hz, FFmpeg layout name, and `blocks` of float32 (channels, samples).
+
+    `time_lines` has an entry for each part of a file that was read so far.
+    """
 
     name: str
     sample_rate: int
@@ -49,6 +55,7 @@ class AudioSource:
     layout: str
     codec: str
     blocks: Iterator[np.ndarray]
+    time_lines: list[TimeLine] = field(default_factory=list)
 
 
 @contextmanager
@@ -56,39 +63,63 @@ def open_audio(source: str | Path | Waveform) -> Iterator[AudioSource]:
     """Open `source` for one pass over its blocks.
 
     Raises InputError, here or while the blocks are read: the file is missing or damaged, has no sound or no
-    samples, or has NaN samples.
+    samples, has samples that are not float sound, or exceeds a limit.
     """
     if isinstance(source, Waveform):
         yield _open_waveform(source)
         return
     name = f"audio {source}"
-    path = Path(source)
-    with open_regular(path, name) as file:
+    with ExitStack() as stack:
+        file = stack.enter_context(open_regular(source, name))
         refuse_picture(file, name)
-    tail = missing_tail(path)
-    if tail:
-        raise InputError(f"{name} is truncated ({tail}); export or download it again")
-    try:
-        container = av.open(str(path), metadata_errors="replace")
-    except av.error.FFmpegError as error:
-        raise InputError(
-            f"{name} is not an audio or video file FFmpeg can read, or is damaged; convert it to WAV or MP3"
-        ) from error
-    with container:
-        if not container.streams.audio:
-            raise InputError(f"{name} has no sound in it; give a file with an audio stream")
-        stream = container.streams.audio[0]
-        context = stream.codec_context
-        if context is None or not context.sample_rate or not context.channels:
-            raise InputError(f"{name} has sound in a format FFmpeg cannot decode; convert it to WAV or MP3")
+        size = file.seek(0, 2)
+        if size > MAX_BYTES:
+            raise InputError(f"{name} has more than {MAX_BYTES >> 30} GiB; export its sound alone")
+        found = sound_parts(file, size, MAX_HOURS * 3600)
+        missing = found.missing or missing_tail(file)
+        if missing:
+            raise InputError(f"{name} is truncated ({missing}); export or download it again")
+        if len(found.parts) > MOST_PARTS:
+            raise InputError(f"{name} has more than {MOST_PARTS} joined files in it; convert it to WAV first")
+        media = MediaFile(file, name, Path(source).suffix, size)
+        watch = Stopwatch(name)
+        first = stack.enter_context(_part(media, found.parts[0], watch))
+        context = first.stream.codec_context
+        layout = _layout(name, context.channels, context.layout.name)
+        rate = _checked_rate(name, context.sample_rate)
+        time_lines = [first.time_line]
+
+        def blocks() -> Iterator[np.ndarray]:
+            yield from first
+            for pieces in found.parts[1:]:
+                with _part(media, pieces, watch) as reader:
+                    time_lines.append(reader.time_line)
+                    other = reader.stream.codec_context
+                    given = _layout(name, other.channels, other.layout.name)
+                    yield from resample(reader, given, _checked_rate(name, other.sample_rate), layout, rate)
+
         yield AudioSource(
             name=name,
-            sample_rate=_checked_rate(name, context.sample_rate),
+            sample_rate=rate,
             channels=context.channels,
-            layout=_layout(name, context.channels, context.layout.name),
+            layout=layout,
             codec=context.name,
-            blocks=_checked(name, _file_blocks(path, name, container, stream)),
+            blocks=_checked(name, rate, blocks()),
+            time_lines=time_lines,
         )
+
+
+@contextmanager
+def _part(media: MediaFile, pieces: Pieces, watch: Stopwatch) -> Iterator[PartReader]:
+    with ExitStack() as stack:
+        try:
+            container = stack.enter_context(open_media(media, AUDIO_DECODERS, pieces, watch))
+        except av.error.FFmpegError as error:
+            raise InputError(
+                f"{media.name} is not an audio or video file FFmpeg can read, or is damaged; "
+                "convert it to WAV or MP3"
+            ) from error
+        yield PartReader.of(media, container, watch)
 
 
 def _layout(name: str, channels: int, given: str = "") -> str:
@@ -126,103 +157,26 @@ def _open_waveform(wave: Waveform) -> AudioSource:
         channels=len(planar),
         layout=_layout(name, len(planar)),
         codec="memory",
-        blocks=_checked(name, blocks()),
+        blocks=_checked(name, int(wave.sample_rate), blocks()),
     )
 
 
-def _checked(name: str, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield `blocks`; raise InputError for NaN, infinity, and a sound without samples."""
-    empty = True
+def _checked(name: str, rate: int, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield `blocks`; raise InputError for samples that are not float sound, too many samples, and none."""
+    count = 0
     for block in blocks:
-        if not np.isfinite(block).all():
+        # One pass for both: the peak of a block with NaN is NaN.
+        peak = float(np.abs(block).max(initial=0.0))
+        if not np.isfinite(peak):
             raise InputError(f"{name} contains NaN or infinite samples; export it again")
-        empty = empty and not block.size
+        if peak > LOUDEST:
+            raise InputError(
+                f"{name} has samples up to {peak:.3g}, and full scale of float samples is 1; "
+                "they look like integers stored as floats; divide them by 32768 (16 bits) or export it again"
+            )
+        count += block.shape[1]
+        if count > MAX_HOURS * 3600 * rate:
+            raise too_long(name, count / rate)
         yield block
-    if empty:
+    if not count:
         raise InputError(f"{name} contains no samples; give a longer file")
-
-
-def _file_blocks(
-    path: Path, name: str, container: av.container.InputContainer, stream: av.AudioStream
-) -> Iterator[np.ndarray]:
-    rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
-    declared = _declared_seconds(path, container, stream)
-    padded_end = round(declared * rate) if declared and container.format.name.startswith("mov") else None
-    decoded = 0
-    failed_at: int | None = None
-    interleave = av.AudioResampler(format="flt")
-    for frame in _decoded_frames(container, stream):
-        if frame is None:
-            if decoded and failed_at is not None:
-                raise _breaks_off(name, failed_at / rate, declared)
-            failed_at = decoded
-            continue
-        if failed_at:
-            raise _breaks_off(name, failed_at / rate, declared)
-        if frame.sample_rate != rate or len(frame.layout.channels) != channels:
-            raise InputError(f"{name} changes its rate or channels midway; convert it to WAV first")
-        # PyAV 18.1 reads past the planes of a planar frame of 8 channels, so an interleaved one is made.
-        packed = interleave.resample(frame) if frame.format.is_planar and channels >= 8 else [frame]
-        block = np.concatenate([_to_float(part) for part in packed], axis=1)
-        if padded_end is not None and 0 < decoded + block.shape[1] - padded_end <= 2 * frame.samples:
-            block = block[:, : max(0, padded_end - decoded)]  # the padding of the last AAC frames
-        decoded += block.shape[1]
-        yield block
-    if declared is not None and declared - decoded / rate > max(0.1, 0.005 * declared):
-        raise _breaks_off(name, decoded / rate, declared)
-    if failed_at is not None:
-        _log.warning("%s: the packet at %.2f s could not be decoded and is left out", name, failed_at / rate)
-
-
-def _breaks_off(name: str, at: float, declared: Fraction | None) -> InputError:
-    promised = "" if declared is None else f" of {float(declared):.2f} s"
-    return InputError(f"{name} is damaged or truncated at {at:.2f} s{promised}; export or download it again")
-
-
-def _declared_seconds(
-    path: Path, container: av.container.InputContainer, stream: av.AudioStream
-) -> Fraction | None:
-    """Length that the container states for this stream, or None if it is only estimated."""
-    if not promises_length(path, container.format.name):
-        return None
-    if stream.duration is not None and stream.time_base is not None:
-        return stream.duration * stream.time_base
-    if container.duration is not None and len(container.streams) == 1:
-        return Fraction(container.duration, av.time_base)
-    return None
-
-
-def _decoded_frames(
-    container: av.container.InputContainer, stream: av.AudioStream
-) -> Iterator[av.AudioFrame | None]:
-    """Decoded frames in order; None for a packet that could not be decoded or read."""
-    packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets)
-        except StopIteration:
-            return
-        except av.error.FFmpegError:
-            yield None
-            return
-        try:
-            frames = packet.decode()
-        except av.error.EOFError:
-            return
-        except av.error.FFmpegError:
-            if bytes(packet)[:3] not in _TAGS:
-                yield None
-            continue
-        yield from frames
-
-
-def _to_float(frame: av.AudioFrame) -> np.ndarray:
-    """(channels, samples) float32; full scale of integers becomes [-1, 1)."""
-    data: np.ndarray = frame.to_ndarray()
-    if not frame.format.is_planar:
-        data = data.reshape(-1, len(frame.layout.channels)).T
-    if np.issubdtype(data.dtype, np.floating):
-        return np.ascontiguousarray(data, dtype=np.float32)
-    if data.dtype == np.uint8:
-        return (data.astype(np.float32) - 128.0) / 128.0
-    return np.ascontiguousarray((data / -float(np.iinfo(data.dtype).min)).astype(np.float32))

@@ -65,12 +65,14 @@ def try_nvenc(size: tuple[int, int]) -> str | None:
     import av.codec
     import av.error
 
+    from omniavatar.media.open_file import new_media
+
     name = "h264_nvenc"
     if name not in av.codec.codecs_available:
         return f"PyAV's FFmpeg has no {name}"
     height, width = size
     try:
-        with av.open(io.BytesIO(), "w", format="mp4") as container:
+        with new_media(io.BytesIO()) as container:
             stream = cast("av.VideoStream", container.add_stream(name, rate=25))
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             stream.codec_context.options = _nvenc_options(18, "medium")

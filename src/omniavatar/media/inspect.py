@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import av
+import av.container
 import av.error
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 
 from omniavatar.errors import InputError
-from omniavatar.media.input_files import existing_file
+from omniavatar.media.input_files import open_regular
+from omniavatar.media.media_kinds import AUDIO_DECODERS, VIDEO_DECODERS
+from omniavatar.media.open_file import MediaFile, open_media
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,15 @@ def read_frames(path: str | Path) -> Iterator[np.ndarray]:
             yield rgb.to_ndarray()
 
 
-def _opened(path: Path) -> av.container.InputContainer:
-    try:
-        container = av.open(str(existing_file(path, f"video {path}")), metadata_errors="replace")
-    except av.error.FFmpegError as error:
-        raise InputError(f"video {path} cannot be read ({error.strerror}); create it again") from error
-    if not container.streams.video:
-        container.close()
-        raise InputError(f"video {path} has no picture; give a video file")
-    return container
+@contextmanager
+def _opened(path: Path) -> Iterator[av.container.InputContainer]:
+    name = f"video {path}"
+    with open_regular(path, name) as file:
+        media = MediaFile(file, name, path.suffix, file.seek(0, 2))
+        try:
+            with open_media(media, VIDEO_DECODERS + AUDIO_DECODERS) as container:
+                if not container.streams.video:
+                    raise InputError(f"{name} has no picture; give a video file")
+                yield container
+        except av.error.FFmpegError as error:
+            raise InputError(f"{name} cannot be read ({error.strerror}); create it again") from error

@@ -21,7 +21,7 @@ import io
 import os
 import struct
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -35,10 +35,12 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from omniavatar.errors import ResumeError
 from omniavatar.media.atomic import atomic_path, atomic_write_bytes, translate_os_error
 from omniavatar.media.h264 import ENCODERS, encoder_options
+from omniavatar.media.open_file import MediaFile, new_media, open_media
 
 _REORDER = 2
 _SCALER = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
 _BT709 = 1
+_DECODERS = ("h264", "aac")
 
 
 def encode_segment(
@@ -67,7 +69,7 @@ def encode_segment(
     backend, options = ENCODERS.get(encoder), encoder_options(encoder, crf, preset)
     buffer = io.BytesIO()
     count = 0
-    with av.open(buffer, "w", format="mp4") as container:
+    with new_media(buffer) as container:
         stream = cast(av.VideoStream, container.add_stream(backend.codec, rate=fps))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
@@ -153,7 +155,7 @@ class GrowingVideo:
         segment = Path(segment)
         buffer = io.BytesIO()
         try:
-            with av.open(str(segment)) as source:
+            with _opened(segment) as source:
                 added = self._write_fragment(buffer, source, segment)
         except av.error.FFmpegError as error:
             raise ResumeError(
@@ -202,10 +204,8 @@ class GrowingVideo:
         self.close()
         with (
             atomic_path(self.final) as temporary,
-            av.open(str(self.partial)) as source,
-            av.open(
-                str(temporary), "w", format="mp4", container_options={"movflags": "+faststart"}
-            ) as target,
+            _opened(self.partial) as source,
+            new_media(temporary, {"movflags": "+faststart"}) as target,
         ):
             streams = [target.add_stream_from_template(stream) for stream in source.streams]
             for packet in source.demux():
@@ -226,7 +226,7 @@ class GrowingVideo:
         }
         if not first:
             options |= {"use_editlist": "0", "avoid_negative_ts": "disabled"}
-        with av.open(buffer, "w", format="mp4", container_options=options) as target:
+        with new_media(buffer, options) as target:
             video_out = target.add_stream_from_template(video_in)
             sound_out = None if self._sound is None else target.add_stream_from_template(self._sound.stream)
             # The first fragment starts before zero, as its edit list states; later ones count from there.
@@ -277,7 +277,7 @@ class _SoundTrack:
     """Packets of an encoded track, copied in step with the picture."""
 
     def __init__(self, path: Path, closing: ExitStack) -> None:
-        container = closing.enter_context(av.open(str(path)))
+        container = closing.enter_context(_opened(path))
         self.stream = container.streams.audio[0]
         self._packets = (
             (packet.pts, packet) for packet in container.demux(self.stream) if packet.pts is not None
@@ -299,6 +299,15 @@ class _SoundTrack:
             packet.pts = packet.dts = begin + shift
             target.mux(packet)
             self._next = next(self._packets, None)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[av.container.InputContainer]:
+    """One of our own files."""
+    with path.open("rb") as file:
+        media = MediaFile(file, str(path), path.suffix, file.seek(0, 2))
+        with open_media(media, _DECODERS) as container:
+            yield container
 
 
 def _boxes(data: bytes) -> Iterator[tuple[str, bytes]]:
