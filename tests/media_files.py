@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -22,11 +23,22 @@ def tones(seconds: float, rate: int, channels: int) -> np.ndarray:
 
 
 def write_audio(
-    path: Path, samples: np.ndarray, rate: int, codec: str, layout: str, options: dict[str, str] | None = None
+    path: Path,
+    samples: np.ndarray,
+    rate: int,
+    codec: str,
+    layout: str,
+    options: dict[str, str] | None = None,
+    moved: Callable[[float], float | None] = lambda time: time,
 ) -> Path:
-    """Write planar float32 (channels, samples) with PyAV; the suffix selects the container."""
+    """Write planar float32 (channels, samples) with PyAV; the suffix selects the container.
+
+    moved: the new time stamp of a packet in seconds, or None to leave the packet out.
+    """
     with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=rate, layout=layout)
+        if codec in ("vorbis", "opus"):
+            stream.codec_context.options = {"strict": "-2"}
         formats = stream.codec_context.codec.audio_formats
         assert formats
         size = 1024
@@ -34,9 +46,15 @@ def write_audio(
         interleaved = np.ascontiguousarray(samples.T).reshape(1, -1)
         frame = av.AudioFrame.from_ndarray(interleaved, format="flt", layout=layout)
         frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
-        for piece in [*convert.resample(frame), *convert.resample(None)]:
-            container.mux(stream.encode(piece))
-        container.mux(stream.encode(None))
+        for piece in [*convert.resample(frame), *convert.resample(None), None]:
+            for packet in stream.encode(piece):
+                time = None if packet.pts is None else float(packet.pts * packet.time_base)
+                new = None if time is None else moved(time)
+                if time is not None and new is None:
+                    continue
+                if time is not None and new is not None and new != time:
+                    packet.pts = packet.dts = packet.pts + round((new - time) / packet.time_base)
+                container.mux(packet)
     return path
 
 

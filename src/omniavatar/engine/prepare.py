@@ -110,7 +110,9 @@ def plan_request(models: Models, inputs: Inputs, folder: Path) -> Planned:
     if audio is not None:
         path = folder / WAVEFORM
         with models.recorder.stage("audio_decode"):
-            decode_mono(audio, path, video.sample_rate, video.silence_duration_s)
+            track = decode_mono(audio, path, video.sample_rate, video.silence_duration_s)
+        for note in track.notes:
+            models.recorder.event(Message(note, "warning"))
         waveform = np.memmap(path, dtype=np.float32, mode="r")
     samples = None if waveform is None else len(waveform)
     return Planned(inputs, make_plan(models.config, inputs.shape, samples), waveform, folder)

@@ -7,8 +7,8 @@ resamples.
 
 The AAC track keeps the source's rate if AAC supports it (8 to 48 kHz). Higher rates become 48 kHz, because
 browsers refuse AAC above it; others become the next supported one. It keeps mono, stereo and 5.1 channels;
-7.1 becomes 5.1, others stereo. The bit rate is 96 kb/s a channel (192 kb/s for stereo), or AAC's limit if that
-is less. The file signals the encoder's 1024 samples of priming, so players start at the true first sample.
+7.1 becomes 5.1, others stereo. The bit rate is 96 kb/s a channel (192 kb/s for stereo), or AAC's limit. The
+file signals the encoder's 1024 samples of priming, so players start at the true first sample.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import av
 import numpy as np
 
 from omniavatar.media.atomic import atomic_path
-from omniavatar.media.audio_source import open_audio
+from omniavatar.media.audio_source import AudioSource, open_audio
 from omniavatar.media.open_file import new_media
 from omniavatar.media.resample import resample, resampled_length, silence
+from omniavatar.media.sound_check import SoundCheck
 from omniavatar.types import Waveform
 
 MODEL_RATE = 16000
@@ -37,7 +38,10 @@ _AAC_LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 7: "5.1", 8: "5.1"}
 
 @dataclass(frozen=True)
 class AudioTrack:
-    """Exact counts of a decoded sound. `samples` at `sample_rate` include `lead_samples` of silence."""
+    """Exact counts of a decoded sound. `samples` at `sample_rate` include `lead_samples` of silence.
+
+    notes: what the user should know about the sound, one sentence each.
+    """
 
     samples: int
     sample_rate: int
@@ -45,6 +49,7 @@ class AudioTrack:
     source_samples: int
     source_rate: int
     source_channels: int
+    notes: tuple[str, ...] = ()
 
     @property
     def duration(self) -> Fraction:
@@ -69,10 +74,10 @@ def measure_audio(
 ) -> AudioTrack:
     """Decode `source` completely and count what `decode_mono` would write; nothing is written."""
     with open_audio(source) as audio:
-        count = sum(block.shape[1] for block in audio.blocks)
-        lead = round(lead_silence_s * sample_rate)
-        total = lead + resampled_length(count, audio.sample_rate, sample_rate)
-        return AudioTrack(total, sample_rate, lead, count, audio.sample_rate, audio.channels)
+        check = SoundCheck(audio.sample_rate, audio.channels)
+        for _ in check.watched(audio.blocks):
+            pass
+        return _track(audio, check, sample_rate, round(lead_silence_s * sample_rate))
 
 
 def decode_mono(
@@ -87,14 +92,35 @@ def decode_mono(
     `np.memmap(out, "<f4", "r")`. Raises InputError (source) or OutputError (out).
     """
     lead = round(lead_silence_s * sample_rate)
-    with open_audio(source) as audio, atomic_path(out) as temporary, temporary.open("wb") as file:
+    with atomic_path(out) as temporary:
+        track, channel = _write_mono(source, temporary, sample_rate, lead, None)
+        if channel is not None:  # known only after the whole sound was read
+            _write_mono(source, temporary, sample_rate, lead, channel)
+        return track
+
+
+def _write_mono(
+    source: str | Path | Waveform, path: Path, sample_rate: int, lead: int, channel: int | None
+) -> tuple[AudioTrack, int | None]:
+    """Write one channel, or the mean of all; also return the channel to use if the mean cancels."""
+    with open_audio(source) as audio, path.open("wb") as file:
         file.write(np.zeros(lead, "<f4").tobytes())
-        counted = _Counter(audio.blocks)
-        mono = (block.mean(axis=0, dtype=np.float32, keepdims=True) for block in counted)
+        check = SoundCheck(audio.sample_rate, audio.channels)
+        mono = (
+            block.mean(axis=0, dtype=np.float32, keepdims=True)
+            if channel is None
+            else block[channel : channel + 1]
+            for block in check.watched(audio.blocks)
+        )
         for block in resample(mono, "mono", audio.sample_rate, "mono", sample_rate):
             file.write(block[0].astype("<f4", copy=False).tobytes())
-        total = lead + resampled_length(counted.samples, audio.sample_rate, sample_rate)
-        return AudioTrack(total, sample_rate, lead, counted.samples, audio.sample_rate, audio.channels)
+        return _track(audio, check, sample_rate, lead), check.loudest_channel
+
+
+def _track(audio: AudioSource, check: SoundCheck, sample_rate: int, lead: int) -> AudioTrack:
+    total = lead + resampled_length(check.samples, audio.sample_rate, sample_rate)
+    notes = check.notes(audio.time_lines)
+    return AudioTrack(total, sample_rate, lead, check.samples, audio.sample_rate, audio.channels, notes)
 
 
 def encode_aac_track(
@@ -128,19 +154,6 @@ def encode_aac_track(
             container.mux(stream.encode(None))
             bit_rate = context.bit_rate
         return AacTrack(Path(out), total, delay, rate, channels, bit_rate)
-
-
-class _Counter:
-    """Iterates over blocks (channels, samples) and counts the samples."""
-
-    def __init__(self, blocks: Iterator[np.ndarray]) -> None:
-        self._blocks = blocks
-        self.samples = 0
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        for block in self._blocks:
-            self.samples += block.shape[1]
-            yield block
 
 
 def _fitted(blocks: Iterable[np.ndarray], channels: int, delay: int, total: int) -> Iterator[np.ndarray]:

@@ -171,8 +171,8 @@ def _checked(name: str, rate: int, blocks: Iterator[np.ndarray]) -> Iterator[np.
             raise InputError(f"{name} contains NaN or infinite samples; export it again")
         if peak > LOUDEST:
             raise InputError(
-                f"{name} has samples up to {peak:.3g}, and full scale of float samples is 1; "
-                "they look like integers stored as floats; divide them by 32768 (16 bits) or export it again"
+                f"{name} has samples up to {peak:.3g}, and full scale of float samples is 1; divide integers "
+                "stored as floats by their full scale (32768 for 16 bits), or export it again"
             )
         count += block.shape[1]
         if count > MAX_HOURS * 3600 * rate:

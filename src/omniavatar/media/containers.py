@@ -62,14 +62,14 @@ def _mp3_missing(file: BinaryIO, size: int) -> str:
             file.seek(position)
             block_start, block = position, file.read(1 << 16)
         head = block[position - block_start : position - block_start + 10]
-        length = _id3_length(head) or _mp3_frame_length(head[:4])
+        length = id3_length(head) or _mp3_frame_length(head[:4])
         if not length:
             return ""  # tags or junk after the sound
         position += length
     return "its last frame is torn" if position > size else ""
 
 
-def _id3_length(head: bytes) -> int:
+def id3_length(head: bytes) -> int:
     """Bytes of the ID3v2 tag that starts with `head` (10 bytes), or 0 if none starts."""
     if len(head) < 10 or head[:3] != b"ID3":
         return 0
@@ -92,7 +92,7 @@ def _mp3_frame_length(head: bytes) -> int:
 
 def _mp3_has_frame_count(file: BinaryIO) -> bool:
     file.seek(0)
-    file.seek(_id3_length(file.read(10)))
+    file.seek(id3_length(file.read(10)))
     frame = file.read(2048)
     for tag in (b"Xing", b"Info"):
         at = frame.find(tag)

@@ -119,7 +119,7 @@ class _Pieces:
         return data
 
 
-def _refuse(url: str, flags: int, options: dict[str, str]) -> NoReturn:
+def refuse_other_file(url: str, flags: int, options: dict[str, str]) -> NoReturn:
     raise PermissionError("a media file must not name other files")
 
 
@@ -148,9 +148,9 @@ def open_media(
                     "format_whitelist": ",".join(FORMATS),
                     "codec_whitelist": ",".join(decoders),
                     "protocol_whitelist": "none",
-                    "max_streams": str(MAX_STREAMS),
+                    "max_streams": str(MAX_STREAMS + 1),
                 },
-                io_open=_refuse,
+                io_open=refuse_other_file,
                 timeout=(watch.allowed, None),
             )
     except (av.error.ArgumentError, av.error.PermissionError, PermissionError) as error:

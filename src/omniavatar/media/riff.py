@@ -85,7 +85,7 @@ def _walk(
             part.rewrite = part.rewrite or len(part.data) > 1
         elif part.data and not _is_chunk(tag, body, length, size):
             end = next_file(position, size) or size
-            if _is_sound(file, position, end):
+            if is_sound(file, position, end):
                 part.data[-1] = range(part.data[-1].start, end)
                 part.rewrite = True
             return end, part, ""
@@ -112,7 +112,7 @@ def _is_chunk(tag: bytes, body: int, length: int, size: int) -> bool:
     return all(32 <= byte < 127 for byte in tag) and body + length <= size
 
 
-def _is_sound(file: BinaryIO, start: int, end: int) -> bool:
+def is_sound(file: BinaryIO, start: int, end: int) -> bool:
     """Whether the bytes after the stated end of the sound are more of it: neither tags nor zeros, nor few."""
     if end - start < _LEAST_EXTRA:
         return False
