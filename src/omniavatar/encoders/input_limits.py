@@ -1,13 +1,14 @@
 """Warns of portraits and sounds that a small model was not trained for.
 
-Four simple measures; `training/input_limits.py` sets their limits from examples:
+Simple measures; `training/input_limits.py` sets the limits of the first four from examples:
 - reconstruction: PSNR of the portrait after the VAE. Photographs have more detail than the training pictures
   of the VAE.
 - colours: the residual (root mean square) of the portrait's thumbnail after projection on the principal
   components of the training thumbnails. Photographs of faces differ here.
 - outlines: a linear classifier on the directions of edges in a coarse grid. Landscapes, objects and noise
   have other edges than a head and shoulders in the centre.
-- speech: a linear classifier on mean and deviation of the audio encoder's last hidden state over each second.
+- speech: a linear classifier on mean and deviation of the audio encoder's last hidden state over each second,
+  and two measures of the waveform (`voice_measures`), because the classifier takes drums for speech.
 Limits: a measure shows how much an input differs from the training data, not how good the video will be.
 
 Shapes: K components, P = 3 * SIDE * SIDE thumbnail values, E = GRID * GRID * DIRECTIONS outline values, N
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from omniavatar.encoders.voice_measures import LOUDEST_PAUSES_DB, pauses_db, voice_share
 from omniavatar.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -156,14 +158,22 @@ class InputLimits:
             "was trained on rendered heads; with a photograph the face may change or dissolve"
         ]
 
-    def speech_notes(self, features: np.ndarray) -> list[str]:
-        """Warnings about a sound, from its audio features (N, D)."""
+    def speech_notes(self, features: np.ndarray, samples: np.ndarray | None = None) -> list[str]:
+        """Warnings about a sound, from its audio features (N, D) and its waveform at 16 kHz."""
         share = self.speech_share(features)
-        if share >= self.least_speech_share:
+        if samples is not None:
+            share = min(share, voice_share(samples))
+        if share < self.least_speech_share:
+            return [
+                f"audio: only {share:.0%} of it is speech; the mouth follows speech, and with music or noise "
+                "it may stay shut or move at random"
+            ]
+        pauses = None if samples is None else pauses_db(samples)
+        if pauses is None or pauses < LOUDEST_PAUSES_DB:
             return []
         return [
-            f"audio: only {share:.0%} of it is speech; the mouth follows speech, and with music or noise it "
-            "may stay shut or move at random"
+            f"audio: music or noise lies under the voice (its pauses are only {-pauses:.0f} dB below the "
+            "speech), and the mouth may move to it; give the voice alone"
         ]
 
 

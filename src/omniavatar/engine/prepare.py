@@ -166,14 +166,20 @@ def _encode(models: Models, planned: Planned) -> Conditioning:
     if models.config.model.input_limits is not None:
         with recorder.stage("input_limits"):
             speech = None if features is None else features[: plan.frames - 1]
-            notes = _beyond_limits(models, models.config.model.input_limits, picture, reference, speech)
+            path = models.config.model.input_limits
+            notes = _beyond_limits(models, path, picture, reference, speech, planned.waveform)
         for text in notes:
             recorder.event(Message(text, "warning"))
     return Conditioning(positive, negative, reference, features)
 
 
 def _beyond_limits(
-    models: Models, path: Path, picture: Tensor, reference: Tensor, speech: np.ndarray | None
+    models: Models,
+    path: Path,
+    picture: Tensor,
+    reference: Tensor,
+    speech: np.ndarray | None,
+    waveform: np.ndarray | None,
 ) -> list[str]:
     """How portrait and sound differ from the training data, one sentence each."""
     from omniavatar.encoders.input_limits import InputLimits
@@ -181,4 +187,4 @@ def _beyond_limits(
     limits = InputLimits.load(path)
     decoded = next(iter(models.vae.decode_stream(reference)))[:, :, 0].cpu()
     notes = limits.portrait_notes(picture, decoded)
-    return notes if speech is None else notes + limits.speech_notes(speech)
+    return notes if speech is None else notes + limits.speech_notes(speech, waveform)

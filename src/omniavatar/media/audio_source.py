@@ -94,9 +94,7 @@ def open_audio(source: str | Path | Waveform) -> Iterator[AudioSource]:
             for pieces in found.parts[1:]:
                 with _part(media, pieces, watch) as reader:
                     time_lines.append(reader.time_line)
-                    other = reader.stream.codec_context
-                    given = _layout(name, other.channels, other.layout.name)
-                    yield from resample(reader, given, _checked_rate(name, other.sample_rate), layout, rate)
+                    yield from _adapted(name, reader, layout, rate)
 
         yield AudioSource(
             name=name,
@@ -120,6 +118,19 @@ def _part(media: MediaFile, pieces: Pieces, watch: Stopwatch) -> Iterator[PartRe
                 "convert it to WAV or MP3"
             ) from error
         yield PartReader.of(media, container, watch)
+
+
+def _adapted(name: str, reader: PartReader, layout: str, rate: int) -> Iterator[np.ndarray]:
+    """The blocks of a later part in the layout and at the rate of the first. Mono keeps its level."""
+    context = reader.stream.codec_context
+    own_rate = _checked_rate(name, context.sample_rate)
+    given = _layout(name, context.channels, context.layout.name)
+    blocks = iter(reader)
+    if given != layout and layout == "mono":
+        blocks, given = (block.mean(axis=0, dtype=np.float32, keepdims=True) for block in blocks), layout
+    elif (given, layout) == ("mono", "stereo"):
+        blocks, given = (np.repeat(block, 2, axis=0) for block in blocks), layout
+    yield from resample(blocks, given, own_rate, layout, rate)
 
 
 def _layout(name: str, channels: int, given: str = "") -> str:
@@ -149,7 +160,9 @@ def _open_waveform(wave: Waveform) -> AudioSource:
 
     def blocks() -> Iterator[np.ndarray]:
         for start in range(0, planar.shape[1], WAVEFORM_BLOCK):
-            yield np.ascontiguousarray(planar[:, start : start + WAVEFORM_BLOCK], dtype=np.float32)
+            with np.errstate(over="ignore"):  # `_checked` reports infinity
+                block = np.ascontiguousarray(planar[:, start : start + WAVEFORM_BLOCK], dtype=np.float32)
+            yield block
 
     return AudioSource(
         name=name,
