@@ -34,7 +34,7 @@ CANCELLING = {
     "inverted with noise": lambda v: [v + NOISE, -v],
     "two pairs": lambda v: [v, -v, v, -v],
     "inverted in 5.1": lambda v: [v, -v, 0 * v, 0 * v, 0 * v, 0 * v],
-    "a third inverted": lambda v: [v, np.where(np.arange(len(v)) < len(v) // 3, -v, v)],
+    "a third inverted": lambda v: [1.1 * v, np.where(np.arange(len(v)) < len(v) // 3, -v, v)],
     "inverted and mostly silent": lambda v: [v * (np.arange(len(v)) < RATE), -v * (np.arange(len(v)) < RATE)],
 }
 
@@ -107,7 +107,9 @@ def test_added_silence_is_said(tmp_path: Path) -> None:
         tmp_path / "late.mka", sound, 48000, "pcm_s16le", "mono", moved=lambda time: time + 0.5
     )
     samples, track = heard(late, tmp_path)
-    assert len(samples) == 24000 and not samples[:7990].any() and "starts at 0.50 s" in track.notes[0]
+    assert (
+        len(samples) == 24000 and np.abs(samples[:7900]).max() < 1e-3 and "starts at 0.50 s" in track.notes[0]
+    )
     gap = write_audio(
         tmp_path / "gap.mka",
         sound,
@@ -155,12 +157,7 @@ def test_several_data_chunks_and_chunks_between(tmp_path: Path) -> None:
     (tmp_path / "b.wav").write_bytes(split)
     expected, _ = heard(tmp_path / "a.wav", tmp_path)
     assert np.array_equal(heard(tmp_path / "b.wav", tmp_path)[0], expected)
-    for tail in (
-        note,
-        b"TAG" + b"x" * 125,
-        b"\0" * 5000,
-        b"ID3\x04" + b"y" * 3000,
-        b"LIST\xff\xff\0\0" + b"z" * 2000,
-    ):
+    tags = b"TAG" + b"x" * 125, b"ID3\x04" + b"y" * 3000, b"LIST\xff\xff\0\0" + b"z" * 2000
+    for tail in (note, b"\0" * 5000, *tags):
         (tmp_path / "c.wav").write_bytes(whole + tail)
         assert np.array_equal(heard(tmp_path / "c.wav", tmp_path)[0], expected), tail[:8]
