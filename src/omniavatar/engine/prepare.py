@@ -22,7 +22,6 @@ from omniavatar.encoders.image import choose_bucket, prepare_image
 from omniavatar.engine.events import Message
 from omniavatar.engine.window_loop import WindowSampling
 from omniavatar.errors import InputError
-from omniavatar.media.audio import decode_mono
 from omniavatar.media.image import load_image
 from omniavatar.plan.calibration import find_constants
 from omniavatar.plan.run import RunPlan, WindowShape, make_plan, window_shape
@@ -108,6 +107,8 @@ def plan_request(models: Models, inputs: Inputs, folder: Path) -> Planned:
     video, audio = models.config.video, inputs.request.audio
     waveform: np.ndarray | None = None
     if audio is not None:
+        from omniavatar.media.audio import decode_mono
+
         path = folder / WAVEFORM
         with models.recorder.stage("audio_decode"):
             track = decode_mono(audio, path, video.sample_rate, video.silence_duration_s)

@@ -21,7 +21,6 @@ from omniavatar.engine.events import WindowFinished
 from omniavatar.engine.host import Host
 from omniavatar.engine.job import Job
 from omniavatar.errors import ResumeError
-from omniavatar.media.audio import encode_aac_track
 from omniavatar.media.video import GrowingVideo
 from omniavatar.types import AudioInput, Recorder
 
@@ -59,6 +58,8 @@ class VideoWriter:
         self._fps = Fraction(plan.fps)
         track: Path | None = None
         if audio is not None:
+            from omniavatar.media.audio import encode_aac_track
+
             track = job.folder / "sound.mp4"
             with recorder.stage("audio_encode"):
                 encode_aac_track(audio, track, plan.audio_delay_s, plan.frames / self._fps)

@@ -145,7 +145,8 @@ class PartReader:
         if self.stream.duration is not None and self.stream.time_base is not None:
             return self.stream.duration * self.stream.time_base
         if self.container.duration is not None and len(self.container.streams) == 1:
-            return Fraction(self.container.duration, av.time_base)
+            # This duration counts from zero, not from the first stamp.
+            return Fraction(self.container.duration, av.time_base) - Fraction(self.time_line.zero)
         return None
 
     def _decoded_frames(self) -> Iterator[av.AudioFrame | None]:

@@ -14,7 +14,7 @@ _UNKNOWN = 0xFFFFFFFF
 
 
 @dataclass
-class _Part:
+class _Riff:
     """One RIFF file: where it starts, its first data chunk header, and its ranges of samples."""
 
     start: int
@@ -51,9 +51,9 @@ def wav_parts(
 
 def _walk(
     file: BinaryIO, start: int, size: int, most_seconds: float, next_file: Callable[[int, int], int | None]
-) -> tuple[int, _Part, str]:
+) -> tuple[int, _Riff, str]:
     """The end of the WAV file at `start`, its content, and what is missing."""
-    part = _Part(start)
+    part = _Riff(start)
     position = start + 12
     rate = 0
     long_data: int | None = None

@@ -35,8 +35,8 @@ class SoundCheck:
     def watched(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """The same blocks, each checked."""
         for block in blocks:
-            if block.size:
-                self._add(block)
+            for start in range(0, block.shape[1], self._window):
+                self._add(block[:, start : start + self._window])
             yield block
         self._end_window()
 

@@ -60,7 +60,7 @@ def written(
     folder: Path, suffix: str, codec: str, moved: Callable[[float], float | None] = lambda time: time
 ) -> Path:
     rate = {"amr": 8000, "g722": 16000, "sbc": 16000}.get(suffix, 48000)
-    layout = "mono" if suffix in ("amr", "g722") else "stereo"
+    layout = "stereo" if codec in ("aptx", "sbc", "vorbis", "wavpack") else "mono"
     sound = sweep(rate, 1 if layout == "mono" else 2)
     return write_audio(folder / f"a.{suffix}", sound, rate, codec, layout, moved=moved)
 
