@@ -14,11 +14,13 @@ import numpy as np
 
 from omniavatar.errors import InputError
 from omniavatar.media.containers import promises_length
+from omniavatar.media.edits import Edit, track_edits
 from omniavatar.media.open_file import MediaFile, Stopwatch
 from omniavatar.media.resample import silence
 from omniavatar.media.timeline import TimeLine
 
 MAX_HOURS = 12
+_EXACT_S = 0.0015
 
 _TAGS = (b"ID3", b"TAG", b"APE")  # between the parts of MP3 files joined end to end
 
@@ -41,10 +43,16 @@ class PartReader:
     stream: av.AudioStream
     time_line: TimeLine
     watch: Stopwatch
+    edits: tuple[Edit, ...] = ()
 
     @classmethod
-    def of(cls, source: MediaFile, container: av.container.InputContainer, watch: Stopwatch) -> PartReader:
-        """A reader of the first audio stream. Raises InputError if no sound can be decoded."""
+    def of(
+        cls, source: MediaFile, container: av.container.InputContainer, watch: Stopwatch, offset: int
+    ) -> PartReader:
+        """A reader of the first audio stream. Raises InputError if no sound can be decoded.
+
+        offset: of the part in the file.
+        """
         if not container.streams.audio:
             raise InputError(f"{source.name} has no sound in it; give a file with an audio stream")
         stream = container.streams.audio[0]
@@ -56,7 +64,13 @@ class PartReader:
         start = container.start_time
         first = None if start is None else start / av.time_base
         time_line = TimeLine.of(container.format.name, context.sample_rate, first)
-        return cls(source, container, stream, time_line, watch)
+        edits: list[Edit] = []
+        if container.format.name.startswith("mov"):
+            edits = track_edits(source.file, offset, source.size, stream.id)
+        while edits and edits[0].empty:  # FFmpeg follows these
+            edits = edits[1:]
+        # One edit only trims the ends, as FFmpeg does.
+        return cls(source, container, stream, time_line, watch, tuple(edits) if len(edits) > 1 else ())
 
     def __iter__(self) -> Iterator[np.ndarray]:
         name, time_line, rate = self.source.name, self.time_line, self.stream.codec_context.sample_rate
@@ -83,6 +97,9 @@ class PartReader:
             stamp = (
                 None if frame.pts is None or frame.time_base is None else float(frame.pts * frame.time_base)
             )
+            if self.edits and stamp is not None:
+                self._cut_at_edit(last, stamp)
+                position = time_line.position
             missing = time_line.silence_before(stamp)
             if position + missing > MAX_HOURS * 3600 * rate:
                 raise too_long(name, (position + missing) / rate)
@@ -94,6 +111,10 @@ class PartReader:
             # PyAV 18.1 reads past the planes of a planar frame of 8 channels, so an interleaved one is made.
             packed = interleave.resample(frame) if frame.format.is_planar and channels >= 8 else [frame]
             block = np.concatenate([to_float(part) for part in packed], axis=1)
+            if stamp is not None and any(
+                edit.empty and edit.start - _EXACT_S < stamp < edit.end for edit in self.edits
+            ):
+                block = np.zeros_like(block)
             time_line.add(block.shape[1])
             self.watch.allowed += block.shape[1] / rate
             if not padded:
@@ -112,15 +133,25 @@ class PartReader:
         """Remove the padding of the last AAC frames from `last`: what exceeds the stated length a little."""
         rate = self.time_line.rate
         excess = self.time_line.position - round((declared + Fraction(self.time_line.late)) * rate)
-        if not 0 < excess <= most:
-            return
-        self.time_line.add(-excess)
-        while excess and last:
+        if 0 < excess <= most:
+            self._cut(last, excess)
+
+    def _cut_at_edit(self, last: deque[np.ndarray], stamp: float) -> None:
+        """Remove what the last frame has beyond the end of its edit, if the next edit starts at `stamp`."""
+        for edit in self.edits:
+            if abs(edit.end - stamp) < _EXACT_S:
+                excess = self.time_line.position - round((stamp - self.time_line.zero) * self.time_line.rate)
+                self._cut(last, max(0, excess))
+
+    def _cut(self, last: deque[np.ndarray], samples: int) -> None:
+        """Remove samples from the end of the held blocks."""
+        while samples and last:
             block = last.pop()
-            kept = max(0, block.shape[1] - excess)
-            excess -= block.shape[1] - kept
-            if kept:
-                last.append(block[:, :kept])
+            removed = min(samples, block.shape[1])
+            samples -= removed
+            self.time_line.add(-removed)
+            if removed < block.shape[1]:
+                last.append(block[:, : block.shape[1] - removed])
 
     def _check_end(self, declared: Fraction | None, failed_at: int | None) -> None:
         seconds = self.time_line.position / self.time_line.rate
@@ -140,6 +171,8 @@ class PartReader:
 
     def _declared_seconds(self) -> Fraction | None:
         """Length that the container states for this stream, or None if it is only estimated."""
+        if self.edits:
+            return Fraction(self.edits[-1].end - self.edits[0].start)
         if not promises_length(self.source.file, self.container.format.name):
             return None
         if self.stream.duration is not None and self.stream.time_base is not None:

@@ -117,7 +117,8 @@ def _part(media: MediaFile, pieces: Pieces, watch: Stopwatch) -> Iterator[PartRe
                 f"{media.name} is not an audio or video file FFmpeg can read, or is damaged; "
                 "convert it to WAV or MP3"
             ) from error
-        yield PartReader.of(media, container, watch)
+        offset = pieces[0].start if isinstance(pieces[0], range) else 0
+        yield PartReader.of(media, container, watch, offset)
 
 
 def _adapted(name: str, reader: PartReader, layout: str, rate: int) -> Iterator[np.ndarray]:

@@ -195,6 +195,49 @@ def test_trimmed(tmp_path: Path, suffix: str, codec: str) -> None:
     assert abs(len(heard(late, tmp_path)) / 16000 - 0.6) < 0.05
 
 
+EDITS = {
+    "a gap": [(500, 0), (300, None), (500, 500)],
+    "late": [(700, None), (1000, 0)],
+    "late and a gap": [(200, None), (500, 0), (300, None), (300, 500)],
+    "a cut": [(300, 0), (300, 500)],
+    "a repetition": [(500, 0), (500, 0), (100, 0)],
+}
+"""Edits of a movie: milliseconds, and where they start in the sound; None is silence."""
+
+
+@pytest.mark.parametrize("case", EDITS)
+@pytest.mark.parametrize(("suffix", "codec", "priming"), [("m4a", "aac", 1024), ("mov", "pcm_s16le", 0)])
+def test_edit_lists(tmp_path: Path, suffix: str, codec: str, priming: int, case: str) -> None:
+    """Silence and borders are where the edits say. FFmpeg starts an edit at a whole frame (21 ms)."""
+    path = written(tmp_path, suffix, codec)
+    whole = heard(path, tmp_path)
+    data = path.read_bytes()
+    places = [(long, -1 if at is None else priming + 48 * at) for long, at in EDITS[case]]
+    entries = [struct.pack(">IiI", long, place, 1 << 16) for long, place in places]
+    at = data.index(b"elst") - 4
+    table = b"elst\0\0\0\0" + struct.pack(">I", len(entries)) + b"".join(entries)
+    added = len(table) + 4 - struct.unpack_from(">I", data, at)[0]
+    data = data[:at] + struct.pack(">I", len(table) + 4) + table + data[at + len(table) + 4 - added :]
+    for box in (b"edts", b"trak", b"moov"):
+        size = data.rindex(box, 0, at) - 4
+        (old,) = struct.unpack_from(">I", data, size)
+        data = data[:size] + struct.pack(">I", old + added) + data[size + 4 :]
+    path.write_bytes(data)
+    found = heard(path, tmp_path)
+    assert abs(len(found) - 16 * sum(long for long, _ in EDITS[case])) <= 22 * MS
+    position = 0
+    for long, at in EDITS[case]:
+        part = found[16 * position + 50 : 16 * (position + long) - 50]
+        if at is None:
+            assert np.abs(part).max() < 0.01, f"silence from {position} ms"
+        else:
+            expected = whole[16 * at + 50 :][: len(part)]
+            shift = lag(part[:1600], expected[:1600])
+            assert abs(shift) <= 22 * MS, f"the edit at {position} ms"
+            assert np.sqrt(np.square(part[:-400]).mean()) > 0.2
+        position += long
+
+
 def _patch(data: bytes, tag: bytes, offset: int, form: str, change: Callable[[int], int]) -> bytes:
     at = data.index(tag) + len(tag) + offset
     (value,) = struct.unpack_from(form, data, at)
