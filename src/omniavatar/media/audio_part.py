@@ -191,6 +191,9 @@ class PartReader:
                     packet = next(packets)
             except StopIteration:
                 return
+            except IndexError:
+                # PyAV 18.1 has flushed this stream and fails at one that appeared later, as MPEG-TS allows.
+                return
             except av.error.FFmpegError:
                 yield None
                 return
