@@ -11,9 +11,11 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import av.container
 import av.error
 
 from omniavatar.errors import OutputError
+from omniavatar.media.open_file import own_video
 
 AAC_FRAME = 1024
 """Samples of an AAC frame, the tolerance of the sound."""
@@ -58,7 +60,7 @@ def _problem(path: Path, frames: int, fps: Fraction, audio_seconds: Fraction | f
     """How the file differs from its plan; empty if it does not."""
     seen = _Seen()
     try:
-        with _open(path) as container:
+        with own_video(path) as container:
             pictures, sounds = container.streams.video, container.streams.audio
             expected = 0 if audio_seconds is None else 1
             if len(pictures) != 1 or len(sounds) != expected:
@@ -67,7 +69,7 @@ def _problem(path: Path, frames: int, fps: Fraction, audio_seconds: Fraction | f
                 )
             _decode(container, fps, seen)
             rate = sounds[0].rate if sounds else 1
-    except av.error.FFmpegError as error:
+    except (av.error.FFmpegError, OSError) as error:
         second = float(seen.frames / fps)
         return f"cannot be decoded after {seen.frames} frames, {second:.2f} s ({error.strerror})"
     if seen.frames != frames:
@@ -78,10 +80,6 @@ def _problem(path: Path, frames: int, fps: Fraction, audio_seconds: Fraction | f
     if audio_seconds is None:
         return ""
     return _sound_problem(seen, rate, audio_seconds)
-
-
-def _open(path: Path) -> av.container.InputContainer:
-    return av.open(str(path), format="mp4")
 
 
 def _decode(container: av.container.InputContainer, fps: Fraction, seen: _Seen) -> None:

@@ -48,12 +48,6 @@ def open_regular(source: str | Path, name: str) -> BinaryIO:
         raise InputError(f"{name} cannot be opened ({error}); check the path") from error
 
 
-def existing_file(source: str | Path, name: str) -> Path:
-    """`source` as the path of a readable file that is not empty, else InputError that starts with `name`."""
-    open_regular(source, name).close()
-    return Path(source)
-
-
 def _refuse_irregular(mode: int, name: str) -> None:
     if stat.S_ISDIR(mode):
         raise InputError(f"{name} is a folder; give a file")

@@ -129,11 +129,13 @@ def open_media(
     decoders: Sequence[str],
     pieces: Sequence[bytes | range] | None = None,
     watch: Stopwatch | None = None,
+    demuxer: str | None = None,
 ) -> Iterator[av.container.InputContainer]:
     """The container in `source`, or in those `pieces` of it.
 
     - decoders: names of the codecs that may be decoded.
     - watch: limits the time of all reading; by default that of opening.
+    - demuxer: FFmpeg's name of the format; by default it is recognised.
 
     Raises InputError (a format that is not allowed, too many streams, too slow) and FFmpeg's errors.
     """
@@ -143,6 +145,7 @@ def open_media(
             container: av.container.InputContainer = av.open(
                 _Pieces(source, pieces or source.whole, watch),
                 "r",
+                demuxer,
                 metadata_errors="replace",
                 container_options={
                     "format_whitelist": ",".join(FORMATS),
@@ -162,6 +165,15 @@ def open_media(
         if len(container.streams) > MAX_STREAMS:
             raise InputError(f"{source.name} has more than {MAX_STREAMS} streams; export the sound alone")
         yield container
+
+
+@contextmanager
+def own_video(path: Path) -> Iterator[av.container.InputContainer]:
+    """An MP4 that this package wrote. Raises OSError and FFmpeg's errors."""
+    with path.open("rb") as file:
+        media = MediaFile(file, str(path), path.suffix, file.seek(0, 2))
+        with open_media(media, ("h264", "aac"), demuxer="mp4") as container:
+            yield container
 
 
 @contextmanager

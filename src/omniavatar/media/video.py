@@ -21,7 +21,7 @@ import io
 import os
 import struct
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -35,12 +35,11 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from omniavatar.errors import ResumeError
 from omniavatar.media.atomic import atomic_path, atomic_write_bytes, translate_os_error
 from omniavatar.media.h264 import ENCODERS, encoder_options
-from omniavatar.media.open_file import MediaFile, new_media, open_media
+from omniavatar.media.open_file import new_media, own_video
 
 _REORDER = 2
 _SCALER = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
 _BT709 = 1
-_DECODERS = ("h264", "aac")
 
 
 def encode_segment(
@@ -155,9 +154,9 @@ class GrowingVideo:
         segment = Path(segment)
         buffer = io.BytesIO()
         try:
-            with _opened(segment) as source:
+            with own_video(segment) as source:
                 added = self._write_fragment(buffer, source, segment)
-        except av.error.FFmpegError as error:
+        except (av.error.FFmpegError, OSError) as error:
             raise ResumeError(
                 f"{segment} is damaged ({error.strerror}); delete it, or run again without resuming"
             ) from error
@@ -204,7 +203,7 @@ class GrowingVideo:
         self.close()
         with (
             atomic_path(self.final) as temporary,
-            _opened(self.partial) as source,
+            own_video(self.partial) as source,
             new_media(temporary, {"movflags": "+faststart"}) as target,
         ):
             streams = [target.add_stream_from_template(stream) for stream in source.streams]
@@ -277,7 +276,7 @@ class _SoundTrack:
     """Packets of an encoded track, copied in step with the picture."""
 
     def __init__(self, path: Path, closing: ExitStack) -> None:
-        container = closing.enter_context(_opened(path))
+        container = closing.enter_context(own_video(path))
         self.stream = container.streams.audio[0]
         self._packets = (
             (packet.pts, packet) for packet in container.demux(self.stream) if packet.pts is not None
@@ -299,15 +298,6 @@ class _SoundTrack:
             packet.pts = packet.dts = begin + shift
             target.mux(packet)
             self._next = next(self._packets, None)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[av.container.InputContainer]:
-    """One of our own files."""
-    with path.open("rb") as file:
-        media = MediaFile(file, str(path), path.suffix, file.seek(0, 2))
-        with open_media(media, _DECODERS) as container:
-            yield container
 
 
 def _boxes(data: bytes) -> Iterator[tuple[str, bytes]]:
