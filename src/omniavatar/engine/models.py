@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from omniavatar.model.vae import VideoVAE, WanVAE
     from omniavatar.types import Recorder
 
+THREADS_FIELD = "runtime.threads"
 TEXT_ROOM = 1.1
 """Memory of the running text encoder, as a multiple of its weights."""
 
@@ -120,6 +122,24 @@ class Models:
         from omniavatar.engine.prompts import PromptEncoder
 
         return PromptEncoder(self.config, self.device, self.dtype, self.recorder, self._text_encoder_fits)
+
+    @property
+    def numerics(self) -> dict[str, int]:
+        """What decides the last bits of the frames on this device beside the configuration.
+
+        Sums on a CPU are split among its threads, so their number changes rounding, and later steps enlarge
+        the difference.
+        """
+        return {THREADS_FIELD: torch.get_num_threads()} if self.device.type == "cpu" else {}
+
+    def release(self) -> None:
+        """Drop the loaded models and free their memory."""
+        for name in ("dit", "vae", "window_vae", "audio_encoder", "prompts"):
+            vars(self).pop(name, None)
+        self.residency.release()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def load_for_windows(self) -> None:
         """Load the DiT and the VAE if they are not loaded. Retries with less GPU memory if needed."""

@@ -52,6 +52,7 @@ def sidecar_values(
         "plan": plan.as_dict(),
         "device": device_name(models.device),
         "processes": models.team.size,
+        "threads": torch.get_num_threads(),
         **peak_memory(models.device),
         "attention": models.attention_name,
         "vae": models.vae_name,
