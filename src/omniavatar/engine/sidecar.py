@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import sys
 from importlib.metadata import version
@@ -32,6 +33,12 @@ def peak_memory(device: torch.device) -> dict[str, int | None]:
     on_gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else None
     return {"peak_gpu_bytes": on_gpu, "peak_host_bytes": host}
+
+
+@functools.cache
+def _version(package: str) -> str:
+    """Read once: `importlib.metadata` keeps what it finds at each call while a folder of sys.path changes."""
+    return version(package)
 
 
 def sidecar_values(
@@ -65,7 +72,7 @@ def sidecar_values(
         "versions": {
             "omniavatar": __version__,
             "torch": torch.__version__,
-            "transformers": version("transformers"),
+            "transformers": _version("transformers"),
             "python": platform.python_version(),
         },
         "platform": platform.platform(),
