@@ -84,7 +84,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_result("finite", scale=options.scale, tokens=options.tokens, steps=options.steps, **row)
     if row["share"] > MOST_SHARE:
         raise SystemExit(f"error: the check takes {row['share']:.3%} of a window, more than {MOST_SHARE:.1%}")
-
-
-if __name__ == "__main__":
-    main()

@@ -54,9 +54,11 @@ def held(requests: int, device: torch.device) -> Held:
     )
 
 
-def nano_pipeline(folder: Path) -> AvatarPipeline:
-    """The smallest pipeline that uses every model: 32x32, windows of 9 frames, one step."""
-    make_checkpoint("nano", folder)
+def nano_pipeline(folder: Path, cache: Path) -> AvatarPipeline:
+    """The smallest pipeline that uses every model: 32x32, windows of 9 frames, one step.
+
+    - folder: the nano checkpoint. cache: folder of text embeddings.
+    """
     base = folder / "Wan2.1-T2V-nano"
     settings = {
         "dit_path": str(base / "diffusion_pytorch_model.safetensors"),
@@ -72,7 +74,7 @@ def nano_pipeline(folder: Path) -> AvatarPipeline:
         "overlap_frame": 5,
         "silence_duration_s": 0,
         "preset": "ultrafast",
-        "text_cache_dir": str(folder / "text"),
+        "text_cache_dir": str(cache),
     }
     return AvatarPipeline(load_config(None, settings).config)
 
@@ -108,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.config:
             pipeline = AvatarPipeline.from_config(options.config)
         else:
-            pipeline = nano_pipeline(Path(folder))
+            make_checkpoint("nano", Path(folder) / "nano")
+            pipeline = nano_pipeline(Path(folder) / "nano", Path(folder) / "text")
         print(*Held.__dataclass_fields__, sep="\t")
         with pipeline:
             rows = run(pipeline, options.requests, options.every, options.seconds, Path(folder) / "video.mp4")

@@ -64,7 +64,7 @@ class Overflows:
 
     def __call__(self, event: object) -> None:
         if self.on and isinstance(event, WindowStarted) and event.window == 1:
-            with torch.no_grad():
+            with torch.inference_mode():
                 self.weight.fill_(60000.0)
 
 
@@ -81,7 +81,7 @@ def test_a_weight_that_overflows_in_fp16_ends_the_run_in_its_window(nano_checkpo
     overflows.on = False
     assert json.loads((tmp_path / "x.mp4.job" / "job.json").read_text())["done"] == 1
     assert not (tmp_path / "x.mp4").exists()
-    with torch.no_grad():
+    with torch.inference_mode():
         overflows.weight.copy_(kept)
     result = pipe.generate(speech(1.2), tmp_path / "x.mp4")
     assert result.resumed_windows == 1 and result.output.read_bytes() == whole

@@ -66,7 +66,7 @@ class Models:
             config.runtime.attention, self.device, self.dtype, dit.num_heads, dit.dim // dit.num_heads
         )
         layout = Layout(config.runtime.cfg_parallel, config.runtime.sp_size, dit.num_heads)
-        for text in (measured, team.arrange(layout, config.runtime.exchange)):
+        for text in (measured, self._threads_note(), team.arrange(layout, config.runtime.exchange)):
             if text is not None:
                 recorder.event(Message(text))
         self.residency = Residency(config, dit, self.vae_name, self.device, recorder, team.captures, host)
@@ -131,6 +131,13 @@ class Models:
         the difference.
         """
         return {THREADS_FIELD: torch.get_num_threads()} if self.device.type == "cpu" else {}
+
+    def _threads_note(self) -> str | None:
+        if self.device.type != "cpu" or not self.team.leads:
+            return None
+        count = torch.get_num_threads()
+        name = "1 CPU thread" if count == 1 else f"{count} CPU threads"
+        return f"computing with {name}; another number (setting `threads`) makes a slightly different video"
 
     def release(self) -> None:
         """Drop the loaded models and free their memory."""

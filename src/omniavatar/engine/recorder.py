@@ -102,11 +102,6 @@ class RunRecorder:
             for listener in self._listeners:
                 listener(event)
 
-    @property
-    def queued(self) -> int:
-        """Number of ended stages whose times are not read from the device yet."""
-        return len(self._ended)
-
     def timings(self) -> dict[str, StageTime]:
         """Times by stage name, in the order in which stages ended.
 

@@ -80,7 +80,7 @@ class BreaksAtWindow:
 
     def __call__(self, event: object) -> None:
         if isinstance(event, WindowStarted) and event.window == 1 and self.part:
-            with torch.no_grad():
+            with torch.inference_mode():
                 self.weight[0] = math.nan
 
     @property
@@ -95,7 +95,7 @@ class BreaksAtWindow:
         try:
             yield
         finally:
-            with torch.no_grad():
+            with torch.inference_mode():
                 self.weight.copy_(before)
             self.part = ""
 
