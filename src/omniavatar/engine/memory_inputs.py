@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -41,33 +41,40 @@ def in_files(request: AvatarRequest) -> Iterator[LocalRequest]:
 
     Raises InputError for a value of the wrong type, OutputError if the files cannot be written.
     """
-    with tempfile.TemporaryDirectory(prefix="omniavatar-inputs-") as folder:
-        image = _in_file("image", request.image, (np.ndarray, PIL.Image.Image), Path(folder))
+    with ExitStack() as stack:
+        image = _in_file("image", request.image, (np.ndarray, PIL.Image.Image), stack)
         audio = request.audio
         if audio is not None:
-            audio = _in_file("audio", audio, (Waveform,), Path(folder))
+            audio = _in_file("audio", audio, (Waveform,), stack)
         yield LocalRequest(request.prompt, image, audio, request.sampling)
 
 
-def _in_file(name: str, value: Any, known: tuple[type, ...], folder: Path) -> Any:
-    """`value` if it is a path or of a `known` type, else the path of a file in `folder` with its content."""
+def _in_file(name: str, value: Any, known: tuple[type, ...], stack: ExitStack) -> Any:
+    """`value` if it is a path or of a `known` type, else the path of a file with its content."""
     if isinstance(value, (str, os.PathLike)):
         return value if isinstance(value, str) else Path(value)
     if isinstance(value, known):
         return value
+    blocks = _blocks(name, value, known)
+    folder = Path(tempfile.gettempdir())
+    with translate_os_error(folder):
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="omniavatar-inputs-")))
     path = folder / f"{name} in memory"
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        with translate_os_error(path):
-            path.write_bytes(value)
-        return path
-    if not hasattr(value, "read"):
-        kinds = ", ".join(["a path", "bytes", "a binary file", *(kind.__name__ for kind in known)])
-        raise InputError(f"{name}: is of type {type(value).__name__}; give one of {kinds}")
     with path.open("wb") as out:
-        for block in iter(lambda: _block(name, value), b""):
+        for block in blocks:
             with translate_os_error(path):
                 out.write(block)
     return path
+
+
+def _blocks(name: str, value: Any, known: tuple[type, ...]) -> Iterable[bytes]:
+    """The content of bytes or of a file object. Raises InputError for anything else."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return [bytes(value)]
+    if not hasattr(value, "read"):
+        kinds = ", ".join(["a path", "bytes", "a binary file", *(kind.__name__ for kind in known)])
+        raise InputError(f"{name}: is of type {type(value).__name__}; give one of {kinds}")
+    return iter(lambda: _block(name, value), b"")
 
 
 def _block(name: str, file: BinaryIO) -> bytes:
