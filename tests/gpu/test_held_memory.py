@@ -39,10 +39,13 @@ def test_a_hundred_requests_leave_device_memory_flat(nano_checkpoint, tmp_path) 
 
 
 def test_a_closed_pipeline_gives_its_device_memory_back(nano_checkpoint, tmp_path) -> None:
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    with make_pipeline(nano_checkpoint, tmp_path, device="cuda", dtype="bf16") as pipe:
-        pipe.warm_up()
-        assert len(list(pipe.stream(request(0.3))))
-        during = torch.cuda.memory_allocated()
-    assert torch.cuda.memory_allocated() - before < (during - before) / 20
+    """The first pipeline also leaves the workspaces of libraries, which stay."""
+    held = []
+    for _ in range(3):
+        with make_pipeline(nano_checkpoint, tmp_path, device="cuda", dtype="bf16") as pipe:
+            pipe.warm_up()
+            assert len(list(pipe.stream(request(0.3))))
+            during = torch.cuda.memory_allocated()
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    assert held[1] == held[2] < during - 2**20
