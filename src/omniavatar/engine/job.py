@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from omniavatar.engine.handover import load_given
 from omniavatar.errors import OutputError, ResumeError
 from omniavatar.media.atomic import (
     atomic_write_bytes,
@@ -169,7 +168,11 @@ class Job:
 
         Raises ResumeError if their file is missing or damaged.
         """
-        return load_given(self.given_path(self.done), shape) if self.done else None
+        if not self.done:
+            return None
+        from omniavatar.engine.handover import load_given
+
+        return load_given(self.given_path(self.done), shape)
 
     def finished(self, values: dict[str, str]) -> RunResult | None:
         """The result of a finished video that was made from exactly these values; None if there is none."""

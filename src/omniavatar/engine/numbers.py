@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from omniavatar.accel.attention.registry import ATTENTION
 from omniavatar.device import download
 from omniavatar.errors import NumbersError
 
@@ -68,6 +67,8 @@ def remedy(config: PipelineConfig, attention: str, quantize: str) -> str:
 
     - attention, quantize: the backends in use.
     """
+    from omniavatar.accel.attention.registry import ATTENTION
+
     model = config.model
     tries = ["dtype=bf16 instead of fp16"] if model.dtype == "fp16" else []
     tries += [f"leave out the LoRA {lora.path.name} or lower its strength" for lora in model.loras]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -22,18 +22,19 @@ from omniavatar.engine.events import RequestFinished, RequestStarted, log_event
 from omniavatar.engine.host import Host
 from omniavatar.engine.identity import request_identity
 from omniavatar.engine.job import Job, checked_output, fingerprint
-from omniavatar.engine.memory_inputs import LocalRequest, in_files
 from omniavatar.engine.prepare import condition, plan_request, read_inputs
 from omniavatar.engine.recorder import Elapsed, RunRecorder
 from omniavatar.engine.session import Session
 from omniavatar.engine.sidecar import sidecar_values
 from omniavatar.engine.stopping import ShouldStop, end_if, never
-from omniavatar.engine.warm_up import warm_up
 from omniavatar.engine.writer import VideoWriter
 from omniavatar.parallel.team import ONE, Team
 from omniavatar.plan.placement import IDENTITY_FIELDS
 from omniavatar.plan.run import RunPlan
 from omniavatar.types import AvatarRequest, Event, RunResult, VideoChunk
+
+if TYPE_CHECKING:
+    from omniavatar.engine.memory_inputs import LocalRequest
 
 
 class AvatarPipeline(Session):
@@ -87,6 +88,8 @@ class AvatarPipeline(Session):
 
         Raises ConfigError, CheckpointError, ResourceError, NumbersError.
         """
+        from omniavatar.engine.warm_up import warm_up
+
         warm_up(self, size)
 
     def generate(
@@ -109,6 +112,8 @@ class AvatarPipeline(Session):
         Raises InputError, OutputError, ResumeError, ConfigError, CheckpointError, ResourceError,
         NumbersError, StoppedError.
         """
+        from omniavatar.engine.memory_inputs import in_files
+
         with in_files(request) as local:
             return self._generate(local, Path(output), resume, index, should_stop)
 

@@ -20,7 +20,6 @@ import torch
 from omniavatar.config.change import effective_sampling
 from omniavatar.encoders.image import choose_bucket, prepare_image
 from omniavatar.engine.events import Message
-from omniavatar.engine.memory_inputs import LocalRequest
 from omniavatar.engine.stopping import ShouldStop, end_if, never
 from omniavatar.engine.window_loop import WindowSampling
 from omniavatar.errors import InputError
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from omniavatar.config.schema import SamplingConfig
+    from omniavatar.engine.memory_inputs import LocalRequest
     from omniavatar.engine.models import Models
     from omniavatar.sampling.cache_constants import CacheConstants
 

@@ -20,7 +20,6 @@ from omniavatar.config.schema import PipelineConfig
 from omniavatar.engine.clocks import DeviceClock
 from omniavatar.engine.events import Message
 from omniavatar.engine.host import Host
-from omniavatar.engine.memory_inputs import in_files
 from omniavatar.engine.models import Models
 from omniavatar.engine.numbers import remedy
 from omniavatar.engine.orders import EndOrder, PlaceOrder, WindowsOrder
@@ -92,6 +91,8 @@ class Session:
     @contextmanager
     def prepare(self, request: AvatarRequest, should_stop: ShouldStop = never) -> Iterator[Prepared]:
         """Read, plan and encode a request for the caller, who runs its windows inside the body."""
+        from omniavatar.engine.memory_inputs import in_files
+
         with in_files(request) as local, tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
             inputs = read_inputs(self.models, local)
             self.adopt(inputs.shape)

@@ -1,4 +1,4 @@
-"""Stopping a run from outside: the caller's `should_stop` is asked between steps and between stages."""
+"""Stopping a run from outside: the caller's `should_stop` is called before each step and each encoder."""
 
 from __future__ import annotations
 
