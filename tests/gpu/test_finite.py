@@ -60,7 +60,7 @@ class Overflows:
     @property
     def weight(self) -> torch.Tensor:
         assert self.pipe is not None
-        return self.pipe.models.dit.head.head.weight
+        return self.pipe.models.dit.get_submodule("blocks.0.ffn.2").weight  # in the precision of the model
 
     def __call__(self, event: object) -> None:
         if self.on and isinstance(event, WindowStarted) and event.window == 1:
