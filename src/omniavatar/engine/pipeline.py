@@ -25,9 +25,7 @@ from omniavatar.engine.job import Job, checked_output, fingerprint
 from omniavatar.engine.prepare import condition, plan_request, read_inputs
 from omniavatar.engine.recorder import Elapsed, RunRecorder
 from omniavatar.engine.session import Session
-from omniavatar.engine.sidecar import sidecar_values
-from omniavatar.engine.stopping import ShouldStop, end_if, never
-from omniavatar.engine.writer import VideoWriter
+from omniavatar.engine.window_loop import ShouldStop, end_if, never
 from omniavatar.parallel.team import ONE, Team
 from omniavatar.plan.placement import IDENTITY_FIELDS
 from omniavatar.plan.run import RunPlan
@@ -120,6 +118,9 @@ class AvatarPipeline(Session):
     def _generate(
         self, request: LocalRequest, output: Path, resume: bool | None, index: int, should_stop: ShouldStop
     ) -> RunResult:
+        from omniavatar.engine.sidecar import sidecar_values
+        from omniavatar.engine.writer import VideoWriter
+
         job = Job(checked_output(output))
         resume = self.config.output.resume if resume is None else resume
         inputs = read_inputs(self.models, request)

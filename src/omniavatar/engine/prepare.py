@@ -20,8 +20,7 @@ import torch
 from omniavatar.config.change import effective_sampling
 from omniavatar.encoders.image import choose_bucket, prepare_image
 from omniavatar.engine.events import Message
-from omniavatar.engine.stopping import ShouldStop, end_if, never
-from omniavatar.engine.window_loop import WindowSampling
+from omniavatar.engine.window_loop import ShouldStop, WindowSampling, end_if, never
 from omniavatar.errors import InputError
 from omniavatar.media.audio import decode_mono
 from omniavatar.media.image import load_image

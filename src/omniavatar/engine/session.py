@@ -26,8 +26,7 @@ from omniavatar.engine.orders import EndOrder, PlaceOrder, WindowsOrder
 from omniavatar.engine.prepare import Prepared, condition, plan_request, read_inputs
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.engine.retry import no_retry
-from omniavatar.engine.stopping import ShouldStop, never
-from omniavatar.engine.window_loop import WindowGenerator, WindowResult, WindowSampling
+from omniavatar.engine.window_loop import ShouldStop, WindowGenerator, WindowResult, WindowSampling, never
 from omniavatar.errors import StoppedError
 from omniavatar.parallel.team import ONE, Team, check_size
 from omniavatar.plan.placement import Placement

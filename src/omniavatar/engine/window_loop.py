@@ -31,7 +31,7 @@ from omniavatar.device import arrival, download, upload
 from omniavatar.engine.events import StepFinished, WindowStarted
 from omniavatar.engine.numbers import WindowNumbers
 from omniavatar.engine.retry import Retry, no_retry
-from omniavatar.engine.stopping import end_if
+from omniavatar.errors import StoppedError
 from omniavatar.parallel.team import ONE, Team
 from omniavatar.sampling.denoise import denoise as denoise_window
 from omniavatar.sampling.denoise import noises_drawn
@@ -45,6 +45,19 @@ if TYPE_CHECKING:
     from omniavatar.model.vae import VideoVAE
 
 DrawNoise = Callable[[], Tensor]
+ShouldStop = Callable[[], bool]
+"""The caller's: returns True once the run must end, such as `threading.Event().is_set`."""
+
+
+def never() -> bool:
+    """The `should_stop` of a run that nobody stops."""
+    return False
+
+
+def end_if(stop: bool, where: str) -> None:
+    """Raise StoppedError if `stop`. It is called before each step and each encoder."""
+    if stop:
+        raise StoppedError(f"the run was stopped {where}; finished windows are kept")
 
 
 @dataclass(frozen=True)
