@@ -32,11 +32,33 @@ for chunk in pipe.stream(request):  # or frames, window by window
     show(chunk.frames, chunk.times)  # (N, H, W, 3) uint8, seconds
 ```
 
+A service keeps one pipeline, takes bytes, follows the progress, and can stop a run:
+
+```python
+from threading import Event
+
+from omniavatar import AvatarPipeline, AvatarRequest, StoppedError
+
+stop = Event()  # another thread calls stop.set()
+with AvatarPipeline.from_config("config.yaml", on_event=show_progress) as pipe:  # frees the models at the end
+    pipe.warm_up()  # load everything before the first request
+    request = AvatarRequest("A woman speaks", picture_bytes, sound_bytes)
+    try:
+        pipe.generate(request, "out.mp4", should_stop=stop.is_set)
+    except StoppedError:
+        pass  # finished windows are kept; the same call continues after them
+```
+
 - **The package is quick to import.** A name is loaded when it is first used, so `import omniavatar` does not
   load torch.
 - **A result depends on its inputs, its seed and the configuration.** It does not depend on earlier requests.
 - **Errors a user can fix** are subclasses of `OmniAvatarError`; see [exit codes](exit_codes.md). Other
   exceptions are faults of this package.
+- **A listener** (`on_event`) gets every event, in the thread in which it happens; that thread waits for it.
+  If it raises, the run ends, the caller gets the exception, and finished windows are kept.
+- **Messages** go to the logger `omniavatar`, unless the pipeline has its own recorder. `log_event` is the
+  listener that does this.
+- **One pipeline runs one request at a time.** Use it in one thread, or under a lock.
 - **Settings** are described on their [own page](settings.md). Runnable programs lie in
   [examples](../examples/README.md).
 """

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
         StepFinished,
         WindowFinished,
         WindowStarted,
+        log_event,
     )
     from omniavatar.engine.pipeline import AvatarPipeline, generate
     from omniavatar.engine.recorder import RunRecorder
-    from omniavatar.errors import OmniAvatarError
+    from omniavatar.errors import NumbersError, OmniAvatarError, StoppedError
     from omniavatar.types import AvatarRequest, Event, RunResult, SamplingParams, VideoChunk, Waveform
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "AvatarRequest",
     "Event",
     "Message",
+    "NumbersError",
     "OmniAvatarError",
     "PipelineConfig",
     "RequestFinished",
@@ -44,12 +46,14 @@ __all__ = [
     "RunResult",
     "SamplingParams",
     "StepFinished",
+    "StoppedError",
     "VideoChunk",
     "Waveform",
     "WindowFinished",
     "WindowStarted",
     "__version__",
     "generate",
+    "log_event",
 ]
 
 _HOMES = {
@@ -57,7 +61,10 @@ _HOMES = {
     "generate": "engine.pipeline",
     "PipelineConfig": "config.schema",
     "RunRecorder": "engine.recorder",
+    "NumbersError": "errors",
     "OmniAvatarError": "errors",
+    "StoppedError": "errors",
+    "log_event": "engine.events",
     "Message": "engine.events",
     "RequestFinished": "engine.events",
     "RequestStarted": "engine.events",

@@ -45,3 +45,15 @@ class ResourceError(OmniAvatarError):
     """The machine lacks a device, memory or an optional package that the run needs."""
 
     exit_code = 7
+
+
+class NumbersError(OmniAvatarError):
+    """A window's numbers are not finite, so its frames would be black. Windows before it are kept."""
+
+    exit_code = 8
+
+
+class StoppedError(OmniAvatarError):
+    """The caller stopped the run (`should_stop`). Finished windows are kept."""
+
+    exit_code = 130

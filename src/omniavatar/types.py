@@ -8,15 +8,17 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
     import PIL.Image
     import torch
 
-ImageInput: TypeAlias = "str | Path | np.ndarray | PIL.Image.Image"
-AudioInput: TypeAlias = "str | Path | Waveform"
+LocalImage: TypeAlias = "str | Path | np.ndarray | PIL.Image.Image"
+LocalAudio: TypeAlias = "str | Path | Waveform"
+ImageInput: TypeAlias = "LocalImage | bytes | BinaryIO"
+AudioInput: TypeAlias = "LocalAudio | bytes | BinaryIO"
 StepCache = Literal["none", "teacache", "magcache"]
 
 
@@ -55,8 +57,11 @@ class SamplingParams:
 class AvatarRequest:
     """One video to make. Without `audio` it is silent and `seq_len` frames long.
 
-    image: path, PIL image, or array (H, W, 3 or 4) uint8.
-    audio: path or `Waveform`.
+    image: path, content of an image file (bytes or binary file object), PIL image, or array (H, W, 3 or 4)
+    uint8.
+    audio: path, content of a sound file (bytes or binary file object), or `Waveform`.
+
+    A file object is read once, from its position to its end, by each run.
     """
 
     prompt: str

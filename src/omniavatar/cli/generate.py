@@ -199,7 +199,7 @@ def make_lines(
     from omniavatar.engine.pipeline import AvatarPipeline
     from omniavatar.engine.recorder import RunRecorder
     from omniavatar.engine.requests_file import RequestLine
-    from omniavatar.errors import InputError, ResumeError
+    from omniavatar.errors import InputError, NumbersError, ResumeError
 
     for warning in (*loaded.warnings, *silent_videos(loaded, lines)):
         recorder.event(Message(warning, "warning"))
@@ -223,7 +223,7 @@ def make_lines(
             result = pipeline.generate(line.request(), target, resume=resume, index=line.index)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(position.interrupted(target, again)) from None
-        except (InputError, ResumeError) as error:
+        except (InputError, NumbersError, ResumeError) as error:
             if not many:
                 raise
             report(f"line {line.line}: {error}")

@@ -29,7 +29,7 @@ NEUTRAL_FIELDS = frozenset(
     }
 )
 """Fields that change the video only by rounding (number of GPUs) or not at all; a resumed run may change
-them."""
+them. On a CPU the number of threads in use counts nevertheless (`engine.identity`)."""
 
 
 def flat_values(config: PipelineConfig) -> dict[str, Any]:

@@ -316,7 +316,8 @@ class RuntimeConfig(_Section):
     """Replay the blocks as one CUDA graph, which saves about a thousand kernel launches per forward. Unset:
     only if a block is so short that launches cost time. The video is bit-identical."""
     threads: Whole | None = Field(None, ge=1)
-    """CPU threads of torch; unset: the default of torch."""
+    """CPU threads of torch; unset: the default of torch. On a CPU another number makes a slightly different
+    video, so a run continues only with the number it began with."""
 
     def fuses(self, device_type: str) -> bool:
         """Whether blocks run in fused passes on a device of this type (cuda, cpu)."""

@@ -3,7 +3,8 @@
 The name of an entry is a hash of everything the embedding depends on: the content of the encoder file and of
 the tokenizer's files (`checkpoint.fingerprint`), the dtype, and the cleaned text. An entry holds only the
 rows of the text, after a digest of its bytes. A damaged entry is reported in the log and computed again.
-Entries appear by rename, so several processes can share a folder.
+Entries appear by rename, so several processes can share a folder. If the folder holds more than `MOST_BYTES`,
+the entries used longest ago are removed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 DIGEST_BYTES = 32
+MOST_BYTES = 2**30
+"""Of all entries in a folder: about 2,500 prompts of the released models."""
+STALE_S = 24 * 3600
+"""A file that a killed process left half written is removed when it is this old."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,10 +58,11 @@ class TextCache:
     """Embeddings of one encoder in `folder`; several encoders can share a folder.
 
     identity: of the encoder, from `encoder_identity`.
+    most: bytes of all entries; the one stored last always stays.
     """
 
-    def __init__(self, folder: Path, identity: str) -> None:
-        self.folder, self.identity = folder, identity
+    def __init__(self, folder: Path, identity: str, most: int = MOST_BYTES) -> None:
+        self.folder, self.identity, self._most = folder, identity, most
 
     def path(self, prompt: str) -> Path:
         """Path of the entry for `prompt`, whether it exists or not."""
@@ -79,6 +87,8 @@ class TextCache:
         if hashlib.sha256(data).digest() != digest:
             _log.warning("%s: the cached text embedding is damaged; computing it again", path)
             return None
+        with suppress(OSError):  # the folder may be read-only; then nothing is removed from it either
+            os.utime(path)
         rows = load(data)["embedding"]
         return torch.nn.functional.pad(rows, (0, 0, 0, TEXT_TOKENS - len(rows)))
 
@@ -94,8 +104,26 @@ class TextCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             partial.write_bytes(hashlib.sha256(data).digest() + data)
             partial.replace(path)
+            self._remove_old(path)
         except OSError as error:
             _log.warning("%s: cannot store the text embedding (%s)", path, error.strerror)
+
+    def _remove_old(self, newest: Path) -> None:
+        """Remove the entries used longest ago, until the folder is small enough; `newest` stays."""
+        found = []
+        for path in self.folder.glob("*.embedding*"):
+            with suppress(FileNotFoundError):  # another process has removed or renamed it
+                known = path.stat()
+                if path.suffix == ".partial" and time.time() - known.st_mtime > STALE_S:
+                    path.unlink()
+                elif path.suffix == ".embedding" and path != newest:
+                    found.append((known.st_mtime, known.st_size, path))
+        total = newest.stat().st_size + sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if total <= self._most:
+                return
+            path.unlink(missing_ok=True)
+            total -= size
 
 
 def encode_cached(prompts: Sequence[str], cache: TextCache, load: Callable[[], TextEncoder]) -> torch.Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
 from omniavatar.types import Event
+
+_log = logging.getLogger("omniavatar")
 
 Level = Literal["info", "warning"]
 Action = Literal["compute", "reuse"]
@@ -92,3 +95,17 @@ class WindowFinished(Event, kind="window_finished"):
     windows: int
     frames_done: int
     seconds: float
+
+
+def log_event(event: Event) -> None:
+    """A listener that writes events to the logger `omniavatar`.
+
+    Messages have their own level. Requests and finished windows are INFO, everything else is DEBUG.
+    """
+    match event:
+        case Message():
+            _log.log(logging.WARNING if event.level == "warning" else logging.INFO, "%s", event.text)
+        case RequestStarted() | RequestFinished() | WindowFinished():
+            _log.info("%s %s", event.kind, event.as_dict())
+        case _:
+            _log.debug("%s %s", event.kind, event.as_dict())

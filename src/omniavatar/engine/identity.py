@@ -15,10 +15,11 @@ from omniavatar.config.identity import result_values
 from omniavatar.engine.job import fingerprint
 from omniavatar.errors import InputError
 from omniavatar.plan.calibration import NAME as STEP_CACHE
-from omniavatar.types import AudioInput, Waveform
+from omniavatar.types import LocalAudio, Waveform
 
 if TYPE_CHECKING:
     from omniavatar.config.schema import ModelConfig, PipelineConfig
+    from omniavatar.engine.models import Models
     from omniavatar.engine.prepare import Inputs
     from omniavatar.plan.placement import Placement
 
@@ -27,20 +28,20 @@ READ_BYTES = 2**20
 
 
 def request_identity(
-    config: PipelineConfig, inputs: Inputs, encoder: str, placement: Placement, attention: str
+    config: PipelineConfig, inputs: Inputs, encoder: str, placement: Placement, models: Models
 ) -> dict[str, str]:
     """The identity of a request: configuration, weight files, inputs, placement, package version.
 
     The step cache's constants count by their numbers, not by their file.
 
-    - encoder, attention: the backends that `output.encoder` and `runtime.attention` selected.
+    - encoder: the backend that `output.encoder` selected.
     """
     values = result_values(config.model_copy(update={"sampling": inputs.sampling}))
     del values["sampling.step_cache_file"]
     values["step cache constants"] = "none" if inputs.constants is None else inputs.constants.digest
     values["output.encoder"] = encoder
-    values["runtime.attention"] = attention
-    values |= placement.identity()
+    values["runtime.attention"] = models.attention_name
+    values |= placement.identity() | models.numerics
     values["request.prompt"] = inputs.request.prompt
     values["request.image"] = _sha256([_bytes(inputs.image)])
     values["request.audio"] = audio_digest(inputs.request.audio)
@@ -61,7 +62,7 @@ def _file_identity(path: Path) -> str:
     return "; ".join(file_stamp(file) for file in files)
 
 
-def audio_digest(audio: AudioInput | None) -> str:
+def audio_digest(audio: LocalAudio | None) -> str:
     """SHA-256 of a sound file's content, or of a waveform's rate and samples. Raises InputError."""
     if audio is None:
         return "none"

@@ -16,13 +16,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from omniavatar.errors import OutputError, ResumeError
@@ -165,20 +163,16 @@ class Job:
                 shutil.rmtree(self.folder)
             self.partial.unlink(missing_ok=True)
 
-    def given(self) -> Tensor | None:
-        """Given latents of the next window; None before the first.
+    def given(self, shape: Sequence[int]) -> Tensor | None:
+        """Given latents of the next window, of `shape`; None before the first.
 
         Raises ResumeError if their file is missing or damaged.
         """
         if not self.done:
             return None
-        path = self.given_path(self.done)
-        if not path.is_file():
-            raise ResumeError(f"{path} is missing; use --no-resume to start over")
-        try:
-            return safetensors.torch.load_file(path)["given"]
-        except SafetensorError as error:
-            raise ResumeError(f"{path} is damaged ({error}); use --no-resume to start over") from None
+        from omniavatar.engine.handover import load_given
+
+        return load_given(self.given_path(self.done), shape)
 
     def finished(self, values: dict[str, str]) -> RunResult | None:
         """The result of a finished video that was made from exactly these values; None if there is none."""

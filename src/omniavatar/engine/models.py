@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from omniavatar.model.vae import VideoVAE, WanVAE
     from omniavatar.types import Recorder
 
+THREADS_FIELD = "runtime.threads"
 TEXT_ROOM = 1.1
 """Memory of the running text encoder, as a multiple of its weights."""
 
@@ -64,7 +66,7 @@ class Models:
             config.runtime.attention, self.device, self.dtype, dit.num_heads, dit.dim // dit.num_heads
         )
         layout = Layout(config.runtime.cfg_parallel, config.runtime.sp_size, dit.num_heads)
-        for text in (measured, team.arrange(layout, config.runtime.exchange)):
+        for text in (measured, self._threads_note(), team.arrange(layout, config.runtime.exchange)):
             if text is not None:
                 recorder.event(Message(text))
         self.residency = Residency(config, dit, self.vae_name, self.device, recorder, team.captures, host)
@@ -120,6 +122,31 @@ class Models:
         from omniavatar.engine.prompts import PromptEncoder
 
         return PromptEncoder(self.config, self.device, self.dtype, self.recorder, self._text_encoder_fits)
+
+    @property
+    def numerics(self) -> dict[str, int]:
+        """What decides the last bits of the frames on this device beside the configuration.
+
+        Sums on a CPU are split among its threads, so their number changes rounding, and later steps enlarge
+        the difference.
+        """
+        return {THREADS_FIELD: torch.get_num_threads()} if self.device.type == "cpu" else {}
+
+    def _threads_note(self) -> str | None:
+        if self.device.type != "cpu" or not self.team.leads:
+            return None
+        count = torch.get_num_threads()
+        name = "1 CPU thread" if count == 1 else f"{count} CPU threads"
+        return f"computing with {name}; another number (setting `threads`) makes a slightly different video"
+
+    def release(self) -> None:
+        """Drop the loaded models and free their memory."""
+        for name in ("dit", "vae", "window_vae", "audio_encoder", "prompts"):
+            vars(self).pop(name, None)
+        self.residency.release()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def load_for_windows(self) -> None:
         """Load the DiT and the VAE if they are not loaded. Retries with less GPU memory if needed."""

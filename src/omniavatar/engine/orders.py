@@ -32,6 +32,7 @@ class WindowsOrder:
     - audio_width: numbers in an audio row; None for a silent video.
     - given: given latents of window `first`; None if `first` is 0.
     - vae_latents: latents of one VAE pass, for ranks that share the VAE.
+    - stoppable: before each step, all ranks ask the leader whether to go on.
     """
 
     sampling: WindowSampling
@@ -43,6 +44,7 @@ class WindowsOrder:
     first: int
     given: Tensor | None
     vae_latents: int
+    stoppable: bool = False
 
     @classmethod
     def of(
@@ -53,6 +55,7 @@ class WindowsOrder:
         first: int,
         given: Tensor | None,
         vae_latents: int,
+        stoppable: bool = False,
     ) -> WindowsOrder:
         return cls(
             sampling,
@@ -64,6 +67,7 @@ class WindowsOrder:
             first,
             given,
             vae_latents,
+            stoppable,
         )
 
     def conditioning(self, device: torch.device) -> Conditioning:

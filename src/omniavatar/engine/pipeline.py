@@ -3,48 +3,44 @@
 `AvatarPipeline` loads its models once and serves many requests. `stream` yields frames as windows finish.
 `generate` writes a video that grows on disk, survives a crash and gets its final name when it is complete.
 A result depends only on the request's inputs, its seed and the configuration, not on earlier requests.
-If several processes make one video, the leader runs `stream` or `generate`, and the others run `follow`.
+If several processes make one video, the leader runs `stream` or `generate`, and the others run `follow`
+(`engine.session`).
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from omniavatar.accel.residual_cache import PassRunner, ResidualCache
 from omniavatar.config.load import Overrides, load_config
 from omniavatar.config.schema import PipelineConfig
-from omniavatar.engine.clocks import DeviceClock
-from omniavatar.engine.events import Message, RequestFinished, RequestStarted
+from omniavatar.engine.events import RequestFinished, RequestStarted, log_event
 from omniavatar.engine.host import Host
 from omniavatar.engine.identity import request_identity
 from omniavatar.engine.job import Job, checked_output, fingerprint
-from omniavatar.engine.models import Models
-from omniavatar.engine.orders import EndOrder, PlaceOrder, WindowsOrder
-from omniavatar.engine.prepare import Prepared, condition, plan_request, read_inputs
+from omniavatar.engine.prepare import condition, plan_request, read_inputs
 from omniavatar.engine.recorder import Elapsed, RunRecorder
-from omniavatar.engine.retry import no_retry
-from omniavatar.engine.sidecar import sidecar_values
-from omniavatar.engine.window_loop import WindowGenerator, WindowResult, WindowSampling
-from omniavatar.engine.writer import VideoWriter
-from omniavatar.parallel.team import ONE, Team, check_size
-from omniavatar.plan.placement import IDENTITY_FIELDS, Placement
-from omniavatar.plan.run import RunPlan, WindowShape
-from omniavatar.types import AvatarRequest, Conditioning, RunResult, VideoChunk
+from omniavatar.engine.session import Session
+from omniavatar.engine.window_loop import ShouldStop, end_if, never
+from omniavatar.parallel.team import ONE, Team
+from omniavatar.plan.placement import IDENTITY_FIELDS
+from omniavatar.plan.run import RunPlan
+from omniavatar.types import AvatarRequest, Event, RunResult, VideoChunk
 
 if TYPE_CHECKING:
-    from omniavatar.model.dit import RunBlocks
+    from omniavatar.engine.memory_inputs import LocalRequest
 
 
-class AvatarPipeline:
-    """Makes a talking-avatar video from a portrait, a voice and a prompt, for any number of requests."""
+class AvatarPipeline(Session):
+    """Makes a talking-avatar video from a portrait, a voice and a prompt, for any number of requests.
+
+    It runs one request at a time; use it in one thread, or under a lock. `close` frees the models, also at
+    the end of a `with` block.
+    """
 
     def __init__(
         self,
@@ -52,15 +48,13 @@ class AvatarPipeline:
         recorder: RunRecorder | None = None,
         team: Team = ONE,
         host: Host | None = None,
+        on_event: Callable[[Event], None] | None = None,
     ) -> None:
-        check_size(team, config.runtime.processes)
-        self.config, self.team = config, team
-        self._recorder = recorder or RunRecorder()
-        self._host = host or Host()
+        if recorder is not None and on_event is not None:
+            raise ValueError("give a recorder or on_event, not both: a recorder has its own listeners")
+        listeners = [log_event] if on_event is None else [log_event, on_event]
+        super().__init__(config, recorder or RunRecorder(listeners), team, host)
         self._encoders: dict[tuple[int, int], str] = {}
-        if config.runtime.threads:
-            torch.set_num_threads(config.runtime.threads)
-        self.models = Models(config, self._recorder, team, self._host)
 
     @classmethod
     def from_config(
@@ -70,18 +64,39 @@ class AvatarPipeline:
         recorder: RunRecorder | None = None,
         team: Team = ONE,
         host: Host | None = None,
+        on_event: Callable[[Event], None] | None = None,
     ) -> Self:
         """A pipeline from a YAML file with overrides (as `--hp`), or from a configuration object.
 
-        The headers of weight files are checked now; weights are loaded at the first request.
+        The headers of weight files are checked now; weights are loaded at the first request, or by `warm_up`.
+
+        - on_event: called for every event, as `on_event(event)`. Its exception ends the run.
+        - recorder: replaces both `on_event` and the messages to the logger `omniavatar`.
+
         Raises ConfigError, CheckpointError, ResourceError.
         """
         if not isinstance(config, PipelineConfig):
             config = load_config(config, overrides).config
-        return cls(config, recorder, team, host)
+        return cls(config, recorder, team, host, on_event)
+
+    def warm_up(self, size: tuple[int, int] | None = None) -> None:
+        """Load the models and run one step of two windows, so that the first request starts at once.
+
+        - size: (height, width) of the windows; default: the first size of the configuration.
+
+        Raises ConfigError, CheckpointError, ResourceError, NumbersError.
+        """
+        from omniavatar.engine.warm_up import warm_up
+
+        warm_up(self, size)
 
     def generate(
-        self, request: AvatarRequest, output: str | Path, resume: bool | None = None, index: int = 0
+        self,
+        request: AvatarRequest,
+        output: str | Path,
+        resume: bool | None = None,
+        index: int = 0,
+        should_stop: ShouldStop = never,
     ) -> RunResult:
         """Write the request's video to `output` (.mp4) and a JSON sidecar beside it.
 
@@ -90,18 +105,32 @@ class AvatarPipeline:
 
         - resume: False starts over in both cases (default: `output.resume` of the configuration).
         - index: the request's number in events.
+        - should_stop: called before every step, such as `threading.Event().is_set`; True ends the run.
 
-        Raises InputError, OutputError, ResumeError, ConfigError, CheckpointError, ResourceError.
+        Raises InputError, OutputError, ResumeError, ConfigError, CheckpointError, ResourceError,
+        NumbersError, StoppedError.
         """
-        job = Job(checked_output(Path(output)))
+        from omniavatar.engine.memory_inputs import in_files
+
+        with in_files(request) as local:
+            return self._generate(local, Path(output), resume, index, should_stop)
+
+    def _generate(
+        self, request: LocalRequest, output: Path, resume: bool | None, index: int, should_stop: ShouldStop
+    ) -> RunResult:
+        from omniavatar.engine.sidecar import sidecar_values
+        from omniavatar.engine.writer import VideoWriter
+
+        job = Job(checked_output(output))
         resume = self.config.output.resume if resume is None else resume
         inputs = read_inputs(self.models, request)
         encoder = self._encoder(inputs.shape.size)
         placement = self.models.residency.place(inputs.shape, job.recorded(IDENTITY_FIELDS) if resume else {})
-        identity = request_identity(self.config, inputs, encoder, placement, self.models.attention_name)
+        identity = request_identity(self.config, inputs, encoder, placement, self.models)
         if resume and (finished := job.finished(identity)):
             self._message(f"{job.output} is finished already; use --no-resume to make it again")
             return finished
+        end_if(should_stop(), "before it began")
         with job.opened(identity, resume):
             self.adopt(inputs.shape, placement)
             elapsed = Elapsed(self._recorder)
@@ -111,8 +140,9 @@ class AvatarPipeline:
                 job, made.plan, self.config.output, request.audio, self._recorder, encoder, self._host
             ) as writer:
                 if job.done < len(made.plan.windows):
-                    made = ready = condition(self.models, made)
-                    for window in self.windows(ready, job.done, job.given()):
+                    made = ready = condition(self.models, made, should_stop)
+                    given = job.given(ready.given_shape(job.done))
+                    for window in self.windows(ready, job.done, given, should_stop):
                         job.amend(fingerprint(self.models.residency.placement.identity()))
                         writer.submit(window)
                 writer.finish()
@@ -121,10 +151,15 @@ class AvatarPipeline:
         self._recorder.event(RequestFinished(str(job.output), result.seconds, result.frames))
         return result
 
-    def stream(self, request: AvatarRequest) -> Iterator[VideoChunk]:
-        """Yield the frames of each window when it is finished. Nothing stays on disk."""
-        with self.prepare(request) as ready:
-            for result in self.windows(ready):
+    def stream(self, request: AvatarRequest, should_stop: ShouldStop = never) -> Iterator[VideoChunk]:
+        """Yield the frames of each window when it is finished. Nothing stays on disk.
+
+        - should_stop: as for `generate`.
+
+        Raises what `generate` raises.
+        """
+        with self.prepare(request, should_stop) as ready:
+            for result in self.windows(ready, 0, None, should_stop):
                 yield VideoChunk(
                     np.concatenate(result.frames),
                     result.window.first_new_frame,
@@ -133,74 +168,19 @@ class AvatarPipeline:
                     len(ready.plan.windows),
                 )
 
-    def follow(self) -> None:
-        """Carry out the leader's orders until the last one: load the models, make windows together.
+    def close(self) -> None:
+        """Free the models and their memory. A closed pipeline makes no more videos."""
+        models, self._models = self._models, None
+        if models is not None:
+            models.release()
 
-        Only the leader reads inputs, decides and writes. Raises CheckpointError, ResourceError.
-        """
-        residency = self.models.residency
-        while not isinstance(order := self.team.next_order(), EndOrder):
-            if isinstance(order, PlaceOrder):
-                residency.adopt(residency.place(order.shape, order.identity))
-                self.models.load_for_windows()
-            else:
-                residency.use_vae_pass(order.vae_latents)
-                self.team.meet()
-                loop = self.window_generator(order.sampling, order.conditioning(self.models.device))
-                for _ in loop.run(order.windows, order.first, order.given):
-                    pass
+    def __enter__(self) -> Self:
+        return self
 
-    @contextmanager
-    def prepare(self, request: AvatarRequest) -> Iterator[Prepared]:
-        """Read, plan and encode a request for the caller, who runs its windows inside the body."""
-        inputs = read_inputs(self.models, request)
-        with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
-            self.adopt(inputs.shape)
-            yield condition(self.models, plan_request(self.models, inputs, Path(folder)))
-
-    def windows(self, ready: Prepared, first: int = 0, given: Tensor | None = None) -> Iterator[WindowResult]:
-        """Results of the request's windows from `first` on, made by all processes together.
-
-        - given: given latents of window `first`; None if `first` is 0.
-        """
-        self.models.load_for_windows()
-        sampling, windows = ready.window_sampling, ready.plan.windows
-        latents = self.models.residency.placement.vae_latents
-        self.team.order(WindowsOrder.of(sampling, ready.conditioning, windows, first, given, latents))
-        self.team.meet()
-        return self.window_generator(sampling, ready.conditioning).run(windows, first, given)
-
-    def window_generator(
-        self,
-        sampling: WindowSampling,
-        conditioning: Conditioning,
-        make_cache: Callable[[RunBlocks], PassRunner] = ResidualCache,
-    ) -> WindowGenerator:
-        """The object that denoises and decodes windows. A single process retries with less GPU memory."""
-        models = self.models
-        retry = no_retry if self.team.size > 1 else models.residency.retry
-        return retry(
-            lambda: WindowGenerator(
-                models.dit,
-                models.window_vae,
-                conditioning,
-                sampling,
-                self._recorder,
-                make_cache=make_cache,
-                retry=retry,
-                team=self.team,
-                run_blocks=models.residency.run_blocks,
-                arrival=self._host.arrival,
-            )
-        )
-
-    def adopt(self, shape: WindowShape, placement: Placement | None = None) -> None:
-        """Put a placement for windows of `shape` in force on all processes; None plans one first."""
-        if self.models.device.type == "cuda":
-            self._recorder.use_clock(DeviceClock(self.models.device))
-        placement = placement or self.models.residency.place(shape, {})
-        self.team.order(PlaceOrder(shape, placement.identity()))
-        self.models.residency.adopt(placement)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def _announce(self, job: Job, plan: RunPlan, index: int) -> None:
         self._recorder.event(
@@ -222,9 +202,6 @@ class AvatarPipeline:
         if size not in self._encoders:
             self._encoders[size] = self._host.choose_encoder(self.config.output.encoder, size)
         return self._encoders[size]
-
-    def _message(self, text: str) -> None:
-        self._recorder.event(Message(text))
 
 
 def generate(

@@ -20,18 +20,19 @@ import torch
 from omniavatar.config.change import effective_sampling
 from omniavatar.encoders.image import choose_bucket, prepare_image
 from omniavatar.engine.events import Message
-from omniavatar.engine.window_loop import WindowSampling
+from omniavatar.engine.window_loop import ShouldStop, WindowSampling, end_if, never
 from omniavatar.errors import InputError
 from omniavatar.media.image import load_image
 from omniavatar.plan.calibration import find_constants
 from omniavatar.plan.run import RunPlan, WindowShape, make_plan, window_shape
 from omniavatar.plan.steps import make_step_plan, sampling_schedule
-from omniavatar.types import AvatarRequest, Conditioning, StepPlan
+from omniavatar.types import Conditioning, StepPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from omniavatar.config.schema import SamplingConfig
+    from omniavatar.engine.memory_inputs import LocalRequest
     from omniavatar.engine.models import Models
     from omniavatar.sampling.cache_constants import CacheConstants
 
@@ -48,7 +49,7 @@ class Inputs:
     - constants: of the step cache; None without one.
     """
 
-    request: AvatarRequest
+    request: LocalRequest
     sampling: SamplingConfig
     image: np.ndarray
     shape: WindowShape
@@ -81,12 +82,17 @@ class Prepared(Planned):
         sampling, plan = self.inputs.sampling, self.plan
         return WindowSampling(sampling.seed, plan.schedule, plan.passes, sampling.sampler)
 
+    def given_shape(self, window: int) -> tuple[int, ...]:
+        """Shape of the given latents of a window after the first, (1, 16, G, h, w)."""
+        batch, channels, _, height, width = self.conditioning.reference_latent.shape
+        return (batch, channels, self.plan.windows[window].given_latents, height, width)
+
     def decided(self, step_plan: StepPlan) -> Prepared:
         """This request with another plan of the step cache."""
         return replace(self, plan=self.plan.decided(step_plan))
 
 
-def read_inputs(models: Models, request: AvatarRequest) -> Inputs:
+def read_inputs(models: Models, request: LocalRequest) -> Inputs:
     """Read the request's portrait and settings. Raises InputError, ConfigError, CheckpointError."""
     config, dit = models.config, models.dit_config
     if not request.prompt.strip():
@@ -119,10 +125,13 @@ def plan_request(models: Models, inputs: Inputs, folder: Path) -> Planned:
     return Planned(inputs, make_plan(models.config, inputs.shape, samples), waveform, folder)
 
 
-def condition(models: Models, planned: Planned) -> Prepared:
-    """Run the encoders, then decide the steps. Retries with less GPU memory if an allocation fails."""
+def condition(models: Models, planned: Planned, should_stop: ShouldStop = never) -> Prepared:
+    """Run the encoders, then decide the steps. Retries with less GPU memory if an allocation fails.
+
+    Raises StoppedError between two encoders.
+    """
     retry = models.residency.retry
-    conditioning = retry(lambda: _encode(models, planned))
+    conditioning = retry(lambda: _encode(models, planned, should_stop))
     step_plan = retry(lambda: decide_steps(models, planned.inputs.sampling, planned.inputs.constants))
     for message in _notes(step_plan):
         models.recorder.event(message)
@@ -150,18 +159,21 @@ def _notes(plan: StepPlan) -> list[Message]:
 
 
 @torch.inference_mode()
-def _encode(models: Models, planned: Planned) -> Conditioning:
+def _encode(models: Models, planned: Planned, should_stop: ShouldStop) -> Conditioning:
     """Encode prompt, portrait and sound."""
+    end_if(should_stop(), "before the prompt was encoded")
     inputs, plan, recorder = planned.inputs, planned.plan, models.recorder
     picture = prepare_image(inputs.image, plan.size)
     with recorder.stage("text"):
         positive, negative = models.prompts.embed((inputs.request.prompt, inputs.sampling.negative_prompt))
     features: np.ndarray | None = None
+    end_if(should_stop(), "before the sound was encoded")
     if planned.waveform is not None:
         with recorder.stage("audio"):
             features = models.audio_features(
                 planned.waveform, plan.padded_audio_frames, planned.folder / FEATURES
             )
+    end_if(should_stop(), "before the portrait was encoded")
     with recorder.stage("image"):
         reference = models.vae.encode(picture.to(models.device)[:, :, None])
     if models.config.model.input_limits is not None:

@@ -19,6 +19,9 @@ from omniavatar.engine.clocks import Clock, HostClock
 from omniavatar.types import Event
 
 Listener = Callable[[Event], None]
+MOST_QUEUED = 1024
+"""Ended stages of a queued clock that are kept until their times are read; the device has reached older ones
+long ago."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,10 @@ class NullRecorder:
 
 
 class RunRecorder:
-    """Sums stage times, and calls each listener for every event, as `listener(event)`."""
+    """Sums stage times, and calls each listener for every event, as `listener(event)`.
+
+    A listener is called in the thread in which the event happens, and that thread waits for it.
+    """
 
     def __init__(self, listeners: Sequence[Listener] = ()) -> None:
         self._listeners = tuple(listeners)
@@ -83,11 +89,15 @@ class RunRecorder:
                 with self._lock:
                     if clock.queued:
                         self._ended.append(stage)
+                        self._add_ended(MOST_QUEUED)
                     else:
                         self._add(stage)
 
     def event(self, event: Event) -> None:
-        """Call every listener in order. Events of several threads do not interleave."""
+        """Call every listener in order. Events of several threads do not interleave.
+
+        An exception of a listener ends the run and reaches the caller, also from the thread of the writer.
+        """
         with self._lock:
             for listener in self._listeners:
                 listener(event)
@@ -99,10 +109,17 @@ class RunRecorder:
         Waits for the device if a stage was timed by its clock.
         """
         with self._lock:
-            ended, self._ended = self._ended, []
-            for stage in ended:
-                self._add(stage)
+            self._add_ended(0)
             return dict(self._times)
+
+    def _add_ended(self, most: int) -> None:
+        """Add the times of ended stages, the oldest first, until at most `most` are left."""
+        if len(self._ended) <= most:
+            return
+        kept = self._ended[len(self._ended) - most // 2 :]
+        for stage in self._ended[: len(self._ended) - len(kept)]:
+            self._add(stage)
+        self._ended = kept
 
     def _add(self, stage: MarkedStage) -> float:
         inside = sum(self._add(each) for each in stage.inside)

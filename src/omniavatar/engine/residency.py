@@ -141,6 +141,13 @@ class Residency:
         if self._placement is not None:
             vae.use_pass(self._placement.vae_latents)
 
+    def release(self) -> None:
+        """Forget everything that lies on the device."""
+        if self._graphs is not None:
+            self._graphs.clear()
+        self._placement = self._dit = self._offloader = self._graphs = None
+        self._vaes.clear()
+
     def use_vae_pass(self, latents: int) -> None:
         """Set the latents of one VAE pass. Ranks that share a picture need the leader's number."""
         for vae in self._vaes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import sys
 from importlib.metadata import version
@@ -34,6 +35,12 @@ def peak_memory(device: torch.device) -> dict[str, int | None]:
     return {"peak_gpu_bytes": on_gpu, "peak_host_bytes": host}
 
 
+@functools.cache
+def _version(package: str) -> str:
+    """Read once: `importlib.metadata` keeps what it finds at each call while a folder of sys.path changes."""
+    return version(package)
+
+
 def sidecar_values(
     job: Job, made: Planned, models: Models, config: PipelineConfig, encoder: str, elapsed: Elapsed
 ) -> dict[str, Any]:
@@ -52,6 +59,7 @@ def sidecar_values(
         "plan": plan.as_dict(),
         "device": device_name(models.device),
         "processes": models.team.size,
+        "threads": torch.get_num_threads(),
         **peak_memory(models.device),
         "attention": models.attention_name,
         "vae": models.vae_name,
@@ -64,7 +72,7 @@ def sidecar_values(
         "versions": {
             "omniavatar": __version__,
             "torch": torch.__version__,
-            "transformers": version("transformers"),
+            "transformers": _version("transformers"),
             "python": platform.python_version(),
         },
         "platform": platform.platform(),

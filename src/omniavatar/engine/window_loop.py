@@ -29,7 +29,9 @@ from torch import Tensor
 from omniavatar.accel.residual_cache import PassRunner, ResidualCache
 from omniavatar.device import arrival, download, upload
 from omniavatar.engine.events import StepFinished, WindowStarted
+from omniavatar.engine.numbers import WindowNumbers
 from omniavatar.engine.retry import Retry, no_retry
+from omniavatar.errors import StoppedError
 from omniavatar.parallel.team import ONE, Team
 from omniavatar.sampling.denoise import denoise as denoise_window
 from omniavatar.sampling.denoise import noises_drawn
@@ -43,6 +45,19 @@ if TYPE_CHECKING:
     from omniavatar.model.vae import VideoVAE
 
 DrawNoise = Callable[[], Tensor]
+ShouldStop = Callable[[], bool]
+"""The caller's: returns True once the run must end, such as `threading.Event().is_set`."""
+
+
+def never() -> bool:
+    """The `should_stop` of a run that nobody stops."""
+    return False
+
+
+def end_if(stop: bool, where: str) -> None:
+    """Raise StoppedError if `stop`. It is called before each step and each encoder."""
+    if stop:
+        raise StoppedError(f"the run was stopped {where}; finished windows are kept")
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,8 @@ class WindowSampling:
 
 class WindowResult:
     """One window, queued or finished. Reading `frames` or `next_given` waits for it, in any thread.
+
+    Reading also raises NumbersError if the window's numbers are not finite.
 
     - latent: (1, 16, T, h, w) float32 on the device.
     - started: host time (`time.perf_counter`) at which the window was queued.
@@ -119,6 +136,11 @@ def image_condition(reference_latent: Tensor, window: Window) -> Tensor:
     return torch.cat([repeated, mask], dim=1)
 
 
+def _arrived(wait: Callable[[], None], numbers: WindowNumbers) -> None:
+    wait()
+    numbers.check()
+
+
 class WindowGenerator:
     """Generates the windows of one request with loaded models.
 
@@ -127,6 +149,8 @@ class WindowGenerator:
     - vae: None on ranks that leave the VAE to the leader.
     - draw_noise: replaces the seeded noise.
     - run_blocks: replaces the DiT's own.
+    - stop: returns whether the run must end; all ranks call it before each step and get the same answer.
+    - remedy: what to try if a window's numbers are not finite, for the error.
     """
 
     def __init__(
@@ -143,8 +167,11 @@ class WindowGenerator:
         team: Team = ONE,
         run_blocks: RunBlocks | None = None,
         arrival: Callable[[torch.device], Callable[[], None]] = arrival,
+        stop: Callable[[], bool] | None = None,
+        remedy: str = "check the weight files",
     ) -> None:
         self._run_blocks, self._arrival = run_blocks or dit.run_blocks, arrival
+        self._stop, self._remedy = stop, remedy
         self._dit, self._vae = dit, vae
         self._sampling, self._recorder, self._convert = sampling, recorder, convert
         self._device = conditioning.reference_latent.device
@@ -174,36 +201,48 @@ class WindowGenerator:
         `retry` starts a window again, with the same noise, after an allocation failed.
 
         - given: the given latents of window `first`; None if `first` is 0.
+
+        Raises StoppedError, and on the CPU NumbersError; elsewhere reading a result raises that.
         """
         current = self._reference if given is None else given.to(self._device)
-        for window in windows[first:]:
-            self._recorder.event(WindowStarted(window=window.index, windows=len(windows)))
-            last = window.index == len(windows) - 1
-            overlap = 0 if last else windows[window.index + 1].given_frames
-            compute = partial(self._compute, window, current, overlap)
-            self._draw_ahead(windows[window.index : window.index + 2])
-            result, handed_over = self._retry(compute)
-            current = current if handed_over is None else handed_over
-            yield result
+        try:
+            for window in windows[first:]:
+                self._recorder.event(WindowStarted(window=window.index, windows=len(windows)))
+                last = window.index == len(windows) - 1
+                overlap = 0 if last else windows[window.index + 1].given_frames
+                where = f"window {window.index + 1} of {len(windows)}"
+                compute = partial(self._compute, window, current, overlap, where)
+                self._draw_ahead(windows[window.index : window.index + 2])
+                result, handed_over = self._retry(compute)
+                current = current if handed_over is None else handed_over
+                yield result
+        finally:
+            self._noise.close()
 
-    def _compute(self, window: Window, given: Tensor, overlap: int) -> tuple[WindowResult, Tensor | None]:
+    def _compute(
+        self, window: Window, given: Tensor, overlap: int, where: str
+    ) -> tuple[WindowResult, Tensor | None]:
         """One window, and the given latents of the next one on the device."""
         started = time.perf_counter()
+        numbers = WindowNumbers(where, self._remedy, self._device)
         with self._recorder.stage("denoise"):
-            latent = self.denoise(window, given)
+            latent = self.denoise(window, given, where)
+            numbers.add("latents", latent)
         frames: list[np.ndarray] = []
         handed_over = next_given = tail = None
         if self._vae is not None:
             with self._recorder.stage("vae_decode"):
-                frames, tail = self._decode(self._vae, latent, window, overlap)
+                frames, tail = self._decode(self._vae, latent, window, overlap, numbers)
         if overlap:
             with self._recorder.stage("vae_encode"):
                 encoded = None if self._vae is None or tail is None else self._encode(self._vae, tail)
                 shape = (1, latent.shape[1], (overlap + 3) // 4, *latent.shape[3:])
                 handed_over = self._team.share(encoded if self._team.leads else None, shape, self._device)
+                numbers.add("given latents of the next window", handed_over)
                 next_given = download(handed_over)
-        result = WindowResult(window, latent, frames, next_given, self._arrival(self._device), started)
-        return result, handed_over
+        numbers.send()
+        wait = partial(_arrived, self._arrival(self._device), numbers)
+        return WindowResult(window, latent, frames, next_given, wait, started), handed_over
 
     def _draw_ahead(self, windows: Sequence[Window]) -> None:
         """Draw this window's noises, and the next window's in the background while this one is computed."""
@@ -239,8 +278,11 @@ class WindowGenerator:
         return states
 
     @torch.inference_mode()
-    def denoise(self, window: Window, given: Tensor) -> Tensor:
-        """Denoise one window from its given latents (1, 16, G, h, w) to latents (1, 16, T, h, w) float32."""
+    def denoise(self, window: Window, given: Tensor, where: str = "in a window") -> Tensor:
+        """Denoise one window from its given latents (1, 16, G, h, w) to latents (1, 16, T, h, w) float32.
+
+        - where: names the window in StoppedError.
+        """
         sampling, dit = self._sampling, self._dit
         y = image_condition(self._reference, window)
         audio = self._audio_states(window)
@@ -248,6 +290,9 @@ class WindowGenerator:
         timesteps = self._timesteps
 
         def velocity(sample: Tensor, step: int) -> Tensor:
+            if self._stop is not None:
+                end_if(self._stop(), f"before step {step + 1} of {len(sampling.schedule)} of {where}")
+
             def predict(each: Pass) -> Tensor:
                 return dit(
                     sample,
@@ -282,7 +327,7 @@ class WindowGenerator:
 
     @torch.inference_mode()
     def _decode(
-        self, vae: VideoVAE, latent: Tensor, window: Window, overlap: int
+        self, vae: VideoVAE, latent: Tensor, window: Window, overlap: int, numbers: WindowNumbers
     ) -> tuple[list[np.ndarray], Tensor | None]:
         """The window's new frames, converted on the leader only, and its last `overlap` frames as floats."""
         skip = 0 if window.index == 0 else window.given_frames
@@ -291,6 +336,8 @@ class WindowGenerator:
         tail: list[Tensor] = []
         done = 0
         for piece in vae.decode_stream(latent):
+            if self._team.leads:
+                numbers.add("pixels", piece)
             pixels = piece.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
             count = pixels.shape[2]
             low, high = max(skip - done, 0), min(stop - done, count)

@@ -22,7 +22,7 @@ from omniavatar.engine.host import Host
 from omniavatar.engine.job import Job
 from omniavatar.errors import ResumeError
 from omniavatar.media.video import GrowingVideo
-from omniavatar.types import AudioInput, Recorder
+from omniavatar.types import LocalAudio, Recorder
 
 if TYPE_CHECKING:
     from omniavatar.config.schema import OutputConfig
@@ -48,7 +48,7 @@ class VideoWriter:
         job: Job,
         plan: RunPlan,
         output: OutputConfig,
-        audio: AudioInput | None,
+        audio: LocalAudio | None,
         recorder: Recorder,
         encoder: str,
         host: Host,

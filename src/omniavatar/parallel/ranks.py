@@ -169,6 +169,11 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self._orders, device=torch.device("cpu"))
         return box[0]
 
+    def stops(self, stop: bool | None) -> bool:
+        answer = torch.tensor([bool(stop)], dtype=torch.uint8)
+        dist.broadcast(answer, src=0, group=self._orders)
+        return bool(answer.item())
+
     def meet(self) -> None:
         dist.barrier(group=self._orders)
 

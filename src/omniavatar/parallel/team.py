@@ -76,6 +76,9 @@ class Team(Protocol):
     def next_order(self) -> Any:
         """The next order of the leader; only the other ranks call it."""
 
+    def stops(self, stop: bool | None) -> bool:
+        """The leader's `stop` on every rank; the other ranks pass None."""
+
     def meet(self) -> None:
         """Wait for all ranks, without a time limit."""
 
@@ -114,6 +117,9 @@ class OneProcess:
 
     def next_order(self) -> Any:
         return None
+
+    def stops(self, stop: bool | None) -> bool:
+        return bool(stop)
 
     def meet(self) -> None:
         pass

@@ -62,6 +62,12 @@ class NoiseAhead:
             prepared = self._begin(window, shape)
         return prepared.draw
 
+    def close(self) -> None:
+        """Drop what is drawn ahead and end the thread; a later draw starts from its first value again."""
+        self._prepared.clear()
+        self._drawing.shutdown(wait=False, cancel_futures=True)
+        self._drawing = ThreadPoolExecutor(1, thread_name_prefix="noise")
+
     def _begin(self, window: int, shape: tuple[int, ...]) -> WindowNoise:
         noise = WindowNoise(self._seed, window, shape, self._device)
         noise.draw_ahead(self._draws, self._drawing)

@@ -156,3 +156,11 @@ def test_from_memory(run, config: str) -> None:
     with Image.open("a.gif") as moving:
         assert moving.size == (64, 64) and moving.n_frames > 1
     assert f"a.gif: {FRAMES} frames" in printed
+
+
+@pytest.mark.slow
+def test_service(run, config: str, voice: str) -> None:
+    printed = run("service.py", "--config", config, "--audio", voice)
+    assert probe_video(Path("first.mp4")).frames == FRAMES
+    assert "window 1, step 1 of" in printed and "broken.mp4 failed: image" in printed
+    assert not Path("broken.mp4").exists()

@@ -25,7 +25,7 @@ from omniavatar.media.audio import measure_audio
 from omniavatar.media.image import load_image
 from omniavatar.media.inspect import read_frames
 from omniavatar.plan.run import window_shape
-from omniavatar.types import AudioInput, AvatarRequest, SamplingParams
+from omniavatar.types import AvatarRequest, LocalAudio, SamplingParams
 
 PROMPT = "A woman in a blue sweater speaks into the camera, soft daylight"
 
@@ -37,7 +37,7 @@ def packaged_portrait(size: tuple[int, int]) -> np.ndarray:
 
 
 def measure_whole(
-    pipeline: AvatarPipeline, voice: AudioInput, predicted: Callable[[float], float]
+    pipeline: AvatarPipeline, voice: LocalAudio, predicted: Callable[[float], float]
 ) -> WholeVideo:
     """Make the video, and the baseline where a step cache is configured.
 

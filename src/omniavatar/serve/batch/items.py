@@ -17,6 +17,7 @@ from omniavatar.errors import (
     CheckpointError,
     ConfigError,
     InputError,
+    NumbersError,
     OmniAvatarError,
     OutputError,
     ResourceError,
@@ -31,6 +32,7 @@ ERRORS: tuple[type[OmniAvatarError], ...] = (
     OutputError,
     ResumeError,
     ResourceError,
+    NumbersError,
 )
 
 

@@ -1,0 +1,38 @@
+"""The hand-over file of a job: the given latents of one window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from omniavatar.errors import ResumeError
+
+
+def load_given(path: Path, shape: Sequence[int]) -> Tensor:
+    """The given latents in `path`: float32, finite, of `shape` (1, 16, G, h, w).
+
+    Raises ResumeError if they are missing, damaged, or not such latents.
+    """
+    remedy = "use --no-resume to start over"
+    if not path.is_file():
+        raise ResumeError(f"{path} is missing; {remedy}")
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ResumeError(f"{path} is damaged ({error}); {remedy}") from None
+    given = tensors.get("given")
+    if given is None:
+        raise ResumeError(f"{path} is damaged (it has no tensor `given`); {remedy}")
+    if given.dtype != torch.float32 or given.shape != torch.Size(shape):
+        raise ResumeError(
+            f"{path} holds {str(given.dtype).removeprefix('torch.')} latents of shape {tuple(given.shape)}, "
+            f"not float32 of {tuple(shape)}; {remedy}"
+        )
+    if not torch.isfinite(given).all():
+        raise ResumeError(f"{path} holds numbers that are not finite; {remedy}")
+    return given

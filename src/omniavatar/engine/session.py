@@ -1,0 +1,169 @@
+"""What `AvatarPipeline` and the package's own commands share: one configuration, its models, its processes.
+
+A session places the models, prepares a request, and makes its windows by all processes together. If several
+processes make one video, the leader does this, and the others run `follow`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from omniavatar.accel.residual_cache import PassRunner, ResidualCache
+from omniavatar.config.schema import PipelineConfig
+from omniavatar.engine.clocks import DeviceClock
+from omniavatar.engine.events import Message
+from omniavatar.engine.host import Host
+from omniavatar.engine.models import Models
+from omniavatar.engine.numbers import remedy
+from omniavatar.engine.orders import EndOrder, PlaceOrder, WindowsOrder
+from omniavatar.engine.prepare import Prepared, condition, plan_request, read_inputs
+from omniavatar.engine.recorder import RunRecorder
+from omniavatar.engine.retry import no_retry
+from omniavatar.engine.window_loop import ShouldStop, WindowGenerator, WindowResult, WindowSampling, never
+from omniavatar.errors import StoppedError
+from omniavatar.parallel.team import ONE, Team, check_size
+from omniavatar.plan.placement import Placement
+from omniavatar.plan.run import WindowShape
+from omniavatar.types import AvatarRequest, Conditioning, Window
+
+if TYPE_CHECKING:
+    from omniavatar.model.dit import RunBlocks
+
+
+class Session:
+    """Runs windows with the models of one configuration."""
+
+    def __init__(
+        self,
+        config: PipelineConfig,
+        recorder: RunRecorder | None = None,
+        team: Team = ONE,
+        host: Host | None = None,
+    ) -> None:
+        check_size(team, config.runtime.processes)
+        self.config, self.team = config, team
+        self._recorder = recorder or RunRecorder()
+        self._host = host or Host()
+        if config.runtime.threads:
+            torch.set_num_threads(config.runtime.threads)
+        self._models: Models | None = Models(config, self._recorder, team, self._host)
+
+    @property
+    def models(self) -> Models:
+        """The models. Raises RuntimeError after `close`."""
+        if self._models is None:
+            raise RuntimeError("this pipeline is closed; make another one")
+        return self._models
+
+    def follow(self) -> None:
+        """Carry out the leader's orders until the last one: load the models, make windows together.
+
+        Only the leader reads inputs, decides and writes. Raises CheckpointError, ResourceError.
+        """
+        residency = self.models.residency
+        while not isinstance(order := self.team.next_order(), EndOrder):
+            if isinstance(order, PlaceOrder):
+                residency.adopt(residency.place(order.shape, order.identity))
+                self.models.load_for_windows()
+            else:
+                residency.use_vae_pass(order.vae_latents)
+                self.team.meet()
+                self._follow_windows(order)
+
+    def _follow_windows(self, order: WindowsOrder) -> None:
+        stop = (lambda: self.team.stops(None)) if order.stoppable else None
+        conditioning = order.conditioning(self.models.device)
+        loop = self.window_generator(order.sampling, conditioning, stop=stop)
+        try:
+            for _ in loop.run(order.windows, order.first, order.given):
+                pass
+        except StoppedError:
+            return  # the leader reports it
+
+    @contextmanager
+    def prepare(self, request: AvatarRequest, should_stop: ShouldStop = never) -> Iterator[Prepared]:
+        """Read, plan and encode a request for the caller, who runs its windows inside the body."""
+        from omniavatar.engine.memory_inputs import in_files
+
+        with in_files(request) as local, tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
+            inputs = read_inputs(self.models, local)
+            self.adopt(inputs.shape)
+            yield condition(self.models, plan_request(self.models, inputs, Path(folder)), should_stop)
+
+    def windows(
+        self,
+        ready: Prepared,
+        first: int = 0,
+        given: Tensor | None = None,
+        should_stop: ShouldStop = never,
+    ) -> Iterator[WindowResult]:
+        """Results of the request's windows from `first` on, made by all processes together.
+
+        - given: given latents of window `first`; None if `first` is 0.
+        """
+        return self.run_windows(
+            ready.window_sampling, ready.conditioning, ready.plan.windows, first, given, should_stop
+        )
+
+    def run_windows(
+        self,
+        sampling: WindowSampling,
+        conditioning: Conditioning,
+        windows: tuple[Window, ...],
+        first: int = 0,
+        given: Tensor | None = None,
+        should_stop: ShouldStop = never,
+    ) -> Iterator[WindowResult]:
+        """`windows`, for a plan that no request has."""
+        self.models.load_for_windows()
+        latents, stoppable = self.models.residency.placement.vae_latents, should_stop is not never
+        self.team.order(WindowsOrder.of(sampling, conditioning, windows, first, given, latents, stoppable))
+        self.team.meet()
+        stop = (lambda: self.team.stops(should_stop())) if stoppable else None
+        return self.window_generator(sampling, conditioning, stop=stop).run(windows, first, given)
+
+    def window_generator(
+        self,
+        sampling: WindowSampling,
+        conditioning: Conditioning,
+        make_cache: Callable[[RunBlocks], PassRunner] = ResidualCache,
+        stop: Callable[[], bool] | None = None,
+    ) -> WindowGenerator:
+        """The object that denoises and decodes windows. A single process retries with less GPU memory."""
+        models = self.models
+        retry = no_retry if self.team.size > 1 else models.residency.retry
+        tries = remedy(self.config, models.attention_name, models.residency.placement.quantize)
+        return retry(
+            lambda: WindowGenerator(
+                models.dit,
+                models.window_vae,
+                conditioning,
+                sampling,
+                self._recorder,
+                make_cache=make_cache,
+                retry=retry,
+                team=self.team,
+                run_blocks=models.residency.run_blocks,
+                arrival=self._host.arrival,
+                stop=stop,
+                remedy=tries,
+            )
+        )
+
+    def adopt(self, shape: WindowShape, placement: Placement | None = None) -> None:
+        """Put a placement for windows of `shape` in force on all processes; None plans one first."""
+        if self.models.device.type == "cuda":
+            self._recorder.use_clock(DeviceClock(self.models.device))
+        placement = placement or self.models.residency.place(shape, {})
+        self.team.order(PlaceOrder(shape, placement.identity()))
+        self.models.residency.adopt(placement)
+
+    def _message(self, text: str) -> None:
+        self._recorder.event(Message(text))

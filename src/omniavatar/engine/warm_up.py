@@ -1,0 +1,62 @@
+"""Warming up: the first request finds loaded models, compiled kernels and chosen algorithms."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from omniavatar.engine.window_loop import WindowSampling
+from omniavatar.errors import ConfigError
+from omniavatar.plan.run import WindowShape, window_shape
+from omniavatar.sampling.passes import plan_passes
+from omniavatar.sampling.schedule import Schedule
+from omniavatar.sampling.windows import padded_audio_frames, plan_windows
+from omniavatar.types import Conditioning, StepPlan
+
+if TYPE_CHECKING:
+    from omniavatar.engine.models import Models
+    from omniavatar.engine.session import Session
+
+WINDOWS = 2
+"""The first one ends with a hand-over, the second begins with one."""
+
+
+def warm_up(session: Session, size: tuple[int, int] | None = None) -> None:
+    """Load the models and run one step of `WINDOWS` windows. Nothing is written.
+
+    - size: (height, width); None means the first size of the configuration.
+
+    Raises ConfigError for a size that the configuration lacks.
+    """
+    config, models = session.config, session.models
+    size = size or config.video.sizes[0]
+    if size not in config.video.sizes:
+        known = ", ".join(f"{height}x{width}" for height, width in config.video.sizes)
+        raise ConfigError(
+            f"size: {size[0]}x{size[1]} is not a size of the configuration; use one of: {known}"
+        )
+    shape = window_shape(config, size, bool(models.dit_config.audio_dim))
+    session.adopt(shape)
+    conditioning = models.residency.retry(lambda: _blank(models, shape))
+    first = Schedule(shape.schedule.sigmas[:1])
+    passes = plan_passes(StepPlan((True,)), shape.branches, shape.has_audio)
+    sampling = WindowSampling(config.sampling.seed, first, passes, config.sampling.sampler)
+    after_portrait = shape.window_length - 1 + (WINDOWS - 1) * (shape.window_length - shape.overlap)
+    windows = plan_windows(after_portrait, shape.window_length, shape.overlap)
+    for result in session.run_windows(sampling, conditioning, windows):
+        _ = result.frames  # waits
+
+
+@torch.inference_mode()
+def _blank(models: Models, shape: WindowShape) -> Conditioning:
+    """A grey portrait that is silent, with the negative prompt."""
+    (text,) = models.prompts.embed((models.config.sampling.negative_prompt,))
+    audio = None
+    if shape.has_audio:
+        rows = padded_audio_frames(WINDOWS, shape.window_length, shape.overlap)
+        audio = np.zeros((rows, models.dit_config.audio_dim), dtype=np.float32)
+        _ = models.audio_encoder  # loads it
+    reference = models.vae.encode(torch.zeros(1, 3, 1, *shape.size, device=models.device))
+    return Conditioning(text, text, reference, audio)
