@@ -25,13 +25,14 @@ from omniavatar.engine.clocks import DeviceClock
 from omniavatar.engine.events import Message, RequestFinished, RequestStarted
 from omniavatar.engine.host import Host
 from omniavatar.engine.identity import request_identity
-from omniavatar.engine.job import Job, checked_output, fingerprint
+from omniavatar.engine.job import Job, fingerprint
 from omniavatar.engine.models import Models
 from omniavatar.engine.orders import EndOrder, PlaceOrder, WindowsOrder
 from omniavatar.engine.prepare import Prepared, condition, plan_request, read_inputs
 from omniavatar.engine.recorder import Elapsed, RunRecorder
 from omniavatar.engine.retry import no_retry
 from omniavatar.engine.sidecar import sidecar_values
+from omniavatar.engine.targets import Identified, Target
 from omniavatar.engine.window_loop import WindowGenerator, WindowResult, WindowSampling
 from omniavatar.engine.writer import VideoWriter
 from omniavatar.parallel.team import ONE, Team, check_size
@@ -81,43 +82,61 @@ class AvatarPipeline:
         return cls(config, recorder, team, host)
 
     def generate(
-        self, request: AvatarRequest, output: str | Path, resume: bool | None = None, index: int = 0
+        self,
+        request: AvatarRequest,
+        output: str | Path | None = None,
+        resume: bool | None = None,
+        index: int = 0,
     ) -> RunResult:
-        """Write the request's video to `output` (.mp4) and a JSON sidecar beside it.
+        """Write the request's video to `output` and a JSON sidecar beside it.
 
         An interrupted run of the same request continues after its last finished window. A finished video of
-        the same request is kept.
+        the same request is kept. Files that this package did not write are never replaced. A second run of
+        the same output, in any process or thread, is refused.
 
+        - output: a path that ends in .mp4, or an existing folder, in which the video gets a free default name
+          (default: `output.output_dir` of the configuration). The target of a link is written.
         - resume: False starts over in both cases (default: `output.resume` of the configuration).
         - index: the request's number in events.
 
         Raises InputError, OutputError, ResumeError, ConfigError, CheckpointError, ResourceError.
         """
-        job = Job(checked_output(Path(output)))
+        target = Target(None if output is None else Path(output), self.config, request)
+        target.check()
         resume = self.config.output.resume if resume is None else resume
         inputs = read_inputs(self.models, request)
         encoder = self._encoder(inputs.shape.size)
-        placement = self.models.residency.place(inputs.shape, job.recorded(IDENTITY_FIELDS) if resume else {})
-        identity = request_identity(self.config, inputs, encoder, placement, self.models.attention_name)
-        if resume and (finished := job.finished(identity)):
-            self._message(f"{job.output} is finished already; use --no-resume to make it again")
-            return finished
-        with job.opened(identity, resume):
-            self.adopt(inputs.shape, placement)
-            elapsed = Elapsed(self._recorder)
-            made = plan_request(self.models, inputs, job.folder)
-            self._announce(job, made.plan, index)
-            with VideoWriter(
-                job, made.plan, self.config.output, request.audio, self._recorder, encoder, self._host
-            ) as writer:
-                if job.done < len(made.plan.windows):
-                    made = ready = condition(self.models, made)
-                    for window in self.windows(ready, job.done, job.given()):
-                        job.amend(fingerprint(self.models.residency.placement.identity()))
-                        writer.submit(window)
-                writer.finish()
-            values = sidecar_values(job, made, self.models, self.config, encoder, elapsed)
-            result = job.close(values, self.config.output.keep_job)
+
+        def identify(job: Job) -> Identified:
+            kept = job.recorded(IDENTITY_FIELDS) if resume else {}
+            placement = self.models.residency.place(inputs.shape, kept)
+            values = request_identity(self.config, inputs, encoder, placement, self.models.attention_name)
+            return Identified(placement, values)
+
+        with target.owned(identify) as (job, found):
+            if resume and (finished := job.finished(found.values)):
+                self._message(f"{job.output} is finished already; use --no-resume to make it again")
+                return finished
+            if resume and job.changed_since(found.values):
+                self._message(f"{job.output} has another size than when it was finished; making it again")
+            with job.opened(found.values, resume):
+                self.adopt(inputs.shape, found.placement)
+                elapsed = Elapsed(self._recorder)
+                made = plan_request(self.models, inputs, job.folder)
+                if job.done:
+                    self._go_back(job, made.plan)
+                self._announce(job, made.plan, index)
+                with VideoWriter(
+                    job, made.plan, self.config.output, request.audio, self._recorder, encoder, self._host
+                ) as writer:
+                    if job.done < len(made.plan.windows):
+                        made = ready = condition(self.models, made)
+                        for window in self.windows(ready, job.done, job.given()):
+                            job.amend(fingerprint(self.models.residency.placement.identity()))
+                            writer.submit(window)
+                    writer.finish()
+                values = sidecar_values(job, made, self.models, self.config, encoder, elapsed)
+                result = job.close(values, self.config.output.keep_job)
         self._recorder.event(RequestFinished(str(job.output), result.seconds, result.frames))
         return result
 
@@ -201,6 +220,13 @@ class AvatarPipeline:
         placement = placement or self.models.residency.place(shape, {})
         self.team.order(PlaceOrder(shape, placement.identity()))
         self.models.residency.adopt(placement)
+
+    def _go_back(self, job: Job, plan: RunPlan) -> None:
+        """Let an interrupted job go on from its last good window."""
+        from omniavatar.engine.resume import go_on_from_good
+
+        if note := go_on_from_good(job, plan):
+            self._message(note)
 
     def _announce(self, job: Job, plan: RunPlan, index: int) -> None:
         self._recorder.event(

@@ -20,7 +20,7 @@ from __future__ import annotations
 import io
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -36,6 +36,8 @@ from omniavatar.errors import ResumeError
 from omniavatar.media.atomic import atomic_path, atomic_write_bytes, translate_os_error
 from omniavatar.media.h264 import ENCODERS, encoder_options
 
+PREVIEW_MARK = "omniavatar: this video is still being made"
+"""Comment in the index of a growing video; the finished one does not have it."""
 _REORDER = 2
 _SCALER = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
 _BT709 = 1
@@ -190,8 +192,11 @@ class GrowingVideo:
                     os.truncate(self.partial, before)
                 raise
 
-    def finish(self) -> Path:
+    def finish(self, check: Callable[[Path], None] = lambda path: None, folder: Path | None = None) -> Path:
         """Copy the partial file into an ordinary MP4 at the final path, and remove it.
+
+        check: called with the complete file before it gets its name; its errors end the call.
+        folder: holds the file until then (default: the folder of the final path).
 
         Raises OutputError; then the partial file and the segments are kept, and the final path is unchanged.
         """
@@ -200,18 +205,19 @@ class GrowingVideo:
         if self._sound is not None and not self._sound.exhausted:
             raise ValueError(f"the sound continues after the last of {self.frames} frames")
         self.close()
-        with (
-            atomic_path(self.final) as temporary,
-            av.open(str(self.partial)) as source,
-            av.open(
-                str(temporary), "w", format="mp4", container_options={"movflags": "+faststart"}
-            ) as target,
-        ):
-            streams = [target.add_stream_from_template(stream) for stream in source.streams]
-            for packet in source.demux():
-                if packet.size:
-                    packet.stream = streams[packet.stream.index]
-                    target.mux(packet)
+        with atomic_path(self.final, folder) as temporary:
+            with (
+                av.open(str(self.partial)) as source,
+                av.open(
+                    str(temporary), "w", format="mp4", container_options={"movflags": "+faststart"}
+                ) as target,
+            ):
+                streams = [target.add_stream_from_template(stream) for stream in source.streams]
+                for packet in source.demux():
+                    if packet.size:
+                        packet.stream = streams[packet.stream.index]
+                        target.mux(packet)
+            check(temporary)
         self.partial.unlink()
         return self.final
 
@@ -227,6 +233,8 @@ class GrowingVideo:
         if not first:
             options |= {"use_editlist": "0", "avoid_negative_ts": "disabled"}
         with av.open(buffer, "w", format="mp4", container_options=options) as target:
+            if first:
+                target.metadata["comment"] = PREVIEW_MARK
             video_out = target.add_stream_from_template(video_in)
             sound_out = None if self._sound is None else target.add_stream_from_template(self._sound.stream)
             # The first fragment starts before zero, as its edit list states; later ones count from there.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from omniavatar.errors import (
+    BusyError,
     CheckpointError,
     ConfigError,
     InputError,
@@ -21,6 +22,7 @@ from omniavatar.errors import (
     OutputError,
     ResourceError,
     ResumeError,
+    TargetError,
 )
 from omniavatar.types import AvatarRequest
 
@@ -31,6 +33,8 @@ ERRORS: tuple[type[OmniAvatarError], ...] = (
     OutputError,
     ResumeError,
     ResourceError,
+    TargetError,
+    BusyError,
 )
 
 
@@ -196,6 +200,8 @@ def verdict_of(error: OmniAvatarError) -> Verdict:
     """The verdict on an error raised by one item."""
     if isinstance(error, ConfigError | CheckpointError):
         return Verdict.fatal
+    if isinstance(error, TargetError):
+        return Verdict.busy if isinstance(error, BusyError) else Verdict.failed
     return Verdict.retry if isinstance(error, OutputError | ResourceError) else Verdict.failed
 
 
