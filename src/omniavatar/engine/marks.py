@@ -13,8 +13,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from omniavatar.media.video import PREVIEW_MARK
-
+PREVIEW_MARK = "omniavatar: this video is still being made"
 STATE = "job.json"
 OWNER = "owner.lock"
 _NAMES = (

@@ -32,9 +32,7 @@ from omniavatar.engine.prepare import Prepared, condition, plan_request, read_in
 from omniavatar.engine.recorder import Elapsed, RunRecorder
 from omniavatar.engine.retry import no_retry
 from omniavatar.engine.sidecar import sidecar_values
-from omniavatar.engine.targets import Identified, Target
 from omniavatar.engine.window_loop import WindowGenerator, WindowResult, WindowSampling
-from omniavatar.engine.writer import VideoWriter
 from omniavatar.parallel.team import ONE, Team, check_size
 from omniavatar.plan.placement import IDENTITY_FIELDS, Placement
 from omniavatar.plan.run import RunPlan, WindowShape
@@ -101,6 +99,9 @@ class AvatarPipeline:
 
         Raises InputError, OutputError, ResumeError, ConfigError, CheckpointError, ResourceError.
         """
+        from omniavatar.engine.targets import Identified, Target
+        from omniavatar.engine.writer import VideoWriter
+
         target = Target(None if output is None else Path(output), self.config, request)
         target.check()
         resume = self.config.output.resume if resume is None else resume

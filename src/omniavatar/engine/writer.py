@@ -20,6 +20,7 @@ import safetensors.torch
 from omniavatar.engine.events import WindowFinished
 from omniavatar.engine.host import Host
 from omniavatar.engine.job import Job
+from omniavatar.engine.marks import PREVIEW_MARK
 from omniavatar.errors import ResumeError
 from omniavatar.media.audio import encode_aac_track
 from omniavatar.media.video import GrowingVideo
@@ -62,7 +63,7 @@ class VideoWriter:
             track = job.folder / "sound.mp4"
             with recorder.stage("audio_encode"):
                 encode_aac_track(audio, track, plan.audio_delay_s, plan.frames / self._fps)
-        self._growing = GrowingVideo(job.partial, job.output, self._fps, track)
+        self._growing = GrowingVideo(job.partial, job.output, self._fps, track, PREVIEW_MARK)
         self._pool = ThreadPoolExecutor(ENCODERS, thread_name_prefix="video-writer")
         self._pending: deque[Future[bool]] = deque()
         self._before: Future[bool] | None = None

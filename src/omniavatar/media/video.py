@@ -36,8 +36,6 @@ from omniavatar.errors import ResumeError
 from omniavatar.media.atomic import atomic_path, atomic_write_bytes, translate_os_error
 from omniavatar.media.h264 import ENCODERS, encoder_options
 
-PREVIEW_MARK = "omniavatar: this video is still being made"
-"""Comment in the index of a growing video; the finished one does not have it."""
 _REORDER = 2
 _SCALER = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
 _BT709 = 1
@@ -117,16 +115,22 @@ class GrowingVideo:
     - final: the path of the ordinary MP4 that `finish` writes.
     - audio_track: a track of `media.audio.encode_aac_track`, or None for a silent video. Each append adds the
       sound up to its last frame.
+    - comment: in the index of the growing file; the finished one does not have it.
 
     Leaving the block without `finish` keeps the partial file.
     """
 
     def __init__(
-        self, partial: str | Path, final: str | Path, fps: Fraction, audio_track: str | Path | None = None
+        self,
+        partial: str | Path,
+        final: str | Path,
+        fps: Fraction,
+        audio_track: str | Path | None = None,
+        comment: str = "",
     ) -> None:
         self.partial, self.final, self.fps = Path(partial), Path(final), Fraction(fps)
         self.frames = 0
-        self._appends = 0
+        self._appends, self._comment = 0, comment
         self._parameters: tuple[int, int, bytes] | None = None
         self._open = ExitStack()
         with translate_os_error(self.partial):
@@ -233,8 +237,8 @@ class GrowingVideo:
         if not first:
             options |= {"use_editlist": "0", "avoid_negative_ts": "disabled"}
         with av.open(buffer, "w", format="mp4", container_options=options) as target:
-            if first:
-                target.metadata["comment"] = PREVIEW_MARK
+            if first and self._comment:
+                target.metadata["comment"] = self._comment
             video_out = target.add_stream_from_template(video_in)
             sound_out = None if self._sound is None else target.add_stream_from_template(self._sound.stream)
             # The first fragment starts before zero, as its edit list states; later ones count from there.

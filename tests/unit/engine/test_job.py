@@ -19,6 +19,7 @@ import pytest
 from media_files import FPS, segments
 from omniavatar.config.load import load_config
 from omniavatar.engine.job import KEPT_GIVEN, Job
+from omniavatar.engine.marks import PREVIEW_MARK
 from omniavatar.engine.targets import Identified, Target
 from omniavatar.errors import BusyError, OmniAvatarError, OutputError, ResumeError, TargetError
 from omniavatar.media.check import check_video
@@ -31,6 +32,7 @@ SIDECAR = {"output": "talk.mp4", "bytes": 5, "fingerprint": VALUES, "versions": 
 HOLD = """
 import sys, time
 from pathlib import Path
+from omniavatar.engine.marks import PREVIEW_MARK
 from omniavatar.engine.job import Job
 job = Job(Path(sys.argv[1]))
 with job.owned():
@@ -221,7 +223,7 @@ def test_a_preview_without_its_folder_is_ours(tmp_path: Path) -> None:
     """A user deletes the job folder by hand to start over."""
     (part,) = segments(tmp_path, [2])
     job = Job(tmp_path / "talk.mp4")
-    with GrowingVideo(job.partial, job.output, FPS) as video:
+    with GrowingVideo(job.partial, job.output, FPS, None, PREVIEW_MARK) as video:
         video.append(part)
     with job.owned():
         job.open(VALUES, True)

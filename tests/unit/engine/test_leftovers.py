@@ -13,6 +13,7 @@ import pytest
 from command_line import error_lines, run
 from media_files import FPS, segments
 from omniavatar.engine.job import Job
+from omniavatar.engine.marks import PREVIEW_MARK
 from omniavatar.media.lease import try_lease
 from omniavatar.media.video import GrowingVideo
 
@@ -42,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "deep" / "er").mkdir(parents=True)
     begun(tmp_path / "deep" / "er" / "b.mp4")
     (part,) = segments(tmp_path, [2])
-    with GrowingVideo(tmp_path / "c.partial.mp4", tmp_path / "c.mp4", FPS) as video:
+    with GrowingVideo(tmp_path / "c.partial.mp4", tmp_path / "c.mp4", FPS, None, PREVIEW_MARK) as video:
         video.append(part)
     part.rename(tmp_path / "his.partial.mp4")
     (tmp_path / ".d.mp4.lock").write_text('{"host": "x", "pid": 1, "since": 1.0}')
