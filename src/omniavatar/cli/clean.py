@@ -17,7 +17,7 @@ def clean(
     place: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[FOLDER|OUTPUT]",
+            metavar="FOLDER|OUTPUT",
             help="Folder to search with the folders inside it, or one video's output path; default: this "
             "folder and the cache of prompts.",
         ),
@@ -29,7 +29,10 @@ def clean(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """List unfinished jobs, previews, lock files and old cached prompts, with their sizes.
+    """List unfinished jobs, previews, lock files and old cached prompts in one place, with their sizes.
+
+    The place is a folder with the folders inside it, or one video's output; without it, this folder and the
+    cache of prompts.
 
     With --yes it deletes them. Files of others, finished videos, and jobs that run now are never deleted. An
     unfinished job that is deleted cannot be continued.
