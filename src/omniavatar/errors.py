@@ -35,6 +35,14 @@ class OutputError(OmniAvatarError):
     exit_code = 5
 
 
+class TargetError(OutputError):
+    """One output cannot be written, such as a file that is not ours; other outputs may be."""
+
+
+class BusyError(TargetError):
+    """Another process, or another thread, makes this output now."""
+
+
 class ResumeError(OmniAvatarError):
     """Unfinished work on disk was made with another configuration or other inputs."""
 

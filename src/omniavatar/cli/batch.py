@@ -133,6 +133,7 @@ def batch(
         require_one_process()
         plan = plan_workers(options)
         from omniavatar.config.load import load_config
+        from omniavatar.engine.collisions import check_lines
         from omniavatar.engine.events import Message
         from omniavatar.engine.requests_file import read_requests
         from omniavatar.media.slug import slugify
@@ -148,7 +149,6 @@ def batch(
         plan = with_threads(plan, loaded.config.runtime.threads or 1, pin)
         for warning in (*loaded.warnings, *plan.notes):
             recorder.event(Message(warning, "warning"))
-        items = make_items(read_requests(input_file, loaded.config.sampling), loaded.config)
         target = output or str(output_folder(loaded.config))
         stem = f"batch_{input_file.stem}"
         if "://" in target:
@@ -156,6 +156,9 @@ def batch(
         else:
             default_run_dir = Path(target).expanduser() / stem
         folder = run_dir or default_run_dir
+        videos = folder / "work" if "://" in target else Path(target).expanduser()
+        lines = check_lines(read_requests(input_file, loaded.config.sampling), loaded.config, videos)
+        items = make_items(lines, loaded.config)
         destination = make_destination(target, folder / "work")
         engines = AvatarEngines(loaded.config, plan.pin)
         with redirect_stdout(sys.stderr):  # Ray prints lost workers, but stdout holds the summary alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -53,7 +54,7 @@ def benchmark(
     Without --configs it takes those of the folder configs/, or the packaged pocket model without that folder.
     Weights that are not on this disk are replaced by random ones, and the table says so.
     """
-    with user_errors():
+    with user_errors(), ExitStack() as held:
         require_one_process()
         from omniavatar.errors import ConfigError
         from omniavatar.measure.benchmark.page import html_page
@@ -61,7 +62,8 @@ def benchmark(
         from omniavatar.measure.benchmark.rows import BenchmarkResult
         from omniavatar.measure.benchmark.run import find_configs, measure_all
         from omniavatar.measure.benchmark.summary import markdown
-        from omniavatar.media.atomic import atomic_write_bytes, atomic_write_json, check_writable
+        from omniavatar.measure.benchmark.target import own_reports
+        from omniavatar.media.atomic import atomic_write_bytes, atomic_write_json
 
         try:
             lengths = tuple(float(text) for text in minutes.split(","))
@@ -69,7 +71,7 @@ def benchmark(
             raise ConfigError(f"--minutes {minutes}: give numbers separated by commas, such as 1,5") from None
         if min(lengths) <= 0:
             raise ConfigError(f"--minutes {minutes}: every length must be above 0")
-        check_writable(output.absolute())
+        held.enter_context(own_reports(output))
         places = configs or [CONFIGS if CONFIGS.is_dir() else pocket.CONFIG]
         options = Options("", "", tuple(hp or ()), warm_up, repeats, lengths, forward_limit, full)
         rows = measure_all(find_configs(places), options, lambda text: print(text, file=sys.stderr))

@@ -50,7 +50,8 @@ def generate(
         typer.Option(
             "--output",
             "-o",
-            help="Video to write, or a folder for it; default: <output_dir>/000_<prompt>.mp4.",
+            help="Video (.mp4) or folder to write; default: <output_dir>/000_<prompt>.mp4, or the next "
+            "number that is free.",
         ),
     ] = None,
     input_file: Annotated[
@@ -195,11 +196,12 @@ def make_lines(
     again: the command that continues after Ctrl-C.
     """
     from omniavatar.cli.position import Position
+    from omniavatar.engine.collisions import check_lines
     from omniavatar.engine.events import Message
     from omniavatar.engine.pipeline import AvatarPipeline
     from omniavatar.engine.recorder import RunRecorder
     from omniavatar.engine.requests_file import RequestLine
-    from omniavatar.errors import InputError, NumbersError, ResumeError
+    from omniavatar.errors import InputError, NumbersError, ResumeError, TargetError
 
     for warning in (*loaded.warnings, *silent_videos(loaded, lines)):
         recorder.event(Message(warning, "warning"))
@@ -210,7 +212,7 @@ def make_lines(
     if team is not None and team.size > 1:
         pipeline = AvatarPipeline.from_config(config, recorder=recorder, team=team)
     failed = 0
-    for line in lines:
+    for line in check_lines(lines, config) if many else lines:
         if not isinstance(line, RequestLine):
             report(str(line.error))
             failed += 1
@@ -220,10 +222,12 @@ def make_lines(
         if output is not None:
             target = output / target.name if output.is_dir() else output
         try:
-            result = pipeline.generate(line.request(), target, resume=resume, index=line.index)
+            result = pipeline.generate(
+                line.request(), target if many else output, resume=resume, index=line.index
+            )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(position.interrupted(target, again)) from None
-        except (InputError, NumbersError, ResumeError) as error:
+        except (InputError, NumbersError, ResumeError, TargetError) as error:
             if not many:
                 raise
             report(f"line {line.line}: {error}")

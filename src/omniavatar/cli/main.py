@@ -1,5 +1,5 @@
 """The list of commands: `omniavatar generate | batch | plan | config show | download | make-checkpoint |
-convert | demo | profile | benchmark | doctor | calibrate`.
+convert | demo | profile | benchmark | doctor | calibrate | clean`.
 
 Each command lies in one file and imports the code it runs inside its function, so that `--help` does not
 load torch. Exit codes: docs/exit_codes.md.
@@ -19,6 +19,7 @@ from omniavatar.cli import (
     benchmark,
     calibrate,
     checkpoint,
+    clean,
     config,
     demo,
     doctor,
@@ -92,6 +93,7 @@ _add(
     "omniavatar plan -c configs/inference.yaml --minutes 5 --deadline 20min",
 )
 _add(EVERYDAY, doctor.doctor, "omniavatar doctor")
+_add(EVERYDAY, clean.clean, "omniavatar clean", "omniavatar clean outputs --yes")
 config_app.command("show", cls=Command, epilog=examples("omniavatar config show -c pocket --explain"))(
     config.show
 )

@@ -18,22 +18,25 @@ class Position:
 
     def __init__(self) -> None:
         self.finished = self.windows = 0
+        self.name = ""
 
     def __call__(self, event: Event) -> None:
         match event:
             case RequestStarted():
                 self.finished, self.windows = event.resumed_windows, event.windows
+                self.name = event.name
             case WindowFinished():
                 self.finished = event.window + 1
 
     def interrupted(self, output: Path, again: str) -> str:
-        """The line for Ctrl-C during the video `output`. again: the command that continues."""
+        """The line for Ctrl-C during a video in the folder of `output`. again: the command that continues."""
         if not self.windows:
             return INTERRUPT_NOTE
         if not self.finished:
             return f"interrupted before the first of {self.windows} windows was finished; run again: {again}"
         return (
-            f"interrupted; {self.finished} of {self.windows} windows are finished and kept in {output}.job; "
+            f"interrupted; {self.finished} of {self.windows} windows are finished and kept in "
+            f"{output.with_name(self.name)}.job; "
             f"to continue after them: {again}"
         )
 

@@ -21,7 +21,7 @@ from omniavatar.config.schema import PipelineConfig
 from omniavatar.engine.events import RequestFinished, RequestStarted, log_event
 from omniavatar.engine.host import Host
 from omniavatar.engine.identity import request_identity
-from omniavatar.engine.job import Job, checked_output, fingerprint
+from omniavatar.engine.job import Job, fingerprint
 from omniavatar.engine.prepare import condition, plan_request, read_inputs
 from omniavatar.engine.recorder import Elapsed, RunRecorder
 from omniavatar.engine.session import Session
@@ -33,6 +33,7 @@ from omniavatar.types import AvatarRequest, Event, RunResult, VideoChunk
 
 if TYPE_CHECKING:
     from omniavatar.engine.memory_inputs import LocalRequest
+    from omniavatar.engine.targets import Target
 
 
 class AvatarPipeline(Session):
@@ -93,16 +94,19 @@ class AvatarPipeline(Session):
     def generate(
         self,
         request: AvatarRequest,
-        output: str | Path,
+        output: str | Path | None = None,
         resume: bool | None = None,
         index: int = 0,
         should_stop: ShouldStop = never,
     ) -> RunResult:
-        """Write the request's video to `output` (.mp4) and a JSON sidecar beside it.
+        """Write the request's video to `output` and a JSON sidecar beside it.
 
         An interrupted run of the same request continues after its last finished window. A finished video of
-        the same request is kept.
+        the same request is kept. Files that this package did not write are never replaced. A second run of
+        the same output, in any process or thread, is refused.
 
+        - output: a path that ends in .mp4, or an existing folder, in which the video gets a free default name
+          (default: `output.output_dir` of the configuration). The target of a link is written.
         - resume: False starts over in both cases (default: `output.resume` of the configuration).
         - index: the request's number in events.
         - should_stop: called before every step, such as `threading.Event().is_set`; True ends the run.
@@ -111,43 +115,57 @@ class AvatarPipeline(Session):
         NumbersError, StoppedError.
         """
         from omniavatar.engine.memory_inputs import in_files
+        from omniavatar.engine.targets import Target
 
         with in_files(request) as local:
-            return self._generate(local, Path(output), resume, index, should_stop)
+            target = Target(None if output is None else Path(output), self.config, local)
+            target.check()
+            return self._generate(local, target, resume, index, should_stop)
 
     def _generate(
-        self, request: LocalRequest, output: Path, resume: bool | None, index: int, should_stop: ShouldStop
+        self, request: LocalRequest, target: Target, resume: bool | None, index: int, should_stop: ShouldStop
     ) -> RunResult:
         from omniavatar.engine.sidecar import sidecar_values
+        from omniavatar.engine.targets import Identified
         from omniavatar.engine.writer import VideoWriter
 
-        job = Job(checked_output(output))
         resume = self.config.output.resume if resume is None else resume
         inputs = read_inputs(self.models, request)
         encoder = self._encoder(inputs.shape.size)
-        placement = self.models.residency.place(inputs.shape, job.recorded(IDENTITY_FIELDS) if resume else {})
-        identity = request_identity(self.config, inputs, encoder, placement, self.models)
-        if resume and (finished := job.finished(identity)):
-            self._message(f"{job.output} is finished already; use --no-resume to make it again")
-            return finished
-        end_if(should_stop(), "before it began")
-        with job.opened(identity, resume):
-            self.adopt(inputs.shape, placement)
-            elapsed = Elapsed(self._recorder)
-            made = plan_request(self.models, inputs, job.folder)
-            self._announce(job, made.plan, index)
-            with VideoWriter(
-                job, made.plan, self.config.output, request.audio, self._recorder, encoder, self._host
-            ) as writer:
-                if job.done < len(made.plan.windows):
-                    made = ready = condition(self.models, made, should_stop)
-                    given = job.given(ready.given_shape(job.done))
-                    for window in self.windows(ready, job.done, given, should_stop):
-                        job.amend(fingerprint(self.models.residency.placement.identity()))
-                        writer.submit(window)
-                writer.finish()
-            values = sidecar_values(job, made, self.models, self.config, encoder, elapsed)
-            result = job.close(values, self.config.output.keep_job)
+
+        def identify(job: Job) -> Identified:
+            kept = job.recorded(IDENTITY_FIELDS) if resume else {}
+            placement = self.models.residency.place(inputs.shape, kept)
+            return Identified(
+                placement, request_identity(self.config, inputs, encoder, placement, self.models)
+            )
+
+        with target.owned(identify) as (job, found):
+            if resume and (finished := job.finished(found.values)):
+                self._message(f"{job.output} is finished already; use --no-resume to make it again")
+                return finished
+            if resume and job.changed_since(found.values):
+                self._message(f"{job.output} has another size than when it was finished; making it again")
+            end_if(should_stop(), "before it began")
+            with job.opened(found.values, resume):
+                self.adopt(inputs.shape, found.placement)
+                elapsed = Elapsed(self._recorder)
+                made = plan_request(self.models, inputs, job.folder)
+                if job.done:
+                    self._go_back(job, made.plan)
+                self._announce(job, made.plan, index)
+                with VideoWriter(
+                    job, made.plan, self.config.output, request.audio, self._recorder, encoder, self._host
+                ) as writer:
+                    if job.done < len(made.plan.windows):
+                        made = ready = condition(self.models, made, should_stop)
+                        given = job.given(ready.given_shape(job.done))
+                        for window in self.windows(ready, job.done, given, should_stop):
+                            job.amend(fingerprint(self.models.residency.placement.identity()))
+                            writer.submit(window)
+                    writer.finish()
+                values = sidecar_values(job, made, self.models, self.config, encoder, elapsed)
+                result = job.close(values, self.config.output.keep_job)
         self._recorder.event(RequestFinished(str(job.output), result.seconds, result.frames))
         return result
 
@@ -181,6 +199,13 @@ class AvatarPipeline(Session):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _go_back(self, job: Job, plan: RunPlan) -> None:
+        """Let an interrupted job go on from its last good window."""
+        from omniavatar.engine.resume import go_on_from_good
+
+        if note := go_on_from_good(job, plan):
+            self._message(note)
 
     def _announce(self, job: Job, plan: RunPlan, index: int) -> None:
         self._recorder.event(

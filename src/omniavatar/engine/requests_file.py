@@ -23,7 +23,7 @@ from typing import Any
 
 from omniavatar.config.change import effective_sampling
 from omniavatar.config.schema import PipelineConfig, SamplingConfig
-from omniavatar.engine.job import output_path
+from omniavatar.engine.targets import output_path
 from omniavatar.errors import ConfigError, InputError
 from omniavatar.types import AvatarRequest, SamplingParams
 

@@ -44,7 +44,10 @@ def _version(package: str) -> str:
 def sidecar_values(
     job: Job, made: Planned, models: Models, config: PipelineConfig, encoder: str, elapsed: Elapsed
 ) -> dict[str, Any]:
-    """Content of the sidecar: how the finished video was made, and all that is needed to make it again."""
+    """Content of the sidecar: how the finished video was made, and all that is needed to make it again.
+
+    The video was checked against the plan, so frames and seconds of the plan are those of the file.
+    """
     plan, inputs, placement = made.plan, made.inputs, models.residency.placement
     return {
         "output": job.output.name,

@@ -20,6 +20,7 @@ import safetensors.torch
 from omniavatar.engine.events import WindowFinished
 from omniavatar.engine.host import Host
 from omniavatar.engine.job import Job
+from omniavatar.engine.marks import PREVIEW_MARK
 from omniavatar.errors import ResumeError
 from omniavatar.media.video import GrowingVideo
 from omniavatar.types import LocalAudio, Recorder
@@ -53,7 +54,7 @@ class VideoWriter:
         encoder: str,
         host: Host,
     ) -> None:
-        self._encoder, self._host = encoder, host
+        self._encoder, self._host, self._has_sound = encoder, host, audio is not None
         self._job, self._plan, self._output, self._recorder = job, plan, output, recorder
         self._fps = Fraction(plan.fps)
         track: Path | None = None
@@ -63,7 +64,7 @@ class VideoWriter:
             track = job.folder / "sound.mp4"
             with recorder.stage("audio_encode"):
                 encode_aac_track(audio, track, plan.audio_delay_s, plan.frames / self._fps)
-        self._growing = GrowingVideo(job.partial, job.output, self._fps, track)
+        self._growing = GrowingVideo(job.partial, job.output, self._fps, track, PREVIEW_MARK)
         self._pool = ThreadPoolExecutor(ENCODERS, thread_name_prefix="video-writer")
         self._pending: deque[Future[bool]] = deque()
         self._before: Future[bool] | None = None
@@ -85,11 +86,22 @@ class VideoWriter:
         self._pending.append(self._before)
 
     def finish(self) -> None:
-        """Wait for the last window and give the video its final name."""
+        """Wait for the last window, check the video against its plan, and give it its final name.
+
+        Raises OutputError if the written file is not what was planned.
+        """
         while self._pending:
             self._pending.popleft().result()
         with self._recorder.stage("video_finish"):
-            self._growing.finish()
+            self._growing.finish(self._check, self._job.folder)
+
+    def _check(self, path: Path) -> None:
+        from omniavatar.media.check import check_video
+
+        frames = self._plan.frames
+        sound = frames / self._fps if self._has_sound else None
+        check_video(path, frames, self._fps, sound, output=self._job.output)
+        self._job.before_naming(path)
 
     def __enter__(self) -> Self:
         return self

@@ -8,6 +8,7 @@ once more with every step, for its time, and once by each plan.
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 import time
 from collections.abc import Sequence
@@ -25,10 +26,12 @@ from omniavatar.device import device_name
 from omniavatar.engine.pipeline import AvatarPipeline
 from omniavatar.engine.prepare import Prepared
 from omniavatar.engine.recorder import Listener, RunRecorder, stage_seconds
-from omniavatar.errors import ConfigError, OutputError
+from omniavatar.errors import ConfigError, OutputError, TargetError
 from omniavatar.measure.quality import compare
-from omniavatar.media.atomic import atomic_write_json, check_writable
+from omniavatar.media.atomic import atomic_write_json, beside, check_writable
+from omniavatar.media.lease import lease_for
 from omniavatar.plan.calibration import (
+    NAME,
     Calibration,
     MeasuredBranch,
     TeaCache,
@@ -107,7 +110,21 @@ def calibration_output(config: PipelineConfig, output: Path | None) -> Path:
         check_writable(path.absolute().parent)
     except OutputError as error:
         raise OutputError(f"{error}, or name another file with --output") from None
+    if path.name != NAME and not _replaceable(path):
+        raise TargetError(f"{path}: is not a file of constants; move it away or name another with --output")
     return path
+
+
+def _replaceable(path: Path) -> bool:
+    """Whether `path` is missing, empty, or a file that a calibration wrote."""
+    if not path.exists():
+        return True
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if text else {"schedule": None, "teacache": None}
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and {"schedule", "teacache"} <= set(values)
 
 
 def calibrate(
@@ -128,6 +145,19 @@ def calibrate(
     if config.sampling.steps < 2:
         raise ConfigError("num_steps: calibration compares steps with each other; use at least 2")
     path = calibration_output(config, output)
+    with lease_for(beside(path, ".", path.name, ".lock"), path):
+        return _calibrate(config, request, path, windows, verify, listeners, started)
+
+
+def _calibrate(
+    config: PipelineConfig,
+    request: AvatarRequest,
+    path: Path,
+    windows: int,
+    verify: bool,
+    listeners: Sequence[Listener],
+    started: float,
+) -> CalibrationRun:
     recorder = RunRecorder(listeners)
     plain = changed(config, sampling={"step_cache": "none", "guidance_interval": (0.0, 1.0)})
     pipeline = AvatarPipeline.from_config(plain, recorder=recorder)

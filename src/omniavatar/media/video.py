@@ -20,7 +20,7 @@ from __future__ import annotations
 import io
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -116,16 +116,22 @@ class GrowingVideo:
     - final: the path of the ordinary MP4 that `finish` writes.
     - audio_track: a track of `media.audio.encode_aac_track`, or None for a silent video. Each append adds the
       sound up to its last frame.
+    - comment: in the index of the growing file; the finished one does not have it.
 
     Leaving the block without `finish` keeps the partial file.
     """
 
     def __init__(
-        self, partial: str | Path, final: str | Path, fps: Fraction, audio_track: str | Path | None = None
+        self,
+        partial: str | Path,
+        final: str | Path,
+        fps: Fraction,
+        audio_track: str | Path | None = None,
+        comment: str = "",
     ) -> None:
         self.partial, self.final, self.fps = Path(partial), Path(final), Fraction(fps)
         self.frames = 0
-        self._appends = 0
+        self._appends, self._comment = 0, comment
         self._parameters: tuple[int, int, bytes] | None = None
         self._open = ExitStack()
         with translate_os_error(self.partial):
@@ -191,8 +197,11 @@ class GrowingVideo:
                     os.truncate(self.partial, before)
                 raise
 
-    def finish(self) -> Path:
+    def finish(self, check: Callable[[Path], None] = lambda path: None, folder: Path | None = None) -> Path:
         """Copy the partial file into an ordinary MP4 at the final path, and remove it.
+
+        check: called with the complete file before it gets its name; its errors end the call.
+        folder: holds the file until then (default: the folder of the final path).
 
         Raises OutputError; then the partial file and the segments are kept, and the final path is unchanged.
         """
@@ -201,16 +210,17 @@ class GrowingVideo:
         if self._sound is not None and not self._sound.exhausted:
             raise ValueError(f"the sound continues after the last of {self.frames} frames")
         self.close()
-        with (
-            atomic_path(self.final) as temporary,
-            own_video(self.partial) as source,
-            new_media(temporary, {"movflags": "+faststart"}) as target,
-        ):
-            streams = [target.add_stream_from_template(stream) for stream in source.streams]
-            for packet in source.demux():
-                if packet.size:
-                    packet.stream = streams[packet.stream.index]
-                    target.mux(packet)
+        with atomic_path(self.final, folder) as temporary:
+            with (
+                own_video(self.partial) as source,
+                new_media(temporary, {"movflags": "+faststart"}) as target,
+            ):
+                streams = [target.add_stream_from_template(stream) for stream in source.streams]
+                for packet in source.demux():
+                    if packet.size:
+                        packet.stream = streams[packet.stream.index]
+                        target.mux(packet)
+            check(temporary)
         self.partial.unlink()
         return self.final
 
@@ -226,6 +236,8 @@ class GrowingVideo:
         if not first:
             options |= {"use_editlist": "0", "avoid_negative_ts": "disabled"}
         with new_media(buffer, options) as target:
+            if first and self._comment:
+                target.metadata["comment"] = self._comment
             video_out = target.add_stream_from_template(video_in)
             sound_out = None if self._sound is None else target.add_stream_from_template(self._sound.stream)
             # The first fragment starts before zero, as its edit list states; later ones count from there.

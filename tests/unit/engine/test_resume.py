@@ -16,7 +16,7 @@ import pytest
 from engine import make_pipeline, portrait, request, voice
 from media_files import write_audio
 from omniavatar import SamplingParams
-from omniavatar.engine.events import StepFinished
+from omniavatar.engine.events import Message, StepFinished
 from omniavatar.errors import OutputError, ResumeError
 from omniavatar.media.inspect import probe_video, read_frames
 
@@ -165,26 +165,76 @@ def test_finished_video_is_not_made_again(pipeline, tmp_path):
     assert second.seconds == 0 and output.stat().st_mtime_ns == written
     assert pipeline.generate(request(0.3), output, resume=False).seconds > 0
     assert output.stat().st_mtime_ns > written
-    changed = pipeline.generate(request(0.3, prompt="new"), output)
+    kept = output.read_bytes()
+    with pytest.raises(ResumeError, match=r"another request; changed: request\.prompt.*--no-resume"):
+        pipeline.generate(request(0.3, prompt="new"), output)
+    assert output.read_bytes() == kept
+    changed = pipeline.generate(request(0.3, prompt="new"), output, resume=False)
     assert changed.resumed_windows == 0 and changed.seconds > 0
 
 
-def test_error_names_the_damaged_file_of_a_job(pipeline, tmp_path):
+def test_a_damaged_record_is_named_and_the_remedy_works(pipeline, whole, tmp_path):
     output = tmp_path / "out.mp4"
     interrupt_after(pipeline, output, 2)
+    (tmp_path / "out.mp4.job" / "job.json").write_text("{")
+    with pytest.raises(ResumeError, match=r"job\.json.*--no-resume"):
+        pipeline.generate(request(SECONDS), output)
+    pipeline.generate(request(SECONDS), output, resume=False)
+    assert output.read_bytes() == whole.read_bytes()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def one_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+
+
+def not_finite(path: Path) -> None:
+    import safetensors.torch
+
+    latents = safetensors.torch.load_file(path)["given"]
+    safetensors.torch.save_file({"given": latents.fill_(float("nan"))}, path)
+
+
+def old_form(job: Path) -> None:
+    """As written before there were checksums: they are missing, and so are all hand-overs but the last."""
+    state = json.loads((job / "job.json").read_text())
+    del state["sums"]
+    (job / "job.json").write_text(json.dumps(state))
+    for given in sorted(job.glob("given_*"))[:-1]:
+        given.unlink()
+
+
+@pytest.mark.parametrize(
+    ("old", "file", "damage", "window"),
+    [
+        (False, "segment_00002.mp4", one_bit, 2),
+        (False, "given_00003.safetensors", not_finite, 2),
+        (True, "job.json", Path.exists, 3),
+        (True, "segment_00002.mp4", cut, 0),
+    ],
+)
+def test_goes_on_from_the_last_good_window(pipeline, whole, tmp_path, old, file, damage, window):
+    output = tmp_path / "out.mp4"
+    interrupt_after(pipeline, output, 3)
     job = tmp_path / "out.mp4.job"
-    given = next(job.glob("given_*"))
-    kept = given.read_bytes()
-    given.unlink()
-    with pytest.raises(ResumeError, match="given_"):
-        pipeline.generate(request(SECONDS), output)
-    given.write_bytes(kept[: len(kept) // 2])
-    with pytest.raises(ResumeError, match="given_"):
-        pipeline.generate(request(SECONDS), output)
-    given.write_bytes(kept)
-    (job / "job.json").write_text("{")
-    with pytest.raises(ResumeError, match=r"job\.json"):
-        pipeline.generate(request(SECONDS), output)
+    if old:
+        old_form(job)
+    damage(job / file)
+    said: list[str] = []
+    pipe = make_pipeline_like(
+        pipeline, lambda event: said.append(event.text) if isinstance(event, Message) else None
+    )
+    assert pipe.generate(request(SECONDS), output).resumed_windows == window
+    assert [f"going on from window {window + 1}" in text for text in said if file in text] == (
+        [True] if window < 3 else []
+    )
+    assert output.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.mp4"]
 
 
 def test_full_disk_keeps_finished_windows_and_a_later_run_continues(pipeline, whole, tmp_path, monkeypatch):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ast
-import fcntl
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -18,7 +16,8 @@ import pytest
 
 from batch_stub import StubEngines, make_items, noted, video_bytes
 from command_line import NANO, REPOSITORY
-from omniavatar.errors import ConfigError, OutputError, ResourceError
+from lease_holder import hold
+from omniavatar.errors import BusyError, ConfigError, OutputError, ResourceError, TargetError
 from omniavatar.serve.batch.destination import FolderDestination, RemoteDestination, make_destination
 from omniavatar.serve.batch.events import (
     BatchStarted,
@@ -28,69 +27,12 @@ from omniavatar.serve.batch.events import (
     ItemWindow,
     WorkerReady,
 )
-from omniavatar.serve.batch.items import Outcome, Seat, Task, Verdict, WorkerInfo
-from omniavatar.serve.batch.lease import holder_of, try_lease
+from omniavatar.serve.batch.items import Outcome, Seat, Task, Verdict, WorkerInfo, verdict_of
 from omniavatar.serve.batch.ray_crew import Seats
+from omniavatar.serve.batch.run_folder import RunFolder
 from omniavatar.serve.batch.seats import WorkerOptions as Options
 from omniavatar.serve.batch.seats import plan_workers, with_threads
 from omniavatar.serve.batch.worker import Worker
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from omniavatar.serve.batch.lease import try_lease
-lease = try_lease(Path(sys.argv[1]))
-print("held" if lease else "busy", flush=True)
-time.sleep(60)
-"""
-
-
-def hold(path: Path) -> subprocess.Popen[str]:
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
-    return process
-
-
-# leases
-
-
-@pytest.mark.slow
-def test_only_one_holds_a_lease_and_it_is_released_when_its_holder_is_killed(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "a.lock"
-    process = hold(path)
-    assert try_lease(path) is None
-    assert holder_of(path).startswith(f"process {process.pid} on ")
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    lease = try_lease(path)
-    assert lease is not None
-    with lease:
-        assert try_lease(path) is None and f"process {os.getpid()}" in holder_of(path)
-    assert not path.exists() and try_lease(path) is not None
-
-
-def test_lease_on_a_name_that_was_taken_over_does_not_count(tmp_path: Path, monkeypatch) -> None:
-    """Between open and lock, the holder releases the lease and another process creates a new lock file."""
-    path = tmp_path / "a.lock"
-    real, steps = fcntl.flock, []
-
-    def flock(handle: int, how: int) -> None:
-        if not steps:
-            steps.append("the old file is deleted, a new one has its name")
-            path.unlink()
-            steps.append(path.open("w"))
-            real(steps[-1], fcntl.LOCK_EX)
-        real(handle, how)
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    assert try_lease(path) is None
-
-
-def test_lease_where_nothing_can_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(OutputError):
-        try_lease(tmp_path / "file" / "a.lock")
-
 
 # destinations
 
@@ -156,6 +98,37 @@ def test_failed_delivery_keeps_the_video_and_leaves_no_partial_file(tmp_path: Pa
         assert destination.local("a.mp4").read_bytes() == b"video"
         assert list((tmp_path / "far").iterdir()) == []
         assert destination.deliver("a.mp4", "one") == 5
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.json"])
+def test_a_users_file_at_a_url_is_not_replaced(tmp_path: Path, flaky: Path, name: str) -> None:
+    destination = remote(tmp_path)
+    with destination.prepared():
+        destination.refuse_foreign("a.mp4")
+        (tmp_path / "far" / name).write_text('{"mine": 1}')
+        with pytest.raises(TargetError, match=f"{name}: exists at flaky://.*omniavatar did not write it"):
+            destination.refuse_foreign("a.mp4")
+        staged(destination)
+        destination.refuse_foreign("a.mp4")  # the upload was cut off before its .json
+        (tmp_path / "far" / "b.mp4").write_bytes(b"video")
+        mark = {"fingerprint": {}, "versions": {"omniavatar": "0"}}
+        (tmp_path / "far" / "b.json").write_text(json.dumps(mark))
+        destination.refuse_foreign("b.mp4")
+
+
+def test_a_folder_with_a_users_summary_is_no_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text('{"mine": 1}')
+    with pytest.raises(OutputError, match=r"summary\.json: was not written by omniavatar"):
+        RunFolder(tmp_path).own()
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict"),
+    [(TargetError("x"), Verdict.failed), (BusyError("x"), Verdict.busy), (OutputError("x"), Verdict.retry)],
+)
+def test_what_an_error_of_the_output_means(error: OutputError, verdict: Verdict) -> None:
+    assert verdict_of(error) is verdict
 
 
 def test_unknown_protocol_is_one_line(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from omniavatar.serve.batch.lease import Lease, try_lease
+from omniavatar.media.lease import Lease, try_lease
 
 
 def bindable_cores() -> int:

@@ -10,6 +10,7 @@ video again.
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import socket
 import time
@@ -20,9 +21,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from omniavatar.errors import ConfigError, OutputError, ResourceError
-from omniavatar.media.atomic import atomic_write_json, check_writable
-from omniavatar.serve.batch.lease import try_lease
+from omniavatar.engine.marks import is_sidecar
+from omniavatar.errors import ConfigError, OutputError, ResourceError, TargetError
+from omniavatar.media.atomic import atomic_write_json, beside, check_writable
+from omniavatar.media.lease import remove_stale, try_lease
+
+_LOCK = re.compile(r"\.batch-[0-9a-f]+|\..*(\.mp4|~[0-9a-f]{10})\.lock", re.DOTALL | re.IGNORECASE)
+
+
+def item_lock(video: Path) -> Path:
+    """The lock file of the worker that makes `video`."""
+    return beside(video, ".", video.name, ".lock")
 
 
 class Destination(Protocol):
@@ -48,6 +57,10 @@ class Destination(Protocol):
         """Size in bytes of the video if it was delivered already and made for `identity`, else None."""
         ...
 
+    def refuse_foreign(self, name: str) -> None:
+        """Raise TargetError if the destination holds a file of this name that is not ours."""
+        ...
+
     def deliver(self, name: str, identity: str) -> int:
         """Move the finished video to the destination; returns its size in bytes. Raises OutputError."""
         ...
@@ -67,9 +80,9 @@ class FolderDestination:
     @contextmanager
     def prepared(self) -> Iterator[None]:
         check_writable(self.folder)
-        for lock in (*self.folder.glob(".batch-*"), *self.folder.glob(".*.mp4.lock")):
-            if (stale := try_lease(lock)) is not None:  # its process was killed
-                stale.release()
+        for path in self.folder.iterdir():
+            if _LOCK.fullmatch(path.name):
+                remove_stale(path)
         lease = try_lease(self._probe)
         assert lease is not None
         with lease:
@@ -90,6 +103,9 @@ class FolderDestination:
 
     def delivered(self, name: str, identity: str) -> int | None:
         return None  # the engine itself recognises a finished video
+
+    def refuse_foreign(self, name: str) -> None:
+        return None  # the engine refuses it
 
     def deliver(self, name: str, identity: str) -> int:
         return self.local(name).stat().st_size
@@ -133,10 +149,33 @@ class RemoteDestination:
         size: int = receipt["bytes"]
         return size if self.sizes().get(name) == size else None
 
+    def refuse_foreign(self, name: str) -> None:
+        if self.local(name).exists() or self._receipt(name).exists():
+            return  # a delivery of ours was cut off, or made
+        system, root = self._open()
+        sidecar = f"{root}/{_sidecar(self.local(name)).name}"
+        taken = [
+            path
+            for path in (f"{root}/{name}", sidecar)
+            if self._retry("cannot look for the video", partial(system.exists, path))
+        ]
+        if not taken:
+            return
+        text = self._retry("cannot read", partial(system.cat_file, sidecar)) if sidecar in taken else b""
+        try:
+            ours = is_sidecar(json.loads(text))
+        except (ValueError, RecursionError):
+            ours = False
+        if not ours:
+            raise TargetError(
+                f"{taken[0]}: exists at {self.url}, and omniavatar did not write it; "
+                "move it away or choose another output"
+            )
+
     def deliver(self, name: str, identity: str) -> int:
         system, root = self._open()
         video = self.local(name)
-        sidecar = video.with_suffix(".json")
+        sidecar = _sidecar(video)
         size = video.stat().st_size
         for path in (video, sidecar):
             self._retry(f"cannot upload {path.name}", partial(self._upload, system, root, path))
@@ -190,7 +229,12 @@ class RemoteDestination:
         return system, str(root).rstrip("/")
 
     def _receipt(self, name: str) -> Path:
-        return self.staging / f"{name}.delivered"
+        return beside(self.staging / name, "", name, ".delivered")
+
+
+def _sidecar(video: Path) -> Path:
+    """The file that the engine writes beside `video`."""
+    return beside(video, "", video.stem, ".json")
 
 
 def _forget(system: Any, part: str) -> None:

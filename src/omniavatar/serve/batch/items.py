@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from omniavatar.errors import (
+    BusyError,
     CheckpointError,
     ConfigError,
     InputError,
@@ -22,6 +23,7 @@ from omniavatar.errors import (
     OutputError,
     ResourceError,
     ResumeError,
+    TargetError,
 )
 from omniavatar.types import AvatarRequest
 
@@ -33,6 +35,8 @@ ERRORS: tuple[type[OmniAvatarError], ...] = (
     ResumeError,
     ResourceError,
     NumbersError,
+    TargetError,
+    BusyError,
 )
 
 
@@ -198,6 +202,8 @@ def verdict_of(error: OmniAvatarError) -> Verdict:
     """The verdict on an error raised by one item."""
     if isinstance(error, ConfigError | CheckpointError):
         return Verdict.fatal
+    if isinstance(error, TargetError):
+        return Verdict.busy if isinstance(error, BusyError) else Verdict.failed
     return Verdict.retry if isinstance(error, OutputError | ResourceError) else Verdict.failed
 
 

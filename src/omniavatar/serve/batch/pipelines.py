@@ -21,11 +21,11 @@ from omniavatar.config.schema import PipelineConfig
 from omniavatar.device import choose_device, device_name
 from omniavatar.engine.events import RequestStarted, WindowFinished
 from omniavatar.engine.identity import weight_identities
-from omniavatar.engine.job import output_path
 from omniavatar.engine.orders import WindowsOrder
 from omniavatar.engine.pipeline import AvatarPipeline
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.engine.requests_file import BadLine, RequestLine
+from omniavatar.engine.targets import output_path
 from omniavatar.errors import InputError, OmniAvatarError, ResourceError
 from omniavatar.parallel.process import Process, connect, lost_another
 from omniavatar.parallel.ranks import Ranks

@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from omniavatar.errors import OutputError
 from omniavatar.media.atomic import atomic_write_json, check_writable, translate_os_error
+from omniavatar.media.lease import Lease, holder_of, try_lease
 from omniavatar.serve.batch.items import Item
-from omniavatar.serve.batch.lease import Lease, holder_of, try_lease
 
 FORMAT = 1
 StateName = Literal["queued", "running", "done", "failed"]
@@ -67,6 +67,7 @@ class RunFolder:
 
         Raises OutputError if another driver holds it, or the folder cannot be written.
         """
+        self._refuse_foreign()
         check_writable(self._items)
         path = self.folder / "driver.lock"
         lease = try_lease(path)
@@ -76,6 +77,21 @@ class RunFolder:
                 "another --run-dir"
             )
         return lease
+
+    def _refuse_foreign(self) -> None:
+        """Raise OutputError if the folder holds a summary that no batch wrote."""
+        summary = self.folder / "summary.json"
+        if not summary.exists():
+            return
+        try:
+            values = json.loads(summary.read_text(encoding="utf-8"))
+            ours = isinstance(values, dict) and "items" in values
+        except (OSError, ValueError):
+            ours = False
+        if not ours:
+            raise OutputError(
+                f"{summary}: was not written by omniavatar; move it away or set another --run-dir"
+            )
 
     def states(self) -> dict[str, ItemState]:
         """Every readable state by key."""
@@ -96,7 +112,7 @@ class RunFolder:
         text = json.dumps(values, ensure_ascii=False)  # an indent would take ten times as long
         path = f"{self._items}/{state.key}"
         with translate_os_error(f"{path}.json"):
-            with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+            with open(f"{path}.tmp", "w", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text + "\n")
             os.replace(f"{path}.tmp", f"{path}.json")
 

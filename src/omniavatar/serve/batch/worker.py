@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from omniavatar.errors import ConfigError, OmniAvatarError
-from omniavatar.serve.batch.destination import Destination
+from omniavatar.media.lease import holder_of, try_lease
+from omniavatar.serve.batch.destination import Destination, item_lock
 from omniavatar.serve.batch.items import (
     Engine,
     EngineFactory,
@@ -23,7 +24,6 @@ from omniavatar.serve.batch.items import (
     WorkerInfo,
     verdict_of,
 )
-from omniavatar.serve.batch.lease import holder_of, try_lease
 
 
 class Worker:
@@ -75,7 +75,7 @@ class Worker:
         assert self._engine is not None and item.request is not None
         self._progress = Progress(item.key, 0, 0)
         output = destination.local(item.name)
-        path = output.with_name(f".{item.name}.lock")
+        path = item_lock(output)
         lease = try_lease(path)
         if lease is None:
             error = f"{item.name}: {holder_of(path)} is making it"
@@ -84,6 +84,7 @@ class Worker:
             size = None if task.fresh else destination.delivered(item.name, item.identity)
             made = None
             if size is None:
+                destination.refuse_foreign(item.name)
                 made = self._engine.run(item.request, output, task.fresh, self._report)
                 size = destination.deliver(item.name, item.identity)
         return Outcome(Verdict.done, began, time.time(), made, size)

@@ -1,0 +1,63 @@
+"""Where an interrupted job goes on: at its last window whose files, and those before it, are whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from omniavatar.errors import InputError
+from omniavatar.media.inspect import read_frames
+
+if TYPE_CHECKING:
+    from omniavatar.engine.job import Job
+    from omniavatar.plan.run import RunPlan
+
+
+def go_on_from_good(job: Job, plan: RunPlan) -> str | None:
+    """Let `job` go back to its last good window; returns a sentence on what is damaged, None if all is whole.
+
+    A window is good if the segments before it are whole and its hand-over is. Window 0 needs neither.
+    """
+    total = len(plan.windows)
+    recorded = min(job.done, total)
+    damaged = next((index for index in range(recorded) if not _segment_good(job, plan, index)), None)
+    start = recorded if damaged is None else damaged
+    path = None if damaged is None else job.segment_path(damaged)
+    while 0 < start < total and not _given_good(job, start):
+        path = path or job.given_path(start)
+        start -= 1
+    if start == job.done:
+        return None
+    job.go_back(start)
+    what = "the job counts more windows than the video has" if path is None else f"{path} is {_fault(path)}"
+    return f"{what}; going on from window {start + 1} of {total}"
+
+
+def _fault(path: Path) -> str:
+    return "damaged" if path.exists() else "missing"
+
+
+def _segment_good(job: Job, plan: RunPlan, index: int) -> bool:
+    path = job.segment_path(index)
+    if not path.is_file():
+        return False
+    intact = job.intact(path)
+    if intact is not None:
+        return intact
+    try:  # the folder was written before checksums were
+        return sum(1 for _ in read_frames(path)) == plan.windows[index].new_frames
+    except InputError:
+        return False
+
+
+def _given_good(job: Job, window: int) -> bool:
+    path = job.given_path(window)
+    if not path.is_file() or job.intact(path) is False:
+        return False
+    try:
+        return bool(safetensors.torch.load_file(path)["given"].isfinite().all())
+    except (SafetensorError, KeyError):
+        return False
