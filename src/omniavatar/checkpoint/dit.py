@@ -238,4 +238,5 @@ def _merged(source: TensorSource, deltas: Sequence[Delta], device: torch.device)
             delta.add_to(weight)
         return weight
 
-    return TensorSource(source.shape, load)
+    parts = [part for delta in deltas for part in delta.parts]
+    return TensorSource(source.shape, load, (*source.parts, *parts))
