@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
+from omniavatar.checkpoint.outside import open_regular
 from omniavatar.errors import CheckpointError
 
 END_BYTES = 2**20
@@ -26,8 +28,8 @@ def file_fingerprint(path: Path) -> str:
     """
     digest = hashlib.sha256()
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             digest.update(str(size).encode())
             if size <= WHOLE_BYTES:
                 digest.update(file.read())

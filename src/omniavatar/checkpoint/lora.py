@@ -238,9 +238,10 @@ def _channels(
 def _own_alpha(files: TensorFiles, key: str) -> float:
     """The number in the `.alpha` of a pair. Raises CheckpointError if it is none."""
     info = files.info(key)
-    alpha = float(files.load(key).item()) if math.prod(info.shape) == 1 else math.nan
+    is_number = math.prod(info.shape) == 1 and info.dtype != torch.bool
+    alpha = float(files.load(key).item()) if is_number else math.nan
     if not math.isfinite(alpha):
-        held = f"{info.shape} numbers" if math.prod(info.shape) != 1 else f"{alpha:g}"
+        held = f"{alpha:g}" if is_number else f"{str(info.dtype)[6:]} of shape {list(info.shape)}"
         raise CheckpointError(
             f"{files.path_of(key)}: {key} must be one finite number, it holds {held}; download the LoRA again"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -77,6 +78,93 @@ def test_missing_or_broken_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="unusable tokenizer") as caught:
         FolderTokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def hostile(source: Path, folder: Path, **settings: object) -> Path:
+    """A copy of a tokenizer folder with other settings, and code that leaves a mark when it runs."""
+    shutil.copytree(source, folder)
+    code = f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: ...\n"
+    (folder / "evil.py").write_text(code)
+    (folder / "tokenizer.py").write_text(code)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}},
+        {"auto_map": {"AutoTokenizer": [None, "somebody/repository--evil.Evil"]}, "tokenizer_class": "Evil"},
+        {"auto_map": ["evil.Evil", None]},
+        {"tokenizer_class": "Evil"},
+        {"tokenizer_class": "BertJapaneseTokenizer"},
+        {"tokenizer_class": ["T5Tokenizer"]},
+        {"tokenizer_class": "\x1b[31mT5"},
+        {"added_tokens_decoder": {"x": 3}},
+        {"pad_token": None},
+    ],
+    ids=str,
+)
+def test_a_tokenizer_folder_cannot_run_code(
+    tokenizer_folder: Path, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    folder = hostile(tokenizer_folder, tmp_path / "hostile", **settings)
+    with pytest.raises(CheckpointError) as caught:
+        FolderTokenizer(folder)(["a"], 4)
+    assert str(folder) in str(caught.value) and str(caught.value).isprintable()
+    assert not (folder / "ran").exists()
+
+
+def test_settings_of_a_tokenizer_cannot_name_other_files(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """The files are always those of the folder; a model's configuration beside them is not read."""
+    elsewhere = str(tmp_path / "elsewhere.json")
+    names = ("vocab_file", "tokenizer_file", "gguf_file", "special_tokens_map_file", "added_tokens_file")
+    settings: dict[str, object] = {name: elsewhere for name in names}
+    settings |= {"fast_tokenizer_files": ["tokenizer.9.json", "../../elsewhere.json"], "name_or_path": "a/b"}
+    folder = hostile(tokenizer_folder, tmp_path / "hostile", **settings)
+    (folder / "config.json").write_text('{"model_type": "x", "auto_map": {"AutoConfig": "evil.Evil"}}')
+    prompts = ["a b", "hello"]
+    found, expected = (FolderTokenizer(each)(prompts, 16) for each in (folder, tokenizer_folder))
+    assert torch.equal(found.ids, expected.ids) and found.lengths == expected.lengths
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_damaged_files_of_a_tokenizer(tokenizer_folder: Path, tmp_path: Path, name: str) -> None:
+    folder = hostile(tokenizer_folder, tmp_path / "hostile")
+    for content in (b"", b"[" * 5000, b'{"model": 3, "eos_token": "</s>"}', b"\xff\x00"):
+        (folder / name).write_bytes(content)
+        refused = ""
+        try:
+            FolderTokenizer(folder)(["a"], 4)
+        except CheckpointError as error:
+            refused = str(error)
+        assert (str(folder) in refused and "\n" not in refused) or (name, content[:1]) == (
+            "tokenizer_config.json",
+            b"{",
+        )
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        FolderTokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast"])
+def test_the_tokens_are_those_of_transformers(tokenizer_folder: Path, tmp_path: Path, name: str) -> None:
+    from transformers import AutoTokenizer
+
+    folder = hostile(tokenizer_folder, tmp_path / "again", tokenizer_class=name)
+    reference = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    texts = ["a b", "Hello, it's a  test", "\u00e9\u4eba", ""]
+    found = FolderTokenizer(folder)(texts, 24)
+    for row, text in enumerate(texts):
+        assert found.ids[row, : found.lengths[row]].tolist() == reference(text)["input_ids"]
+
+
+def test_a_tokenizer_of_another_text_encoder(encoder: TextEncoder) -> None:
+    with pytest.raises(CheckpointError, match="knows 260 tokens, the tokenizer gave token 260"):
+        encoder.encode_tokens(torch.tensor([[5, 260]]), torch.ones(1, 2, dtype=torch.int64))
 
 
 @given(st.text(max_size=30), st.integers(2, 20))
