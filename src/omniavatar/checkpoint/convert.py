@@ -14,7 +14,7 @@ from torch import Tensor
 
 from omniavatar.checkpoint.dit import FORM_KEY, DiTWeights
 from omniavatar.checkpoint.dit_sizes import HEADS_KEY
-from omniavatar.checkpoint.finite import FiniteCheck
+from omniavatar.checkpoint.finite import require_finite
 from omniavatar.checkpoint.layout import TensorEntry
 from omniavatar.checkpoint.strict import check_sources
 from omniavatar.checkpoint.synthetic import require_space
@@ -55,11 +55,10 @@ def convert_dit(
         SOURCES_KEY: json.dumps(made_from, sort_keys=True),
         **({} if form is None else {FORM_KEY: form}),
     }
-    check = FiniteCheck(weights.origin)
 
     def load(key: str) -> Tensor:
         tensor = weights.sources[key].load().to(model[key].dtype)
-        check.require(key, tensor, weights.sources[key].parts)
+        require_finite(key, tensor, weights.sources[key].parts, weights.origin)
         return tensor
 
     try:

@@ -50,7 +50,9 @@ def read_adapter_config(adapter_dir: PathLike) -> AdapterConfig:
         ("model_config", model_config, (dict,)),
         ("model_config.num_heads", _entry(model_config, "num_heads"), (int,)),
     ):
-        if value is not None and (type(value) not in kinds or (kinds != (dict,) and not 0 < value < MAX_VALUE)):
+        if value is not None and (
+            type(value) not in kinds or (kinds != (dict,) and not 0 < value < MAX_VALUE)
+        ):
             raise CheckpointError(
                 f"{path}: not a valid adapter configuration ({name} is {shown(repr(value))}); download it again"
             )

@@ -1,13 +1,18 @@
 """Finds weights that are NaN or infinite, also those that become so in the dtype they are cast to.
 
 A NaN in one weight turns every frame after the first black. Each tensor is summed once on its device: a sum of
-finite numbers is finite, unless they are huge. The sums stay on the device and are read once at the end, so
-the GPU is not stopped for each tensor. Only a tensor with a suspicious sum is looked at number by number.
+finite numbers is finite, unless they are huge. A GPU is not stopped for each tensor: its sums are read once at
+the end. On a CPU, a thread sums one tensor while the next is read. Only a tensor with a suspicious sum is
+looked at number by number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -20,24 +25,40 @@ Part = tuple[TensorFiles, str]
 FLOAT8_LIMITS = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 """The bits without sign from which a float8 number is NaN or infinite."""
 PIECE = 1 << 22
+SMALL_BYTES = 1 << 20
+"""Smaller tensors are summed at once: a thread costs more."""
 
 
 class FiniteCheck:
-    """Checks the weights of one model; `finish` raises the error.
+    """Checks the weights of one model; `finish` raises the error. A context manager that owns a thread.
 
     origin: name of the files in the error, if a weight has no parts.
     """
 
     def __init__(self, origin: str) -> None:
         self._origin = origin
-        self._sums: dict[torch.device, list[Tensor]] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="finite")
+        self._sums: dict[torch.device, list[Callable[[], Tensor]]] = {}
         self._names: dict[torch.device, list[tuple[str, Sequence[Part]]]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
     def add(self, name: str, tensor: Tensor, parts: Sequence[Part]) -> None:
         """Sum up `tensor` on its device; `parts` are the stored tensors that it is made of."""
-        if tensor.is_floating_point() and tensor.numel():
-            self._sums.setdefault(tensor.device, []).append(_sum(tensor))
-            self._names.setdefault(tensor.device, []).append((name, parts))
+        if not tensor.is_floating_point() or not tensor.numel():
+            return
+        if tensor.device.type == "cpu" and tensor.nbytes > SMALL_BYTES:
+            total = self._pool.submit(_sum, tensor).result
+        else:
+            total = functools.partial(_itself, _sum(tensor))
+        self._sums.setdefault(tensor.device, []).append(total)
+        self._names.setdefault(tensor.device, []).append((name, parts))
 
     def finish(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise CheckpointError for the first weight that is not finite.
@@ -45,30 +66,32 @@ class FiniteCheck:
         tensors: the weights by name, to look at again where the sum is suspicious.
         """
         for device, sums in self._sums.items():
-            finite = torch.stack(sums).isfinite().tolist()
+            finite = torch.stack([total() for total in sums]).isfinite().tolist()
             for (name, parts), good in zip(self._names[device], finite, strict=True):
                 if not good and not is_finite(tensors[name]):
-                    raise self._error(name, tensors[name].dtype, parts)
+                    raise _error(name, tensors[name].dtype, parts, self._origin)
 
-    def require(self, name: str, tensor: Tensor, parts: Sequence[Part]) -> None:
-        """Check one tensor now. Raises CheckpointError."""
-        if not is_finite(tensor):
-            raise self._error(name, tensor.dtype, parts)
 
-    def _error(self, name: str, dtype: torch.dtype, parts: Sequence[Part]) -> CheckpointError:
-        for files, key in parts:
-            if not is_finite(files.load(key)):
-                return CheckpointError(
-                    f"{files.path_of(key)}: {key} holds NaN or infinite numbers, which make the frames black; "
-                    "download the file again, or leave it out if it is a LoRA"
-                )
-        short = str(dtype).removeprefix("torch.")
-        limit = f"{short} holds numbers up to {torch.finfo(dtype).max:.3g}"
-        remedy = "set dtype=bfloat16" if dtype in (torch.float16, *FLOAT8_LIMITS) else "use another file"
-        if len(parts) > 1:
-            remedy += ", or lower the strength of the LoRAs"
-        where = parts[0][0].path_of(parts[0][1]) if parts else self._origin
-        return CheckpointError(f"{where}: {name} is not finite in the model ({limit}); {remedy}")
+def require_finite(name: str, tensor: Tensor, parts: Sequence[Part], origin: str) -> None:
+    """Check one tensor now; arguments as in `FiniteCheck`. Raises CheckpointError."""
+    if not is_finite(tensor):
+        raise _error(name, tensor.dtype, parts, origin)
+
+
+def _error(name: str, dtype: torch.dtype, parts: Sequence[Part], origin: str) -> CheckpointError:
+    for files, key in parts:
+        if not is_finite(files.load(key)):
+            return CheckpointError(
+                f"{files.path_of(key)}: {key} holds NaN or infinite numbers, which make the frames black; "
+                "download the file again, or leave it out if it is a LoRA"
+            )
+    short = str(dtype).removeprefix("torch.")
+    limit = f"{short} holds numbers up to {torch.finfo(dtype).max:.3g}"
+    remedy = "set dtype=bfloat16" if dtype in (torch.float16, *FLOAT8_LIMITS) else "use another file"
+    if len(parts) > 1:
+        remedy += ", or lower the strength of the LoRAs"
+    where = parts[0][0].path_of(parts[0][1]) if parts else origin
+    return CheckpointError(f"{where}: {name} is not finite in the model ({limit}); {remedy}")
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -78,6 +101,10 @@ def is_finite(tensor: Tensor) -> bool:
     if tensor.dtype in FLOAT8_LIMITS:
         return False
     return all(bool(piece.isfinite().all()) for piece in tensor.reshape(-1).split(PIECE))
+
+
+def _itself(total: Tensor) -> Tensor:
+    return total
 
 
 def _sum(tensor: Tensor) -> Tensor:

@@ -56,9 +56,7 @@ def read_table(path: Path, remedy: str = DOWNLOAD) -> dict[str, Any]:
 def parse_table(text: str | bytes, source: str, remedy: str = DOWNLOAD) -> dict[str, Any]:
     """The JSON object in `text`; `source` is its name in a CheckpointError, which ends with `remedy`."""
     try:
-        table = json.loads(
-            text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_no_constant
-        )
+        table = json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_no_constant)
     except RecursionError:
         raise CheckpointError(f"{source}: its JSON is nested too deeply; {remedy}") from None
     except ValueError as error:

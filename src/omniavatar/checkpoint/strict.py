@@ -78,22 +78,18 @@ def load_strict(
     finite in its final dtype.
     """
     slots = _slots(module)
-    check = FiniteCheck(origin)
-    matched = _matched(module, slots, sources, origin)
-    for slot_name, name in matched.items():
-        tensor = sources[name].load()
-        if tensor.is_floating_point() != slots[slot_name].is_floating_point:
-            kind = "floating-point" if slots[slot_name].is_floating_point else "whole"
-            raise CheckpointError(
-                f"{origin}: {name} holds numbers of {tensor.dtype}, not {kind} ones; use the released file"
-            )
-        if tensor.is_floating_point():
-            tensor = tensor.to(dtype if isinstance(dtype, torch.dtype) else dtype(slot_name))
-        moved = tensor.to(device(slot_name) if callable(device) else device)
-        check.add(name, tensor if moved.device.type == "cpu" else moved, sources[name].parts)
-        slots[slot_name].put(module, moved)
-    tensors = module.state_dict()
-    check.finish({name: tensors[slot_name] for slot_name, name in matched.items()})
+    with FiniteCheck(origin) as check:
+        matched = _matched(module, slots, sources, origin)
+        for slot_name, name in matched.items():
+            tensor = sources[name].load()
+            slots[slot_name].check_kind(name, tensor, origin)
+            if tensor.is_floating_point():
+                tensor = tensor.to(dtype if isinstance(dtype, torch.dtype) else dtype(slot_name))
+            moved = tensor.to(device(slot_name) if callable(device) else device)
+            check.add(name, tensor if moved.device.type == "cpu" else moved, sources[name].parts)
+            slots[slot_name].put(module, moved)
+        tensors = module.state_dict()
+        check.finish({name: tensors[slot_name] for slot_name, name in matched.items()})
     left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if left:
         raise RuntimeError(f"{type(module).__name__} has weights on meta that no file can fill: {left}")
@@ -138,6 +134,14 @@ class _Slot:
     shape: tuple[int, ...]
     is_parameter: bool
     is_floating_point: bool
+
+    def check_kind(self, name: str, tensor: Tensor, origin: str) -> None:
+        """Raise CheckpointError for whole numbers where the module computes with others, and the reverse."""
+        if tensor.is_floating_point() != self.is_floating_point:
+            kind = "floating-point" if self.is_floating_point else "whole"
+            raise CheckpointError(
+                f"{origin}: {name} holds numbers of {tensor.dtype}, not {kind} ones; use the released file"
+            )
 
     def put(self, module: nn.Module, tensor: Tensor) -> None:
         value = nn.Parameter(tensor, requires_grad=False) if self.is_parameter else tensor

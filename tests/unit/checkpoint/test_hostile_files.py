@@ -84,7 +84,11 @@ def test_wrong_header_of_safetensors(tmp_path: Path, name: str) -> None:
 
 def test_a_right_header_beside_the_wrong_ones(tmp_path: Path) -> None:
     data = np.array([1.5, -2], np.float32).tobytes()
-    extra = {"__metadata__": {"note": "x"}, "a": ENTRY, "none": ENTRY | {"shape": [0], "data_offsets": [8, 8]}}
+    extra = {
+        "__metadata__": {"note": "x"},
+        "a": ENTRY,
+        "none": ENTRY | {"shape": [0], "data_offsets": [8, 8]},
+    }
     with TensorFiles(safetensors(tmp_path / "a.safetensors", extra, data)) as files:
         assert files.load("a").tolist() == [1.5, -2] and files.load("none").shape == (0,)
         assert files.metadata == {"note": "x"}
