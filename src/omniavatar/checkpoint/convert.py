@@ -40,8 +40,8 @@ def convert_dit(
     made_from: source files as JSON types, stored in the header.
     progress: called with (bytes written, total bytes).
 
-    Raises CheckpointError if the weights do not fit together or are not finite, OutputError for a wrong file name or a disk
-    that is too small or read-only.
+    Raises CheckpointError if the weights do not fit together or are not finite, OutputError for a wrong file
+    name or a disk that is too small or read-only.
     """
     if out.suffix != ".safetensors":
         raise OutputError(f"{out}: a converted checkpoint must have the extension .safetensors; rename it")

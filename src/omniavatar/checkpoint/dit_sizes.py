@@ -54,7 +54,8 @@ def read_adapter_config(adapter_dir: PathLike) -> AdapterConfig:
             type(value) not in kinds or (kinds != (dict,) and not 0 < value < MAX_VALUE)
         ):
             raise CheckpointError(
-                f"{path}: not a valid adapter configuration ({name} is {shown(repr(value))}); download it again"
+                f"{path}: not a valid adapter configuration ({name} is {shown(repr(value))}); "
+                "download it again"
             )
     return AdapterConfig(path, rank, None if alpha is None else float(alpha), model_config)
 
@@ -152,8 +153,8 @@ def _check_agreement(config: DiTConfig, settings: AdapterConfig) -> None:
         declared = settings.model_config.get(name, size)
         if declared != size:
             raise CheckpointError(
-                f"{os.fspath(settings.path)}: model_config.{name} is {shown(str(declared))}, the weights have {size}; "
-                "use the adapter that was made for this base model"
+                f"{os.fspath(settings.path)}: model_config.{name} is {shown(str(declared))}, "
+                f"the weights have {size}; use the adapter that was made for this base model"
             )
 
 

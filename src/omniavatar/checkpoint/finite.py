@@ -1,9 +1,9 @@
 """Finds weights that are NaN or infinite, also those that become so in the dtype they are cast to.
 
-A NaN in one weight turns every frame after the first black. Each tensor is summed once on its device: a sum of
-finite numbers is finite, unless they are huge. A GPU is not stopped for each tensor: its sums are read once at
-the end. On a CPU, a thread sums one tensor while the next is read. Only a tensor with a suspicious sum is
-looked at number by number.
+A NaN in one weight turns every frame after the first black. Each tensor is summed once on its device: a sum
+of finite numbers is finite, unless they are huge. A GPU is not stopped for each tensor: its sums are read
+once at the end. On a CPU, a thread sums one tensor while the next is read. Only a tensor with a suspicious
+sum is looked at number by number.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Opens files that may come from strangers: regular files only, with a limit, and strict JSON.
 
-A FIFO or a device would block or never end. JSON with repeated names, infinite numbers or deep nesting is read
-differently by every program, so it is an error here. Whatever is wrong becomes a CheckpointError of one line.
+A FIFO or a device would block or never end. JSON with repeated names, infinite numbers or deep nesting is
+read differently by every program, so it is an error here. Each failure is a CheckpointError of one line.
 """
 
 from __future__ import annotations

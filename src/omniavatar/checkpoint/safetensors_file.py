@@ -104,7 +104,7 @@ class SafetensorsFile:
 
 
 def read_into(path: Path, descriptor: int, key: str, offset: int, out: Tensor) -> None:
-    """Fill `out` (uint8, on the CPU) from byte `offset` of a file. Raises CheckpointError if it ends early."""
+    """Fill `out` (uint8, on the CPU) from byte `offset` of a file. Raises CheckpointError."""
     target = memoryview(out.numpy().data)
     while target:
         try:

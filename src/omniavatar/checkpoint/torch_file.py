@@ -1,12 +1,12 @@
 """Reads a file of `torch.save`: a mapping of names to tensors, as a zip of raw records or in the older form.
 
 The zip's own table is checked first: records are stored, do not overlap, and lie inside the file. torch gets
-only the pickle, in a zip of our own with empty records, and makes tensors without data (`weights_only`, meta),
-so no code runs. The place of an empty record tells which record a tensor belongs to; it must have exactly the
-tensor's size. Data is read from the file directly into the new tensor.
+only the pickle, in a zip of our own with empty records, and makes tensors without data (`weights_only`,
+meta), so no code runs. The place of an empty record tells which record a tensor belongs to; it must have
+exactly the tensor's size. Data is read from the file directly into the new tensor.
 
-`{"state_dict": {...}}` and its relatives (`WRAPPERS`) are opened. The form before 2020 (no zip) is read whole.
-Refused: pickled code, TorchScript, compressed records, big-endian data, sparse, quantised, complex and
+`{"state_dict": {...}}` and its relatives (`WRAPPERS`) are opened. The form before 2020 (no zip) is read
+whole. Refused: pickled code, TorchScript, compressed records, big-endian data, sparse, quantised, complex and
 expanded tensors, and the tar files of 2016.
 """
 
@@ -157,7 +157,8 @@ class TorchFile:
         content = _unwrapped(content)
         if not isinstance(content, Mapping):
             raise CheckpointError(
-                f"{self.path}: contains a {type(content).__name__}, not a mapping of names to tensors; {PLAIN}"
+                f"{self.path}: contains a {type(content).__name__}, not a mapping of names to "
+                f"tensors; {PLAIN}"
             )
         for key, value in content.items():
             check_name(self.path, key)
@@ -171,7 +172,7 @@ class TorchFile:
         return {key: value.detach() for key, value in content.items()}
 
     def _check_filled(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise CheckpointError if the older form lacks the data of a tensor; torch would keep random memory."""
+        """Raise CheckpointError if the older form lacks the data of a tensor: torch keeps random memory."""
         keys: set[object] = set()
         with self.path.open("rb") as file:
             for _ in range(LEGACY_PICKLES):

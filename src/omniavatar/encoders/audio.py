@@ -219,7 +219,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for field, expected in BASE_FORM.items():
         if config.get(field, expected) != expected:
             raise CheckpointError(
-                f"{path}: {field} is {shown(repr(config[field]))}, must be {expected!r}; use wav2vec2-base-960h"
+                f"{path}: {field} is {shown(repr(config[field]))}, must be {expected!r}; "
+                "use wav2vec2-base-960h"
             )
     for field in CONFIG_FIELDS:
         if field in config and not _fits(field, config[field]):

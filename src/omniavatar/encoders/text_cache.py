@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from omniavatar.checkpoint.fingerprint import file_fingerprint
+from omniavatar.checkpoint.fingerprint import content_identity
 from omniavatar.encoders.tokens import TEXT_TOKENS, clean_prompt
 from omniavatar.errors import CheckpointError
 
@@ -40,8 +40,8 @@ def encoder_identity(encoder_path: Path, tokenizer_path: Path, dtype: torch.dtyp
         )
     return json.dumps(
         {
-            "encoder": file_fingerprint(Path(encoder_path)),
-            "tokenizer": {path.name: file_fingerprint(path) for path in tokenizer},
+            "encoder": content_identity(Path(encoder_path)),
+            "tokenizer": {path.name: content_identity(path) for path in tokenizer},
             "dtype": str(dtype),
         }
     )

@@ -140,10 +140,8 @@ def test_damaged_files_of_a_tokenizer(tokenizer_folder: Path, tmp_path: Path, na
             FolderTokenizer(folder)(["a"], 4)
         except CheckpointError as error:
             refused = str(error)
-        assert (str(folder) in refused and "\n" not in refused) or (name, content[:1]) == (
-            "tokenizer_config.json",
-            b"{",
-        )
+        harmless = name != "tokenizer.json" and content.startswith(b"{")
+        assert harmless or (str(folder) in refused and "\n" not in refused)
     (folder / name).unlink()
     os.mkfifo(folder / name)
     with pytest.raises(CheckpointError, match="not a regular file"):
