@@ -44,24 +44,19 @@ def read_adapter_config(adapter_dir: PathLike) -> AdapterConfig:
     table = read_table(path)
     rank, alpha = table.get("lora_rank"), table.get("lora_alpha")
     model_config = table.get("model_config") or {}
-    for name, value, kinds in (
-        ("lora_rank", rank, (int,)),
-        ("lora_alpha", alpha, (int, float)),
-        ("model_config", model_config, (dict,)),
-        ("model_config.num_heads", _entry(model_config, "num_heads"), (int,)),
+    heads = model_config.get("num_heads") if isinstance(model_config, dict) else None
+    for name, value, fits in (
+        ("lora_rank", rank, rank is None or (type(rank) is int and 0 < rank < MAX_VALUE)),
+        ("lora_alpha", alpha, alpha is None or (type(alpha) in (int, float) and 0 < alpha < MAX_VALUE)),
+        ("model_config", model_config, type(model_config) is dict),
+        ("model_config.num_heads", heads, heads is None or (type(heads) is int and 0 < heads < MAX_VALUE)),
     ):
-        if value is not None and (
-            type(value) not in kinds or (kinds != (dict,) and not 0 < value < MAX_VALUE)
-        ):
+        if not fits:
             raise CheckpointError(
                 f"{path}: not a valid adapter configuration ({name} is {shown(repr(value))}); "
                 "download it again"
             )
     return AdapterConfig(path, rank, None if alpha is None else float(alpha), model_config)
-
-
-def _entry(table: object, name: str) -> object:
-    return table.get(name) if isinstance(table, dict) else None
 
 
 def inspect_dit(

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from omniavatar.checkpoint.outside import read_table, reason_of
-from omniavatar.checkpoint.tensor_file import TensorFile, TensorInfo, open_tensor_file
+from omniavatar.checkpoint.tensor_file import TensorFile, open_tensor_file
+from omniavatar.checkpoint.tensor_info import TensorInfo
 from omniavatar.errors import CheckpointError
 
 PathLike = str | os.PathLike[str]

@@ -192,13 +192,13 @@ class TorchFile:
         if name is None:
             raise CheckpointError(f"{self.path}: {key} is not a dense tensor with data; {PLAIN}")
         item, (start, size) = tensor.dtype.itemsize, records[name]
-        strides, first = tensor.stride(), tensor.storage_offset()
+        strides, first = tensor.stride(), int(tensor.storage_offset())
         if not storage.nbytes() <= size < storage.nbytes() + item:
             raise damaged(self.path, f"{key} needs {storage.nbytes()} bytes, its record has {size}")
         if not tensor.numel():
             return _Place(start, strides, 0)
         steps = [(count - 1) * stride for count, stride in zip(tensor.shape, strides, strict=True)]
-        span = 1 + sum(steps)
+        span = 1 + sum(int(step) for step in steps)
         if min((*strides, first, 0)) < 0 or (first + span) * item > size:
             raise damaged(self.path, f"{key} reaches beyond its record")
         if tensor.numel() > span:

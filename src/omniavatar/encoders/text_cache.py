@@ -173,8 +173,9 @@ def _rows(content: bytes) -> torch.Tensor | None:
         rows = load(data).get("embedding")
     except (SafetensorError, KeyError):
         return None
-    is_embedding = rows is not None and rows.dim() == 2 and len(rows) <= TEXT_TOKENS
-    return rows if is_embedding and is_finite(rows) else None
+    if rows is None or rows.dim() != 2 or len(rows) > TEXT_TOKENS or not is_finite(rows):
+        return None
+    return rows
 
 
 def encode_cached(prompts: Sequence[str], cache: TextCache, load: Callable[[], TextEncoder]) -> torch.Tensor:

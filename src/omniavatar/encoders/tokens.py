@@ -128,8 +128,8 @@ def _copy_data(folder: Path, target: Path) -> str | None:
         )
     kept = {name: value for name, value in table.items() if name in SETTINGS}
     (target / path.name).write_text(json.dumps(kept), encoding="utf-8")
-    name = table.get("tokenizer_class")
-    return name if name is None else shown(str(name))
+    given = table.get("tokenizer_class")
+    return None if given is None else shown(str(given))
 
 
 def _class(folder: Path, name: str | None) -> Any:

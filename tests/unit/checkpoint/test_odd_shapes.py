@@ -61,7 +61,7 @@ def test_a_changed_shape_is_an_error(loaders, tmp_path: Path, kind: str, data: s
     shapes = dict(FILES[kind])
     key = data.draw(st.sampled_from(sorted(shapes)))
     old = shapes[key]
-    new = data.draw(st.lists(st.integers(0, 40), max_size=6).map(tuple).filter(lambda shape: shape != old))
+    new = data.draw(st.lists(st.integers(0, 5), max_size=6).map(tuple).filter(lambda shape: shape != old))
     path = tmp_path / "m.safetensors"
     save_file({name: torch.zeros(new if name == key else shape) for name, shape in shapes.items()}, path)
     with pytest.raises(CheckpointError) as caught:
