@@ -8,9 +8,9 @@ sum is looked at number by number.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
@@ -38,8 +38,9 @@ class FiniteCheck:
     def __init__(self, origin: str) -> None:
         self._origin = origin
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="finite")
-        self._sums: dict[torch.device, list[Callable[[], Tensor]]] = {}
-        self._names: dict[torch.device, list[tuple[str, Sequence[Part]]]] = {}
+        self._on_device: dict[torch.device, list[tuple[str, Sequence[Part], Tensor]]] = {}
+        self._in_thread: list[tuple[str, Sequence[Part], Future[Tensor]]] = []
+        self._suspicious: list[tuple[str, Sequence[Part]]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -53,23 +54,24 @@ class FiniteCheck:
         """Sum up `tensor` on its device; `parts` are the stored tensors that it is made of."""
         if not tensor.is_floating_point() or not tensor.numel():
             return
-        if tensor.device.type == "cpu" and tensor.nbytes > SMALL_BYTES:
-            total = self._pool.submit(_sum, tensor).result
-        else:
-            total = functools.partial(_itself, _sum(tensor))
-        self._sums.setdefault(tensor.device, []).append(total)
-        self._names.setdefault(tensor.device, []).append((name, parts))
+        if tensor.device.type != "cpu":
+            self._on_device.setdefault(tensor.device, []).append((name, parts, _sum(tensor)))
+        elif tensor.nbytes > SMALL_BYTES:
+            self._in_thread.append((name, parts, self._pool.submit(_sum, tensor)))
+        elif not math.isfinite(_sum(tensor)):
+            self._suspicious.append((name, parts))
 
     def finish(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise CheckpointError for the first weight that is not finite.
 
         tensors: the weights by name, to look at again where the sum is suspicious.
         """
-        for device, sums in self._sums.items():
-            finite = torch.stack([total() for total in sums]).isfinite().tolist()
-            for (name, parts), good in zip(self._names[device], finite, strict=True):
-                if not good and not is_finite(tensors[name]):
-                    raise _error(name, tensors[name].dtype, parts, self._origin)
+        for found in self._on_device.values():
+            finite = torch.stack([total for _, _, total in found]).isfinite().tolist()
+            self._suspicious += [each[:2] for each, good in zip(found, finite, strict=True) if not good]
+        self._suspicious += [each[:2] for each in self._in_thread if not math.isfinite(each[2].result())]
+        for name, parts in self._suspicious:
+            require_finite(name, tensors[name], parts, self._origin)
 
 
 def require_finite(name: str, tensor: Tensor, parts: Sequence[Part], origin: str) -> None:
@@ -103,15 +105,11 @@ def is_finite(tensor: Tensor) -> bool:
     return all(bool(piece.isfinite().all()) for piece in tensor.reshape(-1).split(PIECE))
 
 
-def _itself(total: Tensor) -> Tensor:
-    return total
-
-
 def _sum(tensor: Tensor) -> Tensor:
-    """A float32 number on the device of `tensor`, finite only if all its numbers are."""
+    """A number on the device of `tensor`, finite only if all its numbers are."""
     tensor = tensor.detach()
     if tensor.dtype in FLOAT8_LIMITS:
         bits = tensor.view(torch.uint8).bitwise_and(0x7F).amax()
         return torch.where(bits >= FLOAT8_LIMITS[tensor.dtype], torch.inf, 0.0)
     # On a CPU, a sum in another dtype than the tensor's is 30 times slower.
-    return (tensor.sum() if tensor.device.type == "cpu" else tensor.sum(dtype=torch.float32)).float()
+    return tensor.sum() if tensor.device.type == "cpu" else tensor.sum(dtype=torch.float32)

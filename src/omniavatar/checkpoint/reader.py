@@ -2,23 +2,25 @@
 
 Opening reads only headers and `load` reads data, so the shapes of a 57 GB checkpoint are known at once. Every
 shard that a numbered name (`-00002-of-00006`) or an index file mentions must exist. A tensor stored twice is
-an error. Formats and memory: `tensor_file`.
+an error. Formats: `safetensors_file`, `torch_file`.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from omniavatar.checkpoint.outside import read_table, reason_of
-from omniavatar.checkpoint.tensor_file import TensorFile, open_tensor_file
+from omniavatar.checkpoint.safetensors_file import SafetensorsFile
 from omniavatar.checkpoint.tensor_info import TensorInfo
+from omniavatar.checkpoint.torch_file import TorchFile
 from omniavatar.errors import CheckpointError
 
 PathLike = str | os.PathLike[str]
@@ -36,6 +38,34 @@ FOLDER_CANDIDATES = (
 )
 _WRAPPER = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _NUMBERED = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<suffix>\.\w+)$")
+
+
+class TensorFile(Protocol):
+    """Interface of both formats. `index` has the order of the data; `load` returns a tensor with its own
+    memory."""
+
+    path: Path
+
+    @property
+    def index(self) -> Mapping[str, TensorInfo]: ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+
+    def load(self, key: str) -> Tensor: ...
+
+    def read(self, key: str, start: int, out: Tensor) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_tensor_file(path: Path) -> TensorFile:
+    """The file at `path`, with its header read and checked. Raises CheckpointError."""
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
+        return TorchFile(path)
+    raise CheckpointError(f"{path}: unknown type of weight file; use .safetensors, .pth, .pt or a folder")
 
 
 class TensorFiles:

@@ -111,22 +111,6 @@ class ModelConfig(_Section):
             return self.tokenizer_path
         return self.text_encoder_path.parent / "google" / "umt5-xxl"
 
-    @property
-    def weight_paths(self) -> tuple[Path, ...]:
-        """All configured files and folders of the models; none for random weights."""
-        if self.weights == "random":
-            return ()
-        named = (
-            self.vae_path,
-            self.decoder_path,
-            self.text_encoder_path,
-            self.tokenizer_folder,
-            self.wav2vec_path,
-            self.exp_path,
-        )
-        given = (path for path in named if path is not None)
-        return (*self.dit_path, *given, *(lora.path for lora in self.loras))
-
     def check_files_named(self) -> None:
         """Raise `ConfigError` if a path that `weights: files` needs is not set."""
         if self.weights == "random":

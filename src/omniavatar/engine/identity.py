@@ -15,6 +15,7 @@ from omniavatar.config.identity import result_values
 from omniavatar.engine.job import fingerprint
 from omniavatar.errors import InputError
 from omniavatar.plan.calibration import NAME as STEP_CACHE
+from omniavatar.plan.preview import weight_paths
 from omniavatar.types import AudioInput, Waveform
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def content_values(config: PipelineConfig) -> dict[str, Any]:
     """
     model = config.model
     values = {**result_values(config), **weight_identities(model)}
-    if all(path.exists() for path in model.weight_paths):
+    if all(path.exists() for path in weight_paths(model)):
         for name in WEIGHT_FIELDS:
             del values[f"model.{name}"]
         values["model.loras"] = [
@@ -81,7 +82,7 @@ def weight_identities(model: ModelConfig) -> dict[str, str]:
     A copy of a checkpoint has the same identity; `checkpoint.fingerprint` says what sampling can miss.
     """
     found: dict[str, list[str]] = {}
-    for path in model.weight_paths:
+    for path in weight_paths(model):
         if path.exists():
             found.setdefault(f"file.{path.name}", []).append(_content(path))
     return {name: "; ".join(contents) for name, contents in found.items()}
