@@ -55,7 +55,7 @@ def test_the_unchanged_shapes_load(loaders, tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", FILES)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_changed_shape_is_an_error(loaders, tmp_path: Path, kind: str, data: st.DataObject) -> None:
     shapes = dict(FILES[kind])
