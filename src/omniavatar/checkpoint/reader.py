@@ -12,16 +12,16 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from omniavatar.checkpoint.outside import read_table, reason_of
-from omniavatar.checkpoint.safetensors_file import SafetensorsFile
-from omniavatar.checkpoint.tensor_info import TensorInfo
-from omniavatar.checkpoint.torch_file import TorchFile
 from omniavatar.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from omniavatar.checkpoint.tensor_info import TensorInfo
 
 PathLike = str | os.PathLike[str]
 
@@ -61,6 +61,9 @@ class TensorFile(Protocol):
 
 def open_tensor_file(path: Path) -> TensorFile:
     """The file at `path`, with its header read and checked. Raises CheckpointError."""
+    from omniavatar.checkpoint.safetensors_file import SafetensorsFile
+    from omniavatar.checkpoint.torch_file import TorchFile
+
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
