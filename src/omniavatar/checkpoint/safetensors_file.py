@@ -43,11 +43,11 @@ class SafetensorsFile:
 
     def _read_header(self) -> tuple[dict[str, int], dict[str, TensorInfo], dict[str, str]]:
         file_bytes = os.fstat(self._file.fileno()).st_size
-        length = int.from_bytes(pread_all(self._file.fileno(), 8, 0), "little")
+        length = int.from_bytes(pread_all(self.path, self._file.fileno(), 8, 0), "little")
         if file_bytes < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, file_bytes - 8):
             raise damaged(self.path, f"its header cannot be {length} bytes of {file_bytes}")
         try:
-            header = parse_table(pread_all(self._file.fileno(), length, 8), "its header", "")
+            header = parse_table(pread_all(self.path, self._file.fileno(), length, 8), "its header", "")
         except CheckpointError as error:
             raise damaged(self.path, str(error).rstrip("; ")) from None
         metadata = header.pop("__metadata__", {})
@@ -118,12 +118,15 @@ def read_into(path: Path, descriptor: int, key: str, offset: int, out: Tensor) -
         target, offset = target[count:], offset + count
 
 
-def pread_all(descriptor: int, size: int, offset: int) -> bytes:
-    """Up to `size` bytes from `offset`; fewer only at the end of the file."""
+def pread_all(path: Path, descriptor: int, size: int, offset: int) -> bytes:
+    """Up to `size` bytes from `offset`; fewer only at the end of the file. Raises CheckpointError."""
     pieces = []
-    while size > 0 and (piece := os.pread(descriptor, size, offset)):
-        pieces.append(piece)
-        size, offset = size - len(piece), offset + len(piece)
+    try:
+        while size > 0 and (piece := os.pread(descriptor, size, offset)):
+            pieces.append(piece)
+            size, offset = size - len(piece), offset + len(piece)
+    except (OSError, OverflowError) as error:
+        raise damaged(path, f"byte {offset} cannot be read: {reason_of(error)}") from None
     return b"".join(pieces)
 
 

@@ -65,7 +65,7 @@ class TorchFile:
         self._places: dict[str, _Place] = {}
         self._file = open_regular(path)
         try:
-            start = pread_all(self._file.fileno(), 4, 0)
+            start = pread_all(path, self._file.fileno(), 4, 0)
             if start == ZIP:
                 records = self._records()
                 index, names = self._index(records)
@@ -101,7 +101,7 @@ class TorchFile:
             name = shown(entry.filename)
             if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
                 raise damaged(self.path, f"the record {name} is compressed, which torch.save never does")
-            header = pread_all(descriptor, _LOCAL_HEADER.size, entry.header_offset)
+            header = pread_all(self.path, descriptor, _LOCAL_HEADER.size, entry.header_offset)
             if len(header) < _LOCAL_HEADER.size or header[:4] != ZIP or entry.header_offset < end:
                 raise damaged(self.path, f"the record {name} is not at its place")
             *_, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
@@ -119,7 +119,7 @@ class TorchFile:
         return records
 
     def _bytes(self, start: int, size: int) -> bytes:
-        return pread_all(self._file.fileno(), min(size, MAX_PICKLE_BYTES), start)
+        return pread_all(self.path, self._file.fileno(), min(size, MAX_PICKLE_BYTES), start)
 
     def _index(self, records: Mapping[str, tuple[int, int]]) -> tuple[io.BytesIO, dict[int, str]]:
         """A file of torch.save with the same pickle and empty records; and their names by their places."""

@@ -185,6 +185,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return files
 
 
+@pytest.mark.parametrize("value", [0, 1, 128, 255])
+def test_any_byte_at_the_end_of_a_zip(whole: dict[str, bytes], tmp_path: Path, value: int) -> None:
+    """Sizes and places of the list of records: negative, beyond the file, of another record."""
+    path = tmp_path / "a.pt"
+    for position in range(1, 160):
+        data = bytearray(whole["zip"])
+        data[-position] = value
+        path.write_bytes(data)
+        try:
+            with TensorFiles(path) as files:
+                assert files.load("a.weight").sum() == 66
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+
+
 @pytest.mark.parametrize("form", ["zip", "legacy"])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.integers(0, 10_000), piece=st.binary(min_size=1, max_size=6), cut=st.booleans())
