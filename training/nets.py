@@ -198,7 +198,7 @@ class PromptEncoder(nn.Module):
             )
         ).encoder
         self.tokenizer: Any = AutoTokenizer.from_pretrained(
-            tokenizer_folder, local_files_only=True, padding_side="right"
+            tokenizer_folder, local_files_only=True, trust_remote_code=False, padding_side="right"
         )
 
     def tokens(self, prompts: list[str]) -> tuple[Tensor, Tensor]:

@@ -1,87 +1,51 @@
-"""On CUDA, a window whose numbers overflow ends the run in that window, and its predecessors are kept."""
+"""Weights that are not finite are found on the device they are loaded to."""
 
 from __future__ import annotations
 
-import json
-import math
-from pathlib import Path
-
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
-from engine import make_pipeline
-from engine import request as speech
-from omniavatar import AvatarPipeline, NumbersError
-from omniavatar.engine.events import WindowStarted
-from omniavatar.engine.numbers import WindowNumbers, largest
-from omniavatar.engine.recorder import RunRecorder
+from omniavatar.checkpoint.finite import is_finite
+from omniavatar.checkpoint.reader import TensorFiles
+from omniavatar.checkpoint.staging import Staging
+from omniavatar.checkpoint.strict import file_sources, load_strict
+from omniavatar.errors import CheckpointError
 
 pytestmark = pytest.mark.gpu
-CUDA = torch.device("cuda", 0)
-PIXELS = (1, 3, 4, 400, 720)
+CUDA = torch.device("cuda")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("place", [0, 1_234_567, -1])
-def test_one_number_among_millions_is_found(dtype: torch.dtype, bad: float, place: int) -> None:
-    values = torch.rand(PIXELS, device=CUDA).to(dtype)
-    assert torch.isfinite(largest(values))
-    values.view(-1)[place] = bad
-    assert not torch.isfinite(largest(values))
-    assert torch.isfinite(largest(torch.full(PIXELS, torch.finfo(dtype).max, dtype=dtype, device=CUDA)))
+def load(path, dtype, device_of=None):
+    with torch.device("meta"):
+        module = nn.Linear(300, 200)
+    with TensorFiles(path) as files, Staging(CUDA) as staging:
+        sources = file_sources(files, load=staging.load)
+        load_strict(module, sources, dtype=dtype, device=device_of or CUDA, origin=files.origin)
+    return module
 
 
-def test_the_check_takes_no_memory_and_does_not_wait() -> None:
-    values = torch.rand(PIXELS, device=CUDA)
-    numbers = WindowNumbers("window 1 of 1", "", CUDA)
-    numbers.add("pixels", values)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        numbers.add("pixels", values)
-        numbers.send()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.cuda.max_memory_allocated() - before < values.nbytes / 100
-    torch.cuda.synchronize()
-    numbers.check()
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 7e4])
+def test_one_number_of_a_file(tmp_path, value, streamed):
+    """Also for blocks that move to host memory after they are read."""
+    path = tmp_path / "a.safetensors"
+    weight = torch.ones(200, 300)
+    weight[17, 211] = value
+    save_file({"weight": weight, "bias": torch.zeros(200)}, path)
+    device_of = (lambda key: torch.device("cpu")) if streamed else None
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: weight"):
+        load(path, torch.float16, device_of)
+    if value == 7e4:
+        assert torch.equal(load(path, torch.float32).weight.cpu(), weight)
 
 
-class Overflows:
-    """A listener that makes a weight too large for fp16 when the second window starts."""
-
-    def __init__(self) -> None:
-        self.pipe: AvatarPipeline | None = None
-        self.on = False
-
-    @property
-    def weight(self) -> torch.Tensor:
-        assert self.pipe is not None
-        return self.pipe.models.dit.get_submodule("blocks.0.ffn.2").weight  # in the precision of the model
-
-    def __call__(self, event: object) -> None:
-        if self.on and isinstance(event, WindowStarted) and event.window == 1:
-            with torch.inference_mode():
-                self.weight.fill_(60000.0)
-
-
-def test_a_weight_that_overflows_in_fp16_ends_the_run_in_its_window(nano_checkpoint, tmp_path: Path) -> None:
-    overflows = Overflows()
-    pipe = overflows.pipe = make_pipeline(
-        nano_checkpoint, tmp_path / "cache", RunRecorder([overflows]), device="cuda", dtype="fp16"
-    )
-    whole = pipe.generate(speech(1.2), tmp_path / "whole.mp4").output.read_bytes()
-    kept = overflows.weight.detach().clone()
-    overflows.on = True
-    with pytest.raises(NumbersError, match=r"window 2 of \d+: the latents.*dtype=bf16 instead of fp16"):
-        pipe.generate(speech(1.2), tmp_path / "x.mp4")
-    overflows.on = False
-    assert json.loads((tmp_path / "x.mp4.job" / "job.json").read_text())["done"] == 1
-    assert not (tmp_path / "x.mp4").exists()
-    with torch.inference_mode():
-        overflows.weight.copy_(kept)
-    result = pipe.generate(speech(1.2), tmp_path / "x.mp4")
-    assert result.resumed_windows == 1 and result.output.read_bytes() == whole
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16])
+def test_every_pattern_of_bits(dtype):
+    kind = torch.uint8 if dtype.itemsize == 1 else torch.int16
+    values = torch.arange(256**dtype.itemsize).to(kind).view(dtype)
+    finite = values.float().isfinite()
+    assert is_finite(values[finite].to(CUDA))
+    for number in values[~finite][:40]:
+        assert not is_finite(torch.stack([values[0], number]).to(CUDA))

@@ -104,7 +104,10 @@ def _quantized(
         return rows.data
 
     scale_shape = (*source.shape[:-1], 1)
-    return {key: TensorSource(source.shape, data), f"{key}_scale": TensorSource(scale_shape, scales.pop)}
+    return {
+        key: TensorSource(source.shape, data, source.parts),
+        f"{key}_scale": TensorSource(scale_shape, scales.pop, source.parts),
+    }
 
 
 def is_quantized(dit: WanDiT) -> bool:

@@ -10,8 +10,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from torch import Tensor
+
 from omniavatar.checkpoint.dit import FORM_KEY, DiTWeights
 from omniavatar.checkpoint.dit_sizes import HEADS_KEY
+from omniavatar.checkpoint.finite import require_finite
 from omniavatar.checkpoint.layout import TensorEntry
 from omniavatar.checkpoint.strict import check_sources
 from omniavatar.checkpoint.synthetic import require_space
@@ -37,8 +40,8 @@ def convert_dit(
     made_from: source files as JSON types, stored in the header.
     progress: called with (bytes written, total bytes).
 
-    Raises CheckpointError if the weights do not fit together, OutputError for a wrong file name or a disk
-    that is too small or read-only.
+    Raises CheckpointError if the weights do not fit together or are not finite, OutputError for a wrong file
+    name or a disk that is too small or read-only.
     """
     if out.suffix != ".safetensors":
         raise OutputError(f"{out}: a converted checkpoint must have the extension .safetensors; rename it")
@@ -52,10 +55,14 @@ def convert_dit(
         SOURCES_KEY: json.dumps(made_from, sort_keys=True),
         **({} if form is None else {FORM_KEY: form}),
     }
+
+    def load(key: str) -> Tensor:
+        tensor = weights.sources[key].load().to(model[key].dtype)
+        require_finite(key, tensor, weights.sources[key].parts, weights.origin)
+        return tensor
+
     try:
-        write_tensors(
-            out, entries, lambda key: weights.sources[key].load(), metadata, byte_counter(progress, total)
-        )
+        write_tensors(out, entries, load, metadata, byte_counter(progress, total))
     except OSError as error:
         raise OutputError(
             f"{out}: cannot write the checkpoint ({error.strerror or error}); check the disk and permissions"

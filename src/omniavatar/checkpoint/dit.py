@@ -21,6 +21,7 @@ from torch import Tensor
 from omniavatar.checkpoint.dit_sizes import dit_config, keep_float32, read_adapter_config
 from omniavatar.checkpoint.initial import random_weight
 from omniavatar.checkpoint.lora import Delta, plan_lora
+from omniavatar.checkpoint.outside import fitting
 from omniavatar.checkpoint.reader import PathLike, TensorFiles
 from omniavatar.checkpoint.staging import Staging
 from omniavatar.checkpoint.strict import DeviceOf, TensorSource, file_sources, load_strict
@@ -111,7 +112,8 @@ def open_dit(
         config = dit_config(base, adapter, settings, files.num_heads)
         stored = base.metadata.get(FORM_KEY)
         _check_form(base, stored, form, merging=adapter is not None or bool(files.loras))
-        model = empty_dit(config, attention, dtype)
+        with fitting(base.origin, "use the released files of Wan 2.1 T2V"):
+            model = empty_dit(config, attention, dtype)
         shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         sources = file_sources(base, load=load)
         deltas: dict[str, list[Delta]] = {}
@@ -238,4 +240,5 @@ def _merged(source: TensorSource, deltas: Sequence[Delta], device: torch.device)
             delta.add_to(weight)
         return weight
 
-    return TensorSource(source.shape, load)
+    parts = [part for delta in deltas for part in delta.parts]
+    return TensorSource(source.shape, load, (*source.parts, *parts))

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omniavatar.checkpoint.lora_keys import strip_prefixes
+from omniavatar.checkpoint.outside import fitting, read_table, shown
 from omniavatar.checkpoint.reader import PathLike, TensorFiles
 from omniavatar.errors import CheckpointError
 from omniavatar.model.sizes import FRAMES_PER_LATENT, DiTConfig
 
 HEAD_DIM = 128
+MAX_VALUE = 1e9
+"""Ranks, alphas and numbers of heads are far below it."""
 HEADS_KEY = "omniavatar.num_heads"
 """Header key of a converted file: the number of attention heads."""
 
@@ -35,24 +37,26 @@ class AdapterConfig:
 def read_adapter_config(adapter_dir: PathLike) -> AdapterConfig:
     """The adapter's `config.json`. Raises CheckpointError if it is missing or malformed."""
     path = Path(adapter_dir) / "config.json"
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        rank, alpha = table.get("lora_rank"), table.get("lora_alpha")
-        model_config = table.get("model_config") or {}
-        return AdapterConfig(
-            path,
-            None if rank is None else int(rank),
-            None if alpha is None else float(alpha),
-            {str(name): value for name, value in model_config.items()},
-        )
-    except FileNotFoundError:
+    if not path.exists():
         raise CheckpointError(
             f"{path}: file not found; it belongs to the adapter: run `omniavatar download 14B|1.3B`"
-        ) from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}: not a valid adapter configuration ({error}); download it again"
-        ) from None
+        )
+    table = read_table(path)
+    rank, alpha = table.get("lora_rank"), table.get("lora_alpha")
+    model_config = table.get("model_config") or {}
+    heads = model_config.get("num_heads") if isinstance(model_config, dict) else None
+    for name, value, fits in (
+        ("lora_rank", rank, rank is None or (type(rank) is int and 0 < rank < MAX_VALUE)),
+        ("lora_alpha", alpha, alpha is None or (type(alpha) in (int, float) and 0 < alpha < MAX_VALUE)),
+        ("model_config", model_config, type(model_config) is dict),
+        ("model_config.num_heads", heads, heads is None or (type(heads) is int and 0 < heads < MAX_VALUE)),
+    ):
+        if not fits:
+            raise CheckpointError(
+                f"{path}: not a valid adapter configuration ({name} is {shown(repr(value))}); "
+                "download it again"
+            )
+    return AdapterConfig(path, rank, None if alpha is None else float(alpha), model_config)
 
 
 def inspect_dit(
@@ -79,17 +83,24 @@ def dit_config(
     base: TensorFiles, adapter: TensorFiles | None, settings: AdapterConfig | None, num_heads: int | None
 ) -> DiTConfig:
     """`inspect_dit` for files that are open already; `settings`: the adapter's `config.json`."""
+    with fitting(base.origin, "use the released files of Wan 2.1 T2V"):
+        return _dit_config(base, adapter, settings, num_heads)
+
+
+def _dit_config(
+    base: TensorFiles, adapter: TensorFiles | None, settings: AdapterConfig | None, num_heads: int | None
+) -> DiTConfig:
     shapes = {key: base.shape(key) for key in base.keys()}  # noqa: SIM118  (not a dict)
     if adapter is not None:
         shapes |= {strip_prefixes(key): adapter.shape(key) for key in adapter.keys()}  # noqa: SIM118
 
     def shape(key: str, axes: int) -> tuple[int, ...]:
-        if key not in shapes or len(shapes[key]) != axes:
+        if key not in shapes or len(shapes[key]) != axes or 0 in shapes[key]:
             raise CheckpointError(f"{base.origin}: no weight {key} with {axes} axes; this is not a Wan DiT")
         return shapes[key]
 
     dim, in_dim, *patch = shape("patch_embedding.weight", 5)
-    blocks = {int(match[1]) for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key))}
+    blocks = count_blocks(shapes, base.origin)
     declared: Mapping[str, Any] = settings.model_config if settings else {}
     stored = base.metadata.get(HEADS_KEY, "")
     heads = num_heads or declared.get("num_heads") or (int(stored) if stored.isdigit() else dim // HEAD_DIM)
@@ -106,7 +117,7 @@ def dit_config(
         text_dim=shape("text_embedding.0.weight", 2)[1],
         freq_dim=shape("time_embedding.0.weight", 2)[1],
         num_heads=heads,
-        num_layers=max(blocks) + 1,
+        num_layers=blocks,
         audio_dim=shape("audio_proj.proj.weight", 2)[1] // FRAMES_PER_LATENT if with_audio else 0,
         audio_hidden=shape("audio_proj.proj.weight", 2)[0] if with_audio else 32,
         patch_size=(patch[0], patch[1], patch[2]),
@@ -114,6 +125,15 @@ def dit_config(
     if settings is not None:
         _check_agreement(config, settings)
     return config
+
+
+def count_blocks(keys: Iterable[str], origin: str) -> int:
+    """Number of blocks that names such as `blocks.3.x` mention. Raises CheckpointError if one is missing."""
+    blocks = {int(match[1]) for key in keys if (match := re.match(r"blocks\.(\d{1,9})\.", key))}
+    missing = next((number for number in range(len(blocks)) if number not in blocks), None)
+    if not blocks or missing is not None:
+        raise CheckpointError(f"{origin}: has no weights of block {missing or 0}; download it again")
+    return len(blocks)
 
 
 def _check_agreement(config: DiTConfig, settings: AdapterConfig) -> None:
@@ -128,8 +148,8 @@ def _check_agreement(config: DiTConfig, settings: AdapterConfig) -> None:
         declared = settings.model_config.get(name, size)
         if declared != size:
             raise CheckpointError(
-                f"{os.fspath(settings.path)}: model_config.{name} is {declared}, the weights have {size}; "
-                "use the adapter that was made for this base model"
+                f"{os.fspath(settings.path)}: model_config.{name} is {shown(str(declared))}, "
+                f"the weights have {size}; use the adapter that was made for this base model"
             )
 
 

@@ -1,21 +1,58 @@
-"""Identities of files: by content, independent of path and name, or by size and modification time."""
+"""Identities of files by content, independent of path, name and time.
+
+Large files are sampled. Two files of one size that differ only between the samples get the same fingerprint:
+one changed tensor in a file of 10 GB can stay unseen, other weights of the same model cannot.
+"""
 
 from __future__ import annotations
 
+import errno
+import functools
 import hashlib
+import os
 from pathlib import Path
 
+from omniavatar.checkpoint.outside import open_regular
 from omniavatar.errors import CheckpointError
 
 END_BYTES = 2**20
 SAMPLES, SAMPLE_BYTES = 64, 16 * 2**10
+REMEMBERED = 4096
 WHOLE_BYTES = 2 * END_BYTES + SAMPLES * SAMPLE_BYTES
 
 
-def file_stamp(path: Path) -> str:
-    """Size and modification time of a file as text; job folders and batch states store it."""
-    found = path.stat()
-    return f"{found.st_size} bytes, modified {found.st_mtime_ns}"
+def content_identity(path: Path) -> str:
+    """`file_fingerprint`, which this process computes again only if the file's stamp or inode changed.
+
+    Raises CheckpointError.
+    """
+    return _remembered(path, _version(path))
+
+
+def whole_digest(path: Path) -> str:
+    """SHA-256 of all bytes of an input file, remembered like `content_identity`. Raises OSError."""
+    return _remembered_digest(path, _version(path))
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@functools.lru_cache(REMEMBERED)
+def _remembered(path: Path, version: tuple[int, ...]) -> str:
+    return file_fingerprint(path)
+
+
+@functools.lru_cache(REMEMBERED)
+def _remembered_digest(path: Path, version: tuple[int, ...]) -> str:
+    if not path.is_file():
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_fingerprint(path: Path) -> str:
@@ -26,8 +63,8 @@ def file_fingerprint(path: Path) -> str:
     """
     digest = hashlib.sha256()
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             digest.update(str(size).encode())
             if size <= WHOLE_BYTES:
                 digest.update(file.read())

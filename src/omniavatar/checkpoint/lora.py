@@ -12,7 +12,6 @@ Source of the method: LoRA (arXiv 2106.09685); convolutions as in LyCORIS.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,13 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omniavatar.checkpoint.finite import Part
 from omniavatar.checkpoint.lora_keys import LayerNames, is_image_layer, strip_prefixes
+from omniavatar.checkpoint.outside import parse_table, read_table
 from omniavatar.checkpoint.reader import TensorFiles
 from omniavatar.checkpoint.strict import abbreviated
 from omniavatar.errors import CheckpointError
 
 PATCH_EMBEDDING = "patch_embedding.weight"
 LATENT_CHANNELS = 16
+MAX_ALPHA = 1e9
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +48,12 @@ class Delta:
     mid: str | None = None
     whole: str | None = None
     channels: int | None = None
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The stored tensors of the delta."""
+        keys = (self.down, self.up, self.mid, self.whole)
+        return tuple((self.files, key) for key in keys if key is not None)
 
     def add_to(self, weight: Tensor) -> None:
         """Add the delta to a float32 weight in place, on its device."""
@@ -182,7 +190,7 @@ def _pair(
             raise CheckpointError(f"{files.origin}: {mid} {mid_shape} does not fit between {up} and {down}")
         columns *= math.prod(mid_shape[2:])
     channels = _channels(files, down, target, shapes[target], (up_shape[0], columns))
-    own_alpha = float(files.load(roles["alpha"]).item()) if "alpha" in roles else declared_alpha
+    own_alpha = _own_alpha(files, roles["alpha"]) if "alpha" in roles else declared_alpha
     scale = strength * (own_alpha / inner if own_alpha is not None else 1.0)
     return [Delta(target, files, scale, up=up, down=down, mid=mid, channels=channels)]
 
@@ -227,26 +235,38 @@ def _channels(
     )
 
 
+def _own_alpha(files: TensorFiles, key: str) -> float:
+    """The number in the `.alpha` of a pair. Raises CheckpointError if it is none."""
+    info = files.info(key)
+    is_number = math.prod(info.shape) == 1 and info.dtype != torch.bool
+    alpha = float(files.load(key).item()) if is_number else math.nan
+    if not math.isfinite(alpha):
+        held = f"{alpha:g}" if is_number else f"{str(info.dtype)[6:]} of shape {list(info.shape)}"
+        raise CheckpointError(
+            f"{files.path_of(key)}: {key} must be one finite number, it holds {held}; download the LoRA again"
+        )
+    return alpha
+
+
 def _declared_alpha(files: TensorFiles) -> float | None:
     """The alpha that peft (adapter_config.json) or diffusers (header) stored for the whole file, if any."""
     beside = files.paths[0].parent / "adapter_config.json"
     declared: dict[str, Any] = {}
     source = files.origin
-    try:
-        if files.paths[0].name.startswith("adapter_model") and beside.is_file():
-            source = str(beside)
-            declared = json.loads(beside.read_text(encoding="utf-8"))
-        elif "lora_adapter_metadata" in files.metadata:
-            table = json.loads(files.metadata["lora_adapter_metadata"])
-            declared = {name.removeprefix("transformer."): value for name, value in table.items()}
-    except (ValueError, AttributeError):
-        raise CheckpointError(
-            f"{source}: the settings of the LoRA are not valid JSON; download it again"
-        ) from None
+    if files.paths[0].name.startswith("adapter_model") and beside.is_file():
+        source = str(beside)
+        declared = read_table(beside)
+    elif "lora_adapter_metadata" in files.metadata:
+        table = parse_table(files.metadata["lora_adapter_metadata"], f"{source}: its LoRA settings")
+        declared = {name.removeprefix("transformer."): value for name, value in table.items()}
     for option in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern"):
         if declared.get(option):
             raise CheckpointError(
                 f"{source}: {option} is not supported; merge the LoRA with the tool that made it"
             )
     alpha = declared.get("lora_alpha")
-    return None if alpha is None else float(alpha)
+    if alpha is None:
+        return None
+    if type(alpha) not in (int, float) or abs(alpha) > MAX_ALPHA:
+        raise CheckpointError(f"{source}: lora_alpha must be a number; download the LoRA again")
+    return float(alpha)

@@ -117,7 +117,7 @@ class LayerNames:
 
     def layer(self, name: str) -> str | None:
         """The plain layer name for `name` (with prefixes), or None."""
-        bare = strip_prefixes(name)
+        bare = strip_prefixes(name).replace("_orig_mod_", "_")
         if bare in self._dotted:
             return self._dotted[bare]
         for prefix in FLAT_PREFIXES:

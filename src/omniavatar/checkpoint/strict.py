@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from omniavatar.checkpoint.finite import FiniteCheck, Part
 from omniavatar.checkpoint.reader import TensorFiles
 from omniavatar.errors import CheckpointError
 
@@ -26,10 +27,12 @@ class TensorSource:
     """The source of one weight: its shape, and a function that loads it.
 
     load: may return any dtype and device; the loader casts and moves the tensor.
+    parts: the stored tensors it is made of, to name the one that holds NaN.
     """
 
     shape: tuple[int, ...]
     load: Callable[[], Tensor]
+    parts: tuple[Part, ...] = ()
 
 
 def file_sources(
@@ -51,7 +54,7 @@ def file_sources(
             continue
         if name in sources:
             raise CheckpointError(f"{files.origin}: two tensors both mean {name} (one of them is {key})")
-        sources[name] = TensorSource(files.shape(key), functools.partial(load, files, key))
+        sources[name] = TensorSource(files.shape(key), functools.partial(load, files, key), ((files, key),))
     return sources
 
 
@@ -71,14 +74,22 @@ def load_strict(
     device: of all weights, or a function of the weight's name.
     origin: name of the files in the error.
 
-    Raises CheckpointError that lists missing, unexpected and misshaped names.
+    Raises CheckpointError that lists missing, unexpected and misshaped names, or names a weight that is not
+    finite in its final dtype.
     """
     slots = _slots(module)
-    for slot_name, name in _matched(module, slots, sources, origin).items():
-        tensor = sources[name].load()
-        if tensor.is_floating_point():
-            tensor = tensor.to(dtype if isinstance(dtype, torch.dtype) else dtype(slot_name))
-        slots[slot_name].put(module, tensor.to(device(slot_name) if callable(device) else device))
+    with FiniteCheck(origin) as check:
+        matched = _matched(module, slots, sources, origin)
+        for slot_name, name in matched.items():
+            tensor = sources[name].load()
+            slots[slot_name].check_kind(name, tensor, origin)
+            if tensor.is_floating_point():
+                tensor = tensor.to(dtype if isinstance(dtype, torch.dtype) else dtype(slot_name))
+            moved = tensor.to(device(slot_name) if callable(device) else device)
+            check.add(name, tensor if moved.device.type == "cpu" else moved, sources[name].parts)
+            slots[slot_name].put(module, moved)
+        tensors = module.state_dict()
+        check.finish({name: tensors[slot_name] for slot_name, name in matched.items()})
     left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if left:
         raise RuntimeError(f"{type(module).__name__} has weights on meta that no file can fill: {left}")
@@ -122,6 +133,15 @@ class _Slot:
     names: tuple[str, ...]
     shape: tuple[int, ...]
     is_parameter: bool
+    is_floating_point: bool
+
+    def check_kind(self, name: str, tensor: Tensor, origin: str) -> None:
+        """Raise CheckpointError for whole numbers where the module computes with others, and the reverse."""
+        if tensor.is_floating_point() != self.is_floating_point:
+            kind = "floating-point" if self.is_floating_point else "whole"
+            raise CheckpointError(
+                f"{origin}: {name} holds numbers of {tensor.dtype}, not {kind} ones; use the released file"
+            )
 
     def put(self, module: nn.Module, tensor: Tensor) -> None:
         value = nn.Parameter(tensor, requires_grad=False) if self.is_parameter else tensor
@@ -144,7 +164,9 @@ def _slots(module: nn.Module) -> dict[str, _Slot]:
                 tied.setdefault(id(tensor), []).append(name)
                 tensors[id(tensor)] = (tensor, is_parameter)
     return {
-        names[0]: _Slot(tuple(names), tuple(tensors[key][0].shape), tensors[key][1])
+        names[0]: _Slot(
+            tuple(names), tuple(tensors[key][0].shape), tensors[key][1], tensors[key][0].is_floating_point()
+        )
         for key, names in tied.items()
     }
 

@@ -10,6 +10,7 @@ import torch
 
 from omniavatar.checkpoint.initial import fill_random
 from omniavatar.checkpoint.layout import Shape
+from omniavatar.checkpoint.outside import fitting
 from omniavatar.checkpoint.reader import PathLike, TensorFiles
 from omniavatar.checkpoint.strict import file_sources, load_strict
 from omniavatar.errors import CheckpointError
@@ -29,7 +30,7 @@ def load_tiny_decoder(
     Raises CheckpointError if the file is missing, damaged or does not fit.
     """
     with TensorFiles(path) as files:
-        with torch.device("meta"):
+        with fitting(files.origin, "use taew2_1.pth"), torch.device("meta"):
             model = TinyDecoder(replace(_config(files, z_dim), raw_latents=raw_latents))
         sources = file_sources(files, lambda key: None if key.startswith("encoder.") else key)
         load_strict(model, sources, dtype=dtype, device=device, origin=files.origin)

@@ -7,16 +7,19 @@ import re
 import torch
 
 from omniavatar.checkpoint.initial import fill_random
+from omniavatar.checkpoint.outside import fitting
 from omniavatar.checkpoint.reader import PathLike, TensorFiles
 from omniavatar.checkpoint.strict import file_sources, load_strict
 from omniavatar.errors import CheckpointError
 from omniavatar.model.sizes import VAEConfig
 from omniavatar.model.vae import WanVAE
 
+REMEDY = "use Wan2.1_VAE.pth"
+
 
 def inspect_vae(path: PathLike) -> VAEConfig:
     """Sizes of the VAE in a file. Raises CheckpointError if it is not a Wan VAE."""
-    with TensorFiles(path) as files:
+    with TensorFiles(path) as files, fitting(files.origin, REMEDY):
         return _config(files)
 
 
@@ -26,7 +29,7 @@ def load_vae(path: PathLike, *, dtype: torch.dtype, device: torch.device | str) 
     Raises CheckpointError if the file is missing, damaged or does not fit.
     """
     with TensorFiles(path) as files:
-        with torch.device("meta"):
+        with fitting(files.origin, REMEDY), torch.device("meta"):
             model = WanVAE(_config(files))
         load_strict(model, file_sources(files), dtype=dtype, device=device, origin=files.origin)
     return model.eval()
@@ -44,8 +47,7 @@ def _config(files: TensorFiles) -> VAEConfig:
     """Sizes from the encoder's stages: residual blocks, and a `resample` at the end of each level."""
     if "encoder.conv1.weight" not in files or "conv2.weight" not in files:
         raise CheckpointError(
-            f"{files.origin}: has no encoder.conv1 and conv2 weights, so it is not a Wan video VAE; "
-            "use Wan2.1_VAE.pth"
+            f"{files.origin}: has no encoder.conv1 and conv2 weights, so it is not a Wan video VAE; {REMEDY}"
         )
     dim = files.shape("encoder.conv1.weight")[0]
     stages: dict[int, set[str]] = {}

@@ -12,7 +12,6 @@ float32 for every dtype of the weights. Convolutions run without TF32, so GPU an
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 
 from omniavatar.checkpoint.initial import fill_random
+from omniavatar.checkpoint.outside import fitting, read_table, shown
 from omniavatar.checkpoint.reader import TensorFiles
 from omniavatar.checkpoint.strict import file_sources, load_strict
 from omniavatar.encoders.row_files import ColumnWriter
@@ -42,6 +42,10 @@ CONFIG_FIELDS = (
     "layer_norm_eps", "conv_dim", "conv_kernel", "conv_stride", "conv_bias", "num_feat_extract_layers",
     "feat_extract_activation", "num_conv_pos_embeddings", "num_conv_pos_embedding_groups",
 )  # fmt: skip
+ACTIVATIONS = ("gelu", "relu", "selu", "gelu_new")
+LISTS = ("conv_dim", "conv_kernel", "conv_stride")
+COUNTS = ("num_hidden_layers", "num_feat_extract_layers", "conv_kernel", "conv_stride")
+MAX_LAYERS, MAX_WIDTH = 256, 65536
 BASE_FORM = {"feat_extract_norm": "group", "do_stable_layer_norm": False, "add_adapter": False}
 POSITION_WEIGHT = "encoder.pos_conv_embed.conv."
 RENAMED = {
@@ -73,7 +77,7 @@ class AudioEncoder:
         Raises `CheckpointError` if a file is missing or does not fit.
         """
         config = _read_config(Path(folder))
-        with torch.device("meta"):
+        with fitting(str(Path(folder) / "config.json"), "download the folder again"), torch.device("meta"):
             model = _model(config)
         with TensorFiles(folder) as files:
             sources = file_sources(files, library_key)
@@ -209,20 +213,36 @@ def exact_convolutions() -> Any:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing; set wav2vec_path to the downloaded folder") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); download the folder again") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: must be a JSON object; download the folder again")
+    if not path.exists():
+        raise CheckpointError(f"{path}: missing; set wav2vec_path to the downloaded folder")
+    config = read_table(path, "download the folder again")
     for field, expected in BASE_FORM.items():
         if config.get(field, expected) != expected:
             raise CheckpointError(
-                f"{path}: {field} is {config[field]!r}, must be {expected!r}; use wav2vec2-base-960h"
+                f"{path}: {field} is {shown(repr(config[field]))}, must be {expected!r}; "
+                "use wav2vec2-base-960h"
+            )
+    for field in CONFIG_FIELDS:
+        if field in config and not _fits(field, config[field]):
+            raise CheckpointError(
+                f"{path}: {field} is {shown(repr(config[field]))}, which no wav2vec 2.0 has; "
+                "download the folder again"
             )
     return config
+
+
+def _fits(field: str, value: object) -> bool:
+    """Whether a value of `config.json` has the type and the size that the field can have."""
+    if field in ("hidden_act", "feat_extract_activation"):
+        return value in ACTIVATIONS
+    if field == "conv_bias":
+        return isinstance(value, bool)
+    if field == "layer_norm_eps":
+        return type(value) in (int, float) and 0 < float(value) < 1  # type: ignore[arg-type]
+    sizes = value if isinstance(value, list) and field in LISTS else [value]
+    return 0 < len(sizes) <= MAX_LAYERS and all(
+        type(size) is int and 0 < size <= (MAX_LAYERS if field in COUNTS else MAX_WIDTH) for size in sizes
+    )
 
 
 def _model(config: dict[str, Any]) -> Wav2Vec2Model:

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from omniavatar.checkpoint.dit_sizes import count_blocks
 from omniavatar.checkpoint.initial import fill_random
+from omniavatar.checkpoint.outside import fitting
 from omniavatar.checkpoint.reader import TensorFiles
 from omniavatar.checkpoint.strict import file_sources, load_strict
 from omniavatar.encoders.tokens import (
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from transformers.models.umt5.modeling_umt5 import UMT5Stack
 
 MAX_DISTANCE = 128
+REMEDY = "use Wan's models_t5_umt5-xxl-enc-bf16.pth or a file like it"
 WHOLE_MODEL_KEYS = {"token_embedding.weight": "embed_tokens.weight", "norm.weight": "final_layer_norm.weight"}
 BLOCK_KEYS = {
     "norm1.weight": "layer.0.layer_norm.weight",
@@ -72,20 +75,21 @@ def sizes_of(shapes: Mapping[str, tuple[int, ...]], source: str) -> dict[str, in
     """
     try:
         vocabulary, width = shapes["token_embedding.weight"]
-        attention_width = shapes["blocks.0.attn.q.weight"][0]
+        attention_width, _ = shapes["blocks.0.attn.q.weight"]
         buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
-        hidden = shapes["blocks.0.ffn.fc1.weight"][0]
+        hidden, _ = shapes["blocks.0.ffn.fc1.weight"]
     except KeyError as error:
-        raise CheckpointError(
-            f"{source}: has no tensor {error}; use Wan's models_t5_umt5-xxl-enc-bf16.pth or a file like it"
-        ) from error
-    blocks = {int(match[1]) for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key))}
+        raise CheckpointError(f"{source}: has no tensor {error}; {REMEDY}") from error
+    except ValueError:
+        raise CheckpointError(f"{source}: its matrices do not have two axes; {REMEDY}") from None
+    if not vocabulary or not width or not hidden or not heads or attention_width < heads:
+        raise CheckpointError(f"{source}: has matrices without rows or columns; {REMEDY}")
     return {
         "vocab_size": vocabulary,
         "d_model": width,
         "d_kv": attention_width // heads,
         "d_ff": hidden,
-        "num_layers": max(blocks) + 1,
+        "num_layers": count_blocks(shapes, source),
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
     }
@@ -120,7 +124,8 @@ class TextEncoder:
         tokenizer = FolderTokenizer(Path(tokenizer_path))
         with TensorFiles(encoder_path) as files:
             shapes = {key: files.shape(key) for key in files.keys()}  # noqa: SIM118  (not a dict)
-            stack = _stack(sizes_of(shapes, files.origin))
+            with fitting(files.origin, REMEDY):
+                stack = _stack(sizes_of(shapes, files.origin))
             sources = file_sources(files, library_key)
             home = "cpu" if layer_by_layer else device
             load_strict(stack, sources, dtype=dtype, device=home, origin=files.origin)
@@ -146,6 +151,12 @@ class TextEncoder:
         ids: (n, length).
         mask: (n, length), 1 for the tokens of a row, which come first, and 0 for its padding.
         """
+        largest, known = int(ids.max()), self.stack.config.vocab_size
+        if largest >= known:
+            raise CheckpointError(
+                f"text encoder: knows {known} tokens, the tokenizer gave token {largest}; "
+                "use the tokenizer folder that belongs to the text encoder"
+            )
         longest = int(mask.sum(1).max())
         rows = self.stack.embed_tokens(ids[:, :longest].to(self.stack.embed_tokens.weight.device))
         mask = mask.to(self._device)

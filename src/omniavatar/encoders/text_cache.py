@@ -3,25 +3,29 @@
 The name of an entry is a hash of everything the embedding depends on: the content of the encoder file and of
 the tokenizer's files (`checkpoint.fingerprint`), the dtype, and the cleaned text. An entry holds only the
 rows of the text, after a digest of its bytes. A damaged entry is reported in the log and computed again.
-Entries appear by rename, so several processes can share a folder. If the folder holds more than `MOST_BYTES`,
-the entries used longest ago are removed.
+Entries appear by rename, so several processes can share a folder. A folder holds at most `LIMIT_BYTES`: the
+entries that were not used for the longest time are deleted.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
-import time
+import re
+import stat
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from omniavatar.checkpoint.fingerprint import file_fingerprint
+from omniavatar.checkpoint.fingerprint import content_identity
+from omniavatar.checkpoint.finite import is_finite
 from omniavatar.encoders.tokens import TEXT_TOKENS, clean_prompt
 from omniavatar.errors import CheckpointError
 
@@ -30,10 +34,10 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 DIGEST_BYTES = 32
-MOST_BYTES = 2**30
-"""Of all entries in a folder: about 2,500 prompts of the released models."""
-STALE_S = 24 * 3600
-"""A file that a killed process left half written is removed when it is this old."""
+SUFFIX = ".embedding"
+LIMIT_BYTES = 2**30
+"""About 1,000 prompts of the released models (1 MB each at 120 tokens)."""
+MAX_ENTRY_BYTES = 64 * 2**20
 
 _log = logging.getLogger(__name__)
 
@@ -47,8 +51,8 @@ def encoder_identity(encoder_path: Path, tokenizer_path: Path, dtype: torch.dtyp
         )
     return json.dumps(
         {
-            "encoder": file_fingerprint(Path(encoder_path)),
-            "tokenizer": {path.name: file_fingerprint(path) for path in tokenizer},
+            "encoder": content_identity(Path(encoder_path)),
+            "tokenizer": {path.name: content_identity(path) for path in tokenizer},
             "dtype": str(dtype),
         }
     )
@@ -58,23 +62,24 @@ class TextCache:
     """Embeddings of one encoder in `folder`; several encoders can share a folder.
 
     identity: of the encoder, from `encoder_identity`.
-    most: bytes of all entries; the one stored last always stays.
+    limit: bytes of all entries in the folder.
     """
 
-    def __init__(self, folder: Path, identity: str, most: int = MOST_BYTES) -> None:
-        self.folder, self.identity, self._most = folder, identity, most
+    def __init__(self, folder: Path, identity: str, limit: int = LIMIT_BYTES) -> None:
+        self.folder, self.identity = folder, identity
+        self._limit = limit
 
     def path(self, prompt: str) -> Path:
         """Path of the entry for `prompt`, whether it exists or not."""
         name = json.dumps([FORMAT, TEXT_TOKENS, self.identity, clean_prompt(prompt)])
-        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()}.embedding"
+        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()}{SUFFIX}"
 
     def get(self, prompt: str) -> torch.Tensor | None:
         """The cached embedding (512, width) on the CPU, or None."""
-        from safetensors.torch import load
-
         path = self.path(prompt)
         try:
+            if path.stat().st_size > MAX_ENTRY_BYTES:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
             content = path.read_bytes()
         except FileNotFoundError:
             return None
@@ -83,13 +88,12 @@ class TextCache:
                 "%s: cannot read the cached text embedding (%s); computing it again", path, error.strerror
             )
             return None
-        digest, data = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
-        if hashlib.sha256(data).digest() != digest:
+        with contextlib.suppress(OSError):  # a shared folder may be read-only
+            os.utime(path)
+        rows = _rows(content)
+        if rows is None:
             _log.warning("%s: the cached text embedding is damaged; computing it again", path)
             return None
-        with suppress(OSError):  # the folder may be read-only; then nothing is removed from it either
-            os.utime(path)
-        rows = load(data)["embedding"]
         return torch.nn.functional.pad(rows, (0, 0, 0, TEXT_TOKENS - len(rows)))
 
     def put(self, prompt: str, embedding: torch.Tensor) -> None:
@@ -104,26 +108,74 @@ class TextCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             partial.write_bytes(hashlib.sha256(data).digest() + data)
             partial.replace(path)
-            self._remove_old(path)
+            self._make_room(path)
         except OSError as error:
             _log.warning("%s: cannot store the text embedding (%s)", path, error.strerror)
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
-    def _remove_old(self, newest: Path) -> None:
-        """Remove the entries used longest ago, until the folder is small enough; `newest` stays."""
-        found = []
-        for path in self.folder.glob("*.embedding*"):
-            with suppress(FileNotFoundError):  # another process has removed or renamed it
-                known = path.stat()
-                if path.suffix == ".partial" and time.time() - known.st_mtime > STALE_S:
-                    path.unlink()
-                elif path.suffix == ".embedding" and path != newest:
-                    found.append((known.st_mtime, known.st_size, path))
-        total = newest.stat().st_size + sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
-            if total <= self._most:
+    def _make_room(self, kept: Path) -> None:
+        """Delete the entries that were not used for the longest time, but not `kept`."""
+        entries = cache_entries(self.folder)
+        too_many = sum(entry.bytes for entry in entries) - self._limit
+        for entry in entries:
+            if too_many <= 0:
                 return
-            path.unlink(missing_ok=True)
-            total -= size
+            if entry.path != kept:
+                entry.path.unlink(missing_ok=True)
+                too_many -= entry.bytes
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """A file of the cache.
+
+    used: seconds since the epoch of its last use.
+    """
+
+    path: Path
+    bytes: int
+    used: float
+
+
+def cache_entries(folder: Path) -> list[CacheEntry]:
+    """The embeddings in a cache folder, and pieces that killed processes left there; the oldest use first."""
+    found = []
+    for path in (*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*{SUFFIX}.*.partial")):
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            continue  # another process deleted it
+        name = path.name.partition(".")[0]
+        if stat.S_ISREG(status.st_mode) and re.fullmatch(r"[0-9a-f]{64}", name):
+            found.append(CacheEntry(path, status.st_size, status.st_mtime))
+    return sorted(found, key=lambda entry: (entry.used, entry.path))
+
+
+def empty_cache(folder: Path) -> int:
+    """Delete all entries of a cache folder and nothing else; returns the bytes freed. Raises OSError."""
+    entries = cache_entries(folder)
+    for entry in entries:
+        entry.path.unlink(missing_ok=True)
+    return sum(entry.bytes for entry in entries)
+
+
+def _rows(content: bytes) -> torch.Tensor | None:
+    """The rows in an entry; None if it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    digest, data = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+    if hashlib.sha256(data).digest() != digest:
+        return None
+    try:
+        rows = load(data).get("embedding")
+    except (SafetensorError, KeyError):
+        return None
+    if rows is None or rows.dim() != 2 or len(rows) > TEXT_TOKENS or not is_finite(rows):
+        return None
+    return rows
 
 
 def encode_cached(prompts: Sequence[str], cache: TextCache, load: Callable[[], TextEncoder]) -> torch.Tensor:
@@ -133,6 +185,11 @@ def encode_cached(prompts: Sequence[str], cache: TextCache, load: Callable[[], T
     missing = [text for text, embedding in known.items() if embedding is None]
     if missing:
         for text, embedding in zip(missing, load().encode(missing).cpu(), strict=True):
+            if not is_finite(embedding):
+                raise CheckpointError(
+                    f"text encoder: the embedding of a prompt is not finite in {embedding.dtype}; "
+                    "set dtype=bfloat16, or use the released text encoder"
+                )
             cache.put(text, embedding)
             known[text] = embedding
     return torch.stack([embedding for text in texts if (embedding := known[text]) is not None])

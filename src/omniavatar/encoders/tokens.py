@@ -7,19 +7,34 @@ work with trained weights.
 from __future__ import annotations
 
 import html
+import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
 
-from omniavatar.errors import CheckpointError
+from omniavatar.checkpoint.outside import read_bounded, read_table, reason_of, shown
+from omniavatar.errors import CheckpointError, OmniAvatarError
 
 TEXT_TOKENS = 512
 PAD_TOKEN, END_TOKEN, FIRST_BYTE_TOKEN = 0, 1, 3
+
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "special_tokens_map.json", "added_tokens.json")
+MAX_TOKENIZER_BYTES = 128 * 2**20
+SETTINGS = {
+    "tokenizer_class", "model_max_length", "padding_side", "truncation_side", "legacy", "extra_ids",
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+    "additional_special_tokens", "extra_special_tokens", "added_tokens_decoder", "add_bos_token",
+    "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "spaces_between_special_tokens",
+    "split_special_tokens",
+}  # fmt: skip
+"""Fields of `tokenizer_config.json` that are used; others could name files or code."""
 
 _log = logging.getLogger(__name__)
 
@@ -52,35 +67,82 @@ def clean_prompt(prompt: str) -> str:
 
 
 class FolderTokenizer:
-    """The tokenizer in a Hugging Face folder. Raises `CheckpointError` if the folder has none."""
+    """The tokenizer in a Hugging Face folder, made from its data alone.
+
+    transformers sees a copy that holds the files of `TOKENIZER_FILES` and the settings of `SETTINGS`. No code
+    of the folder runs, and no setting can name another file or the network.
+
+    Raises `CheckpointError` if the folder has no tokenizer of the T5 family.
+    """
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
-
         if not folder.is_dir():
             raise CheckpointError(
                 f"{folder}: tokenizer folder not found; it comes with the base model (google/umt5-xxl)"
             )
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, padding_side="right"
+        self._folder = folder
+        with _unusable(folder), TemporaryDirectory(prefix="omniavatar-tokenizer-") as copy:
+            name = _copy_data(folder, Path(copy))
+            self._tokenizer: Any = _class(folder, name).from_pretrained(
+                copy, local_files_only=True, trust_remote_code=False, padding_side="right"
             )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{folder}: unusable tokenizer ({reason}); download it again") from error
 
     def __call__(self, texts: Sequence[str], length: int) -> Tokens:
-        whole = self._tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"]
-        encoded = self._tokenizer(
-            list(texts),
-            add_special_tokens=True,
-            padding="max_length",
-            truncation=True,
-            max_length=length,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
+        with _unusable(self._folder):
+            whole = self._tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"]
+            encoded = self._tokenizer(
+                list(texts),
+                add_special_tokens=True,
+                padding="max_length",
+                truncation=True,
+                max_length=length,
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
         return Tokens(encoded["input_ids"], encoded["attention_mask"], tuple(len(ids) for ids in whole))
+
+
+@contextmanager
+def _unusable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OmniAvatarError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of the Rust library is no Exception
+        raise CheckpointError(
+            f"{folder}: unusable tokenizer ({reason_of(error)}); download it again"
+        ) from error
+
+
+def _copy_data(folder: Path, target: Path) -> str | None:
+    """Copy the data of a tokenizer folder; returns the name of its class, if it has one."""
+    for name in TOKENIZER_FILES:
+        if (folder / name).exists():
+            (target / name).write_bytes(read_bounded(folder / name, MAX_TOKENIZER_BYTES))
+    path = folder / "tokenizer_config.json"
+    table = read_table(path) if path.exists() else {}
+    if table.get("auto_map"):
+        raise CheckpointError(
+            f"{path}: auto_map names Python code, which is not run for safety; "
+            "use the tokenizer folder of the base model (google/umt5-xxl)"
+        )
+    kept = {name: value for name, value in table.items() if name in SETTINGS}
+    (target / path.name).write_text(json.dumps(kept), encoding="utf-8")
+    given = table.get("tokenizer_class")
+    return None if given is None else shown(str(given))
+
+
+def _class(folder: Path, name: str | None) -> Any:
+    from transformers import PreTrainedTokenizerFast, T5Tokenizer
+
+    if name in ("T5Tokenizer", "T5TokenizerFast"):
+        return T5Tokenizer
+    if name in (None, "PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer"):
+        return PreTrainedTokenizerFast
+    raise CheckpointError(
+        f"{folder}: has a tokenizer of the class {name}, UMT5 needs T5Tokenizer; "
+        "use the tokenizer folder of the base model (google/umt5-xxl)"
+    )
 
 
 class ByteTokenizer:

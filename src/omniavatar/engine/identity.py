@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from omniavatar import __version__
-from omniavatar.checkpoint.fingerprint import file_stamp
+from omniavatar.checkpoint.fingerprint import content_identity
 from omniavatar.config.identity import result_values
 from omniavatar.engine.job import fingerprint
 from omniavatar.errors import InputError
 from omniavatar.plan.calibration import NAME as STEP_CACHE
+from omniavatar.plan.preview import weight_paths
 from omniavatar.types import LocalAudio, Waveform
 
 if TYPE_CHECKING:
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
     from omniavatar.engine.prepare import Inputs
     from omniavatar.plan.placement import Placement
 
+CONTENT_LETTERS = 32
+WEIGHT_FIELDS = (
+    "dit_path",
+    "vae_path",
+    "decoder_path",
+    "text_encoder_path",
+    "tokenizer_path",
+    "wav2vec_path",
+    "exp_path",
+)
 READ_BYTES = 2**20
 """A sound file is read in blocks of this size."""
 
@@ -36,7 +47,7 @@ def request_identity(
 
     - encoder: the backend that `output.encoder` selected.
     """
-    values = result_values(config.model_copy(update={"sampling": inputs.sampling}))
+    values = content_values(config.model_copy(update={"sampling": inputs.sampling}))
     del values["sampling.step_cache_file"]
     values["step cache constants"] = "none" if inputs.constants is None else inputs.constants.digest
     values["output.encoder"] = encoder
@@ -46,20 +57,47 @@ def request_identity(
     values["request.image"] = _sha256([_bytes(inputs.image)])
     values["request.audio"] = audio_digest(inputs.request.audio)
     values["omniavatar"] = __version__
-    return fingerprint({**values, **weight_identities(config.model)})
+    return fingerprint(values)
+
+
+def content_values(config: PipelineConfig) -> dict[str, Any]:
+    """What decides the frames of all requests of a configuration: settings, and weights by their content.
+
+    The folder of a checkpoint does not count, so a copy elsewhere is the same.
+    """
+    model = config.model
+    values = {**result_values(config), **weight_identities(model)}
+    if all(path.exists() for path in weight_paths(model)):
+        for name in WEIGHT_FIELDS:
+            del values[f"model.{name}"]
+        values["model.loras"] = [
+            {"file": lora.path.name, "content": _content(lora.path), "strength": lora.strength}
+            for lora in model.loras
+        ]
+    return values
 
 
 def weight_identities(model: ModelConfig) -> dict[str, str]:
-    """Size and modification time of every weight file that exists, as `file.<name>`."""
-    named = (model.vae_path, model.decoder_path, model.text_encoder_path, model.wav2vec_path, model.exp_path)
-    paths = (*model.dit_path, *named, *(lora.path for lora in model.loras))
-    return {f"file.{path.name}": _file_identity(path) for path in paths if path is not None and path.exists()}
+    """The content of every configured file and folder of weights that exists, as `file.<name>`.
+
+    A copy of a checkpoint has the same identity; `checkpoint.fingerprint` says what sampling can miss.
+    """
+    found: dict[str, list[str]] = {}
+    for path in weight_paths(model):
+        if path.exists():
+            found.setdefault(f"file.{path.name}", []).append(_content(path))
+    return {name: "; ".join(contents) for name, contents in found.items()}
 
 
-def _file_identity(path: Path) -> str:
-    inside = (p for p in path.rglob("*") if p.is_file() and p.name != STEP_CACHE)
-    files = sorted(inside) if path.is_dir() else [path]
-    return "; ".join(file_stamp(file) for file in files)
+def _content(path: Path) -> str:
+    if not path.is_dir():
+        return content_identity(path)[:CONTENT_LETTERS]
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        inside = file.relative_to(path)
+        if file.is_file() and file.name != STEP_CACHE and not any(p.startswith(".") for p in inside.parts):
+            digest.update(f"{inside.as_posix()}\n{content_identity(file)}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:CONTENT_LETTERS]
 
 
 def audio_digest(audio: LocalAudio | None) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from omniavatar.checkpoint.fingerprint import file_fingerprint
+from omniavatar.checkpoint.fingerprint import content_identity
 from omniavatar.checkpoint.reader import TensorFiles
 from omniavatar.config.backends import backend_name
 from omniavatar.config.schema import ModelConfig, SamplingConfig
@@ -150,7 +150,7 @@ def _weights(model: ModelConfig) -> dict[str, str]:
 
 def _digests(kind: str, paths: Any) -> dict[str, str]:
     with TensorFiles(paths) as files:
-        return {f"{kind} {path.name}": file_fingerprint(path) for path in files.paths}
+        return {f"{kind} {path.name}": content_identity(path) for path in files.paths}
 
 
 def default_path(model: ModelConfig) -> Path | None:

@@ -27,8 +27,8 @@ def files_exist(model: ModelConfig) -> bool:
     return model.weights == "files" and bool(model.dit_path) and all(path.exists() for path in model.dit_path)
 
 
-def missing_files(model: ModelConfig) -> list[Path]:
-    """Configured files and folders that do not exist; none for random weights."""
+def weight_paths(model: ModelConfig) -> list[Path]:
+    """All configured files and folders of the models; none for random weights."""
     if model.weights == "random":
         return []
     named = (
@@ -40,7 +40,12 @@ def missing_files(model: ModelConfig) -> list[Path]:
         model.exp_path,
     )
     paths = (*model.dit_path, *named, *(lora.path for lora in model.loras))
-    return [path for path in paths if path is not None and not path.exists()]
+    return [path for path in paths if path is not None]
+
+
+def missing_files(model: ModelConfig) -> list[Path]:
+    """Configured files and folders that do not exist; none for random weights."""
+    return [path for path in weight_paths(model) if not path.exists()]
 
 
 def find_dit_config(model: ModelConfig) -> tuple[DiTConfig, str | None]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from omniavatar.checkpoint.layout import dit_tensors
 from omniavatar.checkpoint.lora import plan_lora
@@ -65,6 +65,12 @@ STYLES = {
     "model.": (lambda n: f"model.{n}", *AB),
     "unet.": (lambda n: f"unet.{n}", *AB),
     "peft": (lambda n: f"base_model.model.{n}", *AB),
+    "DataParallel": (lambda n: f"module.{n}", *AB),
+    "compiled": (lambda n: f"_orig_mod.{n}", *DOWN_UP),
+    "compiled peft": (lambda n: f"base_model.model._orig_mod.{n}", *AB),
+    "compiled blocks": (lambda n: re.sub(r"^(diffusion_model\.)?(blocks\.\d+)", r"\2._orig_mod", n), *AB),
+    "compiled and wrapped": (lambda n: f"transformer._orig_mod.module.{n}", *AB),
+    "compiled kohya": (lambda n: f"lora_unet__orig_mod_{flat(n)}", *DOWN_UP),
     "peft default": (lambda n: f"base_model.model.{n}", ".lora_A.default.weight", ".lora_B.default.weight"),
     "diffusers": (lambda n: f"transformer.{diffusers_name(n)}", *AB),
     "diffusers bare": (lambda n: diffusers_name(n), *AB),
@@ -365,3 +371,24 @@ def test_names_of_diffusers_are_those_of_its_model():
             assert name in theirs
             theirs.discard(name)
     assert not theirs
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        '{"lora_alpha": "8"}',
+        '{"lora_alpha": [8]}',
+        '{"lora_alpha": NaN}',
+        '{"lora_alpha": 1e999}',
+        '{"lora_alpha": 1, "lora_alpha": 2}',
+        '{"lora_alpha": ' + "[" * 5000,
+        "[]",
+        "{",
+    ],
+)
+def test_declared_alpha_that_is_no_number(tmp_path, table):
+    path = save(tmp_path / "adapter_model.safetensors", pairs_in("peft"))
+    (tmp_path / "adapter_config.json").write_text(table)
+    assert "adapter_config.json" in failure(path)
+    save_file(load_file(path), tmp_path / "l.safetensors", {"lora_adapter_metadata": table})
+    assert "l.safetensors" in failure(tmp_path / "l.safetensors")

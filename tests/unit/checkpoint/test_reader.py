@@ -77,9 +77,20 @@ def test_transposed_and_shared_tensors(tmp_path):
         assert not files.load("p").requires_grad
 
 
-def test_mapping_is_renewed(folder):
-    with TensorFiles(folder / "x.pth", renew_after=1) as files:
-        assert_same(files)
+def test_bytes_are_read_from_any_place(folder, tmp_path):
+    """Staging reads tensors in pieces; a transposed one is put in order first."""
+    base = torch.randn(4, 6)
+    torch.save({"t": base.T, "row": base[1]}, tmp_path / "views.pt")
+    for path, key, whole in (
+        (folder / "x.pth", "a.weight", TENSORS["a.weight"]),
+        (folder / "legacy.pth", "a.weight", TENSORS["a.weight"]),
+        (tmp_path / "views.pt", "t", base.T),
+        (tmp_path / "views.pt", "row", base[1]),
+    ):
+        piece = torch.empty(12, dtype=torch.uint8)
+        with TensorFiles(path) as files:
+            files.read(key, 4, piece)
+        assert torch.equal(piece.view(torch.float32), whole.flatten()[1:4])
 
 
 def split(root: Path, names=("m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors")) -> list[Path]:
@@ -127,7 +138,19 @@ def test_missing_shard_of_an_index(tmp_path):
     assert "two.safetensors" in error_of(index)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": 3}',
+        '{"weight_map": {"a": ["x"]}}',
+        '{"weight_map": {"a": "../one.safetensors"}}',
+        '{"weight_map": {"a": "/one.safetensors"}}',
+        "[" * 5000,
+    ],
+)
 def test_broken_index(tmp_path, content):
     (tmp_path / "model.safetensors.index.json").write_text(content)
     assert "index" in error_of(tmp_path)
@@ -157,7 +180,7 @@ def test_missing_file_names_the_remedy(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pth", "legacy.pth"])
-@pytest.mark.parametrize("keep", [0, 5, 0.5, -7])
+@pytest.mark.parametrize("keep", [0, 5, 0.5, 0.9, -7])
 def test_truncated(folder, tmp_path, name, keep):
     data = (folder / name).read_bytes()
     kept = data[: int(len(data) * keep)] if 0 < keep < 1 else data[:keep]
@@ -192,8 +215,29 @@ def test_pickled_code_is_refused_and_not_run(tmp_path, legacy):
 def test_wrong_content(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.pt")
     assert "not a mapping" in error_of(tmp_path / "list.pt")
-    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "nested.pt")
-    assert "'state_dict'" in error_of(tmp_path / "nested.pt")
+    torch.save({"a": torch.zeros(1), "epoch": 3}, tmp_path / "mixed.pt")
+    assert "'epoch'" in error_of(tmp_path / "mixed.pt")
+
+
+@pytest.mark.parametrize("name", ["state_dict", "model", "module"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_tables_of_training_tools_are_opened(tmp_path, name, legacy):
+    content = {name: {"state_dict": TENSORS}, "epoch": 3, "optimizer_states": []}
+    torch.save(content, tmp_path / "t.ckpt", _use_new_zipfile_serialization=not legacy)
+    with TensorFiles(tmp_path / "t.ckpt") as files:
+        assert_same(files)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_fsdp_wrapped_module."])
+def test_names_lose_the_parts_of_wrappers(tmp_path, prefix):
+    save_file({prefix + key: value for key, value in TENSORS.items()}, tmp_path / "w.safetensors")
+    with TensorFiles(tmp_path / "w.safetensors") as files:
+        assert_same(files)
+    save_file({f"blocks.0.{prefix}q": torch.ones(2)}, tmp_path / "w.safetensors")
+    with TensorFiles(tmp_path / "w.safetensors") as files:
+        assert files.load("blocks.0.q").sum() == 2
+    save_file({"a": torch.ones(2), f"{prefix}a": torch.zeros(2)}, tmp_path / "w.safetensors")
+    assert "a is stored twice" in error_of(tmp_path / "w.safetensors")
 
 
 def test_unsupported_dtype(folder, tmp_path):

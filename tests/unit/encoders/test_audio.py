@@ -257,7 +257,43 @@ def test_unfit_folders(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="must be a JSON object"):
         AudioEncoder.load(tmp_path, "cpu")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        AudioEncoder.load(tmp_path, "cpu")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": "24"},
+        {"hidden_size": 0},
+        {"hidden_size": 2**40},
+        {"num_hidden_layers": 10**9},
+        {"num_attention_heads": 7},
+        {"conv_dim": None},
+        {"conv_dim": [16] * 10**5},
+        {"conv_stride": [5, 2, 2, 2, 2, 2]},
+        {"conv_kernel": [[10], 3, 3, 3, 3, 2, 2]},
+        {"conv_kernel": [-10, 3, 3, 3, 3, 2, 2]},
+        {"hidden_act": "os.system"},
+        {"hidden_act": ["gelu"]},
+        {"layer_norm_eps": "1e-5"},
+        {"layer_norm_eps": float("nan")},
+        {"conv_bias": 0.5},
+        {"num_feat_extract_layers": True},
+    ],
+    ids=str,
+)
+def test_settings_that_no_wav2vec_has(tmp_path: Path, changes: dict[str, object]) -> None:
+    released_folder(tmp_path, **changes)
+    with pytest.raises(CheckpointError) as caught:
+        AudioEncoder.load(tmp_path, "cpu")
+    assert "\n" not in str(caught.value) and str(tmp_path / "config.json") in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_deep_settings(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"hidden_size": ' + "[" * 5000)
+    with pytest.raises(CheckpointError, match="nested too deeply"):
         AudioEncoder.load(tmp_path, "cpu")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -12,12 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniavatar.checkpoint.fingerprint import file_fingerprint
 from omniavatar.checkpoint.layout import UMT5_XXL as XXL_SPEC
 from omniavatar.checkpoint.layout import TextSpec, text_tensors
 from omniavatar.encoders import text as text_module
 from omniavatar.encoders.text import UMT5_XXL, TextEncoder, library_key, random_text_encoder, sizes_of
-from omniavatar.encoders.text_cache import TextCache, encode_cached, encoder_identity
 from omniavatar.encoders.tokens import ByteTokenizer, FolderTokenizer, clean_prompt
 from omniavatar.errors import CheckpointError
 from tiny_tokenizer import write_tokenizer
@@ -77,6 +76,91 @@ def test_missing_or_broken_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="unusable tokenizer") as caught:
         FolderTokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def hostile(source: Path, folder: Path, **settings: object) -> Path:
+    """A copy of a tokenizer folder with other settings, and code that leaves a mark when it runs."""
+    shutil.copytree(source, folder)
+    code = f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: ...\n"
+    (folder / "evil.py").write_text(code)
+    (folder / "tokenizer.py").write_text(code)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}},
+        {"auto_map": {"AutoTokenizer": [None, "somebody/repository--evil.Evil"]}, "tokenizer_class": "Evil"},
+        {"auto_map": ["evil.Evil", None]},
+        {"tokenizer_class": "Evil"},
+        {"tokenizer_class": "BertJapaneseTokenizer"},
+        {"tokenizer_class": ["T5Tokenizer"]},
+        {"tokenizer_class": "\x1b[31mT5"},
+        {"added_tokens_decoder": {"x": 3}},
+        {"pad_token": None},
+    ],
+    ids=str,
+)
+def test_a_tokenizer_folder_cannot_run_code(
+    tokenizer_folder: Path, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    folder = hostile(tokenizer_folder, tmp_path / "hostile", **settings)
+    with pytest.raises(CheckpointError) as caught:
+        FolderTokenizer(folder)(["a"], 4)
+    assert str(folder) in str(caught.value) and str(caught.value).isprintable()
+    assert not (folder / "ran").exists()
+
+
+def test_settings_of_a_tokenizer_cannot_name_other_files(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """The files are always those of the folder; a model's configuration beside them is not read."""
+    elsewhere = str(tmp_path / "elsewhere.json")
+    names = ("vocab_file", "tokenizer_file", "gguf_file", "special_tokens_map_file", "added_tokens_file")
+    settings: dict[str, object] = {name: elsewhere for name in names}
+    settings |= {"fast_tokenizer_files": ["tokenizer.9.json", "../../elsewhere.json"], "name_or_path": "a/b"}
+    folder = hostile(tokenizer_folder, tmp_path / "hostile", **settings)
+    (folder / "config.json").write_text('{"model_type": "x", "auto_map": {"AutoConfig": "evil.Evil"}}')
+    prompts = ["a b", "hello"]
+    found, expected = (FolderTokenizer(each)(prompts, 16) for each in (folder, tokenizer_folder))
+    assert torch.equal(found.ids, expected.ids) and found.lengths == expected.lengths
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_damaged_files_of_a_tokenizer(tokenizer_folder: Path, tmp_path: Path, name: str) -> None:
+    folder = hostile(tokenizer_folder, tmp_path / "hostile")
+    for content in (b"", b"[" * 5000, b'{"model": 3, "eos_token": "</s>"}', b"\xff\x00"):
+        (folder / name).write_bytes(content)
+        refused = ""
+        try:
+            FolderTokenizer(folder)(["a"], 4)
+        except CheckpointError as error:
+            refused = str(error)
+        harmless = name != "tokenizer.json" and content.startswith(b"{")
+        assert harmless or (str(folder) in refused and "\n" not in refused)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        FolderTokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast"])
+def test_the_tokens_are_those_of_transformers(tokenizer_folder: Path, tmp_path: Path, name: str) -> None:
+    from transformers import AutoTokenizer
+
+    folder = hostile(tokenizer_folder, tmp_path / "again", tokenizer_class=name)
+    reference = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    texts = ["a b", "Hello, it's a  test", "\u00e9\u4eba", ""]
+    found = FolderTokenizer(folder)(texts, 24)
+    for row, text in enumerate(texts):
+        assert found.ids[row, : found.lengths[row]].tolist() == reference(text)["input_ids"]
+
+
+def test_a_tokenizer_of_another_text_encoder(encoder: TextEncoder) -> None:
+    with pytest.raises(CheckpointError, match="knows 260 tokens, the tokenizer gave token 260"):
+        encoder.encode_tokens(torch.tensor([[5, 260]]), torch.ones(1, 2, dtype=torch.int64))
 
 
 @given(st.text(max_size=30), st.integers(2, 20))
@@ -172,96 +256,3 @@ def test_the_synthetic_files_load(nano_checkpoint: Path) -> None:
     (path,) = nano_checkpoint.rglob("models_t5_umt5-xxl-enc-bf16.pth")
     loaded = TextEncoder.load(path, path.parent / "google" / "umt5-xxl", "cpu")
     assert torch.isfinite(loaded.encode(["A woman speaks."])).all()
-
-
-class Loader:
-    """Replaces the slow load and counts its calls."""
-
-    def __init__(self, encoder: TextEncoder) -> None:
-        self.encoder, self.calls = encoder, 0
-
-    def __call__(self) -> TextEncoder:
-        self.calls += 1
-        return self.encoder
-
-
-def test_a_repeated_prompt_never_loads_the_encoder(encoder: TextEncoder, tmp_path: Path) -> None:
-    load = Loader(encoder)
-    prompts = ["a man", "bad quality", "a  man "]
-    first = encode_cached(prompts, TextCache(tmp_path / "cache", "one"), load)
-    assert load.calls == 1
-    assert torch.equal(first, encoder.encode(prompts))
-    again = encode_cached(prompts, TextCache(tmp_path / "cache", "one"), load)
-    assert load.calls == 1
-    assert torch.equal(again, first) and again.dtype == first.dtype
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-    encode_cached(["a man", "a cat"], TextCache(tmp_path / "cache", "one"), load)
-    assert load.calls == 2
-    encode_cached(["a man"], TextCache(tmp_path / "cache", "another"), load)
-    assert load.calls == 3
-
-
-@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "folder"])
-def test_a_damaged_entry_is_reported_and_computed_again(
-    encoder: TextEncoder, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
-) -> None:
-    cache, load = TextCache(tmp_path, "one"), Loader(encoder)
-    whole = encode_cached(["a man"], cache, load)
-    path = cache.path("a man")
-    content = bytearray(path.read_bytes())
-    if damage == "cut":
-        path.write_bytes(content[:-7])
-    elif damage == "flip":
-        content[-3] ^= 1
-        path.write_bytes(content)
-    elif damage == "empty":
-        path.write_bytes(b"")
-    else:
-        path.unlink()
-        path.mkdir()
-    with caplog.at_level(logging.WARNING):
-        assert torch.equal(encode_cached(["a man"], cache, load), whole)
-    assert load.calls == 2
-    assert "computing it again" in caplog.text
-    if damage != "folder":
-        assert cache.get("a man") is not None
-
-
-def test_a_cache_that_cannot_be_written_does_not_stop_the_run(
-    encoder: TextEncoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "file").touch()
-    embeddings = encode_cached(["a"], TextCache(tmp_path / "file", "one"), Loader(encoder))
-    assert torch.equal(embeddings, encoder.encode(["a"]))
-    assert "cannot store the text embedding" in caplog.text
-
-
-def test_identity_depends_on_content_not_path(
-    encoder_file: Path, tokenizer_folder: Path, tmp_path: Path
-) -> None:
-    identity = encoder_identity(encoder_file, tokenizer_folder, torch.bfloat16)
-    copy = shutil.copy(encoder_file, tmp_path / "elsewhere.pth")
-    tokenizer = Path(shutil.copytree(tokenizer_folder, tmp_path / "tokenizer"))
-    os.utime(copy, (1, 1))
-    assert encoder_identity(Path(copy), tokenizer, torch.bfloat16) == identity
-    assert encoder_identity(Path(copy), tokenizer, torch.float32) != identity
-    settings_file = tokenizer / "tokenizer_config.json"
-    settings_file.write_text(settings_file.read_text() + " ")
-    assert encoder_identity(Path(copy), tokenizer, torch.bfloat16) != identity
-    with pytest.raises(CheckpointError, match="tokenizer folder not found"):
-        encoder_identity(encoder_file, tmp_path / "none", torch.bfloat16)
-
-
-def test_fingerprint_of_a_large_file(tmp_path: Path) -> None:
-    path = tmp_path / "large"
-    with path.open("wb") as file:
-        file.truncate(50_000_000)
-    seen = {file_fingerprint(path)}
-    for place in (10, 50_000_000 * 30 // 65 + 100, 49_999_000):
-        with path.open("r+b") as file:
-            file.seek(place)
-            file.write(b"x")
-        seen.add(file_fingerprint(path))
-    assert len(seen) == 4
-    with pytest.raises(CheckpointError, match="none"):
-        file_fingerprint(tmp_path / "none")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from engine import make_pipeline, portrait, request, voice
 from media_files import write_audio
@@ -144,17 +145,28 @@ def test_changed_request_is_not_resumed_and_the_error_names_the_change(pipeline,
         assert result.resumed_windows == 0
 
 
-def test_changed_weights_are_not_resumed(pipeline, nano_checkpoint, cache, tmp_path):
+def test_weights_are_known_by_content(pipeline, nano_checkpoint, cache, whole, tmp_path):
+    """A copy of the checkpoint, with other times and in another folder, goes on; other weights do not."""
     import shutil
 
     moved = tmp_path / "checkpoint"
     shutil.copytree(nano_checkpoint, moved)
+    for file in moved.rglob("*"):
+        os.utime(file, ns=(1, 1))
     output = tmp_path / "out.mp4"
-    interrupt_after(make_pipeline(moved, cache), output, 1)
+    interrupt_after(pipeline, output, 1)
     vae = moved / "Wan2.1-T2V-nano" / "Wan2.1_VAE.pth"
-    os.utime(vae, ns=(1, 1))
-    with pytest.raises(ResumeError, match=r"file.Wan2.1_VAE.pth"):
+    released = vae.read_bytes()
+    weights = torch.load(vae)
+    weights["conv2.bias"] += 1
+    torch.save(weights, vae)
+    with pytest.raises(ResumeError, match=r"changed: file.Wan2.1_VAE.pth"):
         make_pipeline(moved, cache).generate(request(SECONDS), output)
+    vae.write_bytes(released)
+    assert make_pipeline(moved, cache).generate(request(SECONDS), output).resumed_windows >= 1
+    assert output.read_bytes() == whole.read_bytes()
+    again = make_pipeline(nano_checkpoint, cache).generate(request(SECONDS), output)
+    assert again.seconds == 0 and again.resumed_windows == again.windows
 
 
 def test_finished_video_is_not_made_again(pipeline, tmp_path):

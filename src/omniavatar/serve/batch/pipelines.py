@@ -14,13 +14,12 @@ from typing import Any
 import torch
 
 from omniavatar import __version__
-from omniavatar.checkpoint.fingerprint import file_stamp
+from omniavatar.checkpoint.fingerprint import whole_digest
 from omniavatar.config.change import changed
-from omniavatar.config.identity import result_values
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.device import choose_device, device_name
 from omniavatar.engine.events import RequestStarted, WindowFinished
-from omniavatar.engine.identity import weight_identities
+from omniavatar.engine.identity import content_values
 from omniavatar.engine.orders import WindowsOrder
 from omniavatar.engine.pipeline import AvatarPipeline
 from omniavatar.engine.recorder import RunRecorder
@@ -161,8 +160,7 @@ def make_items(lines: Sequence[RequestLine | BadLine], config: PipelineConfig) -
     """One item per line of the input file, in order; a bad line becomes an item with a problem."""
     common = {
         "omniavatar": __version__,
-        **result_values(config),
-        **weight_identities(config.model),
+        **content_values(config),
         "step cache": _constants_file(config),
     }
     items: list[Item] = []
@@ -200,13 +198,13 @@ def _item(line: RequestLine, config: PipelineConfig, common: Mapping[str, Any]) 
 
 
 def _constants_file(config: PipelineConfig) -> str | None:
-    """Size and time of the file with measured step-cache constants, None if the run uses no such file."""
+    """Content of the file with measured step-cache constants, None if the run uses no such file."""
     path = constants_file(config.model, config.sampling)
     return _file(path) if path is not None and path.is_file() else None
 
 
 def _file(path: Path) -> str:
-    return f"{path.name}: {file_stamp(path)}"
+    return f"{path.name}: {whole_digest(path)}"
 
 
 def output_folder(config: PipelineConfig) -> Path:
