@@ -98,13 +98,16 @@ class TextCache:
             _log.warning("%s: cannot store the text embedding (%s)", path, error.strerror)
 
 
-def encode_cached(prompts: Sequence[str], cache: TextCache, load: Callable[[], TextEncoder]) -> torch.Tensor:
+def encode_cached(
+    prompts: Sequence[str], cache: TextCache | None, load: Callable[[], TextEncoder]
+) -> torch.Tensor:
     """Embeddings (n, 512, width) of n prompts on the CPU; `load` is called once, only for missing entries."""
     texts = [clean_prompt(prompt) for prompt in prompts]
-    known = {text: cache.get(text) for text in texts}
+    known = {text: None if cache is None else cache.get(text) for text in texts}
     missing = [text for text, embedding in known.items() if embedding is None]
     if missing:
         for text, embedding in zip(missing, load().encode(missing).cpu(), strict=True):
-            cache.put(text, embedding)
+            if cache is not None:
+                cache.put(text, embedding)
             known[text] = embedding
     return torch.stack([embedding for text in texts if (embedding := known[text]) is not None])

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from omniavatar.errors import OutputError, ResumeError
+from omniavatar.errors import OutputNameError, ResumeError
 from omniavatar.media.atomic import (
     atomic_write_bytes,
     atomic_write_json,
@@ -33,11 +34,15 @@ from omniavatar.media.atomic import (
     translate_os_error,
 )
 from omniavatar.media.slug import slugify
+from omniavatar.text.reading import MOST_RECORD_BYTES, JsonError, parse_json, read_json, read_record
+from omniavatar.text.showing import cut
 from omniavatar.types import RunResult
 
 if TYPE_CHECKING:
     from omniavatar.config.schema import OutputConfig, SamplingConfig
 
+MOST_NAME_BYTES = 255 - len(".partial")
+"""Of the output's name, to which the growing file's name adds the most."""
 FORMAT = 1
 """Version of `job.json`; a folder with another version is not resumed."""
 
@@ -52,7 +57,7 @@ def _printable(value: Any) -> str:
     return (
         text
         if len(text) <= 200
-        else f"{text[:60]}... sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        else f"{text[:60]}... sha256 {hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:16]}"
     )
 
 
@@ -60,7 +65,7 @@ def describe_change(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]
     """`name: old -> new` for every value that differs."""
     names = sorted({*old, *new})
     return [
-        f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
+        f"{cut(name)}: {cut(old.get(name, 'absent'), 300)} -> {cut(new.get(name, 'absent'), 300)}"
         for name in names
         if old.get(name) != new.get(name)
     ]
@@ -117,9 +122,9 @@ class Job:
         """
         path = self._state if self._state.exists() else self.sidecar
         try:
-            printed = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
-            return {name: json.loads(printed[name]) for name in names if name in printed}
-        except (OSError, ValueError, KeyError, TypeError):
+            printed = (read_record(path) or {})["fingerprint"]
+            return {name: parse_json(printed[name]) for name in names if name in printed}
+        except (KeyError, TypeError, JsonError):
             return {}
 
     def amend(self, changes: Mapping[str, str]) -> None:
@@ -184,26 +189,23 @@ class Job:
         """The result of a finished video that was made from exactly these values; None if there is none."""
         if self.folder.exists() or not self.output.is_file() or not self.sidecar.is_file():
             return None
-        try:
-            sidecar: dict[str, Any] = json.loads(self.sidecar.read_text(encoding="utf-8"))
-        except (ValueError, UnicodeDecodeError):
-            return None
+        sidecar = read_record(self.sidecar) or {}
         if sidecar.get("fingerprint") != values or sidecar.get("bytes") != self.output.stat().st_size:
             return None
-        windows = sidecar["windows"]
-        return RunResult(self.output, self.sidecar, sidecar["frames"], windows, windows, 0.0)
+        windows, frames = sidecar.get("windows"), sidecar.get("frames")
+        if not isinstance(windows, int) or not isinstance(frames, int):
+            return None
+        return RunResult(self.output, self.sidecar, frames, windows, windows, 0.0)
 
     def _read_state(self) -> dict[str, Any]:
-        try:
-            state: dict[str, Any] = json.loads(self._state.read_text(encoding="utf-8"))
-        except (ValueError, UnicodeDecodeError) as error:
-            raise ResumeError(
-                f"{self._state} is unreadable ({error}); use --no-resume to start over"
-            ) from None
+        remedy = "use --no-resume to start over"
+        state = read_json(self._state, MOST_RECORD_BYTES, ResumeError, remedy)
         if state.get("format") != FORMAT:
-            raise ResumeError(
-                f"{self._state} was written by another version of omniavatar; use --no-resume to start over"
-            )
+            raise ResumeError(f"{self._state} was written by another version of omniavatar; {remedy}")
+        done, printed = state.get("done"), state.get("fingerprint")
+        whole = isinstance(done, int) and not isinstance(done, bool) and done >= 0
+        if not whole or not isinstance(printed, dict) or not all(type(v) is str for v in printed.values()):
+            raise ResumeError(f"{self._state} is damaged: done or fingerprint is wrong; {remedy}")
         return state
 
     def _write_state(self) -> None:
@@ -228,8 +230,13 @@ def output_path(output: OutputConfig, sampling: SamplingConfig, index: int, prom
 def checked_output(output: Path) -> Path:
     """`output`, unchanged. Raises OutputError if no video can be written to it."""
     if output.suffix.lower() != ".mp4":
-        raise OutputError(f"{output}: the video is written as .mp4; give the output that ending")
+        raise OutputNameError(f"{output}: the video is written as .mp4; give the output that ending")
+    if len(os.fsencode(output.name)) > MOST_NAME_BYTES:
+        raise OutputNameError(
+            f"{output}: the name is longer than {MOST_NAME_BYTES} bytes, and names of files beside it have "
+            "more; choose a shorter one"
+        )
     check_writable(output.parent)
     if output.is_dir():
-        raise OutputError(f"{output}: is a folder; choose another output name")
+        raise OutputNameError(f"{output}: is a folder; choose another output name")
     return output

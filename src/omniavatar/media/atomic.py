@@ -89,10 +89,12 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
 def atomic_write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented UTF-8 JSON to `path`, completely or not at all.
 
+    A byte of a file name that is not UTF-8 becomes a JSON escape such as `\\udce9`, which reading turns back.
+
     Raises OutputError, and ValueError for NaN and infinity, which JSON does not have.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    atomic_write_bytes(path, (text + "\n").encode())
+    atomic_write_bytes(path, (text + "\n").encode(errors="backslashreplace"))
 
 
 def check_writable(folder: str | Path) -> None:

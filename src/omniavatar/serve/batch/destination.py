@@ -9,7 +9,6 @@ video again.
 
 from __future__ import annotations
 
-import json
 import secrets
 import socket
 import time
@@ -20,9 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from omniavatar.config.values import expanded
 from omniavatar.errors import ConfigError, OutputError, ResourceError
 from omniavatar.media.atomic import atomic_write_json, check_writable
 from omniavatar.serve.batch.lease import try_lease
+from omniavatar.text.reading import read_record
 
 
 class Destination(Protocol):
@@ -124,14 +125,11 @@ class RemoteDestination:
         return self.staging / name
 
     def delivered(self, name: str, identity: str) -> int | None:
-        try:
-            receipt = json.loads(self._receipt(name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
+        receipt = read_record(self._receipt(name)) or {}
         if receipt.get("identity") != identity:
             return None
-        size: int = receipt["bytes"]
-        return size if self.sizes().get(name) == size else None
+        size = receipt.get("bytes")
+        return size if isinstance(size, int) and self.sizes().get(name) == size else None
 
     def deliver(self, name: str, identity: str) -> int:
         system, root = self._open()
@@ -205,4 +203,4 @@ def make_destination(output: str, staging: Path) -> Destination:
     """The destination for `output`, a URL (`s3://bucket/folder`) or a folder."""
     if "://" in output:
         return RemoteDestination(output, staging)
-    return FolderDestination(Path(output).expanduser())
+    return FolderDestination(expanded(output, "--output"))

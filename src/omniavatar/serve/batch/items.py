@@ -19,6 +19,7 @@ from omniavatar.errors import (
     InputError,
     OmniAvatarError,
     OutputError,
+    OutputNameError,
     ResourceError,
     ResumeError,
 )
@@ -29,9 +30,12 @@ ERRORS: tuple[type[OmniAvatarError], ...] = (
     InputError,
     CheckpointError,
     OutputError,
+    OutputNameError,
     ResumeError,
     ResourceError,
 )
+WORKER_DIED = "WorkerDied"
+"""`error_class` of an item whose worker died."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,15 @@ def verdict_of(error: OmniAvatarError) -> Verdict:
     """The verdict on an error raised by one item."""
     if isinstance(error, ConfigError | CheckpointError):
         return Verdict.fatal
+    if isinstance(error, OutputNameError):
+        return Verdict.failed
     return Verdict.retry if isinstance(error, OutputError | ResourceError) else Verdict.failed
+
+
+def is_bug(error_class: str) -> bool:
+    """Whether an item's error is a bug of this package, by the name of its class."""
+    known = {OmniAvatarError.__name__, *(kind.__name__ for kind in ERRORS), WORKER_DIED, ""}
+    return error_class not in known
 
 
 def as_error(outcome: Outcome) -> OmniAvatarError:

@@ -19,6 +19,7 @@ from omniavatar.errors import OutputError
 from omniavatar.media.atomic import atomic_write_json, check_writable, translate_os_error
 from omniavatar.serve.batch.items import Item
 from omniavatar.serve.batch.lease import Lease, holder_of, try_lease
+from omniavatar.text.reading import read_record
 
 FORMAT = 1
 StateName = Literal["queued", "running", "done", "failed"]
@@ -83,10 +84,10 @@ class RunFolder:
         found: dict[str, ItemState] = {}
         for path in self._items.glob("*.json"):
             try:
-                values: Any = json.loads(path.read_text(encoding="utf-8"))
+                values = read_record(path) or {}
                 if values.pop("format") == FORMAT and set(values) == names and values["key"] == path.stem:
                     found[path.stem] = ItemState(**values)
-            except (OSError, ValueError, AttributeError, KeyError, TypeError):
+            except (KeyError, TypeError):
                 continue
         return found
 
@@ -96,7 +97,7 @@ class RunFolder:
         text = json.dumps(values, ensure_ascii=False)  # an indent would take ten times as long
         path = f"{self._items}/{state.key}"
         with translate_os_error(f"{path}.json"):
-            with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+            with open(f"{path}.tmp", "w", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text + "\n")
             os.replace(f"{path}.tmp", f"{path}.json")
 
