@@ -65,7 +65,7 @@ def benchmark(
         from omniavatar.measure.benchmark.run import find_configs, measure_all
         from omniavatar.measure.benchmark.summary import markdown
         from omniavatar.media.atomic import atomic_write_bytes, atomic_write_json, check_writable
-        from omniavatar.text.showing import printable
+        from omniavatar.text import printable
 
         try:
             lengths = tuple(float(text) for text in minutes.split(","))

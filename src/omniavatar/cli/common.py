@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from omniavatar.errors import BUG, ConfigError, OmniAvatarError, translated
-from omniavatar.text.showing import cut, json_text, one_line, printable
+from omniavatar.text import cut, json_text, one_line, printable
 
 if TYPE_CHECKING:
     from omniavatar.cli.progress import Display

@@ -17,7 +17,7 @@ from omniavatar.cli.common import (
     print_warning,
     user_errors,
 )
-from omniavatar.text.showing import printable
+from omniavatar.text import printable
 
 if TYPE_CHECKING:
     import numpy as np

@@ -38,7 +38,7 @@ from omniavatar.engine.events import (
     RequestStarted,
     WindowFinished,
 )
-from omniavatar.text.showing import json_text
+from omniavatar.text import json_text
 from omniavatar.types import Event
 
 LogFormat = Literal["rich", "json"]

@@ -26,7 +26,7 @@ from omniavatar.cli.common import (
     user_errors,
 )
 from omniavatar.errors import BUG, ConfigError, ResourceError
-from omniavatar.text.showing import one_line, quoted
+from omniavatar.text import one_line, quoted
 
 if TYPE_CHECKING:
     from omniavatar.config.schema import PipelineConfig

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from omniavatar.text.showing import json_text, printable
+from omniavatar.text import json_text, printable
 
 
 def say(text: str) -> None:

@@ -22,8 +22,7 @@ from omniavatar.config.schema import DitOverrides, PipelineConfig
 from omniavatar.config.syntax import Entry, parse_overrides, read_yaml
 from omniavatar.config.values import IGNORED_KEYS, POCKET_WEIGHTS, FieldError, path_text
 from omniavatar.errors import ConfigError
-from omniavatar.text.reading import read_json, read_text
-from omniavatar.text.showing import cut, quoted
+from omniavatar.text import cut, quoted, read_json, read_text
 
 Overrides = Sequence[str] | Mapping[str, Any]
 

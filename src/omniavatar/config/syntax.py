@@ -15,16 +15,11 @@ the next comma.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
-from omniavatar.config import yaml_values
-from omniavatar.config.yaml_values import YamlError
 from omniavatar.errors import ConfigError
-from omniavatar.text.showing import cut, printable, quoted
+from omniavatar.text import cut, printable, quoted
 
 _WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None, "": None}
 """Words with a value. `none` is missing on purpose: it is a text that `step_cache` accepts."""
@@ -54,37 +49,27 @@ def read_yaml(text: str, name: str, nested: frozenset[str]) -> list[Entry]:
     Raises ConfigError with the line number for bad syntax, a repeated key, a limit that is exceeded, or a top
     level that is not a mapping.
     """
+    from omniavatar.config.yaml_values import YamlError, assignments
+
     try:
-        node = yaml_values.compose(text)
-        if node is None:
-            return []
-        if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{name}: must consist of `key: value` lines")
-        return list(_entries(node, name, nested, ""))
+        return [Entry(key, value, f"{name}:{line}") for key, value, line in assignments(text, nested)]
     except YamlError as error:
         line = f":{error.line}" if error.line else ""
         raise ConfigError(f"{name}{line}: not valid YAML: {error}") from None
 
 
-def _entries(node: yaml.MappingNode, name: str, nested: frozenset[str], prefix: str) -> Iterator[Entry]:
-    for key_node, value_node in yaml_values.pairs(node):
-        key = prefix + key_node.value
-        if key_node.value in nested and isinstance(value_node, yaml.MappingNode):
-            yield from _entries(value_node, name, nested, f"{key}.")
-        else:
-            line = key_node.start_mark.line + 1
-            yield Entry(key, yaml_values.value(value_node), f"{name}:{line}")
-
-
 def parse_value(text: str, key: str = "value") -> Any:
     """The value of one `--hp` assignment; lists, mappings and quoted texts are read as YAML."""
+    from omniavatar.config.yaml_values import YamlError, compose, number
+    from omniavatar.config.yaml_values import value as value_of
+
     text = text.strip()
     try:
         if text[:1] in ("[", "{", '"', "'"):
-            return yaml_values.value(yaml_values.compose(text))
+            return value_of(compose(text))
         if text in _WORDS:
             return _WORDS[text]
-        found = yaml_values.number(text)
+        found = number(text)
     except YamlError as error:
         raise ConfigError(f"--hp: {cut(key)}: cannot read {quoted(text)}: {error}") from None
     return text if found is None else found

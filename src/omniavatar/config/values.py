@@ -19,8 +19,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from omniavatar.errors import ConfigError
 from omniavatar.sampling.schedule import timesteps_error
-from omniavatar.text.reading import surrogate_problem
-from omniavatar.text.showing import quoted
+from omniavatar.text import quoted, surrogate_problem
 
 IGNORED_KEYS: Mapping[str, str] = MappingProxyType(
     {

@@ -7,12 +7,12 @@ Only the tags of plain YAML values are read, and only for values that fit them.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
-from omniavatar.text.reading import MOST_DIGITS
-from omniavatar.text.showing import cut, quoted
+from omniavatar.text import MOST_DIGITS, cut, quoted
 
 MOST_LEVELS = 20
 """Levels of lists and mappings."""
@@ -61,6 +61,28 @@ def compose(text: str) -> yaml.Node | None:
         raise YamlError(str(error.problem or error.context), line) from None
     except yaml.YAMLError as error:
         raise YamlError(" ".join(str(error).split())) from None
+
+
+def assignments(text: str, nested: frozenset[str]) -> Iterator[tuple[str, Any, int]]:
+    """Key, value and line of each entry of a YAML mapping; mappings below a key in `nested` are flattened.
+
+    Raises YamlError, also if the text is not a mapping.
+    """
+    node = compose(text)
+    if node is None:
+        return
+    if not isinstance(node, yaml.MappingNode):
+        raise YamlError("must consist of `key: value` lines")
+    yield from _flat(node, nested, "")
+
+
+def _flat(node: yaml.MappingNode, nested: frozenset[str], prefix: str) -> Iterator[tuple[str, Any, int]]:
+    for key_node, value_node in pairs(node):
+        key = prefix + key_node.value
+        if key_node.value in nested and isinstance(value_node, yaml.MappingNode):
+            yield from _flat(value_node, nested, f"{key}.")
+        else:
+            yield key, value(value_node), key_node.start_mark.line + 1
 
 
 def pairs(node: yaml.MappingNode) -> list[tuple[yaml.ScalarNode, yaml.Node]]:

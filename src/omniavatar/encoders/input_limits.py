@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from omniavatar.errors import CheckpointError
-from omniavatar.text.reading import read_json
+from omniavatar.text import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor

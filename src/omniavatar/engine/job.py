@@ -34,8 +34,7 @@ from omniavatar.media.atomic import (
     translate_os_error,
 )
 from omniavatar.media.slug import slugify
-from omniavatar.text.reading import MOST_RECORD_BYTES, JsonError, parse_json, read_json, read_record
-from omniavatar.text.showing import cut
+from omniavatar.text import MOST_RECORD_BYTES, JsonError, cut, parse_json, read_json, read_record
 from omniavatar.types import RunResult
 
 if TYPE_CHECKING:

@@ -25,8 +25,7 @@ from omniavatar.config.values import path_text, prompt_text
 from omniavatar.engine.csv_rows import csv_rows
 from omniavatar.engine.job import MOST_NAME_BYTES, output_path
 from omniavatar.errors import ConfigError, InputError
-from omniavatar.text.reading import JsonError, check_encoding, parse_json, read_bytes, surrogate_problem
-from omniavatar.text.showing import cut, quoted
+from omniavatar.text import JsonError, check_encoding, cut, parse_json, quoted, read_bytes, surrogate_problem
 from omniavatar.types import AvatarRequest, SamplingParams
 
 SEPARATOR = "@@"

@@ -19,7 +19,7 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from omniavatar.errors import ConfigError
 from omniavatar.parallel.ranks import STEP_TIMEOUT, Ranks
-from omniavatar.text.showing import quoted
+from omniavatar.text import quoted
 
 STORE_VARIABLE = "OMNIAVATAR_STORE"
 """Environment variable with the file through which processes started by `parallel.launch` find each other."""

@@ -23,7 +23,7 @@ from omniavatar.config.schema import ModelConfig, SamplingConfig
 from omniavatar.errors import CheckpointError, ConfigError
 from omniavatar.plan.steps import model_scale
 from omniavatar.sampling.cache_constants import CacheConstants, published_constants
-from omniavatar.text.reading import read_json
+from omniavatar.text import read_json
 
 if TYPE_CHECKING:
     from omniavatar.model.sizes import DiTConfig

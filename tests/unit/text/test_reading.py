@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omniavatar.errors import ConfigError, InputError
-from omniavatar.text.reading import JsonError, parse_json, read_json, read_record, read_text
+from omniavatar.text import JsonError, parse_json, read_json, read_record, read_text
 
 
 def refusal(path: Path | str, most: int = 1000) -> str:

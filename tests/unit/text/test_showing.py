@@ -15,7 +15,7 @@ from omniavatar.cli.progress_batch import make_batch_display
 from omniavatar.cli.terminal import SafeConsole
 from omniavatar.engine.events import Message, RequestFinished, RequestStarted
 from omniavatar.serve.batch.events import BatchStarted, ItemFailed, WorkerLost, WorkerReady
-from omniavatar.text.showing import MOST_LINE, cut, json_text, one_line, printable, quoted
+from omniavatar.text import MOST_LINE, cut, json_text, one_line, printable, quoted
 
 HOSTILE = "a\x1b]0;owned\x07\x1b[31mb\x9b2J\u202ec\ud800\r\x7f"
 SHOWN = "a\\x1b]0;owned\\x07\\x1b[31mb\\x9b2J\\u202ec\\ud800\\x0d\\x7f"

@@ -23,7 +23,7 @@ from omniavatar.config.values import expanded
 from omniavatar.errors import ConfigError, OutputError, ResourceError
 from omniavatar.media.atomic import atomic_write_json, check_writable
 from omniavatar.serve.batch.lease import try_lease
-from omniavatar.text.reading import read_record
+from omniavatar.text import read_record
 
 
 class Destination(Protocol):

@@ -19,7 +19,7 @@ from omniavatar.errors import OutputError
 from omniavatar.media.atomic import atomic_write_json, check_writable, translate_os_error
 from omniavatar.serve.batch.items import Item
 from omniavatar.serve.batch.lease import Lease, holder_of, try_lease
-from omniavatar.text.reading import read_record
+from omniavatar.text import read_record
 
 FORMAT = 1
 StateName = Literal["queued", "running", "done", "failed"]

@@ -1,1 +1,0 @@
-"""Text from outside: `reading` checks the files it comes in, `showing` prepares it for terminals and logs."""
