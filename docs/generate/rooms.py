@@ -26,6 +26,7 @@ WORDS = {
     "model": "plain maths of DiT and VAE",
     "sampling": "schedule, guidance, windows",
     "device": "choosing a device",
+    "text": "reading and showing text",
     "types": "values that flow",
     "errors": "errors and exit codes",
     "assets": "portrait, speech, pocket model",

@@ -1,14 +1,25 @@
 """Errors that a user can fix, each with an exit code for the command line.
 
 Every message is one line that names the file or field at fault and what to do about it. Any other exception
-is a bug in this program and keeps its traceback.
+is a bug in this program: a command reports it in one line and ends with `BUG`.
 """
+
+from __future__ import annotations
+
+import errno
+
+BUG = 70
+"""Exit code of a command that met a bug."""
 
 
 class OmniAvatarError(Exception):
     """Base class of errors that the user can fix; the command line returns `exit_code`."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """The message as one line, also if it holds a name or the text of a library with line ends."""
+        return " ".join(super().__str__().splitlines())
 
 
 class ConfigError(OmniAvatarError):
@@ -65,3 +76,29 @@ class StoppedError(OmniAvatarError):
     """The caller stopped the run (`should_stop`). Finished windows are kept."""
 
     exit_code = 130
+
+
+OF_ONE_LINE = (InputError, ResumeError, TargetError, NumbersError)
+"""Errors of one line of an input file; the other lines still run."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)
+_FILES = (errno.EMFILE, errno.ENFILE)
+
+
+def translated(error: BaseException) -> OmniAvatarError | None:
+    """The error of the user's machine that `error` of the system means; None if it is none."""
+    if isinstance(error, MemoryError):
+        return ResourceError(
+            "memory: too little is free on this machine; end other programs, then run it again"
+        )
+    if not isinstance(error, OSError):
+        return None
+    name, reason = error.filename or "the disk", error.strerror or str(error)
+    if error.errno in _FULL:
+        return OutputError(f"{name}: cannot be written: {reason}; free some space or choose another folder")
+    if error.errno in _PATH and error.filename is not None:
+        return InputError(f"{name}: cannot be used: {reason}; check the path and its permissions")
+    if error.errno in _FILES:
+        return ResourceError(f"files: {reason}; raise the limit, as with `ulimit -n 4096`")
+    return None

@@ -21,10 +21,10 @@ PACKAGE = SOURCE / "omniavatar"
 TESTS = REPOSITORY / "tests"
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 
-MOST_ENTRIES = 18
+MOST_ENTRIES = 19
 """In src/omniavatar, with `py.typed` not counted."""
 MOST_LINES = 400
-MOST_LOADED = 80
+MOST_LOADED = 81
 """Modules of ours that `import omniavatar.engine.pipeline` loads, packages included."""
 
 NOT_MODULES = {"omniavatar.form", "omniavatar.num_heads", "omniavatar.sources"}

@@ -23,6 +23,7 @@ from omniavatar.cli.common import (
     require_one_process,
     user_errors,
 )
+from omniavatar.errors import BUG
 from omniavatar.serve.batch.seats import WorkerOptions, plan_workers, with_threads
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def batch(
         require_one_process()
         plan = plan_workers(options)
         from omniavatar.config.load import load_config
+        from omniavatar.config.values import expanded
         from omniavatar.engine.collisions import check_lines
         from omniavatar.engine.events import Message
         from omniavatar.engine.requests_file import read_requests
@@ -154,9 +156,9 @@ def batch(
         if "://" in target:
             default_run_dir = loaded.config.output.output_dir / f"{stem}_{slugify(target)}"
         else:
-            default_run_dir = Path(target).expanduser() / stem
+            default_run_dir = expanded(target, "--output") / stem
         folder = run_dir or default_run_dir
-        videos = folder / "work" if "://" in target else Path(target).expanduser()
+        videos = folder / "work" if "://" in target else expanded(target, "--output")
         lines = check_lines(read_requests(input_file, loaded.config.sampling), loaded.config, videos)
         items = make_items(lines, loaded.config)
         destination = make_destination(target, folder / "work")
@@ -175,24 +177,23 @@ def batch(
 
 
 def _print(result: BatchResult, *, quiet: bool, as_json: bool) -> None:
-    import json
-
-    from rich.console import Console
-
     from omniavatar.cli.progress_batch import print_summary
+    from omniavatar.cli.terminal import SafeConsole, say, say_json
 
     if as_json:
-        typer.echo(json.dumps(result.summary, indent=2, ensure_ascii=False))
+        say_json(result.summary)
     elif quiet:
         for state in result.ledger.states.values():
             if state.state == "done" and state.key not in result.ledger.skipped:
-                typer.echo(state.name)
+                say(state.name)
     else:
-        print_summary(result.summary, Console(highlight=False))
+        print_summary(result.summary, SafeConsole())
 
 
 def _exit(result: BatchResult, report: Callable[[str], None]) -> None:
-    """Exit with the code of the error that stopped the batch, or with 1 if items failed."""
+    """Exit with the code of the error that stopped the batch; for failed items 1, or 70 for a bug."""
+    from omniavatar.serve.batch.items import is_bug
+
     if result.ledger.interrupted:
         report(INTERRUPT_NOTE)
         raise typer.Exit(INTERRUPTED)
@@ -200,5 +201,10 @@ def _exit(result: BatchResult, report: Callable[[str], None]) -> None:
         report(str(result.ledger.error))
         raise typer.Exit(result.ledger.error.exit_code)
     if result.summary["failed"]:
-        report(f"{result.summary['failed']} of {result.summary['items']} items failed; see {result.path}")
-        raise typer.Exit(SOME_FAILED)
+        failed = [state for state in result.ledger.states.values() if state.state == "failed"]
+        bugs = sum(is_bug(state.error_class) for state in failed)
+        note = f"; {bugs} of them met a bug, please report what it says there" if bugs else ""
+        report(
+            f"{result.summary['failed']} of {result.summary['items']} items failed; see {result.path}{note}"
+        )
+        raise typer.Exit(BUG if bugs else SOME_FAILED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ import typer
 from omniavatar.assets import pocket
 from omniavatar.cli.choose import CONFIGS
 from omniavatar.cli.common import (
+    MOST_MINUTES,
     SOME_FAILED,
     HpOption,
     print_error,
@@ -56,6 +58,7 @@ def benchmark(
     """
     with user_errors(), ExitStack() as held:
         require_one_process()
+        from omniavatar.cli.terminal import say
         from omniavatar.errors import ConfigError
         from omniavatar.measure.benchmark.page import html_page
         from omniavatar.measure.benchmark.row import Options
@@ -64,24 +67,26 @@ def benchmark(
         from omniavatar.measure.benchmark.summary import markdown
         from omniavatar.measure.benchmark.target import own_reports
         from omniavatar.media.atomic import atomic_write_bytes, atomic_write_json
+        from omniavatar.text import printable
 
         try:
             lengths = tuple(float(text) for text in minutes.split(","))
         except ValueError:
             raise ConfigError(f"--minutes {minutes}: give numbers separated by commas, such as 1,5") from None
-        if min(lengths) <= 0:
-            raise ConfigError(f"--minutes {minutes}: every length must be above 0")
+        if not all(0 < length <= MOST_MINUTES for length in lengths):
+            raise ConfigError(f"--minutes {minutes}: lengths are above 0 and at most {MOST_MINUTES:,}")
         held.enter_context(own_reports(output))
         places = configs or [CONFIGS if CONFIGS.is_dir() else pocket.CONFIG]
         options = Options("", "", tuple(hp or ()), warm_up, repeats, lengths, forward_limit, full)
-        rows = measure_all(find_configs(places), options, lambda text: print(text, file=sys.stderr))
+        show = partial(print, file=sys.stderr)
+        rows = measure_all(find_configs(places), options, lambda text: show(printable(text)))
         result = BenchmarkResult(warm_up, repeats, rows)
         text = markdown(result)
         atomic_write_json(output / "benchmark.json", result.as_dict())
         atomic_write_bytes(output / "benchmark.md", text.encode())
         atomic_write_bytes(output / "benchmark.html", html_page(result).encode())
-        typer.echo(text)
-        typer.echo(f"The reports are {output / 'benchmark.html'}, benchmark.md and benchmark.json.")
+        say(text)
+        say(f"The reports are {output / 'benchmark.html'}, benchmark.md and benchmark.json.")
         if not result.measured:
             print_error("no configuration could be measured; the reasons are above")
             raise typer.Exit(SOME_FAILED)

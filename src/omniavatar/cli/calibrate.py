@@ -65,8 +65,9 @@ def calibrate(
         with make_display("rich", as_json, sys.stderr) as display:
             done = run(loaded.config, request, output, windows, verify, [display])
         if as_json:
-            import json
             from dataclasses import asdict
+
+            from omniavatar.cli.terminal import say_json
 
             report = {
                 "output": str(done.output),
@@ -75,16 +76,17 @@ def calibrate(
                 "trials": [asdict(trial) for trial in done.trials],
                 "verified": [asdict(row) for row in done.verified],
             }
-            typer.echo(json.dumps(report, indent=2))
+            say_json(report)
         else:
             _print(done)
 
 
 def _print(done: CalibrationRun) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from omniavatar.cli.terminal import SafeConsole
+
+    console = SafeConsole()
     schedule, fit = done.calibration.schedule, done.calibration.teacache
     count = done.calibration.measured["windows"]
     console.print(
@@ -112,7 +114,7 @@ def _print(done: CalibrationRun) -> None:
         table.add_row(trial.policy, f"{trial.threshold:g}", computed, f"{trial.error:.1%}", trial.pattern)
     console.print(table)
     for note in dict.fromkeys(note for trial in done.trials for note in trial.notes):
-        console.print(f"note: {note}", soft_wrap=True)
+        console.print(f"note: {note}", soft_wrap=True, markup=False)
     if done.verified:
         table = Table(box=None, pad_edge=False, title="measured on the first window", title_justify="left")
         for head in ("constants", "cache", "threshold", "steps computed", "seconds", "error", "PSNR"):
@@ -123,4 +125,4 @@ def _print(done: CalibrationRun) -> None:
             cells = (f"{row.threshold:g}", str(row.computed), f"{row.seconds:.2f}", f"{row.error:.2%}", psnr)
             table.add_row(row.constants, row.policy, *cells)
         console.print(table)
-    console.print(f"constants written to {done.output}", soft_wrap=True)
+    console.print(f"constants written to {done.output}", soft_wrap=True, markup=False)

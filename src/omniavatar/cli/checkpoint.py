@@ -38,9 +38,10 @@ def download(
     """
     with user_errors(on_interrupt="interrupted; the same command continues the download"):
         from omniavatar.checkpoint.download import download as fetch
+        from omniavatar.cli.terminal import say
 
         fetch(scale.value, root)
-        typer.echo(f"{scale.value} is in {root}")
+        say(f"{scale.value} is in {root}")
 
 
 def make_checkpoint(
@@ -54,9 +55,10 @@ def make_checkpoint(
     """
     with user_errors(on_interrupt="interrupted; the folder is incomplete, run the command again"):
         from omniavatar.checkpoint.synthetic import make_checkpoint as write
+        from omniavatar.cli.terminal import say
 
         write(scale.value, out, seed=seed)
-        typer.echo(f"{scale.value} checkpoint with random weights is in {out}")
+        say(f"{scale.value} checkpoint with random weights is in {out}")
 
 
 def convert(
@@ -71,6 +73,7 @@ def convert(
     The file loads faster and with less memory than the original files. Results are the same.
     """
     with user_errors(on_interrupt="interrupted; nothing was written, run the command again"):
+        from omniavatar.cli.terminal import say
         from omniavatar.config.load import load_config
         from omniavatar.engine.convert import convert_checkpoint
         from omniavatar.types import bytes_text
@@ -79,6 +82,4 @@ def convert(
         settings = "\n".join(
             f"{key}: {'null' if value is None else value}" for key, value in done.settings.items()
         )
-        typer.echo(
-            f"{done.path}: {bytes_text(done.num_bytes)}. To run it, set in the configuration:\n{settings}"
-        )
+        say(f"{done.path}: {bytes_text(done.num_bytes)}. To run it, set in the configuration:\n{settings}")

@@ -39,8 +39,7 @@ def clean(
     """
     with user_errors():
         require_one_process()
-        import json
-
+        from omniavatar.cli.terminal import say, say_json
         from omniavatar.config.schema import RuntimeConfig
         from omniavatar.engine.leftovers import delete, find_leftovers
         from omniavatar.types import bytes_text
@@ -48,7 +47,7 @@ def clean(
         days = 0.0 if cache else CACHE_DAYS
         found = find_leftovers(place or Path(), days)
         cached = RuntimeConfig().text_cache
-        if place is None and cached.is_dir():
+        if place is None and cached is not None and cached.is_dir():
             found += [each for each in find_leftovers(cached, days) if each not in found]
         free = [each for each in found if each.holder is None]
         deleted = [each for each in free if yes and delete(each)]
@@ -64,17 +63,17 @@ def clean(
                 }
                 for each in found
             ]
-            typer.echo(json.dumps({"leftovers": rows, "bytes": size}, indent=2))
+            say_json({"leftovers": rows, "bytes": size})
             return
         for each in found:
             state = f"kept: {each.holder} uses it" if each.holder else "deleted" if each in deleted else ""
             paths = ", ".join(str(path) for path in each.paths)
-            typer.echo("  ".join(part for part in (each.kind, bytes_text(each.size), paths, state) if part))
+            say("  ".join(part for part in (each.kind, bytes_text(each.size), paths, state) if part))
         count = len(deleted if yes else free)
         what = f"{count} leftover{'' if count == 1 else 's'}, {bytes_text(size)}"
         if not free:
-            typer.echo("nothing to delete")
+            say("nothing to delete")
         elif yes:
-            typer.echo(f"{what} deleted")
+            say(f"{what} deleted")
         else:
-            typer.echo(f"{what}; add --yes to delete")
+            say(f"{what}; add --yes to delete")

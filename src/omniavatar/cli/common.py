@@ -7,6 +7,8 @@ import logging
 import os
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -15,7 +17,8 @@ from typing import IO, TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
-from omniavatar.errors import ConfigError, OmniAvatarError
+from omniavatar.errors import BUG, ConfigError, OmniAvatarError, translated
+from omniavatar.text import cut, json_text, one_line, printable
 
 if TYPE_CHECKING:
     from omniavatar.cli.progress import Display
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     DisplayMaker: TypeAlias = Callable[[LogName, bool, IO[str]], Display]
 
 INTERRUPTED = 130
+MOST_MINUTES = 10_000.0
+"""Of a video to plan for: a week."""
 SOME_FAILED = 1
 INTERRUPT_NOTE = "interrupted; finished windows are kept, and the same command continues after them"
 
@@ -78,22 +83,60 @@ LogOption = Annotated[
 def print_error(text: str) -> None:
     """Print the line `error: <text>` to stderr, red on a terminal."""
     red, reset = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
-    print(f"{red}error:{reset} {' '.join(text.split())}", file=sys.stderr)
+    print(f"{red}error:{reset} {one_line(text)}", file=sys.stderr)
 
 
 def print_warning(text: str) -> None:
-    print(f"warning: {' '.join(text.split())}", file=sys.stderr)
+    print(f"warning: {one_line(text)}", file=sys.stderr)
+
+
+def print_json_error(text: str) -> None:
+    """Print the event `error`, as `--log-format json` has it, to stderr."""
+    event = {"event": "error", "time": round(time.time(), 3), "text": one_line(text)}
+    print(json_text(event, encoding=sys.stderr.encoding), file=sys.stderr)
+
+
+DEBUG_VARIABLE = "OMNIAVATAR_DEBUG"
+"""Environment variable that `--debug` sets, so that processes started later have it too."""
+
+
+def debugging() -> bool:
+    """Whether bugs are reported with their traceback."""
+    return os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
+
+
+def report_bug(error: BaseException, report: Callable[[str], None], where: str = "") -> None:
+    """Report an exception that no input should cause, as one line; with `--debug`, its traceback follows.
+
+    where: beginning of the line, such as `line 3: `.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    package = str(Path(__file__).parents[1])
+    ours = [frame for frame in frames if frame.filename.startswith(package)] or frames
+    place = f" ({Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else ""
+    what = f"{type(error).__name__}: {cut(one_line(str(error)), 300)}{place}"
+    remedy = "please report it, with what --debug prints" if not debugging() else "please report it with this"
+    report(f"{where}this is a bug: {what}; {remedy}")
+    if debugging():
+        print(printable("".join(traceback.format_exception(error))), file=sys.stderr)
+
+
+UsageProblem: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
+"""An error in the options of a command."""
 
 
 @contextmanager
 def user_errors(
     report: Callable[[str], None] = print_error,
     on_interrupt: str = "interrupted",
+    passes: Callable[[Exception], bool] = lambda error: False,
 ) -> Iterator[None]:
-    """Report an `OmniAvatarError` as one line with its exit code, and Ctrl-C as one line with 130.
+    """Report any error as one line: an `OmniAvatarError` with its exit code, Ctrl-C with 130, a bug with 70.
 
     The line for Ctrl-C is the text of the KeyboardInterrupt, or `on_interrupt` if it has none.
-    Any other exception is a bug in this program and keeps its traceback.
+    passes: whether to raise an exception unchanged that is neither.
     """
     try:
         yield
@@ -103,12 +146,27 @@ def user_errors(
     except KeyboardInterrupt as interrupt:
         report(str(interrupt) or on_interrupt)
         raise typer.Exit(INTERRUPTED) from None
+    except (typer.Exit, typer.Abort, UsageProblem):
+        raise
+    except Exception as error:
+        if passes(error):
+            raise
+        known = translated(error)
+        if known is not None:
+            report(str(known))
+            raise typer.Exit(known.exit_code) from None
+        report_bug(error, report)
+        raise typer.Exit(BUG) from None
 
 
 def require_one_process() -> None:
     """Raise ConfigError if torchrun started several processes (environment variable WORLD_SIZE)."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    from omniavatar.parallel.process import Process
+
+    processes = Process.from_environment().world
+    if processes != 1:
         raise ConfigError(
             f"torchrun started {processes} processes, but this command runs in one process; "
             "use --nproc_per_node=1, or `generate` to make one video on several GPUs"
@@ -135,7 +193,7 @@ def reporting(
 
     def report(text: str) -> None:
         if log_format is LogFormat.json:
-            recorder.event(CommandFailed(text))
+            recorder.event(CommandFailed(one_line(text)))
         else:
             print_error(text)
 

@@ -37,12 +37,15 @@ def show(
                 "warnings": list(loaded.warnings),
                 "hash": config_hash(loaded.config),
             }
-            typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+            from omniavatar.cli.terminal import say_json
+
+            say_json(report)
             return
 
-        from rich.console import Console
         from rich.markup import escape
         from rich.table import Table
+
+        from omniavatar.cli.terminal import SafeConsole
 
         table = Table(box=None, pad_edge=False)
         for name in ("key", "value", "from", *(["meaning"] if explain else [])):
@@ -54,7 +57,7 @@ def show(
                 shown = value if explain or len(value) <= 90 else f"{value[:87]}..."
                 cells = [key, shown, loaded.origins[key], *([description] if explain else [])]
                 table.add_row(*(escape(cell) for cell in cells))
-        console = Console(highlight=False)
+        console = SafeConsole()
         console.print(table)
         for warning in loaded.warnings:
             console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)

@@ -31,9 +31,9 @@ def doctor(
         places = configs or [CONFIGS if CONFIGS.is_dir() else pocket.CONFIG]
         findings = examine(find_configs(places))
         if as_json:
-            import json
+            from omniavatar.cli.terminal import say_json
 
-            typer.echo(json.dumps(findings, indent=2))
+            say_json(findings)
         else:
             _print_findings(findings)
 
@@ -45,11 +45,10 @@ def _unavailable(backends: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _print_findings(findings: dict[str, Any]) -> None:
-    from rich.console import Console
-
+    from omniavatar.cli.terminal import SafeConsole
     from omniavatar.types import bytes_text
 
-    console = Console(highlight=False)
+    console = SafeConsole()
 
     def show(title: str, lines: Sequence[str]) -> None:
         console.print(f"[bold]{title}[/]")

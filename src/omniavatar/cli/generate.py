@@ -21,8 +21,10 @@ from omniavatar.cli.common import (
     LogFormat,
     LogOption,
     QuietOption,
+    report_bug,
 )
 from omniavatar.cli.ranks import config_for_rank, parse_gpus, rank_reporting, start_ranks, team_of
+from omniavatar.errors import BUG
 
 if TYPE_CHECKING:
     from omniavatar.config.load import LoadedConfig
@@ -124,12 +126,12 @@ def generate(
         many = input_file is not None
         with team_of(rank_config, process) as team:
             again = command_again(words)
-            failed = make_lines(
+            failed, bugs = make_lines(
                 loaded, lines, output, resume, recorder, report, quiet, many=many, team=team, again=again
             )
         if failed:
             report(f"{failed} of {len(lines)} lines of {input_file} failed")
-            raise typer.Exit(SOME_FAILED)
+            raise typer.Exit(BUG if bugs else SOME_FAILED)
 
 
 def chosen_config(processes: int) -> Choice:
@@ -188,20 +190,22 @@ def make_lines(
     many: bool,
     team: Team | None,
     again: str,
-) -> int:
-    """Generate every line and return how many failed. With `many`, an error of one line does not end the run.
+) -> tuple[int, int]:
+    """Generate every line; returns how many failed, and how many of these by a bug.
 
-    If other processes wait for the pipeline, it is made at once; otherwise, at the first readable line.
+    With `many`, an error of one line does not end the run. After a bug, the next line gets a new pipeline. If
+    other processes wait for the pipeline, it is made at once; otherwise, at the first readable line.
 
     again: the command that continues after Ctrl-C.
     """
     from omniavatar.cli.position import Position
+    from omniavatar.cli.terminal import say
     from omniavatar.engine.collisions import check_lines
     from omniavatar.engine.events import Message
     from omniavatar.engine.pipeline import AvatarPipeline
     from omniavatar.engine.recorder import RunRecorder
     from omniavatar.engine.requests_file import RequestLine
-    from omniavatar.errors import InputError, NumbersError, ResumeError, TargetError
+    from omniavatar.errors import OF_ONE_LINE, OmniAvatarError, translated
 
     for warning in (*loaded.warnings, *silent_videos(loaded, lines)):
         recorder.event(Message(warning, "warning"))
@@ -211,7 +215,7 @@ def make_lines(
     pipeline: AvatarPipeline | None = None
     if team is not None and team.size > 1:
         pipeline = AvatarPipeline.from_config(config, recorder=recorder, team=team)
-    failed = 0
+    failed = bugs = 0
     for line in check_lines(lines, config) if many else lines:
         if not isinstance(line, RequestLine):
             report(str(line.error))
@@ -227,12 +231,18 @@ def make_lines(
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(position.interrupted(target, again)) from None
-        except (InputError, NumbersError, ResumeError, TargetError) as error:
-            if not many:
+        except Exception as error:
+            known = error if isinstance(error, OmniAvatarError) else translated(error)
+            several = team is not None and team.size > 1
+            if not many or (known is None and several) or (known and not isinstance(known, OF_ONE_LINE)):
                 raise
-            report(f"line {line.line}: {error}")
             failed += 1
+            if known is None:
+                report_bug(error, report, f"line {line.line}: ")
+                bugs, pipeline = bugs + 1, None
+            else:
+                report(f"line {line.line}: {known}")
             continue
         if quiet:
-            typer.echo(str(result.output))
-    return failed
+            say(str(result.output))
+    return failed, bugs

@@ -10,7 +10,9 @@ import inspect
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
+
+from omniavatar.cli.group import ADVICE, Commands
 
 EVERYDAY = "Everyday"
 SERVERS = "Servers and batches"
@@ -66,7 +68,7 @@ def advice(option: str, words: Sequence[str], known: Collection[str]) -> str | N
         found = Hint(word, shown(given.get(word, "")) or "VALUE")
     if found.name == "seq_len" and "--minutes" in known:
         found = Hint("--minutes", f"{int(found.value) / FRAMES_PER_SECOND / 60:.3g}")
-    return f"there is no option {option}: {found.text()}"
+    return f"{ADVICE}{option}: {found.text()}"
 
 
 def _values(words: Sequence[str]) -> dict[str, str]:
@@ -81,7 +83,7 @@ def _values(words: Sequence[str]) -> dict[str, str]:
     return given
 
 
-class Groups(TyperGroup):
+class Groups(Commands):
     """The list of commands, in groups."""
 
     command_class = Command

@@ -27,8 +27,9 @@ from omniavatar.cli import (
     plan,
     profile,
 )
-from omniavatar.cli.common import leave_at_once
+from omniavatar.cli.common import DEBUG_VARIABLE, leave_at_once, print_error
 from omniavatar.cli.layout import CONTEXT, EVERYDAY, MEASURING, MODELS, SERVERS, Command, Groups, examples
+from omniavatar.errors import OutputError
 from omniavatar.parallel.threads import bound_spinning
 
 app = typer.Typer(
@@ -63,8 +64,13 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Print the traceback of a bug; it may also follow the command."),
+    ] = False,
 ) -> None:
-    return None
+    if debug:
+        os.environ[DEBUG_VARIABLE] = "1"
 
 
 def _add(group: str, function: Callable[..., None], *lines: str, name: str | None = None) -> None:
@@ -140,10 +146,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     app(args=values, prog_name="omniavatar", obj=values)
 
 
+VIDEO_COMMANDS = frozenset(("generate", "batch", "demo"))
+"""Commands whose result is a video and not what they print."""
+
+
 def command(arguments: Sequence[str] | None = None) -> None:
-    """Run `main` and end the process without the interpreter's slow shutdown (`leave_at_once`)."""
-    try:
-        main(arguments)
-    except SystemExit as leaving:
-        leave_at_once(leaving.code)
-        raise
+    """Run `main` and end the process without the interpreter's slow shutdown (`leave_at_once`).
+
+    A lost stdout or stderr (the reader left, the disk is full) does not end the command. If stdout was lost
+    otherwise than by its reader, a command that only prints a report ends with the code of `OutputError`.
+    """
+    from omniavatar.cli.terminal import is_incomplete, safe_streams
+
+    values = list(sys.argv[1:] if arguments is None else arguments)
+    with safe_streams() as outlets:
+        try:
+            main(values)
+        except SystemExit as leaving:
+            code = leaving.code
+            sys.stdout.flush()
+            if outlets and is_incomplete(outlets[0]):
+                print_error(f"stdout: cannot be written ({outlets[0].lost}); what it lacks is lost")
+                if not code and VIDEO_COMMANDS.isdisjoint(values):
+                    code = OutputError.exit_code
+            leave_at_once(code)
+            raise SystemExit(code) from None

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from omniavatar.cli.choose import CONFIGS, best_config
-from omniavatar.cli.common import ConfigChoice, HpOption, JsonOption, print_warning, user_errors
+from omniavatar.cli.common import (
+    MOST_MINUTES,
+    ConfigChoice,
+    HpOption,
+    JsonOption,
+    print_warning,
+    user_errors,
+)
+from omniavatar.text import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +36,8 @@ def plan(
         Path | None, typer.Option(help="Voice (any audio file) that decides the length.")
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(min=0.001, help="Length of the audio in minutes, instead of a file.")
+        float | None,
+        typer.Option(min=0.001, max=MOST_MINUTES, help="Length of the audio in minutes, instead of a file."),
     ] = None,
     image: Annotated[
         Path | None,
@@ -57,7 +66,7 @@ def plan(
     if config is None:
         with user_errors():
             config, reason = best_config(CONFIGS)
-        typer.echo(reason, err=True)
+        typer.echo(printable(reason), err=True)
     if deadline is not None and minutes is not None:
         with user_errors():
             _propose(config, hp, minutes, deadline, as_json)
@@ -76,9 +85,9 @@ def plan(
         run_plan = plan_run(settings, size, samples, _step_plan(settings))
         memory = estimate_memory(settings, run_plan, _device(settings))
         if as_json:
-            import json
+            from omniavatar.cli.terminal import say_json
 
-            typer.echo(json.dumps(_report(run_plan, memory, settings.model.decoder), indent=2))
+            say_json(_report(run_plan, memory, settings.model.decoder))
         else:
             length, shape = _decided_by(settings, audio, minutes, image)
             _print(run_plan, memory, settings.model.decoder, length, shape)
@@ -109,10 +118,11 @@ def _propose(config: Path, hp: list[str] | None, minutes: float, deadline: str, 
     seconds = parse_duration(deadline)
     found = propose(load_config(config, hp or ()).config, minutes, seconds, started=time.process_time())
     if as_json:
-        import json
         from dataclasses import asdict
 
-        typer.echo(json.dumps(asdict(found), indent=2))
+        from omniavatar.cli.terminal import say_json
+
+        say_json(asdict(found))
     else:
         _print_proposal(found)
     if found.chosen is None:
@@ -124,8 +134,9 @@ def _propose(config: Path, hp: list[str] | None, minutes: float, deadline: str, 
 
 
 def _print_proposal(found: Proposal) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from omniavatar.cli.terminal import SafeConsole
 
     table = Table("settings (--hp)", "predicted", "forwards", "points lost", pad_edge=False, box=None)
     rows = [("as configured", found.as_configured)]
@@ -134,10 +145,10 @@ def _print_proposal(found: Proposal) -> None:
         rows.append((f"[bold]{found.chosen.override}[/]", found.chosen))
     for text, choice in rows:
         table.add_row(text, _duration(choice.seconds), str(choice.forwards), f"{choice.points:.1f}")
-    console = Console(highlight=False)
+    console = SafeConsole()
     console.print(table)
     for note in found.notes:
-        console.print(f"note: {note}", soft_wrap=True)
+        console.print(f"note: {note}", soft_wrap=True, markup=False)
     if found.chosen is not None:
         console.print(
             f"{found.minutes:g} minutes of video within {_duration(found.deadline)}: "
@@ -212,9 +223,9 @@ def _report(plan: RunPlan, memory: MemoryEstimate, decoder: str) -> dict[str, An
 
 
 def _print(plan: RunPlan, memory: MemoryEstimate, decoder: str, length: str, shape: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from omniavatar.cli.terminal import SafeConsole
     from omniavatar.types import bytes_text
 
     height, width = plan.size
@@ -253,10 +264,10 @@ def _print(plan: RunPlan, memory: MemoryEstimate, decoder: str, length: str, sha
     table.add_column()
     for name, text in rows:
         table.add_row(name, text)
-    console = Console(highlight=False)
+    console = SafeConsole()
     console.print(table)
     for note in plan.notes:
-        console.print(f"note: {note}", soft_wrap=True)
+        console.print(f"note: {note}", soft_wrap=True, markup=False)
     if memory.assumed_scale is not None:
         console.print(
             f"note: the weights are not on this disk; the memory shown is that of the {memory.assumed_scale} "

@@ -65,9 +65,8 @@ def profile(
         raise typer.BadParameter("--image and --audio belong to --prompt")
     with user_errors():
         require_one_process()
-        from rich.console import Console
-
         from omniavatar.cli.progress import make_display
+        from omniavatar.cli.terminal import SafeConsole
         from omniavatar.config.load import load_config
         from omniavatar.engine.requests_file import RequestLine
         from omniavatar.measure.profile import profile_requests
@@ -89,7 +88,7 @@ def profile(
             lines = [RequestLine(0, 0, "A woman speaks", PORTRAIT, SPEECH)]
         with make_display("rich", False, sys.stderr) as display:
             run = profile_requests(loaded.config, lines, [display], torch_file)
-        print_report(run.report, run.peak_memory, Console(highlight=False))
+        print_report(run.report, run.peak_memory, SafeConsole())
         _write_json(json_file, {"config": str(config), **run.as_dict()})
         _write_json(trace_file, run.trace)
         if bad:

@@ -11,7 +11,6 @@ is queued, a window when it is written. Each JSON line holds one event:
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -32,12 +31,14 @@ from rich.progress import (
 )
 
 from omniavatar.cli.course import Course
+from omniavatar.cli.terminal import SafeConsole
 from omniavatar.engine.events import (
     Message,
     RequestFinished,
     RequestStarted,
     WindowFinished,
 )
+from omniavatar.text import json_text
 from omniavatar.types import Event
 
 LogFormat = Literal["rich", "json"]
@@ -77,7 +78,7 @@ class JsonLines(_Plain):
 
     def __call__(self, event: Event) -> None:
         record = {"event": event.kind, "time": round(time.time(), 3), **event.as_dict()}
-        self._stream.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+        self._stream.write(json_text(record, encoding=getattr(self._stream, "encoding", None)) + "\n")
         self._stream.flush()
 
 
@@ -187,5 +188,5 @@ def make_display(log_format: LogFormat, quiet: bool, stderr: IO[str]) -> Display
     """The display for a log format. quiet: warnings only; JSON lines stay complete."""
     if log_format == "json":
         return JsonLines(stderr)
-    console = Console(file=stderr, highlight=False)
+    console = SafeConsole(stderr)
     return Quiet(console) if quiet else Bars(console)

@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from omniavatar.cli.progress import Display, JsonLines, LogFormat, Quiet
+from omniavatar.cli.terminal import SafeConsole
 from omniavatar.engine.events import Message
 from omniavatar.serve.batch.events import (
     BatchStarted,
@@ -156,7 +157,7 @@ def make_batch_display(log_format: LogFormat, quiet: bool, stderr: IO[str]) -> D
     """The display for a log format. quiet: warnings only; JSON lines stay complete."""
     if log_format == "json":
         return JsonLines(stderr)
-    console = Console(file=stderr, highlight=False)
+    console = SafeConsole(stderr)
     return Quiet(console) if quiet else BatchView(console)
 
 

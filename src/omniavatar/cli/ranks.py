@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import typer
 
-from omniavatar.cli.common import INTERRUPT_NOTE, INTERRUPTED, LogFormat, reporting, user_errors
-from omniavatar.errors import ConfigError, ResourceError
+from omniavatar.cli.common import (
+    INTERRUPT_NOTE,
+    INTERRUPTED,
+    LogFormat,
+    print_error,
+    print_json_error,
+    report_bug,
+    reporting,
+    user_errors,
+)
+from omniavatar.errors import BUG, ConfigError, ResourceError
+from omniavatar.text import one_line, quoted
 
 if TYPE_CHECKING:
     from omniavatar.config.schema import PipelineConfig
@@ -38,7 +47,8 @@ def rank_reporting(
     """`reporting` and `user_errors` for a process that may be one rank of several."""
     from omniavatar.parallel.process import Process
 
-    process = Process.from_environment()
+    with user_errors(print_json_error if log_format is LogFormat.json else print_error):
+        process = Process.from_environment()
     with reporting(log_format, quiet or not process.leads) as (recorder, report):
 
         def report_later(text: str) -> None:
@@ -46,7 +56,11 @@ def rank_reporting(
             report(f"rank {process.rank}: {text}")
 
         report_error = report if process.leads else report_later
-        with _hard_exit(process, report_error), user_errors(report_error, INTERRUPT_NOTE):
+        several = process.world > 1
+        with (
+            _hard_exit(process, report_error),
+            user_errors(report_error, INTERRUPT_NOTE, passes=lambda error: several),
+        ):
             yield recorder, report_error, process
 
 
@@ -61,19 +75,20 @@ def _hard_exit(process: Process, report_error: Callable[[str], None]) -> Iterato
         from omniavatar.parallel.process import exit_now, is_connected, lost_another
 
         if not is_connected():
-            raise
-        code = 1
+            if isinstance(error, typer.Exit):
+                raise
+            report_bug(error, report_error)
+            raise typer.Exit(BUG) from None
+        code = BUG
         if isinstance(error, typer.Exit):
             code = error.exit_code
         elif lost_another(error):
             time.sleep(LOST_GRACE_S)
-            reason = str(error).splitlines()[0][:200]
+            reason = one_line(str(error))[:200]
             report_error(f"lost contact with another process ({reason}); run the command again")
             code = ResourceError.exit_code
         else:
-            if not process.leads:
-                time.sleep(OWN_GRACE_S)
-            traceback.print_exc()
+            report_bug(error, report_error)
         exit_now(code)
 
 
@@ -83,12 +98,12 @@ def parse_gpus(text: str) -> list[int]:
         import torch
 
         return list(range(torch.cuda.device_count())) or [0]
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
+    parts = [part.strip() for part in text.split(",")]
+    numbers = [int(part) for part in parts if part.isascii() and part.isdigit() and len(part) < 6]
+    if len(numbers) < len(parts):
         numbers = []
-    if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
-        raise ConfigError(f"--gpus: {text!r} is not a list of distinct device numbers; give 0,1 or all")
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise ConfigError(f"--gpus: {quoted(text)} is not a list of distinct device numbers; give 0,1 or all")
     return numbers
 
 
@@ -131,9 +146,16 @@ def config_for_rank(config: PipelineConfig, gpus: Sequence[int] | None, process:
 def _device(gpus: Sequence[int] | None, local_rank: int) -> str:
     import torch
 
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{gpus[local_rank] if gpus is not None else local_rank}"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus is None:
+        return f"cuda:{local_rank}" if count else "cpu"
+    if not count:
+        raise ResourceError(
+            "--gpus: this machine has no CUDA device; leave --gpus out, or set --hp=device=cpu"
+        )
+    if max(gpus) >= count:
+        raise ResourceError(f"--gpus: this machine has no GPU {max(gpus)}; choose from 0 to {count - 1}")
+    return f"cuda:{gpus[local_rank]}"
 
 
 def start_ranks(arguments: Sequence[str], gpus: Sequence[int]) -> None:

@@ -9,7 +9,7 @@ write, may have other (training) keys; `LoadedConfig.warnings` lists them.
 from __future__ import annotations
 
 import difflib
-import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,14 @@ from pydantic import BaseModel, ValidationError
 from omniavatar.config.identity import flat_values
 from omniavatar.config.schema import DitOverrides, PipelineConfig
 from omniavatar.config.syntax import Entry, parse_overrides, read_yaml
-from omniavatar.config.values import IGNORED_KEYS, POCKET_WEIGHTS, FieldError
+from omniavatar.config.values import IGNORED_KEYS, POCKET_WEIGHTS, FieldError, path_text
 from omniavatar.errors import ConfigError
+from omniavatar.text import cut, quoted, read_json, read_text
 
 Overrides = Sequence[str] | Mapping[str, Any]
 
+MOST_BYTES = 1_000_000
+"""Of a YAML file, and of a checkpoint's config.json."""
 PACKAGED = {"pocket": POCKET_WEIGHTS.parent / "pocket.yaml"}
 
 _SECTIONS = {
@@ -76,15 +79,16 @@ def load_config(path: str | Path | None, overrides: Overrides = ()) -> LoadedCon
     Raises ConfigError with a message of one line.
     """
     path = PACKAGED.get(str(path), path)
-    layers = [] if path is None else read_yaml(_text(Path(path)), str(path), _NESTED)
+    layers = [] if path is None else read_yaml(_text(path), str(path), _NESTED)
     changes = _override_entries(overrides)
     ignored: dict[str, str] = {}
     own = [*_resolve(layers, ignored, keep_null=False), *_resolve(changes, ignored, keep_null=True)]
-    exp_path = next((entry.value for entry in reversed(own) if entry.key == "model.exp_path"), None)
-    below, training_keys = _checkpoint_entries(exp_path, ignored)
+    exp_path = next((entry for entry in reversed(own) if entry.key == "model.exp_path"), None)
+    below, training_keys = _checkpoint_entries(exp_path)
     warnings = [f"{key} has no effect: {reason}" for key, reason in ignored.items()]
     if training_keys:
-        warnings.append(f"{exp_path}/config.json: ignored keys: {', '.join(sorted(training_keys))}")
+        assert exp_path is not None
+        warnings.append(f"{exp_path.value}/config.json: ignored keys: {', '.join(sorted(training_keys))}")
     entries = [*below, *own]
     given = {entry.key: entry.origin for entry in entries}
     config = _build(entries, str(path) if path is not None else "config")
@@ -95,19 +99,9 @@ def load_config(path: str | Path | None, overrides: Overrides = ()) -> LoadedCon
     return LoadedConfig(config, origins, ignored, tuple(warnings))
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: config file not found; choose one in configs/, or use pocket for the packaged model"
-        ) from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder; give a YAML file in it") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not UTF-8 text; give a YAML file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+def _text(path: str | Path) -> str:
+    missing = "config file not found; choose one in configs/, or use pocket for the packaged model"
+    return read_text(path, MOST_BYTES, ConfigError, missing)
 
 
 def _override_entries(overrides: Overrides) -> list[Entry]:
@@ -154,9 +148,9 @@ def _full_key(entry: Entry) -> str:
         return ".".join((_SECTION_OF[leaf], leaf, *inner))
     from omniavatar.config.hints import hint, plain_word
 
-    found = hint(entry.key, {plain_word(entry.key): str(entry.value)})
+    found = hint(entry.key, {plain_word(entry.key): cut(str(entry.value))})
     remedy = f"; {found.text(in_file=entry.origin != '--hp')}" if found else _nearest(entry.key)
-    raise ConfigError(f"{entry.origin}: unknown key {entry.key}{remedy}")
+    raise ConfigError(f"{entry.origin}: unknown key {cut(entry.key)}{remedy}")
 
 
 def is_key(name: str) -> bool:
@@ -179,21 +173,19 @@ def _nearest(key: str) -> str:
     return f"; did you mean {found[0]}?" if found else "; `omniavatar config show` lists all keys"
 
 
-def _checkpoint_entries(exp_path: Any, ignored: dict[str, str]) -> tuple[list[Entry], list[str]]:
+def _checkpoint_entries(exp_path: Entry | None) -> tuple[list[Entry], list[str]]:
     """Entries of `<exp_path>/config.json` and its unknown keys; both empty if the file does not exist."""
-    if not isinstance(exp_path, str | Path):
-        return [], []
-    path = Path(exp_path).expanduser() / "config.json"
-    if not path.is_file():
+    if exp_path is None or not isinstance(exp_path.value, str | Path):
         return [], []
     try:
-        values = json.loads(_text(path))
-    except json.JSONDecodeError as error:
+        path = path_text(exp_path.value) / "config.json"
+    except ValueError as error:
         raise ConfigError(
-            f"{path}:{error.lineno}: not valid JSON: {error.msg}; download the file again"
-        ) from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must be a JSON object; download the file again")
+            f"{exp_path.origin}: exp_path: {error}; got {quoted(str(exp_path.value))}"
+        ) from None
+    if not os.path.exists(path):
+        return [], []
+    values = read_json(path, MOST_BYTES, ConfigError, "download the file again")
     known = {key: value for key, value in values.items() if key in _SECTION_OF or key in _DIT_KEYS}
     silent: dict[str, str] = {}
     training = [key for key in values if key not in known and key not in IGNORED_KEYS]
@@ -208,8 +200,14 @@ def _build(entries: Iterable[Entry], where: str) -> PipelineConfig:
         *folders, leaf = entry.key.split(".")
         section = tree
         for folder in folders:
-            section = section.setdefault(folder, {})
-        section[leaf] = entry.value
+            inner = section.setdefault(folder, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(
+                    f"{entry.origin}: {entry.key}: {folder} is set to {quoted(inner)}, not to a mapping; "
+                    "remove one of the two"
+                )
+            section = inner
+        section[leaf] = dict(entry.value) if isinstance(entry.value, dict) else entry.value
         origins[entry.key] = entry.origin
     try:
         return PipelineConfig.model_validate(tree)
@@ -226,15 +224,15 @@ def _one_line(error: ValidationError, origins: Mapping[str, str], where: str) ->
     if isinstance(cause, FieldError):
         keys = [f"{parts[0]}.{field}" for field in cause.fields]
         given = value if isinstance(value, dict) else {}
-        shown = ", ".join(f"{field} {given[field]!r}" for field in cause.fields if field in given)
+        shown = ", ".join(f"{field} {quoted(given[field])}" for field in cause.fields if field in given)
         origin = next((origins[key] for key in keys if key in origins), where)
         name, message = cause.fields[0], str(cause)
     else:
         depth = 3 if parts[:2] == ["model", "dit_config"] and len(parts) > 2 else 2
         origin = origins.get(".".join(parts[:depth]), where)
-        name, message, shown = parts[depth - 1], str(cause or first["msg"]), repr(value)
+        name, message, shown = parts[:depth][-1], str(cause or first["msg"]), quoted(value)
     for pydantic_text, text in _WORDING.items():
         message = message.replace(pydantic_text, text)
-    shown = f"; got {shown if len(shown) < 80 else shown[:77] + '...'}" if shown else ""
+    shown = f"; got {cut(shown)}" if shown else ""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{origin}: {name}: {message}{shown}{more}"

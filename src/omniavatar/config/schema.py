@@ -31,6 +31,7 @@ from omniavatar.config.values import (
     dtype_name,
     lora_entry,
     memory_limit,
+    prompt_text,
     rising_fractions,
     scale_name,
 )
@@ -159,7 +160,7 @@ class SamplingConfig(_Section):
     """Explicit timesteps in (0, 1000], descending, for step-distilled LoRAs; unset: num_steps and shift."""
     sampler: Annotated[str, BeforeValidator(backend_name("sampling.sampler"))] = "euler"
     """euler, or renoise: predict the clean sample and add fresh noise (for step-distilled LoRAs)."""
-    negative_prompt: str = NEGATIVE_PROMPT
+    negative_prompt: Annotated[str, BeforeValidator(prompt_text)] = NEGATIVE_PROMPT
     """Text that describes what the video must not show."""
     step_cache: StepCache | None = None
     """Method that skips similar steps; unset: teacache if tea_cache_l1_thresh > 0, else none."""
@@ -329,11 +330,18 @@ class RuntimeConfig(_Section):
         return self.sp_size * self.cfg_parallel
 
     @property
-    def text_cache(self) -> Path:
-        """Folder of cached text embeddings; by default in the user's cache folder of the platform."""
+    def text_cache(self) -> Path | None:
+        """Folder of cached text embeddings; by default in the user's cache folder of the platform.
+
+        None if no folder is configured and the user has no home folder, as in some containers.
+        """
+        if self.text_cache_dir is not None:
+            return self.text_cache_dir
         caches = {"darwin": "Library/Caches", "win32": "AppData/Local"}
-        default = Path.home() / caches.get(sys.platform, ".cache") / "omniavatar"
-        return self.text_cache_dir or default
+        try:
+            return Path.home() / caches.get(sys.platform, ".cache") / "omniavatar"
+        except RuntimeError:
+            return None
 
     @model_validator(mode="after")
     def _one_limit(self) -> RuntimeConfig:

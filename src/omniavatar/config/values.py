@@ -6,16 +6,20 @@ not 1 and "5" is not 5, but 3e4 is the whole number 30000.
 
 from __future__ import annotations
 
+import fnmatch
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from omniavatar.errors import ConfigError
 from omniavatar.sampling.schedule import timesteps_error
+from omniavatar.text import quoted, surrogate_problem
 
 IGNORED_KEYS: Mapping[str, str] = MappingProxyType(
     {
@@ -56,8 +60,20 @@ class FieldError(ValueError):
         self.fields = fields
 
 
+MOST_EXACT = 2**53
+"""Up to here every whole number is exact as a float."""
+MOST_PROMPT_BYTES = 65_536
+"""Of a prompt in UTF-8. The model uses 512 tokens, which is far less."""
+MOST_PATH_BYTES, MOST_NAME_BYTES = 4095, 255
+"""Of a path, and of each name in it."""
+MOST_SEARCHED = 10_000
+"""Names that a path pattern may look at."""
+
+
 def _whole(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
+        if abs(value) > MOST_EXACT:
+            raise ValueError("must be a whole number in digits; with a point or an exponent it is not exact")
         return int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError("must be a whole number")
@@ -87,12 +103,59 @@ POCKET = "pocket:"
 POCKET_WEIGHTS = Path(__file__).parent.parent / "assets" / "pocket" / "weights"
 
 
-def _path(value: Any) -> Any:
-    if not isinstance(value, str | Path) or not str(value).strip():
+def prompt_text(value: Any) -> str:
+    """`value`, if the text encoder can take it as a prompt. Raises ValueError."""
+    if not isinstance(value, str):
+        raise ValueError("must be text")
+    if problem := surrogate_problem(value):
+        raise ValueError(f"{problem}; write it as UTF-8 text")
+    size = len(value.encode())
+    if size > MOST_PROMPT_BYTES:
+        raise ValueError(
+            f"has {size:,} bytes, the most is {MOST_PROMPT_BYTES:,}; the model uses the first 512 tokens, "
+            "shorten it"
+        )
+    return value
+
+
+def path_text(value: str | Path) -> Path:
+    """`value` as a path that the system can hold, with `~` as the home folder. Raises ValueError."""
+    text = str(value)
+    if not text.strip():
         raise ValueError("must be a path")
+    if "\0" in text:
+        raise ValueError("holds a NUL character, which no path can; remove it")
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError:
+        raise ValueError(f"{surrogate_problem(text)}, which no path can; remove it") from None
+    names = encoded.replace(os.fsencode(os.sep), b"/").split(b"/")
+    if len(encoded) > MOST_PATH_BYTES or max(map(len, names)) > MOST_NAME_BYTES:
+        raise ValueError(
+            f"is too long for a path; the most is {MOST_NAME_BYTES} bytes a name, {MOST_PATH_BYTES} in total"
+        )
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        name = Path(text).parts[0]
+        raise ValueError(f"the home folder of {name} is not known; write the whole path") from None
+
+
+def expanded(value: str | Path, option: str) -> Path:
+    """`path_text` of the value of an option. Raises ConfigError."""
+    try:
+        return path_text(value)
+    except ValueError as error:
+        raise ConfigError(f"{option} {quoted(str(value))}: {error}") from None
+
+
+def _path(value: Any) -> Any:
+    if not isinstance(value, str | Path):
+        raise ValueError("must be a path")
+    path = path_text(value)
     if str(value).startswith(POCKET):
         return POCKET_WEIGHTS / str(value).removeprefix(POCKET)
-    return Path(value).expanduser()
+    return path
 
 
 def _paths(value: Any) -> Any:
@@ -107,10 +170,43 @@ def _paths(value: Any) -> Any:
     return tuple(files)
 
 
+_PATTERN = frozenset("*?[")
+
+
 def _matches(path: Path) -> list[Path]:
-    if not any(letter in str(path) for letter in "*?["):
+    """The sorted paths that match a pattern; empty for a path without `*`, `?` and `[`."""
+    parts = path.parts[1:] if path.anchor else path.parts
+    if not any(_PATTERN & set(part) for part in parts):
         return []
-    return sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+    if "**" in parts:
+        raise ValueError("** would search the whole tree below a folder; name the folder, as in folder/*.st")
+    found = [Path(path.anchor or ".")]
+    searched = 0
+    for number, part in enumerate(parts, start=1):
+        if not _PATTERN & set(part):
+            found = [folder / part for folder in found if os.path.exists(folder / part)]
+            continue
+        matches: list[Path] = []
+        for folder in found:
+            for name in _names(folder):
+                searched += 1
+                if searched > MOST_SEARCHED:
+                    raise ValueError(f"looks at more than {MOST_SEARCHED:,} names; name the folder")
+                last = number == len(parts)
+                if fnmatch.fnmatchcase(name, part) and (last or os.path.isdir(folder / name)):
+                    matches.append(folder / name)
+        found = matches
+    return sorted(found)
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """Names of the entries of a folder; none if it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                yield entry.name
+    except OSError:
+        return
 
 
 def choice_or_path(value: Any) -> Any:

@@ -27,11 +27,14 @@ import numpy as np
 
 from omniavatar.encoders.voice_measures import LOUDEST_PAUSES_DB, pauses_db, voice_share
 from omniavatar.errors import CheckpointError
+from omniavatar.text import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = 1
+MOST_BYTES = 16_000_000
+"""Of the file."""
 SIDE = 12
 GRID, DIRECTIONS, EDGES_AT, FAINT = 8, 4, 96, 0.3
 CHUNK = 25
@@ -101,17 +104,31 @@ class InputLimits:
     def load(cls, path: Path) -> InputLimits:
         """The limits in a file written by `save`. Raises CheckpointError."""
         try:
-            table: dict[str, Any] = json.loads(path.read_text())
+            table = read_json(path, MOST_BYTES, CheckpointError, "correct input_limits or remove it")
             if table.pop("format") != FORMAT:
                 raise ValueError("another format")
             table.pop("measured")
             arrays = ("mean", "components", "head_weights", "speech_weights")
             values: dict[str, Any] = {**table, **{key: np.array(table[key]) for key in arrays}}
-            return cls(**values)
+            limits = cls(**values)
+            limits._check()
+            return limits
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path}: not a file of training/input_limits.py ({error}); correct input_limits or remove it"
             ) from error
+
+    def _check(self) -> None:
+        """Raise ValueError for values that are not finite numbers, or of shapes that do not fit."""
+        for name, value in vars(self).items():
+            numbers = np.asarray(value)
+            if numbers.dtype.kind not in "fiu" or not np.isfinite(numbers).all():
+                raise ValueError(f"{name}: must be finite numbers")
+            rank = {"mean": 1, "components": 2, "head_weights": 1, "speech_weights": 1}.get(name, 0)
+            if numbers.ndim != rank:
+                raise ValueError(f"{name}: has {numbers.ndim} dimensions, must have {rank}")
+        if self.components.shape[1] != len(self.mean):
+            raise ValueError("components: does not fit mean")
 
     def save(self, path: Path, measured: dict[str, float]) -> None:
         """Write the limits to a JSON file.

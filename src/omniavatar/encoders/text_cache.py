@@ -178,10 +178,12 @@ def _rows(content: bytes) -> torch.Tensor | None:
     return rows
 
 
-def encode_cached(prompts: Sequence[str], cache: TextCache, load: Callable[[], TextEncoder]) -> torch.Tensor:
+def encode_cached(
+    prompts: Sequence[str], cache: TextCache | None, load: Callable[[], TextEncoder]
+) -> torch.Tensor:
     """Embeddings (n, 512, width) of n prompts on the CPU; `load` is called once, only for missing entries."""
     texts = [clean_prompt(prompt) for prompt in prompts]
-    known = {text: cache.get(text) for text in texts}
+    known = {text: None if cache is None else cache.get(text) for text in texts}
     missing = [text for text, embedding in known.items() if embedding is None]
     if missing:
         for text, embedding in zip(missing, load().encode(missing).cpu(), strict=True):
@@ -190,6 +192,7 @@ def encode_cached(prompts: Sequence[str], cache: TextCache, load: Callable[[], T
                     f"text encoder: the embedding of a prompt is not finite in {embedding.dtype}; "
                     "set dtype=bfloat16, or use the released text encoder"
                 )
-            cache.put(text, embedding)
+            if cache is not None:
+                cache.put(text, embedding)
             known[text] = embedding
     return torch.stack([embedding for text in texts if (embedding := known[text]) is not None])

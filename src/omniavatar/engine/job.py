@@ -39,6 +39,7 @@ from omniavatar.engine.marks import (
 from omniavatar.errors import ResumeError, TargetError
 from omniavatar.media.atomic import atomic_write_bytes, atomic_write_json, beside, translate_os_error
 from omniavatar.media.lease import lease_for
+from omniavatar.text import MOST_RECORD_BYTES, JsonError, cut, parse_json, read_json
 from omniavatar.types import RunResult
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def _printable(value: Any) -> str:
     return (
         text
         if len(text) <= 200
-        else f"{text[:60]}... sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        else f"{text[:60]}... sha256 {hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:16]}"
     )
 
 
@@ -68,7 +69,7 @@ def describe_change(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]
     """`name: old -> new` for every value that differs."""
     names = sorted({*old, *new})
     return [
-        f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
+        f"{cut(name)}: {cut(old.get(name, 'absent'), 300)} -> {cut(new.get(name, 'absent'), 300)}"
         for name in names
         if old.get(name) != new.get(name)
     ]
@@ -214,8 +215,8 @@ class Job:
         try:
             values = read_record(self._state if self._state.exists() else self.sidecar) or {}
             printed = values["fingerprint"]
-            return {name: json.loads(printed[name]) for name in names if name in printed}
-        except (OSError, ValueError, KeyError, TypeError):
+            return {name: parse_json(printed[name]) for name in names if name in printed}
+        except (OSError, KeyError, TypeError, JsonError):
             return {}
 
     def holds_another(self, values: Mapping[str, str]) -> bool:
@@ -331,18 +332,12 @@ class Job:
         return bool(sidecar.get("bytes") == self.output.stat().st_size)
 
     def _read_state(self) -> dict[str, Any]:
-        try:
-            state: dict[str, Any] = json.loads(self._state.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ResumeError(
-                f"{self._state} is unreadable ({error}); use --no-resume to start over"
-            ) from None
+        remedy = "use --no-resume to start over"
+        state = read_json(self._state, MOST_RECORD_BYTES, ResumeError, remedy)
         if state.get("format") != FORMAT:
-            raise ResumeError(
-                f"{self._state} was written by another version of omniavatar; use --no-resume to start over"
-            )
+            raise ResumeError(f"{self._state} was written by another version of omniavatar; {remedy}")
         if not _is_whole(state):
-            raise ResumeError(f"{self._state} is damaged; use --no-resume to start over")
+            raise ResumeError(f"{self._state} is damaged: done, sums or fingerprint is wrong; {remedy}")
         return state
 
     def _write_state(self) -> None:
@@ -358,6 +353,7 @@ def _is_whole(state: Mapping[str, Any]) -> bool:
     done, printed, sums = state.get("done"), state.get("fingerprint"), state.get("sums", {})
     return (
         isinstance(done, int)
+        and not isinstance(done, bool)
         and done >= 0
         and isinstance(sums, dict)
         and isinstance(printed, dict)

@@ -7,11 +7,14 @@
 
 from __future__ import annotations
 
-import json
+import errno
+import os
 import re
 import stat
 from pathlib import Path
 from typing import Any
+
+from omniavatar.text import read_record as read_json_record
 
 PREVIEW_MARK = "omniavatar: this video is still being made"
 STATE = "job.json"
@@ -37,13 +40,9 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
     A file that this process may not read raises PermissionError.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except PermissionError:
-        raise
-    except (OSError, ValueError, RecursionError):
-        return None
-    return values if isinstance(values, dict) else None
+    if os.path.lexists(path) and path.exists() and not os.access(path, os.R_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    return read_json_record(path)
 
 
 def sidecar_record(path: Path) -> dict[str, Any] | None:

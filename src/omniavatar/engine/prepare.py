@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from omniavatar.config.change import effective_sampling
+from omniavatar.config.values import prompt_text
 from omniavatar.encoders.image import choose_bucket, prepare_image
 from omniavatar.engine.events import Message
 from omniavatar.engine.window_loop import ShouldStop, WindowSampling, end_if, never
@@ -95,6 +96,10 @@ class Prepared(Planned):
 def read_inputs(models: Models, request: LocalRequest) -> Inputs:
     """Read the request's portrait and settings. Raises InputError, ConfigError, CheckpointError."""
     config, dit = models.config, models.dit_config
+    try:
+        prompt_text(request.prompt)
+    except ValueError as error:
+        raise InputError(f"prompt: {error}") from None
     if not request.prompt.strip():
         raise InputError("prompt: is empty; describe the person and the scene in a sentence")
     sampling = effective_sampling(config.sampling, request.sampling)

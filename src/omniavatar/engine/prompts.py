@@ -126,4 +126,5 @@ class PromptEncoder:
                 )
 
         identity = encoder_identity(encoder_path, tokenizer_path, self._dtype)
-        return encode_cached(prompts, TextCache(self._config.runtime.text_cache, identity), load)
+        folder = self._config.runtime.text_cache
+        return encode_cached(prompts, None if folder is None else TextCache(folder, identity), load)

@@ -7,15 +7,13 @@
 
 Files are UTF-8, with or without a byte-order mark. A path is relative to the current directory; if no file
 exists at that path, it is relative to the input file's folder. A line that cannot be used becomes a
-`BadLine`; the others still run.
+`BadLine`; the others still run. In a CSV, empty cells without a column name are ignored.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
-import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -23,11 +21,16 @@ from typing import Any
 
 from omniavatar.config.change import effective_sampling
 from omniavatar.config.schema import PipelineConfig, SamplingConfig
+from omniavatar.config.values import MOST_NAME_BYTES, path_text, prompt_text
+from omniavatar.engine.csv_rows import csv_rows
 from omniavatar.engine.targets import output_path
 from omniavatar.errors import ConfigError, InputError
+from omniavatar.text import JsonError, check_encoding, cut, parse_json, quoted, read_bytes, surrogate_problem
 from omniavatar.types import AvatarRequest, SamplingParams
 
 SEPARATOR = "@@"
+MOST_BYTES = 64_000_000
+"""Of an input file."""
 SAMPLING_KEYS = tuple(key.name for key in fields(SamplingParams))
 KEYS = ("prompt", "image", "audio", "output", *SAMPLING_KEYS)
 _TEXT_KEYS = frozenset(("prompt", "image", "audio", "output", "sampler", "negative_prompt", "step_cache"))
@@ -72,7 +75,8 @@ def read_requests(path: str | Path, configured: SamplingConfig | None = None) ->
 
     - configured: the configuration that a line's sampling values change (default: the default values).
 
-    Raises InputError if the file is missing, is not UTF-8 text or contains no request.
+    Raises InputError if the file is missing, is not a regular file, is too large, is UTF-16 or contains no
+    request.
     """
     path = Path(path)
     configured = configured or SamplingConfig()
@@ -82,12 +86,12 @@ def read_requests(path: str | Path, configured: SamplingConfig | None = None) ->
     for number, values in read(_text(path), path):
         index = len(requests)
         try:
-            if isinstance(values, InputError):
-                raise values
+            if isinstance(values, str):
+                raise InputError(f"{path}:{number}: {values}")
             request = _request(values, path, number, index, configured)
             if request.output is not None and line_of.setdefault(request.output, number) != number:
                 raise InputError(
-                    f"{path}:{number}: output {request.output} is already used by line "
+                    f"{path}:{number}: output {cut(request.output)} is already used by line "
                     f"{line_of[request.output]}; give each line another name"
                 )
             requests.append(request)
@@ -99,17 +103,14 @@ def read_requests(path: str | Path, configured: SamplingConfig | None = None) ->
 
 
 def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such input file") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    """The file's text; bytes that are not UTF-8 become lone surrogates, which are errors of their lines."""
+    data = read_bytes(path, MOST_BYTES, InputError, "no such input file")
+    check_encoding(path, data, InputError)
+    return data.decode("utf-8-sig", "surrogateescape")
 
 
-_Rows = Iterator[tuple[int, Mapping[str, Any] | InputError]]
+_Rows = Iterator[tuple[int, Mapping[str, Any] | str]]
+"""Line number, and the values of a request or what is wrong with the line."""
 
 
 def _text_lines(text: str, path: Path) -> _Rows:
@@ -119,12 +120,7 @@ def _text_lines(text: str, path: Path) -> _Rows:
             continue
         parts = [part.strip() for part in stripped.split(SEPARATOR)]
         if len(parts) > 3:
-            yield (
-                number,
-                InputError(
-                    f"{path}:{number}: {len(parts)} parts; a line is prompt{SEPARATOR}image{SEPARATOR}audio"
-                ),
-            )
+            yield number, f"{len(parts)} parts; a line is prompt{SEPARATOR}image{SEPARATOR}audio"
         else:
             yield number, dict(zip(("prompt", "image", "audio"), parts, strict=False))
 
@@ -134,36 +130,43 @@ def _json_lines(text: str, path: Path) -> _Rows:
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield number, InputError(f"{path}:{number}: not valid JSON ({error}); write one object a line")
+            values = parse_json(line)
+        except JsonError as error:
+            yield number, f"not valid JSON ({error}); write one object a line"
             continue
         if isinstance(values, dict):
             yield number, values
         else:
-            yield number, InputError(f'{path}:{number}: must be an object, such as {{"prompt": "..."}}')
+            yield number, 'must be an object, such as {"prompt": "..."}'
 
 
 def _csv_rows(text: str, path: Path) -> _Rows:
-    rows = csv.reader(io.StringIO(text, newline=""))
-    try:
-        header = [name.strip() for name in next(rows, [])]
-        if not {"prompt", "image"} <= set(header) or len(set(header)) < len(header):
-            raise InputError(f"{path}:1: the header must name prompt and image, and no column twice")
-        for row in rows:
-            if len(row) > len(header):
-                yield (
-                    rows.line_num,
-                    InputError(
-                        f"{path}:{rows.line_num}: {len(row)} cells for {len(header)} columns; "
-                        "quote cells that hold commas"
-                    ),
-                )
-            elif any(cell.strip() for cell in row):
-                cells = zip(header, (cell.strip() for cell in row), strict=False)
-                yield rows.line_num, {name: _cell(name, cell) for name, cell in cells if cell}
-    except csv.Error as error:
-        raise InputError(f"{path}:{rows.line_num}: not valid CSV ({error}); check the quotes") from None
+    rows = iter(csv_rows(text))
+    number, header = next(rows, (1, []))
+    if isinstance(header, str):
+        raise InputError(f"{path}:{number}: {header}")
+    header = [name.strip() for name in header]
+    named = [name for name in header if name]
+    if not {"prompt", "image"} <= set(named) or len(set(named)) < len(named):
+        raise InputError(
+            f"{path}:{number}: the header must name prompt and image, and no column twice; "
+            "separate the names by commas"
+        )
+    for number, row in rows:
+        if isinstance(row, str):
+            yield number, row
+            continue
+        cells = [cell.strip() for cell in row]
+        while len(cells) > len(header) and not cells[-1]:
+            cells.pop()
+        unnamed = [column for column, name in enumerate(header[: len(cells)]) if not name and cells[column]]
+        if len(cells) > len(header):
+            yield number, f"{len(cells)} cells for {len(header)} columns; quote cells that hold commas"
+        elif unnamed:
+            yield number, f"cell {unnamed[0] + 1} is in a column without a name; name it in the header"
+        elif any(cells):
+            filled = zip(header, cells, strict=False)
+            yield number, {name: _cell(name, cell) for name, cell in filled if cell}
 
 
 def _cell(name: str, cell: str) -> Any:
@@ -171,8 +174,8 @@ def _cell(name: str, cell: str) -> Any:
     if name in _TEXT_KEYS:
         return cell
     try:
-        return json.loads(cell)
-    except (ValueError, RecursionError):
+        return parse_json(cell)
+    except JsonError:
         return cell
 
 
@@ -184,11 +187,13 @@ def _request(
         if key not in KEYS:
             close = difflib.get_close_matches(key, KEYS, n=1)
             hint = f"did you mean {close[0]}?" if close else f"the keys are {', '.join(KEYS)}"
-            raise InputError(f"{where}: unknown key {key!r}; {hint}")
+            raise InputError(f"{where}: unknown key {quoted(key)}; {hint}")
     texts = {key: values.get(key) for key in ("prompt", "image", "audio", "output")}
     for key, text in texts.items():
         if text is not None and not isinstance(text, str):
-            raise InputError(f"{where}: {key} must be text; got {text!r}")
+            raise InputError(f"{where}: {key} must be text; got {quoted(text)}")
+        if problem := None if text is None else _text_problem(text):
+            raise InputError(f"{where}: {key} {problem}")
     prompt, image, audio, output = (text.strip() if text else None for text in texts.values())
     if not prompt:
         raise InputError(f"{where}: no prompt; describe the video in a sentence")
@@ -196,8 +201,12 @@ def _request(
         raise InputError(
             f"{where}: no image; the model needs a portrait, write prompt{SEPARATOR}image{SEPARATOR}audio"
         )
-    if output is not None and (Path(output).name != output or not output.lower().endswith(".mp4")):
-        raise InputError(f"{where}: output {output}: must be a file name without folders that ends in .mp4")
+    try:
+        prompt_text(prompt)
+    except ValueError as error:
+        raise InputError(f"{where}: prompt {error}") from None
+    if output is not None:
+        _check_output(output, where)
     return RequestLine(
         index,
         number,
@@ -207,6 +216,25 @@ def _request(
         output,
         _sampling(values, where, configured),
     )
+
+
+def _text_problem(text: str) -> str | None:
+    if problem := surrogate_problem(text):
+        return f"{problem}; write it as UTF-8 text"
+    return "holds a NUL character; remove it" if "\0" in text else None
+
+
+def _check_output(output: str, where: str) -> None:
+    """Raise InputError if `output` cannot be the name of a video."""
+    shown = cut(output)
+    if Path(output).name != output or not output.lower().endswith(".mp4"):
+        raise InputError(f"{where}: output {shown}: must be a file name without folders that ends in .mp4")
+    if Path(output).suffix.lower() != ".mp4":
+        raise InputError(f"{where}: output {shown}: has no name before .mp4; write a name such as video.mp4")
+    if len(os.fsencode(output)) > MOST_NAME_BYTES:
+        raise InputError(
+            f"{where}: output {shown}: is longer than {MOST_NAME_BYTES} bytes; choose a shorter name"
+        )
 
 
 def _sampling(values: Mapping[str, Any], where: str, configured: SamplingConfig) -> SamplingParams:
@@ -221,11 +249,19 @@ def _sampling(values: Mapping[str, Any], where: str, configured: SamplingConfig)
 
 
 def _find(name: str, kind: str, folder: Path, where: str) -> Path:
-    choices = list(dict.fromkeys((Path(name).expanduser(), folder / name)))
+    choices = [Path(name), folder / name]
+    note = ""
+    try:
+        choices.insert(0, path_text(name))
+    except ValueError as error:
+        note = f" ({error})"
+    choices = list(dict.fromkeys(choices))
     for choice in choices:
-        try:
-            if choice.is_file():
-                return choice
-        except (OSError, ValueError):
-            break
-    raise InputError(f"{where}: {kind} not found: {' or '.join(str(choice) for choice in choices)}")
+        if os.path.isfile(choice):
+            return choice
+    for choice in choices:
+        if os.path.exists(choice):
+            what = "a folder" if os.path.isdir(choice) else "a device or a FIFO"
+            raise InputError(f"{where}: {kind} {cut(str(choice))} is {what}; give a file")
+    found = " or ".join(cut(str(choice)) for choice in choices)
+    raise InputError(f"{where}: {kind} not found: {found}{note}; check the path")

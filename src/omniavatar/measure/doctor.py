@@ -60,6 +60,7 @@ def examine(configs: Sequence[Path]) -> dict[str, Any]:
         "disk": [
             {"folder": str(folder), "free_bytes": free_disk(folder)}
             for folder in (OutputConfig().output_dir, Path("pretrained_models"), RuntimeConfig().text_cache)
+            if folder is not None
         ],
         "memory_auto": {scale: _choice(scale, device) for scale in ("1.3B", "14B")},
         "configs": rows,

@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
+from omniavatar.errors import ConfigError
 from omniavatar.parallel.ranks import STEP_TIMEOUT, Ranks
+from omniavatar.text import quoted
 
 STORE_VARIABLE = "OMNIAVATAR_STORE"
 """Environment variable with the file through which processes started by `parallel.launch` find each other."""
@@ -41,16 +43,30 @@ class Process:
 
     @classmethod
     def from_environment(cls) -> Process:
-        """The rank in RANK, LOCAL_RANK and WORLD_SIZE; one process if they are not set."""
+        """The rank in RANK, LOCAL_RANK and WORLD_SIZE; by default one process. Raises ConfigError."""
         rank, local, world = (
-            int(os.environ.get(name, default))
-            for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+            _number(name, default) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
         )
+        if world < 1 or rank >= world or local >= world:
+            raise ConfigError(
+                f"RANK {rank}, LOCAL_RANK {local}, WORLD_SIZE {world}: ranks count from 0 and are below "
+                "WORLD_SIZE; unset these variables, or start the command with torchrun"
+            )
         return cls(rank, local, world, os.environ.get(STORE_VARIABLE))
 
     @property
     def leads(self) -> bool:
         return self.rank == 0
+
+
+def _number(name: str, default: int) -> int:
+    """The whole number in an environment variable."""
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise ConfigError(
+            f"{name}: {quoted(text)} is not a number; unset this variable, or start the command with torchrun"
+        )
+    return int(text)
 
 
 def connect(process: Process, device: torch.device) -> Ranks:

@@ -9,6 +9,7 @@ and TeaCache's polynomial depends on the time change, not on the step.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,12 +23,15 @@ from omniavatar.config.schema import ModelConfig, SamplingConfig
 from omniavatar.errors import CheckpointError, ConfigError
 from omniavatar.plan.steps import model_scale
 from omniavatar.sampling.cache_constants import CacheConstants, published_constants
+from omniavatar.text import read_json
 
 if TYPE_CHECKING:
     from omniavatar.model.sizes import DiTConfig
 
 NAME = "step_cache.json"
 """Default name of the file."""
+MOST_BYTES = 4_000_000
+"""Of the file."""
 SIZES = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "text_dim", "audio_dim", "audio_hidden")
 """Fields of `DiTConfig` that identify the model."""
 
@@ -110,16 +114,11 @@ class Calibration(_Part):
 
 def read_calibration(path: Path) -> Calibration:
     """The file's content. Raises ConfigError if it is missing, CheckpointError if it is damaged."""
+    if not os.path.exists(path):
+        raise ConfigError(f"step_cache_file: {path} does not exist; make it with `omniavatar calibrate`")
+    values = read_json(path, MOST_BYTES, CheckpointError, "run `omniavatar calibrate` again")
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(
-            f"step_cache_file: {path} does not exist; make it with `omniavatar calibrate`"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); run `omniavatar calibrate` again") from None
-    try:
-        return Calibration.model_validate_json(text)
+        return Calibration.model_validate_json(json.dumps(values))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import Result
 
 from command_line import NANO, PORTRAIT, REPOSITORY, SPEECH, error_lines, run, timed
 from omniavatar.cli import main
 from omniavatar.engine.events import RequestFinished, RequestStarted
-from omniavatar.errors import CheckpointError, InputError, OutputError, ResumeError
+from omniavatar.errors import CheckpointError, InputError, OutputError, ResumeError, TargetError
 from omniavatar.types import AvatarRequest, RunResult
 
 # Starting up
@@ -247,10 +249,82 @@ def test_json_log_is_all_json(fake: FakePipeline, tmp_path: Path) -> None:
     assert result.stdout == "" and result.exit_code == 1
 
 
-def test_a_bug_keeps_its_traceback(fake: FakePipeline, tmp_path: Path) -> None:
+def bug_of(
+    fake: FakePipeline, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str, env: str | None = None
+) -> Result:
+    """`generate` of a line that meets a bug and one that does not."""
+    fake.error = ZeroDivisionError(f"a\x1b[31m{'long' * 1000}")
+    monkeypatch.setenv("OMNIAVATAR_DEBUG", env or "")
+    return run(
+        *options[:1],
+        "generate",
+        "-c",
+        NANO,
+        "--input_file",
+        requests(folder, "bad.png", "b.png"),
+        *options[1:],
+    )
+
+
+def test_a_bug_is_one_line_with_its_number_and_the_next_line_runs(
+    fake: FakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = bug_of(fake, tmp_path, monkeypatch)
+    bug, summary = error_lines(result)
+    assert result.exit_code == 70 and [call[3] for call in fake.calls] == [0, 1] and fake.built == 2
+    assert (
+        bug.startswith("error: line 1: this is a bug: ZeroDivisionError: a\\x1b[31mlong") and len(bug) < 500
+    )
+    assert re.search(r"\(generate\.py:\d+\); please report it, with what --debug prints$", bug)
+    assert summary.endswith("in.txt failed") and "Traceback" not in result.stderr and "\x1b" not in bug
+    fake.calls.clear()
+    (tmp_path / "bad.png").touch()
+    single = run("generate", "--config", NANO, "--prompt", "p", "--image", str(tmp_path / "bad.png"))
+    assert single.exit_code == 70 and len(error_lines(single)) == 1
+
+
+@pytest.mark.parametrize(("options", "env"), [(("--debug",), None), ((), "1"), ((), "0")])
+def test_the_traceback_of_a_bug_is_printed_on_request(
+    fake: FakePipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    env: str | None,
+) -> None:
+    result = bug_of(fake, tmp_path, monkeypatch, *options, env=env)
+    assert result.exit_code == 70
+    assert ("Traceback (most recent call last)" in result.stderr) == (
+        env != "0"
+    ) and "\x1b" not in result.stderr
+
+
+def test_debug_may_follow_the_command(
+    fake: FakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake.error = ZeroDivisionError()
-    result = run("generate", "--config", NANO, "--input_file", requests(tmp_path, "bad.png"))
-    assert isinstance(result.exception, ZeroDivisionError)
+    monkeypatch.setenv("OMNIAVATAR_DEBUG", "")
+    result = run("generate", "-c", NANO, "--input_file", requests(tmp_path, "bad.png"), "--debug")
+    assert result.exit_code == 70 and "ZeroDivisionError" in result.stderr and "Traceback" in result.stderr
+    assert os.environ["OMNIAVATAR_DEBUG"] == "1", "for processes that are started later"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "calls"),
+    [
+        (TargetError("x.mp4: is a folder"), 1, 2),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x.mp4"), 1, 2),
+        (OSError(errno.ENOSPC, "No space left on device", "x.mp4"), 5, 1),
+        (MemoryError(), 7, 1),
+        (OSError(errno.EMFILE, "Too many open files"), 7, 1),
+    ],
+)
+def test_errors_of_the_system_are_no_bugs(
+    fake: FakePipeline, tmp_path: Path, error: Exception, code: int, calls: int
+) -> None:
+    fake.error = error
+    result = run("generate", "-c", NANO, "--input_file", requests(tmp_path, "bad.png", "b.png"))
+    assert (result.exit_code, len(fake.calls)) == (code, calls), result.stderr
+    assert not any("bug" in line for line in error_lines(result))
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_current_directory_has_priority_over_the_files_folder(
         ("p@@face.png@@none.wav", "audio not found"),
         ("p@@face.png@@voice.wav@@x", "4 parts"),
         ("p@@" + "x" * 5000, "image not found"),
-        ("p@@a\0b", "image not found"),
+        ("p@@a\0b", "image holds a NUL character"),
     ],
 )
 def test_error_names_its_line_and_the_other_lines_run(folder: Path, line: str, message: str) -> None:

@@ -207,7 +207,7 @@ def test_a_damaged_file_is_one_clear_line(done, tmp_path, spoil, message):
 
 def test_bytes_that_are_no_text_are_one_clear_line(tmp_path):
     (tmp_path / NAME).write_bytes(b"\xff\xfe\x00\x81")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="not UTF-8 text"):
         read_calibration(tmp_path / NAME)
 
 

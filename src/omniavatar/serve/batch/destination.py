@@ -21,10 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from omniavatar.config.values import expanded
 from omniavatar.engine.marks import is_sidecar
 from omniavatar.errors import ConfigError, OutputError, ResourceError, TargetError
 from omniavatar.media.atomic import atomic_write_json, beside, check_writable
 from omniavatar.media.lease import remove_stale, try_lease
+from omniavatar.text import read_record
 
 _LOCK = re.compile(r"\.batch-[0-9a-f]+|\..*(\.mp4|~[0-9a-f]{10})\.lock", re.DOTALL | re.IGNORECASE)
 
@@ -140,14 +142,11 @@ class RemoteDestination:
         return self.staging / name
 
     def delivered(self, name: str, identity: str) -> int | None:
-        try:
-            receipt = json.loads(self._receipt(name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
+        receipt = read_record(self._receipt(name)) or {}
         if receipt.get("identity") != identity:
             return None
-        size: int = receipt["bytes"]
-        return size if self.sizes().get(name) == size else None
+        size = receipt.get("bytes")
+        return size if isinstance(size, int) and self.sizes().get(name) == size else None
 
     def refuse_foreign(self, name: str) -> None:
         if self.local(name).exists() or self._receipt(name).exists():
@@ -249,4 +248,4 @@ def make_destination(output: str, staging: Path) -> Destination:
     """The destination for `output`, a URL (`s3://bucket/folder`) or a folder."""
     if "://" in output:
         return RemoteDestination(output, staging)
-    return FolderDestination(Path(output).expanduser())
+    return FolderDestination(expanded(output, "--output"))

@@ -38,6 +38,8 @@ ERRORS: tuple[type[OmniAvatarError], ...] = (
     TargetError,
     BusyError,
 )
+WORKER_DIED = "WorkerDied"
+"""`error_class` of an item whose worker died."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,12 @@ def verdict_of(error: OmniAvatarError) -> Verdict:
     if isinstance(error, TargetError):
         return Verdict.busy if isinstance(error, BusyError) else Verdict.failed
     return Verdict.retry if isinstance(error, OutputError | ResourceError) else Verdict.failed
+
+
+def is_bug(error_class: str) -> bool:
+    """Whether an item's error is a bug of this package, by the name of its class."""
+    known = {OmniAvatarError.__name__, *(kind.__name__ for kind in ERRORS), WORKER_DIED, ""}
+    return error_class not in known
 
 
 def as_error(outcome: Outcome) -> OmniAvatarError:

@@ -166,7 +166,7 @@ def make_items(lines: Sequence[RequestLine | BadLine], config: PipelineConfig) -
     items: list[Item] = []
     lines_of: dict[str, int] = {}
     for line in lines:
-        item = _bad(line) if isinstance(line, BadLine) else _item(line, config, common)
+        item = _bad(line) if isinstance(line, BadLine) else _item_of(line, config, common)
         first = lines_of.setdefault(item.key, item.line)
         if first != item.line:
             error = (
@@ -181,6 +181,15 @@ def make_items(lines: Sequence[RequestLine | BadLine], config: PipelineConfig) -
 def _bad(line: BadLine) -> Item:
     key = f"{line.index:03d}_line_{line.line}"
     return Item(key, f"{key}.mp4", line.line, "", "", None, str(line.error))
+
+
+def _item_of(line: RequestLine, config: PipelineConfig, common: Mapping[str, Any]) -> Item:
+    """The item of a line; one with a problem if a file of it cannot be read any more."""
+    try:
+        return _item(line, config, common)
+    except OSError as error:
+        what = f"line {line.line}: {error.filename}: cannot be read: {error.strerror}; check the path"
+        return _bad(BadLine(line.index, line.line, InputError(what)))
 
 
 def _item(line: RequestLine, config: PipelineConfig, common: Mapping[str, Any]) -> Item:

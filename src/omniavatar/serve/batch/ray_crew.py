@@ -265,7 +265,7 @@ def ray_environment(address: str | None) -> dict[str, str]:
     }
     if address is not None:
         has_token = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-        has_token = has_token or (Path.home() / ".ray" / "auth_token").is_file()
+        has_token = has_token or Path(os.path.expanduser("~/.ray/auth_token")).is_file()
         return {**quiet, "RAY_AUTH_MODE": "token"} if has_token else quiet  # Ray 2.60 needs the mode set
     return {
         **quiet,

@@ -19,6 +19,7 @@ from omniavatar.errors import OutputError
 from omniavatar.media.atomic import atomic_write_json, check_writable, translate_os_error
 from omniavatar.media.lease import Lease, holder_of, try_lease
 from omniavatar.serve.batch.items import Item
+from omniavatar.text import read_record
 
 FORMAT = 1
 StateName = Literal["queued", "running", "done", "failed"]
@@ -99,10 +100,10 @@ class RunFolder:
         found: dict[str, ItemState] = {}
         for path in self._items.glob("*.json"):
             try:
-                values: Any = json.loads(path.read_text(encoding="utf-8"))
+                values = read_record(path) or {}
                 if values.pop("format") == FORMAT and set(values) == names and values["key"] == path.stem:
                     found[path.stem] = ItemState(**values)
-            except (OSError, ValueError, AttributeError, KeyError, TypeError):
+            except (KeyError, TypeError):
                 continue
         return found
 

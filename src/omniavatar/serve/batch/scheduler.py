@@ -32,7 +32,7 @@ from omniavatar.serve.batch.events import (
     WorkerLost,
     WorkerReady,
 )
-from omniavatar.serve.batch.items import Item, Outcome, Task, Verdict, WorkerInfo, as_error
+from omniavatar.serve.batch.items import WORKER_DIED, Item, Outcome, Task, Verdict, WorkerInfo, as_error
 from omniavatar.serve.batch.ledger import Ledger, WorkerSlot
 from omniavatar.serve.batch.run_folder import ItemState, RunFolder, first_state
 from omniavatar.types import Event
@@ -304,7 +304,7 @@ class Scheduler:
         else:
             self._close(slot, reason)
         if task is not None:
-            self._again(ledger, slot, task.item, f"its worker died: {reason}", "WorkerDied", at_once=True)
+            self._again(ledger, slot, task.item, f"its worker died: {reason}", WORKER_DIED, at_once=True)
 
     def _again(
         self, ledger: Ledger, slot: WorkerSlot, item: Item, error: str, error_class: str, *, at_once: bool

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from omniavatar.errors import ConfigError, OmniAvatarError
+from omniavatar.errors import ConfigError, OmniAvatarError, translated
 from omniavatar.media.lease import holder_of, try_lease
 from omniavatar.serve.batch.destination import Destination, item_lock
 from omniavatar.serve.batch.items import (
@@ -109,7 +109,9 @@ def error_outcome(error: Exception, began: float, *, usable: bool = False) -> Ou
 
     usable: whether the engine can make further items after this error; ignored for bugs and lost peers.
     """
-    if isinstance(error, OmniAvatarError):
+    known = error if isinstance(error, OmniAvatarError) else translated(error)
+    if known is not None:
+        error = known
         text, verdict = " ".join(str(error).split()), verdict_of(error)
     elif isinstance(error, PeerLost):
         text, verdict, usable = str(error), Verdict.lost, False
