@@ -48,8 +48,8 @@ GOOD = b'\n{"prompt": "good", "image": "face.png"}\n'
         ({"output": "x\0.mp4"}, "output holds a NUL character; remove it"),
         ({"prompt": "\0"}, "prompt holds a NUL character; remove it"),
         ({"output": ".mp4"}, "output .mp4: has no name before .mp4"),
-        ({"output": f"{'x' * 300}.mp4"}, "is longer than 247 bytes; choose a shorter name"),
-        ({"output": f"{'é' * 125}.mp4"}, "is longer than 247 bytes"),
+        ({"output": f"{'x' * 300}.mp4"}, "is longer than 255 bytes; choose a shorter name"),
+        ({"output": f"{'é' * 126}.mp4"}, "is longer than 255 bytes"),
         ({"output": "\ud83d.mp4"}, "output holds half of a character (\\ud83d at character 1)"),
         (
             {"prompt": "\ud800 hi"},

@@ -259,7 +259,12 @@ def test_a_job_written_before_there_were_owners_is_resumed(tmp_path: Path) -> No
 def test_a_record_with_wrong_types_is_one_line(tmp_path: Path, done: object) -> None:
     job = begun(tmp_path / "talk.mp4")
     (job.folder / "job.json").write_text(json.dumps({"format": 1, "done": done, "fingerprint": VALUES}))
-    with pytest.raises(ResumeError, match=r"job\.json is damaged; use --no-resume"), job.owned():
+    with (
+        pytest.raises(
+            ResumeError, match=r"job\.json is damaged: done, sums or fingerprint is wrong; use --no-resume"
+        ),
+        job.owned(),
+    ):
         job.open(VALUES, True)
     with job.owned():
         assert job.open(VALUES, False) == 0
