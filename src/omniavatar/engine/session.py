@@ -62,6 +62,11 @@ class Session:
             raise RuntimeError("this pipeline is closed; make another one")
         return self._models
 
+    @models.setter
+    def models(self, models: Models) -> None:
+        """Serve with models that are loaded already, such as those of another pipeline."""
+        self._models = models
+
     def follow(self) -> None:
         """Carry out the leader's orders until the last one: load the models, make windows together.
 
