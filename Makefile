@@ -9,8 +9,9 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] <= (3,13))' \
 	&& echo $$p && break; done 2>/dev/null)
 WORKERS ?= 2
+FUZZ_SECONDS ?= 1800
 
-.PHONY: demo check test lint docs format install clean
+.PHONY: demo check test fuzz lint docs format install clean
 
 install: $(STAMP)
 
@@ -41,6 +42,10 @@ check: lint
 # before you hand over, and in the continuous integration: every test
 test: lint
 	$(PYTEST)
+
+# damaged files of every kind against their readers; `make fuzz FUZZ_SECONDS=60` is shorter
+fuzz: $(STAMP)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS)
 
 # writes the generated pages, then builds the site into build/site; a broken link or a missing page fails
 docs: $(STAMP)
