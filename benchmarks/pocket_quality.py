@@ -143,4 +143,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command.add_argument("--truth-only", action="store_true", help="only the renderer's films")
             command.add_argument("--plots", type=Path, help="folder for the plots, such as docs/images")
     options = parser.parse_args(arguments)
-    options.run(arguments)
+    options.run(options)

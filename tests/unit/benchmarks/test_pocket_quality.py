@@ -229,3 +229,9 @@ def test_names_of_variants_are_checked_and_results_are_json():
     assert json.loads(json.dumps(pocket_quality.without_nan({"a": [float("nan"), 1.0]}))) == {
         "a": [None, 1.0]
     }
+
+
+def test_a_command_gets_its_options(tmp_path: Path) -> None:
+    """`measure` looks for its clips in the folder that the command names."""
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "work")):
+        pocket_quality.main(["measure", "--work", str(tmp_path / "work")])
