@@ -9,11 +9,13 @@ halves of a character, or megabytes. Every message, progress display and report 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import stat
 from collections.abc import Sequence
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +89,49 @@ MOST_RECORD_BYTES = 64_000_000
 MOST_NESTING = 100
 """Levels of lists and objects in JSON."""
 
-_KINDS = (
-    (stat.S_ISDIR, "a folder; give a file"),
-    (stat.S_ISFIFO, "a FIFO, not a regular file; save its content in a file and give that"),
-    (stat.S_ISCHR, "a device, not a regular file; give a file"),
-    (stat.S_ISBLK, "a device, not a regular file; give a file"),
-    (stat.S_ISSOCK, "a socket, not a regular file; give a file"),
-)
+_REMEDIES = {
+    "folder": "a folder; give a file",
+    "FIFO": "a FIFO, not a regular file; save its content in a file and give that",
+}
+_KINDS = {
+    stat.S_IFDIR: "folder",
+    stat.S_IFIFO: "FIFO",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _OTHER_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
+
+class IrregularFileError(OSError):
+    """A path that is no regular file. kind: folder, FIFO, socket, device; empty if it is something else."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(errno.EINVAL, f"it is a {kind}" if kind else "it is not a regular file")
+        self.kind = kind
+
+
+def open_regular(path: str | Path) -> FileIO:
+    """The regular file at `path`, open for unbuffered reading. Never waits for one.
+
+    What else lies there is refused before it is opened, and again afterwards if the path changed in between.
+
+    Raises IrregularFileError, another OSError, or ValueError for a text that is no path.
+    """
+    _refuse_irregular(os.stat(path).st_mode)
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        _refuse_irregular(os.fstat(handle).st_mode)
+        return FileIO(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def _refuse_irregular(mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise IrregularFileError(_KINDS.get(stat.S_IFMT(mode), ""))
 
 
 def read_bytes(
@@ -106,14 +142,13 @@ def read_bytes(
 ) -> bytes:
     """The content of a regular file of at most `most` bytes. Raises `error`."""
     try:
-        kind = os.stat(path).st_mode  # before opening it, which blocks on a FIFO
-        for matches, problem in _KINDS:
-            if matches(kind):
-                raise error(f"{path}: cannot be read: it is {problem}")
-        with open(path, "rb") as file:
+        with BufferedReader(open_regular(path)) as file:
             data = file.read(most + 1)
     except FileNotFoundError:
         raise error(f"{path}: {missing}") from None
+    except IrregularFileError as problem:
+        what = f"a {problem.kind}, not a regular file; give a file" if problem.kind else "not a regular file"
+        raise error(f"{path}: cannot be read: it is {_REMEDIES.get(problem.kind, what)}") from None
     except OSError as problem_of_system:
         reason = problem_of_system.strerror
         raise error(f"{path}: cannot be read: {reason}; check the path and its permissions") from None
@@ -194,6 +229,13 @@ class JsonError(ValueError):
         self.line = line
 
 
+class DeepJsonError(JsonError):
+    """JSON that is nested too deeply."""
+
+    def __init__(self) -> None:
+        super().__init__(f"nested more than {MOST_NESTING} levels deep")
+
+
 def parse_json(text: str) -> Any:
     """The value of a JSON text. Raises JsonError."""
     try:
@@ -209,9 +251,9 @@ def parse_json(text: str) -> Any:
     except json.JSONDecodeError as problem:
         raise JsonError(problem.msg, problem.lineno) from None
     except RecursionError:
-        raise JsonError(f"nested more than {MOST_NESTING} levels deep") from None
+        raise DeepJsonError from None
     if text.count("[") + text.count("{") > MOST_NESTING and _too_deep(value):
-        raise JsonError(f"nested more than {MOST_NESTING} levels deep")
+        raise DeepJsonError
     return value
 
 
