@@ -161,16 +161,20 @@ def empty_cache(folder: Path) -> int:
     return sum(entry.bytes for entry in entries)
 
 
+def is_entry(content: bytes) -> bool:
+    """Whether these are the bytes of a whole entry."""
+    return hashlib.sha256(content[DIGEST_BYTES:]).digest() == content[:DIGEST_BYTES]
+
+
 def _rows(content: bytes) -> torch.Tensor | None:
     """The rows in an entry; None if it is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    digest, data = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
-    if hashlib.sha256(data).digest() != digest:
+    if not is_entry(content):
         return None
     try:
-        rows = load(data).get("embedding")
+        rows = load(content[DIGEST_BYTES:]).get("embedding")
     except (SafetensorError, KeyError):
         return None
     if rows is None or rows.dim() != 2 or len(rows) > TEXT_TOKENS or not is_finite(rows):

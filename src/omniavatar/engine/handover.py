@@ -12,27 +12,34 @@ from torch import Tensor
 
 from omniavatar.errors import ResumeError
 
+REMEDY = "use --no-resume to start over"
+
 
 def load_given(path: Path, shape: Sequence[int]) -> Tensor:
     """The given latents in `path`: float32, finite, of `shape` (1, 16, G, h, w).
 
     Raises ResumeError if they are missing, damaged, or not such latents.
     """
-    remedy = "use --no-resume to start over"
-    if not path.is_file():
-        raise ResumeError(f"{path} is missing; {remedy}")
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise ResumeError(f"{path} is damaged ({error}); {remedy}") from None
-    given = tensors.get("given")
-    if given is None:
-        raise ResumeError(f"{path} is damaged (it has no tensor `given`); {remedy}")
+    given = read_given(path)
     if given.dtype != torch.float32 or given.shape != torch.Size(shape):
         raise ResumeError(
             f"{path} holds {str(given.dtype).removeprefix('torch.')} latents of shape {tuple(given.shape)}, "
-            f"not float32 of {tuple(shape)}; {remedy}"
+            f"not float32 of {tuple(shape)}; {REMEDY}"
         )
+    return given
+
+
+def read_given(path: Path) -> Tensor:
+    """The given latents in `path`, finite, of any shape and dtype. Raises ResumeError."""
+    if not path.is_file():
+        raise ResumeError(f"{path} is missing; {REMEDY}")
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ResumeError(f"{path} is damaged ({error}); {REMEDY}") from None
+    given = tensors.get("given")
+    if given is None:
+        raise ResumeError(f"{path} is damaged (it has no tensor `given`); {REMEDY}")
     if not torch.isfinite(given).all():
-        raise ResumeError(f"{path} holds numbers that are not finite; {remedy}")
+        raise ResumeError(f"{path} holds numbers that are not finite; {REMEDY}")
     return given

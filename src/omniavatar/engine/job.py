@@ -23,7 +23,7 @@ import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -41,9 +41,6 @@ from omniavatar.media.atomic import atomic_write_bytes, atomic_write_json, besid
 from omniavatar.media.lease import lease_for
 from omniavatar.text import MOST_RECORD_BYTES, JsonError, cut, parse_json, read_json
 from omniavatar.types import RunResult
-
-if TYPE_CHECKING:
-    pass
 
 FORMAT = 1
 """Version of `job.json`; a folder with another version is not resumed."""

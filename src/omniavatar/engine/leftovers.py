@@ -5,7 +5,6 @@ Only what carries our mark (`engine.marks`) is found, and nothing that a living 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import time
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from omniavatar.encoders.text_cache import DIGEST_BYTES
+from omniavatar.encoders.text_cache import SUFFIX, is_entry
 from omniavatar.engine.job import Job
 from omniavatar.engine.marks import OWNER, STATE, is_job_folder, is_preview, job_files, sidecar_record
 from omniavatar.errors import BusyError, InputError, OutputError
@@ -128,7 +127,7 @@ def _kind(path: Path, cache_days: float) -> str | None:
             return "lock" if is_lock(path) else None
         if name.endswith(".mp4"):
             return "preview" if is_preview(path) else None
-        if name.endswith(".embedding"):
+        if name.endswith(SUFFIX):
             return "cached prompt" if _is_old_embedding(path, cache_days) else None
         temporary = _TEMPORARY.fullmatch(name)
         if temporary is not None and _belongs_to_us(path.with_name(temporary["name"])):
@@ -149,5 +148,4 @@ def _belongs_to_us(target: Path) -> bool:
 def _is_old_embedding(path: Path, cache_days: float) -> bool:
     if time.time() - path.stat().st_mtime < cache_days * DAY_S:
         return False
-    content = path.read_bytes()
-    return hashlib.sha256(content[DIGEST_BYTES:]).digest() == content[:DIGEST_BYTES]
+    return is_entry(path.read_bytes())

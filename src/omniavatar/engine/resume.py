@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import safetensors.torch
-from safetensors import SafetensorError
-
-from omniavatar.errors import InputError
+from omniavatar.engine.handover import read_given
+from omniavatar.errors import InputError, ResumeError
 from omniavatar.media.inspect import read_frames
 
 if TYPE_CHECKING:
@@ -58,6 +56,7 @@ def _given_good(job: Job, window: int) -> bool:
     if not path.is_file() or job.intact(path) is False:
         return False
     try:
-        return bool(safetensors.torch.load_file(path)["given"].isfinite().all())
-    except (SafetensorError, KeyError):
+        read_given(path)
+    except ResumeError:
         return False
+    return True

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from omniavatar.checkpoint.fingerprint import file_fingerprint
-from omniavatar.checkpoint.layout import TextSpec, text_tensors
-from omniavatar.encoders.text import TextEncoder, random_text_encoder, sizes_of
+from omniavatar.encoders.text import TextEncoder
 from omniavatar.encoders.text_cache import (
     TextCache,
     cache_entries,
@@ -22,30 +21,7 @@ from omniavatar.encoders.text_cache import (
     encoder_identity,
 )
 from omniavatar.errors import CheckpointError
-from tiny_tokenizer import write_tokenizer
-
-SPEC = TextSpec(vocab=260, dim=32, dim_ffn=48, num_heads=4, num_layers=2, dim_attn=16)
-SIZES = sizes_of(dict(text_tensors(SPEC)), "test")
-
-
-@pytest.fixture(scope="module")
-def encoder() -> TextEncoder:
-    return random_text_encoder("cpu", torch.float32, seed=1, sizes=SIZES)
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture
-def encoder_file(tmp_path: Path) -> Path:
-    generator = torch.Generator().manual_seed(0)
-    path = tmp_path / "models_t5_umt5-xxl-enc-bf16.pth"
-    torch.save(
-        {key: torch.randn(shape, generator=generator) * 0.2 for key, shape in text_tensors(SPEC)}, path
-    )
-    return path
+from tiny_text import SPEC
 
 
 class Loader:

@@ -1,4 +1,4 @@
-"""A voice is told from music and noise, alone and together."""
+"""Warnings about music and noise, alone and under a voice."""
 
 from __future__ import annotations
 
