@@ -134,6 +134,8 @@ def fuzz(
     """Run until `seconds` are over or `inputs` are done; yields the growing outcome about once a second.
 
     most_s: wall time after which an input is taken for a hang.
+
+    Raises RuntimeError if a process does not start.
     """
     context = multiprocessing.get_context("spawn")
     outcome, ends = Outcome(), time.monotonic() + (seconds or 1e9)
@@ -182,6 +184,8 @@ def _step(worker: _Worker, outcome: Outcome, most_s: float) -> str | None:
                 worker.next = number
     except EOFError:
         worker.process.join()
+        if worker.kind == "start":
+            raise RuntimeError(f"a process of the fuzzer did not start ({worker.process.exitcode})") from None
         worker.ended = True
         if worker.since is not None or worker.process.exitcode:
             return f"the process ended with {worker.process.exitcode}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fuzz.mutate import mutated
-from fuzz.targets import Target, make_targets
+from fuzz.targets import TRAPS, Target, make_targets
 from fuzz.watch import fuzz, input_of, run_input
 from omniavatar.errors import InputError
 
@@ -87,14 +87,30 @@ def test_damaged_files_are_read_or_refused_in_one_line(
         assert time.process_time() - began < 10, (number, kind)
 
 
+def caught(traps: str, most_s: float, monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
+    """What the watcher finds among 24 inputs, by number. Its processes read the kind `trap`."""
+    monkeypatch.setenv(TRAPS, traps)
+    *_, outcome = fuzz(["trap"], seed=0, workers=2, inputs=24, most_s=most_s)
+    assert outcome.inputs["trap"] >= 24 - 3, "it goes on after each"
+    return {fault.number: fault.problem for fault in outcome.faults}
+
+
 @pytest.mark.slow
-def test_the_watcher_finds_hangs_crashes_and_memory_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its processes read the kind `trap`, whose inputs do what a bad decoder might do."""
-    monkeypatch.setenv("OMNIAVATAR_FUZZ_TRAP", "1")
-    *_, outcome = fuzz(["trap"], seed=0, workers=2, inputs=24, seconds=300, most_s=10)
-    problems = {fault.number: fault.problem for fault in outcome.faults}
-    assert sorted(problems) == [3, 5, 8, 11, 13]
-    assert problems[3] == "no end after 10 s" and problems[5] == "the process ended with -9"
-    assert problems[8] == "more than 2 GiB" and "ZeroDivisionError" in problems[11]
+def test_the_watcher_finds_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert caught("3", 5, monkeypatch) == {3: "no end after 5 s"}
+
+
+@pytest.mark.slow
+def test_the_watcher_finds_crashes_memory_and_wrong_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = caught("5,8,11,13", 300, monkeypatch)
+    assert sorted(problems) == [5, 8, 11, 13]
+    assert problems[5] == "the process ended with -9" and problems[8] == "more than 2 GiB"
+    assert "ZeroDivisionError" in problems[11]
     assert "several lines" in problems[13] or "empty message" in problems[13]
-    assert outcome.inputs["trap"] >= 24 - 3
+
+
+@pytest.mark.slow
+def test_the_watcher_ends_where_its_processes_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(TRAPS, raising=False)
+    with pytest.raises(RuntimeError, match="did not start"):
+        list(fuzz(["trap"], seed=0, workers=1, inputs=1))
