@@ -107,8 +107,8 @@ _OTHER_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 class IrregularFileError(OSError):
     """A path that is no regular file. kind: folder, FIFO, socket, device; empty if it is something else."""
 
-    def __init__(self, kind: str) -> None:
-        super().__init__(errno.EINVAL, f"it is a {kind}" if kind else "it is not a regular file")
+    def __init__(self, path: str | Path, kind: str) -> None:
+        super().__init__(errno.EINVAL, f"it is a {kind}" if kind else "it is not a regular file", str(path))
         self.kind = kind
 
 
@@ -119,19 +119,19 @@ def open_regular(path: str | Path) -> FileIO:
 
     Raises IrregularFileError, another OSError, or ValueError for a text that is no path.
     """
-    _refuse_irregular(os.stat(path).st_mode)
+    _refuse_irregular(path, os.stat(path).st_mode)
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
-        _refuse_irregular(os.fstat(handle).st_mode)
+        _refuse_irregular(path, os.fstat(handle).st_mode)
         return FileIO(handle, "rb")
     except BaseException:
         os.close(handle)
         raise
 
 
-def _refuse_irregular(mode: int) -> None:
+def _refuse_irregular(path: str | Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
-        raise IrregularFileError(_KINDS.get(stat.S_IFMT(mode), ""))
+        raise IrregularFileError(path, _KINDS.get(stat.S_IFMT(mode), ""))
 
 
 def read_bytes(

@@ -6,14 +6,14 @@ one changed tensor in a file of 10 GB can stay unseen, other weights of the same
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import os
 from pathlib import Path
 
-from omniavatar.checkpoint.outside import open_regular
+from omniavatar.checkpoint.outside import open_weights
 from omniavatar.errors import CheckpointError
+from omniavatar.text import open_regular
 
 END_BYTES = 2**20
 SAMPLES, SAMPLE_BYTES = 64, 16 * 2**10
@@ -49,9 +49,7 @@ def _remembered(path: Path, version: tuple[int, ...]) -> str:
 
 @functools.lru_cache(REMEMBERED)
 def _remembered_digest(path: Path, version: tuple[int, ...]) -> str:
-    if not path.is_file():
-        raise OSError(errno.EINVAL, "is not a regular file", str(path))
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -63,7 +61,7 @@ def file_fingerprint(path: Path) -> str:
     """
     digest = hashlib.sha256()
     try:
-        with open_regular(path) as file:
+        with open_weights(path) as file:
             size = os.fstat(file.fileno()).st_size
             digest.update(str(size).encode())
             if size <= WHOLE_BYTES:

@@ -21,7 +21,7 @@ MAX_SHOWN = 120
 DOWNLOAD = "download it again"
 
 
-def open_regular(path: Path) -> FileIO:
+def open_weights(path: Path) -> FileIO:
     """The file at `path`, open for unbuffered reading. Raises CheckpointError if it is no readable file."""
     try:
         return text.open_regular(path)
@@ -33,7 +33,7 @@ def open_regular(path: Path) -> FileIO:
 
 def read_bounded(path: Path, limit: int) -> bytes:
     """The content of a regular file of at most `limit` bytes. Raises CheckpointError."""
-    with open_regular(path) as file:
+    with open_weights(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise CheckpointError(f"{path}: has {size} bytes, at most {limit} are read; {DOWNLOAD}")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omniavatar.checkpoint.outside import open_regular, parse_table, reason_of, shown
+from omniavatar.checkpoint.outside import open_weights, parse_table, reason_of, shown
 from omniavatar.checkpoint.tensor_info import (
     MAX_AXES,
     SAFETENSORS_DTYPES,
@@ -34,7 +34,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = open_regular(path)
+        self._file = open_weights(path)
         try:
             self._offsets, self.index, self.metadata = self._read_header()
         except BaseException:

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from omniavatar.checkpoint.outside import open_regular, reason_of, shown
+from omniavatar.checkpoint.outside import open_weights, reason_of, shown
 from omniavatar.checkpoint.safetensors_file import pread_all, read_into
 from omniavatar.checkpoint.tensor_info import SAFETENSORS_DTYPES, TensorInfo, check_name, damaged
 from omniavatar.errors import CheckpointError
@@ -63,7 +63,7 @@ class TorchFile:
         self.path = path
         self._whole: dict[str, Tensor] = {}
         self._places: dict[str, _Place] = {}
-        self._file = open_regular(path)
+        self._file = open_weights(path)
         try:
             start = pread_all(path, self._file.fileno(), 4, 0)
             if start == ZIP:

@@ -153,14 +153,6 @@ def cache_entries(folder: Path) -> list[CacheEntry]:
     return sorted(found, key=lambda entry: (entry.used, entry.path))
 
 
-def empty_cache(folder: Path) -> int:
-    """Delete all entries of a cache folder and nothing else; returns the bytes freed. Raises OSError."""
-    entries = cache_entries(folder)
-    for entry in entries:
-        entry.path.unlink(missing_ok=True)
-    return sum(entry.bytes for entry in entries)
-
-
 def is_entry(content: bytes) -> bool:
     """Whether these are the bytes of a whole entry."""
     return hashlib.sha256(content[DIGEST_BYTES:]).digest() == content[:DIGEST_BYTES]

@@ -15,7 +15,8 @@ from omniavatar.config.identity import result_values
 from omniavatar.engine.job import fingerprint
 from omniavatar.errors import InputError
 from omniavatar.plan.calibration import NAME as STEP_CACHE
-from omniavatar.plan.preview import weight_paths
+from omniavatar.plan.preview import WEIGHT_FIELDS, weight_paths
+from omniavatar.text import open_regular
 from omniavatar.types import LocalAudio, Waveform
 
 if TYPE_CHECKING:
@@ -25,15 +26,6 @@ if TYPE_CHECKING:
     from omniavatar.plan.placement import Placement
 
 CONTENT_LETTERS = 32
-WEIGHT_FIELDS = (
-    "dit_path",
-    "vae_path",
-    "decoder_path",
-    "text_encoder_path",
-    "tokenizer_path",
-    "wav2vec_path",
-    "exp_path",
-)
 READ_BYTES = 2**20
 """A sound file is read in blocks of this size."""
 
@@ -107,7 +99,7 @@ def audio_digest(audio: LocalAudio | None) -> str:
     if isinstance(audio, Waveform):
         return _sha256([str(audio.sample_rate).encode(), _bytes(audio.samples)])
     try:
-        with Path(audio).open("rb") as file:
+        with open_regular(audio) as file:
             return _sha256(iter(lambda: file.read(READ_BYTES), b""))
     except OSError as error:
         raise InputError(f"audio {audio}: cannot be read ({error.strerror}); check the path") from None

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from omniavatar.engine.job import Job
 from omniavatar.errors import TargetError
-from omniavatar.media.atomic import check_writable, printable, translate_os_error
+from omniavatar.media.atomic import check_writable, translate_os_error
 from omniavatar.media.slug import slugify
+from omniavatar.text import printable
 
 if TYPE_CHECKING:
     from omniavatar.config.schema import OutputConfig, PipelineConfig, SamplingConfig

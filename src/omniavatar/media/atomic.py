@@ -12,7 +12,6 @@ import json
 import os
 import secrets
 import tempfile
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,11 +54,6 @@ def translate_os_error(path: str | Path) -> Iterator[None]:
             raise
         kind = TargetError if error.errno in _OF_THE_NAME else OutputError
         raise kind(f"cannot write {path}: {remedy}") from error
-
-
-def printable(text: str) -> str:
-    """`text` in one line, with control characters and lone surrogates as `?`."""
-    return "".join("?" if unicodedata.category(each) in ("Cc", "Cs") else each for each in text)
 
 
 def beside(path: Path, before: str, middle: str, after: str) -> Path:

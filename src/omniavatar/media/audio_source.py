@@ -25,7 +25,7 @@ import numpy as np
 from omniavatar.errors import InputError
 from omniavatar.media.audio_part import MAX_HOURS, PartReader, too_long
 from omniavatar.media.containers import missing_tail
-from omniavatar.media.input_files import open_regular
+from omniavatar.media.input_files import open_input
 from omniavatar.media.media_kinds import AUDIO_DECODERS
 from omniavatar.media.open_file import MAX_BYTES, MediaFile, Stopwatch, open_media
 from omniavatar.media.parts import Pieces, sound_parts
@@ -70,7 +70,7 @@ def open_audio(source: str | Path | Waveform) -> Iterator[AudioSource]:
         return
     name = f"audio {source}"
     with ExitStack() as stack:
-        file = stack.enter_context(open_regular(source, name))
+        file = stack.enter_context(open_input(source, name))
         refuse_picture(file, name)
         size = file.seek(0, 2)
         if size > MAX_BYTES:

@@ -14,7 +14,7 @@ from omniavatar.errors import InputError
 _KINDS = {"FIFO": "a pipe", "socket": "a socket", "device": "a device"}
 
 
-def open_regular(source: str | Path, name: str) -> BinaryIO:
+def open_input(source: str | Path, name: str) -> BinaryIO:
     """`source` opened for reading; it is a regular file and not empty.
 
     Raises InputError that starts with `name`.

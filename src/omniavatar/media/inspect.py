@@ -14,7 +14,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 
 from omniavatar.errors import InputError
-from omniavatar.media.input_files import open_regular
+from omniavatar.media.input_files import open_input
 from omniavatar.media.media_kinds import AUDIO_DECODERS, VIDEO_DECODERS
 from omniavatar.media.open_file import MediaFile, open_media
 
@@ -79,7 +79,7 @@ def read_frames(path: str | Path) -> Iterator[np.ndarray]:
 @contextmanager
 def _opened(path: Path) -> Iterator[av.container.InputContainer]:
     name = f"video {path}"
-    with open_regular(path, name) as file:
+    with open_input(path, name) as file:
         media = MediaFile(file, name, path.suffix, file.seek(0, 2))
         try:
             with open_media(media, VIDEO_DECODERS + AUDIO_DECODERS) as container:

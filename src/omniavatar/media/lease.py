@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from omniavatar.errors import BusyError, OutputError, TargetError
-from omniavatar.media.atomic import printable, translate_os_error
+from omniavatar.media.atomic import translate_os_error
+from omniavatar.text import printable
 
 if sys.platform == "win32":
     import msvcrt

@@ -16,7 +16,7 @@ from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import av
 import av.container
@@ -27,6 +27,8 @@ from omniavatar.media.media_kinds import FORMATS
 MAX_BYTES = 32 * 2**30
 MAX_STREAMS = 64
 GRACE_S = 30.0
+TOLERANT: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+"""PyAV 19 always accepts tags that are no UTF-8."""
 """Seconds that FFmpeg may work on a file without result."""
 
 
@@ -146,7 +148,6 @@ def open_media(
                 _Pieces(source, pieces or source.whole, watch),
                 "r",
                 demuxer,
-                metadata_errors="replace",
                 container_options={
                     "format_whitelist": ",".join(FORMATS),
                     "codec_whitelist": ",".join(decoders),
@@ -155,6 +156,7 @@ def open_media(
                 },
                 io_open=refuse_other_file,
                 timeout=(watch.allowed, None),
+                **TOLERANT,
             )
     except (av.error.ArgumentError, av.error.PermissionError, PermissionError) as error:
         raise InputError(

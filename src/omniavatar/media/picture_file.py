@@ -21,7 +21,7 @@ import PIL.Image
 from PIL import ImageOps
 
 from omniavatar.errors import InputError, OmniAvatarError, ResourceError
-from omniavatar.media.input_files import open_regular
+from omniavatar.media.input_files import open_input
 from omniavatar.media.signatures import HEAD_BYTES, Content, content_of
 
 MIN_SIDE = 16
@@ -44,7 +44,7 @@ def open_file(source: str | Path | bytes | bytearray | memoryview | BinaryIO, na
         file: BinaryIO = io.BytesIO(source)
         size = len(file.getbuffer()) if isinstance(file, io.BytesIO) else 0
     elif isinstance(source, (str, os.PathLike)):
-        file = open_regular(Path(source), name)
+        file = open_input(Path(source), name)
         size = os.fstat(file.fileno()).st_size
     else:
         file = _in_memory(source, name)

@@ -21,6 +21,17 @@ if TYPE_CHECKING:
 
     from omniavatar.model.sizes import DiTConfig
 
+WEIGHT_FIELDS = (
+    "dit_path",
+    "vae_path",
+    "decoder_path",
+    "text_encoder_path",
+    "tokenizer_path",
+    "wav2vec_path",
+    "exp_path",
+)
+"""Fields of `ModelConfig` that name files or folders of weights; LoRAs are apart."""
+
 
 def files_exist(model: ModelConfig) -> bool:
     """Whether the DiT is read from files and all of them exist."""
@@ -31,15 +42,10 @@ def weight_paths(model: ModelConfig) -> list[Path]:
     """All configured files and folders of the models; none for random weights."""
     if model.weights == "random":
         return []
-    named = (
-        model.vae_path,
-        model.decoder_path,
-        model.text_encoder_path,
-        model.tokenizer_folder,
-        model.wav2vec_path,
-        model.exp_path,
-    )
-    paths = (*model.dit_path, *named, *(lora.path for lora in model.loras))
+    values = {name: getattr(model, name) for name in WEIGHT_FIELDS} | {
+        "tokenizer_path": model.tokenizer_folder
+    }
+    paths = (*values.pop("dit_path"), *values.values(), *(lora.path for lora in model.loras))
     return [path for path in paths if path is not None]
 
 

@@ -39,6 +39,16 @@ def test_silence_and_unreadable_files(tmp_path: Path) -> None:
         audio_digest(tmp_path / "none.wav")
 
 
+def test_what_never_ends_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "voice.wav")
+    for path, kind in ((tmp_path / "voice.wav", "FIFO"), (Path("/dev/zero"), "device")):
+        with pytest.raises(InputError, match=rf"{path.name}: cannot be read \(it is a {kind}\)"):
+            audio_digest(path)
+        with pytest.raises(OSError, match=f"it is a {kind}") as caught:
+            whole_digest(path)
+        assert caught.value.filename == str(path)
+
+
 def model_in(root: Path) -> ModelConfig:
     loras = [{"path": str(root / name / "lora.safetensors")} for name in ("one", "two")]
     return ModelConfig(dit_path=[root / "dit.safetensors"], wav2vec_path=root / "wav2vec", loras=loras)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from begun_jobs import VALUES, begun
 from media_files import FPS, segments
 from omniavatar.config.load import load_config
 from omniavatar.engine.job import KEPT_GIVEN, Job
@@ -27,7 +28,6 @@ from omniavatar.media.video import GrowingVideo
 from omniavatar.plan.placement import Placement
 from omniavatar.types import AvatarRequest
 
-VALUES = {"request.prompt": '"a"'}
 SIDECAR = {"output": "talk.mp4", "bytes": 5, "fingerprint": VALUES, "versions": {"omniavatar": "0.1.0"}}
 HOLD = """
 import sys, time
@@ -46,17 +46,6 @@ def hold(output: Path) -> subprocess.Popen[str]:
     process = subprocess.Popen([sys.executable, "-c", HOLD, output], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     return process
-
-
-def begun(output: Path) -> Job:
-    """An unfinished job of `output` with one window."""
-    job = Job(output)
-    with job.owned():
-        job.open(VALUES, True)
-        job.segment_path(0).write_bytes(b"segment")
-        job.finish_window(b"given")
-        job.partial.write_bytes(b"partial")
-    return job
 
 
 def finished(output: Path) -> None:

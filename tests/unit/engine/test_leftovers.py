@@ -10,24 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from begun_jobs import begun
 from command_line import error_lines, run
 from media_files import FPS, segments
 from omniavatar.engine.job import Job
 from omniavatar.engine.marks import PREVIEW_MARK
 from omniavatar.media.lease import try_lease
 from omniavatar.media.video import GrowingVideo
-
-VALUES = {"request.prompt": '"a"'}
-
-
-def begun(output: Path) -> Job:
-    job = Job(output)
-    with job.owned():
-        job.open(VALUES, True)
-        job.segment_path(0).write_bytes(b"segment")
-        job.finish_window(b"given")
-        job.partial.write_bytes(b"x" * 1000)
-    return job
 
 
 def embedding(path: Path, days: float) -> None:
