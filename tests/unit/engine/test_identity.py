@@ -113,12 +113,12 @@ def test_a_file_is_read_once_while_it_stays(tmp_path: Path, monkeypatch: pytest.
     path.write_bytes(b"one")
     first = whole_digest(path)
     assert first == hashlib.sha256(b"one").hexdigest()
-    monkeypatch.setattr(Path, "open", None)
+    monkeypatch.setattr(os, "open", None)
     assert whole_digest(path) == first
     monkeypatch.undo()
     path.write_bytes(b"three")
     assert whole_digest(path) == hashlib.sha256(b"three").hexdigest()
-    with pytest.raises(OSError, match="not a regular file"):
+    with pytest.raises(OSError, match="it is a folder"):
         whole_digest(tmp_path)
 
 
