@@ -41,8 +41,8 @@ from omniavatar.serve.batch.events import (
 )
 from omniavatar.serve.batch.items import Engine, EngineFactory, Item, Made, Seat
 from omniavatar.serve.batch.ray_crew import RayCrew, Seats
+from omniavatar.serve.batch.rules import Rules
 from omniavatar.serve.batch.run import BatchResult, run_batch
-from omniavatar.serve.batch.scheduler import Rules
 from omniavatar.types import AvatarRequest, Event
 
 

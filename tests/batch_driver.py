@@ -11,8 +11,8 @@ from typing import Any
 from batch_stub import StubEngines, make_items
 from omniavatar.serve.batch.destination import make_destination
 from omniavatar.serve.batch.ray_crew import RayCrew, Seats, ray_environment
+from omniavatar.serve.batch.rules import Rules
 from omniavatar.serve.batch.run import BatchResult, run_batch
-from omniavatar.serve.batch.scheduler import Rules
 from omniavatar.types import Event
 
 

@@ -143,8 +143,8 @@ def batch(
         from omniavatar.serve.batch.destination import make_destination
         from omniavatar.serve.batch.pipelines import AvatarEngines, make_items, output_folder
         from omniavatar.serve.batch.ray_crew import RayCrew
+        from omniavatar.serve.batch.rules import Rules
         from omniavatar.serve.batch.run import run_batch
-        from omniavatar.serve.batch.scheduler import Rules
 
         loaded = load_config(config, hp or ())
         shared_among(loaded.config, gpus_per_job, f"--gpus-per-job {gpus_per_job}")

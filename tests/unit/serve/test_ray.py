@@ -188,6 +188,41 @@ def test_killed_worker_costs_only_the_window_it_was_at(tmp_path: Path, cluster: 
     assert sorted(state["attempts"] for state in states(tmp_path).values()) == [1] * 7 + [2]
 
 
+@pytest.mark.parametrize(("name", "windows"), [("raylet", 0), ("gcs_server", 3), ("ray::RuntimeEnvAgent", 3)])
+def test_a_killed_process_of_ray_costs_one_line_and_the_batch_goes_on(
+    tmp_path: Path, name: str, windows: int
+) -> None:
+    """`windows`: made before; with 0 the worker is about to start."""
+    prompts = [f"p{i}" for i in range(4)]
+    driver = start_driver(tmp_path, prompts=prompts, engine={"windows": 20, "seconds": 0.1}, workers=1)
+    begun: list[psutil.Process] = []
+
+    def found() -> bool:
+        begun[:] = psutil.Process(driver.pid).children(recursive=True)
+        names = [process.name() for process in begun]
+        started = len(noted(tmp_path / "notes", "window")) >= windows
+        return started and name in names and any(each.startswith("ray::Worker") for each in names)
+
+    wait_for(found)
+    killed = time.monotonic()
+    next(process for process in begun if process.name() == name).kill()
+    lines: list[dict[str, Any]] = []
+    assert driver.stdout is not None
+    while not lines or lines[-1]["event"] != "message":
+        line = driver.stdout.readline()
+        assert line, driver.communicate()[1]
+        lines.append(json.loads(line))
+    assert time.monotonic() - killed < 30
+    assert "on this machine ended; starting it again" in lines[-1]["text"]
+    output, errors = driver.communicate(timeout=120)
+    assert driver.returncode == 0, errors
+    last = json.loads(output.splitlines()[-1])
+    assert last["event"] == "batch_finished" and last["done"] == 4 and last["failed"] == 0
+    check_videos(tmp_path, prompts, windows=20)
+    assert len(noted(tmp_path / "notes", "window")) <= 4 * 20 + 2, "only the cut windows are made again"
+    assert not psutil.wait_procs(begun, 10)[1]
+
+
 def start_driver(
     folder: Path, environment: dict[str, str] | None = None, **options: Any
 ) -> subprocess.Popen[str]:

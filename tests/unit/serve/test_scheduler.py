@@ -15,12 +15,15 @@ import pytest
 from batch_stub import make_items
 from omniavatar.engine.events import Message
 from omniavatar.errors import CheckpointError, OutputError, ResourceError
-from omniavatar.serve.batch.crew import Answered, Lost, News, Started
+from omniavatar.serve.batch.crew import Answered, CrewLost, Lost, News, Started
+from omniavatar.serve.batch.events import WorkerLost
 from omniavatar.serve.batch.items import Item, Made, Outcome, Progress, Task, Verdict, WorkerInfo
 from omniavatar.serve.batch.ledger import Ledger
 from omniavatar.serve.batch.report import summary
+from omniavatar.serve.batch.rules import Rules
 from omniavatar.serve.batch.run_folder import ItemState, RunFolder
-from omniavatar.serve.batch.scheduler import Rules, Scheduler
+from omniavatar.serve.batch.scheduler import MOST_CREWS, Scheduler
+from omniavatar.types import Event
 
 INFO = WorkerInfo("host", 1, "simulated", "")
 DONE = Outcome(Verdict.done, 0.0, 1.0, Made(4, 4, 0, 2.0), 10)
@@ -318,3 +321,46 @@ def test_the_drivers_own_work_for_an_item_does_not_grow_with_the_queue(tmp_path:
     short, long = seconds_an_item(500), seconds_an_item(4000)
     assert long < 2 * short + 0.0005
     assert long < 0.005
+
+
+class DyingCrew(SimulatedCrew):
+    """Is lost at its wait number `deaths`."""
+
+    def __init__(self, death: int) -> None:
+        super().__init__()
+        self.waits, self.death = 0, death
+
+    def wait(self, seconds: float) -> Sequence[News]:
+        self.waits += 1
+        if self.waits == self.death:
+            raise CrewLost("the service ended")
+        return super().wait(seconds)
+
+
+def with_crews(crews: list[DyingCrew], folder: Path, items: Sequence[Item]) -> tuple[Ledger, list[Event]]:
+    left, events = iter(crews), list[Event]()
+    run_folder = RunFolder(folder)
+    with run_folder.own():
+        scheduler = Scheduler(lambda: next(left), run_folder, Rules(), events.append, lambda: crews[0].now)
+        return scheduler.run(items, {}, {}), events
+
+
+@pytest.mark.parametrize("death", range(1, 6))
+def test_a_lost_crew_costs_no_item_an_attempt(tmp_path: Path, death: int) -> None:
+    crews = [DyingCrew(death), DyingCrew(-1)]
+    ledger, events = with_crews(crews, tmp_path, make_items(["a", "b", "c"]))
+    assert set(names(ledger).values()) == {"done"} and all(crew.closed for crew in crews)
+    assert {state.attempts for state in ledger.states.values()} == {1}
+    said = [event for event in events if isinstance(event, Message)]
+    assert [event.text for event in said] == [
+        "the service ended; starting it again, finished windows are kept"
+    ]
+    assert not any(isinstance(event, WorkerLost) for event in events)
+
+
+def test_a_crew_that_is_lost_again_and_again_ends_the_batch(tmp_path: Path) -> None:
+    crews = [DyingCrew(1) for _ in range(MOST_CREWS + 1)]
+    ledger, _ = with_crews(crews, tmp_path, make_items(["a"]))
+    assert isinstance(ledger.error, ResourceError) and "as 3 times before" in str(ledger.error)
+    assert [crew.closed for crew in crews] == [True] * MOST_CREWS + [False]
+    assert names(ledger) == {"00000": "queued"}

@@ -36,6 +36,14 @@ class Lost:
 News = Started | Answered | Lost
 
 
+class CrewLost(Exception):
+    """All workers are lost, because what runs them ended. The crew can only be closed."""
+
+
+def lost_service(name: str) -> CrewLost:
+    return CrewLost(f"Ray's process {name} on this machine ended")
+
+
 class Crew(Protocol):
     """Workers by slot number. A slot has one worker at a time."""
 
@@ -57,7 +65,7 @@ class Crew(Protocol):
         ...
 
     def wait(self, seconds: float) -> Sequence[News]:
-        """News since the last call; waits at most `seconds` for the first one."""
+        """News since the last call; waits at most `seconds` for the first one. Raises CrewLost."""
         ...
 
     def progress(self, slots: Sequence[int]) -> Mapping[int, Progress]:

@@ -219,3 +219,8 @@ def as_error(outcome: Outcome) -> OmniAvatarError:
     """The exception that a worker's outcome describes."""
     found = {kind.__name__: kind for kind in ERRORS}.get(outcome.error_class, OmniAvatarError)
     return found(outcome.error)
+
+
+def last_line(error: str) -> str:
+    """The last line of an error, which in a traceback holds the message."""
+    return error.strip().splitlines()[-1] if error.strip() else "no reason given"

@@ -1,10 +1,8 @@
 """Workers as Ray actors; the only file that imports Ray.
 
-Without an address, Ray is started on this machine and stopped at the end. It gets no dashboard and sends no
-usage report. It has its own token and its own temporary folder; the folder's name is short, because a Unix
-socket path may have about 100 characters. With an address, the driver joins a running cluster; Ray then
-places the workers and handles the nodes. Ray does not restart a dead worker but reports it: the scheduler
-knows which item it had.
+Without an address, Ray is started on this machine and stopped at the end (`local_ray`). With an address, the
+driver joins a running cluster; Ray then places the workers and handles the nodes. Ray does not restart a dead
+worker but reports it: the scheduler knows which item it had.
 Source: Ray's documentation of actors, fault tolerance and fractional GPUs.
 """
 
@@ -13,30 +11,32 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
 import socket
 import sys
-import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omniavatar.errors import ConfigError, ResourceError
-from omniavatar.serve.batch.crew import Answered, Lost, News, Started
+from omniavatar.serve.batch.crew import Answered, Lost, News, Started, lost_service
 from omniavatar.serve.batch.destination import Destination
 from omniavatar.serve.batch.group import GroupWorker
 from omniavatar.serve.batch.items import EngineFactory, GroupFactory, Outcome, Progress, Seat, Task, Verdict
 from omniavatar.serve.batch.worker import Worker
 
+if TYPE_CHECKING:
+    from omniavatar.serve.batch.local_ray import LocalRay
+
 Kind = type[Started] | type[Answered]
 
-_OBJECT_STORE_BYTES = 100 * 2**20
-_MAX_TEMP_PATH = 40
 _CONNECT_S = 10
+_WATCH_S = 1.0
+"""Ray's own processes are looked at this often."""
 _JOIN_ATTEMPTS = 3
 _CLIENT_SERVER_DIED = ("Starting Ray client server failed", "psutil.")
 """Text in join errors that are worth a retry. The head forks one server per driver, and gRPC can kill the
@@ -74,7 +74,8 @@ class RayCrew:
     workers: number of workers; None for as many as the cluster can run now.
     factory: makes the engines; a GroupFactory if a worker has several devices.
 
-    Raises ResourceError if Ray is missing or unreachable, ConfigError if the cluster cannot run a worker.
+    Raises ResourceError if Ray is missing or unreachable, ConfigError if the cluster cannot run a worker,
+    CrewLost if a process of Ray ended while it started.
     """
 
     def __init__(
@@ -89,13 +90,17 @@ class RayCrew:
                 for name, value in ray_environment(seats.address).items():
                     os.environ.setdefault(name, value)
             import ray
-        except ImportError:
+
+            from omniavatar.serve.batch.local_ray import LocalRay
+        except ImportError as error:
             raise ResourceError(
-                "omniavatar batch: the package ray is missing; pip install 'omniavatar[batch]'"
+                f"omniavatar batch: the package {error.name} is missing; pip install 'omniavatar[batch]'"
             ) from None
         logging.getLogger("ray").setLevel(logging.ERROR)
         self._ray, self._seats = ray, seats
-        self._folder: str | None = None
+        self._local: LocalRay | None = None
+        self._ended: str | None = None
+        self._watched = 0.0
         self._actors: dict[int, Any] = {}
         self._calls: dict[int, Any] = {}
         self._heard: SimpleQueue[tuple[int, Any, Kind, Future[Any]]] = SimpleQueue()
@@ -103,7 +108,7 @@ class RayCrew:
         self._progress: dict[int, Progress] = {}
         try:
             if seats.address is None:
-                self._start_ray(workers or 1)
+                self._local = LocalRay(ray, seats.gpus, (workers or 1) * seats.cpus_per_worker)
             else:
                 join_cluster(ray, seats.address)
             self._workers = workers or self._cluster_capacity()
@@ -114,33 +119,6 @@ class RayCrew:
         self._actor = ray.remote(GroupWorker if grouped else Worker)
         packed = ray.cloudpickle.dumps(factory) if grouped else factory
         self._arguments = (packed, seats.seat, destination, os.getcwd())
-
-    def _start_ray(self, workers: int) -> None:
-        seats = self._seats
-        folder = tempfile.gettempdir()
-        self._folder = tempfile.mkdtemp(prefix="oa-", dir=folder if len(folder) < _MAX_TEMP_PATH else "/tmp")
-        before = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(seats.gpus)
-        try:
-            self._ray.init(
-                num_cpus=workers * seats.cpus_per_worker,
-                num_gpus=len(seats.gpus),
-                object_store_memory=_OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _temp_dir=self._folder,
-            )
-        except Exception as error:
-            raise ResourceError(
-                f"Ray did not start on this machine ({_one_line(error)}); stop other Ray processes with "
-                "`ray stop` and try again"
-            ) from error
-        finally:
-            if before is None:
-                del os.environ["CUDA_VISIBLE_DEVICES"]
-            else:
-                os.environ["CUDA_VISIBLE_DEVICES"] = before
 
     def _cluster_capacity(self) -> int:
         """Number of workers the cluster can run now; a worker never spans nodes."""
@@ -183,11 +161,12 @@ class RayCrew:
         self._calls.pop(slot, None)
         self._progress_calls.pop(slot, None)
         self._progress.pop(slot, None)
-        if actor is not None:
+        if actor is not None and self._ended is None:
             with suppress(Exception):  # the actor may be dead already, or the cluster unreachable
                 self._ray.kill(actor, no_restart=True)
 
     def wait(self, seconds: float) -> Sequence[News]:
+        self._watch()
         news: list[News] = []
         with suppress(Empty):
             while True:
@@ -196,6 +175,15 @@ class RayCrew:
                     del self._calls[slot]
                     news.append(self._news(slot, kind, answer))
         return news
+
+    def _watch(self) -> None:
+        """Raise CrewLost if a service of the Ray on this machine ended."""
+        now = time.monotonic()
+        if self._local is None or now - self._watched < _WATCH_S:
+            return
+        self._watched, self._ended = now, self._local.ended()
+        if self._ended is not None:
+            raise lost_service(self._ended)
 
     def _news(self, slot: int, kind: Kind, call: Future[Any]) -> News:
         try:
@@ -222,9 +210,10 @@ class RayCrew:
         """Kill every worker, and stop Ray if this object started it."""
         for slot in list(self._actors):
             self.dismiss(slot)
-        self._ray.shutdown()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._local is not None:
+            self._local.close()
+        else:
+            self._ray.shutdown()
 
 
 def join_cluster(ray: Any, address: str) -> None:

@@ -13,8 +13,9 @@ from omniavatar.serve.batch.events import BatchFinished
 from omniavatar.serve.batch.items import Item
 from omniavatar.serve.batch.ledger import Ledger
 from omniavatar.serve.batch.report import summary
+from omniavatar.serve.batch.rules import Rules
 from omniavatar.serve.batch.run_folder import RunFolder
-from omniavatar.serve.batch.scheduler import Report, Rules, Scheduler
+from omniavatar.serve.batch.scheduler import Report, Scheduler
 
 
 @dataclass(frozen=True)

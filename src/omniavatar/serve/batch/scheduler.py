@@ -14,12 +14,12 @@ import heapq
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from omniavatar.engine.events import Message
 from omniavatar.errors import OmniAvatarError, OutputError, ResourceError
-from omniavatar.serve.batch.crew import Answered, Crew, Lost, News, Started
+from omniavatar.serve.batch.crew import Answered, Crew, CrewLost, Lost, News, Started
 from omniavatar.serve.batch.events import (
     BatchStarted,
     ItemDone,
@@ -32,36 +32,25 @@ from omniavatar.serve.batch.events import (
     WorkerLost,
     WorkerReady,
 )
-from omniavatar.serve.batch.items import WORKER_DIED, Item, Outcome, Task, Verdict, WorkerInfo, as_error
+from omniavatar.serve.batch.items import (
+    WORKER_DIED,
+    Item,
+    Outcome,
+    Task,
+    Verdict,
+    WorkerInfo,
+    as_error,
+    last_line,
+)
 from omniavatar.serve.batch.ledger import Ledger, WorkerSlot
+from omniavatar.serve.batch.rules import Rules
 from omniavatar.serve.batch.run_folder import ItemState, RunFolder, first_state
 from omniavatar.types import Event
 
 Report = Callable[[Event], None]
-FALSE_STARTS = 3
-"""A slot is closed after this many workers in a row died before they were ready."""
-LONGEST_UNWRITTEN_S = 0.1
-"""A state is written at least this often, even while news keeps arriving."""
-
-
-@dataclass(frozen=True)
-class Rules:
-    """Settings of a batch run.
-
-    retries: attempts at an item after the first one failed.
-    fresh: make every item again, also finished and unfinished ones.
-    retry_wait_s: pause before the first retry after an error; doubles with each further retry.
-    busy_wait_s: pause before the next try of an item that another process works on.
-    poll_s: how often progress is read; items younger than this are not polled.
-    start_limit_s: how long to wait for the first worker.
-    """
-
-    retries: int = 2
-    fresh: bool = False
-    retry_wait_s: float = 2.0
-    busy_wait_s: float = 5.0
-    poll_s: float = 1.0
-    start_limit_s: float = 900.0
+FALSE_STARTS = 3  # a slot is closed after this many workers in a row died before they were ready
+MOST_CREWS = 4  # the batch ends when so many crews were lost
+LONGEST_UNWRITTEN_S = 0.1  # a state is written at least this often, even while news keeps arriving
 
 
 class Scheduler:
@@ -78,6 +67,7 @@ class Scheduler:
         self._open_crew, self._folder, self._rules = open_crew, folder, rules
         self._event, self._clock = event, clock
         self._crew: Crew
+        self._crews_lost = 0
         self._queue: deque[Item] = deque()
         self._later: list[tuple[float, int, Item]] = []
         self._put_off = 0
@@ -119,7 +109,7 @@ class Scheduler:
 
     def _work(self, ledger: Ledger) -> None:
         try:
-            self._crew = self._open_crew()
+            self._crew = self._open()
         except OmniAvatarError as error:
             ledger.error = error
             return
@@ -169,7 +159,11 @@ class Scheduler:
             else:
                 started = now
             until = min([next_poll, *([self._later[0][0]] if self._later else [])])
-            heard = self._crew.wait(0.0 if self._unwritten else max(0.0, until - now))
+            try:
+                heard = self._crew.wait(0.0 if self._unwritten else max(0.0, until - now))
+            except CrewLost as lost:
+                self._begin_again(ledger, str(lost))
+                continue
             for news in heard:
                 self._hear(ledger, news)
             if self._unwritten and (not heard or now - self._written_at > LONGEST_UNWRITTEN_S):
@@ -181,7 +175,7 @@ class Scheduler:
     def _check_start(self, ledger: Ledger, waited: float) -> None:
         closed = [slot.closed for slot in ledger.slots if slot.closed]
         if len(closed) == len(ledger.slots):
-            raise ResourceError(f"every worker failed to start: {_last_line(closed[-1])}")
+            raise ResourceError(f"every worker failed to start: {last_line(closed[-1])}")
         if waited > self._rules.start_limit_s:
             raise ResourceError(
                 f"no worker started within {waited:.0f} s; use fewer --gpus or --workers, "
@@ -192,8 +186,37 @@ class Scheduler:
         slot.starts += 1
         self._crew.hire(slot.number)
 
+    def _open(self, lost: str = "") -> Crew:
+        while True:
+            if lost:
+                self._crews_lost += 1
+                if self._crews_lost == MOST_CREWS:
+                    times = f"as {MOST_CREWS - 1} times before"
+                    raise ResourceError(f"{lost}, {times}; free memory and give the same command again")
+                self._event(Message(f"{lost}; starting it again, finished windows are kept", "warning"))
+            try:
+                return self._open_crew()
+            except CrewLost as error:
+                lost = str(error)
+
+    def _begin_again(self, ledger: Ledger, reason: str) -> None:
+        """Open another crew. Items in work go to the front of the queue; it was no failure of theirs."""
+        for slot in ledger.slots:
+            if slot.task is not None:
+                item = slot.task.item
+                self._attempts[item.key] -= 1
+                self._save(ledger, item, state="queued", attempts=self._attempts[item.key])
+                self._queue.appendleft(item)
+            slot.lost += slot.info is not None
+            self._end(slot)
+        self._crew.close()
+        self._crew = self._open(reason)
+        for slot in ledger.slots:
+            if not slot.closed:
+                self._hire(slot)
+
     def _end(self, slot: WorkerSlot) -> None:
-        """Kill the slot's worker, if it has one."""
+        """Kill the slot's worker."""
         self._crew.dismiss(slot.number)
         if slot.info is not None:
             slot.present += self._clock() - slot.ready_since
@@ -228,7 +251,7 @@ class Scheduler:
 
     def _close(self, slot: WorkerSlot, reason: str) -> None:
         slot.closed = reason
-        self._event(WorkerClosed(worker=slot.number, reason=_last_line(reason)))
+        self._event(WorkerClosed(worker=slot.number, reason=last_line(reason)))
 
     def _answered(self, ledger: Ledger, slot: WorkerSlot, outcome: Outcome) -> None:
         assert slot.task is not None
@@ -315,7 +338,7 @@ class Scheduler:
             self._fail(ledger, slot, item, error, error_class)
             return
         self._save(ledger, item, state="queued", error=error, error_class=error_class)
-        self._event(ItemRetried(item=item.key, attempt=attempts, error=_last_line(error)))
+        self._event(ItemRetried(item=item.key, attempt=attempts, error=last_line(error)))
         if at_once:
             self._queue.appendleft(item)
         else:
@@ -330,7 +353,7 @@ class Scheduler:
         self._save(ledger, item, state="failed", error=error, error_class=error_class)
         self._event(
             ItemFailed(
-                item=item.key, line=item.line, error=_last_line(error), attempts=self._attempts[item.key]
+                item=item.key, line=item.line, error=last_line(error), attempts=self._attempts[item.key]
             )
         )
 
@@ -375,8 +398,3 @@ class Scheduler:
                 self._warned = True
                 text = f"the states of items are not saved: {error}"
                 self._event(Message(text, "warning"))
-
-
-def _last_line(error: str) -> str:
-    """The last line of an error, which in a traceback holds the message."""
-    return error.strip().splitlines()[-1] if error.strip() else "no reason given"
