@@ -47,6 +47,7 @@ class Backend:
     - unavailable: takes the device (video encoders: the picture size) and returns None if the backend can be
       used, else the reason with its remedy.
     - rank: `auto` takes the available backend with the highest rank; None: it is used by name only.
+    - dtypes: the precisions it computes in, as the setting `dtype` names them; () for all.
     - suits: takes what `auto` passes to `Registry.choose`; False if `auto` must not take the backend.
     """
 
@@ -58,6 +59,7 @@ class Backend:
     unavailable: Callable[[Any], str | None] = anywhere
     rank: int | None = None
     suits: Callable[..., bool] = always
+    dtypes: tuple[str, ...] = ()
 
 
 B = TypeVar("B", bound=Backend)
@@ -202,6 +204,12 @@ def torch_dtype(name: str) -> torch.dtype:
     import torch
 
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """What a configuration calls a dtype: bf16, fp16 or fp32; torch's name for others."""
+    name = str(dtype).removeprefix("torch.")
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(name, name)
 
 
 def device_name(device: torch.device) -> str:

@@ -33,10 +33,13 @@ END_S = 60.0
 
 
 class Batch:
-    """One batch, which is started again and again."""
+    """One batch, which is started again and again.
+
+    first: an odd number, because only those videos have sound.
+    """
 
     def __init__(self, weights: Path, folder: Path, first: int) -> None:
-        self.numbers = range(first, first + VIDEOS)
+        self.numbers = range(first, first + 2 * VIDEOS, 2)
         self.output, self.log = folder / "videos", folder / "batch.log"
         shared = arguments(weights, folder / "unused.mp4", first)
         config = shared[shared.index("--config") + 1]
@@ -51,12 +54,8 @@ class Batch:
     @staticmethod
     def _line(weights: Path, number: int) -> dict[str, object]:
         words = arguments(weights, Path("unused.mp4"), number)
-        line = {"prompt": words[words.index("--prompt") + 1], "image": words[words.index("--image") + 1]}
-        if "--audio" in words:
-            line["audio"] = words[words.index("--audio") + 1]
-        length = [word for word in words if word.startswith("--hp=seq_len")]
-        settings = {"seq_len": int(length[0].partition("seq_len=")[2])} if length else {}
-        return {**line, "seed": number, **settings, "output": f"{number}.mp4"}
+        line = {name: words[words.index(f"--{name}") + 1] for name in ("prompt", "image", "audio")}
+        return {**line, "seed": number, "output": f"{number}.mp4"}
 
     def start(self) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
@@ -69,6 +68,7 @@ def attack(batch: Batch, dice: random.Random, seconds: float, most: int) -> Coun
     for _ in range(MOST_STARTS):
         driver = batch.start()
         begun = {process.pid: process for process in (psutil.Process(driver.pid),)}
+        killed = sum(count.values())
         while driver.poll() is None:
             wait = dice.uniform(0.05, 0.7) * seconds if sum(count.values()) < most else END_S
             try:
@@ -82,6 +82,8 @@ def attack(batch: Batch, dice: random.Random, seconds: float, most: int) -> Coun
             raise SystemExit(f"left running: {', '.join(map(name_of, alive))}\n{end_of(batch.log)}")
         if driver.returncode == 0:
             return count
+        if killed == sum(count.values()):
+            raise SystemExit(f"an undisturbed batch ended with {driver.returncode}:\n{end_of(batch.log)}")
     raise SystemExit(f"the batch was not finished in {MOST_STARTS} starts:\n{end_of(batch.log)}")
 
 
@@ -132,7 +134,7 @@ def main() -> int:
         while sum(count.values()) < options.kills:
             folder = Path(place) / f"batch{batches}"
             (folder / "whole").mkdir(parents=True)
-            batch = Batch(weights, folder, batches * VIDEOS)
+            batch = Batch(weights, folder, 2 * batches * VIDEOS + 1)
             seconds = sum(victim.make(folder / "whole" / f"{n}.mp4", n) for n in batch.numbers)
             count += attack(batch, dice, seconds, options.kills - sum(count.values()))
             for number in batch.numbers:

@@ -103,6 +103,7 @@ def test_what_is_not_there_names_the_remedy(name, hint):
     [
         ((9, 0), ("fa3_fwd_interface",), torch.bfloat16, "fa3", ("fa3", "fa3_fp8")),
         ((9, 0), ("fa3_fwd_interface",), torch.float32, "sdpa", ("fa3", "fa3_fp8")),
+        ((9, 0), ("fa3_fwd_interface",), torch.float16, "cudnn", ("fa3", "fa3_fp8")),
         ((9, 0), ("triton",), torch.bfloat16, "cudnn", ("flex",)),
         ((10, 0), ("fa3_fwd_interface",), torch.float16, "cudnn", ()),
         ((8, 9), ("sageattention", "triton"), torch.bfloat16, "sdpa", ("flex", "sage")),
@@ -119,6 +120,17 @@ def test_what_auto_means_on_a_gpu(monkeypatch, capability, installed, dtype, cho
     assert choose_backend(gpu, dtype) == chosen
     assert ATTENTION.available(gpu)[:5] == ("sdpa", "math", "flash", "efficient", "cudnn")
     assert ATTENTION.available(gpu)[5:] == more
+
+
+@pytest.mark.parametrize("name", ["fa3", "fa3_fp8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_precision_that_a_backend_lacks_is_one_line(monkeypatch, name, dtype):
+    module = ModuleType("fa3_fwd_interface")
+    module.__spec__ = ModuleSpec("fa3_fwd_interface", None)
+    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(ResourceError, match=rf"{name} computes in bf16, not in fp(16|32); set dtype"):
+        create_attention(name, torch.device("cuda", 0), dtype)
 
 
 def test_sage_takes_long_keys_only(monkeypatch):

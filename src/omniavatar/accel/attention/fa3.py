@@ -20,7 +20,7 @@ SHORT_KEYS = 1024
 
 
 class Fa3Attention:
-    """An `AttentionFn` on FlashAttention-3 in the dtype of its inputs (bf16 or fp16)."""
+    """An `AttentionFn` on FlashAttention-3 in bf16, the only precision that the package is built for."""
 
     def __init__(self) -> None:
         from fa3_fwd_interface import flash_attn_func

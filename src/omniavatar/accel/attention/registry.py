@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from omniavatar.device import Backend, Registry, capability, installed
+from omniavatar.device import Backend, Registry, capability, installed, precision_name
 from omniavatar.errors import ResourceError
 
 if TYPE_CHECKING:
@@ -74,12 +74,12 @@ def _without_sage(device: torch.device) -> str | None:
     return None if usable else "SageAttention needs an Ampere GPU or later and `pip install sageattention`"
 
 
-def _half(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cuda" and dtype.itemsize == 2
-
-
 def _half_on_hopper(device: torch.device, dtype: torch.dtype) -> bool:
-    return _half(device, dtype) and capability(device)[0] >= 9
+    return device.type == "cuda" and dtype.itemsize == 2 and capability(device)[0] >= 9
+
+
+def _only_bf16(device: torch.device, dtype: torch.dtype) -> bool:
+    return precision_name(dtype) == "bf16"
 
 
 def _only_if_measured(device: torch.device, dtype: torch.dtype) -> bool:
@@ -151,11 +151,12 @@ ATTENTION: Registry[Backend] = Registry(
         name="fa3",
         create=_fa3,
         exact=True,
-        doc="FlashAttention-3 in the model's precision: the fastest exact one on Hopper.",
+        doc="FlashAttention-3 in bf16: the fastest exact one on Hopper.",
         needs="Hopper GPU, package fa3-fwd",
         unavailable=_without_fa3,
         rank=60,
-        suits=_half,
+        suits=_only_bf16,
+        dtypes=("bf16",),
     ),
     Backend(
         name="fa3_fp8",
@@ -164,6 +165,7 @@ ATTENTION: Registry[Backend] = Registry(
         doc="FlashAttention-3 in float8: about 3 % error an attention.",
         needs="Hopper GPU, package fa3-fwd",
         unavailable=_without_fa3,
+        dtypes=("bf16",),
     ),
     words=("auto", "fastest"),
     unknown=ResourceError,
@@ -173,7 +175,7 @@ ATTENTION: Registry[Backend] = Registry(
 def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
     """Name of the backend that `auto` stands for.
 
-    In half precision on a Hopper GPU or later: fa3 if installed, else cudnn. Otherwise sdpa.
+    In half precision on a Hopper GPU or later: fa3 in bf16 if installed, else cudnn. Otherwise sdpa.
     """
     return ATTENTION.resolve("auto", device, dtype).name
 
@@ -181,7 +183,13 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
 def create_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, AttentionFn]:
     """The backend called `name` (or what `auto` stands for), as (name, function).
 
-    Raises ResourceError if the name is unknown or the backend cannot be used on `device`.
+    Raises ResourceError if the name is unknown or the backend cannot be used on `device` or in `dtype`.
     """
     backend = ATTENTION.resolve(name, device, dtype)
+    if backend.dtypes and precision_name(dtype) not in backend.dtypes:
+        takes = " and ".join(backend.dtypes)
+        raise ResourceError(
+            f"attention: {backend.name} computes in {takes}, not in {precision_name(dtype)}; "
+            f"set dtype={backend.dtypes[0]} or attention=auto"
+        )
     return backend.name, backend.create(device)
