@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from omniavatar.cli.common import ConfigOption, HpOption, user_errors
+from omniavatar.cli.common import ConfigOption, HpOption, user_errors, whole_number
 
 
 class Released(StrEnum):
@@ -47,7 +47,14 @@ def download(
 def make_checkpoint(
     scale: Annotated[Scale, typer.Option(help="Model size; 14B takes about 70 GB of disk.")],
     out: Annotated[Path, typer.Option(help="Folder to write, such as pretrained_models/nano.")],
-    seed: Annotated[int, typer.Option(help="Seed of the weights; the same seed gives the same bytes.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            parser=whole_number,
+            metavar="<int>",
+            help="Seed of the weights; the same seed gives the same bytes.",
+        ),
+    ] = 0,
 ) -> None:
     """Write a checkpoint with random weights in the official file layout, to test the engine.
 

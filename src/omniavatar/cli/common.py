@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from omniavatar.errors import BUG, ConfigError, OmniAvatarError, translated
-from omniavatar.text import cut, json_text, one_line, printable
+from omniavatar.text import cut, json_text, one_line, printable, quoted
 
 if TYPE_CHECKING:
     from omniavatar.cli.progress import Display
@@ -62,6 +63,18 @@ HpOption = Annotated[
         help="Override config values, such as num_steps=25,image_sizes_720=[[400,720]]. May be repeated.",
     ),
 ]
+
+
+def whole_number(text: int | str) -> int:
+    """The value of an option, read as the configuration reads numbers: `010` and `1_0` are none.
+
+    Raises typer.BadParameter.
+    """
+    if not re.fullmatch(r"[+-]?(0|[1-9][0-9]*)", str(text)):
+        raise typer.BadParameter(f"must be a whole number; got {quoted(str(text))}")
+    return int(text)
+
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 

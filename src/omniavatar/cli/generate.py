@@ -22,6 +22,7 @@ from omniavatar.cli.common import (
     LogOption,
     QuietOption,
     report_bug,
+    whole_number,
 )
 from omniavatar.cli.ranks import config_for_rank, parse_gpus, rank_reporting, start_ranks, team_of
 from omniavatar.errors import BUG
@@ -65,7 +66,12 @@ def generate(
         ),
     ] = None,
     hp: HpOption = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the noise; default: the config's value.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            parser=whole_number, metavar="<int>", help="Seed of the noise; default: the config's value."
+        ),
+    ] = None,
     quiet: QuietOption = False,
     log_format: LogOption = LogFormat.rich,
     no_resume: Annotated[

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from omniavatar.device import arrival
+from omniavatar.media.atomic import free_disk
 from omniavatar.media.h264 import choose_encoder
 from omniavatar.media.video import encode_segment
 from omniavatar.plan.limit import device_limit
@@ -32,6 +33,10 @@ class Host:
     def choose_encoder(self, name: str, size: tuple[int, int]) -> str:
         """The video encoder that `output.encoder` selects for frames of (height, width)."""
         return choose_encoder(name, size)
+
+    def free_disk(self, folder: Path) -> int:
+        """Free bytes of the disk that holds `folder`."""
+        return free_disk(folder)
 
     def encode_segment(self, frames: Any, path: Path, **options: Any) -> int:
         """Encode one window's frames into `path` (`media.video.encode_segment`)."""

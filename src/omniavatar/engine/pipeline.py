@@ -125,6 +125,7 @@ class AvatarPipeline(Session):
     def _generate(
         self, request: LocalRequest, target: Target, resume: bool | None, index: int, should_stop: ShouldStop
     ) -> RunResult:
+        from omniavatar.engine.room import check_room, least_bytes
         from omniavatar.engine.sidecar import sidecar_values
         from omniavatar.engine.targets import Identified
         from omniavatar.engine.writer import VideoWriter
@@ -153,6 +154,8 @@ class AvatarPipeline(Session):
                 made = plan_request(self.models, inputs, job.folder)
                 if job.done:
                     self._go_back(job, made.plan)
+                needed = least_bytes(made.plan, self.config.output.crf, job.done)
+                check_room(job.output, needed, self._host.free_disk(job.folder))
                 self._announce(job, made.plan, index)
                 with VideoWriter(
                     job, made.plan, self.config.output, request.audio, self._recorder, encoder, self._host

@@ -22,7 +22,8 @@ from pathlib import Path
 import av
 import numpy as np
 
-from omniavatar.media.atomic import atomic_path
+from omniavatar.errors import OutputError
+from omniavatar.media.atomic import atomic_path, free_disk
 from omniavatar.media.audio_source import AudioSource, open_audio
 from omniavatar.media.open_file import new_media
 from omniavatar.media.resample import resample, resampled_length, silence
@@ -32,6 +33,8 @@ from omniavatar.types import Waveform
 MODEL_RATE = 16000
 AAC_FRAME = 1024
 BITS_PER_CHANNEL = 96_000
+KEPT_FREE = 64 * 2**20
+"""Bytes that decoding leaves free on the disk."""
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 _AAC_LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 7: "5.1", 8: "5.1"}
 
@@ -104,6 +107,7 @@ def _write_mono(
 ) -> tuple[AudioTrack, int | None]:
     """Write one channel, or the mean of all; also return the channel to use if the mean cancels."""
     with open_audio(source) as audio, path.open("wb") as file:
+        room = _Room(path)
         file.write(np.zeros(lead, "<f4").tobytes())
         check = SoundCheck(audio.sample_rate, audio.channels)
         mono = (
@@ -114,7 +118,26 @@ def _write_mono(
         )
         for block in resample(mono, "mono", audio.sample_rate, "mono", sample_rate):
             file.write(block[0].astype("<f4", copy=False).tobytes())
+            room.check(file.tell())
         return _track(audio, check, sample_rate, lead), check.loudest_channel
+
+
+class _Room:
+    """Ends the decoding of an endless sound before it fills the disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._next = path, KEPT_FREE
+
+    def check(self, written: int) -> None:
+        """Raise OutputError if less than `KEPT_FREE` is free; looks once in that many bytes."""
+        if written < self._next:
+            return
+        self._next = written + KEPT_FREE
+        if free_disk(self._path.parent) < KEPT_FREE:
+            raise OutputError(
+                f"cannot write {self._path.parent}: the decoded sound fills the disk after "
+                f"{written / 4 / MODEL_RATE / 60:.0f} minutes; free some space or cut the sound"
+            )
 
 
 def _track(audio: AudioSource, check: SoundCheck, sample_rate: int, lead: int) -> AudioTrack:

@@ -49,6 +49,14 @@ def test_a_wrong_option_is_one_line_or_one_event(options: list[str]) -> None:
         assert result.exit_code == 2 and event["event"] == "error" and f"error: {event['text']}" == line
 
 
+@pytest.mark.parametrize("text", ["010", "1_0", "1.5", "0x1F", "\u0661", ""])
+@pytest.mark.parametrize("command", [["generate", "-c", "pocket"], ["make-checkpoint", "--scale", "nano"]])
+def test_a_seed_is_read_as_the_configuration_reads_it(command: list[str], text: str) -> None:
+    result = run(*command, f"--seed={text}")
+    assert result.exit_code == 2
+    assert f"'--seed': must be a whole number; got '{text}'" in result.stderr
+
+
 def test_without_arguments_the_help_is_printed() -> None:
     assert run().exit_code == 2 and "Usage" in run().output and "error:" not in run().output
 

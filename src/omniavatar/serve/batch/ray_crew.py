@@ -259,6 +259,7 @@ def ray_environment(address: str | None) -> dict[str, str]:
     return {
         **quiet,
         "RAY_enable_metrics_collection": "0",
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "15",  # orphans of a killed driver wait so long for it
         "RAY_task_events_report_interval_ms": "0",  # task lists are never read
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),

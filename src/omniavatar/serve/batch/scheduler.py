@@ -49,7 +49,7 @@ from omniavatar.types import Event
 
 Report = Callable[[Event], None]
 FALSE_STARTS = 3  # a slot is closed after this many workers in a row died before they were ready
-MOST_CREWS = 4  # the batch ends when so many crews were lost
+MOST_CREWS = 4  # the batch ends when this number of crews was lost
 LONGEST_UNWRITTEN_S = 0.1  # a state is written at least this often, even while news keeps arriving
 
 
