@@ -70,7 +70,7 @@ def attack(batch: Batch, dice: random.Random, seconds: float, most: int) -> Coun
         begun = {process.pid: process for process in (psutil.Process(driver.pid),)}
         killed = sum(count.values())
         while driver.poll() is None:
-            wait = dice.uniform(0.05, 0.7) * seconds if sum(count.values()) < most else END_S
+            wait = dice.uniform(0.02, 0.25) * seconds if sum(count.values()) < most else END_S
             try:
                 driver.wait(wait)
             except subprocess.TimeoutExpired:
