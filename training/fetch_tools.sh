@@ -1,6 +1,7 @@
 #!/bin/sh
 # Downloads the speech synthesisers for training/speech.py to training/build/tts (about 20 MB), which can be copied to
-# a machine without network: flite from Debian with its libraries, eSpeak NG from PyPI with its English data.
+# a machine without network: flite from Debian with its libraries, eSpeak NG from PyPI with its English, French and
+# German data.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 out=$here/build/tts
@@ -16,6 +17,6 @@ cp -L "$libraries/libasound.so.2" "$out/lib/"
 "$python" -m zipfile -e "$out"/wheel/*.whl "$out"
 rm -rf "$out/wheel" "$out"/*.dist-info "$out"/espeakng_loader/libespeak-ng.so "$out"/espeakng_loader/libespeak-ng.so.1.*
 data=$out/espeakng_loader/espeak-ng-data
-find "$data" -maxdepth 1 -name '*_dict' ! -name 'en_dict' -delete
-find "$data/lang" -type f ! -path '*/gmw/en*' -delete
+find "$data" -maxdepth 1 -name '*_dict' ! -name 'en_dict' ! -name 'de_dict' ! -name 'fr_dict' -delete
+find "$data/lang" -type f ! -path '*/gmw/en*' ! -path '*/gmw/de' ! -path '*/roa/fr*' -delete
 du -sh "$out"

@@ -1,30 +1,32 @@
-"""Makes the given frames of later windows from doubles, so that the model does not copy its own errors.
+"""Films windows that begin with a double, so that the model takes the person from the portrait.
 
 At inference the given frames come from the model itself: the face differs slightly, small marks are paler and
 the picture is softer. A model trained on given frames of the film copies such errors and adds new ones. In
-training, part of the later windows therefore gets softened frames of a double: the same performance by a
-person who resembles the one in the portrait. The model must then take the person from the portrait and only
-the motion from the given frames.
+training, some windows therefore begin with softened frames of a double: somebody who resembles the person in
+the portrait and gives the same performance. In the window's course the double becomes the person. So the
+model goes on from what it is given, without a step, and returns to the portrait within the window.
 
-Shapes: N clips, W windows per story, H W pixels.
+Shapes: N clips, T frames, H W pixels.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
-from training.head import Head
+from training.head import Head, smoothstep
 from training.looks import Looks, draw_looks
-from training.render import gather
+from training.render import Performance, gather
+from training.scale import WINDOW
 from training.studio import Studio
 from training.takes import Take
 
-GIVEN = 4
-"""Maximum number of given latents in a window."""
-GIVEN_FRAMES = 4 * GIVEN - 3
+RETURN = (2.0, 38.0)
+"""Frames of a window between which the double becomes the person."""
+LIGHT = 0.02
+"""Standard deviation of the gain and offset of its light, per channel."""
 LIKENESS = 0.35
 """Maximum share of another person in a double."""
 SOFTNESS = 2.0
@@ -61,21 +63,46 @@ def soften(frames: Tensor, factors: Tensor) -> Tensor:
     return torch.stack(made).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def film_doubles(studio: Studio, takes: list[Take], looks: Looks, seed: int, starts: Tensor) -> Tensor:
-    """The first frames of each later window with doubles of `looks`: uint8 (N, W-1, GIVEN_FRAMES, 3, H, W).
+def returning(double: Looks, person: Looks, shares: Tensor) -> Looks:
+    """Looks (N*T) of a double who becomes the person: N doubles, N people, shares (N, T) of the double."""
+    rows = torch.arange(len(person), device=shares.device).repeat_interleave(shares.shape[1])
+    start, end = double.select(rows), person.select(rows)
+    mixed = {}
+    for name in (*FACE, "freckles", "beard"):
+        own = getattr(end, name)
+        mixed[name] = torch.lerp(own, getattr(start, name), shares.view(-1, *[1] * (own.dim() - 1)))
+    return replace(end, **mixed)
 
-    The doubles are drawn from `seed` and the frames are softened.
 
-    starts: (N, W), first frame of each window.
+def film_doubles(
+    studio: Studio, takes: list[Take], looks: Looks, seed: int, starts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A window of each take in which a double becomes the person: frames uint8 (N, WINDOW, 3, H, W), and the
+    places (N, WINDOW, 3, 2) of mouth and eyes.
+
+    The doubles are drawn from `seed`. Their frames are softened and in slightly other light, which goes in
+    the same measure.
+
+    starts: (N,), first frame of each window.
     """
-    later = starts[:, 1:]
-    own = torch.arange(len(takes), device=studio.device).repeat_interleave(later.shape[1])
+    count = len(takes)
+    generator = torch.Generator().manual_seed(seed)
     tracks = [
-        {name: track[start : start + GIVEN_FRAMES] for name, track in take.tracks.items()}
-        for take, begins in zip(takes, later.tolist(), strict=True)
-        for start in begins
+        {name: track[start : start + WINDOW] for name, track in take.tracks.items()}
+        for take, start in zip(takes, starts.tolist(), strict=True)
     ]
-    played = doubles(looks, studio.head, seed).select(own)
-    frames, _ = studio.renderer.frames(played, gather(tracks, studio.device))
-    factors = 1 + (SOFTNESS - 1) * torch.rand(len(own), generator=torch.Generator().manual_seed(seed))
-    return soften(frames, factors).unflatten(0, later.shape)
+    length = torch.arange(WINDOW, device=studio.device, dtype=torch.float32)
+    shares = (1 - smoothstep(length, *RETURN)).expand(count, -1)
+    performance = gather(tracks, studio.device)
+    frame_by_frame = {
+        field.name: getattr(performance, field.name).flatten(0, 1)[:, None] for field in fields(performance)
+    }
+    played = returning(doubles(looks, studio.head, seed), looks, shares)
+    made = studio.renderer.frames(played, Performance(**frame_by_frame))
+    frames, places = (part[:, 0].unflatten(0, (count, WINDOW)) for part in made)
+    factors = 1 + (SOFTNESS - 1) * torch.rand(count, generator=generator)
+    gain = 1 + LIGHT * torch.randn(count, 1, 3, 1, 1, generator=generator).to(studio.device)
+    offset = 255 * LIGHT * torch.randn(count, 1, 3, 1, 1, generator=generator).to(studio.device)
+    worse = soften(frames, factors).float() * gain + offset
+    mixed = torch.lerp(frames.float(), worse, shares[:, :, None, None, None])
+    return mixed.round_().clamp_(0, 255).to(torch.uint8), places

@@ -68,8 +68,8 @@ class Renderer:
 
     @torch.no_grad()
     def frames(self, looks: Looks, performance: Performance) -> tuple[Tensor, Tensor]:
-        """Frames uint8 (N, T, 3, H, W) of N looks and performances, and the mouth's position (N, T, 2) in
-        pixels."""
+        """Frames uint8 (N, T, 3, H, W) of N looks and performances, and the places (N, T, 3, 2) of the mouth,
+        the left eye and the right eye in pixels."""
         count, length = performance.coefficients.shape[:2]
         coefficients, pose = performance.flat()
         owner = torch.arange(count, device=self.head.device).repeat_interleave(length)
@@ -80,10 +80,10 @@ class Renderer:
         ):
             part = Pose(pose.head[rows], pose.gaze[rows], pose.sway[rows])
             pieces.append(self._piece(looks, shapes, owner[rows], coefficients[rows], part))
-        pictures, mouths = (
+        pictures, places = (
             torch.cat(part).unflatten(0, (count, length)) for part in zip(*pieces, strict=True)
         )
-        return pictures, mouths
+        return pictures, places
 
     def _piece(
         self, looks: Looks, shapes: Tensor, owner: Tensor, coefficients: Tensor, pose: Pose
@@ -96,7 +96,8 @@ class Renderer:
             shapes[owner], coefficients, pose, looks.thickness[owner], looks.swell[owner]
         )
         points = self._project(vertices, looks.camera[owner])
-        mouth = points[:, head.lip_pair, :2].mean(1) / SUPERSAMPLE
+        parts = (head.lip_pair, head.left_eye, head.right_eye)
+        places = torch.stack([points[:, part, :2].mean(1) for part in parts], 1) / SUPERSAMPLE
         for hidden, shown in ((head.lashes, looks.lashes), (head.long_hair, looks.long_hair)):
             keep = torch.ones(len(owner), points.shape[1], dtype=torch.bool, device=points.device)
             keep[:, : head.mesh_vertices] = ~hidden[None] | (shown[owner][:, None] > 0)
@@ -108,7 +109,7 @@ class Renderer:
         image[hits.pixel] = torch.cat([colours, torch.ones_like(colours[:, :1])], 1)
         image = avg_pool2d(image.view(len(owner), scaled, scaled, 4).permute(0, 3, 1, 2), SUPERSAMPLE)
         final = image[:, :3] + (1 - image[:, 3:]) * looks.background[owner]
-        return (final.clamp(0, 1) * 255).round().to(torch.uint8), mouth
+        return (final.clamp(0, 1) * 255).round().to(torch.uint8), places
 
     def _project(self, vertices: Tensor, camera: Tensor) -> Tensor:
         height, centre_x, centre_y, distance = camera[:, :, None].unbind(1)

@@ -1,12 +1,14 @@
 """Samples two consecutive windows of held-out stories with the trained networks, as the engine does.
 
-It measures between sessions without the files of the engine: a sheet of frames (generated above true) and the
-correlation of the mouth, from the darkness of the pixels around its known position. The final measurements
-use landmarks instead.
+It measures between sessions without the files of the engine: a sheet of frames (generated above true), and
+correlations of what moves at the known places of the mouth and the eyes. The noise carries the film's drive
+(`training.drive`), so a trained model blinks and turns when the film does. The final measurements use
+landmarks instead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from omniavatar.sampling.denoise import denoise
 from omniavatar.sampling.schedule import make_schedule
+from training.drive import windows_of, write
 from training.nets import Nets, normalise_sound, normalised_latents, pixels_of
 from training.scale import LATENTS, OVERLAP, WINDOW
 from training.stage_dit import SHIFT, window_audio
@@ -29,16 +32,21 @@ class Sampled:
 
     made, true: uint8 (N, F, 3, H, W).
     mouth_r: median correlation of the darkness of the mouth.
+    eyes_r: of the change of the eyes since the portrait.
+    psnr: of generated against true frames, in dB.
     """
 
     made: Tensor
     true: Tensor
     mouth_r: float
+    eyes_r: float
+    psnr: float
 
 
 @torch.no_grad()
-def sample(nets: Nets, film: Film, steps: int, audio_scale: float = 1.0) -> Sampled:
-    """Films of at least 2 * WINDOW - OVERLAP frames, generated again from portrait, sound and prompt."""
+def sample(nets: Nets, film: Film, drive: Tensor, steps: int, audio_scale: float = 1.0) -> Sampled:
+    """Films of at least 2 * WINDOW - OVERLAP frames, generated again from portrait, sound, prompt and drive
+    (B, L, K)."""
     device = film.frames.device
     generator = torch.Generator(device).manual_seed(3)
     count, frames = film.frames.shape[:2]
@@ -67,24 +75,50 @@ def sample(nets: Nets, film: Film, steps: int, audio_scale: float = 1.0) -> Samp
             without_speech = nets.dit(x, y, timestep, text, silence)
             return without_speech + audio_scale * (with_speech - without_speech)
 
-        noise = torch.randn(wide.shape, device=device, generator=generator)
+        white = torch.randn(wide.shape, device=device, generator=generator)
+        eyes = film.eyes[:, 0] / (true.shape[-1] / wide.shape[-1])
+        noise = write(white, windows_of(drive, starts[:, None], LATENTS)[:, 0], eyes)
         latent = denoise(velocity, schedule, given, noise.clone)
         pixels = torch.cat([pixels_of(nets.vae, row[None]) for row in latent]).clamp(-1, 1)
         pieces.append(pixels if start == 0 else pixels[:, :, OVERLAP:])
         given = normalised_latents(nets.vae, pixels[:, :, -OVERLAP:])
     made = torch.cat(pieces, 2).transpose(1, 2)
     made = ((made + 1) * 127.5).round().to(torch.uint8)
-    mouth_r = _mouth_correlation(made, true, film.mouth[:, : true.shape[1]])
-    return Sampled(made, true, mouth_r)
+    frames = true.shape[1]
+    error = (made.float() - true.float()).square().mean()
+    return Sampled(
+        made,
+        true,
+        _correlation(made, true, [film.mouth[:, :frames]], _darkness, (9, 12)),
+        _correlation(made, true, list(film.eyes[:, :frames].unbind(2)), _change, (5, 8)),
+        float(10 * torch.log10(255**2 / error.clamp_min(1e-6))),
+    )
 
 
-def _mouth_correlation(made: Tensor, true: Tensor, mouth: Tensor) -> float:
+def _darkness(clip: Tensor) -> Tensor:
+    return -clip.mean((1, 2, 3))
+
+
+def _change(clip: Tensor) -> Tensor:
+    return (clip - clip[:1]).abs().mean((1, 2, 3))
+
+
+def _correlation(
+    made: Tensor,
+    true: Tensor,
+    places: list[Tensor],
+    track: Callable[[Tensor], Tensor],
+    half: tuple[int, int],
+) -> float:
+    """Median over clips and places (N, T, 2) of the correlation of a track of the pixels around them."""
     values = []
-    for one, other, places in zip(made, true, mouth, strict=True):
-        x, y = (int(value) for value in places.mean(0))
-        rows, columns = slice(max(0, y - 9), y + 12), slice(max(0, x - 12), x + 12)
-        tracks = [-clip[:, :, rows, columns].float().mean((1, 2, 3)) for clip in (one, other)]
-        values.append(float(torch.corrcoef(torch.stack(tracks))[0, 1]))
+    for place in places:
+        for one, other, moving in zip(made, true, place, strict=True):
+            x, y = (int(value) for value in moving.mean(0))
+            rows = slice(max(0, y - half[0]), y + half[0] + 3)
+            columns = slice(max(0, x - half[1]), x + half[1])
+            tracks = [track(clip[:, :, rows, columns].float()) for clip in (one, other)]
+            values.append(float(torch.corrcoef(torch.stack(tracks))[0, 1]))
     return float(np.nanmedian(values))
 
 

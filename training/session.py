@@ -30,7 +30,7 @@ from training.scale import WINDOW
 from training.settings import Settings, StageSettings, VaeSettings, read_settings
 from training.speech import SpeechSet, synthesise
 from training.stage_audio import train_audio
-from training.stage_dit import train_dit
+from training.stage_dit import STEPS, drive_of, train_dit
 from training.stage_vae import train_vae
 from training.studio import HELD_OUT_SEEDS, Studio, still
 from training.takes import TakeFactory, make_take
@@ -39,6 +39,10 @@ FOLDER = Path(__file__).parent
 STAGES = ("vae", "audio", "decoder", "dit")
 AFTER_DIT = ("decoder", "dit")
 """Stages that do not change the inputs of a DiT."""
+BEFORE_MORE_DIT = "audio"
+"""A stage that changes them a little, so that the DiT must be trained on afterwards."""
+AUDIO_SCALE = 2.0
+"""Of the packaged configuration, for samples."""
 OVERSHOOT = 0.05
 """Minutes: a stage ends after the step in which its time is over."""
 HELD_OUT_CLIPS = {"cuda": 8, "cpu": 1}
@@ -55,6 +59,16 @@ def parse_stages(words: list[str]) -> list[tuple[str, float]]:
     return stages
 
 
+def check_order(stages: list[tuple[str, float]], trained: bool) -> None:
+    """Raise ValueError if the stages would leave a trained DiT with other inputs than it was trained on."""
+    names = [name for name, _ in stages]
+    for place, name in enumerate(names if trained else []):
+        if name in AFTER_DIT or (name == BEFORE_MORE_DIT and "dit" in names[place:]):
+            continue
+        remedy = "add a dit stage after it" if name == BEFORE_MORE_DIT else "train it without --resume"
+        raise ValueError(f"{name}: the DiT was trained on the output of this network; {remedy}")
+
+
 def gather_speech(
     settings: Settings, session: int, ranks: TrainingRanks, workers: int, folder: Path
 ) -> SpeechSet:
@@ -64,7 +78,7 @@ def gather_speech(
     sets = [SpeechSet.load(Path(source.recorded))] * source.copies if source.recorded else []
     if source.utterances:
         seed = settings.seed + 1 + session + 1000 * ranks.index
-        sets.insert(0, synthesise(source.utterances // ranks.count, seed, workers))
+        sets.insert(0, synthesise(source.utterances // ranks.count, seed, workers, foreign=source.foreign))
     speech = SpeechSet.join(sets)
     taken = time.monotonic() - began
     print(
@@ -123,14 +137,9 @@ class Session:
     def run(self, name: str, minutes: float) -> None:
         """Run one stage for `minutes`.
 
-        Raises ValueError if the stage would change the inputs of a trained DiT, or if the learning rate
-        would reach zero before its end.
+        Raises ValueError if the learning rate would reach zero before its end.
         """
         settings = self.settings
-        if name not in AFTER_DIT and self.facts["minutes"]["dit"]:
-            raise ValueError(
-                f"{name}: the DiT was trained on the output of this network; train it without --resume"
-            )
         stage: StageSettings = getattr(settings, name)
         before = self.facts["minutes"][name]
         if before + minutes > stage.planned_minutes + OVERSHOOT:
@@ -155,7 +164,7 @@ class Session:
         else:
             film = studio.film_takes(self.held_out, 0)
             keep = functools.partial(self.keep, name, budget)
-            train_dit(self.nets, studio, film, settings.dit, budget, self.log, seed, keep)
+            train_dit(self.nets, studio, film, self.held_out, settings.dit, budget, self.log, seed, keep)
         self.facts["minutes"][name] += budget.spent
 
     def keep(self, name: str, budget: Budget) -> None:
@@ -178,13 +187,18 @@ class Session:
         _draw_curves(self.log.rows, out / "curves.png")
         if self.facts["minutes"]["dit"]:
             studio = Studio(iter(()), 0, self.device)
-            film = studio.film_takes([still(take) for take in self.held_out], 0)
-            for scale in (1.0, 2.0):
-                sampled = sample(self.nets, film, steps, scale)
+            drive = drive_of(self.held_out, self.device)
+            for name, takes in (
+                ("still", [still(take) for take in self.held_out]),
+                ("moving", self.held_out),
+            ):
+                sampled = sample(self.nets, studio.film_takes(takes, 0), drive, steps, AUDIO_SCALE)
                 print(
-                    f"samples: {steps} steps, audio scale {scale}: mouth_r {sampled.mouth_r:.3f}", flush=True
+                    f"samples, {name}: {steps} steps: mouth_r {sampled.mouth_r:.3f}, "
+                    f"eyes_r {sampled.eyes_r:.3f}, {sampled.psnr:.2f} dB",
+                    flush=True,
                 )
-                sheet(sampled).save(out / f"sheet_{scale:g}.jpg", quality=80)
+                sheet(sampled).save(out / f"sheet_{name}.jpg", quality=80)
 
 
 def _draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
@@ -225,7 +239,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=FOLDER / "configs" / "pocket.yaml")
     parser.add_argument("--resume", type=Path, help="folder written by an earlier session")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sample-steps", type=int, default=12)
+    parser.add_argument("--sample-steps", type=int, default=STEPS)
     arguments = parser.parse_args()
     stages = parse_stages(arguments.stages)
     ranks, device = TrainingRanks.join()
@@ -233,6 +247,7 @@ def main() -> None:
     settings = read_settings(arguments.config)
     with tempfile.TemporaryDirectory() as folder:
         session = Session(settings, arguments.resume, ranks, device, Path(folder), arguments.out)
+        check_order(stages, session.facts["minutes"]["dit"] > 0)
         for name, minutes in stages:
             session.run(name, minutes)
             if ranks.leads:

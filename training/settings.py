@@ -15,6 +15,8 @@ class SpeechSettings:
 
     utterances: int
     """Number of sentences, half by each synthesiser; a thousand last about 53 minutes. 0: only `recorded`."""
+    foreign: float
+    """Share of more sentences in French and German, relative to `utterances`."""
     recorded: str
     """A `SpeechSet` file to add, such as one of `record`, relative to the repository root; or empty."""
     copies: int
@@ -94,9 +96,16 @@ class DitSettings(StageSettings):
     drop_text: float
     corrupt: float
     """Share of later windows whose given latents are disturbed."""
-    doubles: float
-    """Share of later windows whose given frames show a double; 0: no doubles are rendered."""
+    doubles: bool
+    """Whether the last window of each story begins with a double (`training.handover`)."""
     mouth: float
+    """Extra weight of the area around the mouth."""
+    eyes: float
+    """Extra weight of the areas around the eyes."""
+    steady: float
+    """Weight of the change of the error from one latent frame to the next, against flicker."""
+    at_steps: float
+    """Share of examples at the noise levels of the packaged configuration; the others are at any level."""
     mirror: bool
     """Whether to use each clip a second time, mirrored and in other light."""
     compile: bool

@@ -13,14 +13,17 @@ start, end).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
+from training.languages import LANGUAGES, foreign_sentence
+from training.languages import PHONES as FOREIGN_PHONES
 from training.phones import PHONES, SILENCE, Phone, canonical
 from training.texts import sentence
 
@@ -28,65 +31,13 @@ SAMPLE_RATE = 16000
 TOOLS = Path(__file__).parent / "build" / "tts"
 FLITE_VOICES = ("slt", "rms", "awb", "kal16")
 ACCENTS = ("en-us", "en-us", "en-gb-x-rp", "en-gb-scotland", "en-029", "en-us-nyc", "en-gb-x-gbclan")
-VARIANTS = tuple(
-    [
-        "m1",
-        "m2",
-        "m3",
-        "m4",
-        "m5",
-        "m6",
-        "m7",
-        "m8",
-        "f1",
-        "f2",
-        "f3",
-        "f4",
-        "f5",
-        "klatt",
-        "klatt2",
-        "klatt3",
-        "Alex",
-        "Andy",
-        "Annie",
-        "Gene",
-        "Lee",
-        "Mario",
-        "Michael",
-        "Mike",
-        "Reed",
-        "adam",
-        "anika",
-        "antonio",
-        "belinda",
-        "benjamin",
-        "boris",
-        "caleb",
-        "david",
-        "ed",
-        "grandma",
-        "grandpa",
-        "ian",
-        "iven",
-        "john",
-        "linda",
-        "marcelo",
-        "max",
-        "michel",
-        "norbert",
-        "pablo",
-        "paul",
-        "quincy",
-        "rob",
-        "robert",
-        "sandro",
-        "shelby",
-        "steph",
-        "travis",
-        "victor",
-        "zac",
-    ]
-)
+VARIANTS = (
+    "m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "f1", "f2", "f3", "f4", "f5", "klatt", "klatt2",
+    "klatt3", "Alex", "Andy", "Annie", "Gene", "Lee", "Mario", "Michael", "Mike", "Reed", "adam",
+    "anika", "antonio", "belinda", "benjamin", "boris", "caleb", "david", "ed", "grandma", "grandpa",
+    "ian", "iven", "john", "linda", "marcelo", "max", "michel", "norbert", "pablo", "paul", "quincy",
+    "rob", "robert", "sandro", "shelby", "steph", "travis", "victor", "zac",
+)  # fmt: skip
 _ESPEAK_PHONES = {
     "@": "AH", "@2": "AH", "@L": "AH L", "3": "ER", "3:": "ER", "a": "AE", "aa": "AE", "A": "AA",
     "A:": "AA", "A@": "AA R", "0": "AA", "O": "AO", "O:": "AO", "O@": "AO R", "o@": "AO R", "o": "OW",
@@ -314,9 +265,19 @@ class Espeak:
         return 0
 
     def speak(
-        self, text: str, voice: str, rate: int, pitch: int, span: int
+        self,
+        text: str,
+        voice: str,
+        rate: int,
+        pitch: int,
+        span: int,
+        names: Mapping[str, str] = MappingProxyType({}),
     ) -> tuple[np.ndarray, list[Phone]]:
-        """int16 samples at 16 kHz and phones. Raises ValueError for an unknown voice."""
+        """int16 samples at 16 kHz and phones. Raises ValueError for an unknown voice.
+
+        names: phones of eSpeak's names that differ from English (`training.languages`).
+        """
+        table = {**_ESPEAK_PHONES, **names}
         if self.library.espeak_SetVoiceByName(voice.encode()):
             raise ValueError(f"eSpeak NG has no voice {voice!r}")
         for number, value in ((self.RATE, rate), (self.PITCH, pitch), (self.RANGE, span)):
@@ -327,12 +288,12 @@ class Espeak:
         self.library.espeak_Synchronize()
         sound = np.concatenate(self.sound).astype(np.float32)
         end = len(sound) / self.rate
-        starts = [(moment, name) for moment, name in self.events if _ESPEAK_PHONES[_bare(name)]]
+        starts = [(moment, name) for moment, name in self.events if table[_bare(name)]]
         phones = []
         for (start, name), (stop, _) in zip(starts, [*starts[1:], (end, "")], strict=True):
-            names = _ESPEAK_PHONES[_bare(name)].split()
-            for number, each in enumerate(names):
-                length = (stop - start) / len(names)
+            spoken = table[_bare(name)].split()
+            for number, each in enumerate(spoken):
+                length = (stop - start) / len(spoken)
                 phones.append(Phone(each, start + number * length, start + (number + 1) * length))
         samples = resample(sound, self.rate)
         return samples.clip(-32768, 32767).round().astype(np.int16), phones
@@ -362,14 +323,41 @@ def _espeak_batch(job: tuple[int, int]) -> list[tuple[str, np.ndarray, list[Phon
     return parts
 
 
-def synthesise(utterances: int, seed: int, workers: int, batch: int = 40) -> SpeechSet:
-    """`utterances` sentences, half by flite and half by eSpeak NG.
+def _foreign_batch(job: tuple[int, int]) -> list[tuple[str, np.ndarray, list[Phone]]]:
+    seed, count = job
+    return foreign_speech(seed, count, VARIANTS)
+
+
+def foreign_speech(
+    seed: int, count: int, variants: Sequence[str]
+) -> list[tuple[str, np.ndarray, list[Phone]]]:
+    """`count` sentences of eSpeak NG, in turn in each of LANGUAGES, by voices of `variants`."""
+    rng = np.random.default_rng((seed, 3))
+    espeak = Espeak()
+    parts = []
+    for number in range(count):
+        language = LANGUAGES[number % len(LANGUAGES)]
+        voice = f"{language}+{rng.choice(variants)}"
+        rate, pitch, span = int(rng.integers(120, 205)), int(rng.integers(15, 85)), int(rng.integers(20, 80))
+        text = foreign_sentence(rng, language)
+        parts.append((f"espeak-{voice}", *espeak.speak(text, voice, rate, pitch, span, FOREIGN_PHONES)))
+    return parts
+
+
+def synthesise(utterances: int, seed: int, workers: int, batch: int = 40, foreign: float = 0.0) -> SpeechSet:
+    """`utterances` sentences, half by flite and half by eSpeak NG, and a share `foreign` of more in French
+    and German.
 
     The result depends only on `seed`, not on the number of workers.
     """
     jobs = [(seed * 100003 + number, batch) for number in range(max(1, utterances // (2 * batch)))]
+    others = [(seed * 100003 + number, batch) for number in range(round(foreign * utterances / batch))]
     parts = []
     with ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=1) as pool:
-        for result in (*pool.map(_flite_batch, jobs), *pool.map(_espeak_batch, jobs)):
+        for result in (
+            *pool.map(_flite_batch, jobs),
+            *pool.map(_espeak_batch, jobs),
+            *pool.map(_foreign_batch, others),
+        ):
             parts += result
     return SpeechSet.of(parts)

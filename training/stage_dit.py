@@ -1,30 +1,34 @@
 """Stage 3, the diffusion transformer with the prompt encoder: flow matching on latents of talking heads.
 
 A clip in the pool is a story: the portrait, sound and prompt, and windows of the story as latents. The first
-window starts at the portrait, the others at random frames. Each window is encoded separately, as in the
-hand-over of the engine. In a later window the given latents often come from a double (`training.handover`) or
-are disturbed (noise, and an offset and gain per channel). The model thus learns to return to the portrait
-instead of drifting. For guidance, speech and prompt are dropped at random: speech becomes zero vectors, the
-prompt becomes empty. Noise levels follow the engine's schedule with shift 5.
+window starts at the portrait, the others at random frames, and the last one may begin with a double
+(`training.handover`). Each window is encoded separately, as in the hand-over of the engine. The noise of a
+window carries what happens in it by chance (`training.drive`), so a sampler of few steps need not average
+over it. Given latents are often noisy. For guidance, speech and prompt are dropped at random: speech becomes
+zero vectors, the prompt becomes empty. Noise levels follow the engine's schedule with shift 5; part of them
+are those of the packaged number of steps.
 
-Shapes: B stories, W windows per story, T latent frames, N = 4T-3 video frames, D audio width, h w latent
-pixels.
+Shapes: B stories, W windows per story, T latent frames, N = 4T-3 video frames, D audio width, K signals, h w
+latent pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from omniavatar.model.dit import RunBlocks, WanDiT
 from omniavatar.model.layers import BlockInputs
+from omniavatar.sampling.schedule import make_schedule
 from training.augment import roughen
+from training.drive import FRAMES_A_LATENT, mirrored_drive, windows_of, write
 from training.graphed import GraphedStep
-from training.handover import GIVEN, film_doubles
+from training.handover import film_doubles
 from training.loop import Budget, Log, Optimiser, Pool
 from training.nets import Nets, PromptEncoder, normalise_sound, normalised_latents
 from training.scale import LATENTS, SIZE, WINDOW
@@ -32,77 +36,131 @@ from training.settings import DitSettings
 from training.stage_vae import to_pixels
 from training.studio import Film, Studio, mouth_weight
 from training.supply import Supply
+from training.takes import Take
 
 SHIFT = 5.0
+STEPS = 4
+"""Of the packaged configuration."""
 PROMPT_TOKENS = 160
+EYE_SPREAD = 7.0
 GIVEN_ODDS = (0.15, 0.60, 0.15, 0.10)
 
 
-def mirrored(film: Film, handed: Tensor | None, generator: torch.Generator) -> tuple[Film, Tensor | None]:
-    """The clips and their handed frames (B, W-1, F, 3, H, W), mirrored and in other light.
+@dataclass(frozen=True, eq=False)
+class Story:
+    """B filmed stories and their windows.
 
-    Each clip has its own gain and offset per channel. This reuses clips, because rendering one takes three
+    starts: (B, W), first frame of each window, multiples of four.
+    drive: (B, L, K), of the whole story.
+    last: instead of the film's frames, those of the last window, uint8 (B, N, 3, H, W), and their places
+    (B, N, 3, 2) of mouth and eyes.
+    """
+
+    film: Film
+    starts: Tensor
+    drive: Tensor
+    last: tuple[Tensor, Tensor] | None
+
+    @classmethod
+    def join(cls, one: Story, other: Story) -> Story:
+        """The stories of both."""
+        both = None
+        if one.last is not None and other.last is not None:
+            both = (torch.cat([one.last[0], other.last[0]]), torch.cat([one.last[1], other.last[1]]))
+        return cls(
+            Film.join([one.film, other.film]),
+            torch.cat([one.starts, other.starts]),
+            torch.cat([one.drive, other.drive]),
+            both,
+        )
+
+
+def mirrored(story: Story, generator: torch.Generator) -> Story:
+    """The stories, mirrored and in other light.
+
+    Each story has its own gain and offset per channel. This reuses clips, because rendering one takes three
     times as long as encoding its windows.
     """
+    film = story.film
     width = film.frames.shape[-1]
     count, device = len(film.frames), film.frames.device
-    gain = 1 + 0.08 * torch.randn(count, 3, generator=generator, device=device)
-    offset = 10 * torch.randn(count, 3, generator=generator, device=device)
+    gain = 1 + 0.08 * torch.randn(count, 1, 3, 1, 1, generator=generator, device=device)
+    offset = 10 * torch.randn(count, 1, 3, 1, 1, generator=generator, device=device)
 
     def seen(frames: Tensor) -> Tensor:
-        shape = (count, *[1] * (frames.dim() - 4), 3, 1, 1)
-        lit = frames.flip(-1) * gain.view(shape) + offset.view(shape)
-        return lit.round_().clamp_(0, 255).to(torch.uint8)
+        return (frames.flip(-1) * gain + offset).round_().clamp_(0, 255).to(torch.uint8)
 
-    mouth = torch.stack([width - 1 - film.mouth[..., 0], film.mouth[..., 1]], -1)
-    made = replace(film, frames=seen(film.frames), mouth=mouth)
-    return made, None if handed is None else seen(handed)
+    def moved(places: Tensor) -> Tensor:
+        return torch.stack([width - 1 - places[..., 0], places[..., 1]], -1)
+
+    def swapped(places: Tensor) -> Tensor:
+        mouth, left, right = moved(places).unbind(2)
+        return torch.stack([mouth, right, left], 2)
+
+    made = replace(film, frames=seen(film.frames), mouth=moved(film.mouth), eyes=moved(film.eyes).flip(2))
+    last = None if story.last is None else (seen(story.last[0]), swapped(story.last[1]))
+    return Story(made, story.starts, mirrored_drive(story.drive), last)
 
 
 def draw_starts(count: int, windows: int, frames: int, generator: torch.Generator) -> Tensor:
-    """First frames (count, windows) of the windows in stories of `frames` frames; the first one is 0."""
+    """First frames (count, windows) of the windows in stories of `frames` frames; the first one is 0.
+
+    They are multiples of four, as in the engine.
+    """
     device = generator.device
-    starts = torch.randint(1, frames - WINDOW + 1, (count, windows), generator=generator, device=device)
+    latest = (frames - WINDOW) // FRAMES_A_LATENT
+    starts = torch.randint(1, latest + 1, (count, windows), generator=generator, device=device)
     starts[:, 0] = 0
-    return starts
+    return FRAMES_A_LATENT * starts
 
 
 @torch.no_grad()
 def stories_of(
-    film: Film, starts: Tensor, handed: Tensor | None, nets: Nets, generator: torch.Generator
+    story: Story, nets: Nets, settings: DitSettings, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """The tensors of a film for the pool.
+    """The tensors of stories for the pool.
 
-    Latents (B, W, 16, T, h, w), loss weights (B, W, T, h, w), first frames of the windows, audio vectors of
-    the whole sound (B, frames - 1, D), prompt tokens and, if `handed` is given, latents of these frames
-    (B, W-1, 16, GIVEN, h, w).
-
-    starts: (B, W), first frames of the windows.
+    Latents (B, W, 16, T, h, w), loss weights (B, W, T, h, w), first frames of the windows (B, W), their drive
+    (B, W, T, K), the portrait's eyes in latent pixels (B, 2, 2), audio vectors of the whole sound
+    (B, frames - 1, D), prompt tokens.
     """
+    film, starts = story.film, story.starts
     frames = film.frames.shape[1]
     device = film.frames.device
-    count, windows = starts.shape
+    count = len(starts)
     rows = starts[..., None] + torch.arange(WINDOW, device=device)
-    picked = film.frames[torch.arange(count, device=device)[:, None, None], rows].flatten(0, 1)
-    mouths = film.mouth[torch.arange(count, device=device)[:, None, None], rows].flatten(0, 1)
+    which = torch.arange(count, device=device)[:, None, None]
+    picked = film.frames[which, rows]
+    places = torch.cat([film.mouth[:, :, None], film.eyes], 2)[which, rows]
+    if story.last is not None:
+        picked[:, -1], places[:, -1] = story.last
 
     def coded(clips: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             parts = clips.split(8 if device.type == "cuda" else 1)
             return torch.cat([normalised_latents(nets.vae, to_pixels(part)).half() for part in parts])
 
-    groups = torch.cat([mouths[:, :1].expand(-1, 3, -1), mouths], 1).unflatten(1, (LATENTS, 4)).mean(2)
-    weight = mouth_weight(groups, (SIZE // 8, SIZE // 8), 1 / 8, 1.0, 20.0) - 1
+    groups = torch.cat([places[:, :, :1].expand(-1, -1, 3, -1, -1), places], 2)
+    centres = groups.unflatten(2, (LATENTS, 4)).mean(3)
+
+    def around(place: Tensor, strength: float, spread: float) -> Tensor:
+        return mouth_weight(place, (SIZE // 8, SIZE // 8), 1 / 8, strength, spread) - 1
+
+    weight = around(centres[..., 0, :], settings.mouth, 20.0)
+    for eye in (1, 2):
+        weight = weight + around(centres[..., eye, :], settings.eyes, EYE_SPREAD)
     sound = normalise_sound(roughen(film.sound, generator))
     ids, mask = nets.text.tokens(list(film.prompts))
     if ids.shape[1] > PROMPT_TOKENS:
         raise ValueError(f"a prompt has {ids.shape[1]} tokens; the maximum is {PROMPT_TOKENS}")
     room = (0, PROMPT_TOKENS - ids.shape[1])
-    given = {} if handed is None else {"handed": coded(handed.flatten(0, 1)).unflatten(0, handed.shape[:2])}
-    return given | {
-        "latents": coded(picked).unflatten(0, (count, windows)),
-        "weight": weight.half().unflatten(0, (count, windows)),
+    clean = coded(picked.flatten(0, 1)).unflatten(0, starts.shape)
+    return {
+        "latents": clean,
+        "weight": weight.half(),
         "starts": starts,
+        "drive": windows_of(story.drive, starts, LATENTS),
+        "eyes": film.eyes[:, 0] / (SIZE / clean.shape[-1]),
         "audio": nets.audio.features(sound, frames - 1).half(),
         "ids": torch.nn.functional.pad(ids, room).to(device),
         "mask": torch.nn.functional.pad(mask, room).to(device),
@@ -120,7 +178,7 @@ def window_audio(audio: Tensor, starts: Tensor) -> Tensor:
 
 
 def disturb(given: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Given latents (B, 16, G, h, w), most of them with noise and an offset and gain per channel."""
+    """Given latents (B, 16, G, h, w), most of them with fine and coarse noise."""
     batch, channels = given.shape[:2]
 
     def normal(*shape: int) -> Tensor:
@@ -132,8 +190,15 @@ def disturb(given: Tensor, share: float, generator: torch.Generator) -> Tensor:
         normal(channels * given.shape[2], 6, 6), size=given.shape[-2:], mode="bilinear"
     ).view_as(given)
     fine = torch.randn(given.shape, device=given.device, generator=generator)
-    offset, gain = normal(channels, 1, 1, 1), normal(channels, 1, 1, 1)
-    return given * (1 + 0.08 * strength * gain) + strength * (0.1 * offset + 0.12 * fine + 0.12 * coarse)
+    return given + strength * (0.12 * fine + 0.12 * coarse)
+
+
+def draw_levels(count: int, at_steps: float, device: torch.device, generator: torch.Generator) -> Tensor:
+    """Noise levels (B,): a share `at_steps` of them are levels of the packaged steps."""
+    u, choice = torch.rand(2, count, device=device, generator=generator)
+    levels = torch.tensor(make_schedule(STEPS, SHIFT).sigmas, device=device)
+    drawn = torch.randint(STEPS, (count,), device=device, generator=generator)
+    return torch.where(choice < at_steps, levels[drawn], SHIFT * u / (1 + (SHIFT - 1) * u))
 
 
 def dit_batch(
@@ -155,22 +220,17 @@ def dit_batch(
         torch.tensor(GIVEN_ODDS, device=device), batch, replacement=True, generator=generator
     )
     given = torch.where(starts == 0, 1, given)
-    u = uniform()
-    sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
+    sigma = draw_levels(batch, settings.at_steps, device, generator)
     noise = torch.randn(clean.shape, device=device, generator=generator)
+    noise = write(noise, stories["drive"][every, which], stories["eyes"])
     level = sigma.view(-1, 1, 1, 1, 1)
     known = (torch.arange(clean.shape[2], device=device)[None] < given[:, None])[:, None, :, None, None]
     later = (starts > 0).view(-1, 1, 1, 1, 1)
-    shown = clean
-    if "handed" in stories:
-        doubled = (uniform() < settings.doubles).view(-1, 1, 1, 1, 1)
-        handed = stories["handed"][every, (which - 1).clamp_min(0)].float()
-        shown = torch.cat([torch.where(doubled, handed, clean[:, :, :GIVEN]), clean[:, :, GIVEN:]], 2)
-    shown = torch.where(later, disturb(shown, settings.corrupt, generator), clean)
+    shown = torch.where(later, disturb(clean, settings.corrupt, generator), clean)
     sample = torch.where(known, shown, (1 - level) * clean + level * noise)
     mask = (~known).float().expand(-1, -1, -1, *clean.shape[3:])
     y = torch.cat([reference.expand_as(clean), mask], 1)
-    weight = (1 + settings.mouth * stories["weight"][every, which].float())[:, None] * mask
+    weight = (1 + stories["weight"][every, which].float())[:, None] * mask
     keep_audio = (uniform() >= settings.drop_audio).float()[:, None, None]
     keep_text = uniform() >= settings.drop_text
     nothing = torch.zeros_like(stories["ids"])
@@ -202,9 +262,14 @@ def compiled_blocks(dit: WanDiT) -> RunBlocks:
 
 
 def dit_loss(
-    dit: WanDiT, text: PromptEncoder, batch: dict[str, Tensor], run_blocks: RunBlocks | None = None
+    dit: WanDiT,
+    text: PromptEncoder,
+    batch: dict[str, Tensor],
+    steady: float,
+    run_blocks: RunBlocks | None = None,
 ) -> Tensor:
-    """Weighted squared error of the velocity."""
+    """Weighted squared error of the velocity, and `steady` times that of its change from latent frame to
+    latent frame."""
     embedding = text(batch["ids"], batch["mask"])
     made = dit(
         batch["sample"],
@@ -214,7 +279,17 @@ def dit_loss(
         dit.prepare_audio(batch["audio"]),
         run_blocks,
     )
-    return ((made - batch["target"]).square() * batch["weight"]).mean()
+    error = made.float() - batch["target"]
+    loss = (error.square() * batch["weight"]).mean()
+    if not steady:
+        return loss
+    both = torch.minimum(batch["weight"][:, :, 1:], batch["weight"][:, :, :-1])
+    return loss + steady * 0.5 * (error.diff(dim=2).square() * both).mean()
+
+
+def drive_of(takes: list[Take], device: torch.device) -> Tensor:
+    """The drive (B, L, K) of takes of equal length."""
+    return torch.from_numpy(np.stack([take.drive for take in takes])).to(device)
 
 
 @torch.no_grad()
@@ -225,7 +300,7 @@ def measure(nets: Nets, stories: dict[str, Tensor], settings: DitSettings, devic
     for _ in range(4):
         batch = dit_batch(stories, settings, generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            total += float(dit_loss(nets.dit, nets.text, batch)) / 4
+            total += float(dit_loss(nets.dit, nets.text, batch, 0.0)) / 4
     return total
 
 
@@ -233,6 +308,7 @@ def train_dit(
     nets: Nets,
     studio: Studio,
     held_out: Film,
+    takes_held_out: list[Take],
     settings: DitSettings,
     budget: Budget,
     log: Log,
@@ -254,21 +330,19 @@ def train_dit(
     def make(count: int) -> dict[str, Tensor]:
         takes, people_seed = studio.cast(count)
         looks = studio.people(count, people_seed)
-        film = studio.film_people(takes, looks)
         starts = draw_starts(count, settings.windows, settings.frames, others)
-        handed = film_doubles(studio, takes, looks, people_seed, starts) if settings.doubles else None
+        last = film_doubles(studio, takes, looks, people_seed, starts[:, -1]) if settings.doubles else None
+        story = Story(studio.film_people(takes, looks), starts, drive_of(takes, device), last)
         if settings.mirror:
-            seen, given = mirrored(film, handed, others)
-            film, starts = Film.join([film, seen]), torch.cat([starts, starts])
-            handed = None if given is None else torch.cat([handed, given])
-        return stories_of(film, starts, handed, nets, others)
+            story = Story.join(story, mirrored(story, others))
+        return stories_of(story, nets, settings, others)
 
     def loss_of(batch: dict[str, Tensor]) -> Tensor:
         mixed = torch.autocast(
             device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False
         )
         with mixed:
-            return dit_loss(nets.dit, nets.text, batch, run_blocks)
+            return dit_loss(nets.dit, nets.text, batch, settings.steady, run_blocks)
 
     def draw() -> dict[str, Tensor]:
         return dit_batch(pool.draw(settings.batch, generator), settings, generator)
@@ -283,7 +357,8 @@ def train_dit(
     pool.fill(make, 8, budget, settings.fill_share)
     same = torch.Generator(device).manual_seed(6)
     starts = draw_starts(len(held_out.frames), settings.windows, held_out.frames.shape[1], same)
-    test = stories_of(held_out, starts, None, nets, same)
+    told = Story(held_out, starts, drive_of(takes_held_out, device), None)
+    test = stories_of(told, nets, settings, same)
     measured_now()
     graphed = GraphedStep(loss_of, draw(), optimiser.parameters) if settings.graph else None
     measured, mean = budget.spent, None

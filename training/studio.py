@@ -28,6 +28,7 @@ class Film:
 
     frames: uint8 (N, T, 3, H, W).
     mouth: (N, T, 2), x and y in pixels.
+    eyes: (N, T, 2, 2), left and right eye, x and y in pixels.
     opening: (N, T), see `Head.mouth_opening`.
     sound: (N, S) float32 of about +-1.
     phones: (N, T).
@@ -37,6 +38,7 @@ class Film:
 
     frames: Tensor
     mouth: Tensor
+    eyes: Tensor
     opening: Tensor
     sound: Tensor
     phones: Tensor
@@ -96,11 +98,12 @@ class Studio:
                 for face, coefficients in zip(shape, performance.coefficients, strict=True)
             ]
         )
-        pictures, mouth = self.renderer.frames(looks, performance)
+        pictures, places = self.renderer.frames(looks, performance)
         sound = torch.from_numpy(np.stack([take.sound for take in takes])).to(self.device)
         return Film(
             frames=pictures,
-            mouth=mouth,
+            mouth=places[:, :, 0],
+            eyes=places[:, :, 1:],
             opening=opening,
             sound=sound.float() / 32768,
             phones=torch.from_numpy(np.stack([take.phones[kept] for take in takes])).to(self.device),

@@ -1,9 +1,9 @@
 """Takes: a piece of sound with the motion of the face that speaks it, without pixels; made on CPU cores.
 
 A take begins with a short silence, followed by speech of one voice with pauses; some takes start in the
-middle of a sentence. Speed and pitch vary together. A few takes have hum, noise or chords instead of speech,
-with the mouth at rest, so that the model learns not to react to them. A take depends only on its seed and the
-speech.
+middle of a sentence. Speed and pitch vary together. A few takes have hum, noise, chords or music instead of
+speech, with the mouth at rest, and others have music behind the speech, so that the model learns not to react
+to them. A take depends only on its seed and the speech.
 
 Shapes: T video frames (frame 0 is the portrait), 640 samples per frame from frame 1 on.
 """
@@ -19,12 +19,17 @@ from pathlib import Path
 
 import numpy as np
 
+from training.drive import draw_drive
 from training.motion import Manner, draw_manner, perform
+from training.music import music
 from training.phones import FPS, Phone, frame_phones, smooth_articulate
 from training.speech import SAMPLE_RATE, SpeechSet, resample
 
 SAMPLES_A_FRAME = SAMPLE_RATE // FPS
-NO_SPEECH_ODDS = 0.05
+NO_SPEECH_ODDS = 0.08
+MUSIC_ODDS = 0.25
+MUSIC_BELOW_SPEECH = (0.0, 20.0)
+"""Decibels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +40,7 @@ class Take:
     phones: (T,), index in PHONES.
     shape: (T, A), articulators.
     tracks: from `perform`.
+    drive: (L, K), see `training.drive`.
     """
 
     sound: np.ndarray
@@ -42,6 +48,7 @@ class Take:
     shape: np.ndarray
     manner: Manner
     tracks: dict[str, np.ndarray]
+    drive: np.ndarray
 
 
 def make_take(speech: SpeechSet, names: list[str], frames: int, seed: int) -> Take:
@@ -55,13 +62,17 @@ def make_take(speech: SpeechSet, names: list[str], frames: int, seed: int) -> Ta
         sound, phones = no_speech(rng, total), []
     else:
         sound, phones = _speak(speech, rng, total)
+        if rng.random() < MUSIC_ODDS:
+            sound = with_music(sound, rng)
     manner = draw_manner(rng)
+    drive = draw_drive(rng, frames)
     return Take(
         sound=sound,
         phones=frame_phones(phones, frames),
         shape=smooth_articulate(phones, frames).astype(np.float32),
         manner=manner,
-        tracks=perform(names, phones, frames, manner, rng),
+        tracks=perform(names, phones, frames, manner, rng, drive),
+        drive=drive,
     )
 
 
@@ -94,15 +105,25 @@ def _speak(speech: SpeechSet, rng: np.random.Generator, total: int) -> tuple[np.
     return np.clip(sound, -32768, 32767).astype(np.int16), phones
 
 
+def with_music(sound: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """int16 speech with music behind it, from the start to the end."""
+    level = float(np.sqrt(np.square(sound[sound != 0].astype(np.float64)).mean())) if sound.any() else 1000.0
+    quieter = 10 ** (-rng.uniform(*MUSIC_BELOW_SPEECH) / 20)
+    mixed = sound + level * quieter * music(rng, len(sound))
+    return (mixed * min(1.0, 32000 / max(1.0, float(np.abs(mixed).max())))).astype(np.int16)
+
+
 def no_speech(rng: np.random.Generator, total: int) -> np.ndarray:
-    """Sound without speech: hiss, hum, coloured noise or a few chords."""
+    """Sound without speech: hiss, hum, coloured noise, a few chords or music."""
     time = np.arange(total) / SAMPLE_RATE
-    kind = rng.integers(3)
+    kind = rng.integers(5)
     if kind == 0:
         sound = rng.normal(0, 1, total) * np.exp(rng.uniform(np.log(3), np.log(3000)))
     elif kind == 1:
         steps = np.cumsum(rng.normal(0, 1, total))
         sound = (steps - np.convolve(steps, np.ones(400) / 400, "same")) * rng.uniform(20, 300)
+    elif kind > 2:
+        sound = music(rng, total) * np.exp(rng.uniform(np.log(300), np.log(6000)))
     else:
         sound = np.zeros(total)
         begin = 0

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from training.drive import draw_drive
 from training.head import Head
 from training.looks import draw_looks
 from training.motion import Manner, draw_manner, perform
@@ -123,14 +124,15 @@ def _recorded_takes(speech: SpeechSet, number: int, names: list[str], rng: np.ra
             for phone in phones
             if phone.end + shift > LEAD - 0.02 and phone.start + shift < LEAD + len(piece) / SAMPLE_RATE
         ]
-        manner = draw_manner(rng)
+        manner, drive = draw_manner(rng), draw_drive(rng, frames)
         takes.append(
             Take(
                 sound=sound,
                 phones=frame_phones(spoken, frames),
                 shape=smooth_articulate(spoken, frames).astype(np.float32),
                 manner=manner,
-                tracks=perform(names, spoken, frames, manner, rng),
+                tracks=perform(names, spoken, frames, manner, rng, drive),
+                drive=drive,
             )
         )
     return takes

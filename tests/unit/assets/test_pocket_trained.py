@@ -90,7 +90,7 @@ def rendered(renderer, expression, second):
         frame["coefficients"] = tracks["coefficients"][int(second * FPS)][None]
     looks = draw_looks(renderer.head, 1, PORTRAIT_SEED, SIZE)
     frames, mouth = renderer.frames(looks, gather([frame], torch.device("cpu")))
-    return frames[0, 0].permute(1, 2, 0).numpy().astype(np.float32), mouth[0, 0].tolist()
+    return frames[0, 0].permute(1, 2, 0).numpy().astype(np.float32), mouth[0, 0, 0].tolist()
 
 
 def around(mouth, half_height=9, half_width=12):

@@ -8,14 +8,15 @@ import pytest
 import torch
 from training import nets as training_nets
 from training.augment import roughen
+from training.drive import SIDEWAYS, SIGNALS, read
 from training.export import export, load_files
 from training.loop import Budget, Optimiser, Pool
 from training.ranks import TrainingRanks
 from training.scale import LATENTS, POCKET, WINDOW
-from training.session import Session, parse_stages
+from training.session import Session, check_order, parse_stages
 from training.settings import read_settings
 from training.stage_audio import audio_loss
-from training.stage_dit import disturb, dit_batch, dit_loss, mirrored, window_audio
+from training.stage_dit import Story, disturb, dit_batch, dit_loss, draw_levels, mirrored, window_audio
 from training.stage_vae import blend, fidelity, learners, texture, vae_loss
 from training.studio import Film
 
@@ -24,6 +25,7 @@ from omniavatar.encoders.audio import AudioEncoder
 from omniavatar.encoders.text import TextEncoder
 from omniavatar.engine.window_loop import audio_slice
 from omniavatar.model.vae import normalise
+from omniavatar.sampling.schedule import make_schedule
 from omniavatar.types import Window
 from ranks import RankPool
 
@@ -133,7 +135,9 @@ def stories(count=2, cells=4, seed=0):
     return {
         "latents": normal(count, 2, 16, LATENTS, cells, cells).half(),
         "weight": torch.rand(count, 2, LATENTS, cells, cells, generator=generator).half(),
-        "starts": torch.tensor([[0, 9]] * count),
+        "starts": torch.tensor([[0, 8]] * count),
+        "drive": normal(count, 2, LATENTS, len(SIGNALS)),
+        "eyes": torch.tensor([[1.0, 1.5], [3.0, 1.5]]).expand(count, -1, -1),
         "audio": normal(count, 52, POCKET.dit.audio_dim).half(),
         "ids": ids,
         "mask": (ids > 0).long(),
@@ -173,6 +177,34 @@ def test_disturbing_is_mild_and_leaves_some_alone():
     assert size.max() < 0.5
 
 
+def test_the_noise_of_a_window_carries_its_drive(settings):
+    pool = stories(32, cells=8)
+    pool["latents"].zero_()
+    batch = dit_batch(pool, settings.dit, torch.Generator().manual_seed(1))
+    found = read(batch["target"], pool["eyes"])
+    apart = (found[:, None] - pool["drive"]).abs().amax((2, 3))
+    assert apart.amin(1).max() < 1e-4, "each window has the drive of one of its story's windows"
+    assert set(apart.argmin(1).tolist()) == {0, 1}
+
+
+def test_part_of_the_noise_levels_are_those_of_the_packaged_steps():
+    levels = draw_levels(4000, 0.5, torch.device("cpu"), torch.Generator().manual_seed(0))
+    steps = torch.tensor(make_schedule(4, 5.0).sigmas)
+    at = (levels[:, None] == steps).any(1)
+    assert 0.45 < at.float().mean() < 0.55
+    assert levels.min() > 0 and levels.max() <= 1
+
+
+def test_steadiness_counts_only_changes_of_the_error(nets, settings):
+    batch = dit_batch(stories(), settings.dit, torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        plain, both = (float(dit_loss(nets.dit, nets.text, batch, steady)) for steady in (0.0, 1.0))
+        batch["target"] = batch["target"][:, :, :1].expand_as(batch["target"]) * 0
+        still = [float(dit_loss(nets.dit, nets.text, batch, steady)) for steady in (0.0, 1.0)]
+    assert both > plain
+    assert still[1] == still[0], "a new model makes the velocity 0 everywhere, so this error does not change"
+
+
 def falls(modules, stage, steps, loss_of):
     optimiser = Optimiser(modules, stage, Budget(1e9, 1e9, 0.0))
     first = float(loss_of().detach())
@@ -186,7 +218,7 @@ def test_the_dit_learns_one_batch(nets, settings):
     torch.manual_seed(0)
     dit, text = copy.deepcopy(nets.dit), copy.deepcopy(nets.text)
     batch = dit_batch(stories(), settings.dit, torch.Generator().manual_seed(2))
-    ratio = falls({"dit": dit, "text": text}, settings.dit, 10, lambda: dit_loss(dit, text, batch))
+    ratio = falls({"dit": dit, "text": text}, settings.dit, 10, lambda: dit_loss(dit, text, batch, 0.5))
     assert ratio < 0.8
 
 
@@ -270,6 +302,15 @@ def test_a_stage_longer_than_planned_is_refused(settings):
         session.run("decoder", 0.5)
 
 
+def test_the_audio_encoder_may_change_only_before_more_dit():
+    check_order(parse_stages(["audio=1", "dit=2"]), trained=True)
+    check_order(parse_stages(["vae=1", "audio=1"]), trained=False)
+    with pytest.raises(ValueError, match=r"audio: .* add a dit stage after it"):
+        check_order(parse_stages(["dit=2", "audio=1"]), trained=True)
+    with pytest.raises(ValueError, match=r"vae: .* without --resume"):
+        check_order(parse_stages(["vae=1", "dit=2"]), trained=True)
+
+
 def averaged(team: object) -> torch.Tensor:
     ranks = TrainingRanks(team.rank, team.size)
     gradients = torch.arange(4.0) * ranks.index
@@ -327,20 +368,29 @@ def test_settings_are_strict(tmp_path):
         parse_stages(["vea=5"])
 
 
-def test_a_mirrored_film_mirrors_mouth_positions():
+def test_a_mirrored_story_mirrors_places_and_chance():
     frames = torch.full((2, 3, 3, 8, 10), 100, dtype=torch.uint8)
     frames[..., 4, 7] = 200
     mouth = torch.tensor([7.0, 4.0]).expand(2, 3, 2)
+    eyes = torch.tensor([[1.0, 2.0], [4.0, 2.0]]).expand(2, 3, 2, 2)
     nothing = torch.zeros(2, 3)
-    film = Film(frames, mouth, nothing, nothing, nothing, nothing, ("a", "b"))
-    seen, given = mirrored(film, frames[:, None, :2], torch.Generator().manual_seed(0))
-    assert torch.equal(given[:, 0], seen.frames[:, :2])
-    assert mirrored(film, None, torch.Generator().manual_seed(0))[1] is None
-    assert seen.mouth[0, 0].tolist() == [2.0, 4.0]
-    assert (seen.frames.float().mean((0, 1, 2)).argmax() == 4 * 10 + 2).item()
-    light = seen.frames[:, :, :, 0, 0].float()
+    film = Film(frames, mouth, eyes, nothing, nothing, nothing, nothing, ("a", "b"))
+    drive = torch.ones(2, 2, len(SIGNALS))
+    last = (frames[:, :2], torch.cat([mouth[:, :2, None], eyes[:, :2]], 2))
+    story = Story(film, torch.zeros(2, 1), drive, last)
+    seen = mirrored(story, torch.Generator().manual_seed(0))
+    assert torch.equal(seen.last[0], seen.film.frames[:, :2])
+    assert torch.equal(seen.last[1], torch.cat([seen.film.mouth[:, :2, None], seen.film.eyes[:, :2]], 2))
+    assert seen.film.mouth[0, 0].tolist() == [2.0, 4.0]
+    assert seen.film.eyes[0, 0].tolist() == [[5.0, 2.0], [8.0, 2.0]], "the left eye has become the right one"
+    assert {name for name, sign in zip(SIGNALS, seen.drive[0, 0].tolist(), strict=True) if sign < 0} == {
+        *SIDEWAYS
+    }
+    assert (seen.film.frames.float().mean((0, 1, 2)).argmax() == 4 * 10 + 2).item()
+    light = seen.film.frames[:, :, :, 0, 0].float()
     assert (light.std(1) == 0).all() and light[:, 0].std() > 1
-    assert seen.prompts == film.prompts
+    both = Story.join(story, seen)
+    assert both.film.prompts == ("a", "b") * 2 and len(both.last[0]) == len(both.drive) == 4
 
 
 def test_texture_is_the_amount_of_fine_structure_not_its_place():

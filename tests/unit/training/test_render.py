@@ -84,7 +84,7 @@ def test_opening_jaw_opens_the_mouth_and_nothing_else_far_away(head):
     shut, place = renderer.frames(looks, perform(head))
     wide, _ = renderer.frames(looks, perform(head, jawOpen=0.6))
     changed = (shut.int() - wide.int()).abs().amax((0, 1, 2))
-    x, y = place[0, 0].int().tolist()
+    x, y = place[0, 0, 0].int().tolist()
     assert changed[y - 2 : y + 14, x - 6 : x + 6].float().mean() > 25
     assert changed[:40].max() == 0
 

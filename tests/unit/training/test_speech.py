@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from training.head import Head
-from training.motion import EXPRESSIONS, MOTIONS, Manner, blink_track, draw_manner, perform
+from training.motion import EXPRESSIONS, MOTIONS, Manner, draw_manner, perform
 from training.phones import (
     ARTICULATORS,
     FPS,
@@ -108,13 +108,6 @@ def test_prompts_say_what_is_played():
         smiles = any(word in manner.prompt for word in ("smil", "cheerful"))
         assert smiles == (manner.expression == "smiling")
         assert manner.prompt
-
-
-def test_eyes_are_open_at_the_start_and_blink_later():
-    closure = blink_track(np.random.default_rng(1), 40 * FPS)
-    assert closure[: FPS // 2].max() == 0
-    assert closure.max() > 0.9
-    assert (closure > 0.5).mean() < 0.1
 
 
 @pytest.fixture
