@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.pocket import faces, generate, material, quality, tradeoff
+from benchmarks.pocket import faces, generate, material, quality, tradeoff, viewer
 from benchmarks.shared.options import make_parser
 
 WORK = Path("benchmarks/build/pocket")
@@ -38,11 +38,23 @@ def prepare(arguments: argparse.Namespace) -> None:
     from training.speech import SpeechSet
 
     recorded = None
-    if arguments.recordings is not None:
+    if arguments.aligned is not None:
+        recorded = SpeechSet.load(arguments.aligned)
+    elif arguments.recordings is not None:
         faces.align_recordings(arguments.recordings, arguments.work / "recorded.npz")
         recorded = SpeechSet.load(arguments.work / "recorded.npz")
     length = arguments.long_seconds
-    clips = material.prepare(arguments.work, arguments.clips, recorded, arguments.long_clips, length)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clips = material.prepare(
+        arguments.work,
+        arguments.clips,
+        recorded,
+        arguments.long_clips,
+        length,
+        arguments.hard_clips,
+        device,
+        arguments.first_person,
+    )
     for clip in clips:
         print(f"{clip.name}: {len(clip.opening)} frames, {clip.prompt!r}")
 
@@ -80,6 +92,20 @@ def make(arguments: argparse.Namespace) -> None:
     generate.generate(arguments.config, arguments.work, [generate.DEFAULT], clips, arguments.workers)
 
 
+def what_is_seen(
+    work: Path, clips: list[material.Clip], truth_only: bool
+) -> tuple[dict[str, float] | None, dict[str, float]]:
+    """The figures of `viewer` of the made videos, if any, and of the films."""
+    films = quality.watch(work, "truth", clips)
+    portraits = quality.read_portraits(work, clips) if len(clips) > 1 else None
+    ceiling = viewer.look(films, films, portraits, whole=False)
+    if truth_only:
+        return None, ceiling
+    seen = viewer.look(quality.watch(work, "made/default", clips), films, portraits, whole=True)
+    silent = [clip for clip in clips if clip.kind == "wordless"]
+    return seen | {"warned": viewer.warned(work, "made/default", silent)}, ceiling
+
+
 def without_nan(value: Any) -> Any:
     """`value` with None for every nan, which JSON does not have."""
     if isinstance(value, dict):
@@ -106,6 +132,9 @@ def measure(arguments: argparse.Namespace) -> None:
         ceiling = quality.main_table(arguments.work, clips, "truth")
         result |= {"made": made, "truth": ceiling}
         print(quality.markdown(made, ceiling))
+        seen, films = what_is_seen(arguments.work, clips, arguments.truth_only)
+        result["seen"] = {"made": seen, "truth": films}
+        print(viewer.markdown(seen, films))
     name = "tradeoff" if arguments.tradeoff else "truth" if arguments.truth_only else "table"
     file = arguments.work / f"{name}.json"
     result = without_nan(result)
@@ -129,6 +158,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("--clips", type=int, default=8 if name == "prepare" else None)
         if name == "prepare":
             command.add_argument("--recordings", type=Path, help="folder of recordings with a transcription")
+            command.add_argument("--aligned", type=Path, help="the recordings as a file of training.record")
+            command.add_argument(
+                "--hard-clips", type=int, default=2, help="clips of each hard kind: music, noise, languages"
+            )
+            command.add_argument(
+                "--first-person",
+                type=int,
+                default=material.LOOKS_SEED,
+                help="seed of the first clip's person",
+            )
             command.add_argument("--long-clips", type=int, default=4, help="clips of a minute, for the drift")
             command.add_argument("--long-seconds", type=int, default=material.LONG_SECONDS)
             continue

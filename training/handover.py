@@ -70,7 +70,7 @@ def returning(double: Looks, person: Looks, shares: Tensor) -> Looks:
     mixed = {}
     for name in (*FACE, "freckles", "beard"):
         own = getattr(end, name)
-        mixed[name] = torch.lerp(own, getattr(start, name), shares.view(-1, *[1] * (own.dim() - 1)))
+        mixed[name] = torch.lerp(own, getattr(start, name), shares.reshape(-1, *[1] * (own.dim() - 1)))
     return replace(end, **mixed)
 
 

@@ -129,7 +129,7 @@ class Session:
         file = settings.speech.held_out
         self.spoken_elsewhere = SpeechSet.load(Path(file)) if file else None
         self.held_out = [  # from a file, so that errors of all sessions are measured on the same speech
-            make_take(self.spoken_elsewhere or self.speech, self.names, 2 * WINDOW, seed)
+            make_take(self.spoken_elsewhere or self.speech, self.names, 2 * WINDOW, seed, speech_alone=True)
             for seed in range(HELD_OUT_CLIPS[device.type])
         ]
         self.seeds = itertools.count(HELD_OUT_SEEDS * (1 + 10 * self.facts["sessions"]), HELD_OUT_SEEDS)
@@ -154,7 +154,8 @@ class Session:
         studio = Studio(takes, seed, self.device)
         if name == "audio":
             held_out = [
-                make_take(self.speech, self.names, settings.audio.frames, 1000 + n) for n in range(32)
+                make_take(self.speech, self.names, settings.audio.frames, 1000 + n, speech_alone=True)
+                for n in range(32)
             ]
             net, device, real = self.nets.audio, self.device, self.spoken_elsewhere
             train_audio(net, takes, held_out, real, settings.audio, budget, self.log, device, seed)

@@ -20,6 +20,8 @@ from training.scale import SIZE
 from training.takes import Take
 
 HELD_OUT_SEEDS = 100_000
+MOST_TRAINED_SEED = 1_000_000_000
+"""Each session trains on ten times HELD_OUT_SEEDS seeds; those from here on are for measurements too."""
 
 
 @dataclass(frozen=True, eq=False)

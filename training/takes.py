@@ -51,19 +51,23 @@ class Take:
     drive: np.ndarray
 
 
-def make_take(speech: SpeechSet, names: list[str], frames: int, seed: int) -> Take:
+def make_take(
+    speech: SpeechSet, names: list[str], frames: int, seed: int, speech_alone: bool = False
+) -> Take:
     """The take with this `seed`, of `frames` video frames.
 
     names: the ARKit shapes, in order.
+    speech_alone: no take without speech, and no music.
     """
     rng = np.random.default_rng((seed, 77))
     total = (frames - 1) * SAMPLES_A_FRAME
-    if rng.random() < NO_SPEECH_ODDS:
+    wordless, with_band = rng.random(2) < (NO_SPEECH_ODDS, MUSIC_ODDS)
+    if wordless and not speech_alone:
         sound, phones = no_speech(rng, total), []
     else:
         sound, phones = _speak(speech, rng, total)
-        if rng.random() < MUSIC_ODDS:
-            sound = with_music(sound, rng)
+        if with_band and not speech_alone:
+            sound = with_music(sound, np.random.default_rng((seed, 78)))
     manner = draw_manner(rng)
     drive = draw_drive(rng, frames)
     return Take(

@@ -24,10 +24,11 @@ from training.drive import draw_drive
 from training.head import Head
 from training.looks import draw_looks
 from training.motion import Manner, draw_manner, perform
+from training.music import music
 from training.phones import FPS, Phone, frame_phones, mouth_coefficients, smooth_articulate
 from training.scale import SIZE
-from training.speech import SAMPLE_RATE, SpeechSet, synthesise
-from training.studio import HELD_OUT_SEEDS, Studio
+from training.speech import SAMPLE_RATE, SpeechSet, foreign_speech, synthesise
+from training.studio import HELD_OUT_SEEDS, MOST_TRAINED_SEED, Studio
 from training.takes import SAMPLES_A_FRAME, Take, make_take
 
 from benchmarks.pocket import measures
@@ -38,6 +39,10 @@ LONG_SECONDS = 60
 SPEECH_SEED = 60_000
 TAKE_SEED = 20_000
 LOOKS_SEED = 30_000
+HARD_SEED = 21_000
+HARD = ("music", "noise", "french", "german", "wordless")
+HELD_OUT_VOICES = ("Hugo", "Storm", "gustave", "miguel", "Denis", "announcer", "aunty", "pedro")
+"""Of eSpeak NG, none of them in `training.speech.VARIANTS`."""
 LEAD = 0.24
 STILL = Manner("neutral", "still", "A person is talking to the camera, neutral, still")
 
@@ -46,8 +51,10 @@ STILL = Manner("neutral", "still", "A person is talking to the camera, neutral, 
 class Clip:
     """One test clip.
 
-    kind: synthetic, recorded or long. opening: of the mouth as the phones call for it, over the distance of
-    the eyes. speaking: whether a phone is heard. Both have one value for each frame; frame 0 is the portrait.
+    kind: synthetic, recorded, long or one of HARD.
+    opening: of the mouth as the phones call for it, over the distance of the eyes.
+    speaking: whether a phone is heard.
+    Both have one value for each frame; frame 0 is the portrait.
     """
 
     name: str
@@ -77,16 +84,27 @@ def read_clips(folder: Path) -> list[Clip]:
 
 
 def prepare(
-    folder: Path, synthetic: int, recorded: SpeechSet | None, long: int, long_seconds: int
+    folder: Path,
+    synthetic: int,
+    recorded: SpeechSet | None,
+    long: int,
+    long_seconds: int,
+    hard: int = 0,
+    device: torch.device | None = None,
+    first_person: int = LOOKS_SEED,
 ) -> list[Clip]:
-    """Write `synthetic` takes, the pieces of each recording, and `long` clips of `long_seconds` each."""
-    studio = Studio(iter(()), 0, torch.device("cpu"))
+    """Write `synthetic` takes, the pieces of each recording, `hard` clips of each kind of HARD, and `long`
+    clips of `long_seconds` each.
+
+    first_person: seed of the first clip's looks; each clip has the next one.
+    """
+    studio = Studio(iter(()), 0, device or torch.device("cpu"))
     names = studio.head.names
     speech = synthesise(160, SPEECH_SEED, 2)
     cast: list[tuple[str, str, str, Take]] = []
     seed = TAKE_SEED
     while len(cast) < synthetic:
-        take = make_take(speech, names, FRAMES, seed)
+        take = make_take(speech, names, FRAMES, seed, speech_alone=True)
         if np.count_nonzero(take.phones) > FRAMES / 2:
             cast.append((f"synthetic{len(cast):02d}", "synthetic", "", take))
         seed += 1
@@ -96,13 +114,66 @@ def prepare(
         for part, take in enumerate(_recorded_takes(recorded, number, names, rng)):
             voice = str(recorded.voices[number])
             cast.append((f"recorded{number:02d}{'abcdef'[part]}", "recorded", voice, take))
+    if hard:
+        for kind, takes in hard_takes(speech, names, hard).items():
+            cast += [(f"{kind}{number}", kind, "", take) for number, take in enumerate(takes)]
     for number in range(long):
-        take = make_take(speech, names, long_seconds * FPS + 1, seed + number)
+        take = make_take(speech, names, long_seconds * FPS + 1, seed + number, speech_alone=True)
         cast.append((f"long{number}", "long", "", replace(take, manner=STILL)))
     return [
-        _write(folder, studio, name, kind, voice, take, LOOKS_SEED + number)
+        _write(folder, studio, name, kind, voice, take, first_person + number)
         for number, (name, kind, voice, take) in enumerate(cast)
     ]
+
+
+def hard_takes(speech: SpeechSet, names: list[str], count: int) -> dict[str, list[Take]]:
+    """`count` takes of each kind of HARD.
+
+    Music is 6 dB and noise 10 dB below the speech; French and German are spoken by voices of eSpeak NG that
+    training never uses; wordless is music alone.
+    """
+    takes = {
+        kind: [
+            make_take(speech, names, FRAMES, HARD_SEED + 100 * place + number, speech_alone=True)
+            for number in range(count)
+        ]
+        for place, kind in enumerate(HARD)
+    }
+    foreign = foreign_speech(HARD_SEED, 8 * count, HELD_OUT_VOICES)
+    for kind, language in (("french", "fr"), ("german", "de")):
+        part = SpeechSet.of([each for each in foreign if each[0].startswith(f"espeak-{language}")])
+        takes[kind] = [
+            make_take(part, names, FRAMES, HARD_SEED + 1000 + number, speech_alone=True)
+            for number in range(count)
+        ]
+    rng = np.random.default_rng(HARD_SEED)
+    total = (FRAMES - 1) * SAMPLES_A_FRAME
+    takes["music"] = [
+        replace(take, sound=beside(take.sound, music(rng, total), 6)) for take in takes["music"]
+    ]
+    takes["noise"] = [
+        replace(take, sound=beside(take.sound, rng.normal(0, 1, total), 10)) for take in takes["noise"]
+    ]
+    takes["wordless"] = [
+        replace(
+            take,
+            sound=(2000 * music(rng, total)).clip(-32768, 32767).astype(np.int16),
+            phones=np.zeros_like(take.phones),
+            shape=np.zeros_like(take.shape),
+            tracks=perform(names, [], FRAMES, STILL, np.random.default_rng(HARD_SEED), take.drive),
+            manner=STILL,
+        )
+        for take in takes["wordless"]
+    ]
+    return takes
+
+
+def beside(sound: np.ndarray, other: np.ndarray, decibels: float) -> np.ndarray:
+    """int16 sound with another one of unit power, which is `decibels` weaker than its sounding part."""
+    heard = sound[sound != 0].astype(np.float64)
+    level = float(np.sqrt(np.square(heard).mean()))
+    mixed = sound + level * 10 ** (-decibels / 20) * other
+    return (mixed * min(1.0, 32000 / float(np.abs(mixed).max()))).astype(np.int16)
 
 
 def _recorded_takes(speech: SpeechSet, number: int, names: list[str], rng: np.random.Generator) -> list[Take]:
@@ -142,14 +213,17 @@ def expected_opening(head: Head, identity: torch.Tensor, take: Take) -> np.ndarr
     """(T,) opening of the face `identity` (1, K) with the mouth shapes of the take's phones alone."""
     coefficients = torch.from_numpy(mouth_coefficients(take.shape, head.names))
     face = head.shape(identity).expand(len(coefficients), -1, -1)
-    return head.mouth_opening(face, coefficients).numpy()
+    return head.mouth_opening(face, coefficients.to(head.device)).cpu().numpy()
 
 
 def _write(folder: Path, studio: Studio, name: str, kind: str, voice: str, take: Take, seed: int) -> Clip:
-    assert seed < HELD_OUT_SEEDS
+    if HELD_OUT_SEEDS <= seed < MOST_TRAINED_SEED:
+        raise ValueError(
+            f"people with seed {seed} may have been trained on; choose one below {HELD_OUT_SEEDS}"
+        )
     frames = studio.film_takes([take], seed, slice(0, 1) if kind == "long" else None).frames[0]
     looks = draw_looks(studio.head, 1, seed, SIZE)
-    pictures = frames.permute(0, 2, 3, 1).numpy()
+    pictures = frames.permute(0, 2, 3, 1).cpu().numpy()
     clip = Clip(
         name=name,
         kind=kind,
@@ -173,6 +247,6 @@ def _write(folder: Path, studio: Studio, name: str, kind: str, voice: str, take:
         moments = measures.moments(take.phones)
         ends = [measures.seconds_of(take.phones, moment) for moment in (moments[0], moments[-1])]
         films = [studio.film_takes([take], seed, part).frames[0] for part in ends]
-        pictures = torch.cat(films).permute(0, 2, 3, 1).numpy()
+        pictures = torch.cat(films).permute(0, 2, 3, 1).cpu().numpy()
     write_video(folder / "truth" / f"{name}.mp4", pictures)
     return clip

@@ -116,7 +116,12 @@ def test_expected_opening_follows_the_phones_alone():
     phones = [Phone("B", 0.4, 0.5), Phone("AA", 0.5, 0.8), Phone("B", 0.8, 0.9)]
     shape = smooth_articulate(phones, 40).astype(np.float32)
     take = Take(
-        np.zeros(39 * 640, np.int16), np.zeros(40, np.int64), shape, Manner("smiling", "still", ""), {}
+        np.zeros(39 * 640, np.int16),
+        np.zeros(40, np.int64),
+        shape,
+        Manner("smiling", "still", ""),
+        {},
+        np.zeros((11, 10)),
     )
     expected = material.expected_opening(head, draw_looks(head, 1, 1).identity, take)
     assert expected[:5].max() < 0.02 < 0.1 < expected[17]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from training.drive import draw_drive
-from training.handover import FACE, doubles, film_doubles, soften
+from training.handover import FACE, doubles, film_doubles, returning, soften
 from training.head import Head
 from training.looks import draw_looks
 from training.motion import Manner, perform
@@ -48,6 +48,17 @@ def test_softening_removes_only_fine_structure():
     rough = [(part.float() - part.float().roll(1, -1)).square().mean() for part in (frames[1], soft[1])]
     assert rough[1] < 0.5 * rough[0]
     assert abs(soft[1].float().mean() - frames[1].float().mean()) < 2
+
+
+def test_shares_of_a_double_are_per_frame(head):
+    people = draw_looks(head, 2, 7, 16)
+    made = doubles(people, head, 7)
+    mixed = returning(made, people, torch.tensor([1.0, 0.5, 0.0]).expand(2, -1))
+    assert len(mixed) == 6
+    torch.testing.assert_close(mixed.skin[[0, 3]], made.skin)
+    torch.testing.assert_close(mixed.skin[[2, 5]], people.skin)
+    torch.testing.assert_close(mixed.identity[4], (made.identity[1] + people.identity[1]) / 2)
+    assert torch.equal(mixed.background[3], people.background[1])
 
 
 @pytest.mark.slow
