@@ -25,7 +25,7 @@ from training.takes import Take
 
 RETURN = (2.0, 38.0)
 """Frames of a window between which the double becomes the person."""
-LIGHT = 0.02
+LIGHT = 0.01
 """Standard deviation of the gain and offset of its light, per channel."""
 LIKENESS = 0.35
 """Maximum share of another person in a double."""
