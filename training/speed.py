@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from omniavatar.checkpoint.layout_files import TOKENIZER
+from training.drive import SIGNALS
 from training.head import Head
 from training.looks import draw_looks
 from training.nets import Nets, channels_last, normalised_latents
@@ -100,6 +101,8 @@ def measure(settings: Settings, device: torch.device, repeats: int, profile: boo
         "latents": torch.randn(batch, 2, 16, LATENTS, cells, cells, device=device).half(),
         "weight": torch.ones(batch, 2, LATENTS, cells, cells, device=device).half(),
         "starts": torch.tensor([[0, 9]] * batch, device=device),
+        "drive": torch.randn(batch, 2, LATENTS, len(SIGNALS), device=device),
+        "eyes": torch.tensor([[8.0, 9.0], [15.0, 9.0]], device=device).expand(batch, -1, -1),
         "audio": torch.randn(batch, settings.dit.frames - 1, POCKET.dit.audio_dim, device=device).half(),
         "ids": ids,
         "mask": (ids > 0).long(),
@@ -111,7 +114,7 @@ def measure(settings: Settings, device: torch.device, repeats: int, profile: boo
 
         def dit_step(run_blocks=run_blocks) -> None:  # type: ignore[no-untyped-def]
             with autocast():
-                loss = dit_loss(nets.dit, nets.text, examples, run_blocks)
+                loss = dit_loss(nets.dit, nets.text, examples, settings.dit.steady, run_blocks)
             loss.backward()
 
         timed(f"DiT step, {name}", "windows", batch, repeats, dit_step)
