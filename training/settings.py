@@ -66,6 +66,8 @@ class VaeSettings(StageSettings):
     """Extra weight of the area around the mouth."""
     detail: float
     """Weight of the difference in local fine structure."""
+    steady: float
+    """Weight of the change of the error from one frame to the next, against flicker."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Stage 1, the video VAE: L1 on values and spatial differences, more around the mouth, and a small KL term.
 
 With L1 alone, hair and freckles become their mean. `detail` weights a term that compares the local amount of
-fine structure with the film, independent of the exact position of its lines.
+fine structure with the film, independent of the exact position of its lines. `steady` weights the change of the
+error from frame to frame: still backgrounds stay still.
 
 The KL term uses the normalisation of the released VAE, so a stage that continues after
 `set_latent_statistics` sees the same latents. Clips are random crops, half of them mirrored; measurements use
@@ -66,6 +67,9 @@ def vae_loss(
     for axis in (-1, -2):
         slope = (made.diff(dim=axis) - pixels.diff(dim=axis)).abs()
         loss = loss + settings.gradient * (slope * weight.narrow(axis, 0, slope.shape[axis])).mean()
+    if settings.steady and made.shape[2] > 1:
+        change = (made.diff(dim=2) - pixels.diff(dim=2)).abs()
+        loss = loss + settings.steady * (change * weight[:, :, 1:]).mean()
     if settings.detail:
         loss = loss + settings.detail * (texture(made) - texture(pixels)).abs().mean()
     std = torch.tensor(LATENT_STD, device=mean.device).view(1, -1, 1, 1, 1)
@@ -80,14 +84,18 @@ def fidelity(vae: WanVAE, frames: Tensor) -> dict[str, float]:
 
     psnr: peak signal-to-noise ratio in dB.
     texture: fine structure relative to the film.
+    flicker: mean change from frame to frame where the film has none, in grey levels.
     """
-    ratios, shares = [], []
+    ratios, shares, changes = [], [], []
     for clip in frames:
         pixels = to_pixels(clip[None])
         made = pixels_of(vae, normalised_latents(vae, pixels)).clamp(-1, 1)
         ratios.append(10 * math.log10(4 / max(float((made - pixels).square().mean()), 1e-9)))
         shares.append(float(texture(made).square().mean() / texture(pixels).square().mean()))
-    return {"psnr": sum(ratios) / len(ratios), "texture": sum(shares) / len(shares)}
+        still = pixels.diff(dim=2) == 0
+        changes.append(127.5 * float(made.diff(dim=2).abs()[still].mean()))
+    means = [sum(values) / len(values) for values in (ratios, shares, changes)]
+    return dict(zip(("psnr", "texture", "flicker"), means, strict=True))
 
 
 def learners(vae: WanVAE, from_layer: int) -> dict[str, nn.Module]:
