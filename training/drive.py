@@ -24,6 +24,8 @@ from training.phones import FPS
 SIGNALS = ("blink", "jump", "gaze_x", "gaze_y", "yaw", "pitch", "roll", "sway_x", "sway_y", "brow")
 SIDEWAYS = ("gaze_x", "yaw", "roll", "sway_x")
 """Signals that change their sign in a mirror."""
+OF_THE_HEAD = ("jump", "yaw", "pitch", "roll", "sway_x", "sway_y")
+"""Signals that move it or the gaze; at 0 both rest."""
 OF_THE_EYES = ("blink", "jump", "gaze_x", "gaze_y", "brow")
 NEAR = (1.6, 1.2)
 """Standard deviations in latent pixels of the place around an eye that carries its signals."""

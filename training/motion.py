@@ -74,6 +74,7 @@ def perform(
     manner: Manner,
     rng: np.random.Generator,
     drive: np.ndarray | None = None,
+    pose: tuple[float, float, float] | None = None,
 ) -> dict[str, np.ndarray]:
     """Tracks of one performance: the fields of `render.Performance` as arrays (T, n).
 
@@ -81,6 +82,7 @@ def perform(
     phones: phones with times in the audio, which starts at frame 1.
     frames: number of video frames; frame 0 is the portrait.
     drive: see `training.drive`; without one, it is drawn from `rng`.
+    pose: yaw, pitch and roll of the head in frame 0; without one, they are drawn from `rng`.
     """
     strength = STRENGTH[manner.motion]
     chance = follow(draw_drive(rng, frames) if drive is None else drive, frames)
@@ -100,7 +102,7 @@ def perform(
     add("browInnerUp", np.clip(0.25 * brow, 0, 0.6))
     add("browOuterUp", np.clip(0.22 * brow, 0, 0.5))
     add("browDown", np.clip(-0.18 * brow, 0, 0.4))
-    base = rng.normal(0, (0.10, 0.05, 0.035))
+    base = rng.normal(0, (0.10, 0.05, 0.035)) if pose is None else np.array(pose)
     amount = np.array((0.10, 0.065, 0.045)) * strength
     moving = np.stack([chance["yaw"], chance["pitch"], chance["roll"]], 1)
     nod = shape[:, 0] - shape[0, 0]

@@ -188,11 +188,11 @@ class Session:
         _draw_curves(self.log.rows, out / "curves.png")
         if self.facts["minutes"]["dit"]:
             studio = Studio(iter(()), 0, self.device)
-            drive = drive_of(self.held_out, self.device)
             for name, takes in (
                 ("still", [still(take) for take in self.held_out]),
                 ("moving", self.held_out),
             ):
+                drive = drive_of(takes, self.device)
                 sampled = sample(self.nets, studio.film_takes(takes, 0), drive, steps, AUDIO_SCALE)
                 print(
                     f"samples, {name}: {steps} steps: mouth_r {sampled.mouth_r:.3f}, "

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.drive import OF_THE_HEAD, SIGNALS
 from training.head import Head
 from training.looks import Looks, draw_looks
 from training.render import Renderer, gather
@@ -115,11 +116,14 @@ class Studio:
 
 
 def still(take: Take) -> Take:
-    """The take without head motion, sway and gaze, to measure the mouth at a known position."""
+    """The take without head motion, sway and gaze, in its drive too, to measure the mouth at a known
+    position."""
     calm = {
         name: track * 0 if name in ("head", "sway", "gaze") else track for name, track in take.tracks.items()
     }
-    return replace(take, tracks=calm)
+    drive = take.drive.copy()
+    drive[:, [SIGNALS.index(name) for name in OF_THE_HEAD]] = 0
+    return replace(take, tracks=calm, drive=drive)
 
 
 def mouth_weight(

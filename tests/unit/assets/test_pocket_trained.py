@@ -15,7 +15,7 @@ from training.head import Head
 from training.looks import draw_looks
 from training.motion import Manner, perform
 from training.phones import FPS, Phone, smooth_articulate
-from training.portraits import SHORTEST, portrait
+from training.portraits import at_rest, portrait
 from training.render import Renderer, gather
 from training.scale import OVERLAP, SIZE, WINDOW
 
@@ -81,12 +81,10 @@ def renderer():
 def rendered(renderer, expression, second):
     """A frame of the packaged portrait's person, silent, in the portrait's pose, and where its mouth is."""
     names = renderer.head.names
-    tracks, first = (
-        perform(names, [], length, Manner(words, "still", ""), np.random.default_rng((PORTRAIT_SEED, 5)))
-        for words, length in ((expression, 2 * FPS), ("neutral", SHORTEST))
-    )
-    frame = {name: track[:1] for name, track in first.items()}
+    frame = at_rest(names, PORTRAIT_SEED)
     if second:
+        rng = np.random.default_rng((PORTRAIT_SEED, 5))
+        tracks = perform(names, [], 2 * FPS, Manner(expression, "still", ""), rng)
         frame["coefficients"] = tracks["coefficients"][int(second * FPS)][None]
     looks = draw_looks(renderer.head, 1, PORTRAIT_SEED, SIZE)
     frames, mouth = renderer.frames(looks, gather([frame], torch.device("cpu")))

@@ -31,13 +31,26 @@ def film_of(lids):
 
 
 def test_a_film_with_known_blinks_gives_their_number():
-    blink, half, doze = [0.6, 0.1, 0.2, 0.8], [0.6, 0.5, 0.6, 0.8], [0.1] * 2 * SECOND
+    blink, half, doze = [0.6, 0.1, 0.2, 0.8], [0.6, 0.55, 0.6, 0.8], [0.1] * 2 * SECOND
     lids = [1.0] * 20 + blink + [1.0] * 30 + half + [1.0] * 30 + blink + [1.0] * 10 + doze + [1.0] * 10
     found = eyes.blinks(eyes.lid_gaps(film_of(lids)))
     assert (found.count, found.complete, found.frames) == (3, 2, len(lids) + 1)
     assert found.a_minute == pytest.approx(3 * 60 * SECOND / (len(lids) + 1))
     none = eyes.blinks(eyes.lid_gaps(film_of([1.0, 0.8, 0.9] * 20)))
     assert (none.count, none.complete) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("lids", "complete"),
+    [
+        ([0.26, 0.83, 0.81, 0.35, 0.36, 0.81, 1.06], 1),
+        ([0.34, 0.59, 0.52, 0.27, 0.48, 0.81, 0.95], 1),
+        ([0.90, 0.80, 0.59, 0.73, 0.82, 1.12], 0),
+    ],
+)
+def test_a_blink_as_the_mesh_reads_it_in_films_is_one_blink(lids, complete):
+    found = eyes.blinks(eyes.lid_gaps(film_of([1.0] * 10 + lids + [1.0] * 10)))
+    assert (found.count, found.complete) == (1, complete)
 
 
 def test_a_lost_face_is_no_blink():

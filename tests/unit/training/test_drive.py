@@ -18,7 +18,11 @@ from training.drive import (
     windows_of,
     write,
 )
+from training.head import Head
+from training.motion import Manner, perform
 from training.phones import FPS
+from training.studio import still
+from training.takes import Take
 
 MINUTES = 10
 LONG = MINUTES * 60 * FPS + 1
@@ -102,6 +106,17 @@ def test_windows_take_their_part_of_the_drive():
     drive = torch.arange(2 * 20 * len(SIGNALS)).view(2, 20, -1)
     parts = windows_of(drive, torch.tensor([[0, 32], [0, 4]]), 11)
     assert torch.equal(parts[0, 1], drive[0, 8:19]) and torch.equal(parts[1, 1], drive[1, 1:12])
+
+
+def test_a_still_take_is_told_to_be_still():
+    frames = 41
+    drive = draw_drive(np.random.default_rng(3), frames)
+    manner = Manner("neutral", "lively", "")
+    tracks = perform(Head("cpu").names, [], frames, manner, np.random.default_rng(4), drive)
+    calm = still(Take(np.zeros(0), np.zeros(frames), np.zeros((frames, 1)), manner, tracks, drive))
+    told, before = follow(calm.drive, frames), follow(drive, frames)
+    assert not calm.tracks["head"].any() and not told["yaw"].any() and not told["gaze"].any()
+    assert before["yaw"].any() and np.array_equal(told["blink"], before["blink"])
 
 
 def test_a_mirror_turns_what_goes_sideways():

@@ -1,6 +1,7 @@
 """Training: forwards equal those of the engine, batches match its inputs, and losses fall."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -242,6 +243,33 @@ def test_the_vae_learns_one_clip(nets, settings):
     weight = torch.ones(1, 5, 32, 32)
     ratio = falls({"vae": vae}, settings.vae, 8, lambda: vae_loss(vae, pixels, weight, settings.vae)[0])
     assert ratio < 0.6
+
+
+def test_steadiness_of_the_vae_counts_only_changes_from_frame_to_frame(nets, settings):
+    torch.manual_seed(0)
+    weight = torch.ones(1, 5, 16, 16)
+
+    def more(pixels):
+        """What `steady` adds to the loss of a decoder that always gives the same frame."""
+        losses = []
+        for steady in (0.0, 1.0):
+            torch.manual_seed(0)
+            asked = replace(settings.vae, steady=steady)
+            with torch.no_grad():
+                losses.append(float(vae_loss(nets.vae, pixels, weight, asked)[0]))
+        return losses[1] - losses[0]
+
+    still = torch.zeros(1, 3, 5, 16, 16)
+    blinking = still + torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0]).view(1, 1, -1, 1, 1)
+    assert more(blinking) > more(still) + 0.5
+    assert more(still[:, :, :1].clone()) == 0, "single frames do not change"
+
+
+def test_fidelity_tells_flicker(nets):
+    frames = torch.full((1, 5, 3, 16, 16), 128, dtype=torch.uint8)
+    frames[:, :, :, :8] = 40 * torch.arange(5, dtype=torch.uint8).view(1, -1, 1, 1, 1)
+    found = fidelity(nets.vae, frames)
+    assert set(found) == {"psnr", "texture", "flicker"} and 0 <= found["flicker"] < 50
 
 
 def test_exported_files_are_read_back(nets, tmp_path):
