@@ -24,7 +24,7 @@ from training.studio import HELD_OUT_SEEDS
 FIRST = 50_000
 SHORTEST = 16
 POSES = {50_013: (0.0857734754, 0.0221529119, 0.0464926288)}
-"""Turn of the head, where it is not the one that `perform` draws: the packaged portrait is older than that."""
+"""Turns of the head that `perform` does not draw: the packaged portrait is older than its numbers."""
 
 
 def at_rest(names: list[str], seed: int) -> dict[str, np.ndarray]:

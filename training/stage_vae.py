@@ -1,8 +1,8 @@
 """Stage 1, the video VAE: L1 on values and spatial differences, more around the mouth, and a small KL term.
 
 With L1 alone, hair and freckles become their mean. `detail` weights a term that compares the local amount of
-fine structure with the film, independent of the exact position of its lines. `steady` weights the change of the
-error from frame to frame: still backgrounds stay still.
+fine structure with the film, independent of the exact position of its lines. `steady` weights the change of
+the error from frame to frame, so that what is still stays still.
 
 The KL term uses the normalisation of the released VAE, so a stage that continues after
 `set_latent_statistics` sees the same latents. Clips are random crops, half of them mirrored; measurements use
