@@ -5,7 +5,7 @@ MediaPipe. Every variant is the given configuration with a few keys changed. The
 sound is left out, so that frame f of a video is frame f of its film. Finished videos are kept, so an
 interrupted run continues.
 
-Files: `made/VARIANT/NAME.mp4` with the engine's sidecar `NAME.json`, and `made/vae.json`.
+Files: `made/VARIANT/NAME.mp4` with the engine's sidecar `NAME.json` and its warnings, and `made/vae.json`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from benchmarks.pocket.measures import psnr
 from benchmarks.pocket.video_files import CRF, PRESET
 from omniavatar import AvatarPipeline, AvatarRequest
 from omniavatar.config.load import load_config
+from omniavatar.engine.events import Event, Message
 from omniavatar.measure.calibrate import calibrate
 
 VAE_PEOPLE, VAE_FRAMES, VAE_SEED = 16, 9, 40_000
@@ -53,6 +54,8 @@ class Variant:
 
 
 DEFAULT = Variant("default")
+WARNINGS = ".warnings"
+"""Ending of the file with the texts of all warnings of a clip, in JSON."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,22 @@ def overrides(job: Job) -> dict[str, Any]:
 
 
 def _work(job: Job) -> None:
-    pipeline = AvatarPipeline.from_config(job.config, overrides(job))
+    warnings: list[str] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Message) and event.level == "warning":
+            warnings.append(event.text)
+
+    pipeline = AvatarPipeline.from_config(job.config, overrides(job), on_event=listen)
     for clip in job.clips:
         inputs = job.folder / "inputs"
         request = AvatarRequest(clip.prompt, inputs / f"{clip.name}.png", inputs / f"{clip.name}.wav")
-        result = pipeline.generate(request, job.folder / "made" / job.variant.name / f"{clip.name}.mp4")
+        video = job.folder / "made" / job.variant.name / f"{clip.name}.mp4"
+        begun = not video.exists()
+        warnings.clear()
+        result = pipeline.generate(request, video)
+        if begun:
+            video.with_suffix(WARNINGS).write_text(json.dumps(warnings) + "\n")
         print(f"{job.variant.name} {clip.name}: {result.frames} frames in {result.seconds:.1f} s", flush=True)
 
 

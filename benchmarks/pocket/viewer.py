@@ -10,12 +10,12 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from training.motion import MOTIONS
 
 from benchmarks.pocket import eyes, measures, steadiness
+from benchmarks.pocket.generate import WARNINGS
 from benchmarks.pocket.material import Clip
 from benchmarks.pocket.quality import Portraits, Watched
 
@@ -59,28 +59,13 @@ def median(values: Iterable[float]) -> float:
 
 
 def warned(folder: Path, where: str, clips: list[Clip]) -> float:
-    """Share of the clips whose sidecar warns of the audio; nan without clips or sidecars."""
-    files = [folder / where / f"{clip.name}.json" for clip in clips]
-    texts = [file.read_text() for file in files if file.exists()]
-    return mean(float(any(note.startswith("audio: only") for note in _texts(text))) for text in texts)
+    """Share of the clips that were made with a warning that little of the sound is speech; nan without clips.
 
-
-def _texts(sidecar: str) -> list[str]:
-    """All texts in a sidecar, however deep."""
-    found: list[str] = []
-
-    def visit(value: Any) -> None:
-        if isinstance(value, str):
-            found.append(value)
-        elif isinstance(value, dict):
-            for each in value.values():
-                visit(each)
-        elif isinstance(value, list):
-            for each in value:
-                visit(each)
-
-    visit(json.loads(sidecar))
-    return found
+    Raises FileNotFoundError for a clip that `generate` did not make.
+    """
+    files = [folder / where / f"{clip.name}{WARNINGS}" for clip in clips]
+    texts = [json.loads(file.read_text()) for file in files]
+    return mean(float(any(note.startswith("audio: only") for note in notes)) for notes in texts)
 
 
 def look(

@@ -1,12 +1,17 @@
 """What a viewer sees, on made landmarks and pictures whose answers are known."""
 
 import json
+import shutil
+import wave
 
 import numpy as np
 import pytest
 from benchmarks.pocket import eyes, measures, quality, steadiness, viewer
+from benchmarks.pocket.generate import Variant, generate
 from benchmarks.pocket.material import Clip
 from training.scale import OVERLAP, WINDOW
+
+from omniavatar.assets import pocket
 
 SECOND = measures.FPS
 
@@ -142,12 +147,12 @@ def test_prompts_name_their_motion(prompt, motion):
     assert viewer.motion_of(prompt) == motion
 
 
-def test_warnings_are_found_in_sidecars(tmp_path):
+def test_warnings_are_counted(tmp_path):
     (tmp_path / "made").mkdir()
     clips = [Clip(name, "wordless", "", "", (), ()) for name in "ab"]
     notes = {"a": ["audio: only 3% of it is speech; the mouth"], "b": ["something else"]}
     for name, note in notes.items():
-        (tmp_path / "made" / f"{name}.json").write_text(json.dumps({"warnings": [{"text": note[0]}]}))
+        (tmp_path / "made" / f"{name}.warnings").write_text(json.dumps(note))
     assert viewer.warned(tmp_path, "made", clips) == 0.5
     assert np.isnan(viewer.warned(tmp_path, "made", []))
 
@@ -167,3 +172,21 @@ def test_the_table_has_a_row_for_each_figure():
     assert np.isnan(result["seam_ratio"]) and np.isnan(result["still_sharpness"])
     text = viewer.markdown(result, result)
     assert text.count("\n") == len(viewer.FIGURES) - 1 and "| - | - |" in text
+
+
+@pytest.mark.slow
+def test_generate_keeps_the_warnings_of_a_clip_for_the_judge(tmp_path):
+    """Noise instead of a voice, with the packaged model."""
+    clip = Clip("noise", "wordless", "", "still", (), ())
+    (tmp_path / "inputs").mkdir()
+    shutil.copy(pocket.PORTRAIT, tmp_path / "inputs" / "noise.png")
+    sound = np.random.default_rng(0).normal(0, 3000, 28 * 640).astype(np.int16)
+    with wave.open(str(tmp_path / "inputs" / "noise.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes(sound.tobytes())
+    quick = Variant("quick", changes={"num_steps": 1, "max_tokens": 13 * 36})
+    for _ in range(2):
+        generate(pocket.CONFIG, tmp_path, [quick], [clip], 1)
+        assert viewer.warned(tmp_path, "made/quick", [clip]) == 1, "also when the video is kept"
