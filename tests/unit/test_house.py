@@ -142,7 +142,8 @@ def entries() -> list[Path]:
 
 
 def python_files(*folders: str) -> list[Path]:
-    return sorted(path for folder in folders for path in (REPOSITORY / folder).rglob("*.py"))
+    paths = (path for folder in folders for path in (REPOSITORY / folder).rglob("*.py"))
+    return sorted(path for path in paths if "build" not in path.relative_to(REPOSITORY).parts)
 
 
 def test_the_package_has_few_entries() -> None:
