@@ -22,6 +22,11 @@ from omniavatar.model.layers import Block, BlockInputs
 from omniavatar.sampling.causal import CausalWindow
 
 
+def cache_size(layers: int, width: int, tokens: int, dtype_bytes: int) -> int:
+    """Bytes of keys and values of `tokens` tokens, for a DiT of `layers` layers and `width` channels."""
+    return 2 * layers * tokens * width * dtype_bytes
+
+
 class KeyValueCache:
     """The buffers of one video: for each layer keys and values (B, S*L, H, D).
 
@@ -39,10 +44,10 @@ class KeyValueCache:
             for _ in range(2)
         )
 
-    @staticmethod
-    def bytes_needed(layers: int, width: int, window: CausalWindow, tokens: int, dtype: torch.dtype) -> int:
-        """Bytes of the buffers, for a DiT of `layers` layers and `width` channels."""
-        return 2 * layers * window.slots * tokens * width * dtype.itemsize
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
     def attention(self, layer: int, block: int, attend: AttentionFn) -> AttentionFn:
         """Self-attention of `layer` for block number `block`: keeps keys and values, and sees the past."""

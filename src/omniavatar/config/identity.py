@@ -6,6 +6,7 @@ import hashlib
 import json
 from typing import Any
 
+from omniavatar.config.causal import CAUSAL_FIELDS, WINDOW_FIELDS
 from omniavatar.config.schema import PipelineConfig
 
 NEUTRAL_FIELDS = frozenset(
@@ -42,8 +43,17 @@ def flat_values(config: PipelineConfig) -> dict[str, Any]:
 
 
 def result_values(config: PipelineConfig) -> dict[str, Any]:
-    """`flat_values` without the fields that do not change the video (`NEUTRAL_FIELDS`)."""
-    return {name: value for name, value in flat_values(config).items() if name not in NEUTRAL_FIELDS}
+    """`flat_values` without the fields that do not change the video.
+
+    These are `NEUTRAL_FIELDS`, and the fields of `sampler: causal` with another sampler, or of windows with it.
+    """
+    if config.sampling.causal is None:
+        unread = {f"sampling.{name}" for name in CAUSAL_FIELDS}
+    else:
+        unread = {f"video.{name}" for name in WINDOW_FIELDS}
+    return {
+        name: value for name, value in flat_values(config).items() if name not in NEUTRAL_FIELDS | unread
+    }
 
 
 def config_hash(config: PipelineConfig) -> str:

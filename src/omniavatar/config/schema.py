@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from omniavatar.config.backends import alternatives, backend_name, registry
+from omniavatar.config.causal import check_causal_sampling, check_causal_video
 from omniavatar.config.values import (
     NEGATIVE_PROMPT,
     FieldError,
@@ -36,6 +37,7 @@ from omniavatar.config.values import (
     scale_name,
 )
 from omniavatar.errors import ConfigError
+from omniavatar.sampling.causal import CausalWindow
 from omniavatar.sampling.windows import overlap_error, window_length
 from omniavatar.types import StepCache
 
@@ -159,7 +161,14 @@ class SamplingConfig(_Section):
     timesteps: Annotated[tuple[Real, ...], AfterValidator(descending_timesteps)] | None = None
     """Explicit timesteps in (0, 1000], descending, for step-distilled LoRAs; unset: num_steps and shift."""
     sampler: Annotated[str, BeforeValidator(backend_name("sampling.sampler"))] = "euler"
-    """euler, or renoise: predict the clean sample and add fresh noise (for step-distilled LoRAs)."""
+    """euler; renoise: predict the clean sample and add fresh noise (for step-distilled LoRAs); causal: the
+    same in blocks that see a cache of earlier blocks (for block-causal models such as LiveTalk)."""
+    causal_block: Whole = Field(3, ge=1, le=64)
+    """Latents of a block (4 frames each) with sampler: causal; the number the model was trained with."""
+    causal_window: Whole = Field(15, ge=1, le=4096)
+    """Latents that a block attends to with sampler: causal: the sink, the newest earlier ones, and its own."""
+    causal_sink: Whole = Field(9, ge=0, le=4096)
+    """Latents from the video's start that every block attends to with sampler: causal."""
     negative_prompt: Annotated[str, BeforeValidator(prompt_text)] = NEGATIVE_PROMPT
     """Text that describes what the video must not show."""
     step_cache: StepCache | None = None
@@ -198,6 +207,18 @@ class SamplingConfig(_Section):
         if self.step_cache is not None:
             return self.step_cache
         return "teacache" if self.tea_cache_l1_thresh > 0 else "none"
+
+    @property
+    def causal(self) -> CausalWindow | None:
+        """The window of a block-causal model; None with another sampler."""
+        if not registry("sampling.sampler").get(self.sampler).causal:
+            return None
+        return CausalWindow(self.causal_block, self.causal_window, self.causal_sink)
+
+    @model_validator(mode="after")
+    def _causal_alone(self) -> SamplingConfig:
+        check_causal_sampling(self)
+        return self
 
     @model_validator(mode="after")
     def _teacache_needs_threshold(self) -> SamplingConfig:
@@ -395,3 +416,9 @@ class PipelineConfig(_Section):
     """The finished video."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Device, memory and speed."""
+
+    @model_validator(mode="after")
+    def _causal_fits(self) -> PipelineConfig:
+        if self.sampling.causal is not None:
+            check_causal_video(self.video.model_fields_set, self.runtime)
+        return self

@@ -52,7 +52,7 @@ NEGATIVE_PROMPT = (
 class FieldError(ValueError):
     """An invalid combination of values.
 
-    fields: the leaves involved, the most likely culprit first.
+    fields: the leaves involved, the most likely culprit first; with their sections if these differ.
     """
 
     def __init__(self, message: str, *fields: str) -> None:

@@ -129,7 +129,7 @@ def place(
         plain = without_graphs(quantize)
         if not wants_graphs(config, dit, shape.tokens, device, captures):
             return plain
-        memory = replace(plain.memory, peak=plain.memory.peak + graph_bytes(config, dit, shape.tokens))
+        memory = replace(plain.memory, peak=plain.memory.peak + graph_bytes(config, dit, shape))
         if memory.fits and not memory.streams:
             return replace(plain, memory=memory, graphs=True)
         if runtime.cuda_graphs:

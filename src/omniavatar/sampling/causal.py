@@ -50,6 +50,11 @@ class CausalWindow:
         """Blocks that the cache holds, the current one included."""
         return self.window // self.block
 
+    @property
+    def rolling(self) -> int:
+        """Earlier blocks that a block sees beside the sink, once the cache is full."""
+        return (self.window - self.sink) // self.block - 1
+
     def slot(self, block: int) -> int:
         """The slot that block number `block` is written to."""
         if block < self.slots:
@@ -64,5 +69,15 @@ class CausalWindow:
     def seen(self, block: int) -> tuple[int, ...]:
         """Numbers of the blocks that block number `block` attends to, ascending."""
         sink = self.sink // self.block
-        newest = range(max(sink, block + 1 - (self.slots - sink)), block + 1)
+        newest = range(max(sink, block - self.rolling), block + 1)
         return (*range(min(sink, block + 1)), *newest)
+
+    def deciding(self, block: int, layers: int) -> tuple[int, ...]:
+        """Numbers of the earlier blocks that decide what the cache holds for block number `block`, ascending.
+
+        Keys of the first layer depend on their own block only; those of each later layer also on what their
+        block saw one layer earlier. So with `layers` layers, the newest blocks reach back `layers` times as far
+        as one block sees. Older blocks do not matter, except for the sink.
+        """
+        sink = min(self.sink // self.block, block)
+        return (*range(sink), *range(max(sink, block - self.rolling * layers), block))

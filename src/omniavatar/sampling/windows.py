@@ -75,3 +75,25 @@ def plan_windows(audio_frames: int, length: int, overlap: int) -> tuple[Window, 
         new = min(start + length, total) - first_new
         windows.append(Window(index, start, length, given, new))
     return tuple(windows)
+
+
+def plan_blocks(audio_frames: int, latents: int) -> tuple[Window, ...]:
+    """Blocks of `latents` latents of a block-causal video, as windows that do not overlap.
+
+    They cover the portrait frame and `audio_frames` frames after it. A latent stands for four frames, the first
+    one for the portrait alone. The last block is made whole; its surplus frames are cut.
+    """
+    windows: list[Window] = []
+    start = 0
+    while start <= audio_frames:
+        index = len(windows)
+        length = block_frames(index, latents)
+        new = min(length, audio_frames + 1 - start)
+        windows.append(Window(index, start, length, given_frames=0 if index else 1, new_frames=new))
+        start += length
+    return tuple(windows)
+
+
+def block_frames(block: int, latents: int) -> int:
+    """Frames of block number `block`."""
+    return 4 * latents - (0 if block else 3)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from omniavatar.accel.attention.registry import create_attention
+from omniavatar.accel.key_value_cache import cache_size
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.engine.block_loop import BlockGenerator
@@ -98,16 +99,18 @@ def twin(dit: WanDiT, blocks: int, window: CausalWindow) -> list[Tensor]:
         mask[:, :, 0] = 0 if block == 0 else 1
         y = torch.cat([reference.expand(-1, -1, window.block, -1, -1), mask], dim=1)
         run, sample = rolled.run_blocks(block), draw()
+        grid = (window.block, HEIGHT // 2, WIDTH // 2)
+        rope = rope_table(grid, dit.config.head_dim, sample.device, first)
         for sigma, lower in ((1.0, 0.625), (0.625, 0.0)):
             if block == 0:
                 sample[:, :, :1] = reference
-            velocity = dit(sample, y, torch.tensor([1000 * sigma]), text, state, run, first)
+            velocity = dit(sample, y, torch.tensor([1000 * sigma]), text, state, run, rope)
             sample = sample - sigma * velocity
             if lower:
                 sample = (1 - lower) * sample + lower * draw()
         if block == 0:
             sample[:, :, :1] = reference
-        dit(sample, y, torch.tensor([0.0]), text, state, run, first)
+        dit(sample, y, torch.tensor([0.0]), text, state, run, rope)
         made.append(sample)
     return made
 
@@ -130,9 +133,9 @@ def test_an_endless_video_needs_no_more_memory(dit: WanDiT) -> None:
         latent = make(dit, made, block)
     assert latent.isfinite().all() and made.done == 40
     assert [tensor.data_ptr() for tensor in (*made.cache.keys, *made.cache.values)] == buffers
-    held = sum(tensor.nbytes for tensor in (*made.cache.keys, *made.cache.values))
     config = dit.config
-    assert held == made.cache.bytes_needed(config.num_layers, config.dim, WINDOW, TOKENS, torch.float32)
+    needed = cache_size(config.num_layers, config.dim, WINDOW.slots * TOKENS, torch.float32.itemsize)
+    assert made.cache.num_bytes == needed
 
 
 def test_the_functions_of_a_full_cache_are_wrapped_once_for_each_slot(dit: WanDiT) -> None:
