@@ -152,6 +152,7 @@ class AvatarPipeline(Session):
                 self.adopt(inputs.shape, found.placement)
                 elapsed = Elapsed(self._recorder)
                 made = plan_request(self.models, inputs, job.folder)
+                job.hand_overs = self.hand_overs(made.plan)
                 if job.done:
                     self._go_back(job, made.plan)
                 needed = least_bytes(made.plan, self.config.output.crf, job.done)

@@ -33,6 +33,7 @@ from omniavatar.engine.numbers import WindowNumbers
 from omniavatar.engine.retry import Retry, no_retry
 from omniavatar.errors import StoppedError
 from omniavatar.parallel.team import ONE, Team
+from omniavatar.sampling.causal import CausalWindow
 from omniavatar.sampling.denoise import denoise as denoise_window
 from omniavatar.sampling.denoise import noises_drawn
 from omniavatar.sampling.noise import NoiseAhead
@@ -65,12 +66,14 @@ class WindowSampling:
     """How every window of one request is sampled.
 
     - passes: the forwards of each step (`plan_passes`).
+    - causal: the window of a block-causal model, whose windows are blocks (`engine.block_windows`).
     """
 
     seed: int
     schedule: Schedule
     passes: Passes
     sampler: str = "euler"
+    causal: CausalWindow | None = None
 
 
 class WindowResult:
