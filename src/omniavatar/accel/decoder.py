@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from omniavatar.model.vae import DecodeMore, VideoDecoder, VideoVAE, WanVAE
 
 VAE_PAST = 38
-"""Latents that the VAE's causal convolutions reach back, by their number and kernels (24 at the latents' rate)."""
+"""Latents that the VAE's causal convolutions reach back: 24 at the latents' rate, others at higher rates."""
 TINY_PAST = 8
 """The same for TAEHV: three memory blocks at each of three stages, the last one with two frames a latent."""
 

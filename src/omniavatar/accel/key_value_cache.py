@@ -22,11 +22,6 @@ from omniavatar.model.layers import Block, BlockInputs
 from omniavatar.sampling.causal import CausalWindow
 
 
-def cache_size(layers: int, width: int, tokens: int, dtype_bytes: int) -> int:
-    """Bytes of keys and values of `tokens` tokens, for a DiT of `layers` layers and `width` channels."""
-    return 2 * layers * tokens * width * dtype_bytes
-
-
 class KeyValueCache:
     """The buffers of one video: for each layer keys and values (B, S*L, H, D).
 

@@ -6,8 +6,8 @@ import hashlib
 import json
 from typing import Any
 
-from omniavatar.config.causal import CAUSAL_FIELDS, WINDOW_FIELDS
 from omniavatar.config.schema import PipelineConfig
+from omniavatar.config.values import CAUSAL_FIELDS, WINDOW_FIELDS
 
 NEUTRAL_FIELDS = frozenset(
     {
@@ -45,15 +45,13 @@ def flat_values(config: PipelineConfig) -> dict[str, Any]:
 def result_values(config: PipelineConfig) -> dict[str, Any]:
     """`flat_values` without the fields that do not change the video.
 
-    These are `NEUTRAL_FIELDS`, and the fields of `sampler: causal` with another sampler, or of windows with it.
+    These are `NEUTRAL_FIELDS`, and those that the sampler does not read (`config.values`).
     """
     if config.sampling.causal is None:
         unread = {f"sampling.{name}" for name in CAUSAL_FIELDS}
     else:
         unread = {f"video.{name}" for name in WINDOW_FIELDS}
-    return {
-        name: value for name, value in flat_values(config).items() if name not in NEUTRAL_FIELDS | unread
-    }
+    return {name: value for name, value in flat_values(config).items() if name not in NEUTRAL_FIELDS | unread}
 
 
 def config_hash(config: PipelineConfig) -> str:

@@ -15,8 +15,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from omniavatar.config.backends import alternatives, backend_name, registry
-from omniavatar.config.causal import check_causal_sampling, check_causal_video
 from omniavatar.config.values import (
+    CAUSAL_FIELDS,
     NEGATIVE_PROMPT,
     FieldError,
     FilePath,
@@ -166,7 +166,7 @@ class SamplingConfig(_Section):
     causal_block: Whole = Field(3, ge=1, le=64)
     """Latents of a block (4 frames each) with sampler: causal; the number the model was trained with."""
     causal_window: Whole = Field(15, ge=1, le=4096)
-    """Latents that a block attends to with sampler: causal: the sink, the newest earlier ones, and its own."""
+    """Latents that a block attends to with sampler: causal: the sink, the newest earlier ones, its own."""
     causal_sink: Whole = Field(9, ge=0, le=4096)
     """Latents from the video's start that every block attends to with sampler: causal."""
     negative_prompt: Annotated[str, BeforeValidator(prompt_text)] = NEGATIVE_PROMPT
@@ -217,7 +217,10 @@ class SamplingConfig(_Section):
 
     @model_validator(mode="after")
     def _causal_alone(self) -> SamplingConfig:
-        check_causal_sampling(self)
+        from omniavatar.config.combinations import check_sampling
+
+        fields = type(self).model_fields
+        check_sampling(vars(self), {name: fields[name].default for name in CAUSAL_FIELDS}, self.cache_policy)
         return self
 
     @model_validator(mode="after")
@@ -365,41 +368,10 @@ class RuntimeConfig(_Section):
             return None
 
     @model_validator(mode="after")
-    def _one_limit(self) -> RuntimeConfig:
-        if self.memory != "auto" and self.num_persistent_param_in_dit is not None:
-            raise FieldError(
-                "memory and num_persistent_param_in_dit both limit the weights on the device; set only one",
-                "memory",
-                "num_persistent_param_in_dit",
-            )
-        return self
+    def _combined(self) -> RuntimeConfig:
+        from omniavatar.config.combinations import check_runtime
 
-    @model_validator(mode="after")
-    def _sharing(self) -> RuntimeConfig:
-        if self.use_fsdp and self.sp_size == 1:
-            raise FieldError(
-                "distributes the weights over sp_size GPUs; set sp_size to 2 or more",
-                "use_fsdp",
-                "sp_size",
-            )
-        if self.exchange == "direct" and self.processes == 1:
-            raise FieldError(
-                "one GPU makes the video, so nothing is exchanged; set sp_size or cfg_parallel to 2 or more",
-                "exchange",
-                "sp_size",
-            )
-        if self.use_fsdp and self.cuda_graphs:
-            raise FieldError(
-                "CUDA graphs need weights at a fixed address, which use_fsdp does not give; set only one",
-                "cuda_graphs",
-                "use_fsdp",
-            )
-        if self.use_fsdp and self.num_persistent_param_in_dit is not None:
-            raise FieldError(
-                "use_fsdp and num_persistent_param_in_dit both place the weights; set only one",
-                "use_fsdp",
-                "num_persistent_param_in_dit",
-            )
+        check_runtime(vars(self))
         return self
 
 
@@ -419,6 +391,8 @@ class PipelineConfig(_Section):
 
     @model_validator(mode="after")
     def _causal_fits(self) -> PipelineConfig:
+        from omniavatar.config.combinations import check_causal
+
         if self.sampling.causal is not None:
-            check_causal_video(self.video.model_fields_set, self.runtime)
+            check_causal(self.video.model_fields_set, vars(self.runtime))
         return self

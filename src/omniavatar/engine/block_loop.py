@@ -3,8 +3,8 @@
 A block is denoised with fresh noise at every step (`sampling.samplers`, "causal"). One more pass at timestep
 0 over the finished block then leaves its keys and values in the cache. The first latent of the video is the
 portrait; nothing else is handed over. So a video has no end, and a block costs the same wherever it lies.
-Positions count from the video's start. Their angles are computed for each block in float64, not looked up in a
-table that ends; only differences of positions act, so any other start would give the same video.
+Positions count from the video's start. Their angles are computed for each block in float64, not looked up in
+a table that ends. Only differences of positions act, so counting from elsewhere gives the same video.
 Sources: LiveTalk (arXiv 2512.23576), Self Forcing (arXiv 2506.08009).
 
 Shapes: T latents of a block, h w latent pixels, D audio width.

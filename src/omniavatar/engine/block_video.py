@@ -1,7 +1,7 @@
 """One endless video of a block-causal model: from audio vectors to frames, block after block.
 
-The offline loop (`engine.block_windows`) and live sessions use it in the same way, so both draw the same noise
-and make the same frames from the same audio vectors. The models belong to the pipeline; the cache, the
+The offline loop (`engine.block_windows`) and live sessions use it in the same way, so both draw the same
+noise and make the same frames from the same audio vectors. The models belong to the pipeline; the cache, the
 decoder's past and captured graphs belong to the video. Several videos of one pipeline take turns by block.
 
 Shapes: T latents of a block, h w latent pixels, n frames, H W pixels, D audio width.
@@ -20,7 +20,7 @@ from omniavatar.accel.short_text import prepare_text
 from omniavatar.device import arrival
 from omniavatar.engine.block_loop import BlockGenerator
 from omniavatar.engine.numbers import WindowNumbers
-from omniavatar.engine.piece_decoder import PieceDecoder, blocks_of
+from omniavatar.engine.piece_decoder import PieceDecoder
 from omniavatar.engine.window_loop import to_uint8
 from omniavatar.errors import InputError
 from omniavatar.sampling.denoise import noises_drawn
@@ -79,7 +79,7 @@ class BlockVideo:
         )
         draws = noises_drawn(sampling.schedule, sampling.sampler)
         self._noise = NoiseAhead(sampling.seed, self.device, draws)
-        self.past_blocks = blocks_of(past_latents, self.window.block)
+        self.past_blocks = self.window.blocks_of(past_latents)
         self._decoder = None if decoder is None else PieceDecoder(decoder, self.past_blocks)
         self._numbers: WindowNumbers | None = None
 
@@ -99,7 +99,7 @@ class BlockVideo:
         return self.generator.cache.num_bytes
 
     def frames_of(self, block: int) -> int:
-        """Frames of block number `block`; the first one has three less, because its first latent is one frame."""
+        """Frames of block number `block`; the video's first latent is one frame, the others are four."""
         return block_frames(block, self.window.block)
 
     def make(
@@ -110,10 +110,10 @@ class BlockVideo:
     ) -> Tensor:
         """Latents (1, 16, T, h, w) float32 of the next block, on the device.
 
-        The noise is that of (seed, number of the block). If an exception leaves this call, the block is not made
-        and may be made again.
+        The noise is that of (seed, number of the block). If an exception leaves this call, the block is not
+        made and may be made again.
 
-        - audio_BND: (1, `frames_of(done)`, D), a vector a frame; the first frame of the video, the portrait, has
+        - audio_BND: (1, `frames_of(done)`, D), a vector a frame; the video's first frame, the portrait, has
           zeros. None for a model without audio.
         - on_step, before_step: called with the number of each step, after and before it.
         """
@@ -207,7 +207,9 @@ class BlockVideo:
         done, seed, past = (state.get(name) for name in ("done", "seed", "past"))
         if done is None or seed is None or int(done) < 0 or int(seed) != self.seed:
             raise InputError(f"state: done or seed is missing or differs; {remedy}")
-        if past is not None and (past.shape[:2] + past.shape[3:] != self.generator.shape[:2] + self.generator.shape[3:]):
+        if past is not None and (
+            past.shape[:2] + past.shape[3:] != self.generator.shape[:2] + self.generator.shape[3:]
+        ):
             raise InputError(f"state: past has another form; {remedy}")
         with torch.inference_mode():
             for name, target in targets.items():

@@ -1,7 +1,7 @@
 """The loop of one request for a block-causal model: its windows are blocks, which follow without an overlap.
 
 Like `engine.window_loop` it only queues work; reading a `WindowResult` waits. What a window leaves for later
-ones are its latents. A run that goes on later replays the last clean passes from them (`BlockVideo.go_on_after`).
+ones are its latents. A resumed run replays the last clean passes from them (`BlockVideo.go_on_after`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class BlockWindows:
     ) -> Iterator[WindowResult]:
         """Yield the results of `windows[first:]`.
 
-        - past: latents of earlier blocks, as `engine.handover.BlockHandOvers` names them; None if `first` is 0.
+        - past: latents of the blocks that `sampling.causal.BlockHandOvers` names; None if `first` is 0.
 
         Raises StoppedError, and on the CPU NumbersError; elsewhere reading a result raises that.
         """

@@ -27,7 +27,6 @@ from typing import Any
 
 from torch import Tensor
 
-from omniavatar.engine.handover import HandOvers, WindowHandOvers
 from omniavatar.engine.marks import (
     OWNER,
     STATE,
@@ -40,6 +39,7 @@ from omniavatar.engine.marks import (
 from omniavatar.errors import ResumeError, TargetError
 from omniavatar.media.atomic import atomic_write_bytes, atomic_write_json, beside, translate_os_error
 from omniavatar.media.lease import lease_for
+from omniavatar.sampling.windows import HandOvers, WindowHandOvers
 from omniavatar.text import MOST_RECORD_BYTES, JsonError, cut, parse_json, read_json
 from omniavatar.types import RunResult
 

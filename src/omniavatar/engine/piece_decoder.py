@@ -1,8 +1,8 @@
 """Decodes the blocks of one video in order, and can begin again anywhere.
 
-A decoder keeps what its convolutions saw of earlier latents. That state reaches back a fixed number of latents
-(`accel.decoder.PictureDecoder.past_latents`). So it is not saved: decoding that many earlier latents again gives
-the same state bit for bit, and so the same pixels.
+A decoder keeps what its convolutions saw of earlier latents. That state reaches back a fixed number of
+latents (`accel.decoder.PictureDecoder.past_latents`). So it is not saved: decoding that many earlier latents
+again gives the same state bit for bit, and so the same pixels.
 """
 
 from __future__ import annotations
@@ -16,11 +16,6 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from omniavatar.model.vae import VideoDecoder
-
-
-def blocks_of(latents: int, block: int) -> int:
-    """Blocks of `block` latents that cover `latents` latents."""
-    return -(-latents // block)
 
 
 class PieceDecoder:

@@ -116,9 +116,13 @@ class Residency:
         if self._placement is not None and not self._config.runtime.use_fsdp:
             smaller = self._placement.step_down()
         if smaller is None:
+            sampling = self._config.sampling
+            name, value = ("max_tokens", self._config.video.max_tokens)
+            if sampling.causal is not None:
+                name, value = ("causal_window", sampling.causal_window)
             raise ResourceError(
-                f"max_tokens: {self._config.video.max_tokens} needs more GPU memory than is free ({reason}); "
-                "lower max_tokens, use quantize=fp8 or the 1.3B model"
+                f"{name}: {value} needs more GPU memory than is free ({reason}); "
+                f"lower {name}, use quantize=fp8 or the 1.3B model"
             )
         self._placement = smaller
         text = f"{reason}: retrying with less GPU memory. {smaller.describe()}"
@@ -156,7 +160,7 @@ class Residency:
             vae.use_pass(latents)
 
     def wrap(self, run: RunBlocks) -> RunBlocks:
-        """`run`, as CUDA graphs while the placement in force says so; for blocks that `run_blocks` cannot run."""
+        """`run`, another way to run the DiT's blocks, as CUDA graphs while the placement in force says so."""
         graphs: list[GraphedBlocks] = []
 
         def run_blocks(tokens_BLC: Tensor, inputs: BlockInputs) -> Tensor:

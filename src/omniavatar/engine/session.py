@@ -18,38 +18,28 @@ from torch import Tensor
 from omniavatar.accel.decoder import DECODERS
 from omniavatar.accel.residual_cache import PassRunner, ResidualCache
 from omniavatar.config.schema import PipelineConfig
-from omniavatar.engine.block_video import BlockVideo, Past
-from omniavatar.engine.block_windows import BlockWindows
 from omniavatar.engine.clocks import DeviceClock
 from omniavatar.engine.events import Message
-from omniavatar.engine.handover import BlockHandOvers, HandOvers, WindowHandOvers
 from omniavatar.engine.host import Host
 from omniavatar.engine.models import Models
 from omniavatar.engine.numbers import remedy
 from omniavatar.engine.orders import EndOrder, PlaceOrder, WindowsOrder
-from omniavatar.engine.piece_decoder import blocks_of
-from omniavatar.engine.prepare import (
-    Prepared,
-    block_sampling,
-    condition,
-    encode_person,
-    plan_request,
-    read_inputs,
-)
+from omniavatar.engine.prepare import Prepared, condition, plan_request, read_inputs
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.engine.retry import no_retry
 from omniavatar.engine.window_loop import ShouldStop, WindowGenerator, WindowResult, WindowSampling, never
-from omniavatar.errors import ConfigError, StoppedError
+from omniavatar.errors import StoppedError
 from omniavatar.parallel.team import ONE, Team, check_size
 from omniavatar.plan.placement import Placement
 from omniavatar.plan.run import WindowShape
+from omniavatar.sampling.causal import BlockHandOvers
+from omniavatar.sampling.windows import HandOvers, WindowHandOvers
 from omniavatar.types import AvatarRequest, Conditioning, ImageInput, SamplingParams, Window
 
 if TYPE_CHECKING:
+    from omniavatar.engine.block_session import BlockSession
+    from omniavatar.engine.block_video import BlockVideo
     from omniavatar.model.dit import RunBlocks
-
-NO_CHANGES = SamplingParams()
-"""A request that takes the configured sampling."""
 
 
 class Session:
@@ -133,90 +123,33 @@ class Session:
         if sampling.causal is None:
             return self.run_windows(sampling, conditioning, windows, first, given.get(first), should_stop)
         past = {number - 1: latent for number, latent in given.items()}
-        return self.run_blocks(sampling, conditioning, windows, first, past, should_stop)
+        return self.block_session().run(sampling, conditioning, windows, first, past, should_stop)
 
     def hand_overs(self, shape: WindowShape) -> HandOvers:
         """Which hand-over files windows of `shape` start from."""
-        if shape.causal is None:
+        causal = shape.causal
+        if causal is None:
             return WindowHandOvers()
-        decoded = blocks_of(self._past_latents, shape.causal.block)
-        return BlockHandOvers(shape.causal, self.models.dit_config.num_layers, decoded)
-
-    @property
-    def _past_latents(self) -> int:
-        return DECODERS.get(self.config.model.decoder).past_latents
-
-    def run_blocks(
-        self,
-        sampling: WindowSampling,
-        conditioning: Conditioning,
-        windows: tuple[Window, ...],
-        first: int = 0,
-        past: Past | None = None,
-        should_stop: ShouldStop = never,
-    ) -> Iterator[WindowResult]:
-        """The windows of a block-causal model, for a plan that no request has.
-
-        - past: latents of earlier blocks that block `first` starts from; None if `first` is 0.
-        """
-        models = self.models
-        loop = BlockWindows(
-            self.block_video(sampling, conditioning.text_positive, conditioning.reference_latent),
-            conditioning.audio,
-            len(sampling.schedule),
-            self._recorder,
-            retry=models.residency.retry,
-            arrival=self._host.arrival,
-            stop=None if should_stop is never else should_stop,
-            remedy=self._remedy,
-        )
-        return loop.run(windows, first, past)
-
-    def block_video(self, sampling: WindowSampling, text: Tensor, reference_latent: Tensor) -> BlockVideo:
-        """A video of a block-causal model on the loaded models. A placement must be in force.
-
-        - text, reference_latent: of `types.Conditioning`.
-        """
-        models = self.models
-        models.load_for_windows()
-        return models.residency.retry(
-            lambda: BlockVideo(
-                models.dit,
-                models.vae,
-                text,
-                reference_latent,
-                sampling,
-                self.config.video.fps,
-                self._past_latents,
-                models.dtype,
-                embed=lambda prompt: models.prompts.embed((prompt,))[0],
-                wrap=models.residency.wrap,
-                arrival=self._host.arrival,
-                remedy=self._remedy,
-            )
-        )
+        decoded = causal.blocks_of(DECODERS.get(self.config.model.decoder).past_latents)
+        return BlockHandOvers(causal, self.models.dit_config.num_layers, decoded)
 
     def begin_video(
-        self, image: ImageInput, prompt: str, sampling: SamplingParams = NO_CHANGES
+        self, image: ImageInput, prompt: str, sampling: SamplingParams | None = None
     ) -> BlockVideo:
-        """An endless video of this person, for audio that is not known yet; its models are loaded.
+        """An endless video of this person by a block-causal model, for sound that is not known yet.
 
-        The size is the configured one nearest to the portrait's shape.
+        The models are loaded now. The size is the configured one nearest to the portrait's shape.
 
         Raises ConfigError if the sampler is not causal, and what `prepare` raises.
         """
-        if self.config.sampling.causal is None:
-            raise ConfigError(
-                f"sampler: {self.config.sampling.sampler} makes windows of a whole recording; an endless video "
-                "needs sampler: causal and its weights, as in configs/livetalk.yaml"
-            )
-        from omniavatar.engine.memory_inputs import in_files
+        request = AvatarRequest(prompt, image, sampling=sampling or SamplingParams())
+        return self.block_session().begin(request, self.adopt)
 
-        with in_files(AvatarRequest(prompt, image, sampling=sampling)) as local:
-            inputs = read_inputs(self.models, local, bool(self.models.dit_config.audio_dim))
-            self.adopt(inputs.shape)
-            text, reference = self.models.residency.retry(lambda: encode_person(self.models, inputs))
-        return self.block_video(block_sampling(inputs.sampling, inputs.shape), text, reference)
+    def block_session(self) -> BlockSession:
+        """What makes blocks with this session's models."""
+        from omniavatar.engine.block_session import BlockSession
+
+        return BlockSession(self.models, self._host.arrival, lambda: self._remedy)
 
     def run_windows(
         self,

@@ -42,8 +42,11 @@ def warm_up(session: Session, size: tuple[int, int] | None = None) -> None:
     first = Schedule(shape.schedule.sigmas[:1])
     passes = plan_passes(StepPlan((True,)), shape.branches, shape.has_audio)
     sampling = WindowSampling(config.sampling.seed, first, passes, config.sampling.sampler, shape.causal)
-    run = session.run_windows if shape.causal is None else session.run_blocks
-    for result in run(sampling, conditioning, _windows(shape)):
+    if shape.causal is None:
+        results = session.run_windows(sampling, conditioning, _windows(shape))
+    else:
+        results = session.block_session().run(sampling, conditioning, _windows(shape))
+    for result in results:
         _ = result.frames  # waits
 
 

@@ -119,6 +119,7 @@ def place(
     """
     runtime, kept = config.runtime, kept or {}
     run = run_sizes(config, dit, shape, vae_name, device)
+    lower = "max_tokens" if shape.causal is None else "causal_window"
     vae_passes = pass_sizes(vae_name)
     passes = range(len(vae_passes))
     if kept.get(PASS_FIELD) in vae_passes:
@@ -146,7 +147,7 @@ def place(
             resident = resident_blocks(dit, runtime.num_persistent_param_in_dit)
             memory = plan_parameters(sizes, run, resident, limit, passes)
         else:
-            memory = plan_memory(sizes, run, limit, passes)
+            memory = plan_memory(sizes, run, limit, passes, lower)
         if runtime.use_fsdp and memory.streams:
             raise ResourceError(
                 f"use_fsdp: the weights do not fit on {runtime.sp_size} GPUs together; raise sp_size, or set "

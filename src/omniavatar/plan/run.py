@@ -36,8 +36,8 @@ class WindowShape:
 
     - size: (height, width) in pixels.
     - window_length, overlap: in video frames.
-    - causal: the window of a block-causal model, whose blocks count as windows (the first one has three frames
-      less); None for other models.
+    - causal: the window of a block-causal model, whose blocks count as windows (the first one has three
+      frames less); None for other models.
     - tokens: video tokens of one forward.
     - branches: the passes of a guided step.
     - guidance_interval: beginning and end of the guided steps, as fractions of the steps.

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from omniavatar.accel.decoder import DECODERS
-from omniavatar.accel.key_value_cache import cache_size
 from omniavatar.accel.precision import QUANTIZED
 from omniavatar.accel.vae_runners import pass_sizes
 from omniavatar.checkpoint.dit_sizes import keep_float32
@@ -226,7 +225,7 @@ def cache_bytes(dit: DiTConfig, shape: WindowShape, dtype_bytes: int) -> int:
     """Bytes of the keys and values of earlier blocks (`accel.key_value_cache`); 0 for other videos."""
     if shape.causal is None:
         return 0
-    return cache_size(dit.num_layers, dit.dim, shape.causal.slots * shape.tokens, dtype_bytes)
+    return 2 * dit.num_layers * shape.causal.slots * shape.tokens * dit.dim * dtype_bytes
 
 
 def graph_bytes(config: PipelineConfig, dit: DiTConfig, shape: WindowShape) -> int:

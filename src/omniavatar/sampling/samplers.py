@@ -1,8 +1,8 @@
 """Samplers by name: how a step gets from one noise level to the next.
 
 Euler follows the predicted velocity. Re-noising (for few-step distilled weights: LCM, DMD, self-forcing)
-predicts the clean sample `x0 = x - sigma*v` and mixes it with *fresh* noise at the next level. Causal does the
-same for a block-causal model, whose video is made in blocks instead of overlapping windows.
+predicts the clean sample `x0 = x - sigma*v` and mixes it with *fresh* noise at the next level. Causal does
+the same for a block-causal model, whose video is made in blocks instead of overlapping windows.
 Sources: flow matching (arXiv 2210.02747), LCM (arXiv 2310.04378).
 
 `create` takes nothing and returns a `SamplerStep`.

@@ -19,7 +19,6 @@ import pytest
 from begun_jobs import VALUES, begun
 from media_files import FPS, segments
 from omniavatar.config.load import load_config
-from omniavatar.engine.handover import KEPT
 from omniavatar.engine.job import Job
 from omniavatar.engine.marks import PREVIEW_MARK
 from omniavatar.engine.targets import Identified, Target
@@ -27,6 +26,7 @@ from omniavatar.errors import BusyError, OmniAvatarError, OutputError, ResumeErr
 from omniavatar.media.check import check_video
 from omniavatar.media.video import GrowingVideo
 from omniavatar.plan.placement import Placement
+from omniavatar.sampling.windows import KEPT
 from omniavatar.types import AvatarRequest
 
 SIDECAR = {"output": "talk.mp4", "bytes": 5, "fingerprint": VALUES, "versions": {"omniavatar": "0.1.0"}}
