@@ -11,22 +11,29 @@ from typing import Any
 from omniavatar.config.backends import registry
 from omniavatar.config.values import CAUSAL_FIELDS, WINDOW_FIELDS, FieldError
 from omniavatar.errors import ConfigError
-from omniavatar.sampling.causal import CausalWindow
 
 
 def check_sampling(sampling: Mapping[str, Any], defaults: Mapping[str, Any], cache_policy: str) -> None:
-    """Check the sampling section's fields of `sampler: causal`, and those that it cannot follow.
+    """Check the step cache, the fields of `sampler: causal`, and those that it cannot follow.
 
     - defaults: of `CAUSAL_FIELDS`.
     - cache_policy: the step cache in force.
     """
     sampler = sampling["sampler"]
+    if sampling["step_cache"] == "teacache" and sampling["tea_cache_l1_thresh"] == 0:
+        raise FieldError(
+            "teacache skips no step with threshold 0; set tea_cache_l1_thresh, such as 0.14",
+            "step_cache",
+            "tea_cache_l1_thresh",
+        )
     if not registry("sampling.sampler").get(sampler).causal:
         for name in CAUSAL_FIELDS:
             if sampling[name] != defaults[name]:
                 text = f"has no effect with sampler: {sampler}; leave it out or set sampler to causal"
                 raise FieldError(text, name, "sampler")
         return
+    from omniavatar.sampling.causal import CausalWindow
+
     try:
         CausalWindow(*(sampling[name] for name in CAUSAL_FIELDS))
     except ConfigError as error:

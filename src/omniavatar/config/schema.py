@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -37,9 +37,11 @@ from omniavatar.config.values import (
     scale_name,
 )
 from omniavatar.errors import ConfigError
-from omniavatar.sampling.causal import CausalWindow
 from omniavatar.sampling.windows import overlap_error, window_length
 from omniavatar.types import StepCache
+
+if TYPE_CHECKING:
+    from omniavatar.sampling.causal import CausalWindow
 
 
 class _Section(BaseModel):
@@ -213,24 +215,16 @@ class SamplingConfig(_Section):
         """The window of a block-causal model; None with another sampler."""
         if not registry("sampling.sampler").get(self.sampler).causal:
             return None
+        from omniavatar.sampling.causal import CausalWindow
+
         return CausalWindow(self.causal_block, self.causal_window, self.causal_sink)
 
     @model_validator(mode="after")
-    def _causal_alone(self) -> SamplingConfig:
+    def _combined(self) -> SamplingConfig:
         from omniavatar.config.combinations import check_sampling
 
         fields = type(self).model_fields
         check_sampling(vars(self), {name: fields[name].default for name in CAUSAL_FIELDS}, self.cache_policy)
-        return self
-
-    @model_validator(mode="after")
-    def _teacache_needs_threshold(self) -> SamplingConfig:
-        if self.step_cache == "teacache" and self.tea_cache_l1_thresh == 0:
-            raise FieldError(
-                "teacache skips no step with threshold 0; set tea_cache_l1_thresh, such as 0.14",
-                "step_cache",
-                "tea_cache_l1_thresh",
-            )
         return self
 
 

@@ -27,7 +27,7 @@ class BlockSession:
     """Makes blocks with loaded models.
 
     - arrival: `Host.arrival`.
-    - remedy: what to try after numbers overflowed; asked when a placement is in force.
+    - remedy: what to try after numbers overflowed; called when a placement is in force.
     """
 
     def __init__(

@@ -32,7 +32,6 @@ from omniavatar.errors import StoppedError
 from omniavatar.parallel.team import ONE, Team, check_size
 from omniavatar.plan.placement import Placement
 from omniavatar.plan.run import WindowShape
-from omniavatar.sampling.causal import BlockHandOvers
 from omniavatar.sampling.windows import HandOvers, WindowHandOvers
 from omniavatar.types import AvatarRequest, Conditioning, ImageInput, SamplingParams, Window
 
@@ -130,6 +129,8 @@ class Session:
         causal = shape.causal
         if causal is None:
             return WindowHandOvers()
+        from omniavatar.sampling.causal import BlockHandOvers
+
         decoded = causal.blocks_of(DECODERS.get(self.config.model.decoder).past_latents)
         return BlockHandOvers(causal, self.models.dit_config.num_layers, decoded)
 

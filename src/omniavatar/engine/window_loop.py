@@ -33,7 +33,6 @@ from omniavatar.engine.numbers import WindowNumbers
 from omniavatar.engine.retry import Retry, no_retry
 from omniavatar.errors import StoppedError
 from omniavatar.parallel.team import ONE, Team
-from omniavatar.sampling.causal import CausalWindow
 from omniavatar.sampling.denoise import denoise as denoise_window
 from omniavatar.sampling.denoise import noises_drawn
 from omniavatar.sampling.noise import NoiseAhead
@@ -44,6 +43,7 @@ from omniavatar.types import Conditioning, Recorder, Window
 if TYPE_CHECKING:
     from omniavatar.model.dit import AudioState, RunBlocks, WanDiT
     from omniavatar.model.vae import VideoVAE
+    from omniavatar.sampling.causal import CausalWindow
 
 DrawNoise = Callable[[], Tensor]
 ShouldStop = Callable[[], bool]

@@ -11,18 +11,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omniavatar.config.schema import PipelineConfig, SamplingConfig
 from omniavatar.model.sizes import FRAMES_PER_LATENT
 from omniavatar.plan.steps import sampling_schedule
-from omniavatar.sampling.causal import CausalWindow
 from omniavatar.sampling.guidance import Branch, guidance_branches
 from omniavatar.sampling.passes import Passes, branch_patterns, count_passes, guided_steps, plan_passes
 from omniavatar.sampling.schedule import Schedule
 from omniavatar.sampling.step_cache import compute_all
 from omniavatar.sampling.windows import frames_for, plan_blocks, plan_windows, window_length
 from omniavatar.types import StepCache, StepPlan, Window
+
+if TYPE_CHECKING:
+    from omniavatar.sampling.causal import CausalWindow
 
 VAE_STRIDE = 8
 """Pixels of a latent pixel's side."""
