@@ -4,14 +4,15 @@ Synthetic checkpoints are written from these lists, and tests compare the models
 use `model/`, so a test notices a renamed layer there.
 Sources: the released files of Wan-AI/Wan2.1-T2V-{14B,1.3B} (DiT and VAE float32, UMT5-XXL bfloat16) and
 facebook/wav2vec2-base-960h (float32, weight norm as weight_g/weight_v, no masked_spec_embed). OmniAvatar's
-adapter is written as float32; the dtype of the release is not documented, and the loader accepts any.
+adapter and GAIR/LiveTalk's merged DiT are written as float32; the dtype of these releases is not documented,
+and the loader accepts any.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -65,6 +66,7 @@ class ScaleSpec:
     """All sizes of one checkpoint.
 
     dit: the merged model; the base file has 16 input channels.
+    merged: folder of a DiT that is released merged, in one file, instead of a base and an adapter.
     """
 
     name: str
@@ -74,6 +76,7 @@ class ScaleSpec:
     wav2vec: Wav2VecSpec
     lora_rank: int
     lora_alpha: int
+    merged: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,16 @@ def scale_spec(name: str) -> ScaleSpec:
         if spec.name == name:
             return spec
     raise ConfigError(f"scale: {name!r} is unknown; choose one of {', '.join(spec.name for spec in SCALES)}")
+
+
+MERGED = {"livetalk": ("1.3B", "LiveTalk-1.3B-V0.1"), "livetalk-nano": ("nano", "LiveTalk-nano")}
+"""Checkpoints with a merged DiT: the model size, and the folder of the DiT."""
+
+
+def checkpoint_spec(name: str) -> ScaleSpec:
+    """The sizes of the checkpoint `name`: a model size, or one of `MERGED`. Raises ConfigError."""
+    scale, folder = MERGED.get(name, (name, ""))
+    return replace(scale_spec(scale), merged=folder)
 
 
 def _linear(name: str, outputs: int, inputs: int) -> Iterator[tuple[str, Shape]]:
