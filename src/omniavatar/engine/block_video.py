@@ -128,6 +128,7 @@ class BlockVideo:
             raise ValueError("this video was made without a decoder")
         return self._decoder(latent)
 
+    @torch.inference_mode()
     def decode(self, latent: Tensor) -> Iterator[Tensor]:
         """`pixels`, clipped to [0, 1]."""
         for piece in self.pixels(latent):
@@ -199,18 +200,22 @@ class BlockVideo:
         cache, block = self.generator.cache, self.window.block
         targets = {f"keys.{layer}": each for layer, each in enumerate(cache.keys)}
         targets |= {f"values.{layer}": each for layer, each in enumerate(cache.values)}
-        remedy = "use the state of a session with the same model, size, seed and settings"
+        remedy = "use the state of a video with the same model, size, seed and settings"
         for name, target in targets.items():
             found = state.get(name)
             if found is None or found.shape != target.shape or found.dtype != target.dtype:
                 raise InputError(f"state: {name} is missing or has another form; {remedy}")
+            if not torch.isfinite(found).all():
+                raise InputError(f"state: {name} holds numbers that are not finite; {remedy}")
         done, seed, past = (state.get(name) for name in ("done", "seed", "past"))
-        if done is None or seed is None or int(done) < 0 or int(seed) != self.seed:
-            raise InputError(f"state: done or seed is missing or differs; {remedy}")
-        if past is not None and (
-            past.shape[:2] + past.shape[3:] != self.generator.shape[:2] + self.generator.shape[3:]
-        ):
-            raise InputError(f"state: past has another form; {remedy}")
+        if done is None or done.numel() != 1 or int(done) < 0:
+            raise InputError(f"state: done is missing or is no number of blocks; {remedy}")
+        if seed is None or seed.numel() != 1 or int(seed) != self.seed:
+            raise InputError(f"state: seed is missing or differs; {remedy}")
+        if past is not None:
+            of_block = torch.Size(self.generator.shape)
+            if past.dim() != 5 or past.shape[2] % block or past[:, :, :block].shape != of_block:
+                raise InputError(f"state: past has another form; {remedy}")
         with torch.inference_mode():
             for name, target in targets.items():
                 target.copy_(state[name])
