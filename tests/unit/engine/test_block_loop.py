@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from omniavatar.accel.apply import AccelConfig, apply_accelerations, row_dtype
 from omniavatar.accel.attention.registry import create_attention
+from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.engine.block_loop import BlockGenerator
@@ -123,6 +125,38 @@ def test_blocks_equal_those_of_a_loop_without_a_cache_of_fixed_size(
     made, blocks = generator(dit, window), 6
     for block, expected in enumerate(twin(dit, blocks, window)):
         torch.testing.assert_close(make(dit, made, block), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [(AccelConfig(fuse=True), 1e-5), (AccelConfig("fp8", True), 0.03), (AccelConfig("int8", True), 0.03)],
+)
+def test_fused_and_quantised_blocks_equal_those_without_a_cache(quantize: str, most: float) -> None:
+    """The twin runs the same layers; another order of sums may move a value to the next step of 8 bits."""
+    _, attention = create_attention("sdpa", torch.device("cpu"), torch.float32)
+    spec = scale_spec("nano").dit
+    fast = random_dit(spec, attention=attention, dtype=torch.float32, device="cpu", seed=0)
+    ops = create_fused(torch.device("cpu"), row_dtype(quantize))
+    apply_accelerations(fast, AccelConfig(quantize, fuse=True), ops)
+    made = generator(fast)
+    for block, expected in enumerate(twin(fast, 5, WINDOW)):
+        error = (make(fast, made, block) - expected).norm() / expected.norm()
+        assert error <= most, (block, error)
+
+
+def test_what_a_blocks_passes_share_is_made_once(dit: WanDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions and audio: once a block, not once a pass or layer."""
+    calls: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments[-1])
+        return rope_table(*arguments)
+
+    monkeypatch.setattr("omniavatar.engine.block_loop.rope_table", counted)
+    made = generator(dit)
+    for block in range(4):
+        make(dit, made, block)
+    assert calls == [0, 2, 4, 6]
 
 
 def test_an_endless_video_needs_no_more_memory(dit: WanDiT) -> None:
