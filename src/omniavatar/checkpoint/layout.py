@@ -11,8 +11,9 @@ and the loader accepts any.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -139,6 +140,12 @@ def checkpoint_spec(name: str) -> ScaleSpec:
     """The sizes of the checkpoint `name`: a model size, or one of `MERGED`. Raises ConfigError."""
     scale, folder = MERGED.get(name, (name, ""))
     return replace(scale_spec(scale), merged=folder)
+
+
+def merged_name(dit_paths: Sequence[Path]) -> str | None:
+    """The checkpoint of `MERGED` whose folder holds the DiT's files; None if there is none."""
+    folders = {path.parent.name for path in dit_paths}
+    return next((name for name, (_, folder) in MERGED.items() if folder in folders), None)
 
 
 def _linear(name: str, outputs: int, inputs: int) -> Iterator[tuple[str, Shape]]:
