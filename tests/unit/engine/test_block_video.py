@@ -19,7 +19,10 @@ from omniavatar.accel.vae import FastVAEConfig, apply_fast_vae
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.engine.block_video import BlockVideo
+from omniavatar.engine.block_windows import BlockWindows
 from omniavatar.engine.piece_decoder import PieceDecoder
+from omniavatar.engine.recorder import NullRecorder
+from omniavatar.engine.retry import retry_with_less
 from omniavatar.engine.window_loop import WindowSampling
 from omniavatar.errors import InputError, NumbersError
 from omniavatar.model.dit import RunBlocks, WanDiT
@@ -27,7 +30,7 @@ from omniavatar.model.sizes import DiTConfig, VAEConfig
 from omniavatar.model.tiny_decoder import TinyDecoder, TinyDecoderConfig
 from omniavatar.sampling.causal import BlockHandOvers, CausalWindow
 from omniavatar.sampling.schedule import make_schedule
-from omniavatar.sampling.windows import KEPT
+from omniavatar.sampling.windows import KEPT, plan_blocks
 
 CPU = torch.device("cpu")
 LAYERS = 4
@@ -140,6 +143,53 @@ def test_a_block_that_was_decoded_in_part_is_decoded_again(dit: WanDiT) -> None:
             next(stopped.decode(latent))
         expected = np.concatenate(whole.frames(latent))
         assert np.array_equal(np.concatenate(stopped.frames(latent)), expected), block
+
+
+class Full:
+    """A decoder and steps that find the memory full: in the third block, before the first and the sixth step."""
+
+    def __init__(self, decoder: Any) -> None:
+        self.decoder, self.calls, self.steps = decoder, 0, 0
+
+    def begin_clip(self) -> Any:
+        decode = self.decoder.begin_clip()
+
+        def more(latent: Tensor) -> Any:
+            self.calls += 1
+            for piece in decode(latent):
+                if self.calls == 3:  # the decoder's state has gone on
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+                yield piece
+
+        return more
+
+    def stop(self) -> bool:
+        """Called before every step."""
+        self.steps += 1
+        if self.steps in (1, 6):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+        return False
+
+
+def test_a_block_is_made_again_after_a_failed_allocation(dit: WanDiT) -> None:
+    windows = plan_blocks(28, WINDOW.block)
+    rows = random(40, 24, seed=7).numpy()
+    made = []
+    for decoder in (full(), Full(full())):
+        down: list[str] = []
+        loop = BlockWindows(
+            video(dit, decoder, VAE_PAST),
+            rows,
+            2,
+            NullRecorder(),
+            retry=lambda run, down=down: retry_with_less(run, down.append),
+            stop=decoder.stop if isinstance(decoder, Full) else None,
+        )
+        made.append([(result.latent, np.concatenate(result.frames)) for result in loop.run(windows)])
+    assert len(down) == 3
+    for (latent, frames), (again, shown) in zip(*made, strict=True):
+        assert torch.equal(latent, again) and np.array_equal(frames, shown)
+    assert [len(frames) for _, frames in made[0]] == [5, 8, 8, 8]
 
 
 class Capture:

@@ -95,6 +95,20 @@ def test_the_released_student_fits_and_the_error_names_its_settings() -> None:
         place(config, spec, plan, "fast", CPU, GB)
 
 
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("local_attn_size=15", "causal_window=15"),
+        ("sink_size=9", "causal_sink=9"),
+        ("num_frame_per_block=3", "causal_block=3"),
+        ("denoising_step_list=[1000,500]", "timesteps"),
+    ],
+)
+def test_names_of_other_programs_are_answered(word: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown key .*; write --hp .?{key}"):
+        load_config(None, [word])
+
+
 def test_several_gpus_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"--gpus: .*sampler: causal makes a video on one GPU"):
         shared_among(small(), 2, "--gpus: lists 2 GPUs")
