@@ -146,7 +146,7 @@ def test_a_block_that_was_decoded_in_part_is_decoded_again(dit: WanDiT) -> None:
 
 
 class Full:
-    """A decoder and steps that find the memory full: in the third block, before the first and the sixth step."""
+    """A decoder and steps that find the memory full: in the third block; before steps 1 and 6."""
 
     def __init__(self, decoder: Any) -> None:
         self.decoder, self.calls, self.steps = decoder, 0, 0
