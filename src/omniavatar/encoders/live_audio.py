@@ -27,6 +27,8 @@ from omniavatar.encoders.wav2vec_spans import NORMALISE_EPS, FrontEnd
 from omniavatar.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
 PAST_SECONDS = 8.0
@@ -102,6 +104,17 @@ class LiveAudioEncoder:
         self.frames += frames
         self._forget()
         return torch.cat([state[:, start : start + frames] for state in states], dim=-1).float()
+
+    def state(self) -> dict[str, Tensor]:
+        """All that later blocks depend on, as tensors on the host."""
+        numbers = torch.tensor([self._dropped, self.frames])
+        return {"kept": torch.from_numpy(self._kept), "numbers": numbers, **self._statistics.state()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from a `state`."""
+        self._kept = state["kept"].numpy()
+        self._dropped, self.frames = (int(value) for value in state["numbers"])
+        self._statistics.restore(state)
 
     def _position(self, frame: int) -> Fraction:
         """The place of a frame among the convolutions' features."""
@@ -179,6 +192,18 @@ class _Statistics:
     def next_sample(self) -> int:
         """The first sample of the output that comes next."""
         return self._outputs * self._stride
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            "sums": self._sums.cpu(),
+            "sample_sums": self._sample_sums.cpu(),
+            "outputs": torch.tensor(self._outputs),
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        device = self._sums.device
+        self._sums, self._sample_sums = state["sums"].to(device), state["sample_sums"].to(device)
+        self._outputs = int(state["outputs"])
 
     def update(self, samples: Tensor) -> None:
         """Add the outputs of `samples` (1, 1, n), which begin at `next_sample`."""

@@ -7,10 +7,11 @@ processes make one video, the leader does this, and the others run `follow`.
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from omniavatar.engine.block_video import BlockVideo
     from omniavatar.model.dit import RunBlocks
 
+T = TypeVar("T")
+
 
 class Session:
     """Runs windows with the models of one configuration."""
@@ -53,6 +56,8 @@ class Session:
     ) -> None:
         check_size(team, config.runtime.processes)
         self.config, self.team = config, team
+        self._lock = threading.Lock()
+        self._companions: dict[type[object], object] = {}
         self._recorder = recorder or RunRecorder()
         self._host = host or Host()
         if config.runtime.threads:
@@ -70,6 +75,14 @@ class Session:
     def models(self, models: Models) -> None:
         """Serve with models that are loaded already, such as those of another pipeline."""
         self._models = models
+
+    def companion(self, kind: type[T], make: Callable[[], T]) -> T:
+        """The one object of class `kind` that belongs to this session; `make` makes it at the first call."""
+        with self._lock:
+            found = self._companions.get(kind)
+            if not isinstance(found, kind):
+                self._companions[kind] = found = make()
+            return found
 
     def follow(self) -> None:
         """Carry out the leader's orders until the last one: load the models, make windows together.
