@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
@@ -149,6 +150,11 @@ class LiveSession:
     def fps(self) -> float:
         """Frames a second."""
         return float(self._player.maker.fps)
+
+    @property
+    def exact_fps(self) -> Fraction:
+        """Frames a second as a fraction."""
+        return self._player.maker.fps
 
     @property
     def size(self) -> tuple[int, int]:
