@@ -33,6 +33,10 @@ def maker_of(pipeline: AvatarPipeline, image: ImageInput, prompt: str, seed: int
     """A maker for a portrait. Raises InputError, ConfigError, CheckpointError, ResourceError."""
     if not pipeline.models.dit_config.audio_dim:
         raise ConfigError("live: this checkpoint has no audio layers; set exp_path, or choose another config")
+    if pipeline.config.sampling.causal is not None:
+        from omniavatar.live.causal import CausalMaker
+
+        return CausalMaker(pipeline, image, prompt, seed)
     from omniavatar.live.windowed import WindowedMaker
 
     return WindowedMaker(pipeline, image, prompt, seed)
