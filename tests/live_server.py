@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from live_makers import LoudnessMaker
-
 from omniavatar.live import LiveSession, LiveStage
 from omniavatar.live.limits import Door, ServerLimits
 from omniavatar.live.server import make_app, serve

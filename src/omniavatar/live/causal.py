@@ -1,4 +1,4 @@
-"""Live blocks from a block-causal model: the newest sound is encoded, a block is made, and its frames leave."""
+"""Live blocks from a block-causal model: the newest sound is encoded, and a block of frames is made."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class CausalMaker:
 
     @property
     def frames(self) -> int:
-        """Frames of the next block; the video's first frame, which is the portrait and has no sound, is not shown."""
+        """Frames of the next block. The video's first frame, the portrait, has no sound and is not shown."""
         done = self._video.done
         return self._video.frames_of(done) - (not done)
 
@@ -77,7 +77,9 @@ class CausalMaker:
             self._video.restore(under(state, _VIDEO))
             self._ears.restore(under(state, _EARS))
         except (InputError, KeyError) as error:
-            raise ResumeError(f"does not fit ({error}); open it with the same portrait and settings") from None
+            raise ResumeError(
+                f"does not fit ({error}); open it with the same portrait and settings"
+            ) from None
 
     def close(self) -> None:
         """See `BlockMaker.close`."""

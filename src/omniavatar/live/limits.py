@@ -39,8 +39,8 @@ def is_loopback(host: str) -> bool:
 class Door:
     """Decides which requests are let in.
 
-    - loopback: the server is bound to loopback; then only loopback names may be used for it, so that no
-      foreign page can reach it under a name of its own.
+    - loopback: the server is bound to loopback; then only loopback names may be used for it. Otherwise a
+      foreign page could reach it under a name that leads here.
     - token: that each request must bring; None: no token.
     - origins: of pages on other servers that may connect, such as https://example.org.
     """

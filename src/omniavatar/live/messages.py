@@ -1,9 +1,10 @@
 """The messages of a live session over a WebSocket, in the names that vLLM-Omni's realtime video uses.
 
-Text messages are JSON objects with a `type`. From the client: `session.start`, `session.audio`,
-`session.interrupt`, `session.interaction` (another prompt), `session.stop`, `session.ping`; and binary messages
-with int16 sound. From the server: `video.start`, `video.chunk_metadata` (a binary message with a piece of
-fragmented MP4 follows), `session.interaction.queued`, `session.pong`, `session.note`, `session.done`, `error`.
+Text messages are JSON objects with a `type`.
+- From the client: `session.start`, `session.audio`, `session.interrupt`, `session.interaction` (another
+  prompt), `session.stop`, `session.ping`; and binary messages with int16 sound.
+- From the server: `video.start`, `video.chunk_metadata` (a binary message with a piece of fragmented MP4
+  follows), `session.interaction.queued`, `session.pong`, `session.note`, `session.done`, `error`.
 """
 
 from __future__ import annotations
@@ -90,9 +91,7 @@ class Ping(_Message):
     type: Literal["session.ping"]
 
 
-ClientMessage = Annotated[
-    Start | Audio | Interrupt | Interaction | Stop | Ping, Field(discriminator="type")
-]
+ClientMessage = Annotated[Start | Audio | Interrupt | Interaction | Stop | Ping, Field(discriminator="type")]
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(ClientMessage)
 
 

@@ -232,5 +232,3 @@ class Player:
         self._condition.notify_all()
         for listener in self._listeners:
             listener()
-
-

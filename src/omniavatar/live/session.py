@@ -40,7 +40,7 @@ MOST_PROMPT_CHARACTERS = 4000
 T = TypeVar("T")
 
 
-class Pending(Generic[T]):
+class CallResult(Generic[T]):
     """What a call gives: `await` it, or call `result`, or leave it."""
 
     def __init__(self, future: Future[T]) -> None:
@@ -108,7 +108,7 @@ class LiveSession:
 
     # Sound and prompt
 
-    def push_audio(self, pcm: Any, rate: int) -> Pending[None]:
+    def push_audio(self, pcm: Any, rate: int) -> CallResult[None]:
         """Append sound of any length; it never waits for frames.
 
         - pcm: (n,) or (n, channels), int16 or float in [-1, 1]; or bytes of mono int16 samples.
@@ -141,10 +141,10 @@ class LiveSession:
         """Counts and measured times."""
         return self._player.stats()
 
-    def save(self, path: str | Path) -> Pending[None]:
+    def save(self, path: str | Path) -> CallResult[None]:
         """Write what a later session needs to continue, between two blocks. Raises OutputError."""
         player, target = self._player, Path(path)
-        return Pending(self._stage.call(lambda: save_state(player, target)))
+        return CallResult(self._stage.call(lambda: save_state(player, target)))
 
     @property
     def fps(self) -> float:
@@ -183,9 +183,9 @@ class LiveSession:
             raise InputError("session: it is not open; use it in a `with` or `async with` block")
         return self._opened
 
-    def close(self) -> Pending[None]:
-        """End the session; what it has is freed when the result is there."""
-        return done() if self._opened is None else Pending(self._stage.leave(self._opened))
+    def close(self) -> CallResult[None]:
+        """End the session; what it has is freed when the result has come."""
+        return done() if self._opened is None else CallResult(self._stage.leave(self._opened))
 
     def __enter__(self) -> Self:
         self._opened = self._open().result()
@@ -277,8 +277,8 @@ def check_prompt(prompt: Any) -> str:
     return text
 
 
-def done() -> Pending[None]:
+def done() -> CallResult[None]:
     """The result of a call that is finished."""
     future: Future[None] = Future()
     future.set_result(None)
-    return Pending(future)
+    return CallResult(future)

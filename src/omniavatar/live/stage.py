@@ -142,9 +142,7 @@ class LiveStage:
         except Exception as error:  # the session's reader raises it; the others go on
             player.fail(error)
 
-    def _admit(
-        self, build: Callable[[], BlockMaker], rate: int, prepare: Callable[[Player], None]
-    ) -> Player:
+    def _admit(self, build: Callable[[], BlockMaker], rate: int, prepare: Callable[[Player], None]) -> Player:
         self._check_memory()
         before = self._free_memory()
         maker = build()
@@ -167,8 +165,8 @@ class LiveStage:
         largest = max((player.memory or 0 for player in self._players), default=0)
         if free is not None and free < ROOM * largest:
             raise ResourceError(
-                f"live: {len(self._players)} sessions leave {free / 1e9:.1f} GB of GPU memory free and another "
-                f"one takes {largest / 1e9:.1f} GB; close one"
+                f"live: {len(self._players)} sessions leave {free / 1e9:.1f} GB of GPU memory free "
+                f"and another one takes {largest / 1e9:.1f} GB; close one"
             )
 
     def _check_time(self, maker: BlockMaker) -> None:
@@ -191,5 +189,3 @@ class LiveStage:
                 return
             self._players.remove(player)
         player.maker.close()
-
-

@@ -1,8 +1,8 @@
 """A live session on disk: what a later one needs to continue the same video.
 
-A safetensors file. Tensors `maker.*` are the maker's (`BlockMaker.state`): cache, position, seed. `fed` is the
-sound that the model has but nobody heard. The clock's numbers are in the metadata. Sound that waits for its
-block is not kept.
+A safetensors file. Tensors `maker.*` are the maker's (`BlockMaker.state`): cache, position, seed. `fed` is
+the sound that the model has but nobody heard. The clock's numbers are in the metadata. Sound that waits for
+its block is not kept.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def load_state(path: Path) -> SavedSession:
         clock = json.loads(metadata["clock"])
         fed = tensors.pop("fed").numpy()
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ResumeError(f"{path}: cannot be read as a saved live session ({error}); start a new one") from None
+        raise ResumeError(f"{path}: is no saved live session ({error}); start a new one") from None
     maker = {name.removeprefix(_MAKER): value for name, value in tensors.items()}
     return SavedSession(path, maker, fed, clock)
 

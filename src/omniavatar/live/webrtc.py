@@ -1,4 +1,4 @@
-"""A live session over WebRTC (aiortc): two tracks that leave at the pace of one clock, a microphone that comes.
+"""A live session over WebRTC (aiortc): two tracks with one clock leave, a microphone comes.
 
 Both tracks carry the session's time, so the receiver plays them together. A late chunk moves the clock of
 both. Before the connection stands, the session drops its frames. No STUN server is used: peers connect over
@@ -97,7 +97,7 @@ class RtcPeer:
     - on_error: called with an error of the peer's sound.
     """
 
-    def __init__(self, session: LiveSession, on_error: Callable[[Exception], None]) -> None:
+    def __init__(self, session: LiveSession, on_error: Callable[[Exception], object]) -> None:
         self._session, self._on_error = session, on_error
         self.output = RtcOutput(session.rate)
         self._connection = RTCPeerConnection(RTCConfiguration(iceServers=[]))

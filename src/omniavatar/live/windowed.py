@@ -1,8 +1,8 @@
 """Live blocks from a model that makes overlapping windows: a block is what a window adds.
 
 The first window starts from the portrait, and each later one from the last frames of the one before it, as in
-an ordinary video. A window is long, so an answer comes late. Most of these models are slower than real time: then
-sound waits, and frames come when they are made.
+an ordinary video. A window is long, so an answer comes late. Most of these models are slower than real time:
+then sound waits, and frames come when they are made.
 """
 
 from __future__ import annotations
@@ -111,6 +111,6 @@ class WindowedMaker:
         self._given = None
 
     def _window(self, index: int) -> Window:
-        """Window `index`. All but the first start at frame 1, because frame f takes row f - 1 of the sound."""
+        """Window `index`. All but the first start at frame 1, because frame f takes audio row f - 1."""
         given = self._overlap if index else 1
         return Window(index, min(index, 1), self._length, given, self._length - (given if index else 0))

@@ -24,7 +24,7 @@ StreamForm = Literal["mp4", "mpegts"]
 _LOW_DELAY = {"x264": {"tune": "zerolatency"}, "nvenc": {"delay": "0", "zerolatency": "1"}}
 _SOUND_BITS = 96_000
 _PRIMING = 1024
-"""Samples of AAC before the first one that was given. All times are later by whole frames, so none is negative."""
+"""Samples of AAC before the first given one. All times are later by whole frames, so none is negative."""
 
 
 class _Sink:
@@ -83,7 +83,7 @@ class StreamWriter:
         context.thread_count = 1
         tag_colours(context)
         context.options = {**encoder_options(encoder, crf, preset), **_LOW_DELAY[encoder]}
-        self._sound = cast(av.AudioStream, self._container.add_stream("aac", rate=rate, layout="mono"))
+        self._sound = self._container.add_stream("aac", rate=rate, layout="mono")
         self._sound.codec_context.bit_rate = _SOUND_BITS
         self._frames = self._samples = 0
         self._lead = ceil(_PRIMING * self.fps / rate)
@@ -113,7 +113,9 @@ class StreamWriter:
                 self._container.mux(self._video.encode(picture))
             self._add_sound(np.concatenate([silence, sound]))
         except av.error.FFmpegError as error:
-            raise OutputError(f"live video: cannot be encoded ({error.strerror}); try another size") from error
+            raise OutputError(
+                f"live video: cannot be encoded ({error.strerror}); try another size"
+            ) from error
         return self._sink.take()
 
     def _add_sound(self, samples: np.ndarray) -> None:
@@ -149,7 +151,9 @@ class StreamWriter:
 def _muxer_options(form: StreamForm, fragment_s: float) -> dict[str, str]:
     if form == "mpegts":
         return {"flush_packets": "1", "pat_period": "0.5", "muxdelay": "0", "max_interleave_delta": "200000"}
-    flags = "+empty_moov+default_base_moof+skip_trailer+frag_discont" + ("" if fragment_s else "+frag_keyframe")
+    flags = "+empty_moov+default_base_moof+skip_trailer+frag_discont" + (
+        "" if fragment_s else "+frag_keyframe"
+    )
     options = {"movflags": flags, "flush_packets": "1", "max_interleave_delta": "200000"}
     options |= {"use_editlist": "0", "avoid_negative_ts": "disabled"}
     return {**options, "frag_duration": str(round(fragment_s * 1e6))} if fragment_s else options

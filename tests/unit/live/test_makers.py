@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine import causal_pipeline, make_pipeline, portrait, voice
 
+from engine import causal_pipeline, make_pipeline, portrait, voice
 from omniavatar import AvatarPipeline
 from omniavatar.errors import ResumeError
 from omniavatar.live import LiveSession

@@ -14,11 +14,11 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from live_makers import impulse, tone
-from live_server import Served, served
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
+from live_makers import impulse, tone
+from live_server import Served, served
 from omniavatar.live.limits import Door, ServerLimits, is_loopback
 
 
@@ -198,7 +198,9 @@ def test_origin_host_and_token() -> None:
     assert "token" in str(refusal(token="wrong")) and "token" in str(refusal(token=""))
     assert door.refusal({"host": "live.example", "authorization": "Bearer secret"}, {}) is None
     local = Door(loopback=True, token=None)
-    assert local.refusal({"host": "127.0.0.1:80"}, {}) is None and local.refusal({"host": "[::1]:8"}, {}) is None
+    assert (
+        local.refusal({"host": "127.0.0.1:80"}, {}) is None and local.refusal({"host": "[::1]:8"}, {}) is None
+    )
     assert "host" in str(local.refusal({"host": "evil.example"}, {})), "another name that leads here"
     assert is_loopback("localhost") and not is_loopback("0.0.0.0") and not is_loopback("example.org")
 

@@ -10,9 +10,10 @@ from typing import Any
 import av
 import numpy as np
 from aiortc import MediaStreamTrack, RTCConfiguration, RTCPeerConnection, RTCSessionDescription
+from websockets.asyncio.client import connect
+
 from live_makers import tone
 from live_server import Served, served
-from websockets.asyncio.client import connect
 
 
 class Voice(MediaStreamTrack):
@@ -36,7 +37,9 @@ class Voice(MediaStreamTrack):
         return frame
 
 
-async def watch(server: Served, seconds: float) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+async def watch(
+    server: Served, seconds: float
+) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
     """(time of arrival, brightness) of frames and (time, loudness) of sound at the peer."""
     peer, loop = RTCPeerConnection(RTCConfiguration(iceServers=[])), asyncio.get_running_loop()
     peer.addTransceiver("video", direction="recvonly")
@@ -62,7 +65,9 @@ async def watch(server: Served, seconds: float) -> tuple[list[tuple[float, float
         while (message := json.loads(await socket.recv()))["type"] != "video.start":
             pass
         await peer.setRemoteDescription(RTCSessionDescription(message["sdp"], "answer"))
-        await asyncio.sleep(seconds)
+        end = loop.time() + seconds
+        while loop.time() < end:  # what is not read would hold the close message up
+            await socket.recv()
         assert server.stage.sessions == 1
     for task in tasks:
         task.cancel()
