@@ -89,9 +89,14 @@ def live(
         from omniavatar.config.load import load_config
         from omniavatar.engine.events import Message
         from omniavatar.engine.pipeline import AvatarPipeline
+        from omniavatar.errors import InputError
 
         serve = serve or (demo and output is None)
         check_choices(image, prompt, output, serve, demo)
+        if output is not None:
+            check_output(output)
+        if audio not in (None, "-", MICROPHONE) and not Path(audio or "").is_file():
+            raise InputError(f"--audio {audio}: is not a file; give a sound file, - or {MICROPHONE}")
         if demo:
             config, image, prompt = (
                 config or Path("pocket"),
@@ -161,10 +166,10 @@ def record(
 
     noted, delays = False, []
     with LiveSession(pipeline, **chosen) as session, ExitStack() as closing:
-        target = closing.enter_context(opened(output, session))
         source = source_of(session, audio, *form)
         if source is not None:
             closing.enter_context(source)
+        target = closing.enter_context(opened(output, session))
         try:
             for chunk in session:
                 target.add(chunk)
@@ -199,8 +204,7 @@ def summary(session: LiveSession, delays: list[float]) -> str:
 
 
 def source_of(session: LiveSession, audio: str | None, rate: int, channels: int) -> SoundSource | None:
-    """The sound of `--audio`. Raises InputError."""
-    from omniavatar.errors import InputError
+    """The sound of `--audio`."""
     from omniavatar.live.sources import FileSound, MicrophoneSound, PipeSound
 
     if audio is None:
@@ -209,15 +213,31 @@ def source_of(session: LiveSession, audio: str | None, rate: int, channels: int)
         return PipeSound(session, sys.stdin.buffer, rate, channels)
     if audio == MICROPHONE:
         return MicrophoneSound(session)
-    if not Path(audio).is_file():
-        raise InputError(f"--audio {audio}: is not a file; give a sound file, - or {MICROPHONE}")
     return FileSound(session, Path(audio))
+
+
+def check_output(output: str) -> None:
+    """Raise OutputError for a place that cannot be written, before any model is loaded."""
+    from omniavatar.errors import OutputError, TargetError
+    from omniavatar.live.outputs import LIST, form_of
+
+    path = Path(output)
+    if output == "-":
+        return
+    if output.endswith("/") or path.is_dir():
+        if (path / LIST).exists():
+            raise TargetError(f"{path}: has a {LIST} already; delete it, or choose another folder")
+        return
+    form_of(path)
+    if path.is_file():
+        raise TargetError(f"{path}: exists already; delete it, or choose another name")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path.parent}: is not a folder; make it first")
 
 
 @contextmanager
 def opened(output: str, session: LiveSession) -> Iterator[LiveOutput]:
     """Where `--output` writes. Raises OutputError."""
-    from omniavatar.errors import TargetError
     from omniavatar.live.outputs import GrowingOutput, HlsOutput, form_of
     from omniavatar.media.atomic import translate_os_error
     from omniavatar.media.streamed import StreamWriter
@@ -230,8 +250,6 @@ def opened(output: str, session: LiveSession) -> Iterator[LiveOutput]:
         yield HlsOutput(path, writer)
     else:
         form = form_of(path)
-        if path.is_file():
-            raise TargetError(f"{path}: exists already; delete it, or choose another name")
         with translate_os_error(path):
             file: BinaryIO = path.open("wb", buffering=0)
         with file:

@@ -6,7 +6,6 @@ A wrong message is answered by `error`, and the session goes on. The end of the 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -118,8 +117,7 @@ class LiveConnection:
                     await self._send(start_message(session.size, session.fps, session.rate, writer.mime))
                 stats = session.stats()
                 async with self._sending:
-                    await self._send_now(chunk_message(chunk, stats, len(data)))
-                    await self._socket.send_bytes(data)
+                    await self._send_now(chunk_message(chunk, stats, len(data)), data)
                 await self._note(slow_note(stats))
         return "finished"
 
@@ -209,6 +207,14 @@ class LiveConnection:
         async with self._sending:
             await self._send_now(values)
 
-    async def _send_now(self, values: dict[str, Any]) -> None:
-        with contextlib.suppress(RuntimeError):  # the client has gone; the reader ends the session
+    async def _send_now(self, values: dict[str, Any], data: bytes | None = None) -> None:
+        """Send a message, and bytes after it; nothing if the client has gone, which the reader notices."""
+        from starlette.websockets import WebSocketDisconnect
+
+        try:
             await self._socket.send_text(json_text(values))
+            if data is not None:
+                await self._socket.send_bytes(data)
+        except (WebSocketDisconnect, RuntimeError) as error:  # RuntimeError: the connection is closed
+            if self._socket.client_state.name == "CONNECTED" and isinstance(error, RuntimeError):
+                raise

@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from omniavatar.errors import OutputError, TargetError
+from omniavatar.errors import OutputError
 from omniavatar.live.chunk import LiveChunk
 from omniavatar.media.atomic import atomic_write_bytes, translate_os_error
 from omniavatar.media.streamed import FragmentSplitter, StreamForm, StreamWriter
@@ -77,15 +77,13 @@ class HlsOutput:
 
     make_writer: called with `key_s` and `fragment_s`.
 
-    Raises TargetError if the folder has a live video already, OutputError when it cannot be written.
+    Raises OutputError when it cannot be written.
     """
 
     def __init__(self, folder: Path, make_writer: MakeWriter) -> None:
         self._folder, self._frames = folder, _Frames()
         with translate_os_error(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            if (folder / LIST).exists():
-                raise TargetError(f"{folder}: has a {LIST} already; delete it, or choose another folder")
         self._writer = make_writer(key_s=SEGMENT_S, fragment_s=0)
         self._splitter = FragmentSplitter()
         self._segments: deque[tuple[int, Fraction]] = deque()

@@ -7,6 +7,7 @@ portrait and one pipeline.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import resources
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ def make_app(make: MakeSession, door: Door, limits: ServerLimits) -> Starlette:
     from starlette.requests import Request
     from starlette.responses import Response
     from starlette.routing import Route, WebSocketRoute
-    from starlette.websockets import WebSocket
+    from starlette.websockets import WebSocket, WebSocketDisconnect
 
     open_sessions = 0
 
@@ -63,7 +64,8 @@ def make_app(make: MakeSession, door: Door, limits: ServerLimits) -> Starlette:
         finally:
             open_sessions -= 1
         if socket.client_state.name == "CONNECTED":
-            await socket.close()
+            with suppress(WebSocketDisconnect):  # the client was faster
+                await socket.close()
 
     files = {"/": "index.html", "/page.js": "page.js", "/microphone.js": "microphone.js"}
     routes = [Route(path, serve_file(name)) for path, name in files.items()]

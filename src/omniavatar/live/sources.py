@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -31,8 +32,12 @@ class SoundSource:
         self._thread = threading.Thread(target=self._run, name="live-sound", daemon=True)
 
     def __enter__(self) -> SoundSource:
+        self.open()
         self._thread.start()
         return self
+
+    def open(self) -> None:
+        """Make sure that the sound can be used, before any of it is pushed."""
 
     def __exit__(self, *error: object) -> None:
         self._stop.set()
@@ -57,24 +62,26 @@ class FileSound(SoundSource):
     def __init__(self, session: LiveSession, path: Path) -> None:
         super().__init__(session)
         self._path = path
+        self._sound = np.zeros(0, np.float32)
+
+    def open(self) -> None:
+        """See `SoundSource.open`. Raises InputError."""
+        from omniavatar.media.audio import decode_mono
+
+        with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
+            decoded = Path(folder) / "sound.f32"
+            decode_mono(self._path, decoded, self.session.rate, 0.0)
+            self._sound = np.memmap(decoded, np.float32, "r")  # stays readable without its name
 
     def push_all(self, stop: threading.Event) -> None:
         """See `SoundSource.push_all`."""
-        import time
-
-        from omniavatar.media.audio import decode_mono
-
-        rate = self.session.rate
-        with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
-            decoded = Path(folder) / "sound.f32"
-            decode_mono(self._path, decoded, rate, 0.0)
-            sound = np.memmap(decoded, np.float32, "r")
-            count, begun = round(PIECE_S * rate), time.monotonic()
-            for start in range(0, len(sound), count):
-                self.session.push_audio(np.array(sound[start : start + count]), rate)
-                ahead = begun + (start + count) / rate - time.monotonic()
-                if stop.wait(max(0.0, ahead)):
-                    return
+        rate, sound = self.session.rate, self._sound
+        count, begun = round(PIECE_S * rate), time.monotonic()
+        for start in range(0, len(sound), count):
+            self.session.push_audio(np.array(sound[start : start + count]), rate)
+            ahead = begun + (start + count) / rate - time.monotonic()
+            if stop.wait(max(0.0, ahead)):
+                return
 
 
 class PipeSound(SoundSource):
@@ -104,8 +111,8 @@ class PipeSound(SoundSource):
 class MicrophoneSound(SoundSource):
     """The machine's microphone, by the package sounddevice."""
 
-    def push_all(self, stop: threading.Event) -> None:
-        """See `SoundSource.push_all`. Raises ResourceError."""
+    def open(self) -> None:
+        """See `SoundSource.open`. Raises ResourceError."""
         try:
             import sounddevice
         except (ImportError, OSError) as error:  # OSError: the library PortAudio is missing
@@ -113,12 +120,16 @@ class MicrophoneSound(SoundSource):
                 f"microphone: {error}; install 'omniavatar[live]' by pip and libportaudio2 by apt"
             ) from None
         try:
-            rate = int(sounddevice.query_devices(kind="input")["default_samplerate"])
-            with sounddevice.InputStream(rate, round(rate * PIECE_S), channels=1, dtype="int16") as stream:
-                while not stop.is_set():
-                    samples, _ = stream.read(round(rate * PIECE_S))
-                    self.session.push_audio(samples, rate)
-        except sounddevice.PortAudioError as error:
-            raise ResourceError(
-                f"microphone: cannot be opened ({error}); choose a file with --audio"
-            ) from None
+            self._rate = int(sounddevice.query_devices(kind="input")["default_samplerate"])
+            self._stream = sounddevice.InputStream(
+                self._rate, round(self._rate * PIECE_S), channels=1, dtype="int16"
+            )
+        except (sounddevice.PortAudioError, ValueError) as error:
+            raise ResourceError(f"microphone: cannot be opened ({error}); use a file") from None
+
+    def push_all(self, stop: threading.Event) -> None:
+        """See `SoundSource.push_all`."""
+        with self._stream as stream:
+            while not stop.is_set():
+                samples, _ = stream.read(round(self._rate * PIECE_S))
+                self.session.push_audio(samples, self._rate)

@@ -161,7 +161,7 @@ def test_bad_starts(server: Served, message: str | bytes, text: str) -> None:
     "leave", [lambda client: client.close(), lambda client: client.socket.close()], ids=["closed", "cut"]
 )
 def test_a_client_that_leaves_frees_its_session(
-    server: Served, leave: Callable[[ClientConnection], None]
+    server: Served, leave: Callable[[ClientConnection], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
     with connect(server.address()) as client:
         say(client, "session.start")
@@ -170,6 +170,7 @@ def test_a_client_that_leaves_frees_its_session(
         leave(client)
         assert gone(server)
     assert server.makers[-1].closed
+    assert capfd.readouterr().err == "", "leaving is no error"
 
 
 def test_limits_of_sessions_and_idle_time() -> None:
