@@ -21,7 +21,11 @@ from omniavatar.media.open_file import new_stream
 from omniavatar.media.video import mp4_boxes, tag_colours, yuv_picture
 
 StreamForm = Literal["mp4", "mpegts"]
-_LOW_DELAY = {"x264": {"tune": "zerolatency"}, "nvenc": {"delay": "0", "zerolatency": "1"}}
+_LOW_DELAY = {
+    "x264": {"tune": "zerolatency", "sc_threshold": "0"},
+    "nvenc": {"delay": "0", "zerolatency": "1", "no-scenecut": "1"},
+}
+"""No held-back frames, and key frames at even distances only."""
 _SOUND_BITS = 96_000
 _PRIMING = 1024
 """Samples of AAC before the first given one. All times are later by whole frames, so none is negative."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import time
@@ -81,7 +82,7 @@ def wait(page: Page, condition: str) -> None:
 def rises(seen: list[list[float]], column: int) -> list[float]:
     """Times at which a column goes above half of its largest value."""
     half = max(row[column] for row in seen) / 2
-    pairs = zip(seen, seen[1:], strict=False)
+    pairs = itertools.pairwise(seen)
     return [after[0] for before, after in pairs if before[column] < half <= after[column]]
 
 
@@ -98,7 +99,6 @@ def test_the_microphone_goes_in_and_frames_with_sound_come_back(page: Page, tran
         assert max(row[1] for row in seen) - min(row[1] for row in seen) > 50, "frames change"
         assert max(row[2] for row in seen) > 0.05, "sound plays"
         offsets = [min((bright - loud for bright in rises(seen, 1)), key=abs) for loud in rises(seen, 2)]
-        print(f"{transport}: picture after sound, ms: {[round(each) for each in offsets]}")
         assert offsets and sorted(map(abs, offsets))[len(offsets) // 2] < 100, offsets
         assert page.text_content("#delay") not in (None, "-")
         page.click("#interrupt")

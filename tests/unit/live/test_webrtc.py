@@ -9,6 +9,7 @@ from typing import Any
 
 import av
 import numpy as np
+import pytest
 from aiortc import MediaStreamTrack, RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 from websockets.asyncio.client import connect
 
@@ -75,6 +76,7 @@ async def watch(
     return seen, heard
 
 
+@pytest.mark.slow
 def test_voice_goes_in_and_frames_with_sound_come_back() -> None:
     with served(size=64) as server:
         seen, heard = asyncio.run(watch(server, 3.5))

@@ -69,10 +69,11 @@ def test_bytes_come_with_the_frames() -> None:
 
 
 def test_fragments_from_key_frame_to_key_frame_play_alone() -> None:
-    splitter, fragments = FragmentSplitter(), []
+    splitter, fragments, noise = FragmentSplitter(), [], np.random.default_rng(0)
     with StreamWriter(SIZE, FPS, RATE, key_s=0.4, fragment_s=0) as writer:
         for _ in range(10):
-            fragments += splitter.add(writer.add(*piece(4)))
+            pictures = noise.integers(0, 255, (4, *SIZE, 3), np.uint8)  # cuts make no other key frames
+            fragments += splitter.add(writer.add(pictures, piece(4)[1]))
         fragments += splitter.add(writer.finish())
     assert len(fragments) == 4
     times, _, _ = decoded(splitter.head + fragments[2])
