@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from omniavatar.errors import InputError, ResumeError, StoppedError
 from omniavatar.live.maker import MODEL_RATE
+
+if TYPE_CHECKING:
+    import torch
 
 
 class LoudnessMaker:
@@ -68,6 +71,8 @@ class LoudnessMaker:
         self.prompts.append(prompt)
 
     def state(self) -> dict[str, torch.Tensor]:
+        import torch
+
         return {"sound": torch.from_numpy(self._sound), "position": torch.tensor(self._position)}
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:

@@ -191,7 +191,8 @@ class AvatarPipeline(Session):
                 )
 
     def close(self) -> None:
-        """Free the models and their memory. A closed pipeline makes no more videos."""
+        """End live sessions; free the models and their memory. A closed pipeline makes no more videos."""
+        self.close_companions()
         models, self._models = self._models, None
         if models is not None:
             models.release()

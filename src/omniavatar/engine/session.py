@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,7 +41,14 @@ if TYPE_CHECKING:
     from omniavatar.engine.block_video import BlockVideo
     from omniavatar.model.dit import RunBlocks
 
-T = TypeVar("T")
+
+class Closes(Protocol):
+    """Something that is closed when it is no longer needed."""
+
+    def close(self) -> None: ...
+
+
+T = TypeVar("T", bound=Closes)
 
 
 class Session:
@@ -57,7 +64,7 @@ class Session:
         check_size(team, config.runtime.processes)
         self.config, self.team = config, team
         self._lock = threading.Lock()
-        self._companions: dict[type[object], object] = {}
+        self._companions: dict[type[object], Closes] = {}
         self._recorder = recorder or RunRecorder()
         self._host = host or Host()
         if config.runtime.threads:
@@ -77,12 +84,22 @@ class Session:
         self._models = models
 
     def companion(self, kind: type[T], make: Callable[[], T]) -> T:
-        """The one object of class `kind` that belongs to this session; `make` makes it at the first call."""
+        """The one object of class `kind` that belongs to this session; `make` makes it at the first call.
+
+        Its `close` is called before the models are freed.
+        """
         with self._lock:
             found = self._companions.get(kind)
             if not isinstance(found, kind):
                 self._companions[kind] = found = make()
             return found
+
+    def close_companions(self) -> None:
+        """Close what `companion` made."""
+        with self._lock:
+            companions, self._companions = list(self._companions.values()), {}
+        for each in companions:
+            each.close()
 
     def follow(self) -> None:
         """Carry out the leader's orders until the last one: load the models, make windows together.

@@ -12,7 +12,7 @@ from omniavatar import AvatarPipeline
 from omniavatar.errors import ResumeError
 from omniavatar.live import LiveSession
 from omniavatar.live.maker import BlockMaker
-from omniavatar.live.makers import maker_of
+from omniavatar.live.makers import maker_of, stage_of
 from omniavatar.live.session import LiveChunk
 
 
@@ -62,3 +62,14 @@ def test_a_session_of_a_pipeline(pipeline: AvatarPipeline) -> None:
     assert chunks[0].frames.shape[1:] == (64, 64, 3)
     assert np.abs(np.concatenate([chunk.audio for chunk in chunks])).max() > 100
     assert session.stats().dropped == 0
+
+
+def test_a_closed_pipeline_ends_its_sessions(nano_checkpoint: Path, tmp_path: Path) -> None:
+    pipeline = causal_pipeline(nano_checkpoint, tmp_path)
+    with LiveSession(pipeline, image=portrait(), prompt="a person speaks", rate=16000) as session:
+        stage = stage_of(pipeline)
+        assert stage is stage_of(pipeline) and stage.sessions == 1
+        pipeline.close()
+        assert stage.sessions == 0
+        for _ in session:
+            pass
