@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ async def test_pictures_and_sound_come_in_play_order_and_the_end_is_marked() -> 
     last_sound = max(index for index, kind in enumerate(kinds) if kind is rtc.AudioFrame)
     assert kinds.index(AudioSegmentEnd) > last_sound
     assert abs(np.count_nonzero(heard(frames)) / RATE - 0.4) < 0.02
-    for before, after in zip(kinds, kinds[1:], strict=False):
+    for before, after in itertools.pairwise(kinds):
         assert not (before is after is rtc.AudioFrame), "each picture comes with its sound"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from pipecat.frames.frames import (
     ErrorFrame,
@@ -46,7 +48,7 @@ async def test_speech_becomes_pictures_with_their_sound() -> None:
     assert abs(np.count_nonzero(heard(down)) / RATE - 0.4) < 0.02, (
         "an end lets the speech be heard to its end"
     )
-    for before, after in zip(down, down[1:], strict=False):
+    for before, after in itertools.pairwise(down):
         if isinstance(after, TTSAudioRawFrame):
             assert isinstance(before, OutputImageRawFrame) and before.sync_with_audio
     loud = [np.frombuffer(each.image, np.uint8).max() for each in pictures]

@@ -11,14 +11,18 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 
 from omniavatar.encoders.live_audio import LiveAudioEncoder
+from omniavatar.engine.memory_inputs import in_files
+from omniavatar.engine.prepare import Planned, condition, read_inputs
 from omniavatar.errors import ResumeError
-from omniavatar.types import AvatarRequest, SamplingParams, Waveform, Window
+from omniavatar.plan.run import make_plan
+from omniavatar.types import AvatarRequest, SamplingParams, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,16 +39,18 @@ class WindowedMaker:
 
     def __init__(self, pipeline: AvatarPipeline, image: ImageInput, prompt: str, seed: int | None) -> None:
         self._pipeline = pipeline
-        video = pipeline.config.video
+        models, video = pipeline.models, pipeline.config.video
         self.fps = Fraction(video.fps)
-        silence = Waveform(np.zeros(video.sample_rate // 2, np.float32), video.sample_rate)
-        request = AvatarRequest(prompt, image, silence, SamplingParams(seed=seed))
-        with pipeline.prepare(request) as ready:
-            self._conditioning = ready.conditioning
-            self._sampling, shape = ready.window_sampling, ready.inputs.shape
+        with in_files(AvatarRequest(prompt, image, sampling=SamplingParams(seed=seed))) as request:
+            inputs = read_inputs(models, request, True)
+            pipeline.adopt(inputs.shape)
+            plan = make_plan(models.config, inputs.shape, video.sample_rate)  # as for a second of sound
+            ready = condition(models, Planned(inputs, plan, None, Path()))
+        self._conditioning, self._sampling = ready.conditioning, ready.window_sampling
+        shape = inputs.shape
         self.size = shape.size
         self._length, self._overlap = shape.window_length, shape.overlap
-        self._ears = LiveAudioEncoder(pipeline.models.audio_encoder, self.fps)
+        self._ears = LiveAudioEncoder(models.audio_encoder, self.fps)
         self._rows = np.zeros((0, self._ears.width), np.float32)
         self._given: Tensor | None = None
         self._done = 0
