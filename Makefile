@@ -11,7 +11,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 WORKERS ?= 2
 FUZZ_SECONDS ?= 1800
 
-.PHONY: demo check test fuzz lint docs format install clean
+.PHONY: demo check test test-integrations fuzz lint docs format install clean
 
 install: $(STAMP)
 
@@ -42,6 +42,14 @@ check: lint
 # before you hand over, and in the continuous integration: every test
 test: lint
 	$(PYTEST)
+
+# the packages for LiveKit and Pipecat, in an environment of their own: neither a model nor torch is needed
+INTEGRATIONS := .venv-integrations
+test-integrations: $(STAMP)
+	test -x $(INTEGRATIONS)/bin/python || $(BIN)/python -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check -r integrations/requirements.txt
+	cd integrations/livekit && ../../$(INTEGRATIONS)/bin/python -m pytest -q
+	cd integrations/pipecat && ../../$(INTEGRATIONS)/bin/python -m pytest -q
 
 # damaged files of every kind against their readers; `make fuzz FUZZ_SECONDS=60` is shorter
 fuzz: $(STAMP)

@@ -1,10 +1,13 @@
 """Audio to finished mp4: one whole video with full-size random weights, or its first windows projected.
 
     python -m benchmarks whole_video --config configs/inference_1.3B_optimized.yaml --scale 1.3B
-        [--minutes 5] [--windows 0] [--hp key=value ...]
+        [--minutes 5] [--windows 0] [--size 400x720] [--hp key=value ...]
+    python -m benchmarks whole_video --config configs/livetalk.yaml --scale 1.3B --size 512x512
+        --hp quantize=fp8 [--hp decoder=taehv]
 
-The packaged speech, repeated to `--minutes`, drives the packaged portrait at 400x720. A video of two windows
-first loads the models and compiles the kernels (`ready_s`, not counted). Counted are reading the audio,
+The packaged speech, repeated to `--minutes`, drives the packaged portrait. A video of two windows (of a
+block-causal model: until its cache is full and its passes are captured) first loads the models and compiles
+the kernels (`ready_s`, not counted). Counted are reading the audio,
 wav2vec 2.0, every window, encoding and writing, until the file has its final name. With `--windows N` only N
 windows are made; the projection adds the median of the windows after the first for each window left out.
 The file is checked: number of frames, length of both streams. Pictures are faint (`shared/inputs.py` says
@@ -36,8 +39,6 @@ from omniavatar.media.inspect import probe_video
 from omniavatar.plan.run import plan_run
 from omniavatar.types import Event
 
-SIZE = (400, 720)
-
 
 class Windows:
     """Listener: seconds of each finished window."""
@@ -56,9 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", required=True)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--windows", type=int, default=0, help="windows to make; 0: all")
+    parser.add_argument("--size", default="400x720", help="height x width")
     add_hp(parser)
     options = parser.parse_args(arguments)
-    values = ["weights=random", f"scale={options.scale}", f"image_sizes_720={[list(SIZE)]}"]
+    size = [int(side) for side in options.size.split("x")]
+    values = ["weights=random", f"scale={options.scale}", f"image_sizes_720={[size]}"]
     config = load_config(options.config, [*values, *options.hp]).config
     lead = config.video.silence_duration_s
     whole = plan_run(config, config.video.sizes[0], round((options.minutes * 60 + lead) * RATE))
@@ -81,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             result = pipeline.generate(request, Path(name) / "video.mp4", resume=False)
             return time.perf_counter() - begun, result
 
-        ready, _ = make(seconds_of(2))
+        causal = whole.causal
+        ready, _ = make(seconds_of(2 if causal is None else causal.slots + causal.rolling + 1))
         length = seconds_of(options.windows) if options.windows else options.minutes * 60
         taken, result = make(length)
         sidecar = json.loads(result.sidecar.read_text())
@@ -98,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config=Path(options.config).name,
         hp=options.hp,
         scale=options.scale,
+        size=size,
         minutes=options.minutes,
         seconds=total,
         projected=bool(options.windows),

@@ -50,6 +50,27 @@ def make_pipeline(
     return kind.from_config(config, recorder=recorder, host=host)
 
 
+CAUSAL = {
+    "sampler": "causal",
+    "guidance_scale": 1,
+    "causal_block": 2,
+    "causal_window": 6,
+    "causal_sink": 2,
+    "fps": 16,
+}
+"""Settings of a block-causal test engine: blocks of 8 frames, one earlier block beside the sink."""
+
+
+def causal_pipeline(
+    checkpoint: Path, cache: Path, recorder: Any = None, host: Host | None = None, **changes: Any
+) -> AvatarPipeline:
+    """The test engine with block-causal sampling; its weights are those of the nano checkpoint."""
+    values = {**overrides(checkpoint, cache), **CAUSAL, **changes}
+    for name in ("max_tokens", "overlap_frame"):
+        values.pop(name)
+    return AvatarPipeline.from_config(load_config(None, values).config, recorder=recorder, host=host)
+
+
 def portrait(seed: int = 0, side: int = 90) -> np.ndarray:
     """A smooth picture (side, side, 3) uint8."""
     generator = np.random.default_rng(seed)

@@ -18,9 +18,12 @@ import numpy as np
 
 from omniavatar import Waveform
 from omniavatar.assets import SPEECH
+from omniavatar.checkpoint import tiny_decoder
+from omniavatar.checkpoint.tiny_decoder import random_tiny_decoder
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.engine import loading
 from omniavatar.media.audio import decode_mono
+from omniavatar.model.tiny_decoder import TinyDecoder
 from omniavatar.model.vae import WanVAE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,9 +61,18 @@ def faint_vae(*args: Any, **options: Any) -> WanVAE:
     return vae
 
 
+def faint_tiny_decoder(*args: Any, **options: Any) -> TinyDecoder:
+    """A random TAEHV that decodes to faint pictures."""
+    made = random_tiny_decoder(*args, **options)
+    last = made.decoder[-1]
+    last.weight.data.mul_(CONTRAST)
+    return made
+
+
 def paint_faintly() -> None:
     """Let `weights: random` decode to faint pictures in this process."""
     loading.random_vae = faint_vae
+    tiny_decoder.random_tiny_decoder = faint_tiny_decoder
 
 
 def module_environment(**variables: str) -> dict[str, str]:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from omniavatar.engine.pipeline import AvatarPipeline, generate
     from omniavatar.engine.recorder import RunRecorder
     from omniavatar.errors import NumbersError, OmniAvatarError, StoppedError
+    from omniavatar.live.chunk import LiveChunk, LiveStats
+    from omniavatar.live.session import LiveSession
     from omniavatar.types import AvatarRequest, Event, RunResult, SamplingParams, VideoChunk, Waveform
 
 __version__ = "0.1.0"
@@ -36,6 +38,9 @@ __all__ = [
     "AvatarPipeline",
     "AvatarRequest",
     "Event",
+    "LiveChunk",
+    "LiveSession",
+    "LiveStats",
     "Message",
     "NumbersError",
     "OmniAvatarError",
@@ -61,6 +66,9 @@ _HOMES = {
     "generate": "engine.pipeline",
     "PipelineConfig": "config.schema",
     "RunRecorder": "engine.recorder",
+    "LiveChunk": "live.chunk",
+    "LiveSession": "live.session",
+    "LiveStats": "live.chunk",
     "NumbersError": "errors",
     "OmniAvatarError": "errors",
     "StoppedError": "errors",

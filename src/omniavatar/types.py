@@ -75,7 +75,7 @@ class Window:
     """One denoising window of a video, counted in video frames; frame 0 of the video is the portrait.
 
     start: video frame of the window's first frame.
-    length: frames of the window (1+4n).
+    length: frames of the window (1+4n; 4n for the blocks of a block-causal video after the first one).
     given_frames: leading frames that are known already (1 in window 0, later the overlap).
     new_frames: frames the window adds to the video; the last window is cut at the video's end.
     """

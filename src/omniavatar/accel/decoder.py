@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from omniavatar.model.sizes import VAEConfig
     from omniavatar.model.vae import DecodeMore, VideoDecoder, VideoVAE, WanVAE
 
+VAE_PAST = 38
+"""Latents that the VAE's causal convolutions reach back: 24 at the latents' rate, others at higher rates."""
+TINY_PAST = 8
+"""The same for TAEHV: three memory blocks at each of three stages, the last one with two frames a latent."""
+
 
 @dataclass(frozen=True)
 class DecoderSource:
@@ -53,11 +58,13 @@ class PictureDecoder(Backend):
     - file: the released file that `decoder_path` names; None: no file is needed.
     - tensors: names and shapes of its weights beside a full VAE of these sizes, to count their memory.
     - shares_rows: the GPUs of one video can share its pictures' rows.
+    - past_latents: how many latents before it a latent's pixels depend on, at most.
     """
 
     file: str | None = None
     tensors: Callable[[VAEConfig], Iterable[tuple[str, Shape]]] = _no_tensors
     shares_rows: bool = False
+    past_latents: int = VAE_PAST
 
 
 def _full(source: DecoderSource) -> None:
@@ -134,6 +141,7 @@ DECODERS: Registry[PictureDecoder] = Registry(
         doc="TAEHV (madebyollin/taehv): the fastest, softer.",
         file="taew2_1.pth",
         tensors=_tiny_tensors,
+        past_latents=TINY_PAST,
     ),
     PictureDecoder(
         name="lighttae",
@@ -142,6 +150,7 @@ DECODERS: Registry[PictureDecoder] = Registry(
         doc="TAEHV on the full VAE's own latents (lightx2v/Autoencoders): the fastest, softer.",
         file="lighttaew2_1.pth",
         tensors=_tiny_tensors,
+        past_latents=TINY_PAST,
     ),
 )
 

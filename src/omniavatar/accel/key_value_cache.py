@@ -39,10 +39,10 @@ class KeyValueCache:
             for _ in range(2)
         )
 
-    @staticmethod
-    def bytes_needed(layers: int, width: int, window: CausalWindow, tokens: int, dtype: torch.dtype) -> int:
-        """Bytes of the buffers, for a DiT of `layers` layers and `width` channels."""
-        return 2 * layers * window.slots * tokens * width * dtype.itemsize
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
     def attention(self, layer: int, block: int, attend: AttentionFn) -> AttentionFn:
         """Self-attention of `layer` for block number `block`: keeps keys and values, and sees the past."""

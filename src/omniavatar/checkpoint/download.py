@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omniavatar.checkpoint.layout import ScaleSpec, scale_spec
+from omniavatar.checkpoint.layout import ScaleSpec, checkpoint_spec
 from omniavatar.checkpoint.layout_files import (
+    ADAPTER,
     DIT_STEM,
+    MERGED_DIT,
     TEXT_ENCODER,
     TOKENIZER,
     VAE,
@@ -22,6 +24,7 @@ from omniavatar.checkpoint.layout_files import (
     adapter_folder,
     base_folder,
     checkpoint_layout,
+    dit_paths,
 )
 from omniavatar.checkpoint.reader import PathLike, TensorFiles
 from omniavatar.checkpoint.synthetic import require_space
@@ -41,15 +44,21 @@ class HubFolder:
 
 
 def hub_folders(spec: ScaleSpec) -> tuple[HubFolder, ...]:
-    """The repositories of a released model size."""
+    """The repositories of a released checkpoint."""
     base, adapter = base_folder(spec), adapter_folder(spec)
+    encoders = (TEXT_ENCODER, VAE, f"{TOKENIZER}/*", "LICENSE*")
+    if spec.merged:
+        dit = (
+            HubFolder(f"Wan-AI/{base}", base, encoders),
+            HubFolder(f"GAIR/{spec.merged}", spec.merged, (MERGED_DIT, "LICENSE*")),
+        )
+    else:
+        dit = (
+            HubFolder(f"Wan-AI/{base}", base, ("config.json", f"{DIT_STEM}*", *encoders)),
+            HubFolder(f"OmniAvatar/{adapter}", adapter, ("config.json", ADAPTER, "LICENSE*")),
+        )
     return (
-        HubFolder(
-            f"Wan-AI/{base}",
-            base,
-            ("config.json", f"{DIT_STEM}*", TEXT_ENCODER, VAE, f"{TOKENIZER}/*", "LICENSE*"),
-        ),
-        HubFolder(f"OmniAvatar/{adapter}", adapter, ("config.json", "pytorch_model.pt", "LICENSE*")),
+        *dit,
         HubFolder(
             f"facebook/{WAV2VEC}", WAV2VEC, ("model.safetensors", "config.json", "preprocessor_config.json")
         ),
@@ -63,7 +72,7 @@ def download(
     snapshot: Snapshot | None = None,
     spec: ScaleSpec | None = None,
 ) -> Path:
-    """Download the files of `scale` ('1.3B' or '14B') below `root` and return `root`.
+    """Download the files of `scale` ('1.3B', '14B' or 'livetalk') below `root` and return `root`.
 
     snapshot: replaces `huggingface_hub.snapshot_download`.
     spec: the files to expect; None for those of the release.
@@ -71,10 +80,10 @@ def download(
     Raises ConfigError for a scale without release, OutputError if the disk is too small or read-only,
     ResourceError if the hub is unreachable or refuses, CheckpointError if a file is damaged.
     """
-    spec = spec or scale_spec(scale)
-    if scale == "nano":
+    spec = spec or checkpoint_spec(scale)
+    if scale.endswith("nano"):
         raise ConfigError(
-            "scale: nano is not on the hub; run `omniavatar make-checkpoint --scale nano` to make one"
+            f"scale: {scale} is not on the hub; run `omniavatar make-checkpoint --scale {scale}` to make one"
         )
     target = Path(root)
     folders = hub_folders(spec)
@@ -128,12 +137,12 @@ def _unreachable(where: str) -> ResourceError:
 def _verify(spec: ScaleSpec, root: Path) -> None:
     """Open the header of every weight file. Raises CheckpointError if one is missing or damaged."""
     base = root / base_folder(spec)
-    shards = [root / layout.path for layout in checkpoint_layout(spec) if f"/{DIT_STEM}" in layout.path]
+    adapter = [] if spec.merged else [[root / adapter_folder(spec) / ADAPTER]]
     for paths in (
-        shards,
+        [root / path for path in dit_paths(spec)],
         [base / TEXT_ENCODER],
         [base / VAE],
-        [root / adapter_folder(spec) / "pytorch_model.pt"],
+        *adapter,
         [root / WAV2VEC],
     ):
         TensorFiles(paths).close()

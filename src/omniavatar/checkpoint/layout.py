@@ -4,14 +4,16 @@ Synthetic checkpoints are written from these lists, and tests compare the models
 use `model/`, so a test notices a renamed layer there.
 Sources: the released files of Wan-AI/Wan2.1-T2V-{14B,1.3B} (DiT and VAE float32, UMT5-XXL bfloat16) and
 facebook/wav2vec2-base-960h (float32, weight norm as weight_g/weight_v, no masked_spec_embed). OmniAvatar's
-adapter is written as float32; the dtype of the release is not documented, and the loader accepts any.
+adapter and GAIR/LiveTalk's merged DiT are written as float32; the dtype of these releases is not documented,
+and the loader accepts any.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -65,6 +67,7 @@ class ScaleSpec:
     """All sizes of one checkpoint.
 
     dit: the merged model; the base file has 16 input channels.
+    merged: folder of a DiT that is released merged, in one file, instead of a base and an adapter.
     """
 
     name: str
@@ -74,6 +77,7 @@ class ScaleSpec:
     wav2vec: Wav2VecSpec
     lora_rank: int
     lora_alpha: int
+    merged: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,22 @@ def scale_spec(name: str) -> ScaleSpec:
         if spec.name == name:
             return spec
     raise ConfigError(f"scale: {name!r} is unknown; choose one of {', '.join(spec.name for spec in SCALES)}")
+
+
+MERGED = {"livetalk": ("1.3B", "LiveTalk-1.3B-V0.1"), "livetalk-nano": ("nano", "LiveTalk-nano")}
+"""Checkpoints with a merged DiT: the model size, and the folder of the DiT."""
+
+
+def checkpoint_spec(name: str) -> ScaleSpec:
+    """The sizes of the checkpoint `name`: a model size, or one of `MERGED`. Raises ConfigError."""
+    scale, folder = MERGED.get(name, (name, ""))
+    return replace(scale_spec(scale), merged=folder)
+
+
+def merged_name(dit_paths: Sequence[Path]) -> str | None:
+    """The checkpoint of `MERGED` whose folder holds the DiT's files; None if there is none."""
+    folders = {path.parent.name for path in dit_paths}
+    return next((name for name, (_, folder) in MERGED.items() if folder in folders), None)
 
 
 def _linear(name: str, outputs: int, inputs: int) -> Iterator[tuple[str, Shape]]:

@@ -4,6 +4,7 @@
 Wan2.1-T2V-{scale}/   diffusion_pytorch_model*.safetensors (+ index), models_t5_...pth, Wan2.1_VAE.pth,
                       config.json, google/umt5-xxl/ (tokenizer)
 OmniAvatar-{scale}/   pytorch_model.pt, config.json
+LiveTalk-{name}/      model.safetensors: a merged DiT, instead of the base's and the adapter
 wav2vec2-base-960h/   model.safetensors, config.json, preprocessor_config.json
 ```
 """
@@ -30,6 +31,8 @@ from omniavatar.checkpoint.layout import (
 from omniavatar.checkpoint.layout_vae import vae_tensors
 
 DIT_STEM = "diffusion_pytorch_model"
+MERGED_DIT = "model.safetensors"
+ADAPTER = "pytorch_model.pt"
 TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 VAE = "Wan2.1_VAE.pth"
 TOKENIZER = "google/umt5-xxl"
@@ -49,22 +52,37 @@ def adapter_folder(spec: ScaleSpec) -> str:
 def checkpoint_layout(spec: ScaleSpec, shard_bytes: int = SHARD_BYTES) -> tuple[FileLayout, ...]:
     """Every weight file of a checkpoint; the tensors of a file are sorted by name, as in the release."""
     base = base_folder(spec)
-    base_config = replace(spec.dit, in_dim=LATENT_CHANNELS, audio_dim=0)
     return (
-        *_shards(base, _entries(dit_tensors(base_config), torch.float32), shard_bytes),
+        *_dit_files(spec, shard_bytes),
         FileLayout(f"{base}/{TEXT_ENCODER}", "torch", _entries(text_tensors(spec.text), torch.bfloat16)),
         FileLayout(f"{base}/{VAE}", "torch", _entries(vae_tensors(spec.vae), torch.float32)),
-        FileLayout(
-            f"{adapter_folder(spec)}/pytorch_model.pt",
-            "torch",
-            _entries(adapter_tensors(spec.dit, spec.lora_rank), torch.float32),
-        ),
+        *_adapter_files(spec),
         FileLayout(
             f"{WAV2VEC}/model.safetensors",
             "safetensors",
             _by_name(_entries(wav2vec_tensors(spec.wav2vec), torch.float32)),
         ),
     )
+
+
+def dit_paths(spec: ScaleSpec) -> list[str]:
+    """Paths of the DiT's files, the base's without the adapter."""
+    return [layout.path for layout in _dit_files(spec, SHARD_BYTES)]
+
+
+def _dit_files(spec: ScaleSpec, shard_bytes: int) -> tuple[FileLayout, ...]:
+    if spec.merged:
+        tensors = _by_name(_entries(dit_tensors(spec.dit), torch.float32))
+        return (FileLayout(f"{spec.merged}/{MERGED_DIT}", "safetensors", tensors),)
+    base_config = replace(spec.dit, in_dim=LATENT_CHANNELS, audio_dim=0)
+    return _shards(base_folder(spec), _entries(dit_tensors(base_config), torch.float32), shard_bytes)
+
+
+def _adapter_files(spec: ScaleSpec) -> tuple[FileLayout, ...]:
+    if spec.merged:
+        return ()
+    tensors = _entries(adapter_tensors(spec.dit, spec.lora_rank), torch.float32)
+    return (FileLayout(f"{adapter_folder(spec)}/{ADAPTER}", "torch", tensors),)
 
 
 def _entries(tensors: Iterable[tuple[str, Shape]], dtype: torch.dtype) -> tuple[TensorEntry, ...]:

@@ -222,6 +222,10 @@ def _check_numbering(paths: Sequence[Path]) -> None:
 
 
 def _remedy(path: Path) -> str:
+    from omniavatar.checkpoint.layout import merged_name
+
+    if merged_name([path]) == "livetalk":
+        return "omniavatar download livetalk"
     if "nano" in str(path):
         return "omniavatar make-checkpoint --scale nano --out pretrained_models/nano"
     scale = next((scale for scale in ("1.3B", "14B") if scale in str(path)), "14B|1.3B")

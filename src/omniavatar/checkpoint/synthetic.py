@@ -23,7 +23,7 @@ from omniavatar.checkpoint.layout import (
     FileLayout,
     ScaleSpec,
     Wav2VecSpec,
-    scale_spec,
+    checkpoint_spec,
 )
 from omniavatar.checkpoint.layout_files import (
     DIT_STEM,
@@ -53,7 +53,7 @@ def make_checkpoint(
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write the checkpoint of `scale` ('nano', '1.3B', '14B') below `out` and return `out`.
+    """Write the checkpoint of `scale` ('nano', '1.3B', '14B', 'livetalk', ...) below `out` and return `out`.
 
     The same seed gives the same bytes.
 
@@ -62,7 +62,7 @@ def make_checkpoint(
 
     Raises ConfigError for an unknown scale, OutputError if the disk is too small or read-only.
     """
-    spec = scale_spec(scale)
+    spec = checkpoint_spec(scale)
     layouts = checkpoint_layout(spec, shard_bytes)
     total = sum(layout.num_bytes for layout in layouts)
     require_space(out, total + SIDE_FILES_BYTES, f"the synthetic {scale} checkpoint")
@@ -93,7 +93,8 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 
 def _write_side_files(out: Path, spec: ScaleSpec, layouts: Sequence[FileLayout]) -> None:
     base = out / base_folder(spec)
-    _write_json(base / "config.json", _base_config(spec))
+    if not spec.merged:
+        _write_json(base / "config.json", _base_config(spec))
     shards = [layout for layout in layouts if f"/{DIT_STEM}" in layout.path]
     if len(shards) > 1:
         names = {entry.key: Path(shard.path).name for shard in shards for entry in shard.tensors}
@@ -102,7 +103,8 @@ def _write_side_files(out: Path, spec: ScaleSpec, layouts: Sequence[FileLayout])
             "weight_map": dict(sorted(names.items())),
         }
         _write_json(base / f"{DIT_STEM}.safetensors.index.json", index)
-    _write_json(out / adapter_folder(spec) / "config.json", _adapter_config(spec))
+    if not spec.merged:
+        _write_json(out / adapter_folder(spec) / "config.json", _adapter_config(spec))
     wav2vec = out / WAV2VEC
     _write_json(wav2vec / "config.json", wav2vec_config(spec.wav2vec))
     _write_json(

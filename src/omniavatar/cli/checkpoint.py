@@ -12,22 +12,25 @@ from omniavatar.cli.common import ConfigOption, HpOption, user_errors, whole_num
 
 
 class Released(StrEnum):
-    """Model sizes with released weights."""
+    """Checkpoints with released weights."""
 
     large = "14B"
     small = "1.3B"
+    livetalk = "livetalk"
 
 
 class Scale(StrEnum):
-    """Model sizes of a synthetic checkpoint."""
+    """Checkpoints that can be made with random weights."""
 
     nano = "nano"
     small = "1.3B"
     large = "14B"
+    livetalk = "livetalk"
+    livetalk_nano = "livetalk-nano"
 
 
 def download(
-    scale: Annotated[Released, typer.Argument(help="Model size; its encoders are downloaded too.")],
+    scale: Annotated[Released, typer.Argument(help="Model; its encoders are downloaded too.")],
     root: Annotated[Path, typer.Option(help="Folder for the models; the configs expect the default.")] = Path(
         "pretrained_models"
     ),
@@ -45,7 +48,7 @@ def download(
 
 
 def make_checkpoint(
-    scale: Annotated[Scale, typer.Option(help="Model size; 14B takes about 70 GB of disk.")],
+    scale: Annotated[Scale, typer.Option(help="Model; 14B takes about 70 GB of disk.")],
     out: Annotated[Path, typer.Option(help="Folder to write, such as pretrained_models/nano.")],
     seed: Annotated[
         int,

@@ -1,5 +1,5 @@
-"""The list of commands: `omniavatar generate | batch | plan | config show | download | make-checkpoint |
-convert | demo | profile | benchmark | doctor | calibrate | clean`.
+"""The list of commands: `omniavatar generate | live | batch | plan | config show | download |
+make-checkpoint | convert | demo | profile | benchmark | doctor | calibrate | clean`.
 
 Each command lies in one file and imports the code it runs inside its function, so that `--help` does not
 load torch. Exit codes: docs/exit_codes.md.
@@ -24,6 +24,7 @@ from omniavatar.cli import (
     demo,
     doctor,
     generate,
+    live,
     plan,
     profile,
 )
@@ -91,6 +92,13 @@ _add(
     "omniavatar demo",
     "omniavatar demo --image me.png --audio me.wav",
     "omniavatar demo -c configs/inference_1.3B.yaml -o demo.mp4",
+)
+_add(
+    EVERYDAY,
+    live.live,
+    "omniavatar live --demo                   # a page with the packaged model",
+    'omniavatar live --image face.jpg --prompt "A woman talks" --audio talk.wav -o out.mp4',
+    'omniavatar live --image face.jpg --prompt "A woman talks" --serve',
 )
 _add(
     EVERYDAY,

@@ -240,7 +240,7 @@ def _print(plan: RunPlan, memory: MemoryEstimate, decoder: str, length: str, sha
         ),
         ("length", length),
         ("shape", shape),
-        ("windows", f"{len(plan.windows)} of {plan.window_length} frames, overlap {plan.overlap}"),
+        ("windows", _windows_text(plan)),
         ("one window", f"{plan.latent_frames} latent frames, {plan.tokens} tokens"),
         ("steps", f"{plan.steps}: {computed if computed is not None else '?'} computed (cache: {policy})"),
         ("pattern", pattern),
@@ -274,6 +274,16 @@ def _print(plan: RunPlan, memory: MemoryEstimate, decoder: str, length: str, sha
             "model",
             soft_wrap=True,
         )
+
+
+def _windows_text(plan: RunPlan) -> str:
+    causal = plan.causal
+    if causal is None:
+        return f"{len(plan.windows)} of {plan.window_length} frames, overlap {plan.overlap}"
+    return (
+        f"{len(plan.windows)} blocks of {plan.window_length} frames (the first: {plan.windows[0].length}); "
+        f"each sees {causal.window} latents, the video's first {causal.sink} among them"
+    )
 
 
 def _pattern_text(plan: RunPlan) -> str:

@@ -28,8 +28,14 @@ def effective_sampling(configured: SamplingConfig, params: SamplingParams) -> Sa
         return configured
     values = {**configured.model_dump(), **changes}
     try:
-        return SamplingConfig.model_validate(values)
+        sampling = SamplingConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in first["loc"]) or "sampling"
         raise ConfigError(f"request: {name}: {first['msg'].removeprefix('Value error, ')}") from None
+    if sampling.causal != configured.causal:
+        raise ConfigError(
+            f"request: sampler: {sampling.sampler} needs other weights than {configured.sampler} of the "
+            "configuration; leave it out, or use another configuration"
+        )
+    return sampling

@@ -70,6 +70,10 @@ _KEYS: Mapping[str, tuple[str, str]] = {
     "save_dir": ("output_dir", "FOLDER"),
     "output_dir": ("output_dir", "FOLDER"),
     "frame_rate": ("fps", "25"),
+    "num_frame_per_block": ("causal_block", "3"),
+    "local_attn_size": ("causal_window", "15"),
+    "sink_size": ("causal_sink", "9"),
+    "denoising_step_list": ("timesteps", "[1000,750,500,250]"),
 }
 _OPTIONS: Mapping[str, tuple[str, str]] = {
     **dict.fromkeys(("voice", "sound", "speech", "wav", "audio_path", "audio_file"), ("--audio", "FILE")),

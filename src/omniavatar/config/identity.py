@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from omniavatar.config.schema import PipelineConfig
+from omniavatar.config.values import CAUSAL_FIELDS, WINDOW_FIELDS
 
 NEUTRAL_FIELDS = frozenset(
     {
@@ -42,8 +43,15 @@ def flat_values(config: PipelineConfig) -> dict[str, Any]:
 
 
 def result_values(config: PipelineConfig) -> dict[str, Any]:
-    """`flat_values` without the fields that do not change the video (`NEUTRAL_FIELDS`)."""
-    return {name: value for name, value in flat_values(config).items() if name not in NEUTRAL_FIELDS}
+    """`flat_values` without the fields that do not change the video.
+
+    These are `NEUTRAL_FIELDS`, and those that the sampler does not read (`config.values`).
+    """
+    if config.sampling.causal is None:
+        unread = {f"sampling.{name}" for name in CAUSAL_FIELDS}
+    else:
+        unread = {f"video.{name}" for name in WINDOW_FIELDS}
+    return {name: value for name, value in flat_values(config).items() if name not in NEUTRAL_FIELDS | unread}
 
 
 def config_hash(config: PipelineConfig) -> str:

@@ -215,6 +215,17 @@ def _build(entries: Iterable[Entry], where: str) -> PipelineConfig:
         raise ConfigError(_one_line(error, origins, where)) from error
 
 
+def _leaf(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _value_at(tree: Any, key: str) -> Any:
+    """The value of a dotted key in nested mappings; None if it is not set."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
 def _one_line(error: ValidationError, origins: Mapping[str, str], where: str) -> str:
     problems = error.errors(include_url=False)
     first = problems[0]
@@ -222,11 +233,11 @@ def _one_line(error: ValidationError, origins: Mapping[str, str], where: str) ->
     parts = [str(part) for part in first["loc"]]
     value = first["input"]
     if isinstance(cause, FieldError):
-        keys = [f"{parts[0]}.{field}" for field in cause.fields]
-        given = value if isinstance(value, dict) else {}
-        shown = ", ".join(f"{field} {quoted(given[field])}" for field in cause.fields if field in given)
+        keys = [".".join((*parts[:1], field)) for field in cause.fields]
+        given = [(key, _value_at(value, field)) for key, field in zip(keys, cause.fields, strict=True)]
+        shown = ", ".join(f"{_leaf(key)} {quoted(each)}" for key, each in given if each is not None)
         origin = next((origins[key] for key in keys if key in origins), where)
-        name, message = cause.fields[0], str(cause)
+        name, message = _leaf(keys[0]), str(cause)
     else:
         depth = 3 if parts[:2] == ["model", "dit_config"] and len(parts) > 2 else 2
         origin = origins.get(".".join(parts[:depth]), where)

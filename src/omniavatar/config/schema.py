@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from omniavatar.config.backends import alternatives, backend_name, registry
 from omniavatar.config.values import (
+    CAUSAL_FIELDS,
     NEGATIVE_PROMPT,
     FieldError,
     FilePath,
@@ -38,6 +39,9 @@ from omniavatar.config.values import (
 from omniavatar.errors import ConfigError
 from omniavatar.sampling.windows import overlap_error, window_length
 from omniavatar.types import StepCache
+
+if TYPE_CHECKING:
+    from omniavatar.sampling.causal import CausalWindow
 
 
 class _Section(BaseModel):
@@ -159,7 +163,14 @@ class SamplingConfig(_Section):
     timesteps: Annotated[tuple[Real, ...], AfterValidator(descending_timesteps)] | None = None
     """Explicit timesteps in (0, 1000], descending, for step-distilled LoRAs; unset: num_steps and shift."""
     sampler: Annotated[str, BeforeValidator(backend_name("sampling.sampler"))] = "euler"
-    """euler, or renoise: predict the clean sample and add fresh noise (for step-distilled LoRAs)."""
+    """euler; renoise: predict the clean sample and add fresh noise (for step-distilled LoRAs); causal: the
+    same in blocks that see a cache of earlier blocks (for block-causal models such as LiveTalk)."""
+    causal_block: Whole = Field(3, ge=1, le=64)
+    """Latents of a block (4 frames each) with sampler: causal; the number the model was trained with."""
+    causal_window: Whole = Field(15, ge=1, le=4096)
+    """Latents that a block attends to with sampler: causal: the sink, the newest earlier ones, its own."""
+    causal_sink: Whole = Field(9, ge=0, le=4096)
+    """Latents from the video's start that every block attends to with sampler: causal."""
     negative_prompt: Annotated[str, BeforeValidator(prompt_text)] = NEGATIVE_PROMPT
     """Text that describes what the video must not show."""
     step_cache: StepCache | None = None
@@ -199,14 +210,21 @@ class SamplingConfig(_Section):
             return self.step_cache
         return "teacache" if self.tea_cache_l1_thresh > 0 else "none"
 
+    @property
+    def causal(self) -> CausalWindow | None:
+        """The window of a block-causal model; None with another sampler."""
+        if not registry("sampling.sampler").get(self.sampler).causal:
+            return None
+        from omniavatar.sampling.causal import CausalWindow
+
+        return CausalWindow(self.causal_block, self.causal_window, self.causal_sink)
+
     @model_validator(mode="after")
-    def _teacache_needs_threshold(self) -> SamplingConfig:
-        if self.step_cache == "teacache" and self.tea_cache_l1_thresh == 0:
-            raise FieldError(
-                "teacache skips no step with threshold 0; set tea_cache_l1_thresh, such as 0.14",
-                "step_cache",
-                "tea_cache_l1_thresh",
-            )
+    def _combined(self) -> SamplingConfig:
+        from omniavatar.config.combinations import check_sampling
+
+        fields = type(self).model_fields
+        check_sampling(vars(self), {name: fields[name].default for name in CAUSAL_FIELDS}, self.cache_policy)
         return self
 
 
@@ -344,41 +362,10 @@ class RuntimeConfig(_Section):
             return None
 
     @model_validator(mode="after")
-    def _one_limit(self) -> RuntimeConfig:
-        if self.memory != "auto" and self.num_persistent_param_in_dit is not None:
-            raise FieldError(
-                "memory and num_persistent_param_in_dit both limit the weights on the device; set only one",
-                "memory",
-                "num_persistent_param_in_dit",
-            )
-        return self
+    def _combined(self) -> RuntimeConfig:
+        from omniavatar.config.combinations import check_runtime
 
-    @model_validator(mode="after")
-    def _sharing(self) -> RuntimeConfig:
-        if self.use_fsdp and self.sp_size == 1:
-            raise FieldError(
-                "distributes the weights over sp_size GPUs; set sp_size to 2 or more",
-                "use_fsdp",
-                "sp_size",
-            )
-        if self.exchange == "direct" and self.processes == 1:
-            raise FieldError(
-                "one GPU makes the video, so nothing is exchanged; set sp_size or cfg_parallel to 2 or more",
-                "exchange",
-                "sp_size",
-            )
-        if self.use_fsdp and self.cuda_graphs:
-            raise FieldError(
-                "CUDA graphs need weights at a fixed address, which use_fsdp does not give; set only one",
-                "cuda_graphs",
-                "use_fsdp",
-            )
-        if self.use_fsdp and self.num_persistent_param_in_dit is not None:
-            raise FieldError(
-                "use_fsdp and num_persistent_param_in_dit both place the weights; set only one",
-                "use_fsdp",
-                "num_persistent_param_in_dit",
-            )
+        check_runtime(vars(self))
         return self
 
 
@@ -395,3 +382,11 @@ class PipelineConfig(_Section):
     """The finished video."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Device, memory and speed."""
+
+    @model_validator(mode="after")
+    def _causal_fits(self) -> PipelineConfig:
+        from omniavatar.config.combinations import check_causal
+
+        if self.sampling.causal is not None:
+            check_causal(self.video.model_fields_set, vars(self.runtime))
+        return self

@@ -52,7 +52,7 @@ NEGATIVE_PROMPT = (
 class FieldError(ValueError):
     """An invalid combination of values.
 
-    fields: the leaves involved, the most likely culprit first.
+    fields: the leaves involved, the most likely culprit first; with their sections if these differ.
     """
 
     def __init__(self, message: str, *fields: str) -> None:
@@ -60,6 +60,10 @@ class FieldError(ValueError):
         self.fields = fields
 
 
+CAUSAL_FIELDS = ("causal_block", "causal_window", "causal_sink")
+"""Fields of the sampling section that only `sampler: causal` reads."""
+WINDOW_FIELDS = ("overlap_frame", "max_tokens")
+"""Fields of the video section that only the other samplers read."""
 MOST_EXACT = 2**53
 """Up to here every whole number is exact as a float."""
 MOST_PROMPT_BYTES = 65_536

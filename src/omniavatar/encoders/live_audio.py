@@ -2,7 +2,8 @@
 
 `encoders.audio` encodes a whole recording at once. Here the newest seconds are encoded again for every block
 of video frames, so time and memory of a block are constant. Three things differ from the whole recording:
-- the mean and variance of the first convolution (a group norm over all time) are those of the sound so far;
+- the mean and variance of the first convolution (a group norm over all time) are those of the sound so far,
+  digital silence left out;
 - attention and positional convolution reach `past_seconds` back instead of to the start;
 - they reach `ahead_frames` forward instead of to the end. This look-ahead delays the video.
 Vector k belongs to the sound from k/fps to (k+1)/fps seconds. At rates other than 25 frames a second the
@@ -20,13 +21,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import max_pool1d, scaled_dot_product_attention
 
 from omniavatar.encoders.audio import SAMPLE_RATE, AudioEncoder, exact_convolutions
 from omniavatar.encoders.wav2vec_spans import NORMALISE_EPS, FrontEnd
 from omniavatar.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
 PAST_SECONDS = 8.0
@@ -103,6 +106,17 @@ class LiveAudioEncoder:
         self._forget()
         return torch.cat([state[:, start : start + frames] for state in states], dim=-1).float()
 
+    def state(self) -> dict[str, Tensor]:
+        """All that later blocks depend on, as tensors on the host."""
+        numbers = torch.tensor([self._dropped, self.frames])
+        return {"kept": torch.from_numpy(self._kept), "numbers": numbers, **self._statistics.state()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from a `state`."""
+        self._kept = state["kept"].numpy()
+        self._dropped, self.frames = (int(value) for value in state["numbers"])
+        self._statistics.restore(state)
+
     def _position(self, frame: int) -> Fraction:
         """The place of a frame among the convolutions' features."""
         return frame * self._per_frame / self._front.stride
@@ -165,14 +179,17 @@ class LiveAudioEncoder:
 
 
 class _Statistics:
-    """Sums of the first convolution's outputs and of the samples, over all sound so far."""
+    """Sums of the first convolution's outputs and of the samples, over all sound so far.
+
+    Digital silence does not count. Otherwise speech after a minute of it would look eight times as loud.
+    """
 
     def __init__(self, conv: torch.nn.Conv1d) -> None:
         self._conv = conv
         self._kernel, self._stride = conv.kernel_size[0], conv.stride[0]
         device = conv.weight.device
         self._sums = torch.zeros(2, conv.out_channels, dtype=torch.float64, device=device)
-        self._sample_sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._sample_sums = torch.zeros(3, dtype=torch.float64, device=device)
         self._outputs = 0
 
     @property
@@ -180,23 +197,39 @@ class _Statistics:
         """The first sample of the output that comes next."""
         return self._outputs * self._stride
 
+    def state(self) -> dict[str, Tensor]:
+        return {
+            "sums": self._sums.cpu(),
+            "sample_sums": self._sample_sums.cpu(),
+            "outputs": torch.tensor(self._outputs),
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        device = self._sums.device
+        self._sums, self._sample_sums = state["sums"].to(device), state["sample_sums"].to(device)
+        self._outputs = int(state["outputs"])
+
     def update(self, samples: Tensor) -> None:
         """Add the outputs of `samples` (1, 1, n), which begin at `next_sample`."""
         outputs = (samples.shape[-1] - self._kernel) // self._stride + 1
         if outputs < 1:
             return
-        values = self._conv(samples)[0].double()
-        self._sums[0] += values.sum(1)
-        self._sums[1] += values.square().sum(1)
-        new = samples[0, 0, : outputs * self._stride].double()
-        self._sample_sums += torch.stack([new.sum(), new.square().sum()])
+        used = samples[..., : (outputs - 1) * self._stride + self._kernel]
+        counts = (max_pool1d(used.abs(), self._kernel, self._stride)[0, 0] > 0).double()
+        values = self._conv(used)[0].double()
+        self._sums[0] += (values * counts).sum(1)
+        self._sums[1] += (values.square() * counts).sum(1)
+        new = samples[0, 0, : outputs * self._stride].double().view(outputs, self._stride)
+        sums = torch.stack([new.sum(1), new.square().sum(1), torch.ones_like(counts)])
+        self._sample_sums += (sums * counts).sum(1)
         self._outputs += outputs
 
     def scale_and_shift(self, norm: torch.nn.GroupNorm) -> tuple[Tensor, Tensor]:
         """The group norm of the normalised sound as a factor and a summand of the raw outputs, (1, C, 1)."""
-        mean = self._sums[0] / self._outputs
-        variance = (self._sums[1] / self._outputs - mean.square()).clamp_min(0)
-        sample_mean, square = self._sample_sums / (self._outputs * self._stride)
+        count = self._sample_sums[2].clamp_min(1)
+        mean = self._sums[0] / count
+        variance = (self._sums[1] / count - mean.square()).clamp_min(0)
+        sample_mean, square = self._sample_sums[:2] / (count * self._stride)
         loudness = (square - sample_mean.square()).clamp_min(0) + NORMALISE_EPS
         scale = norm.weight.double() * (variance + norm.eps * loudness).rsqrt()
         shift = norm.bias.double() - mean * scale

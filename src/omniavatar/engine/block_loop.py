@@ -1,8 +1,10 @@
 """The loop of a block-causal model: blocks of a few latents, made from what the cache holds of earlier ones.
 
-A block is denoised with fresh noise at every step (`sampling.samplers`, "renoise"). One more pass at timestep
+A block is denoised with fresh noise at every step (`sampling.samplers`, "causal"). One more pass at timestep
 0 over the finished block then leaves its keys and values in the cache. The first latent of the video is the
 portrait; nothing else is handed over. So a video has no end, and a block costs the same wherever it lies.
+Positions count from the video's start. Their angles are computed for each block in float64, not looked up in
+a table that ends. Only differences of positions act, so counting from elsewhere gives the same video.
 Sources: LiveTalk (arXiv 2512.23576), Self Forcing (arXiv 2506.08009).
 
 Shapes: T latents of a block, h w latent pixels, D audio width.
@@ -17,10 +19,11 @@ from torch import Tensor
 
 from omniavatar.accel.key_value_cache import KeyValueCache
 from omniavatar.model.dit import AudioState, RunBlocks, TextState, WanDiT
-from omniavatar.model.sizes import FRAMES_PER_LATENT
+from omniavatar.model.rope import rope_table
 from omniavatar.sampling.causal import CausalWindow
 from omniavatar.sampling.denoise import denoise
 from omniavatar.sampling.schedule import Schedule
+from omniavatar.sampling.windows import block_frames
 
 CLEAN = 0.0
 """Timestep of the pass that writes the cache."""
@@ -53,12 +56,13 @@ class BlockGenerator:
         device = reference_latent.device
         _, patch_height, patch_width = dit.config.patch_size
         height, width = reference_latent.shape[3] // patch_height, reference_latent.shape[4] // patch_width
+        self._grid = (window.block, height, width)
         self.cache = KeyValueCache(dit, window, window.block * height * width, dtype, device)
         self._timesteps = torch.tensor((*schedule.timesteps, CLEAN), dtype=torch.float32, device=device)
 
     def audio_rows(self, block: int) -> int:
-        """Audio vectors of block number `block`: the first latent of the video stands for one frame."""
-        return FRAMES_PER_LATENT * self.window.block - (0 if block else FRAMES_PER_LATENT - 1)
+        """Audio vectors of block number `block`, one a frame."""
+        return block_frames(block, self.window.block)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,42 +76,51 @@ class BlockGenerator:
         audio_BND: Tensor | None,
         draw_noise: Callable[[], Tensor],
         on_step: Callable[[int], None] | None = None,
+        before_step: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Latents (1, 16, T, h, w) float32 of the next block.
 
+        If an exception leaves this call, the block is not made; the next call makes it from its start.
+
         - audio_BND: (1, `audio_rows`, D), or None for a model without audio.
         - draw_noise: returns float32 noise of `shape`; called once for the start and once between two steps.
+        - on_step, before_step: called with the number of each step, after and before it.
         """
-        audio, y = self._audio(audio_BND), self._condition()
+        forward = self._forwards(audio_BND)
+
+        def velocity(sample: Tensor, step: int) -> Tensor:
+            if before_step is not None:
+                before_step(step)
+            return forward(sample, step)
+
         given = self._reference if self.done == 0 else self._reference[:, :, :0]
-        latent = denoise(
-            lambda sample, step: self._forward(sample, y, step, audio),
-            self._schedule,
-            given,
-            draw_noise,
-            "renoise",
-            on_step,
-        )
-        self._forward(latent, y, len(self._schedule), audio)
+        latent = denoise(velocity, self._schedule, given, draw_noise, "causal", on_step)
+        forward(latent, len(self._schedule))
         self.done += 1
         return latent
 
     @torch.inference_mode()
-    def replay(self, audio_BND: Tensor | None, latent: Tensor) -> None:
-        """Bring a block that was made before into the cache, without its steps."""
-        self._forward(latent, self._condition(), len(self._schedule), self._audio(audio_BND))
+    def replay(self, audio_BND: Tensor | None, latent: Tensor, block: int | None = None) -> None:
+        """Bring a block that was made before into the cache, without its steps.
+
+        - block: its number; None for the next one. Blocks between are left out (`CausalWindow.deciding`).
+        """
+        self.done = self.done if block is None else block
+        self._forwards(audio_BND)(latent, len(self._schedule))
         self.done += 1
 
-    def _forward(self, sample: Tensor, y: Tensor, step: int, audio: AudioState) -> Tensor:
-        return self._dit(
-            sample,
-            y,
-            self._timesteps[step : step + 1],
-            self.text,
-            audio,
-            run_blocks=self._runner(),
-            first_frame=self.done * self.window.block,
+    def _forwards(self, audio_BND: Tensor | None) -> Callable[[Tensor, int], Tensor]:
+        """The velocity of the next block's sample at a step. What all its passes share is computed here."""
+        audio, y, run_blocks = self._audio(audio_BND), self._condition(), self._runner()
+        rope = rope_table(
+            self._grid, self._dit.config.head_dim, self._reference.device, self.done * self.window.block
         )
+
+        def forward(sample: Tensor, step: int) -> Tensor:
+            timestep = self._timesteps[step : step + 1]
+            return self._dit(sample, y, timestep, self.text, audio, run_blocks=run_blocks, rope=rope)
+
+        return forward
 
     def _runner(self) -> RunBlocks:
         """Runs the DiT's blocks for the block in hand; the same function for the same slots."""

@@ -1,4 +1,8 @@
-"""The hand-over file of a job: the given latents of one window."""
+"""The hand-over files of a job: what each window left for later ones.
+
+File number k holds what window k-1 left: the given latents of window k, or the latents of a block of a
+block-causal video. There a window starts from several of them.
+"""
 
 from __future__ import annotations
 

@@ -39,13 +39,12 @@ from omniavatar.engine.marks import (
 from omniavatar.errors import ResumeError, TargetError
 from omniavatar.media.atomic import atomic_write_bytes, atomic_write_json, beside, translate_os_error
 from omniavatar.media.lease import lease_for
+from omniavatar.sampling.windows import HandOvers, WindowHandOvers
 from omniavatar.text import MOST_RECORD_BYTES, JsonError, cut, parse_json, read_json
 from omniavatar.types import RunResult
 
 FORMAT = 1
 """Version of `job.json`; a folder with another version is not resumed."""
-KEPT_GIVEN = 16
-"""Hand-overs kept: of the last 16 windows, and of every 16th before. A damaged job goes back to one."""
 
 
 def fingerprint(values: Mapping[str, Any]) -> dict[str, str]:
@@ -85,6 +84,7 @@ class Job:
         self._sums: dict[str, str] = {}
         self._finishing: int | None = None
         self.fingerprint: dict[str, str] = {}
+        self.hand_overs: HandOvers = WindowHandOvers()
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -228,7 +228,7 @@ class Job:
     def finish_window(self, given: bytes | None) -> None:
         """Record one more window as done; its segment must be on disk.
 
-        - given: given latents of the window after it, as bytes of a safetensors file; None after the last.
+        - given: what it left for later windows, as bytes of a safetensors file; None after the last.
         """
         if given is not None:
             path = self.given_path(self.done + 1)
@@ -237,8 +237,8 @@ class Job:
         segment = self.segment_path(self.done)
         self._sums[segment.name] = _sum(segment.read_bytes())
         self.done += 1
-        old = self.done - KEPT_GIVEN
-        passed = self.given_path(old) if old > 0 and old % KEPT_GIVEN else None
+        old = self.hand_overs.outdated(self.done)
+        passed = None if old is None else self.given_path(old)
         if passed is not None:
             self._sums.pop(passed.name, None)
         self._write_state()
@@ -259,7 +259,7 @@ class Job:
         return self.folder / f"segment_{window:05d}.mp4"
 
     def given_path(self, window: int) -> Path:
-        """File of the given latents of `window`, written after the previous window."""
+        """The hand-over file that is written before `window` begins."""
         return self.folder / f"given_{window:05d}.safetensors"
 
     def before_naming(self, temporary: Path) -> None:
@@ -295,16 +295,15 @@ class Job:
                         path.unlink(missing_ok=True)
                 self._state.unlink(missing_ok=True)
 
-    def given(self, shape: Sequence[int]) -> Tensor | None:
-        """Given latents of the next window, of `shape`; None before the first.
+    def given(self, shape: Sequence[int]) -> dict[int, Tensor]:
+        """What earlier windows left for the next one, by the number of its file; tensors of `shape`.
 
-        Raises ResumeError if their file is missing or damaged.
+        Raises ResumeError if a file is missing or damaged.
         """
-        if not self.done:
-            return None
         from omniavatar.engine.handover import load_given
 
-        return load_given(self.given_path(self.done), shape)
+        needed = self.hand_overs.needed(self.done) if self.done else ()
+        return {number: load_given(self.given_path(number), shape) for number in needed}
 
     def finished(self, values: dict[str, str]) -> RunResult | None:
         """The result of a finished video that was made from exactly these values; None if there is none."""

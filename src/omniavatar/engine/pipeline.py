@@ -152,6 +152,7 @@ class AvatarPipeline(Session):
                 self.adopt(inputs.shape, found.placement)
                 elapsed = Elapsed(self._recorder)
                 made = plan_request(self.models, inputs, job.folder)
+                job.hand_overs = self.hand_overs(made.plan)
                 if job.done:
                     self._go_back(job, made.plan)
                 needed = least_bytes(made.plan, self.config.output.crf, job.done)
@@ -190,7 +191,8 @@ class AvatarPipeline(Session):
                 )
 
     def close(self) -> None:
-        """Free the models and their memory. A closed pipeline makes no more videos."""
+        """End live sessions; free the models and their memory. A closed pipeline makes no more videos."""
+        self.close_companions()
         models, self._models = self._models, None
         if models is not None:
             models.release()

@@ -81,20 +81,32 @@ class Prepared(Planned):
     def window_sampling(self) -> WindowSampling:
         """How the windows are sampled, with the plan's passes."""
         sampling, plan = self.inputs.sampling, self.plan
-        return WindowSampling(sampling.seed, plan.schedule, plan.passes, sampling.sampler)
+        return WindowSampling(sampling.seed, plan.schedule, plan.passes, sampling.sampler, plan.causal)
 
     def given_shape(self, window: int) -> tuple[int, ...]:
-        """Shape of the given latents of a window after the first, (1, 16, G, h, w)."""
+        """Shape of what a window leaves for `window`, which is not the first, (1, 16, G, h, w)."""
         batch, channels, _, height, width = self.conditioning.reference_latent.shape
-        return (batch, channels, self.plan.windows[window].given_latents, height, width)
+        causal = self.plan.causal
+        latents = self.plan.windows[window].given_latents if causal is None else causal.block
+        return (batch, channels, latents, height, width)
 
     def decided(self, step_plan: StepPlan) -> Prepared:
         """This request with another plan of the step cache."""
         return replace(self, plan=self.plan.decided(step_plan))
 
 
-def read_inputs(models: Models, request: LocalRequest) -> Inputs:
-    """Read the request's portrait and settings. Raises InputError, ConfigError, CheckpointError."""
+def block_sampling(sampling: SamplingConfig, shape: WindowShape) -> WindowSampling:
+    """How the blocks of a block-causal model are sampled."""
+    return WindowSampling(sampling.seed, shape.schedule, (), sampling.sampler, shape.causal)
+
+
+def read_inputs(models: Models, request: LocalRequest, has_audio: bool | None = None) -> Inputs:
+    """Read the request's portrait and settings.
+
+    - has_audio: whether the video has speech; None: if the request has audio.
+
+    Raises InputError, ConfigError, CheckpointError.
+    """
     config, dit = models.config, models.dit_config
     try:
         prompt_text(request.prompt)
@@ -109,7 +121,8 @@ def read_inputs(models: Models, request: LocalRequest) -> Inputs:
     height, width = image.shape[:2]
     size = choose_bucket(height, width, config.video.sizes)
     constants = find_constants(config.model, sampling, dit)
-    shape = window_shape(config, size, request.audio is not None, sampling)
+    speaks = request.audio is not None if has_audio is None else has_audio
+    shape = window_shape(config, size, speaks, sampling)
     return Inputs(request, sampling, image, shape, constants)
 
 
@@ -161,6 +174,21 @@ def _notes(plan: StepPlan) -> list[Message]:
         f"constants {plan.source}"
     )
     return [Message(text), *notes]
+
+
+@torch.inference_mode()
+def encode_person(models: Models, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Text embedding and portrait latent of a request, as in `types.Conditioning`, without its sound."""
+    picture = prepare_image(inputs.image, inputs.shape.size)
+    with models.recorder.stage("text"):
+        (text,) = models.prompts.embed((inputs.request.prompt,))
+    with models.recorder.stage("image"):
+        reference = models.vae.encode(picture.to(models.device)[:, :, None])
+    path = models.config.model.input_limits
+    if path is not None:
+        for note in _beyond_limits(models, path, picture, reference, None, None):
+            models.recorder.event(Message(note, "warning"))
+    return text, reference
 
 
 @torch.inference_mode()

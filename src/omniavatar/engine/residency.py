@@ -11,6 +11,7 @@ import gc
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from omniavatar.accel.offload import OffloadConfig, Offloader
     from omniavatar.accel.vae import FastVAE
     from omniavatar.config.schema import PipelineConfig
-    from omniavatar.model.dit import WanDiT
+    from omniavatar.model.dit import RunBlocks, WanDiT
     from omniavatar.model.layers import BlockInputs
     from omniavatar.model.sizes import DiTConfig
     from omniavatar.plan.run import WindowShape
@@ -59,6 +60,8 @@ class Residency:
         self._dit: WanDiT | None = None
         self._offloader: Offloader | None = None
         self._graphs: GraphedBlocks | None = None
+        self._capture: Capture | None = None
+        self._wrapped: WeakSet[GraphedBlocks] = WeakSet()
         self._vaes: list[FastVAE] = []
 
     @property
@@ -113,9 +116,13 @@ class Residency:
         if self._placement is not None and not self._config.runtime.use_fsdp:
             smaller = self._placement.step_down()
         if smaller is None:
+            sampling = self._config.sampling
+            name, value = ("max_tokens", self._config.video.max_tokens)
+            if sampling.causal is not None:
+                name, value = ("causal_window", sampling.causal_window)
             raise ResourceError(
-                f"max_tokens: {self._config.video.max_tokens} needs more GPU memory than is free ({reason}); "
-                "lower max_tokens, use quantize=fp8 or the 1.3B model"
+                f"{name}: {value} needs more GPU memory than is free ({reason}); "
+                f"lower {name}, use quantize=fp8 or the 1.3B model"
             )
         self._placement = smaller
         text = f"{reason}: retrying with less GPU memory. {smaller.describe()}"
@@ -143,8 +150,7 @@ class Residency:
 
     def release(self) -> None:
         """Forget everything that lies on the device."""
-        if self._graphs is not None:
-            self._graphs.clear()
+        self._clear_graphs()
         self._placement = self._dit = self._offloader = self._graphs = None
         self._vaes.clear()
 
@@ -152,6 +158,28 @@ class Residency:
         """Set the latents of one VAE pass. Ranks that share a picture need the leader's number."""
         for vae in self._vaes:
             vae.use_pass(latents)
+
+    def wrap(self, run: RunBlocks) -> RunBlocks:
+        """`run`, another way to run the DiT's blocks, as CUDA graphs while the placement in force says so."""
+        graphs: list[GraphedBlocks] = []
+
+        def run_blocks(tokens_BLC: Tensor, inputs: BlockInputs) -> Tensor:
+            if not self.placement.graphs:
+                return run(tokens_BLC, inputs)
+            if not graphs:
+                graphs.append(self._graphed(run))
+            return graphs[0](tokens_BLC, inputs)
+
+        return run_blocks
+
+    def _graphed(self, run: RunBlocks) -> GraphedBlocks:
+        from omniavatar.accel.graphs import CudaCapture, GraphedBlocks
+
+        if self._capture is None:
+            self._capture = (self._new_capture or CudaCapture)()
+        graphed = GraphedBlocks(run, self._capture)
+        self._wrapped.add(graphed)
+        return graphed
 
     def run_blocks(self, tokens_BLC: Tensor, inputs: BlockInputs) -> Tensor:
         """Run the DiT's blocks, as CUDA graphs if the placement in force says so."""
@@ -181,13 +209,17 @@ class Residency:
 
     def _arrange(self) -> None:
         placement = self.placement
-        if self._graphs is not None and not placement.graphs:
-            self._graphs.clear()
+        if not placement.graphs:
+            self._clear_graphs()
             self._graphs = None
         self._capture_blocks()
         if self._offloader is not None:
             self._offloader.apply(self._offload)
         self.use_vae_pass(placement.vae_latents)
+
+    def _clear_graphs(self) -> None:
+        for graphed in (*([] if self._graphs is None else [self._graphs]), *self._wrapped):
+            graphed.clear()
 
     def _capture_blocks(self) -> None:
         if self._dit is not None and self._graphs is None and self.placement.graphs:

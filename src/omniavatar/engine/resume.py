@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 def go_on_from_good(job: Job, plan: RunPlan) -> str | None:
     """Let `job` go back to its last good window; returns a sentence on what is damaged, None if all is whole.
 
-    A window is good if the segments before it are whole and its hand-over is. Window 0 needs neither.
+    A window is good if the segments before it are whole and its hand-overs are. Window 0 needs neither.
     """
     total = len(plan.windows)
     recorded = min(job.done, total)
     damaged = next((index for index in range(recorded) if not _segment_good(job, plan, index)), None)
     start = recorded if damaged is None else damaged
     path = None if damaged is None else job.segment_path(damaged)
-    while 0 < start < total and not _given_good(job, start):
-        path = path or job.given_path(start)
+    while 0 < start < total and (bad := _damaged_given(job, start)) is not None:
+        path = path or job.given_path(bad)
         start -= 1
     if start == job.done:
         return None
@@ -51,8 +51,14 @@ def _segment_good(job: Job, plan: RunPlan, index: int) -> bool:
         return False
 
 
-def _given_good(job: Job, window: int) -> bool:
-    path = job.given_path(window)
+def _damaged_given(job: Job, window: int) -> int | None:
+    """The first hand-over that `window` needs and that is not whole."""
+    needed = job.hand_overs.needed(window)
+    return next((number for number in needed if not _given_good(job, number)), None)
+
+
+def _given_good(job: Job, number: int) -> bool:
+    path = job.given_path(number)
     if not path.is_file() or job.intact(path) is False:
         return False
     try:

@@ -7,14 +7,16 @@ processes make one video, the leader does this, and the others run `follow`.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from omniavatar.accel.decoder import DECODERS
 from omniavatar.accel.residual_cache import PassRunner, ResidualCache
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.engine.clocks import DeviceClock
@@ -31,10 +33,22 @@ from omniavatar.errors import StoppedError
 from omniavatar.parallel.team import ONE, Team, check_size
 from omniavatar.plan.placement import Placement
 from omniavatar.plan.run import WindowShape
-from omniavatar.types import AvatarRequest, Conditioning, Window
+from omniavatar.sampling.windows import HandOvers, WindowHandOvers
+from omniavatar.types import AvatarRequest, Conditioning, ImageInput, SamplingParams, Window
 
 if TYPE_CHECKING:
+    from omniavatar.engine.block_session import BlockSession
+    from omniavatar.engine.block_video import BlockVideo
     from omniavatar.model.dit import RunBlocks
+
+
+class Closes(Protocol):
+    """Something that is closed when it is no longer needed."""
+
+    def close(self) -> None: ...
+
+
+T = TypeVar("T", bound=Closes)
 
 
 class Session:
@@ -49,6 +63,8 @@ class Session:
     ) -> None:
         check_size(team, config.runtime.processes)
         self.config, self.team = config, team
+        self._lock = threading.Lock()
+        self._companions: dict[type[object], Closes] = {}
         self._recorder = recorder or RunRecorder()
         self._host = host or Host()
         if config.runtime.threads:
@@ -66,6 +82,24 @@ class Session:
     def models(self, models: Models) -> None:
         """Serve with models that are loaded already, such as those of another pipeline."""
         self._models = models
+
+    def companion(self, kind: type[T], make: Callable[[], T]) -> T:
+        """The one object of class `kind` that belongs to this session; `make` makes it at the first call.
+
+        Its `close` is called before the models are freed.
+        """
+        with self._lock:
+            found = self._companions.get(kind)
+            if not isinstance(found, kind):
+                self._companions[kind] = found = make()
+            return found
+
+    def close_companions(self) -> None:
+        """Close what `companion` made."""
+        with self._lock:
+            companions, self._companions = list(self._companions.values()), {}
+        for each in companions:
+            each.close()
 
     def follow(self) -> None:
         """Carry out the leader's orders until the last one: load the models, make windows together.
@@ -106,16 +140,47 @@ class Session:
         self,
         ready: Prepared,
         first: int = 0,
-        given: Tensor | None = None,
+        given: Mapping[int, Tensor] | None = None,
         should_stop: ShouldStop = never,
     ) -> Iterator[WindowResult]:
         """Results of the request's windows from `first` on, made by all processes together.
 
-        - given: given latents of window `first`; None if `first` is 0.
+        - given: what window `first` starts from, by the numbers of `hand_overs`; None if `first` is 0.
         """
-        return self.run_windows(
-            ready.window_sampling, ready.conditioning, ready.plan.windows, first, given, should_stop
-        )
+        sampling, conditioning, windows = ready.window_sampling, ready.conditioning, ready.plan.windows
+        given = given or {}
+        if sampling.causal is None:
+            return self.run_windows(sampling, conditioning, windows, first, given.get(first), should_stop)
+        past = {number - 1: latent for number, latent in given.items()}
+        return self.block_session().run(sampling, conditioning, windows, first, past, should_stop)
+
+    def hand_overs(self, shape: WindowShape) -> HandOvers:
+        """Which hand-over files windows of `shape` start from."""
+        causal = shape.causal
+        if causal is None:
+            return WindowHandOvers()
+        from omniavatar.sampling.causal import BlockHandOvers
+
+        decoded = causal.blocks_of(DECODERS.get(self.config.model.decoder).past_latents)
+        return BlockHandOvers(causal, self.models.dit_config.num_layers, decoded)
+
+    def begin_video(
+        self, image: ImageInput, prompt: str, sampling: SamplingParams | None = None
+    ) -> BlockVideo:
+        """An endless video of this person by a block-causal model, for sound that is not known yet.
+
+        The models are loaded now. The size is the configured one nearest to the portrait's shape.
+
+        Raises ConfigError if the sampler is not causal, and what `prepare` raises.
+        """
+        request = AvatarRequest(prompt, image, sampling=sampling or SamplingParams())
+        return self.block_session().begin(request, self.adopt)
+
+    def block_session(self) -> BlockSession:
+        """What makes blocks with this session's models."""
+        from omniavatar.engine.block_session import BlockSession
+
+        return BlockSession(self.models, self._host.arrival, lambda: self._remedy)
 
     def run_windows(
         self,
@@ -144,7 +209,7 @@ class Session:
         """The object that denoises and decodes windows. A single process retries with less GPU memory."""
         models = self.models
         retry = no_retry if self.team.size > 1 else models.residency.retry
-        tries = remedy(self.config, models.attention_name, models.residency.placement.quantize)
+        tries = self._remedy
         return retry(
             lambda: WindowGenerator(
                 models.dit,
@@ -161,6 +226,12 @@ class Session:
                 remedy=tries,
             )
         )
+
+    @property
+    def _remedy(self) -> str:
+        """What to try after numbers overflowed."""
+        models = self.models
+        return remedy(self.config, models.attention_name, models.residency.placement.quantize)
 
     def adopt(self, shape: WindowShape, placement: Placement | None = None) -> None:
         """Put a placement for windows of `shape` in force on all processes; None plans one first."""

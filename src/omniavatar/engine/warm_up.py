@@ -9,11 +9,10 @@ import torch
 
 from omniavatar.engine.window_loop import WindowSampling
 from omniavatar.errors import ConfigError
-from omniavatar.plan.run import WindowShape, window_shape
+from omniavatar.plan.run import WindowShape, audio_rows, shape_windows, window_shape
 from omniavatar.sampling.passes import plan_passes
 from omniavatar.sampling.schedule import Schedule
-from omniavatar.sampling.windows import padded_audio_frames, plan_windows
-from omniavatar.types import Conditioning, StepPlan
+from omniavatar.types import Conditioning, StepPlan, Window
 
 if TYPE_CHECKING:
     from omniavatar.engine.models import Models
@@ -42,11 +41,18 @@ def warm_up(session: Session, size: tuple[int, int] | None = None) -> None:
     conditioning = models.residency.retry(lambda: _blank(models, shape))
     first = Schedule(shape.schedule.sigmas[:1])
     passes = plan_passes(StepPlan((True,)), shape.branches, shape.has_audio)
-    sampling = WindowSampling(config.sampling.seed, first, passes, config.sampling.sampler)
-    after_portrait = shape.window_length - 1 + (WINDOWS - 1) * (shape.window_length - shape.overlap)
-    windows = plan_windows(after_portrait, shape.window_length, shape.overlap)
-    for result in session.run_windows(sampling, conditioning, windows):
+    sampling = WindowSampling(config.sampling.seed, first, passes, config.sampling.sampler, shape.causal)
+    if shape.causal is None:
+        results = session.run_windows(sampling, conditioning, _windows(shape))
+    else:
+        results = session.block_session().run(sampling, conditioning, _windows(shape))
+    for result in results:
         _ = result.frames  # waits
+
+
+def _windows(shape: WindowShape) -> tuple[Window, ...]:
+    new = shape.window_length - shape.overlap
+    return shape_windows(shape, shape.window_length - 1 + (WINDOWS - 1) * new)[:WINDOWS]
 
 
 @torch.inference_mode()
@@ -55,8 +61,7 @@ def _blank(models: Models, shape: WindowShape) -> Conditioning:
     (text,) = models.prompts.embed((models.config.sampling.negative_prompt,))
     audio = None
     if shape.has_audio:
-        rows = padded_audio_frames(WINDOWS, shape.window_length, shape.overlap)
-        audio = np.zeros((rows, models.dit_config.audio_dim), dtype=np.float32)
+        audio = np.zeros((audio_rows(_windows(shape)), models.dit_config.audio_dim), dtype=np.float32)
         _ = models.audio_encoder  # loads it
     reference = models.vae.encode(torch.zeros(1, 3, 1, *shape.size, device=models.device))
     return Conditioning(text, text, reference, audio)

@@ -43,6 +43,7 @@ from omniavatar.types import Conditioning, Recorder, Window
 if TYPE_CHECKING:
     from omniavatar.model.dit import AudioState, RunBlocks, WanDiT
     from omniavatar.model.vae import VideoVAE
+    from omniavatar.sampling.causal import CausalWindow
 
 DrawNoise = Callable[[], Tensor]
 ShouldStop = Callable[[], bool]
@@ -65,12 +66,14 @@ class WindowSampling:
     """How every window of one request is sampled.
 
     - passes: the forwards of each step (`plan_passes`).
+    - causal: the window of a block-causal model, whose windows are blocks (`engine.block_windows`).
     """
 
     seed: int
     schedule: Schedule
     passes: Passes
     sampler: str = "euler"
+    causal: CausalWindow | None = None
 
 
 class WindowResult:

@@ -144,6 +144,8 @@ def calibrate(
     started = time.perf_counter()
     if config.sampling.steps < 2:
         raise ConfigError("num_steps: calibration compares steps with each other; use at least 2")
+    if config.sampling.causal is not None:
+        raise ConfigError("sampler: causal computes every step, so there is no step cache to calibrate")
     path = calibration_output(config, output)
     with lease_for(beside(path, ".", path.name, ".lock"), path):
         return _calibrate(config, request, path, windows, verify, listeners, started)

@@ -186,7 +186,8 @@ def _steps(config: PipelineConfig) -> Axis:
 
 
 def _caches(config: PipelineConfig) -> Axis:
-    if config.sampling.cache_policy != "none" or config.sampling.timesteps is not None:
+    sampling = config.sampling
+    if sampling.cache_policy != "none" or sampling.timesteps is not None or sampling.causal is not None:
         return [({}, 0.0)]
     return [
         ({}, 0.0),

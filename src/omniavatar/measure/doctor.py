@@ -16,6 +16,7 @@ import torch
 from omniavatar import __version__
 from omniavatar.accel.attention.registry import ATTENTION, choose_backend
 from omniavatar.accel.vae_runners import choose_vae
+from omniavatar.checkpoint.layout import MERGED, merged_name
 from omniavatar.config.backends import REGISTRIES, registry
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import ModelConfig, OutputConfig, PipelineConfig, RuntimeConfig, VideoConfig
@@ -102,7 +103,7 @@ def config_row(path: Path, device: torch.device) -> dict[str, Any]:
         "ready": not missing and fits,
         "error": None,
         "missing": [str(each) for each in missing],
-        "scale": assumed_scale(config.model),
+        "scale": merged_name(config.model.dit_path) or assumed_scale(config.model),
         "loras": [str(each.path) for each in config.model.loras if each.path in missing],
         "needs_bytes": need,
         "fits": fits,
@@ -171,6 +172,7 @@ def _problems(encoders: Sequence[dict[str, Any]], configs: Sequence[dict[str, An
             )
         elif not row["fits"]:
             needs = f"needs about {bytes_text(row['needs_bytes'])}, more than is free"
-            remedy = f"{needs}; lower max_tokens or use a smaller model"
+            lower = "causal_window" if row["scale"] in MERGED else "max_tokens"
+            remedy = f"{needs}; lower {lower} or use a smaller model"
             problems.append(f"{row['config']}: {remedy if row['placed'] else row['memory']}")
     return problems

@@ -45,10 +45,16 @@ def video_tokens(config: DiTConfig, latent: Grid) -> int:
     return math.prod(size // patch for size, patch in zip(latent, config.patch_size, strict=True))
 
 
-def block_work(config: DiTConfig, tokens: int, text_tokens: int = TEXT_TOKENS) -> Work:
-    """One transformer block: q, k, v, o; text q, o; feed-forward; both attentions."""
+def block_work(
+    config: DiTConfig, tokens: int, text_tokens: int = TEXT_TOKENS, keys: int | None = None
+) -> Work:
+    """One transformer block: q, k, v, o; text q, o; feed-forward; both attentions.
+
+    keys: video tokens that each token attends to; None: those of the forward.
+    """
     products = 6 * config.dim**2 + 2 * config.dim * config.ffn_dim
-    return Work(2 * tokens * products, 4 * tokens * (tokens + text_tokens) * config.dim)
+    seen = (tokens if keys is None else keys) + text_tokens
+    return Work(2 * tokens * products, 4 * tokens * seen * config.dim)
 
 
 def skipped_forward_work(config: DiTConfig, latent: Grid) -> Work:
@@ -59,9 +65,16 @@ def skipped_forward_work(config: DiTConfig, latent: Grid) -> Work:
     return Work(2 * (patches + time))
 
 
-def forward_work(config: DiTConfig, latent: Grid, text_tokens: int = TEXT_TOKENS) -> Work:
-    """One whole forward of one branch on a latent clip (T, h, w)."""
-    blocks = block_work(config, video_tokens(config, latent), text_tokens) * config.num_layers
+def forward_work(
+    config: DiTConfig, latent: Grid, text_tokens: int = TEXT_TOKENS, seen_frames: int | None = None
+) -> Work:
+    """One whole forward of one branch on a latent clip (T, h, w).
+
+    seen_frames: latent frames that each token attends to; None: T.
+    """
+    tokens = video_tokens(config, latent)
+    keys = None if seen_frames is None else video_tokens(config, (seen_frames, *latent[1:]))
+    blocks = block_work(config, tokens, text_tokens, keys) * config.num_layers
     return skipped_forward_work(config, latent) + blocks
 
 

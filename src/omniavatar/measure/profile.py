@@ -31,7 +31,8 @@ from omniavatar.measure.peaks import PeakMemory
 from omniavatar.measure.report import ModelSizes, Report, RequestFigures, build_report
 from omniavatar.measure.trace import TraceRecorder, chrome_trace
 from omniavatar.model.sizes import VAEConfig
-from omniavatar.sampling.windows import plan_windows
+from omniavatar.sampling.causal import CausalWindow
+from omniavatar.sampling.windows import plan_blocks, plan_windows
 from omniavatar.types import RunResult
 
 FOLDER = "profile"
@@ -132,17 +133,24 @@ def _figures(result: RunResult) -> RequestFigures:
     """The figures of a request, from the sidecar that the pipeline wrote."""
     plan = json.loads(result.sidecar.read_text(encoding="utf-8"))["plan"]
     height, width = plan["size"]
+    causal = CausalWindow(**plan["causal"]) if "causal" in plan else None
+    after_portrait = plan["frames"] - 1
+    if causal is None:
+        windows = plan_windows(after_portrait, plan["window_length"], plan["overlap"])
+    else:
+        windows = plan_blocks(after_portrait, causal.block)
     return RequestFigures(
         output=str(result.output),
         frames=result.frames,
         fps=plan["fps"],
         seconds=result.seconds,
         size=(height, width),
-        windows=plan_windows(plan["frames"] - 1, plan["window_length"], plan["overlap"]),
+        windows=windows,
         tokens=plan["tokens"],
         steps=plan["steps"],
         pattern=plan["pattern"],
         branches=len(plan["branches"]),
         forwards=plan["forwards"],
         forwards_skipped=plan["forwards_skipped"],
+        causal=causal,
     )

@@ -20,6 +20,7 @@ from omniavatar.measure.trace import DENOISE, STEP, Span
 
 if TYPE_CHECKING:
     from omniavatar.model.sizes import DiTConfig, VAEConfig
+    from omniavatar.sampling.causal import CausalWindow
     from omniavatar.types import Window
 
 DECODE, ENCODE = "vae_decode", "vae_encode"
@@ -33,6 +34,7 @@ LABELS: Mapping[str, str] = {
     "audio_encode": "audio: AAC track",
     "text": "text embeddings",
     "image": "image: portrait to latent",
+    "replay": "earlier blocks again, after an interruption",
     "denoise": "denoising",
     "vae_decode": "VAE decode",
     "vae_encode": "VAE encode of the hand-over",
@@ -45,7 +47,10 @@ LABELS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class RequestFigures:
-    """One finished request. tokens: of one forward. branches: forwards a step."""
+    """One finished request.
+
+    tokens: of one forward. branches: forwards a step. causal: of a block-causal model, None for others.
+    """
 
     output: str
     frames: int
@@ -59,6 +64,7 @@ class RequestFigures:
     branches: int
     forwards: int
     forwards_skipped: int
+    causal: CausalWindow | None = None
 
     @property
     def video_seconds(self) -> float:
@@ -71,7 +77,7 @@ class RequestFigures:
     def as_dict(self) -> dict[str, Any]:
         """The request for JSON."""
         return {
-            **vars(self),
+            **{name: value for name, value in vars(self).items() if name != "causal"},
             "windows": len(self.windows),
             "video_seconds": self.video_seconds,
             "real_time_factor": self.seconds / self.video_seconds,
@@ -284,6 +290,13 @@ def _work(
     done = {DENOISE: Work(), DECODE: Work(), ENCODE: Work()}
     for request in requests:
         latent: Grid = (request.windows[0].latent_frames, *request.latent_size)
+        if request.causal is not None:
+            done[DENOISE] += _blocks_work(models.dit, request, request.causal)
+            if models.vae is not None:  # one clip, decoded piece by piece
+                latents = sum(window.latent_frames for window in request.windows[:-1])
+                latents += decoded_latents(request.windows[-1], last=True)
+                done[DECODE] += decode_work(models.vae, (latents, *request.latent_size))
+            continue
         done[DENOISE] += forward_work(models.dit, latent) * request.forwards
         done[DENOISE] += skipped_forward_work(models.dit, latent) * request.forwards_skipped
         if models.vae is None:
@@ -311,6 +324,15 @@ def _work(
                 )
             )
     return tuple(rows)
+
+
+def _blocks_work(dit: DiTConfig, request: RequestFigures, causal: CausalWindow) -> Work:
+    """Operations of all forwards of a block-causal video."""
+    total, latent = Work(), (causal.block, *request.latent_size)
+    for window in request.windows:
+        seen = causal.filled(window.index) * causal.block
+        total += forward_work(dit, latent, seen_frames=seen) * (request.forwards // len(request.windows))
+    return total
 
 
 def decoded_latents(window: Window, last: bool) -> int:

@@ -16,7 +16,7 @@ from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, Protocol
 
 import av
 import av.container
@@ -206,6 +206,17 @@ def new_media(
             if output.error is not None:
                 raise output.error from None
             raise
+
+
+def new_stream(target: Appends, form: str, options: dict[str, str]) -> av.container.OutputContainer:
+    """A new media file of FFmpeg's format `form` that is written from start to end, without seeking."""
+    return av.open(target, "w", format=form, container_options=options, io_open=refuse_other_file)
+
+
+class Appends(Protocol):
+    """What a stream is written to."""
+
+    def write(self, data: bytes) -> int: ...
 
 
 class _Output:

@@ -75,8 +75,7 @@ def encode_segment(
         context.time_base = 1 / fps
         if backend.threads:
             context.thread_count = threads
-        context.color_primaries = context.color_trc = context.colorspace = _BT709
-        context.color_range = ColorRange.MPEG
+        tag_colours(context)
         context.options = options
         for block in frames:
             if block.dtype != np.uint8 or block.shape[1:] != (height, width, 3):
@@ -84,7 +83,7 @@ def encode_segment(
                     f"frames are {block.dtype} {block.shape}, not uint8 (n, {height}, {width}, 3)"
                 )
             for rgb in block:
-                picture = _yuv(rgb)
+                picture = yuv_picture(rgb)
                 picture.pts, picture.time_base = count, 1 / fps
                 container.mux(stream.encode(picture))
                 count += 1
@@ -95,7 +94,14 @@ def encode_segment(
     return count
 
 
-def _yuv(rgb: np.ndarray) -> av.VideoFrame:
+def tag_colours(context: av.VideoCodecContext) -> None:
+    """Tag an encoder's output as what `yuv_picture` gives."""
+    context.color_primaries = context.color_trc = context.colorspace = _BT709
+    context.color_range = ColorRange.MPEG
+
+
+def yuv_picture(rgb: np.ndarray) -> av.VideoFrame:
+    """A frame (H, W, 3) uint8 RGB in yuv420p, tagged BT.709 and limited range."""
     picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24").reformat(
         format="yuv420p",
         dst_colorspace=Colorspace.ITU709,
@@ -168,7 +174,7 @@ class GrowingVideo:
             ) from error
         data = buffer.getvalue()
         kept = ("moof", "mdat") if self._appends else ("ftyp", "moov", "moof", "mdat")
-        self._commit([box for box in _boxes(data) if box[0] in kept])
+        self._commit([box for box in mp4_boxes(data) if box[0] in kept])
         self._appends += 1
         self.frames += added
         return self.frames
@@ -312,7 +318,7 @@ class _SoundTrack:
             self._next = next(self._packets, None)
 
 
-def _boxes(data: bytes) -> Iterator[tuple[str, bytes]]:
+def mp4_boxes(data: bytes) -> Iterator[tuple[str, bytes]]:
     """The top-level boxes of an MP4 (ISO/IEC 14496-12): kind and whole content, header included."""
     position = 0
     while position < len(data):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from omniavatar.model.attention import AttentionFn
 from omniavatar.model.audio_adapter import AudioPack
 from omniavatar.model.layers import Block, BlockInputs, modulate
-from omniavatar.model.rope import rope_table
+from omniavatar.model.rope import RopeTable, rope_table
 from omniavatar.model.sizes import DiTConfig
 
 RunBlocks = Callable[[Tensor, BlockInputs], Tensor]
@@ -126,19 +126,19 @@ class WanDiT(nn.Module):
         text: TextState,
         audio: AudioState,
         run_blocks: RunBlocks | None = None,
-        first_frame: int = 0,
+        rope: RopeTable | None = None,
     ) -> Tensor:
         """Velocity (B, 16, T, h, w) float32 of a noisy `sample` of the same shape.
 
         - y: (B, 17, T, h, w) reference latent and mask (0 given, 1 to generate), or None for plain T2V.
         - timestep_B: (B,) in 0..1000.
         - text, audio: from `prepare_text` and `prepare_audio`.
-        - first_frame: the place in time of the first latent frame.
+        - rope: positions of the tokens; None for those of a video's first latent frames.
         """
         x = sample if y is None else torch.cat([sample, y.to(sample.dtype)], dim=1)
         t, h, w = (size // patch for size, patch in zip(x.shape[2:], self.config.patch_size, strict=True))
         embedded, modulation = self.embed_time(timestep_B)
-        rope = rope_table((t, h, w), self.config.head_dim, x.device, first_frame)
+        rope = rope or rope_table((t, h, w), self.config.head_dim, x.device)
         inputs = BlockInputs(modulation, rope, text, audio)
         tokens = (run_blocks or self.run_blocks)(self._embed_patches(x), inputs)
         return self._unpatchify(self.head(tokens, embedded), (t, h, w)).float()

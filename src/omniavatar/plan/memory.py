@@ -78,10 +78,13 @@ class MemoryPlan:
         return f"memory: {'; '.join(parts)}"
 
 
-def plan_memory(dit: DiTSizes, run: RunSizes, limit: int | None, passes: range | None = None) -> MemoryPlan:
+def plan_memory(
+    dit: DiTSizes, run: RunSizes, limit: int | None, passes: range | None = None, lower: str = "max_tokens"
+) -> MemoryPlan:
     """The plan with the most resident blocks that fits into `limit` bytes; None means everything resident.
 
     - passes: the VAE's pass sizes to choose from; None means all.
+    - lower: the setting that the user can lower to need less, for the error.
 
     Raises ResourceError if not even one streamed block at a time fits.
     """
@@ -98,7 +101,7 @@ def plan_memory(dit: DiTSizes, run: RunSizes, limit: int | None, passes: range |
     least = _plan(dit, run, limit, 0, 1, passes[-1]).peak / (1 - HEADROOM)
     raise ResourceError(
         f"memory: about {least / GB:.1f} GB are needed with every block streamed, {limit / GB:.1f} GB are "
-        "available; lower max_tokens, use quantize=fp8 or the 1.3B model, or free memory on the device"
+        f"available; lower {lower}, use quantize=fp8 or the 1.3B model, or free memory on the device"
     )
 
 

@@ -119,6 +119,7 @@ def place(
     """
     runtime, kept = config.runtime, kept or {}
     run = run_sizes(config, dit, shape, vae_name, device)
+    lower = "max_tokens" if shape.causal is None else "causal_window"
     vae_passes = pass_sizes(vae_name)
     passes = range(len(vae_passes))
     if kept.get(PASS_FIELD) in vae_passes:
@@ -129,7 +130,7 @@ def place(
         plain = without_graphs(quantize)
         if not wants_graphs(config, dit, shape.tokens, device, captures):
             return plain
-        memory = replace(plain.memory, peak=plain.memory.peak + graph_bytes(config, dit, shape.tokens))
+        memory = replace(plain.memory, peak=plain.memory.peak + graph_bytes(config, dit, shape))
         if memory.fits and not memory.streams:
             return replace(plain, memory=memory, graphs=True)
         if runtime.cuda_graphs:
@@ -146,7 +147,7 @@ def place(
             resident = resident_blocks(dit, runtime.num_persistent_param_in_dit)
             memory = plan_parameters(sizes, run, resident, limit, passes)
         else:
-            memory = plan_memory(sizes, run, limit, passes)
+            memory = plan_memory(sizes, run, limit, passes, lower)
         if runtime.use_fsdp and memory.streams:
             raise ResourceError(
                 f"use_fsdp: the weights do not fit on {runtime.sp_size} GPUs together; raise sp_size, or set "

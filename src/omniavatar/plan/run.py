@@ -7,19 +7,24 @@ TeaCache's decisions need weights (those of the time embedding); `RunPlan.decide
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omniavatar.config.schema import PipelineConfig, SamplingConfig
+from omniavatar.model.sizes import FRAMES_PER_LATENT
 from omniavatar.plan.steps import sampling_schedule
 from omniavatar.sampling.guidance import Branch, guidance_branches
 from omniavatar.sampling.passes import Passes, branch_patterns, count_passes, guided_steps, plan_passes
 from omniavatar.sampling.schedule import Schedule
 from omniavatar.sampling.step_cache import compute_all
-from omniavatar.sampling.windows import frames_for, padded_audio_frames, plan_windows, window_length
+from omniavatar.sampling.windows import frames_for, plan_blocks, plan_windows, window_length
 from omniavatar.types import StepCache, StepPlan, Window
+
+if TYPE_CHECKING:
+    from omniavatar.sampling.causal import CausalWindow
 
 VAE_STRIDE = 8
 """Pixels of a latent pixel's side."""
@@ -33,6 +38,8 @@ class WindowShape:
 
     - size: (height, width) in pixels.
     - window_length, overlap: in video frames.
+    - causal: the window of a block-causal model, whose blocks count as windows (the first one has three
+      frames less); None for other models.
     - tokens: video tokens of one forward.
     - branches: the passes of a guided step.
     - guidance_interval: beginning and end of the guided steps, as fractions of the steps.
@@ -49,6 +56,7 @@ class WindowShape:
     branches: tuple[Branch, ...]
     guidance_interval: tuple[float, float]
     step_cache: StepCache
+    causal: CausalWindow | None
 
     @property
     def steps(self) -> int:
@@ -93,8 +101,12 @@ class RunPlan(WindowShape):
 
     @property
     def forwards(self) -> int:
-        """Computed forwards of all windows; an upper bound while `step_plan` is None."""
-        return count_passes(self.passes)[0] * len(self.windows)
+        """Computed forwards of all windows; an upper bound while `step_plan` is None.
+
+        A block of a block-causal video has one more, which writes the cache.
+        """
+        clean = 0 if self.causal is None else 1
+        return (count_passes(self.passes)[0] + clean) * len(self.windows)
 
     @property
     def forwards_skipped(self) -> int:
@@ -144,6 +156,7 @@ class RunPlan(WindowShape):
             "branch_patterns": self.branch_patterns if self.step_plan else None,
             "duration_s": self.duration_s,
             "pattern": self.step_plan.pattern if self.step_plan else None,
+            **({} if self.causal is None else {"causal": asdict(self.causal)}),
         }
 
 
@@ -157,20 +170,37 @@ def window_shape(
     """
     video, sampling = config.video, sampling or config.sampling
     height, width = size
-    length = window_length(video.max_tokens, height, width)
+    causal = sampling.causal
+    if causal is None:
+        length, overlap = window_length(video.max_tokens, height, width), video.overlap_frame
+    else:
+        length, overlap = FRAMES_PER_LATENT * causal.block, 0
     latent_frames, stride = (length + 3) // 4, VAE_STRIDE * PATCH
     return WindowShape(
         size=size,
         has_audio=has_audio,
         window_length=length,
-        overlap=video.overlap_frame,
+        overlap=overlap,
         latent_frames=latent_frames,
         tokens=latent_frames * (height // stride) * (width // stride),
         schedule=sampling_schedule(sampling),
         branches=guidance_branches(sampling.guidance_scale, sampling.effective_audio_scale, has_audio),
         guidance_interval=sampling.guidance_interval,
         step_cache=sampling.cache_policy,
+        causal=causal,
     )
+
+
+def shape_windows(shape: WindowShape, after_portrait: int) -> tuple[Window, ...]:
+    """The windows of a video with `after_portrait` frames after the portrait."""
+    if shape.causal is not None:
+        return plan_blocks(after_portrait, shape.causal.block)
+    return plan_windows(after_portrait, shape.window_length, shape.overlap)
+
+
+def audio_rows(windows: Sequence[Window]) -> int:
+    """Rows of audio features that fill all `windows`; the portrait, which is the first frame, has none."""
+    return windows[-1].start + windows[-1].length - 1
 
 
 def make_plan(config: PipelineConfig, shape: WindowShape, audio_samples: int | None) -> RunPlan:
@@ -187,13 +217,13 @@ def make_plan(config: PipelineConfig, shape: WindowShape, audio_samples: int | N
         after_portrait = video.seq_len - 1
     else:
         after_portrait = frames_for(audio_samples, video.fps, video.sample_rate)
-    windows = plan_windows(after_portrait, shape.window_length, shape.overlap)
+    windows = shape_windows(shape, after_portrait)
     return RunPlan(
         **vars(shape),
         fps=video.fps,
         frames=after_portrait + 1,
         windows=windows,
-        padded_audio_frames=padded_audio_frames(len(windows), shape.window_length, shape.overlap),
+        padded_audio_frames=audio_rows(windows),
         audio_delay_s=Fraction(video.silence_duration_s) + 1 / Fraction(video.fps),
     )
 

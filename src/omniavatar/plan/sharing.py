@@ -20,6 +20,11 @@ def shared_among(config: PipelineConfig, count: int, source: str) -> PipelineCon
     runtime = config.runtime
     if runtime.processes == count:
         return config
+    if config.sampling.causal is not None:
+        raise ConfigError(
+            f"{source}, but sampler: causal makes a video on one GPU; choose one GPU, or make several videos "
+            "with `omniavatar batch`"
+        )
     if runtime.processes > 1:
         raise ConfigError(
             f"{source}, but sp_size x cfg_parallel is {runtime.processes}; give the same number, or leave "

@@ -62,7 +62,7 @@ class RunSizes:
     """Bytes of everything else.
 
     - vae, audio_encoder, text_encoder: weights.
-    - held: keys and values of the texts, kept in every window.
+    - held: keys and values of the texts, and of earlier blocks of a block-causal video, kept in every window.
     - denoise: activations of a forward, and a step cache's residuals.
     - coding: activations of the VAE, for each size of its passes, the largest first.
     """
@@ -212,7 +212,7 @@ def run_sizes(
         + tensor_bytes(DECODERS.get(config.model.decoder).tensors(spec.vae), size),
         audio_encoder=tensor_bytes(wav2vec_tensors(spec.wav2vec), FLOAT),
         text_encoder=tensor_bytes(text_tensors(spec.text), size),
-        held=held_bytes(dit, len({branch.text for branch in branches}), size),
+        held=held_bytes(dit, len({branch.text for branch in branches}), size) + cache_bytes(dit, shape, size),
         denoise=denoise_bytes(dit, shape.tokens, size, fused, len(branches), cached, float8),
         coding=tuple(
             coding_bytes(spec.vae.dim, shape.size, size, latents, shape.overlap, vae_name == "fast", ranks)
@@ -221,9 +221,20 @@ def run_sizes(
     )
 
 
-def graph_bytes(config: PipelineConfig, dit: DiTConfig, tokens: int) -> int:
-    """Bytes that captured forwards keep: activations of `tokens`, and the text of two window shapes."""
+def cache_bytes(dit: DiTConfig, shape: WindowShape, dtype_bytes: int) -> int:
+    """Bytes of the keys and values of earlier blocks (`accel.key_value_cache`); 0 for other videos."""
+    if shape.causal is None:
+        return 0
+    return 2 * dit.num_layers * shape.causal.slots * shape.tokens * dit.dim * dtype_bytes
+
+
+def graph_bytes(config: PipelineConfig, dit: DiTConfig, shape: WindowShape) -> int:
+    """Bytes that captured forwards keep: activations, and the text of each captured forward.
+
+    These are two window shapes, or one for each slot that a block-causal video writes over and over.
+    """
     size, runtime = DTYPE_BYTES[config.model.dtype], config.runtime
-    own = -(-tokens // runtime.sp_size)
+    own = -(-shape.tokens // runtime.sp_size)
     activations = denoise_bytes(dit, own, size, True, 0, False, runtime.quantize != "none")
-    return activations + held_bytes(dit, 2, size)
+    captured = 2 if shape.causal is None else shape.causal.rolling + 1
+    return activations + held_bytes(dit, captured, size)

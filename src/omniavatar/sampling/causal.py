@@ -10,9 +10,11 @@ Sources: CausVid (arXiv 2412.07772), Self Forcing (arXiv 2506.08009), attention 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from omniavatar.errors import ConfigError
+from omniavatar.sampling.windows import KEPT
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,15 @@ class CausalWindow:
         """Blocks that the cache holds, the current one included."""
         return self.window // self.block
 
+    @property
+    def rolling(self) -> int:
+        """Earlier blocks that a block sees beside the sink, once the cache is full."""
+        return (self.window - self.sink) // self.block - 1
+
+    def blocks_of(self, latents: int) -> int:
+        """Blocks that cover `latents` latents."""
+        return -(-latents // self.block)
+
     def slot(self, block: int) -> int:
         """The slot that block number `block` is written to."""
         if block < self.slots:
@@ -64,5 +75,37 @@ class CausalWindow:
     def seen(self, block: int) -> tuple[int, ...]:
         """Numbers of the blocks that block number `block` attends to, ascending."""
         sink = self.sink // self.block
-        newest = range(max(sink, block + 1 - (self.slots - sink)), block + 1)
+        newest = range(max(sink, block - self.rolling), block + 1)
         return (*range(min(sink, block + 1)), *newest)
+
+    def deciding(self, block: int, layers: int) -> tuple[int, ...]:
+        """Numbers of the earlier blocks that decide what the cache holds for block number `block`, ascending.
+
+        Keys of the first layer depend on their own block only; those of each later layer also on what their
+        block saw one layer earlier. So with `layers` layers, the newest blocks reach back `layers` times as
+        far as one block sees. Older blocks do not matter, except for the sink.
+        """
+        sink = min(self.sink // self.block, block)
+        return (*range(sink), *range(max(sink, block - self.rolling * layers), block))
+
+
+@dataclass(frozen=True)
+class BlockHandOvers:
+    """A `HandOvers`: a block starts from the earlier blocks that decide its cache and its decoder's state.
+
+    - layers: of the DiT.
+    - decoded: earlier blocks on which the pixels of a block depend.
+    """
+
+    window: CausalWindow
+    layers: int
+    decoded: int
+
+    def needed(self, window: int) -> Sequence[int]:
+        shown = range(max(0, window - self.decoded), window)
+        return sorted({block + 1 for block in (*self.window.deciding(window, self.layers), *shown)})
+
+    def outdated(self, done: int) -> int | None:
+        reach = max(self.window.rolling * self.layers, self.decoded)
+        old = done - reach - KEPT
+        return old if old > self.window.sink // self.window.block else None

@@ -1,7 +1,8 @@
 """Samplers by name: how a step gets from one noise level to the next.
 
 Euler follows the predicted velocity. Re-noising (for few-step distilled weights: LCM, DMD, self-forcing)
-predicts the clean sample `x0 = x - sigma*v` and mixes it with *fresh* noise at the next level.
+predicts the clean sample `x0 = x - sigma*v` and mixes it with *fresh* noise at the next level. Causal does
+the same for a block-causal model, whose video is made in blocks instead of overlapping windows.
 Sources: flow matching (arXiv 2210.02747), LCM (arXiv 2310.04378).
 
 `create` takes nothing and returns a `SamplerStep`.
@@ -31,9 +32,14 @@ class SamplerStep(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(Backend):
-    """A sampler. fresh_noise: it draws noise for every step but the last."""
+    """A sampler.
+
+    - fresh_noise: it draws noise for every step but the last.
+    - causal: the model makes blocks from a cache of earlier blocks (`sampling.causal`).
+    """
 
     fresh_noise: bool = False
+    causal: bool = False
 
 
 def euler_step(
@@ -67,5 +73,13 @@ SAMPLERS: Registry[Sampler] = Registry(
         exact=False,
         doc="Predicts the clean sample and adds fresh noise, for step-distilled LoRAs.",
         fresh_noise=True,
+    ),
+    Sampler(
+        name="causal",
+        create=lambda: renoise_step,
+        exact=False,
+        doc="Re-noising in blocks that see a cache of earlier blocks, for block-causal models (LiveTalk).",
+        fresh_noise=True,
+        causal=True,
     ),
 )

@@ -8,12 +8,42 @@ Source: OmniAvatar's inference loop (described in its paper, arXiv 2506.18866, s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
+from typing import Protocol
 
 from omniavatar.errors import ConfigError
 from omniavatar.types import Window
 
 TOKEN_PIXELS = 1024
+KEPT = 16
+"""Windows that a damaged job can go back by."""
+
+
+class HandOvers(Protocol):
+    """Which hand-over files of a job a window starts from, and which are kept.
+
+    File number k holds what window k-1 left for later ones.
+    """
+
+    def needed(self, window: int) -> Sequence[int]:
+        """Numbers of the files that window number `window`, above 0, starts from."""
+        ...
+
+    def outdated(self, done: int) -> int | None:
+        """Number of the file that goes when `done` windows are done; None if all stay."""
+        ...
+
+
+class WindowHandOvers:
+    """A window starts from one file. The last `KEPT` stay, and every 16th of those before."""
+
+    def needed(self, window: int) -> Sequence[int]:
+        return (window,)
+
+    def outdated(self, done: int) -> int | None:
+        old = done - KEPT
+        return old if old > 0 and old % KEPT else None
 
 
 def frames_for(samples: int, fps: float | Fraction, sample_rate: int = 16000) -> int:
@@ -75,3 +105,25 @@ def plan_windows(audio_frames: int, length: int, overlap: int) -> tuple[Window, 
         new = min(start + length, total) - first_new
         windows.append(Window(index, start, length, given, new))
     return tuple(windows)
+
+
+def plan_blocks(audio_frames: int, latents: int) -> tuple[Window, ...]:
+    """Blocks of `latents` latents of a block-causal video, as windows that do not overlap.
+
+    They cover the portrait frame and `audio_frames` frames after it. A latent stands for four frames, the
+    first one for the portrait alone. The last block is made whole; its surplus frames are cut.
+    """
+    windows: list[Window] = []
+    start = 0
+    while start <= audio_frames:
+        index = len(windows)
+        length = block_frames(index, latents)
+        new = min(length, audio_frames + 1 - start)
+        windows.append(Window(index, start, length, given_frames=0 if index else 1, new_frames=new))
+        start += length
+    return tuple(windows)
+
+
+def block_frames(block: int, latents: int) -> int:
+    """Frames of block number `block`."""
+    return 4 * latents - (0 if block else 3)

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from omniavatar.checkpoint.download import download, hub_folders
-from omniavatar.checkpoint.layout import scale_spec
+from omniavatar.checkpoint.layout import checkpoint_spec, scale_spec
 from omniavatar.checkpoint.layout_files import checkpoint_layout
 from omniavatar.checkpoint.synthetic import make_checkpoint
+from omniavatar.config.load import load_config
 from omniavatar.errors import CheckpointError, ConfigError, OmniAvatarError, OutputError, ResourceError
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +41,25 @@ def test_repositories_and_patterns_cover_the_layout():
         assert not any(fnmatch.fnmatch("assets/video.mp4", pattern) for pattern in base)
 
 
-def released(tmp_path):
+def test_a_merged_model_needs_its_own_file_and_the_encoders():
+    spec = checkpoint_spec("livetalk")
+    folders = {hub.folder: hub for hub in hub_folders(spec)}
+    assert folders["LiveTalk-1.3B-V0.1"].repository == "GAIR/LiveTalk-1.3B-V0.1"
+    assert set(folders) == {"Wan2.1-T2V-1.3B", "LiveTalk-1.3B-V0.1", "wav2vec2-base-960h"}
+    for path in (layout.path for layout in checkpoint_layout(spec)):
+        folder, _, name = path.partition("/")
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in folders[folder].patterns), path
+    base = folders["Wan2.1-T2V-1.3B"].patterns
+    assert not any(fnmatch.fnmatch("diffusion_pytorch_model.safetensors", pattern) for pattern in base)
+    config = load_config(CONFIGS / "livetalk.yaml").config.model
+    layout = {f"pretrained_models/{each.path}" for each in checkpoint_layout(spec)}
+    named = {str(path) for path in (*config.dit_path, config.vae_path, config.text_encoder_path)}
+    assert named <= layout
+
+
+def released(tmp_path, name="nano"):
     """The nano model, whose sizes stand for those of the released 1.3B files."""
-    source = make_checkpoint("nano", tmp_path / "hub")
+    source = make_checkpoint(name, tmp_path / "hub")
 
     def snapshot(*, repo_id: str, local_dir: Path, allow_patterns: list[str]) -> None:
         for path in (source / local_dir.name).rglob("*"):
@@ -52,9 +71,10 @@ def released(tmp_path):
     return source, snapshot
 
 
-def test_what_arrives_is_a_complete_checkpoint(tmp_path):
-    source, snapshot = released(tmp_path)
-    root = download("1.3B", tmp_path / "models", snapshot=snapshot, spec=scale_spec("nano"))
+@pytest.mark.parametrize("name", ["nano", "livetalk-nano"])
+def test_what_arrives_is_a_complete_checkpoint(tmp_path, name):
+    source, snapshot = released(tmp_path, name)
+    root = download("1.3B", tmp_path / "models", snapshot=snapshot, spec=checkpoint_spec(name))
     names = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
     assert {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()} == names
 
@@ -137,6 +157,7 @@ def test_failures(make, kind: type[OmniAvatarError], text, tmp_path):
     assert "Wan2.1-T2V-1.3B" in str(caught.value)
 
 
-def test_nano_is_not_on_the_hub(tmp_path):
-    with pytest.raises(ConfigError, match="make-checkpoint --scale nano"):
-        download("nano", tmp_path)
+@pytest.mark.parametrize("name", ["nano", "livetalk-nano"])
+def test_nano_is_not_on_the_hub(tmp_path, name):
+    with pytest.raises(ConfigError, match=f"make-checkpoint --scale {name}"):
+        download(name, tmp_path)

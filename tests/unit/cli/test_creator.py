@@ -12,9 +12,10 @@ import pytest
 from command_line import NANO, PORTRAIT, REPOSITORY, SPEECH, error_lines, plain, run
 from omniavatar.cli.choose import BEST_FIRST, best_config
 from omniavatar.cli.position import Position, command_again
+from omniavatar.device import choose_device
 from omniavatar.engine.events import RequestStarted, WindowFinished
 from omniavatar.engine.pipeline import AvatarPipeline
-from omniavatar.measure.doctor import commands_now, fetch_commands
+from omniavatar.measure.doctor import commands_now, config_row, fetch_commands
 from omniavatar.types import AvatarRequest, RunResult
 
 Calls = list[tuple[AvatarRequest, Path]]
@@ -218,3 +219,18 @@ def test_doctor_ends_with_what_can_be_run(nano_checkpoint: Path, tmp_path: Path)
     assert len([line for line in fetch if line.strip()]) == 2, "one command and its configurations"
     assert f"  {broken}: {broken}:1: unknown key nonsense" in text.partition("to do")[2]
     assert "threads that wait on the CPU" in text
+
+
+def test_doctor_knows_the_command_of_a_merged_model() -> None:
+    row = config_row(REPOSITORY / "configs" / "livetalk.yaml", choose_device("cpu"))
+    if row["missing"]:
+        (fetch,) = fetch_commands([row])
+        assert fetch["command"] == "omniavatar download livetalk"
+    assert row["scale"] == "livetalk"
+
+
+def test_a_missing_merged_file_names_its_download() -> None:
+    config = str(REPOSITORY / "configs" / "livetalk.yaml")
+    result = run("generate", "-c", config, "--prompt", "a person", "--image", PORTRAIT)
+    assert result.exit_code != 0
+    assert "run `omniavatar download livetalk`" in result.stderr

@@ -13,7 +13,7 @@ from omniavatar.config.identity import NEUTRAL_FIELDS, config_hash, flat_values,
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import NEGATIVE_PROMPT, PipelineConfig
 from omniavatar.config.syntax import parse_overrides, parse_value
-from omniavatar.config.values import IGNORED_KEYS
+from omniavatar.config.values import CAUSAL_FIELDS, IGNORED_KEYS
 from omniavatar.errors import ConfigError
 from omniavatar.plan.run import plan_run
 from omniavatar.sampling.schedule import make_schedule
@@ -71,7 +71,8 @@ def test_hash_ignores_only_values_that_do_not_change_the_video() -> None:
     assert config_hash(hp("output_dir=elsewhere,resume=false,threads=3,device=cpu")) == base
     for change in ("seed=1", "crf=20", "dtype=fp32", "overlap_frame=5", "negative_prompt=x"):
         assert config_hash(hp(change)) != base, change
-    assert set(flat_values(PipelineConfig())) - set(result_values(PipelineConfig())) == NEUTRAL_FIELDS
+    neutral = NEUTRAL_FIELDS | {f"sampling.{name}" for name in CAUSAL_FIELDS}
+    assert set(flat_values(PipelineConfig())) - set(result_values(PipelineConfig())) == neutral
 
 
 def test_tokenizer_is_beside_the_text_encoder() -> None:
@@ -97,10 +98,11 @@ def test_shipped_configs_load_without_warnings(path: Path) -> None:
         assert loaded.config.model.input_limits is not None
     else:
         assert loaded.config.sampling.negative_prompt == NEGATIVE_PROMPT
-        assert loaded.config.model.exp_path is not None
+        assert (loaded.config.model.exp_path is None) == (path.stem == "livetalk")
     step_plan = compute_all(loaded.config.sampling.steps)
     plan = plan_run(loaded.config, loaded.config.video.sizes[0], 5 * 60 * 16000, step_plan)
-    assert plan.forwards == len(plan.windows) * len(plan.branches) * plan.steps > 0
+    clean = 0 if plan.causal is None else 1
+    assert plan.forwards == len(plan.windows) * (len(plan.branches) * plan.steps + clean) > 0
 
 
 @pytest.mark.parametrize("scale", ["14B", "1.3B"])
@@ -316,7 +318,7 @@ def test_unreadable_files_give_one_line(tmp_path: Path) -> None:
         ("use_fsdp=true,sp_size=2,num_persistent_param_in_dit=0", "use_fsdp.*set only one"),
         ("dtype=int8", "dtype: must be 'bf16'"),
         ("device=tpu", "device: must be auto"),
-        ("sampler=heun", "sampler: must be 'euler' or 'renoise'"),
+        ("sampler=heun", "sampler: must be 'euler', 'renoise' or 'causal'"),
         ("step_cache=teacache", "step_cache: .*set tea_cache_l1_thresh"),
         ("weights=random", "weights: .*set scale"),
         ("teacache_coefficients=7B", "teacache_coefficients: must be auto"),

@@ -118,3 +118,28 @@ def test_bad_pieces_are_refused_and_change_nothing(encoder: AudioEncoder, piece:
     with pytest.raises(InputError, match="audio: "):
         live.push(piece)
     assert live.samples == 0
+
+
+def test_speech_after_a_long_silence_has_the_features_of_speech(encoder: AudioEncoder) -> None:
+    """With a past of half a second, blocks two seconds into the speech see no silence."""
+    speech = sound(4)
+
+    def late_block(silence: int) -> np.ndarray:
+        live = LiveAudioEncoder(encoder, 25, past_seconds=0.5)
+        live.push(np.concatenate([np.zeros(silence * RATE, np.float32), speech]))
+        blocks = [live.encode(25)[0].numpy() for _ in range(silence + 3)]
+        return blocks[-1]
+
+    expected = late_block(0)
+    assert np.linalg.norm(late_block(30) - expected) / np.linalg.norm(expected) < 0.01
+
+
+def test_a_saved_encoder_continues_with_the_same_bits(encoder: AudioEncoder) -> None:
+    waveform = sound(4)
+    live, resumed = LiveAudioEncoder(encoder, 25), LiveAudioEncoder(encoder, 25)
+    live.push(waveform[: 2 * RATE])
+    live.encode(25)
+    resumed.restore({name: value.clone() for name, value in live.state().items()})
+    for each in (live, resumed):
+        each.push(waveform[2 * RATE :])
+    assert torch.equal(live.encode(50), resumed.encode(50))

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from omniavatar.accel.apply import AccelConfig, apply_accelerations, row_dtype
 from omniavatar.accel.attention.registry import create_attention
+from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.engine.block_loop import BlockGenerator
@@ -98,16 +100,18 @@ def twin(dit: WanDiT, blocks: int, window: CausalWindow) -> list[Tensor]:
         mask[:, :, 0] = 0 if block == 0 else 1
         y = torch.cat([reference.expand(-1, -1, window.block, -1, -1), mask], dim=1)
         run, sample = rolled.run_blocks(block), draw()
+        grid = (window.block, HEIGHT // 2, WIDTH // 2)
+        rope = rope_table(grid, dit.config.head_dim, sample.device, first)
         for sigma, lower in ((1.0, 0.625), (0.625, 0.0)):
             if block == 0:
                 sample[:, :, :1] = reference
-            velocity = dit(sample, y, torch.tensor([1000 * sigma]), text, state, run, first)
+            velocity = dit(sample, y, torch.tensor([1000 * sigma]), text, state, run, rope)
             sample = sample - sigma * velocity
             if lower:
                 sample = (1 - lower) * sample + lower * draw()
         if block == 0:
             sample[:, :, :1] = reference
-        dit(sample, y, torch.tensor([0.0]), text, state, run, first)
+        dit(sample, y, torch.tensor([0.0]), text, state, run, rope)
         made.append(sample)
     return made
 
@@ -123,6 +127,35 @@ def test_blocks_equal_those_of_a_loop_without_a_cache_of_fixed_size(
         torch.testing.assert_close(make(dit, made, block), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("quantize", "most"), [("none", 1e-5), ("fp8", 0.03), ("int8", 0.03)])
+def test_fused_and_quantised_blocks_equal_those_without_a_cache(quantize: str, most: float) -> None:
+    """The twin runs the same layers; another order of sums may move a value to the next step of 8 bits."""
+    _, attention = create_attention("sdpa", torch.device("cpu"), torch.float32)
+    spec = scale_spec("nano").dit
+    fast = random_dit(spec, attention=attention, dtype=torch.float32, device="cpu", seed=0)
+    ops = create_fused(torch.device("cpu"), row_dtype(quantize))
+    apply_accelerations(fast, AccelConfig(quantize, fuse=True), ops)
+    made = generator(fast)
+    for block, expected in enumerate(twin(fast, 5, WINDOW)):
+        error = (make(fast, made, block) - expected).norm() / expected.norm()
+        assert error <= most, (block, error)
+
+
+def test_what_a_blocks_passes_share_is_made_once(dit: WanDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions and audio: once a block, not once a pass or layer."""
+    calls: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments[-1])
+        return rope_table(*arguments)
+
+    monkeypatch.setattr("omniavatar.engine.block_loop.rope_table", counted)
+    made = generator(dit)
+    for block in range(4):
+        make(dit, made, block)
+    assert calls == [0, 2, 4, 6]
+
+
 def test_an_endless_video_needs_no_more_memory(dit: WanDiT) -> None:
     made = generator(dit)
     buffers = [tensor.data_ptr() for tensor in (*made.cache.keys, *made.cache.values)]
@@ -130,9 +163,8 @@ def test_an_endless_video_needs_no_more_memory(dit: WanDiT) -> None:
         latent = make(dit, made, block)
     assert latent.isfinite().all() and made.done == 40
     assert [tensor.data_ptr() for tensor in (*made.cache.keys, *made.cache.values)] == buffers
-    held = sum(tensor.nbytes for tensor in (*made.cache.keys, *made.cache.values))
     config = dit.config
-    assert held == made.cache.bytes_needed(config.num_layers, config.dim, WINDOW, TOKENS, torch.float32)
+    assert made.cache.num_bytes == 2 * config.num_layers * WINDOW.slots * TOKENS * config.dim * 4
 
 
 def test_the_functions_of_a_full_cache_are_wrapped_once_for_each_slot(dit: WanDiT) -> None:

@@ -19,13 +19,14 @@ import pytest
 from begun_jobs import VALUES, begun
 from media_files import FPS, segments
 from omniavatar.config.load import load_config
-from omniavatar.engine.job import KEPT_GIVEN, Job
+from omniavatar.engine.job import Job
 from omniavatar.engine.marks import PREVIEW_MARK
 from omniavatar.engine.targets import Identified, Target
 from omniavatar.errors import BusyError, OmniAvatarError, OutputError, ResumeError, TargetError
 from omniavatar.media.check import check_video
 from omniavatar.media.video import GrowingVideo
 from omniavatar.plan.placement import Placement
+from omniavatar.sampling.windows import KEPT
 from omniavatar.types import AvatarRequest
 
 SIDECAR = {"output": "talk.mp4", "bytes": 5, "fingerprint": VALUES, "versions": {"omniavatar": "0.1.0"}}
@@ -267,7 +268,7 @@ def test_hand_overs_of_the_last_windows_and_some_before_are_kept(tmp_path: Path)
             job.segment_path(window).write_bytes(b"segment")
             job.finish_window(b"given")
         kept = sorted(int(path.stem.removeprefix("given_")) for path in job.folder.glob("given_*"))
-    assert kept == [16, *range(40 - KEPT_GIVEN + 1, 41)]
+    assert kept == [16, *range(40 - KEPT + 1, 41)]
 
 
 # names and places

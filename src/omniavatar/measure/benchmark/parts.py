@@ -23,7 +23,7 @@ from omniavatar.config.schema import PipelineConfig
 from omniavatar.encoders.image import prepare_image
 from omniavatar.encoders.tokens import TEXT_TOKENS
 from omniavatar.engine.pipeline import AvatarPipeline
-from omniavatar.engine.prepare import decide_steps
+from omniavatar.engine.prepare import block_sampling, decide_steps
 from omniavatar.engine.window_loop import to_uint8
 from omniavatar.engine.writer import ENCODER_THREADS
 from omniavatar.measure.benchmark.whole import PROMPT, packaged_portrait
@@ -34,10 +34,13 @@ from omniavatar.media.video import encode_segment
 from omniavatar.plan.calibration import find_constants
 from omniavatar.plan.preview import assumed_scale, missing_files
 from omniavatar.plan.run import RunPlan, plan_run, window_shape
+from omniavatar.sampling.causal import CausalWindow
 
 AUDIO_SECONDS = 10
 TEXT_WORDS = 64
 """Tokens of an ordinary prompt. The rest of the 512 is padding, which a CPU leaves out of attention."""
+NOTHING = Timing(0.0, 0.0, 0.0, 0)
+"""The time of a part that a video does not have."""
 
 
 class PartTimer:
@@ -96,6 +99,9 @@ class PartTimer:
     @torch.inference_mode()
     def forward_timings(self, plan: RunPlan) -> dict[str, Timing]:
         """Times of a computed forward and of a skipped one, for a window of `plan`."""
+        if plan.causal is not None:
+            timings = self._block_timings(plan, plan.causal)
+            return {name: timings[name] for name in ("forward", "skipped_forward")}
         dit, shape, noise = self._models.dit, latent_shape(plan), self._noise
         sample, y = noise(1, 16, *shape), noise(1, 17, *shape)
         text = prepare_text(
@@ -117,12 +123,41 @@ class PartTimer:
         }
 
     @torch.inference_mode()
+    def _block_timings(self, plan: RunPlan, causal: CausalWindow) -> dict[str, Timing]:
+        """Times of one pass of a block with a full cache, and of decoding a block; the rest takes none."""
+        dit, noise = self._models.dit, self._noise
+        video = self._pipeline.block_session().video(
+            block_sampling(self._config.sampling, plan),
+            pad(noise(1, TEXT_WORDS, dit.config.text_dim), (0, 0, 0, TEXT_TOKENS - TEXT_WORDS)),
+            noise(1, 16, 1, *latent_shape(plan)[1:]),
+        )
+
+        def make() -> Tensor:
+            frames, width = video.frames_of(video.done), video.audio_width
+            return video.make(noise(1, frames, width) if width else None)
+
+        def decode() -> None:
+            for piece in video.decode(latent):
+                to_uint8(piece)
+
+        for _ in range(
+            causal.slots + causal.rolling + 1
+        ):  # the cache fills, and each slot's forward is captured
+            latent = make()
+        passes = plan.steps + 1
+        block = self._timed(make)
+        forward = Timing(block.median / passes, block.fastest / passes, block.slowest / passes, block.repeats)
+        decoding = self._timed(decode)
+        video.close()
+        return {"forward": forward, "skipped_forward": NOTHING, "decode": decoding, "encode": NOTHING}
+
+    @torch.inference_mode()
     def window_timings(self, plan: RunPlan) -> dict[str, Timing]:
         """Times of forward, skipped forward, decode, encode and write, for a window of `plan`."""
         vae, noise = self._models.vae, self._noise
         sample = noise(1, 16, *latent_shape(plan))
         frames = _moving_portrait(plan.size, plan.window_length - plan.overlap)
-        tail = noise(1, 3, plan.overlap, *plan.size).clamp_(-1, 1)
+        tail = noise(1, 3, max(1, plan.overlap), *plan.size).clamp_(-1, 1)
 
         def decode() -> None:
             for piece in vae.decode_stream(sample):
@@ -144,6 +179,8 @@ class PartTimer:
                     encoder=encoder,
                 )
 
+            if plan.causal is not None:
+                return {**self._block_timings(plan, plan.causal), "write": self._timed(write)}
             return {
                 **self.forward_timings(plan),
                 "decode": self._timed(decode),

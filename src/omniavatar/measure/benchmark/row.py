@@ -213,7 +213,12 @@ class _Measurement:
         return replace(row, full=whole, tips=tips, notes=tuple(self.notes))
 
     def _shorter_window(self) -> dict[int, WindowCosts]:
-        """The costs of the window of `fewer_tokens`; empty, with a note, where it cannot be that short."""
+        """The costs of the window of `fewer_tokens`; empty, with a note, where it cannot be that short.
+
+        Empty also for a block-causal model, whose blocks have one size.
+        """
+        if self._config.sampling.causal is not None:
+            return {}
         shorter = changed(self._config, video={"max_tokens": fewer_tokens(self._config)})
         try:
             plan = self._parts.plan(shorter, 60.0)

@@ -19,6 +19,8 @@ from omniavatar.errors import ConfigError
 NOTHING = 0.005
 PERSISTENT = 100_000_000
 """Parameters that the guide's fast configuration leaves on the device."""
+CAUSAL_TIPS = ("few persistent parameters",)
+"""The tips that a block-causal model can follow."""
 DISTILLED = MappingProxyType(
     {"timesteps": (1000.0, 937.5, 833.3333, 625.0), "guidance_scale": 1.0, "audio_scale": None}
 )
@@ -127,6 +129,8 @@ def guide_tips(
             changed(config, runtime={"memory": "auto", "num_persistent_param_in_dit": persistent}),
         ),
     ]
+    if sampling.causal is not None:
+        return [_try(*trial, seconds) for trial in trials if trial[0] in CAUSAL_TIPS]
     return [_cache_tip(whole, plain, seconds), *(_try(*trial, seconds) for trial in trials)]
 
 

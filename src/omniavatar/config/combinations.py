@@ -1,0 +1,109 @@
+"""Settings that exclude each other, or have no effect together.
+
+The functions take the values of a section by field, and raise FieldError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from omniavatar.config.backends import registry
+from omniavatar.config.values import CAUSAL_FIELDS, WINDOW_FIELDS, FieldError
+from omniavatar.errors import ConfigError
+
+
+def check_sampling(sampling: Mapping[str, Any], defaults: Mapping[str, Any], cache_policy: str) -> None:
+    """Check the step cache, the fields of `sampler: causal`, and those that it cannot follow.
+
+    - defaults: of `CAUSAL_FIELDS`.
+    - cache_policy: the step cache in force.
+    """
+    sampler = sampling["sampler"]
+    if sampling["step_cache"] == "teacache" and sampling["tea_cache_l1_thresh"] == 0:
+        raise FieldError(
+            "teacache skips no step with threshold 0; set tea_cache_l1_thresh, such as 0.14",
+            "step_cache",
+            "tea_cache_l1_thresh",
+        )
+    if not registry("sampling.sampler").get(sampler).causal:
+        for name in CAUSAL_FIELDS:
+            if sampling[name] != defaults[name]:
+                text = f"has no effect with sampler: {sampler}; leave it out or set sampler to causal"
+                raise FieldError(text, name, "sampler")
+        return
+    from omniavatar.sampling.causal import CausalWindow
+
+    try:
+        CausalWindow(*(sampling[name] for name in CAUSAL_FIELDS))
+    except ConfigError as error:
+        name, _, text = str(error).partition("=")
+        raise FieldError(text.partition(": ")[2], name) from error
+    what = "sampler: causal runs one pass a step, without guidance"
+    if sampling["guidance_scale"] != 1:
+        raise FieldError(f"{what}; set guidance_scale to 1", "guidance_scale", "sampler")
+    if sampling["audio_scale"] not in (None, 1):
+        raise FieldError(f"{what}; leave audio_scale out", "audio_scale", "sampler")
+    if sampling["guidance_interval"] != (0.0, 1.0):
+        raise FieldError(f"{what}; leave guidance_interval out", "guidance_interval", "sampler")
+    if cache_policy != "none":
+        name = "tea_cache_l1_thresh" if sampling["step_cache"] is None else "step_cache"
+        raise FieldError(f"sampler: causal computes every step; leave {name} out", name, "sampler")
+
+
+def check_causal(given: Collection[str], runtime: Mapping[str, Any]) -> None:
+    """Check what `sampler: causal` cannot follow outside the sampling section.
+
+    - given: the fields of the video section that the user set.
+    """
+    for name in WINDOW_FIELDS:
+        if name in given:
+            raise FieldError(
+                f"sampler: causal makes blocks of causal_block latents, not windows; leave {name} out",
+                f"video.{name}",
+                "sampling.sampler",
+            )
+    for name in ("sp_size", "cfg_parallel"):
+        if runtime[name] > 1:
+            raise FieldError(
+                f"sampler: causal makes a video on one GPU; leave {name} out, or make several videos with "
+                "`omniavatar batch`",
+                f"runtime.{name}",
+                "sampling.sampler",
+            )
+
+
+def check_runtime(runtime: Mapping[str, Any]) -> None:
+    """Check limits of memory, and how several GPUs share a video."""
+    limited = runtime["num_persistent_param_in_dit"] is not None
+    if runtime["memory"] != "auto" and limited:
+        raise FieldError(
+            "memory and num_persistent_param_in_dit both limit the weights on the device; set only one",
+            "memory",
+            "num_persistent_param_in_dit",
+        )
+    shared = runtime["use_fsdp"]
+    if shared and runtime["sp_size"] == 1:
+        raise FieldError(
+            "distributes the weights over sp_size GPUs; set sp_size to 2 or more",
+            "use_fsdp",
+            "sp_size",
+        )
+    if runtime["exchange"] == "direct" and runtime["sp_size"] * runtime["cfg_parallel"] == 1:
+        raise FieldError(
+            "one GPU makes the video, so nothing is exchanged; set sp_size or cfg_parallel to 2 or more",
+            "exchange",
+            "sp_size",
+        )
+    if shared and runtime["cuda_graphs"]:
+        raise FieldError(
+            "CUDA graphs need weights at a fixed address, which use_fsdp does not give; set only one",
+            "cuda_graphs",
+            "use_fsdp",
+        )
+    if shared and limited:
+        raise FieldError(
+            "use_fsdp and num_persistent_param_in_dit both place the weights; set only one",
+            "use_fsdp",
+            "num_persistent_param_in_dit",
+        )

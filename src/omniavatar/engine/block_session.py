@@ -1,0 +1,111 @@
+"""What a session makes with a block-causal model: the windows of a request, or an endless video."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from omniavatar.accel.decoder import DECODERS
+from omniavatar.engine.block_video import BlockVideo, Past
+from omniavatar.engine.block_windows import BlockWindows
+from omniavatar.engine.memory_inputs import in_files
+from omniavatar.engine.prepare import block_sampling, encode_person, read_inputs
+from omniavatar.engine.window_loop import ShouldStop, WindowResult, WindowSampling, never
+from omniavatar.errors import ConfigError
+from omniavatar.types import AvatarRequest, Conditioning, Window
+
+if TYPE_CHECKING:
+    import torch
+
+    from omniavatar.engine.models import Models
+    from omniavatar.plan.run import WindowShape
+
+
+class BlockSession:
+    """Makes blocks with loaded models.
+
+    - arrival: `Host.arrival`.
+    - remedy: what to try after numbers overflowed; called when a placement is in force.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        arrival: Callable[[torch.device], Callable[[], None]],
+        remedy: Callable[[], str],
+    ) -> None:
+        self._models, self._arrival, self._remedy = models, arrival, remedy
+
+    def run(
+        self,
+        sampling: WindowSampling,
+        conditioning: Conditioning,
+        windows: tuple[Window, ...],
+        first: int = 0,
+        past: Past | None = None,
+        should_stop: ShouldStop = never,
+    ) -> Iterator[WindowResult]:
+        """Results of `windows` from `first` on.
+
+        - past: latents of earlier blocks that block `first` starts from; None if `first` is 0.
+        """
+        models = self._models
+        loop = BlockWindows(
+            self.video(sampling, conditioning.text_positive, conditioning.reference_latent),
+            conditioning.audio,
+            len(sampling.schedule),
+            models.recorder,
+            retry=models.residency.retry,
+            arrival=self._arrival,
+            stop=None if should_stop is never else should_stop,
+            remedy=self._remedy(),
+        )
+        return loop.run(windows, first, past)
+
+    def begin(self, request: AvatarRequest, adopt: Callable[[WindowShape], None]) -> BlockVideo:
+        """See `Session.begin_video`. The request's audio is not read.
+
+        - adopt: puts a placement for such windows in force.
+        """
+        models, sampling = self._models, self._models.config.sampling
+        if sampling.causal is None:
+            raise ConfigError(
+                f"sampler: {sampling.sampler} makes windows of a whole recording; an endless video needs "
+                "sampler: causal and its weights, as in configs/livetalk.yaml"
+            )
+        with in_files(request) as local:
+            inputs = read_inputs(models, local, bool(models.dit_config.audio_dim))
+            adopt(inputs.shape)
+            text, reference = models.residency.retry(lambda: encode_person(models, inputs))
+        return self.video(block_sampling(inputs.sampling, inputs.shape), text, reference)
+
+    def video(self, sampling: WindowSampling, text: Tensor, reference_latent: Tensor) -> BlockVideo:
+        """A video on the loaded models. A placement must be in force.
+
+        - text, reference_latent: of `types.Conditioning`.
+        """
+        models = self._models
+        models.load_for_windows()
+
+        def embed(prompt: str) -> Tensor:
+            (embedding,) = models.prompts.embed((prompt,))
+            return embedding
+
+        return models.residency.retry(
+            lambda: BlockVideo(
+                models.dit,
+                models.vae,
+                text,
+                reference_latent,
+                sampling,
+                models.config.video.fps,
+                DECODERS.get(models.config.model.decoder).past_latents,
+                models.dtype,
+                embed=embed,
+                wrap=models.residency.wrap,
+                arrival=self._arrival,
+                remedy=self._remedy(),
+            )
+        )

@@ -1,0 +1,143 @@
+"""Where live video goes: a file or pipe that grows, or a folder that players read over HTTP (HLS).
+
+An HLS folder holds `live.m3u8`, `init.mp4` and the newest segments `part_N.m4s`. Any web server can serve it.
+Source: RFC 8216.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from omniavatar.errors import OutputError
+from omniavatar.live.chunk import LiveChunk
+from omniavatar.media.atomic import atomic_write_bytes, translate_os_error
+from omniavatar.media.streamed import FragmentSplitter, StreamForm, StreamWriter
+
+LIST, HEAD = "live.m3u8", "init.mp4"
+SEGMENT_S = 2.0
+KEPT = 8
+"""Segments in the list of a running video."""
+
+MakeWriter = Callable[..., StreamWriter]
+"""`StreamWriter` with the size, rates and quality of a session."""
+
+
+class LiveOutput(Protocol):
+    """Takes the chunks of a session in order."""
+
+    def add(self, chunk: LiveChunk) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class _Frames:
+    """Counts frames by the session's clock, so that left-out ones keep their time."""
+
+    def __init__(self) -> None:
+        self._next: int | None = None
+
+    def skipped(self, chunk: LiveChunk) -> int:
+        first = round(chunk.time * chunk.fps)
+        skipped = 0 if self._next is None else first - self._next
+        self._next = first + len(chunk.frames)
+        return skipped
+
+
+class GrowingOutput:
+    """A file or pipe. name: for messages. Raises OutputError when it cannot be written."""
+
+    def __init__(self, target: BinaryIO, name: str, writer: StreamWriter) -> None:
+        self._target, self._name, self._writer, self._frames = target, name, writer, _Frames()
+
+    def add(self, chunk: LiveChunk) -> None:
+        """Write a chunk."""
+        self._write(self._writer.add(chunk.frames, chunk.audio, self._frames.skipped(chunk)))
+
+    def finish(self) -> None:
+        """Write the end of the video."""
+        self._write(self._writer.finish())
+
+    def _write(self, data: bytes) -> None:
+        try:
+            self._target.write(data)
+            self._target.flush()
+        except OSError as error:
+            gone = error.errno == errno.EPIPE
+            reason = "its reader has gone" if gone else error.strerror
+            raise OutputError(f"{self._name}: cannot be written: {reason}; start it again") from None
+
+
+class HlsOutput:
+    """A folder for HLS.
+
+    make_writer: called with `key_s` and `fragment_s`.
+
+    Raises OutputError when it cannot be written.
+    """
+
+    def __init__(self, folder: Path, make_writer: MakeWriter) -> None:
+        self._folder, self._frames = folder, _Frames()
+        with translate_os_error(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._writer = make_writer(key_s=SEGMENT_S, fragment_s=0)
+        self._splitter = FragmentSplitter()
+        self._segments: deque[tuple[int, Fraction]] = deque()
+        self._count = self._added = self._done = 0
+        self._fps = self._writer.fps
+
+    def add(self, chunk: LiveChunk) -> None:
+        """Add a chunk; a segment appears when the next one begins."""
+        skipped = self._frames.skipped(chunk)
+        self._added += skipped + len(chunk.frames)
+        self._take(self._writer.add(chunk.frames, chunk.audio, skipped), ended=False)
+
+    def finish(self) -> None:
+        """Write the last segment, and mark the list as ended."""
+        self._take(self._writer.finish(), ended=True)
+        self._write_list(ended=True)
+
+    def _take(self, data: bytes, ended: bool) -> None:
+        for fragment in self._splitter.add(data):
+            if not self._count:
+                atomic_write_bytes(self._folder / HEAD, self._splitter.head)
+            atomic_write_bytes(self._segment(self._count), fragment)
+            frames = self._added - self._done if ended else min(self._added - self._done, self._per_segment)
+            self._segments.append((self._count, Fraction(frames) / self._fps))
+            self._count, self._done = self._count + 1, self._done + frames
+            while len(self._segments) > KEPT:
+                old, _ = self._segments.popleft()
+                with translate_os_error(self._folder):
+                    self._segment(old - 1).unlink(
+                        missing_ok=True
+                    )  # one more than listed stays for late readers
+            self._write_list(ended=False)
+
+    @property
+    def _per_segment(self) -> int:
+        return max(1, round(SEGMENT_S * self._fps))
+
+    def _segment(self, number: int) -> Path:
+        return self._folder / f"part_{number}.m4s"
+
+    def _write_list(self, ended: bool) -> None:
+        lines = ["#EXTM3U", "#EXT-X-VERSION:7", "#EXT-X-INDEPENDENT-SEGMENTS"]
+        lines += [f"#EXT-X-TARGETDURATION:{round(SEGMENT_S) + 1}"]
+        lines += [f"#EXT-X-MEDIA-SEQUENCE:{self._segments[0][0] if self._segments else 0}"]
+        lines += [f'#EXT-X-MAP:URI="{HEAD}"']
+        for number, seconds in self._segments:
+            lines += [f"#EXTINF:{float(seconds):.3f},", self._segment(number).name]
+        lines += ["#EXT-X-ENDLIST"] if ended else []
+        atomic_write_bytes(self._folder / LIST, "\n".join([*lines, ""]).encode())
+
+
+def form_of(path: Path) -> StreamForm:
+    """The format that a file's name means. Raises OutputError."""
+    forms: dict[str, StreamForm] = {".mp4": "mp4", ".ts": "mpegts", ".mpegts": "mpegts"}
+    if path.suffix.lower() not in forms:
+        raise OutputError(f"{path}: must end in .mp4 or .ts, or be a folder for HLS (end it with /)")
+    return forms[path.suffix.lower()]

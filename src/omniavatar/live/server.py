@@ -1,0 +1,123 @@
+"""A web server for live sessions: a page, and the WebSocket that it and other programs use.
+
+`/` is the page. `/v1/realtime/video` is the WebSocket (`live.messages`). Every session of the server uses one
+portrait and one pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from omniavatar.errors import ResourceError
+from omniavatar.live.connection import LiveConnection, MakeSession
+from omniavatar.live.limits import Door, ServerLimits
+from omniavatar.text import json_text, one_line
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+TRANSPORT_BYTES = 16 * 2**20
+"""Longer WebSocket messages end their connection before they are read."""
+_TYPES = {"index.html": "text/html", "page.js": "text/javascript", "microphone.js": "text/javascript"}
+_POLICY = "default-src 'self'; media-src 'self' blob:; img-src 'self' data:; frame-ancestors 'none'"
+
+
+def make_app(make: MakeSession, door: Door, limits: ServerLimits) -> Starlette:
+    """The server's ASGI application. make: a new session for a prompt."""
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.routing import Route, WebSocketRoute
+    from starlette.websockets import WebSocket, WebSocketDisconnect
+
+    open_sessions = 0
+
+    def page(request: Request, name: str) -> Response:
+        if refusal := door.refusal(request.headers, request.query_params):
+            return Response(f"{refusal}\n", 403, media_type="text/plain")
+        text = resources.files("omniavatar.live.page").joinpath(name).read_text("utf-8")
+        headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-store"}
+        return Response(text, media_type=_TYPES[name], headers=headers)
+
+    def serve_file(name: str) -> Callable[[Request], Response]:
+        def serve(request: Request) -> Response:
+            return page(request, name)
+
+        return serve
+
+    async def realtime(socket: WebSocket) -> None:
+        nonlocal open_sessions
+        refusal = door.refusal(socket.headers, socket.query_params)
+        if refusal is None and open_sessions >= limits.sessions:
+            refusal = f"server: has {limits.sessions} sessions, the most it takes; try again later"
+        await socket.accept()
+        if refusal is not None:
+            await socket.send_text(json_text({"type": "error", "message": one_line(refusal)}))
+            await socket.close(1008)
+            return
+        open_sessions += 1
+        try:
+            await LiveConnection(socket, make, limits).run()
+        finally:
+            open_sessions -= 1
+        if socket.client_state.name == "CONNECTED":
+            with suppress(WebSocketDisconnect):  # the client was faster
+                await socket.close()
+
+    files = {"/": "index.html", "/page.js": "page.js", "/microphone.js": "microphone.js"}
+    routes = [Route(path, serve_file(name)) for path, name in files.items()]
+    return Starlette(routes=[*routes, WebSocketRoute("/v1/realtime/video", realtime)])
+
+
+Ready = Callable[[int, Callable[[], None]], None]
+"""Called with the port of a server that listens, and a function that stops it."""
+
+
+def serve(app: Starlette, host: str, port: int, ready: Ready) -> None:
+    """Run the server until it is interrupted.
+
+    port: 0 chooses a free one.
+
+    Raises ResourceError if the address cannot be used.
+    """
+    import asyncio
+    import socket
+
+    import uvicorn
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise ResourceError(
+            f"{host}:{port} cannot be used: {error.strerror}; choose another --host or --port"
+        ) from None
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        ws_max_size=TRANSPORT_BYTES,
+        ws_ping_interval=5,
+        ws_ping_timeout=5,
+        timeout_graceful_shutdown=2,
+        lifespan="off",
+    )
+    server = uvicorn.Server(config)
+
+    async def run() -> None:
+        serving = asyncio.ensure_future(server.serve([listening]))
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.01)
+        if server.started:
+            ready(listening.getsockname()[1], lambda: setattr(server, "should_exit", True))
+        await serving
+
+    try:
+        asyncio.run(run())
+    finally:
+        listening.close()

@@ -1,0 +1,122 @@
+"""Live blocks from a model that makes overlapping windows: a block is what a window adds.
+
+The first window starts from the portrait, and each later one from the last frames of the one before it, as in
+an ordinary video. A window is long, so an answer comes late. Most of these models are slower than real time:
+then sound waits, and frames come when they are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+
+from omniavatar.encoders.live_audio import LiveAudioEncoder
+from omniavatar.engine.memory_inputs import in_files
+from omniavatar.engine.prepare import Planned, condition, read_inputs
+from omniavatar.errors import ResumeError
+from omniavatar.plan.run import make_plan
+from omniavatar.types import AvatarRequest, SamplingParams, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from omniavatar.engine.pipeline import AvatarPipeline
+    from omniavatar.engine.window_loop import WindowResult
+    from omniavatar.types import ImageInput
+
+_EARS = "ears."
+
+
+class WindowedMaker:
+    """One endless video in windows, on the models of a pipeline."""
+
+    def __init__(self, pipeline: AvatarPipeline, image: ImageInput, prompt: str, seed: int | None) -> None:
+        self._pipeline = pipeline
+        models, video = pipeline.models, pipeline.config.video
+        self.fps = Fraction(video.fps)
+        with in_files(AvatarRequest(prompt, image, sampling=SamplingParams(seed=seed))) as request:
+            inputs = read_inputs(models, request, True)
+            pipeline.adopt(inputs.shape)
+            plan = make_plan(models.config, inputs.shape, video.sample_rate)  # as for a second of sound
+            ready = condition(models, Planned(inputs, plan, None, Path()))
+        self._conditioning, self._sampling = ready.conditioning, ready.window_sampling
+        shape = inputs.shape
+        self.size = shape.size
+        self._length, self._overlap = shape.window_length, shape.overlap
+        self._ears = LiveAudioEncoder(models.audio_encoder, self.fps)
+        self._rows = np.zeros((0, self._ears.width), np.float32)
+        self._given: Tensor | None = None
+        self._done = 0
+
+    @property
+    def frames(self) -> int:
+        """Frames that the next window adds; the portrait itself is not shown."""
+        return self._length - (self._overlap if self._done else 1)
+
+    @property
+    def missing(self) -> int:
+        """See `BlockMaker.missing`."""
+        return self._ears.needed(self.frames)
+
+    def push(self, samples: np.ndarray) -> None:
+        """See `BlockMaker.push`."""
+        self._ears.push(samples)
+
+    def make(self, stop: Callable[[], bool]) -> Iterator[np.ndarray]:
+        """See `BlockMaker.make`."""
+        new = self._ears.encode(self.frames)[0].cpu().numpy()
+        rows = np.concatenate([self._rows, new])
+        windows = tuple(self._window(index) for index in range(self._done + 2))
+        run = self._pipeline.run_windows(
+            self._sampling, replace(self._conditioning, audio=rows), windows, self._done, self._given, stop
+        )
+        with closing(cast("Generator[WindowResult]", run)) as results:
+            result = next(results)
+            pieces, self._given = result.frames, result.next_given
+        first = 0 if self._done else 1
+        self._rows, self._done = rows[len(rows) - self._overlap :], self._done + 1
+        for piece in pieces:
+            if len(shown := piece[first:]):
+                yield shown
+            first = max(0, first - len(piece))
+
+    def set_prompt(self, prompt: str) -> None:
+        """See `BlockMaker.set_prompt`."""
+        models, given = self._pipeline.models, self._conditioning
+        positive, negative = models.prompts.embed((prompt, self._pipeline.config.sampling.negative_prompt))
+        self._conditioning = replace(given, text_positive=positive, text_negative=negative)
+
+    def state(self) -> dict[str, Tensor]:
+        """See `BlockMaker.state`."""
+        values = {_EARS + name: value for name, value in self._ears.state().items()}
+        values |= {"rows": torch.from_numpy(self._rows), "done": torch.tensor(self._done)}
+        values |= {"reference": self._conditioning.reference_latent.cpu()}
+        values |= {"seed": torch.tensor(self._sampling.seed)}
+        return values if self._given is None else {**values, "given": self._given}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See `BlockMaker.restore`."""
+        reference = self._conditioning.reference_latent.cpu()
+        for name, mine in (("seed", torch.tensor(self._sampling.seed)), ("reference", reference)):
+            if name not in state or not torch.equal(state[name], mine):
+                what = "portrait, size or model" if name == "reference" else name
+                raise ResumeError(f"was saved with another {what}; give the same one, or start a new session")
+        self._ears.restore({k.removeprefix(_EARS): v for k, v in state.items() if k.startswith(_EARS)})
+        self._rows, self._done = state["rows"].numpy(), int(state["done"])
+        self._given = state.get("given")
+
+    def close(self) -> None:
+        """See `BlockMaker.close`."""
+        self._given = None
+
+    def _window(self, index: int) -> Window:
+        """Window `index`. All but the first start at frame 1, because frame f takes audio row f - 1."""
+        given = self._overlap if index else 1
+        return Window(index, min(index, 1), self._length, given, self._length - (given if index else 0))

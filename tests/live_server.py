@@ -1,0 +1,59 @@
+"""A live server in a thread of the test, with small makers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from live_makers import LoudnessMaker
+from omniavatar.live import LiveSession, LiveStage
+from omniavatar.live.limits import Door, ServerLimits
+from omniavatar.live.server import make_app, serve
+
+
+@dataclass
+class Served:
+    """A running server. makers: one for each session."""
+
+    port: int
+    stage: LiveStage
+    makers: list[LoudnessMaker] = field(default_factory=list)
+
+    def address(self, query: str = "") -> str:
+        return f"ws://127.0.0.1:{self.port}/v1/realtime/video{query}"
+
+    def page(self, query: str = "") -> str:
+        return f"http://127.0.0.1:{self.port}/{query}"
+
+
+@contextmanager
+def served(
+    limits: ServerLimits | None = None, door: Door | None = None, seconds: float = 0.0, size: int = 16
+) -> Iterator[Served]:
+    """A server on a free port; `seconds` to make a block, frames of `size`."""
+    stage, started = LiveStage(), threading.Event()
+    found = Served(0, stage)
+    stops = []
+
+    def make(prompt: str | None) -> LiveSession:
+        maker = LoudnessMaker(seconds=seconds, size=size)
+        found.makers.append(maker)
+        return LiveSession.on(stage, lambda: maker)
+
+    def ready(port: int, stop: object) -> None:
+        found.port = port
+        stops.append(stop)
+        started.set()
+
+    app = make_app(make, door or Door(True, None), limits or ServerLimits())
+    thread = threading.Thread(target=serve, args=(app, "127.0.0.1", 0, ready))
+    thread.start()
+    assert started.wait(20)
+    try:
+        yield found
+    finally:
+        stops[0]()
+        thread.join(20)
+    assert not thread.is_alive() and stage.sessions == 0

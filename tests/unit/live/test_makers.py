@@ -1,0 +1,75 @@
+"""Live blocks of real models, at nano size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine import causal_pipeline, make_pipeline, portrait, voice
+from omniavatar import AvatarPipeline
+from omniavatar.errors import ResumeError
+from omniavatar.live import LiveSession
+from omniavatar.live.maker import BlockMaker
+from omniavatar.live.makers import maker_of, stage_of
+from omniavatar.live.session import LiveChunk
+
+
+def frames_of(maker: BlockMaker, sound: np.ndarray, blocks: int) -> list[np.ndarray]:
+    """`blocks` blocks, pushed as they need it."""
+    made = []
+    for _ in range(blocks):
+        count = maker.missing
+        maker.push(sound[:count])
+        sound = sound[count:]
+        expected = maker.frames
+        frames = np.concatenate(list(maker.make(lambda: False)))
+        assert len(frames) == expected and frames.dtype == np.uint8 and frames.shape[1:3] == maker.size
+        made.append(frames)
+    return made
+
+
+@pytest.fixture(scope="module", params=[causal_pipeline, make_pipeline], ids=["causal", "windows"])
+def pipeline(
+    nano_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> AvatarPipeline:
+    return request.param(nano_checkpoint, tmp_path_factory.mktemp("cache"))
+
+
+def test_a_saved_maker_continues_with_the_same_bits(pipeline: AvatarPipeline) -> None:
+    sound = voice(6.0).samples
+    whole = maker_of(pipeline, portrait(), "a person speaks", 1)
+    first = frames_of(whole, sound, 2)
+    needed = sum(len(block) for block in first)
+    state = {name: value.clone() for name, value in whole.state().items()}
+    rest = frames_of(whole, sound[::-1], 2)
+    resumed = maker_of(pipeline, portrait(), "a person speaks", 1)
+    resumed.restore(state)
+    again = frames_of(resumed, sound[::-1], 2)
+    assert needed > 0 and all(np.array_equal(a, b) for a, b in zip(rest, again, strict=True))
+    assert not np.array_equal(rest[0], rest[1])
+    other = maker_of(pipeline, portrait(), "a person speaks", 2)
+    with pytest.raises(ResumeError, match="seed"):
+        other.restore(state)
+
+
+def test_a_session_of_a_pipeline(pipeline: AvatarPipeline) -> None:
+    with LiveSession(pipeline, image=portrait(), prompt="a person speaks", rate=16000) as session:
+        session.push_audio(voice(0.5).samples, 16000)
+        session.end()
+        chunks: list[LiveChunk] = list(session)
+    assert chunks[0].frames.shape[1:] == (64, 64, 3)
+    assert np.abs(np.concatenate([chunk.audio for chunk in chunks])).max() > 100
+    assert session.stats().dropped == 0
+
+
+def test_a_closed_pipeline_ends_its_sessions(nano_checkpoint: Path, tmp_path: Path) -> None:
+    pipeline = causal_pipeline(nano_checkpoint, tmp_path)
+    with LiveSession(pipeline, image=portrait(), prompt="a person speaks", rate=16000) as session:
+        stage = stage_of(pipeline)
+        assert stage is stage_of(pipeline) and stage.sessions == 1
+        pipeline.close()
+        assert stage.sessions == 0
+        for _ in session:
+            pass

@@ -1,0 +1,129 @@
+"""The page in headless Chromium with its fake microphone, over both transports."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page, sync_playwright
+
+from live_server import Served, served
+
+CHROMIUM = next((path for name in ("chromium", "google-chrome") if (path := shutil.which(name))), None)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)"),
+]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--autoplay-policy=no-user-gesture-required",
+    "--use-fake-ui-for-media-stream",
+    "--use-fake-device-for-media-stream",
+    "--disable-features=WebRtcHideLocalIpsWithMdns",
+]
+WATCH = """async () => {
+  const video = document.getElementById("video");
+  const canvas = document.createElement("canvas");
+  canvas.width = canvas.height = 16;
+  const drawn = canvas.getContext("2d", { willReadFrequently: true });
+  const audio = new AudioContext();
+  await audio.resume();
+  const sound = video.srcObject || video.captureStream();
+  const meter = audio.createAnalyser();
+  meter.fftSize = 1024;
+  audio.createMediaStreamSource(sound).connect(meter);
+  const samples = new Float32Array(1024), seen = [];
+  const begun = performance.now();
+  while (performance.now() - begun < 4000) {
+    drawn.drawImage(video, 0, 0, 16, 16);
+    const light = drawn.getImageData(8, 8, 1, 1).data[0];
+    meter.getFloatTimeDomainData(samples);
+    const loud = samples.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+    seen.push([performance.now() - begun, light, loud]);
+    await new Promise((done) => setTimeout(done, 10));
+  }
+  return seen;
+}"""
+"""(milliseconds, brightness of the picture, loudness of the sound), every 10 ms for 4 s."""
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS, env=dict(os.environ))
+        context = browser.new_context(permissions=["microphone"])
+        yield context.new_page()
+        browser.close()
+
+
+def live(page: Page, name: str) -> Any:
+    return page.evaluate(f"window.live.{name}")
+
+
+def wait(page: Page, condition: str) -> None:
+    """Wait for a condition; the page's policy forbids Playwright's own way."""
+    end = time.monotonic() + 20
+    while not page.evaluate(condition):
+        assert time.monotonic() < end, (condition, page.text_content("#status"), live(page, "errors"))
+        page.wait_for_timeout(50)
+
+
+def rises(seen: list[list[float]], column: int) -> list[float]:
+    """Times at which a column goes above half of its largest value."""
+    half = max(row[column] for row in seen) / 2
+    pairs = itertools.pairwise(seen)
+    return [after[0] for before, after in pairs if before[column] < half <= after[column]]
+
+
+@pytest.mark.parametrize("transport", ["webrtc", "m4s"])
+def test_the_microphone_goes_in_and_frames_with_sound_come_back(page: Page, transport: str) -> None:
+    """Chromium's fake microphone beeps once a second. Each beep brightens the frames of its sound."""
+    with served(size=64) as server:
+        page.goto(server.page())
+        page.select_option("#transport", transport)
+        page.click("#start")
+        wait(page, "window.live.chunks > 15 && document.getElementById('video').currentTime > 1")
+        seen = page.evaluate(WATCH)
+        assert live(page, "errors") == [] and live(page, "transport") == transport
+        assert max(row[1] for row in seen) - min(row[1] for row in seen) > 50, "frames change"
+        assert max(row[2] for row in seen) > 0.05, "sound plays"
+        offsets = [min((bright - loud for bright in rises(seen, 1)), key=abs) for loud in rises(seen, 2)]
+        assert offsets and sorted(map(abs, offsets))[len(offsets) // 2] < 100, offsets
+        assert page.text_content("#delay") not in (None, "-")
+        page.click("#interrupt")
+        assert server.stage.sessions == 1
+        page.reload()
+        assert gone(server), "a reload frees the session"
+        assert live(page, "state") == "idle"
+
+
+def gone(server: Served) -> bool:
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end and server.stage.sessions:
+        time.sleep(0.02)
+    return server.stage.sessions == 0
+
+
+def test_stop_ends_the_session_and_start_begins_again(page: Page) -> None:
+    with served(size=64) as server:
+        page.goto(server.page())
+        page.uncheck("#microphone")
+        page.select_option("#transport", "m4s")
+        for _ in range(2):
+            page.click("#start")
+            wait(page, "window.live.chunks > 3")
+            page.click("#stop")
+            wait(page, "window.live.state == 'done'")
+            assert gone(server)
+        assert "stopped" in str(page.text_content("#status"))

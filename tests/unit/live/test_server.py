@@ -1,0 +1,228 @@
+"""The live server over loopback, with a real WebSocket client."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
+
+from live_makers import impulse, tone
+from live_server import Served, served
+from omniavatar.live.limits import Door, ServerLimits, is_loopback
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Served]:
+    with served() as running:
+        yield running
+
+
+def pcm(samples: np.ndarray) -> bytes:
+    return (samples * 32767).astype("<i2").tobytes()
+
+
+def say(client: ClientConnection, kind: str, **values: Any) -> None:
+    client.send(json.dumps({"type": kind, **values}))
+
+
+def until(client: ClientConnection, kind: str, timeout: float = 5.0) -> list[dict[str, Any] | bytes]:
+    """Messages up to the first one of type `kind`."""
+    received: list[dict[str, Any] | bytes] = []
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        message = client.recv(timeout=timeout)
+        received.append(message if isinstance(message, bytes) else json.loads(message))
+        if isinstance(last := received[-1], dict) and last["type"] == kind:
+            return received
+    raise AssertionError(f"no {kind} in {timeout} s")
+
+
+def gone(server: Served, seconds: float = 1.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and server.stage.sessions:
+        time.sleep(0.02)
+    return server.stage.sessions == 0
+
+
+def test_sound_goes_in_and_video_in_sync_comes_out(server: Served) -> None:
+    with connect(server.address()) as client:
+        say(client, "session.start", prompt="A woman talks", format="m4s", rate=24000)
+        client.send(pcm(impulse(0.5, 0.3, 24000)))
+        say(client, "session.stop", drain=True)
+        received = until(client, "session.done")
+    start = next(each for each in received if isinstance(each, dict) and each["type"] == "video.start")
+    assert start["mime"].startswith('video/mp4; codecs="avc1.') and start["fps"] == 25
+    metadata = [e for e in received if isinstance(e, dict) and e["type"] == "video.chunk_metadata"]
+    pieces = [each for each in received if isinstance(each, bytes)]
+    assert [each["bytes"] for each in metadata] == [len(piece) for piece in pieces]
+    assert any(each["speaking"] for each in metadata) and any(each["delay"] for each in metadata)
+    seen, heard = bright_and_loud(b"".join(pieces))
+    assert 0 <= heard - seen <= 0.040
+    assert received[-1]["reason"] == "finished"  # type: ignore[index, call-overload]
+    assert gone(server)
+
+
+def bright_and_loud(data: bytes) -> tuple[float, float]:
+    """Times of the brightest frame and of the loudest sample, in seconds."""
+    light, sound = [], []
+    with av.open(io.BytesIO(data)) as container:
+        for frame in container.decode():
+            if isinstance(frame, av.VideoFrame):
+                light.append((frame.to_ndarray(format="gray").mean(), frame.time))
+            else:
+                values = np.abs(frame.to_ndarray()[0])
+                sound.append((values.max(), frame.time + values.argmax() / frame.sample_rate))
+    return max(light)[1], max(sound)[1]
+
+
+def test_interrupt_prompt_and_ping(server: Served) -> None:
+    with connect(server.address()) as client:
+        say(client, "session.start")
+        until(client, "video.start")
+        for _ in range(4):
+            say(client, "session.audio", audio=base64.b64encode(pcm(tone(0.5))).decode(), rate=16000)
+        say(client, "session.ping")
+        until(client, "session.pong")
+        say(client, "session.interrupt")
+        say(client, "session.interaction", event_id="e1", event={"prompt": "A man laughs"})
+        queued = until(client, "session.interaction.queued")[-1]
+        assert queued == {"type": "session.interaction.queued", "event_id": "e1"}
+        time.sleep(0.5)
+        say(client, "session.stop")
+        received = until(client, "session.done")
+    last = [e for e in received if isinstance(e, dict) and e["type"] == "video.chunk_metadata"][-1]
+    assert last["waiting"] == 0 and not last["speaking"]
+    assert server.makers[-1].prompts == ["A man laughs"]
+    assert received[-1]["reason"] == "stopped"  # type: ignore[index, call-overload]
+
+
+BAD: dict[str, tuple[str | bytes, str]] = {
+    "not JSON": ("hello", "is not JSON"),
+    "no type": ("{}", "type"),
+    "unknown type": ('{"type": "session.dance"}', "session.dance"),
+    "rate 0": ('{"type": "session.audio", "audio": "AAAA", "rate": 0}', "session.audio.rate"),
+    "NaN": ('{"type": "session.audio", "audio": "AAAA", "rate": NaN}', "is not JSON"),
+    "text as sound": ('{"type": "session.audio", "audio": "héllo"}', "not base64"),
+    "odd bytes": (b"abc", "whole 16-bit samples"),
+    "10 MB": (bytes(10_000_000), "the most is"),
+    "second start": ('{"type": "session.start"}', "runs already"),
+    "long prompt": (
+        json.dumps({"type": "session.interaction", "event": {"prompt": "word " * 10_000}}),
+        "prompt: has 50,000 characters",
+    ),
+}
+
+
+def test_each_bad_message_is_one_error_and_the_session_goes_on(server: Served) -> None:
+    with connect(server.address(), max_size=None) as client:
+        say(client, "session.start")
+        until(client, "video.start")
+        for name, (message, text) in BAD.items():
+            client.send(message)
+            error = until(client, "error")[-1]
+            assert isinstance(error, dict) and text in error["message"], name
+            assert "\n" not in error["message"]
+        client.send(pcm(tone(0.3)))
+        seen = [until(client, "video.chunk_metadata")[-1] for _ in range(12)]
+        assert any(isinstance(each, dict) and each["speaking"] for each in seen)
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ('{"type": "session.interrupt"}', "not started"),
+        (b"\0\0", "not started"),
+        ('{"type": "session.start", "prompt": ""}', "prompt: is empty"),
+        ('{"type": "session.start", "format": "gif"}', "format"),
+        ('{"type": "session.start", "format": "webrtc"}', "sdp: is missing"),
+        ('{"type": "session.start", "format": "webrtc", "sdp": "nonsense"}', "sdp: is not an offer"),
+    ],
+)
+def test_bad_starts(server: Served, message: str | bytes, text: str) -> None:
+    with connect(server.address()) as client:
+        client.send(message)
+        error = until(client, "error")[-1]
+        assert isinstance(error, dict) and text in error["message"]
+    assert gone(server)
+
+
+@pytest.mark.parametrize(
+    "leave", [lambda client: client.close(), lambda client: client.socket.close()], ids=["closed", "cut"]
+)
+def test_a_client_that_leaves_frees_its_session(
+    server: Served, leave: Callable[[ClientConnection], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with connect(server.address()) as client:
+        say(client, "session.start")
+        until(client, "video.start")
+        assert server.stage.sessions == 1
+        leave(client)
+        assert gone(server)
+    assert server.makers[-1].closed
+    assert capfd.readouterr().err == "", "leaving is no error"
+
+
+def test_limits_of_sessions_and_idle_time() -> None:
+    with served(ServerLimits(sessions=1, idle_s=0.6, start_s=0.5)) as server:
+        with connect(server.address()) as client, connect(server.address()) as second:
+            assert "has 1 sessions" in until(second, "error")[-1]["message"]  # type: ignore[index, call-overload]
+            with pytest.raises(ConnectionClosed):
+                second.recv(timeout=2)
+            say(client, "session.start")
+            done = until(client, "session.done")[-1]
+            assert "no message came for 0.6 s" in done["reason"]  # type: ignore[index, call-overload]
+        with connect(server.address()) as silent:
+            assert "none came" in until(silent, "error")[-1]["message"]  # type: ignore[index, call-overload]
+
+
+def test_origin_host_and_token() -> None:
+    door = Door(loopback=False, token="secret", origins=("https://friend.example",))
+
+    def refusal(origin: str | None = None, token: str = "secret", host: str = "live.example") -> str | None:
+        headers = {"host": host} | ({} if origin is None else {"origin": origin})
+        return door.refusal(headers, {"token": token})
+
+    assert refusal() is None and refusal("https://live.example") is None
+    assert refusal("https://friend.example") is None
+    assert "origin" in str(refusal("https://evil.example"))
+    assert "token" in str(refusal(token="wrong")) and "token" in str(refusal(token=""))
+    assert door.refusal({"host": "live.example", "authorization": "Bearer secret"}, {}) is None
+    local = Door(loopback=True, token=None)
+    assert (
+        local.refusal({"host": "127.0.0.1:80"}, {}) is None and local.refusal({"host": "[::1]:8"}, {}) is None
+    )
+    assert "host" in str(local.refusal({"host": "evil.example"}, {})), "another name that leads here"
+    assert is_loopback("localhost") and not is_loopback("0.0.0.0") and not is_loopback("example.org")
+
+
+def test_the_door_guards_page_and_socket() -> None:
+    with served(door=Door(True, "secret")) as server:
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(server.page())
+        assert refused.value.code == 403 and b"token" in refused.value.read()
+        page = urllib.request.urlopen(server.page("?token=secret"))
+        assert "default-src 'self'" in page.headers["Content-Security-Policy"]
+        assert b"omniavatar live" in page.read()
+        with connect(server.address()) as client:
+            assert "token" in until(client, "error")[-1]["message"]  # type: ignore[index, call-overload]
+        with connect(server.address("?token=secret"), origin="http://evil.example") as client:  # type: ignore[arg-type]
+            assert "origin" in until(client, "error")[-1]["message"]  # type: ignore[index, call-overload]
+
+
+def test_a_slow_model_is_announced() -> None:
+    with served(seconds=0.3) as server, connect(server.address()) as client:
+        say(client, "session.start")
+        client.send(pcm(tone(1.0)))
+        note = until(client, "session.note")[-1]
+        assert isinstance(note, dict) and "s of video a second" in note["text"]
