@@ -41,7 +41,19 @@ class PostgresServer:
         if self._user is not None:
             found = pwd.getpwnam(self._user)
             os.chown(self.folder, found.pw_uid, found.pw_gid)
-        command = ["initdb", "-D", "data", "-U", "test", "-A", "trust", "--no-sync", "-E", "UTF8", "--no-locale"]
+        command = [
+            "initdb",
+            "-D",
+            "data",
+            "-U",
+            "test",
+            "-A",
+            "trust",
+            "--no-sync",
+            "-E",
+            "UTF8",
+            "--no-locale",
+        ]
         self._run(command).wait()
         self.start()
 

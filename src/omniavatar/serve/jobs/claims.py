@@ -142,9 +142,7 @@ class Claims:
         """Give the jobs back whose workers did not report in time; returns their ids. Raises StoreError."""
         with self.database.writing(CLAIM) as connection:
             now = self.database.now(connection)
-            query = sa.select(jobs).where(
-                jobs.c.status == JobStatus.in_progress, jobs.c.lease_until < now
-            )
+            query = sa.select(jobs).where(jobs.c.status == JobStatus.in_progress, jobs.c.lease_until < now)
             rows = connection.execute(query.with_for_update(skip_locked=True)).mappings().all()
             for row in rows:
                 error = JobError(
@@ -190,9 +188,7 @@ def _keys_in_turn(connection: Connection, models: Sequence[str], now: float) -> 
     return list(connection.execute(query).scalars())
 
 
-def _first_of(
-    connection: Connection, key_id: str, models: Sequence[str], now: float
-) -> sa.RowMapping | None:
+def _first_of(connection: Connection, key_id: str, models: Sequence[str], now: float) -> sa.RowMapping | None:
     query = (
         sa.select(jobs)
         .where(jobs.c.key_id == key_id, *_claimable(models, now))

@@ -35,3 +35,7 @@ class FileTooLargeError(InputError):
 
 class KeyNameError(OmniAvatarError):
     """An API key of this name exists already, or none does."""
+
+
+class FileMissingError(OmniAvatarError):
+    """A job has no file of this name."""

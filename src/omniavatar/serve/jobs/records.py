@@ -195,6 +195,15 @@ class JobResult:
     expires_at: float | None = None
 
 
+@dataclass(frozen=True)
+class EndedJob:
+    """A completed or failed job; `expired` if it may be deleted."""
+
+    id: str
+    size_bytes: int
+    expired: bool
+
+
 class Deleted(StrEnum):
     """What `JobStore.delete` did: the record is gone (remove the files), or the worker is told to stop."""
 

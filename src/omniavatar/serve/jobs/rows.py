@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+
 from typing import Any
 
 import sqlalchemy as sa
@@ -51,7 +51,7 @@ def find(connection: Connection, job_id: str, *, lock: bool = False) -> sa.RowMa
     return connection.execute(query.with_for_update() if lock else query).mappings().first()
 
 
-def change(connection: Connection, row: Mapping[str, Any], now: float, **values: Any) -> JobRecord:
+def change(connection: Connection, row: sa.RowMapping, now: float, **values: Any) -> JobRecord:
     """Write `values` into the job's row, and an event if its status or progress is another; returns the job."""
     new = {**row, **values}
     if new["status"] != row["status"] or new["attempt"] != row["attempt"]:
@@ -59,7 +59,9 @@ def change(connection: Connection, row: Mapping[str, Any], now: float, **values:
         values["last_event"] = add_event(connection, row, now, "status", data)
     elif any(new[name] != row[name] for name in ("window", "windows", "step", "steps")):
         names = ("window", "windows", "step", "steps", "progress", "eta_seconds")
-        values["last_event"] = add_event(connection, row, now, "progress", {name: new[name] for name in names})
+        values["last_event"] = add_event(
+            connection, row, now, "progress", {name: new[name] for name in names}
+        )
     connection.execute(jobs.update().where(jobs.c.id == row["id"]).values(**values))
     found = find(connection, row["id"])
     assert found is not None
@@ -67,7 +69,7 @@ def change(connection: Connection, row: Mapping[str, Any], now: float, **values:
 
 
 def add_event(
-    connection: Connection, row: Mapping[str, Any], now: float, kind: str, data: dict[str, Any]
+    connection: Connection, row: sa.RowMapping, now: float, kind: str, data: dict[str, Any]
 ) -> int:
     """Add an event and delete the oldest; returns its sequence number."""
     sequence = int(row["last_event"]) + 1

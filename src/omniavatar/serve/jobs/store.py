@@ -24,6 +24,7 @@ from omniavatar.serve.jobs.errors import (
 from omniavatar.serve.jobs.records import (
     UNFINISHED,
     Deleted,
+    EndedJob,
     JobEvent,
     JobPage,
     JobRecord,
@@ -203,13 +204,25 @@ class JobStore(Claims):
                 return change(connection, row, now, cancel_requested=True)
             return job_record(row)
 
-    def expire(self, id: str) -> bool:
-        """Remove a finished job whose time is over; False if it is not, or gone. Raises StoreError."""
+    def ended(self, age: float) -> tuple[EndedJob, ...]:
+        """Completed and failed jobs, the one that ended first at the front. Raises StoreError.
+
+        age: seconds until a job expires that has no expiry of its own.
+        """
+        query = sa.select(jobs).where(jobs.c.status.not_in(UNFINISHED)).order_by(jobs.c.completed_at)
+        with self.database.reading() as connection:
+            now = self.database.now(connection)
+            rows = connection.execute(query).mappings().all()
+        return tuple(EndedJob(row["id"], row["size_bytes"] or 0, _expired(row, age, now)) for row in rows)
+
+    def expire(self, id: str, age: float) -> bool:
+        """Remove an ended job whose time is over; False if it is not, or gone. `age` as for `ended`.
+
+        Raises StoreError.
+        """
         with self.database.writing() as connection:
             row = find(connection, id, lock=True)
-            if row is None or row["status"] in UNFINISHED:
-                return False
-            if row["expires_at"] is not None and row["expires_at"] > self.database.now(connection):
+            if row is None or not _expired(row, age, self.database.now(connection)):
                 return False
             connection.execute(events.delete().where(events.c.job_id == id))
             connection.execute(jobs.delete().where(jobs.c.id == id))
@@ -261,6 +274,13 @@ class JobStore(Claims):
             rows = connection.execute(query).mappings().all()
         names = [field.name for field in dataclasses.fields(JobEvent)]
         return tuple(JobEvent(**{name: row[name] for name in names}) for row in rows)
+
+
+def _expired(row: sa.RowMapping, age: float, now: float) -> bool:
+    if row["status"] in UNFINISHED:
+        return False
+    until = row["completed_at"] + age if row["expires_at"] is None else row["expires_at"]
+    return bool(until <= now)
 
 
 def _owned(connection: Connection, id: str, key_id: str | None, *, lock: bool = False) -> sa.RowMapping:

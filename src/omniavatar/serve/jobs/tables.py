@@ -1,4 +1,4 @@
-"""The tables of the job store. A change here needs a new file in `migrations/versions/`; a test compares them.
+"""The tables of the job store. A change here needs a new file in `migrations/versions/`.
 
 Times are seconds since 1970. Everything is portable between SQLite and PostgreSQL.
 """
@@ -82,4 +82,4 @@ api_keys = sa.Table(
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("revoked_at", sa.Float),
 )
-"""digest: SHA-256 of the secret. old_digest: of the secret before the last rotation, valid until `old_until`."""
+"""digest: SHA-256 of the secret. old_digest: of the one before the last rotation, valid until `old_until`."""
