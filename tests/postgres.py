@@ -74,11 +74,12 @@ class PostgresServer:
                     self._process = self._run(["postgres", "-D", "data", *sockets, *options])
                 time.sleep(0.05)
 
-    def database(self, name: str) -> str:
-        """The URL of a new database."""
+    def empty_database(self) -> str:
+        """The URL of the one database of the tests, emptied."""
         with psycopg.connect(self._dsn("postgres"), autocommit=True) as connection:
-            connection.execute(f'CREATE DATABASE "{name}"')  # type: ignore[arg-type]
-        return f"postgresql://test@/{name}?host={self.folder}"
+            connection.execute("DROP SCHEMA public CASCADE")
+            connection.execute("CREATE SCHEMA public")
+        return f"postgresql://test@/postgres?host={self.folder}"
 
     def kill(self) -> None:
         """End the server as `kill -9` does."""
@@ -88,7 +89,7 @@ class PostgresServer:
 
     def stop(self) -> None:
         if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGINT)  # a fast shutdown
+            self._process.send_signal(signal.SIGQUIT)  # at once, nothing is kept
             self._process.wait()
         shutil.rmtree(self.folder)
 

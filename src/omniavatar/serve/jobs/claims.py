@@ -46,6 +46,9 @@ class Claims:
 
         Raises StoreError.
         """
+        with self.database.reading() as connection:  # idle workers ask often, and take no lock for it
+            if not _keys_in_turn(connection, models, self.database.now(connection)):
+                return None
         with self.database.writing(CLAIM) as connection:
             now = self.database.now(connection)
             for key_id in _keys_in_turn(connection, models, now):

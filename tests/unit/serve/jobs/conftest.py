@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +29,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/jobs.db"
     server: PostgresServer = request.getfixturevalue("postgres")
-    return server.database(f"jobs_{uuid.uuid4().hex}")
+    return server.empty_database()
 
 
 class Clock:

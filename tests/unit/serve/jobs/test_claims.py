@@ -68,14 +68,14 @@ def test_processes_that_claim_at_once_get_each_job_once(database_url: str) -> No
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     workers = [
         subprocess.Popen([sys.executable, "-c", CLAIMER, database_url, f"worker {number}"], **pipes)
-        for number in range(3)
+        for number in range(2)
     ]
     for worker in workers:
         worker.stdin.write("go\n")
         worker.stdin.flush()
     got = [line for worker in workers for line in worker.communicate(timeout=60)[0].split()]
     assert sorted(got) == sorted(ids)
-    assert [worker.returncode for worker in workers] == [0, 0, 0]
+    assert [worker.returncode for worker in workers] == [0, 0]
 
 
 def test_keys_take_turns_and_each_key_has_its_own_order(store: JobStore, clock) -> None:

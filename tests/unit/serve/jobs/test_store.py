@@ -28,7 +28,12 @@ from omniavatar.serve.jobs.rows import MOST_EVENTS
 from omniavatar.serve.jobs.store import JobStore
 
 SPEC = JobSpec(
-    "pocket", "a person speaks", "input/a.png", "input/b.wav", (64, 48), {"seed": 3, "shift": [1, {"a": None}]}
+    "pocket",
+    "a person speaks",
+    "input/a.png",
+    "input/b.wav",
+    (64, 48),
+    {"seed": 3, "shift": [1, {"a": None}]},
 )
 
 
