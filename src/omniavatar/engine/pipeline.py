@@ -18,6 +18,7 @@ import numpy as np
 
 from omniavatar.config.load import Overrides, load_config
 from omniavatar.config.schema import PipelineConfig
+from omniavatar.engine.continuation import begin, last_latents
 from omniavatar.engine.events import RequestFinished, RequestStarted, log_event
 from omniavatar.engine.host import Host
 from omniavatar.engine.identity import request_identity
@@ -156,9 +157,11 @@ class AvatarPipeline(Session):
                     self._go_back(job, made.plan)
                 needed = least_bytes(made.plan, self.config.output.crf, job.done)
                 check_room(job.output, needed, self._host.free_disk(job.folder))
+                if inputs.begun is not None and not job.done:
+                    begin(job, self.models, made)
                 self._announce(job, made.plan, index)
                 with VideoWriter(
-                    job, made.plan, self.config.output, request.audio, self._recorder, encoder, self._host
+                    job, made.plan, self.config.output, made.sound, self._recorder, encoder, self._host
                 ) as writer:
                     if job.done < len(made.plan.windows):
                         made = ready = condition(self.models, made, should_stop)
@@ -175,12 +178,18 @@ class AvatarPipeline(Session):
     def stream(self, request: AvatarRequest, should_stop: ShouldStop = never) -> Iterator[VideoChunk]:
         """Yield the frames of each window when it is finished. Nothing stays on disk.
 
+        A request that continues a video yields the new frames only.
+
         - should_stop: as for `generate`.
 
         Raises what `generate` raises.
         """
         with self.prepare(request, should_stop) as ready:
-            for result in self.windows(ready, 0, None, should_stop):
+            first, given = 0, None
+            if ready.inputs.begun is not None:
+                first = 1
+                given = last_latents(self.models, ready.inputs.begun, ready.plan.overlap)
+            for result in self.windows(ready, first, given, should_stop):
                 yield VideoChunk(
                     np.concatenate(result.frames),
                     result.window.first_new_frame,

@@ -18,7 +18,7 @@ from omniavatar.sampling.guidance import Branch, guidance_branches
 from omniavatar.sampling.passes import Passes, branch_patterns, count_passes, guided_steps, plan_passes
 from omniavatar.sampling.schedule import Schedule
 from omniavatar.sampling.step_cache import compute_all
-from omniavatar.sampling.windows import frames_for, padded_audio_frames, plan_windows, window_length
+from omniavatar.sampling.windows import frames_for, plan_windows, window_length
 from omniavatar.types import StepCache, StepPlan, Window
 
 VAE_STRIDE = 8
@@ -173,10 +173,13 @@ def window_shape(
     )
 
 
-def make_plan(config: PipelineConfig, shape: WindowShape, audio_samples: int | None) -> RunPlan:
+def make_plan(
+    config: PipelineConfig, shape: WindowShape, audio_samples: int | None, begun: int = 0
+) -> RunPlan:
     """The plan of a request whose windows have `shape`.
 
     - audio_samples: at `sample_rate`, with the leading silence; None for a silent video of `seq_len` frames.
+    - begun: frames of the finished video that this one goes on from; they count as its first window.
 
     Raises ValueError if `audio_samples` contradicts the shape.
     """
@@ -187,14 +190,14 @@ def make_plan(config: PipelineConfig, shape: WindowShape, audio_samples: int | N
         after_portrait = video.seq_len - 1
     else:
         after_portrait = frames_for(audio_samples, video.fps, video.sample_rate)
-    windows = plan_windows(after_portrait, shape.window_length, shape.overlap)
+    windows = plan_windows(after_portrait, shape.window_length, shape.overlap, begun)
     return RunPlan(
         **vars(shape),
         fps=video.fps,
         frames=after_portrait + 1,
         windows=windows,
-        padded_audio_frames=padded_audio_frames(len(windows), shape.window_length, shape.overlap),
-        audio_delay_s=Fraction(video.silence_duration_s) + 1 / Fraction(video.fps),
+        padded_audio_frames=windows[-1].start + shape.window_length - 1,
+        audio_delay_s=Fraction(0 if begun else video.silence_duration_s) + 1 / Fraction(video.fps),
     )
 
 

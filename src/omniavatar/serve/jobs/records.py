@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
 
-Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 LOCAL_KEY = "local"
 """`key_id` of the jobs of a server that asks for no keys, and of `omniavatar batch`."""
@@ -17,6 +17,8 @@ JOB_ID = re.compile(r"video_[0-9a-f]{32}")
 
 VIDEO, SIDECAR, THUMBNAIL = "output/video.mp4", "output/video.json", "output/thumbnail.webp"
 """Names of a finished job's files."""
+SOURCE_VIDEO = "input/source.mp4"
+"""Name of the video that a job goes on from."""
 
 CANCELLED, WORKER_LOST, SERVER_ERROR = "cancelled", "worker_lost", "server_error"
 """Codes of `JobError` that the queue itself gives; the others are those of the command line's errors."""
@@ -185,7 +187,7 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a completed job left. seconds: of the video. output: its file's name. expires_at: None for never."""
+    """What a completed job left. seconds: of the video. output: name of its file. expires_at: None for never."""
 
     output: str
     size_bytes: int

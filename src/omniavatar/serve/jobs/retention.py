@@ -11,7 +11,7 @@ from omniavatar.serve.jobs.store import JobStore
 
 @dataclass(frozen=True)
 class Swept:
-    """What a sweep did. kept_bytes: of finished videos that stay. too_many: above the limit, but not expired."""
+    """What a sweep did. kept_bytes: of videos that stay. too_many: bytes above the limit, not expired yet."""
 
     removed: tuple[str, ...]
     freed_bytes: int

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-
 from typing import Any
 
 import sqlalchemy as sa
@@ -52,7 +51,7 @@ def find(connection: Connection, job_id: str, *, lock: bool = False) -> sa.RowMa
 
 
 def change(connection: Connection, row: sa.RowMapping, now: float, **values: Any) -> JobRecord:
-    """Write `values` into the job's row, and an event if its status or progress is another; returns the job."""
+    """Write `values` into the job's row, and an event if its status or progress changes; returns the job."""
     new = {**row, **values}
     if new["status"] != row["status"] or new["attempt"] != row["attempt"]:
         data = {"status": str(new["status"]), "attempt": new["attempt"]}
@@ -68,9 +67,7 @@ def change(connection: Connection, row: sa.RowMapping, now: float, **values: Any
     return job_record(found)
 
 
-def add_event(
-    connection: Connection, row: sa.RowMapping, now: float, kind: str, data: dict[str, Any]
-) -> int:
+def add_event(connection: Connection, row: sa.RowMapping, now: float, kind: str, data: dict[str, Any]) -> int:
     """Add an event and delete the oldest; returns its sequence number."""
     sequence = int(row["last_event"]) + 1
     connection.execute(

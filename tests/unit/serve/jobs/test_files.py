@@ -86,8 +86,13 @@ def test_a_missing_file_is_one_line(files: JobFiles) -> None:
         "/etc/passwd",
         "input/a/b",
         "input/a\0b",
-    ]
-    + ["input/.hidden", "input\\x", "output/a\n", "secret/x", "input/" + "x" * 101, "input/ü"],
+        "input/.hidden",
+        "input\\x",
+        "output/a\n",
+        "secret/x",
+        "input/" + "x" * 101,
+        "input/ü",
+    ],
 )
 def test_a_name_becomes_no_other_path(tmp_path: Path, name: str) -> None:
     files, id = JobFiles(str(tmp_path / "files")), new_job_id()

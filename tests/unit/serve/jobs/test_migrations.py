@@ -70,7 +70,7 @@ def test_openers_at_the_same_time_migrate_once(database_url: str, start: str) ->
 def test_tables_of_a_newer_version_are_refused(database_url: str) -> None:
     with JobStore.open(database_url) as store, store.database.writing() as connection:
         connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
-    with pytest.raises(StoreError, match="newer version of omniavatar.*update this one"):
+    with pytest.raises(StoreError, match=r"newer version of omniavatar.*update this one"):
         JobStore.open(database_url)
 
 

@@ -208,5 +208,5 @@ def test_a_database_that_does_not_answer_is_one_line_without_the_password(url: s
 
 def test_a_file_that_is_no_database_is_one_line(tmp_path) -> None:
     (tmp_path / "jobs.db").write_bytes(b"not a database at all, but long enough" * 100)
-    with pytest.raises(StoreError, match="does not answer .*not a database"):
+    with pytest.raises(StoreError, match=r"does not answer .*not a database"):
         JobStore.open(f"sqlite:///{tmp_path}/jobs.db")
