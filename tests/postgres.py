@@ -20,6 +20,7 @@ import psycopg
 USER = "postgres"
 START_S = 60.0
 SETTINGS = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=60")
+"""Fast, and what a kill of the server needs; what is committed survives since the store asks for it."""
 
 
 def programs() -> Path | None:

@@ -184,8 +184,11 @@ def _postgresql(url: sa.URL) -> Engine:
         raise StoreError(
             "database: the package psycopg is missing; pip install 'omniavatar[serve-postgres]'"
         ) from None
-    arguments = {
-        "connect_timeout": CONNECT_S,
-        "options": f"-c lock_timeout={BUSY_S:.0f}s -c idle_in_transaction_session_timeout={BUSY_S:.0f}s",
+    settings = {
+        "synchronous_commit": "on",  # an accepted job is on the disk, whatever the server's default is
+        "lock_timeout": f"{BUSY_S:.0f}s",
+        "idle_in_transaction_session_timeout": f"{BUSY_S:.0f}s",
     }
+    options = " ".join(f"-c {name}={value}" for name, value in settings.items())
+    arguments = {"connect_timeout": CONNECT_S, "options": options}
     return sa.create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20, connect_args=arguments)

@@ -15,7 +15,10 @@ from omniavatar.serve.jobs.worker import JobTask, JobWorker
 
 def main(socket: int) -> None:
     connection: Connection = Connection(socket)
-    factory, seat, files, folder = connection.recv()
+    try:
+        factory, seat, files, folder = connection.recv()
+    except EOFError:  # the starting process died
+        return
     worker = JobWorker(factory, seat, files, folder, connection.send)
     tasks: SimpleQueue[JobTask] = SimpleQueue()
     threading.Thread(target=_receive, args=(connection, worker, tasks), daemon=True).start()

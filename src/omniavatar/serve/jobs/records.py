@@ -187,7 +187,10 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a completed job left. seconds: of the video. output: name of its file. expires_at: None for never."""
+    """What a completed job left.
+
+    output: name of the video's file. seconds: of the video. expires_at: None for never.
+    """
 
     output: str
     size_bytes: int

@@ -82,6 +82,13 @@ class _Slot:
     error: str = ""
     last: Progress | None = None
 
+    def progress(self, claim: Claim) -> JobProgress:
+        """The latest of the claim's job."""
+        last = self.last
+        if last is None or last.key != claim.job.id or not last.windows:
+            return JobProgress(claim.job.window, claim.job.windows)
+        return JobProgress(last.window, last.windows, last.step, last.steps, last.eta_seconds, last.resumed)
+
 
 @dataclass(frozen=True)
 class WorkersStatus:
@@ -220,9 +227,7 @@ class Workers:
     def _beat(self) -> None:
         """Extend the leases, and pass on who must stop."""
         busy = [slot for slot in self._slots if slot.claim is not None]
-        for number, progress in self._crew.progress([slot.number for slot in busy]).items():
-            if progress.key is not None:
-                self._slots[number].last = progress
+        self._look(busy)
         for slot in busy:
             if slot.claim is None:
                 continue
@@ -232,13 +237,14 @@ class Workers:
             if slot.stop is not None and slot.info is not None:
                 self._crew.stop(slot.number, slot.stop)  # again, as long as it is needed
 
+    def _look(self, slots: Sequence[_Slot]) -> None:
+        """Note the latest progress of these workers."""
+        for number, progress in self._crew.progress([slot.number for slot in slots]).items():
+            if progress.key is not None:
+                self._slots[number].last = progress
+
     def _extend(self, slot: _Slot, claim: Claim) -> None:
-        before, last = self._clock(), slot.last
-        progress = JobProgress(claim.job.window, claim.job.windows)
-        if last is not None and last.key == claim.job.id and last.windows:
-            progress = JobProgress(
-                last.window, last.windows, last.step, last.steps, last.eta_seconds, last.resumed
-            )
+        before, progress = self._clock(), slot.progress(claim)
         answer = self._asked(lambda: self._store.heartbeat(claim, progress))
         if answer is not None and not answer.lost:
             slot.void_at = before + claim.lease_seconds
@@ -266,11 +272,13 @@ class Workers:
                 self._lost(slot, reason)
 
     def _answered(self, slot: _Slot, outcome: Outcome) -> None:
+        self._look([slot])
         claim, slot.claim = slot.claim, None
         if outcome.replace:
             self._replace(slot)
         if claim is None:
             return
+        last = slot.progress(claim)
         made, rules = outcome.made, self._rules
         if outcome.verdict is Verdict.done and made is not None:
             expires = None if rules.keep is None else time.time() + rules.keep
@@ -279,9 +287,9 @@ class Workers:
             )
             self._later(lambda: self._complete(claim, result))
         elif outcome.error_class == StoppedError.__name__:
-            self._later(lambda: self._release(claim, 0.0))
+            self._later(lambda: self._release(claim, last, 0.0))
         elif outcome.verdict is Verdict.busy:
-            self._later(lambda: self._release(claim, rules.busy_pause))
+            self._later(lambda: self._release(claim, last, rules.busy_pause))
         else:
             retry = outcome.verdict in (Verdict.retry, Verdict.broken, Verdict.lost)
             _log.log(
@@ -290,9 +298,10 @@ class Workers:
                 claim.job.id,
                 outcome.error,
             )
-            self._fail(claim, job_error(outcome), retry=retry)
+            self._fail(claim, last, job_error(outcome), retry=retry)
 
     def _lost(self, slot: _Slot, reason: str) -> None:
+        self._look([slot])
         claim, started = slot.claim, slot.info is not None
         _log.warning("worker %s is lost: %s", slot.number, reason)
         slot.claim = None
@@ -300,7 +309,7 @@ class Workers:
         self._replace(slot, failed=not started)
         if claim is not None:
             error = JobError(WORKER_LOST, f"its worker died again and again: {reason}", "server_error")
-            self._fail(claim, error, retry=True, pause=0.0)
+            self._fail(claim, slot.progress(claim), error, retry=True, pause=0.0)
 
     def _replace(self, slot: _Slot, *, failed: bool = False) -> None:
         """End the slot's worker and hire another, later if it `failed` to start."""
@@ -317,14 +326,24 @@ class Workers:
             self._files.drop_work(claim.job.id)
             self._on_end(claim.job.id)
 
-    def _release(self, claim: Claim, pause: float) -> None:
+    def _release(self, claim: Claim, last: JobProgress, pause: float) -> None:
+        self._store.heartbeat(claim, last)
         self._store.release(claim, pause)
         self._tell_if_ended(claim)
 
-    def _fail(self, claim: Claim, error: JobError, *, retry: bool, pause: float | None = None) -> None:
+    def _fail(
+        self,
+        claim: Claim,
+        last: JobProgress,
+        error: JobError,
+        *,
+        retry: bool,
+        pause: float | None = None,
+    ) -> None:
         wait = self._rules.retry_pause * 2 ** min(claim.attempt - 1, 6) if pause is None else pause
 
         def fail() -> None:
+            self._store.heartbeat(claim, last)
             if self._store.fail(claim, error, retry=retry, pause=wait):
                 self._tell_if_ended(claim)
 
@@ -338,7 +357,8 @@ class Workers:
     def _give_back(self, slot: _Slot) -> None:
         claim, slot.claim = slot.claim, None
         if claim is not None:
-            self._later(lambda: self._release(claim, 0.0))
+            last = slot.progress(claim)
+            self._later(lambda: self._release(claim, last, 0.0))
 
     def _later(self, action: Callable[[], None]) -> None:
         self._unrecorded.append(action)
