@@ -1,8 +1,8 @@
 """A fake engine for tests of the queue's workers, with known bytes and failures on demand.
 
 It appends windows to a file in the job's `work/` folder and goes on after the last whole one. Each window
-waits while `<notes>/hold` names it or an earlier one. It logs what it does in `<notes>/log`. The first word of the prompt selects a
-failure: `bad`, `bug`, `full`, `die` (the process ends in window 1, each time).
+waits while `<notes>/hold` names it or an earlier one. It logs what it does in `<notes>/log`. The first word
+of the prompt selects a failure: `bad`, `bug`, `full`, `die` (the process ends in window 1, each time).
 """
 
 from __future__ import annotations

@@ -10,11 +10,13 @@ frame that a viewer has seen already would change a little, and the last window 
 
 from __future__ import annotations
 
+import tempfile
 import wave
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,11 +27,11 @@ import torch
 from omniavatar.errors import InputError
 from omniavatar.media.atomic import atomic_path
 from omniavatar.media.audio_source import open_audio
-from omniavatar.media.inspect import probe_video, read_frames
+from omniavatar.media.inspect import encoding, probe_video, read_frames
 from omniavatar.media.resample import resample, silence
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from torch import Tensor
 
@@ -91,10 +93,23 @@ def join_sounds(begun: Begun, fps: float, sound: LocalAudio, path: Path) -> Path
     return path
 
 
-def begin(job: Job, models: Models, planned: Planned) -> None:
-    """Record the finished video as the first window of the job. Raises InputError, OutputError."""
+def begin(job: Job, models: Models, planned: Planned, encode: Callable[..., int]) -> None:
+    """Record the finished video as the first window of the job.
+
+    encode: writes frames as a segment, with the settings of the job (`media.video.encode_segment`).
+
+    Raises InputError, OutputError.
+    """
     begun = planned.inputs.begun
     assert begun is not None
+    with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
+        sample = Path(folder) / "sample.mp4"
+        encode(iter([np.stack(list(islice(read_frames(begun.path), 2)))]), sample)
+        if encoding(sample) != encoding(begun.path):
+            raise InputError(
+                f"video {begun.path}: was encoded with other settings; set crf, preset and encoder as it "
+                "was made"
+            )
     with atomic_path(job.segment_path(0)) as temporary:
         temporary.write_bytes(begun.path.read_bytes())
     given = models.residency.retry(lambda: last_latents(models, begun, planned.plan.overlap))

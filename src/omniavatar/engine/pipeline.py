@@ -18,7 +18,6 @@ import numpy as np
 
 from omniavatar.config.load import Overrides, load_config
 from omniavatar.config.schema import PipelineConfig
-from omniavatar.engine.continuation import begin, last_latents
 from omniavatar.engine.events import RequestFinished, RequestStarted, log_event
 from omniavatar.engine.host import Host
 from omniavatar.engine.identity import request_identity
@@ -129,7 +128,7 @@ class AvatarPipeline(Session):
         from omniavatar.engine.room import check_room, least_bytes
         from omniavatar.engine.sidecar import sidecar_values
         from omniavatar.engine.targets import Identified
-        from omniavatar.engine.writer import VideoWriter
+        from omniavatar.engine.writer import VideoWriter, segment_encoder
 
         resume = self.config.output.resume if resume is None else resume
         inputs = read_inputs(self.models, request)
@@ -158,7 +157,10 @@ class AvatarPipeline(Session):
                 needed = least_bytes(made.plan, self.config.output.crf, job.done)
                 check_room(job.output, needed, self._host.free_disk(job.folder))
                 if inputs.begun is not None and not job.done:
-                    begin(job, self.models, made)
+                    from omniavatar.engine.continuation import begin
+
+                    encode = segment_encoder(self._host, self.config.output, made.plan, encoder)
+                    begin(job, self.models, made, encode)
                 self._announce(job, made.plan, index)
                 with VideoWriter(
                     job, made.plan, self.config.output, made.sound, self._recorder, encoder, self._host
@@ -187,6 +189,8 @@ class AvatarPipeline(Session):
         with self.prepare(request, should_stop) as ready:
             first, given = 0, None
             if ready.inputs.begun is not None:
+                from omniavatar.engine.continuation import last_latents
+
                 first = 1
                 given = last_latents(self.models, ready.inputs.begun, ready.plan.overlap)
             for result in self.windows(ready, first, given, should_stop):

@@ -20,7 +20,6 @@ import torch
 from omniavatar.config.change import effective_sampling
 from omniavatar.config.values import prompt_text
 from omniavatar.encoders.image import choose_bucket, prepare_image
-from omniavatar.engine.continuation import JOINED, Begun, join_sounds, read_begun
 from omniavatar.engine.events import Message
 from omniavatar.engine.window_loop import ShouldStop, WindowSampling, end_if, never
 from omniavatar.errors import InputError
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from omniavatar.config.schema import SamplingConfig
+    from omniavatar.engine.continuation import Begun
     from omniavatar.engine.memory_inputs import LocalRequest
     from omniavatar.engine.models import Models
     from omniavatar.sampling.cache_constants import CacheConstants
@@ -117,6 +117,8 @@ def read_inputs(models: Models, request: LocalRequest) -> Inputs:
     if request.continues is not None:
         if request.audio is None:
             raise InputError("audio: is missing; a video goes on with more sound")
+        from omniavatar.engine.continuation import read_begun
+
         begun = read_begun(request.continues, config.video)
     size = begun.size if begun is not None else request.size
     if size is None:
@@ -135,6 +137,8 @@ def plan_request(models: Models, inputs: Inputs, folder: Path) -> Planned:
     waveform: np.ndarray | None = None
     lead = video.silence_duration_s
     if audio is not None and begun is not None:
+        from omniavatar.engine.continuation import JOINED, join_sounds
+
         with models.recorder.stage("audio_decode"):
             audio, lead = join_sounds(begun, video.fps, audio, folder / JOINED), 0.0
     if audio is not None:

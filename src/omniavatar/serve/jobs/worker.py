@@ -19,10 +19,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 from omniavatar.engine.events import RequestStarted, StepFinished, WindowFinished, WindowStarted
 from omniavatar.engine.marks import read_record
 from omniavatar.errors import InputError
-from omniavatar.serve.batch.items import Made, Outcome, Progress, Seat, Stop, Verdict, WorkerInfo
+from omniavatar.serve.batch.items import Made, Outcome, Progress, Seat, Stop, Verdict, WorkerInfo, is_bug
 from omniavatar.serve.batch.worker import enter_folder, error_outcome
 from omniavatar.serve.jobs.files import JobFiles
-from omniavatar.serve.jobs.records import SIDECAR, SOURCE_VIDEO, THUMBNAIL, VIDEO, JobSpec, Json
+from omniavatar.serve.jobs.records import (
+    SERVER_ERROR,
+    SIDECAR,
+    SOURCE_VIDEO,
+    THUMBNAIL,
+    VIDEO,
+    JobError,
+    JobSpec,
+    Json,
+)
 from omniavatar.types import AvatarRequest, Event, SamplingParams
 
 if TYPE_CHECKING:
@@ -238,3 +247,13 @@ def write_thumbnail(video: Path, path: Path) -> None:
     picture = Image.fromarray(frame)
     picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     picture.save(path, "webp", quality=85)
+
+
+def job_error(outcome: Outcome) -> JobError:
+    """What a client reads of a failed attempt. Bugs show no trace."""
+    name = outcome.error_class
+    if outcome.verdict is Verdict.broken or is_bug(name):
+        return JobError(SERVER_ERROR, "the server met a bug in this job; its log says more", "server_error")
+    kinds = {"InputError": "invalid_request_error", "NumbersError": "server_error"}
+    code = name.removesuffix("Error").lower() or SERVER_ERROR
+    return JobError(code, outcome.error, kinds.get(name, "server_error"))

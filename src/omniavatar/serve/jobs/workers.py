@@ -23,12 +23,11 @@ from typing import TypeVar
 
 from omniavatar.errors import OmniAvatarError, StoppedError
 from omniavatar.serve.batch.crew import Answered, Lost, News, Started
-from omniavatar.serve.batch.items import Outcome, Progress, Stop, Verdict, WorkerInfo, is_bug
+from omniavatar.serve.batch.items import Outcome, Progress, Stop, Verdict, WorkerInfo
 from omniavatar.serve.jobs.errors import StoreError
 from omniavatar.serve.jobs.files import JobFiles
 from omniavatar.serve.jobs.process_crew import JobCrew
 from omniavatar.serve.jobs.records import (
-    SERVER_ERROR,
     VIDEO,
     WORKER_LOST,
     Claim,
@@ -37,7 +36,7 @@ from omniavatar.serve.jobs.records import (
     JobResult,
 )
 from omniavatar.serve.jobs.store import JobStore
-from omniavatar.serve.jobs.worker import JobTask
+from omniavatar.serve.jobs.worker import JobTask, job_error
 
 _log = logging.getLogger("omniavatar.serve")
 
@@ -393,13 +392,3 @@ class Workers:
             return None
         self._store_away = False
         return answer
-
-
-def job_error(outcome: Outcome) -> JobError:
-    """What a client reads of a failed attempt. Bugs show no trace."""
-    name = outcome.error_class
-    if outcome.verdict is Verdict.broken or is_bug(name):
-        return JobError(SERVER_ERROR, "the server met a bug in this job; its log says more", "server_error")
-    kinds = {"InputError": "invalid_request_error", "NumbersError": "server_error"}
-    code = name.removesuffix("Error").lower() or SERVER_ERROR
-    return JobError(code, outcome.error, kinds.get(name, "server_error"))

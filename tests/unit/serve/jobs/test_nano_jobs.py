@@ -1,0 +1,119 @@
+"""Jobs with the real engine and a nano checkpoint: a kill and a drain change no byte of the video."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+import job_driver
+from engine import make_pipeline, overrides, portrait, voice
+from media_files import write_audio
+from omniavatar import AvatarRequest
+from omniavatar.config.load import load_config
+from omniavatar.serve.batch.items import Seat, WorkerInfo
+from omniavatar.serve.jobs.engines import JobEngines
+from omniavatar.serve.jobs.extensions import prepare_extension
+from omniavatar.serve.jobs.files import JobFiles
+from omniavatar.serve.jobs.records import (
+    SIDECAR,
+    SOURCE_VIDEO,
+    VIDEO,
+    JobRecord,
+    JobResult,
+    JobSpec,
+    JobStatus,
+    new_job_id,
+)
+from omniavatar.serve.jobs.store import JobStore
+from omniavatar.serve.jobs.worker import JobTask, JobWorker
+from processes import start as start_process
+
+WAIT_S = 120.0
+SETTINGS = {"seed": 5, "num_steps": 2}
+
+
+def test_a_killed_and_a_drained_job_has_the_bytes_of_an_uninterrupted_one(
+    nano_checkpoint: Path, tmp_path: Path
+) -> None:
+    face, speech = tmp_path / "face.png", tmp_path / "voice.wav"
+    PIL.Image.fromarray(portrait()).save(face)
+    sound = voice(1.6)
+    write_audio(speech, sound.samples[None], 16000, "pcm_s16le", "mono")
+    files, url = JobFiles(str(tmp_path / "files")), f"sqlite:///{tmp_path}/jobs.db"
+    id = new_job_id()
+    files.put(id, "input/face.png", io.BytesIO(face.read_bytes()))
+    files.put(id, "input/voice.wav", io.BytesIO(speech.read_bytes()))
+    with JobStore.open(url) as store:
+        spec = JobSpec("nano", "a person speaks", "input/face.png", "input/voice.wav", (64, 64), SETTINGS)
+        store.submit("key", spec, id=id)
+        engines = overrides(nano_checkpoint, tmp_path / "cache", threads=1)
+
+        killed = start(url, files, engines)
+        until(store, id, lambda job: job.window >= 1)
+        killed.kill()
+        killed.wait()
+        assert store.get(id).status is JobStatus.in_progress
+        assert (files.work(id).parent / "video.mp4.job" / "job.json").exists()
+
+        drained = start(url, files, engines)
+        until(store, id, lambda job: job.attempt == 2 and job.windows > 0)
+        drained.send_signal(signal.SIGTERM)
+        assert drained.wait(WAIT_S) == 0
+        waiting = store.get(id)
+        state = json.loads((files.work(id).parent / "video.mp4.job" / "job.json").read_text())
+        assert waiting.status is JobStatus.queued and 1 <= state["done"] == waiting.window < waiting.windows
+
+        claim = store.claim("here", ["nano"], 60)
+        assert claim is not None and claim.attempt == 3
+        config = load_config(None, engines).config
+        worker = JobWorker(JobEngines({"nano": config}), Seat(("cpu",)), files, str(Path.cwd()))
+        assert isinstance(worker.start(), WorkerInfo)
+        outcome = worker.run(JobTask(id, spec))
+        assert outcome.made is not None, outcome
+        assert outcome.made.resumed_windows == waiting.window
+        again = worker.run(JobTask(id, spec))  # as if it had died before it could report
+        assert again.made == outcome.made and again.size == outcome.size
+        result = JobResult(VIDEO, outcome.size, outcome.made.video_seconds, outcome.made.windows)
+        store.complete(claim, result)
+        job = store.get(id)
+
+    with make_pipeline(nano_checkpoint, tmp_path / "cache", threads=1, **SETTINGS) as pipeline:
+        request = AvatarRequest("a person speaks", face, speech)
+        made = pipeline.generate(request, tmp_path / "whole.mp4")
+    assert made.windows == job.windows
+    assert files.local(id, VIDEO).read_bytes() == made.output.read_bytes()
+    sidecar = json.loads(files.local(id, SIDECAR).read_text())
+    assert (sidecar["seed"], sidecar["bytes"], sidecar["frames"]) == (5, job.size_bytes, made.frames)
+
+    new_id = new_job_id()
+    assert prepare_extension(files, job, new_id) == "input/face.png"
+    assert files.local(new_id, SOURCE_VIDEO).read_bytes() == made.output.read_bytes()
+
+
+def start(url: str, files: JobFiles, engines: dict[str, Any]) -> subprocess.Popen[str]:
+    options = {"kind": "nano", "url": url, "files": files.place, "engines": engines, "rules": {"lease": 3.0}}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = start_process(
+        [sys.executable, job_driver.__file__, json.dumps(options)], stdout=subprocess.PIPE, env=environment
+    )
+    assert process.stdout is not None and process.stdout.readline() == "running\n"
+    threading.Thread(target=process.stdout.read, daemon=True).start()
+    return process
+
+
+def until(store: JobStore, id: str, true: Any) -> JobRecord:
+    end = time.monotonic() + WAIT_S
+    while not true(job := store.get(id)):
+        assert time.monotonic() < end, job
+        time.sleep(0.01)
+    return job
