@@ -22,7 +22,7 @@ from functools import partial
 from typing import TypeVar
 
 from omniavatar.errors import OmniAvatarError, StoppedError
-from omniavatar.serve.batch.crew import Answered, Lost, News, Started
+from omniavatar.serve.batch.crew import Answered, CrewLost, Lost, News, Started
 from omniavatar.serve.batch.items import Outcome, Progress, Stop, Verdict, WorkerInfo
 from omniavatar.serve.jobs.errors import StoreError
 from omniavatar.serve.jobs.files import JobFiles
@@ -167,18 +167,30 @@ class Workers:
 
         Raises what opening the crew raises.
         """
-        self._crew = self._open_crew()
-        try:
-            self._slots = [_Slot(number, hire_at=0.0) for number in range(self._crew.workers)]
-            while not self._stopping.is_set():
-                self._turn()
-                if self._draining.is_set() and not self._unrecorded and not any(s.claim for s in self._slots):
-                    break
-        finally:
-            self._crew.close()
-            for slot in self._slots:
-                self._give_back(slot)
-            self._record()
+        while not self._ended():
+            try:
+                self._crew = self._open_crew()
+            except CrewLost as lost:
+                _log.error("%s; starting the workers again", lost)
+                self._stopping.wait(self._rules.hire_pause)
+                continue
+            try:
+                self._slots = [_Slot(number, hire_at=0.0) for number in range(self._crew.workers)]
+                while not self._ended():
+                    self._turn()
+            except CrewLost as lost:
+                _log.error("%s; starting the workers again", lost)
+            finally:
+                self._crew.close()
+                for slot in self._slots:
+                    self._give_back(slot)
+                self._record()
+
+    def _ended(self) -> bool:
+        if self._stopping.is_set():
+            return True
+        busy = any(slot.claim is not None for slot in self._slots)
+        return self._draining.is_set() and not busy and not self._unrecorded
 
     def _turn(self) -> None:
         rules, now = self._rules, self._clock()
