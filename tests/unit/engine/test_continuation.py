@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine import make_pipeline, portrait, request, voice
+from engine import make_pipeline, request, voice
 from omniavatar import AvatarPipeline, AvatarRequest
+from omniavatar.engine.identity import request_identity
+from omniavatar.engine.prepare import read_inputs
 from omniavatar.errors import InputError, OutputError, ResumeError
 from omniavatar.media.audio import decode_mono
 from omniavatar.media.inspect import probe_video, read_frames
 from omniavatar.sampling.windows import plan_windows
+from omniavatar.types import RunResult
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +32,12 @@ def first(pipeline: AvatarPipeline, tmp_path_factory: pytest.TempPathFactory) ->
     return pipeline.generate(request(1.0), tmp_path_factory.mktemp("first") / "first.mp4").output
 
 
+@pytest.fixture(scope="module")
+def second(pipeline: AvatarPipeline, first: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """`first`, continued by 0.7 s."""
+    return pipeline.generate(longer(first), tmp_path_factory.mktemp("second") / "second.mp4")
+
+
 def longer(first: Path, seconds: float = 0.7, **changes: object) -> AvatarRequest:
     return request(audio=voice(seconds, seed=7), continues=first, **changes)
 
@@ -38,9 +47,9 @@ def frames_of(path: Path) -> np.ndarray:
 
 
 def test_the_frames_before_stay_and_the_new_ones_follow(
-    pipeline: AvatarPipeline, first: Path, tmp_path: Path
+    pipeline: AvatarPipeline, first: Path, second: RunResult
 ) -> None:
-    made = pipeline.generate(longer(first), tmp_path / "second.mp4")
+    made = second
     old, new = frames_of(first), frames_of(made.output)
     assert (new[: len(old)] == old).all()
     expected = len(old) + round(0.7 * 25 + 0.49)
@@ -51,14 +60,13 @@ def test_the_frames_before_stay_and_the_new_ones_follow(
 
 
 def test_the_sound_before_stays_and_the_new_one_follows_at_its_time(
-    pipeline: AvatarPipeline, first: Path, tmp_path: Path
+    first: Path, second: RunResult, tmp_path: Path
 ) -> None:
-    made = pipeline.generate(longer(first), tmp_path / "second.mp4")
     heard = {}
-    for name, path in (("old", first), ("all", made.output)):
+    for name, path in (("old", first), ("all", second.output)):
         decode_mono(path, tmp_path / name, lead_silence_s=0)
         heard[name] = np.fromfile(tmp_path / name, "<f4")
-    info = probe_video(made.output)
+    info = probe_video(second.output)
     assert info.audio is not None and abs(info.audio.duration_s - info.duration_s) < 0.1
     border = round(probe_video(first).frames / 25 * 16000)
     assert np.corrcoef(heard["old"][:border], heard["all"][:border])[0, 1] > 0.95
@@ -66,22 +74,20 @@ def test_the_sound_before_stays_and_the_new_one_follows_at_its_time(
     assert np.corrcoef(new, heard["all"][border : border + len(new)])[0, 1] > 0.95
 
 
-def test_it_can_be_extended_again_and_gives_the_same_bytes_again(
-    pipeline: AvatarPipeline, first: Path, tmp_path: Path
+def test_it_can_be_extended_again_which_is_another_request(
+    pipeline: AvatarPipeline, second: RunResult, tmp_path: Path
 ) -> None:
-    second = pipeline.generate(longer(first, 0.4), tmp_path / "second.mp4").output
-    third = pipeline.generate(longer(second, 0.4), tmp_path / "third.mp4").output
-    again = pipeline.generate(longer(second, 0.4), tmp_path / "again.mp4").output
-    assert third.read_bytes() == again.read_bytes()
-    old, new = frames_of(second), frames_of(third)
+    third = pipeline.generate(longer(second.output, 0.2), tmp_path / "third.mp4").output
+    old, new = frames_of(second.output), frames_of(third)
     assert len(new) > len(old) and (new[: len(old)] == old).all()
+    with pytest.raises(ResumeError, match=r"request.continues"):
+        pipeline.generate(longer(third), second.output)
 
 
-@pytest.mark.parametrize("damage", [None, "segment_00000.mp4", "given_00001.safetensors"])
+@pytest.mark.parametrize("damage", [None, "given_00001.safetensors"])
 def test_an_interrupted_one_goes_on_to_the_same_bytes(
-    pipeline: AvatarPipeline, first: Path, tmp_path: Path, damage: str | None
+    pipeline: AvatarPipeline, first: Path, second: RunResult, tmp_path: Path, damage: str | None
 ) -> None:
-    whole = pipeline.generate(longer(first), tmp_path / "whole.mp4").output
     calls = 0
 
     def stop() -> bool:
@@ -97,26 +103,21 @@ def test_an_interrupted_one_goes_on_to_the_same_bytes(
     if damage is not None:
         (job / damage).write_bytes(b"damaged")
     made = pipeline.generate(longer(first), target)
-    assert made.output.read_bytes() == whole.read_bytes()
+    assert made.output.read_bytes() == second.output.read_bytes()
     assert made.resumed_windows >= 1 or damage is not None
     assert not job.exists()
 
 
-def test_another_video_before_is_another_request(
-    pipeline: AvatarPipeline, first: Path, tmp_path: Path
+def test_a_copy_of_the_video_before_is_the_same_request(
+    pipeline: AvatarPipeline, first: Path, second: RunResult, tmp_path: Path
 ) -> None:
     copy = tmp_path / "copy.mp4"
     shutil.copy(first, copy)
-    target = tmp_path / "second.mp4"
-    made = pipeline.generate(longer(first, 0.4), target)
-    assert pipeline.generate(longer(copy, 0.4), target).seconds == 0.0  # the same content
-    other = pipeline.generate(longer(made.output, 0.4), tmp_path / "other.mp4").output
-    with pytest.raises(ResumeError, match=r"request.continues"):
-        pipeline.generate(longer(other, 0.4), target)
+    assert pipeline.generate(longer(copy), second.output).seconds == 0.0  # the same content
 
 
-def test_stream_yields_the_new_frames(pipeline: AvatarPipeline, first: Path, tmp_path: Path) -> None:
-    made = frames_of(pipeline.generate(longer(first), tmp_path / "second.mp4").output)
+def test_stream_yields_the_new_frames(pipeline: AvatarPipeline, first: Path, second: RunResult) -> None:
+    made = frames_of(second.output)
     chunks = list(pipeline.stream(longer(first)))
     old = probe_video(first).frames
     assert chunks[0].start == old and sum(len(chunk.frames) for chunk in chunks) == len(made) - old
@@ -171,11 +172,19 @@ def test_windows_after_a_finished_video_cover_the_rest(begun: int, more: int) ->
     assert shown == begun + more and len(windows) == 1 + -(-more // 8)
 
 
-def test_portrait_size_is_chosen_by_the_request(nano_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_request_can_choose_a_configured_size(nano_checkpoint: Path, tmp_path: Path) -> None:
     sizes = [[64, 64], [64, 80]]
     with make_pipeline(nano_checkpoint, tmp_path / "cache", image_sizes_720=sizes) as pipeline:
-        made = pipeline.generate(request(0.3, image=portrait(), size=(64, 80)), tmp_path / "a.mp4")
-        info = probe_video(made.output)
-        assert (info.height, info.width) == (64, 80)
-        with pytest.raises(ResumeError, match=r"request.size"):
-            pipeline.generate(request(0.3, image=portrait()), tmp_path / "a.mp4")
+        named, chosen = (read_inputs(pipeline.models, request(0.3, size=size)) for size in ((64, 80), None))
+        assert (named.shape.size, chosen.shape.size) == ((64, 80), (64, 64))
+        identities = [
+            request_identity(
+                pipeline.config,
+                each,
+                "x264",
+                pipeline.models.residency.place(each.shape, {}),
+                pipeline.models,
+            )
+            for each in (named, chosen)
+        ]
+        assert identities[0]["request.size"] == "[64, 80]" and "request.size" not in identities[1]

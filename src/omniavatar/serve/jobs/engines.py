@@ -246,6 +246,10 @@ class JobGroupWorker:
     def stop(self, how: Any) -> None:
         self._group.stop(how)
 
+    def close(self) -> None:
+        """End the processes."""
+        self._group.close()
+
     def _new_group(self) -> GroupWorker:
         seat, files, folder = self._arguments
         factory = pickle.dumps(self._engines.only(self._model))

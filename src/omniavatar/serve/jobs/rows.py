@@ -20,7 +20,7 @@ from omniavatar.serve.jobs.records import (
 )
 from omniavatar.serve.jobs.tables import events, jobs, turns
 
-MOST_EVENTS = 500
+MOST_EVENTS = 200
 """Events kept of one job; the oldest are deleted."""
 _PLAIN = [
     field.name for field in dataclasses.fields(JobRecord) if field.name not in ("spec", "status", "error")

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -62,7 +63,9 @@ with JobStore.open(sys.argv[1]) as store:
 
 
 @pytest.mark.slow
-def test_processes_that_claim_at_once_get_each_job_once(database_url: str) -> None:
+def test_processes_that_claim_at_once_get_each_job_once(tmp_path: Path) -> None:
+    """On SQLite; connections to PostgreSQL are processes of the server in any case."""
+    database_url = f"sqlite:///{tmp_path}/jobs.db"
     with JobStore.open(database_url) as store:
         ids = [store.submit("key", SPEC)[0].id for _ in range(60)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

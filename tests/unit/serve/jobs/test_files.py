@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 import s3fs
 
+from job_stub import StubJobEngines
+from media_files import segments
 from omniavatar.errors import ConfigError, OutputError
+from omniavatar.serve.batch.items import Progress, Seat, Stop, WorkerInfo
 from omniavatar.serve.jobs.errors import FileMissingError, FileNameError, FileTooLargeError
 from omniavatar.serve.jobs.files import JobFiles
-from omniavatar.serve.jobs.records import new_job_id
+from omniavatar.serve.jobs.records import VIDEO, JobSpec, new_job_id
+from omniavatar.serve.jobs.worker import JobTask, JobWorker
 from s3_server import s3_server
 
 NAME = "input/portrait.png"
@@ -187,3 +191,29 @@ def test_a_url_needs_a_staging_folder_and_a_known_protocol(tmp_path: Path) -> No
         JobFiles("s3://videos/x")
     with pytest.raises(ConfigError, match="files nosuch://x"):
         JobFiles("nosuch://x", tmp_path).check()
+
+
+def test_a_job_begun_here_is_finished_on_another_machine(files: JobFiles, tmp_path: Path) -> None:
+    """Workers with their own disks and one object store; with a folder, both see the same disk."""
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    engines = StubJobEngines(notes, segments(tmp_path, [9])[0])
+    id = new_job_id()
+    for name in ("input/a.png", "input/b.wav"):
+        files.put(id, name, io.BytesIO(b"x"))
+    task = JobTask(id, JobSpec("pocket", "a person speaks", "input/a.png", "input/b.wav"))
+
+    def stop_after(progress: Progress) -> None:
+        if progress.window == 2:
+            first.stop(Stop.now)
+
+    first = JobWorker(engines, Seat(("cpu",)), files, str(tmp_path), stop_after)
+    second = JobWorker(engines, Seat(("cpu",)), elsewhere(files, tmp_path), str(tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert isinstance(first.start(), WorkerInfo) and isinstance(second.start(), WorkerInfo)
+        assert first.run(task).error_class == "StoppedError"
+        outcome = second.run(task)
+    assert outcome.made is not None and outcome.made.resumed_windows in (1, 2), outcome
+    assert files.size(id, VIDEO) == outcome.size
+    assert elsewhere(files, tmp_path / "third").local(id, VIDEO).read_bytes() == engines.video.read_bytes()

@@ -2,129 +2,27 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import signal
-import subprocess
-import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import job_driver
-from job_driver import RULES
-from job_stub import StubJobEngines, noted
-from media_files import segments
-from omniavatar.serve.jobs.files import JobFiles
-from omniavatar.serve.jobs.process_crew import ProcessCrew
+from job_stub import noted
 from omniavatar.serve.jobs.records import (
     CANCELLED,
     THUMBNAIL,
     VIDEO,
     WORKER_LOST,
-    JobRecord,
-    JobSpec,
     JobStatus,
-    new_job_id,
 )
-from omniavatar.serve.jobs.store import JobStore
-from omniavatar.serve.jobs.workers import WorkerRules, Workers
 from postgres import PostgresServer, programs
-from processes import start as start_process
+from queue_place import WAIT_S, Place
 
 pytestmark = pytest.mark.slow
-WAIT_S = 60.0
-
-
-class Place:
-    """A queue in a folder: database, files, the fake engine's notes."""
-
-    def __init__(self, folder: Path, url: str | None = None) -> None:
-        self.notes, self.url = folder / "notes", url or f"sqlite:///{folder}/jobs.db"
-        self.notes.mkdir()
-        self.video = segments(folder, [9])[0]
-        self.files = JobFiles(str(folder / "files"))
-        self.store = JobStore.open(self.url)
-        self.engines = StubJobEngines(self.notes, self.video)
-
-    def submit(self, prompt: str = "a person speaks", **changes: Any) -> str:
-        id = new_job_id()
-        self.files.put(id, "input/portrait.png", io.BytesIO(b"picture"))
-        self.files.put(id, "input/voice.wav", io.BytesIO(b"sound"))
-        values = {"model": "pocket", **changes}
-        spec = JobSpec(prompt=prompt, image="input/portrait.png", audio="input/voice.wav", **values)
-        return self.store.submit("key", spec, id=id)[0].id
-
-    def hold(self, window: int = 0) -> None:
-        """Let every job wait in this window, until `go`."""
-        (self.notes / "hold.new").write_text(str(window))
-        os.replace(self.notes / "hold.new", self.notes / "hold")
-
-    def go(self) -> None:
-        (self.notes / "hold").unlink()
-
-    @contextmanager
-    def workers(self, count: int = 1, **rules: Any) -> Iterator[tuple[Workers, ProcessCrew]]:
-        """Workers in a thread of this process."""
-        crew = ProcessCrew(count, self.engines, self.files)
-        ended: list[str] = []
-        made = Workers(
-            self.store,
-            self.files,
-            lambda: crew,
-            ["pocket", "other"],
-            WorkerRules(**{**RULES, **rules}),
-            ended.append,
-        )
-        self.ended = ended
-        made.start()
-        try:
-            yield made, crew
-        finally:
-            made.stop()
-            assert made.join(WAIT_S)
-
-    @contextmanager
-    def driver(self, **options: Any) -> Iterator[subprocess.Popen[str]]:
-        """Workers in a process, as on another machine."""
-        values = {"url": self.url, "files": self.files.place, **options}
-        values["engines"] = {"notes": str(self.notes), "video": str(self.video)}
-        command = [sys.executable, job_driver.__file__, json.dumps(values)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        process = start_process(command, stdout=subprocess.PIPE, env=environment)
-        assert process.stdout is not None and process.stdout.readline() == "running\n"
-        threading.Thread(target=process.stdout.read, daemon=True).start()
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.wait()
-
-    def until(self, id: str, true: Callable[[JobRecord], bool]) -> JobRecord:
-        end = time.monotonic() + WAIT_S
-        while not true(job := self.store.get(id)):
-            assert time.monotonic() < end, job
-            time.sleep(0.02)
-        return job
-
-    def finished(self, id: str) -> JobRecord:
-        job = self.until(id, lambda job: job.status in (JobStatus.completed, JobStatus.failed))
-        assert job.status is JobStatus.completed, job
-        return job
-
-    def made_once(self, id: str) -> None:
-        """Every window was made once, by one worker at a time."""
-        assert noted(self.notes, "collision") == []
-        windows = [words[1] for words in noted(self.notes, "window") if words[0] == id]
-        assert windows == ["0", "1", "2", "3"], windows
-        assert self.files.local(id, VIDEO).read_bytes() == self.video.read_bytes()
 
 
 @pytest.fixture
@@ -198,8 +96,8 @@ def _alive(pid: int) -> bool:
 
 
 def test_servers_that_are_killed_again_and_again_lose_nothing(place: Place) -> None:
-    """Three processes with two workers each share twelve jobs; each second one of them is killed."""
-    ids = [place.submit() for _ in range(12)]
+    """Three processes with two workers each share eight jobs; each second one of them is killed."""
+    ids = [place.submit() for _ in range(8)]
     for _ in range(2):
         with place.driver(workers=2), place.driver(workers=2) as second:
             time.sleep(1.0)
@@ -244,25 +142,25 @@ def test_a_running_job_is_cancelled_at_its_next_step(place: Place) -> None:
     assert not place.files.work(id).parent.exists()
 
 
-@pytest.mark.parametrize(
-    ("prompt", "code", "kind", "attempts"),
-    [
-        ("bad picture", "input", "invalid_request_error", 1),
-        ("bug in the code", "server_error", "server_error", 3),
-        ("full disk", "output", "server_error", 3),
-        ("die early", WORKER_LOST, "server_error", 4),
-    ],
-)
-def test_a_failed_job_says_why(place: Place, prompt: str, code: str, kind: str, attempts: int) -> None:
-    """Window 0 of the one whose process dies is a gain, so its first attempt does not count."""
+def test_a_failed_job_says_why_and_the_next_one_is_made(place: Place) -> None:
+    """Window 0 of the one whose process dies is a gain, so its first attempt may not count."""
+    expected = {
+        "bad picture": ("input", "invalid_request_error", 1),
+        "bug in the code": ("server_error", "server_error", 3),
+        "full disk": ("output", "server_error", 3),
+        "die early": (WORKER_LOST, "server_error", 4),
+    }
     with place.workers():
-        id, after = place.submit(prompt), place.submit()
-        job = place.until(id, lambda job: job.status is JobStatus.failed)
+        ids = {place.submit(prompt): prompt for prompt in expected}
+        after = place.submit()
+        for id, prompt in ids.items():
+            job = place.until(id, lambda job: job.status is JobStatus.failed)
+            code, kind, attempts = expected[prompt]
+            assert job.error is not None and (job.error.code, job.error.type) == (code, kind), job.error
+            assert "secret" not in job.error.message and "\n" not in job.error.message
+            assert attempts - (code == WORKER_LOST) <= job.attempt <= attempts
         place.finished(after)
-    assert job.error is not None
-    assert (job.error.code, job.error.type) == (code, kind), job.error
-    assert "secret" not in job.error.message and "\n" not in job.error.message
-    assert job.attempt in (attempts - 1, attempts) if code == WORKER_LOST else job.attempt == attempts
+        assert {*place.ended} >= {*ids}
 
 
 def test_a_worker_that_does_not_start_is_started_again(place: Place) -> None:
