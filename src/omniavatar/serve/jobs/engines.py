@@ -87,21 +87,21 @@ class Shelf(Generic[Model]):
 
 
 class _SharedHost(Host):
-    """A machine whose device a model shares with others."""
+    """A machine whose device a model shares with others; `alone` while its plan is made as if it did not."""
 
     def __init__(self, beside: Callable[[], int]) -> None:
-        self._beside = beside
+        self._beside, self.alone = beside, False
 
     def memory_limit(self, runtime: RuntimeConfig, device: torch.device) -> int | None:
         limit = super().memory_limit(runtime, device)
-        return None if limit is None else limit - self._beside()
+        return limit if limit is None or self.alone else limit - self._beside()
 
 
 class _LoadedModel:
     """A pipeline on the shelf."""
 
-    def __init__(self, config: PipelineConfig, cores: tuple[int, ...], host: Host) -> None:
-        self.config = config
+    def __init__(self, config: PipelineConfig, cores: tuple[int, ...], host: _SharedHost) -> None:
+        self.config, self._host = config, host
         self.engine = AvatarEngine(config, None, cores, host=host)
         self._needs: int | None = None
 
@@ -110,7 +110,11 @@ class _LoadedModel:
             config, models = self.config, self.engine.pipeline.models
             size = max(config.video.sizes, key=lambda size: size[0] * size[1])
             shape = window_shape(config, size, bool(models.dit_config.audio_dim))
-            self._needs = models.residency.place(shape, {}).memory.peak
+            self._host.alone = True
+            try:
+                self._needs = models.residency.place(shape, {}).memory.peak
+            finally:
+                self._host.alone = False
         return self._needs
 
     def close(self) -> None:

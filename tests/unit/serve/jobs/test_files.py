@@ -184,6 +184,7 @@ def test_a_server_that_is_away_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     ) as error:
         files.put(new_job_id(), NAME, io.BytesIO(b"x"))
     assert "\n" not in str(error.value)
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_a_url_needs_a_staging_folder_and_a_known_protocol(tmp_path: Path) -> None:
