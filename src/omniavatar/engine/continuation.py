@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from omniavatar.config.schema import VideoConfig
     from omniavatar.engine.job import Job
     from omniavatar.engine.models import Models
-    from omniavatar.engine.prepare import Planned
     from omniavatar.types import LocalAudio
 
 JOINED = "joined_sound.wav"
@@ -93,15 +92,14 @@ def join_sounds(begun: Begun, fps: float, sound: LocalAudio, path: Path) -> Path
     return path
 
 
-def begin(job: Job, models: Models, planned: Planned, encode: Callable[..., int]) -> None:
+def begin(job: Job, models: Models, begun: Begun, overlap: int, encode: Callable[..., int]) -> None:
     """Record the finished video as the first window of the job.
 
+    overlap: frames that the next window is given.
     encode: writes frames as a segment, with the settings of the job (`media.video.encode_segment`).
 
     Raises InputError, OutputError.
     """
-    begun = planned.inputs.begun
-    assert begun is not None
     with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
         sample = Path(folder) / "sample.mp4"
         encode(iter([np.stack(list(islice(read_frames(begun.path), 2)))]), sample)
@@ -112,7 +110,7 @@ def begin(job: Job, models: Models, planned: Planned, encode: Callable[..., int]
             )
     with atomic_path(job.segment_path(0)) as temporary:
         temporary.write_bytes(begun.path.read_bytes())
-    given = models.residency.retry(lambda: last_latents(models, begun, planned.plan.overlap))
+    given = models.residency.retry(lambda: last_latents(models, begun, overlap))
     job.finish_window(safetensors.torch.save({"given": given.cpu()}))
 
 

@@ -160,7 +160,7 @@ class AvatarPipeline(Session):
                     from omniavatar.engine.continuation import begin
 
                     encode = segment_encoder(self._host, self.config.output, made.plan, encoder)
-                    begin(job, self.models, made, encode)
+                    begin(job, self.models, inputs.begun, made.plan.overlap, encode)
                 self._announce(job, made.plan, index)
                 with VideoWriter(
                     job, made.plan, self.config.output, made.sound, self._recorder, encoder, self._host

@@ -81,7 +81,7 @@ class ProcessCrew:
         with suppress(Empty):
             while True:
                 hired, each = self._news.get(timeout=0 if news else seconds)
-                if self._hired.get(hired.slot) is hired:  # skips what dismissed workers said
+                if self._hired.get(hired.slot) is hired:  # skips answers of dismissed workers
                     news.append(each)
         return news
 

@@ -1,4 +1,4 @@
-"""The values of a job: what was asked, how far it is, how it ended. Times are seconds since 1970."""
+"""The values of a job: the request, how far it is, how it ended. Times are seconds since 1970."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class JobError:
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What was asked, already checked against the model's configuration.
+    """The request, already checked against the model's configuration.
 
     image, audio: names of files of the job (`input/portrait.png`).
     size: (height, width) in pixels; None lets the portrait choose.
@@ -210,7 +210,7 @@ class EndedJob:
 
 
 class Deleted(StrEnum):
-    """What `JobStore.delete` did: the record is gone (remove the files), or the worker is told to stop."""
+    """What `JobStore.delete` did: the record is gone (remove the files), or the worker is to stop."""
 
     removed = "removed"
     cancelling = "cancelling"

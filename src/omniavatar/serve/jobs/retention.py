@@ -22,7 +22,7 @@ class Swept:
 def sweep(store: JobStore, files: JobFiles, age: float, total_bytes: int | None = None) -> Swept:
     """Remove expired jobs with their files, and files that no job owns.
 
-    age: seconds that a job without an expiry of its own, such as a failed one, is kept after its end.
+    age: seconds that a job without an expiry, such as a failed one, is kept after its end.
     total_bytes: without it, all expired jobs go; with it, only as many of them, oldest first, as bring the
     finished videos below this size.
 

@@ -175,7 +175,7 @@ class JobStore(Claims):
         return JobPage(tuple(job_record(row) for row in rows[:limit]), len(rows) > limit)
 
     def delete(self, id: str, key_id: str | None = None) -> Deleted:
-        """Remove the job, or, if a worker makes it, tell that to stop; delete it again when it has stopped.
+        """Remove the job, or, if a worker makes it, stop that worker; delete it again when it has stopped.
 
         Raises JobNotFoundError, StoreError.
         """
@@ -207,7 +207,7 @@ class JobStore(Claims):
     def ended(self, age: float) -> tuple[EndedJob, ...]:
         """Completed and failed jobs, the one that ended first at the front. Raises StoreError.
 
-        age: seconds until a job expires that has no expiry of its own.
+        age: seconds until a job expires that has no expiry.
         """
         query = sa.select(jobs).where(jobs.c.status.not_in(UNFINISHED)).order_by(jobs.c.completed_at)
         with self.database.reading() as connection:

@@ -23,7 +23,7 @@ from typing import TypeVar
 
 from omniavatar.errors import OmniAvatarError, StoppedError
 from omniavatar.serve.batch.crew import Answered, CrewLost, Lost, News, Started
-from omniavatar.serve.batch.items import Outcome, Progress, Stop, Verdict, WorkerInfo
+from omniavatar.serve.batch.items import Outcome, Stop, Verdict, WorkerInfo
 from omniavatar.serve.jobs.errors import StoreError
 from omniavatar.serve.jobs.files import JobFiles
 from omniavatar.serve.jobs.process_crew import JobCrew
@@ -35,6 +35,7 @@ from omniavatar.serve.jobs.records import (
     JobProgress,
     JobResult,
 )
+from omniavatar.serve.jobs.slots import JobSlot
 from omniavatar.serve.jobs.store import JobStore
 from omniavatar.serve.jobs.worker import JobTask, job_error
 
@@ -65,28 +66,6 @@ class WorkerRules:
     retry_pause: float = 2.0
     hire_pause: float = 1.0
     keep: float | None = None
-
-
-@dataclass
-class _Slot:
-    """One worker and its job. void_at: when the lease ends, by the clock of this process."""
-
-    number: int
-    info: WorkerInfo | None = None
-    claim: Claim | None = None
-    void_at: float = 0.0
-    stop: Stop | None = None
-    false_starts: int = 0
-    hire_at: float | None = None
-    error: str = ""
-    last: Progress | None = None
-
-    def progress(self, claim: Claim) -> JobProgress:
-        """The latest of the claim's job."""
-        last = self.last
-        if last is None or last.key != claim.job.id or not last.windows:
-            return JobProgress(claim.job.window, claim.job.windows)
-        return JobProgress(last.window, last.windows, last.step, last.steps, last.eta_seconds, last.resumed)
 
 
 @dataclass(frozen=True)
@@ -122,7 +101,7 @@ class Workers:
         self._store, self._files, self._open_crew = store, files, open_crew
         self._models, self._rules, self._on_end, self._clock = tuple(models), rules, on_end, clock
         self._crew: JobCrew
-        self._slots: list[_Slot] = []
+        self._slots: list[JobSlot] = []
         self._unrecorded: list[Callable[[], None]] = []
         self._draining, self._stopping = threading.Event(), threading.Event()
         self._name = f"{socket.gethostname()}:{os.getpid()}"
@@ -175,7 +154,7 @@ class Workers:
                 self._stopping.wait(self._rules.hire_pause)
                 continue
             try:
-                self._slots = [_Slot(number, hire_at=0.0) for number in range(self._crew.workers)]
+                self._slots = [JobSlot(number, hire_at=0.0) for number in range(self._crew.workers)]
                 while not self._ended():
                     self._turn()
             except CrewLost as lost:
@@ -248,13 +227,13 @@ class Workers:
             if slot.stop is not None and slot.info is not None:
                 self._crew.stop(slot.number, slot.stop)  # again, as long as it is needed
 
-    def _look(self, slots: Sequence[_Slot]) -> None:
+    def _look(self, slots: Sequence[JobSlot]) -> None:
         """Note the latest progress of these workers."""
         for number, progress in self._crew.progress([slot.number for slot in slots]).items():
             if progress.key is not None:
                 self._slots[number].last = progress
 
-    def _extend(self, slot: _Slot, claim: Claim) -> None:
+    def _extend(self, slot: JobSlot, claim: Claim) -> None:
         before, progress = self._clock(), slot.progress(claim)
         answer = self._asked(lambda: self._store.heartbeat(claim, progress))
         if answer is not None and not answer.lost:
@@ -282,7 +261,7 @@ class Workers:
             case Lost(reason=reason):
                 self._lost(slot, reason)
 
-    def _answered(self, slot: _Slot, outcome: Outcome) -> None:
+    def _answered(self, slot: JobSlot, outcome: Outcome) -> None:
         self._look([slot])
         claim, slot.claim = slot.claim, None
         if outcome.replace:
@@ -311,7 +290,7 @@ class Workers:
             )
             self._fail(claim, last, job_error(outcome), retry=retry)
 
-    def _lost(self, slot: _Slot, reason: str) -> None:
+    def _lost(self, slot: JobSlot, reason: str) -> None:
         self._look([slot])
         claim, started = slot.claim, slot.info is not None
         _log.warning("worker %s is lost: %s", slot.number, reason)
@@ -322,7 +301,7 @@ class Workers:
             error = JobError(WORKER_LOST, f"its worker died again and again: {reason}", "server_error")
             self._fail(claim, slot.progress(claim), error, retry=True, pause=0.0)
 
-    def _replace(self, slot: _Slot, *, failed: bool = False) -> None:
+    def _replace(self, slot: JobSlot, *, failed: bool = False) -> None:
         """End the slot's worker and hire another, later if it `failed` to start."""
         self._crew.dismiss(slot.number)
         slot.info = None
@@ -365,7 +344,7 @@ class Workers:
             self._files.drop_work(claim.job.id)
             self._on_end(claim.job.id)
 
-    def _give_back(self, slot: _Slot) -> None:
+    def _give_back(self, slot: JobSlot) -> None:
         claim, slot.claim = slot.claim, None
         if claim is not None:
             last = slot.progress(claim)
@@ -394,7 +373,7 @@ class Workers:
         return act
 
     def _asked(self, ask: Callable[[], T]) -> T | None:
-        """The store's answer; None while it does not answer, which is said once."""
+        """The store's answer; None while it does not answer, which is logged once."""
         try:
             answer = ask()
         except StoreError as error:
