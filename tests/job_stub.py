@@ -109,6 +109,7 @@ class StubJobEngine:
             output.write_bytes(settings.video.read_bytes())
             values = {"windows": settings.windows, "frames": 36, "resumed_windows": done}
             values |= {"plan": {"duration_s": 1.44}, "bytes": output.stat().st_size}
+            values |= {"fingerprint": {}, "versions": {"omniavatar": "0"}}
             output.with_suffix(".json").write_text(json.dumps(values))
             note(settings.notes, f"end {id}")
             return Made(36, settings.windows, done, 1.44)
