@@ -7,6 +7,7 @@ on while no batch waits for them. The scheduler, the states on disk and the summ
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -25,7 +26,7 @@ from omniavatar.serve.batch.crew import Answered, News, Started
 from omniavatar.serve.batch.destination import Destination
 from omniavatar.serve.batch.items import ERRORS, Made, Outcome, Progress, Task, Verdict, WorkerInfo
 from omniavatar.serve.batch.worker import error_outcome
-from omniavatar.serve.jobs.errors import JobNotFoundError
+from omniavatar.serve.jobs.errors import JobNotFoundError, StoreError
 from omniavatar.serve.jobs.files import JobFiles
 from omniavatar.serve.jobs.records import (
     LOCAL_KEY,
@@ -38,6 +39,8 @@ from omniavatar.serve.jobs.records import (
     new_job_id,
 )
 from omniavatar.serve.jobs.store import JobStore
+
+_log = logging.getLogger("omniavatar.serve")
 
 AT_ONCE = 64
 """Most jobs of a batch in the queue, so that a long batch leaves room in it."""
@@ -64,6 +67,7 @@ class QueueCrew:
         self._news: deque[News] = deque()
         self._waiting: dict[int, tuple[Task, str, float]] = {}
         self._seen: dict[int, JobRecord] = {}
+        self._store_away = False
 
     @property
     def workers(self) -> int:
@@ -148,12 +152,18 @@ class QueueCrew:
         task, id, began = self._waiting[slot]
         try:
             job = self._seen[slot] = self._store.get(id)
+            self._store_away = False
             if job.status is JobStatus.completed:
                 outcome = self._collected(task, job, began)
             elif job.status is JobStatus.failed:
                 outcome = _failed(job, began)
             else:
                 return
+        except StoreError as error:  # the jobs go on, and so does the waiting
+            if not self._store_away:
+                _log.warning("%s; waiting for it", error)
+            self._store_away = True
+            return
         except JobNotFoundError:
             error = f"{id}: the job was deleted from the queue; give the same command again"
             outcome = Outcome(Verdict.failed, began, time.time(), error=error, error_class="OutputError")

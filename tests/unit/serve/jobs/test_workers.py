@@ -6,12 +6,15 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from job_driver import RULES
 from job_stub import noted
+from omniavatar.serve.batch.crew import CrewLost, News
+from omniavatar.serve.jobs.process_crew import ProcessCrew
 from omniavatar.serve.jobs.records import (
     CANCELLED,
     THUMBNAIL,
@@ -19,6 +22,7 @@ from omniavatar.serve.jobs.records import (
     WORKER_LOST,
     JobStatus,
 )
+from omniavatar.serve.jobs.workers import WorkerRules, Workers
 from postgres import PostgresServer, programs
 from queue_place import WAIT_S, Place
 
@@ -248,3 +252,37 @@ def test_workers_end_their_job_when_the_lease_ends_without_a_database(tmp_path: 
         place.store.close()
     finally:
         server.stop()
+
+
+class FailingCrew(ProcessCrew):
+    """A crew whose service ends once, as Ray's may."""
+
+    lost = False
+
+    def wait(self, seconds: float) -> Sequence[News]:
+        if not FailingCrew.lost and any(progress.window for progress in self.progress([0]).values()):
+            FailingCrew.lost = True
+            raise CrewLost("Ray's process raylet on this machine ended")
+        return super().wait(seconds)
+
+
+def test_a_crew_whose_service_ends_is_opened_again(place: Place) -> None:
+    place.hold(1)
+    opened = []
+
+    def open_crew() -> ProcessCrew:
+        opened.append(FailingCrew(1, place.engines, place.files))
+        return opened[-1]
+
+    workers = Workers(place.store, place.files, open_crew, ["pocket"], WorkerRules(**RULES))
+    id = place.submit()
+    workers.start()
+    try:
+        place.until(id, lambda job: job.attempt == 2)
+        place.go()
+        assert place.finished(id).resumed_windows == 1
+    finally:
+        workers.stop()
+        assert workers.join(WAIT_S)
+    assert len(opened) == 2
+    place.made_once(id)
