@@ -9,9 +9,11 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 
 import job_driver
@@ -19,6 +21,7 @@ from engine import make_pipeline, overrides, portrait, voice
 from media_files import write_audio
 from omniavatar import AvatarRequest
 from omniavatar.config.load import load_config
+from omniavatar.media.inspect import read_frames
 from omniavatar.serve.batch.items import Progress, Seat, Stop, WorkerInfo
 from omniavatar.serve.jobs.engines import JobEngines
 from omniavatar.serve.jobs.extensions import prepare_extension
@@ -104,6 +107,12 @@ def test_a_killed_and_a_drained_job_has_the_bytes_of_an_uninterrupted_one(
     new_id = new_job_id()
     assert prepare_extension(files, job, new_id) == "input/face.png"
     assert files.local(new_id, SOURCE_VIDEO).read_bytes() == made.output.read_bytes()
+    files.put(new_id, "input/more.wav", io.BytesIO(speech.read_bytes()))
+    longer = replace(spec, extends=id, audio="input/more.wav")
+    outcome = worker.run(JobTask(new_id, longer))
+    assert outcome.made is not None, outcome
+    old, new = (list(read_frames(files.local(each, VIDEO))) for each in (id, new_id))
+    assert len(new) == outcome.made.frames > len(old) and np.array_equal(new[: len(old)], old)
 
 
 def start(url: str, files: JobFiles, engines: dict[str, Any]) -> subprocess.Popen[str]:
