@@ -165,8 +165,8 @@ class QueueCrew:
             self._store_away = True
             return
         except JobNotFoundError:
-            error = f"{id}: the job was deleted from the queue; give the same command again"
-            outcome = Outcome(Verdict.failed, began, time.time(), error=error, error_class="OutputError")
+            text = f"{id}: the job was deleted from the queue; give the same command again"
+            outcome = Outcome(Verdict.failed, began, time.time(), error=text, error_class="OutputError")
         except Exception as error:
             outcome = error_outcome(error, began, usable=True)
         del self._waiting[slot]
