@@ -102,7 +102,7 @@ def batch(
         str | None,
         typer.Option(
             metavar="URL",
-            help="Give the videos to the queue of `omniavatar serve` instead of own workers: its database "
+            help="Give the videos to the queue of a server instead of own workers: its database "
             "(sqlite:///jobs.db, postgresql://...). The server's configuration of --queue-model makes them; "
             "of --config and --hp only the sampling values count.",
         ),
