@@ -94,9 +94,8 @@ def _entry(name: str, value: Any) -> str:
         lines += ["| field | type | default |", "|---|---|---|"]
         lines += [_field(field) for field in dataclasses.fields(value)] + [""]
     elif issubclass(value, Exception):
-        lines += [f"- `{kind.__name__}`, exit code {kind.exit_code}" for kind in value.__subclasses__()] + [
-            ""
-        ]
+        kinds = [kind for kind in value.__subclasses__() if kind.__module__ == value.__module__]
+        lines += [f"- `{kind.__name__}`, exit code {kind.exit_code}" for kind in kinds] + [""]
     for member, found in vars(value).items():
         if member.startswith("_"):
             continue

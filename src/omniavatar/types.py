@@ -57,6 +57,8 @@ class SamplingParams:
 class AvatarRequest:
     """One video to make. Without `audio` it is silent and `seq_len` frames long.
 
+    size: (height, width), one of the configuration's; default: the one nearest to the portrait's aspect.
+    continues: a finished video of this package; the new one begins with it and goes on with `audio`.
     image: path, content of an image file (bytes or binary file object), PIL image, or array (H, W, 3 or 4)
     uint8.
     audio: path, content of a sound file (bytes or binary file object), or `Waveform`.
@@ -68,6 +70,8 @@ class AvatarRequest:
     image: ImageInput
     audio: AudioInput | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    size: tuple[int, int] | None = None
+    continues: str | Path | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,10 +23,13 @@ from omniavatar.cli.common import (
     require_one_process,
     user_errors,
 )
-from omniavatar.errors import BUG
+from omniavatar.errors import BUG, ConfigError, ResourceError
 from omniavatar.serve.batch.seats import WorkerOptions, plan_workers, with_threads
 
 if TYPE_CHECKING:
+    from omniavatar.config.schema import SamplingConfig
+    from omniavatar.serve.batch.crew import Crew
+    from omniavatar.serve.batch.destination import Destination
     from omniavatar.serve.batch.run import BatchResult
 
 
@@ -95,6 +98,25 @@ def batch(
             help="Join this Ray cluster (ray://head:10001) instead of starting Ray on this machine.",
         ),
     ] = None,
+    queue: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Give the videos to the queue of a server instead of own workers: its database "
+            "(sqlite:///jobs.db, postgresql://...). The server's configuration of --queue-model makes them; "
+            "of --config and --hp only the sampling values count.",
+        ),
+    ] = None,
+    queue_files: Annotated[
+        str | None,
+        typer.Option("--queue-files", metavar="PLACE", help="Folder or URL of the server's job files."),
+    ] = None,
+    queue_model: Annotated[
+        str | None, typer.Option("--queue-model", metavar="NAME", help="The server's name of the model.")
+    ] = None,
+    priority: Annotated[
+        int | None, typer.Option(help="Of the jobs in the queue; higher ones come first (default 0).")
+    ] = None,
     retries: Annotated[
         int, typer.Option(min=0, help="Retries of a video that failed or was interrupted.")
     ] = 2,
@@ -132,7 +154,8 @@ def batch(
     options = WorkerOptions(gpus, split_input, per_gpu_jobs, gpus_per_job, workers, ray_address)
     with reporting(log_format, quiet, make_batch_display) as (recorder, report), user_errors(report):
         require_one_process()
-        plan = plan_workers(options)
+        wanted = _queue_options(queue, queue_files, queue_model, priority, options)
+        plan = None if wanted else plan_workers(options)
         from omniavatar.config.load import load_config
         from omniavatar.config.values import expanded
         from omniavatar.engine.collisions import check_lines
@@ -148,8 +171,11 @@ def batch(
 
         loaded = load_config(config, hp or ())
         shared_among(loaded.config, gpus_per_job, f"--gpus-per-job {gpus_per_job}")
-        plan = with_threads(plan, loaded.config.runtime.threads or 1, pin)
-        for warning in (*loaded.warnings, *plan.notes):
+        if plan is not None:
+            plan = with_threads(plan, loaded.config.runtime.threads or 1, pin)
+        else:
+            _refuse_settings(loaded.origins)
+        for warning in (*loaded.warnings, *(plan.notes if plan is not None else ())):
             recorder.event(Message(warning, "warning"))
         target = output or str(output_folder(loaded.config))
         stem = f"batch_{input_file.stem}"
@@ -162,11 +188,17 @@ def batch(
         lines = check_lines(read_requests(input_file, loaded.config.sampling), loaded.config, videos)
         items = make_items(lines, loaded.config)
         destination = make_destination(target, folder / "work")
-        engines = AvatarEngines(loaded.config, plan.pin)
+        open_crew: Callable[[], Crew]
+        if plan is not None:
+            engines, seats, count = AvatarEngines(loaded.config, plan.pin), plan.seats, plan.workers
+            open_crew = lambda: RayCrew(seats, count, engines, destination)  # noqa: E731
+        else:
+            assert wanted is not None
+            open_crew = _queue(*wanted, loaded.config.sampling, destination, folder / "work", len(items))
         with redirect_stdout(sys.stderr):  # Ray prints lost workers, but stdout holds the summary alone
             result = run_batch(
                 items,
-                lambda: RayCrew(plan.seats, plan.workers, engines, destination),
+                open_crew,
                 destination,
                 folder,
                 Rules(retries=retries, fresh=no_resume),
@@ -174,6 +206,52 @@ def batch(
             )
     _print(result, quiet=quiet, as_json=as_json)
     _exit(result, report)
+
+
+def _queue_options(
+    url: str | None, files: str | None, model: str | None, priority: int | None, workers: WorkerOptions
+) -> tuple[str, str, str, int] | None:
+    """URL, files, model and priority of the queue; None without one. Raises ConfigError."""
+    others = {"--queue-files": files, "--queue-model": model, "--priority": priority}
+    if url is None:
+        given = [name for name, value in others.items() if value is not None]
+        if given:
+            raise ConfigError(f"{given[0]}: belongs to --queue; give the URL of the queue's database too")
+        return None
+    if files is None or model is None:
+        raise ConfigError("--queue: needs --queue-files and --queue-model, as the server's configuration has")
+    if workers != WorkerOptions():
+        raise ConfigError("--queue: the server's workers make the videos; leave out --gpus, --workers, ...")
+    return url, files, model, priority or 0
+
+
+def _refuse_settings(origins: Mapping[str, str]) -> None:
+    """Raise ConfigError for a setting of --hp that no server would read."""
+    lost = [leaf for leaf, origin in origins.items() if origin == "--hp" and leaf.split(".")[0] != "sampling"]
+    if lost:
+        name = lost[0].split(".")[-1]
+        raise ConfigError(
+            f"--hp {name}: does not reach the workers of a queue; set it in the server's configuration"
+        )
+
+
+def _queue(
+    url: str,
+    files: str,
+    model: str,
+    priority: int,
+    sampling: SamplingConfig,
+    destination: Destination,
+    work: Path,
+    items: int,
+) -> Callable[[], Crew]:
+    try:
+        from omniavatar.serve.jobs.queue_crew import QueueOrder, queue_crew
+    except ImportError as error:
+        raise ResourceError(
+            f"--queue: the package {error.name} is missing; pip install 'omniavatar[serve]'"
+        ) from None
+    return queue_crew(url, files, QueueOrder(model, sampling, priority), destination, work, items)
 
 
 def _print(result: BatchResult, *, quiet: bool, as_json: bool) -> None:

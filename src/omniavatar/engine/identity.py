@@ -48,6 +48,10 @@ def request_identity(
     values["request.prompt"] = inputs.request.prompt
     values["request.image"] = _sha256([_bytes(inputs.image)])
     values["request.audio"] = audio_digest(inputs.request.audio)
+    if inputs.request.size is not None:
+        values["request.size"] = inputs.request.size
+    if inputs.begun is not None:
+        values["request.continues"] = audio_digest(inputs.begun.path)
     values["omniavatar"] = __version__
     return fingerprint(values)
 

@@ -27,6 +27,7 @@ _NAMES = (
     r"audio_16k\.f32",
     r"audio_features\.npy(\.partial)?",
     r"sound\.mp4",
+    r"joined_sound\.wav",
     r"\..*\.[0-9a-f]{8}\.tmp",
 )
 _JOB_FILE = re.compile("|".join(_NAMES), re.DOTALL)

@@ -128,7 +128,7 @@ class AvatarPipeline(Session):
         from omniavatar.engine.room import check_room, least_bytes
         from omniavatar.engine.sidecar import sidecar_values
         from omniavatar.engine.targets import Identified
-        from omniavatar.engine.writer import VideoWriter
+        from omniavatar.engine.writer import VideoWriter, segment_encoder
 
         resume = self.config.output.resume if resume is None else resume
         inputs = read_inputs(self.models, request)
@@ -157,9 +157,14 @@ class AvatarPipeline(Session):
                     self._go_back(job, made.plan)
                 needed = least_bytes(made.plan, self.config.output.crf, job.done)
                 check_room(job.output, needed, self._host.free_disk(job.folder))
+                if inputs.begun is not None and not job.done:
+                    from omniavatar.engine.continuation import begin
+
+                    encode = segment_encoder(self._host, self.config.output, made.plan, encoder)
+                    begin(job, self.models, inputs.begun, made.plan.overlap, encode)
                 self._announce(job, made.plan, index)
                 with VideoWriter(
-                    job, made.plan, self.config.output, request.audio, self._recorder, encoder, self._host
+                    job, made.plan, self.config.output, made.sound, self._recorder, encoder, self._host
                 ) as writer:
                     if job.done < len(made.plan.windows):
                         made = ready = condition(self.models, made, should_stop)
@@ -176,12 +181,20 @@ class AvatarPipeline(Session):
     def stream(self, request: AvatarRequest, should_stop: ShouldStop = never) -> Iterator[VideoChunk]:
         """Yield the frames of each window when it is finished. Nothing stays on disk.
 
+        A request that continues a video yields the new frames only.
+
         - should_stop: as for `generate`.
 
         Raises what `generate` raises.
         """
         with self.prepare(request, should_stop) as ready:
-            for result in self.windows(ready, 0, None, should_stop):
+            first, given = 0, None
+            if ready.inputs.begun is not None:
+                from omniavatar.engine.continuation import last_latents
+
+                first = 1
+                given = {first: last_latents(self.models, ready.inputs.begun, ready.plan.overlap)}
+            for result in self.windows(ready, first, given, should_stop):
                 yield VideoChunk(
                     np.concatenate(result.frames),
                     result.window.first_new_frame,

@@ -33,9 +33,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from omniavatar.config.schema import SamplingConfig
+    from omniavatar.engine.continuation import Begun
     from omniavatar.engine.memory_inputs import LocalRequest
     from omniavatar.engine.models import Models
     from omniavatar.sampling.cache_constants import CacheConstants
+    from omniavatar.types import LocalAudio
 
 WAVEFORM, FEATURES = "audio_16k.f32", "audio_features.npy"
 """Files in a request's folder: 16 kHz samples (float32); audio features, one row a video frame."""
@@ -48,6 +50,7 @@ class Inputs:
     - sampling: the configuration's, with the request's changes.
     - image: (H, W, 3) uint8.
     - constants: of the step cache; None without one.
+    - begun: the finished video that the request goes on from; None for a new one.
     """
 
     request: LocalRequest
@@ -55,6 +58,7 @@ class Inputs:
     image: np.ndarray
     shape: WindowShape
     constants: CacheConstants | None
+    begun: Begun | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +66,14 @@ class Planned:
     """A request with its windows planned.
 
     - waveform: 16 kHz mono with the leading silence, memory-mapped; None for a silent video.
+    - sound: what is heard in the video; None for a silent one.
     - folder: holds the files WAVEFORM and FEATURES.
     """
 
     inputs: Inputs
     plan: RunPlan
     waveform: np.ndarray | None
+    sound: LocalAudio | None
     folder: Path
 
 
@@ -119,28 +125,51 @@ def read_inputs(models: Models, request: LocalRequest, has_audio: bool | None = 
         raise InputError("audio: this checkpoint has no audio layers; leave the audio out or set exp_path")
     image = load_image(request.image, colour_profile=config.video.color_profile)
     height, width = image.shape[:2]
-    size = choose_bucket(height, width, config.video.sizes)
+    begun = None
+    if request.continues is not None:
+        if request.audio is None:
+            raise InputError("audio: is missing; a video goes on with more sound")
+        if sampling.sampler == "causal":
+            raise InputError(
+                "continues: a block-causal video does not go on from a finished one; give the whole sound"
+            )
+        from omniavatar.engine.continuation import read_begun
+
+        begun = read_begun(request.continues, config.video)
+    size = begun.size if begun is not None else request.size
+    if size is None:
+        size = choose_bucket(height, width, config.video.sizes)
+    elif size not in config.video.sizes:
+        known = ", ".join(f"{width}x{height}" for height, width in config.video.sizes)
+        raise InputError(f"size: {size[1]}x{size[0]} is not configured; choose from {known}")
     constants = find_constants(config.model, sampling, dit)
     speaks = request.audio is not None if has_audio is None else has_audio
     shape = window_shape(config, size, speaks, sampling)
-    return Inputs(request, sampling, image, shape, constants)
+    return Inputs(request, sampling, image, shape, constants, begun)
 
 
 def plan_request(models: Models, inputs: Inputs, folder: Path) -> Planned:
     """Decode the sound into `folder` and plan the windows. Raises InputError, ConfigError."""
-    video, audio = models.config.video, inputs.request.audio
+    video, audio, begun = models.config.video, inputs.request.audio, inputs.begun
     waveform: np.ndarray | None = None
+    lead = video.silence_duration_s
+    if audio is not None and begun is not None:
+        from omniavatar.engine.continuation import JOINED, join_sounds
+
+        with models.recorder.stage("audio_decode"):
+            audio, lead = join_sounds(begun, video.fps, audio, folder / JOINED), 0.0
     if audio is not None:
         from omniavatar.media.audio import decode_mono
 
         path = folder / WAVEFORM
         with models.recorder.stage("audio_decode"):
-            track = decode_mono(audio, path, video.sample_rate, video.silence_duration_s)
+            track = decode_mono(audio, path, video.sample_rate, lead)
         for note in track.notes:
             models.recorder.event(Message(note, "warning"))
         waveform = np.memmap(path, dtype=np.float32, mode="r")
     samples = None if waveform is None else len(waveform)
-    return Planned(inputs, make_plan(models.config, inputs.shape, samples), waveform, folder)
+    plan = make_plan(models.config, inputs.shape, samples, 0 if begun is None else begun.frames)
+    return Planned(inputs, plan, waveform, audio, folder)
 
 
 def condition(models: Models, planned: Planned, should_stop: ShouldStop = never) -> Prepared:
@@ -154,7 +183,7 @@ def condition(models: Models, planned: Planned, should_stop: ShouldStop = never)
     for message in _notes(step_plan):
         models.recorder.event(message)
     plan = planned.plan.decided(step_plan)
-    return Prepared(planned.inputs, plan, planned.waveform, planned.folder, conditioning)
+    return Prepared(planned.inputs, plan, planned.waveform, planned.sound, planned.folder, conditioning)
 
 
 def decide_steps(models: Models, sampling: SamplingConfig, constants: CacheConstants | None) -> StepPlan:

@@ -163,7 +163,7 @@ class Target:
 
 def input_files(request: AvatarRequest) -> dict[str, Path]:
     """The files that the request reads, by what they are."""
-    named = {"image": request.image, "audio": request.audio}
+    named = {"image": request.image, "audio": request.audio, "video it goes on from": request.continues}
     return {kind: Path(value) for kind, value in named.items() if isinstance(value, str | Path)}
 
 

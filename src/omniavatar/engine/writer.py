@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
 import safetensors.torch
 
 from omniavatar.engine.events import WindowFinished
@@ -38,6 +41,21 @@ MOST_PENDING = ENCODERS + 1
 """Most windows handed over and not yet written: those being encoded, and one being computed."""
 
 
+def segment_encoder(
+    host: Host, output: OutputConfig, plan: RunPlan, encoder: str
+) -> Callable[[Iterator[np.ndarray], Path], int]:
+    """Encodes blocks of frames as one segment of the plan's video."""
+    return partial(
+        host.encode_segment,
+        fps=Fraction(plan.fps),
+        size=plan.size,
+        crf=output.crf,
+        preset=output.preset,
+        threads=ENCODER_THREADS,
+        encoder=encoder,
+    )
+
+
 class VideoWriter:
     """Encodes windows in the background and appends them to the growing video in order.
 
@@ -54,8 +72,8 @@ class VideoWriter:
         encoder: str,
         host: Host,
     ) -> None:
-        self._encoder, self._host, self._has_sound = encoder, host, audio is not None
-        self._job, self._plan, self._output, self._recorder = job, plan, output, recorder
+        self._encode, self._has_sound = segment_encoder(host, output, plan, encoder), audio is not None
+        self._job, self._plan, self._recorder = job, plan, recorder
         self._fps = Fraction(plan.fps)
         track: Path | None = None
         if audio is not None:
@@ -118,16 +136,7 @@ class VideoWriter:
         arrived = time.perf_counter()
         window = result.window
         with self._recorder.stage("video_write"):
-            self._host.encode_segment(
-                iter(frames),
-                self._job.segment_path(window.index),
-                fps=self._fps,
-                size=self._plan.size,
-                crf=self._output.crf,
-                preset=self._output.preset,
-                threads=ENCODER_THREADS,
-                encoder=self._encoder,
-            )
+            self._encode(iter(frames), self._job.segment_path(window.index))
         if before is not None and (before.exception() is not None or not before.result()):
             return False
         seconds = arrived - max(result.started, self._arrived)

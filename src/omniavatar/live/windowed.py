@@ -45,7 +45,7 @@ class WindowedMaker:
             inputs = read_inputs(models, request, True)
             pipeline.adopt(inputs.shape)
             plan = make_plan(models.config, inputs.shape, video.sample_rate)  # as for a second of sound
-            ready = condition(models, Planned(inputs, plan, None, Path()))
+            ready = condition(models, Planned(inputs, plan, None, None, Path()))
         self._conditioning, self._sampling = ready.conditioning, ready.window_sampling
         shape = inputs.shape
         self.size = shape.size

@@ -76,6 +76,15 @@ def read_frames(path: str | Path) -> Iterator[np.ndarray]:
             yield rgb.to_ndarray()
 
 
+def encoding(path: str | Path) -> bytes:
+    """What a decoder must know before the first frame (SPS and PPS); parts of one video share it.
+
+    Raises InputError.
+    """
+    with _opened(Path(path)) as container:
+        return bytes(container.streams.video[0].codec_context.extradata or b"")
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[av.container.InputContainer]:
     name = f"video {path}"

@@ -191,11 +191,14 @@ def window_shape(
     )
 
 
-def shape_windows(shape: WindowShape, after_portrait: int) -> tuple[Window, ...]:
-    """The windows of a video with `after_portrait` frames after the portrait."""
+def shape_windows(shape: WindowShape, after_portrait: int, begun: int = 0) -> tuple[Window, ...]:
+    """The windows of a video with `after_portrait` frames after the portrait.
+
+    begun: frames of the finished video that it goes on from.
+    """
     if shape.causal is not None:
         return plan_blocks(after_portrait, shape.causal.block)
-    return plan_windows(after_portrait, shape.window_length, shape.overlap)
+    return plan_windows(after_portrait, shape.window_length, shape.overlap, begun)
 
 
 def audio_rows(windows: Sequence[Window]) -> int:
@@ -203,10 +206,13 @@ def audio_rows(windows: Sequence[Window]) -> int:
     return windows[-1].start + windows[-1].length - 1
 
 
-def make_plan(config: PipelineConfig, shape: WindowShape, audio_samples: int | None) -> RunPlan:
+def make_plan(
+    config: PipelineConfig, shape: WindowShape, audio_samples: int | None, begun: int = 0
+) -> RunPlan:
     """The plan of a request whose windows have `shape`.
 
     - audio_samples: at `sample_rate`, with the leading silence; None for a silent video of `seq_len` frames.
+    - begun: frames of the finished video that this one goes on from; they count as its first window.
 
     Raises ValueError if `audio_samples` contradicts the shape.
     """
@@ -217,14 +223,14 @@ def make_plan(config: PipelineConfig, shape: WindowShape, audio_samples: int | N
         after_portrait = video.seq_len - 1
     else:
         after_portrait = frames_for(audio_samples, video.fps, video.sample_rate)
-    windows = shape_windows(shape, after_portrait)
+    windows = shape_windows(shape, after_portrait, begun)
     return RunPlan(
         **vars(shape),
         fps=video.fps,
         frames=after_portrait + 1,
         windows=windows,
         padded_audio_frames=audio_rows(windows),
-        audio_delay_s=Fraction(video.silence_duration_s) + 1 / Fraction(video.fps),
+        audio_delay_s=Fraction(0 if begun else video.silence_duration_s) + 1 / Fraction(video.fps),
     )
 
 

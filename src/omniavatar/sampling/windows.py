@@ -85,8 +85,10 @@ def padded_audio_frames(windows: int, length: int, overlap: int) -> int:
     return length - 1 + (windows - 1) * (length - overlap)
 
 
-def plan_windows(audio_frames: int, length: int, overlap: int) -> tuple[Window, ...]:
+def plan_windows(audio_frames: int, length: int, overlap: int, begun: int = 0) -> tuple[Window, ...]:
     """Windows that cover the portrait frame and `audio_frames` frames after it.
+
+    begun: frames that are there already. They are window 0, and the others follow it.
 
     Raises ConfigError unless length and overlap are 1+4n and overlap < length.
     """
@@ -97,6 +99,8 @@ def plan_windows(audio_frames: int, length: int, overlap: int) -> tuple[Window, 
     if error := overlap_error(overlap, length):
         raise ConfigError(f"overlap_frame={overlap}: {error}; windows have {length} frames")
     total = audio_frames + 1
+    if begun:
+        return _windows_after(begun, total, length, overlap)
     windows = []
     for index in range(count_windows(audio_frames, length, overlap)):
         start = index * (length - overlap)
@@ -127,3 +131,12 @@ def plan_blocks(audio_frames: int, latents: int) -> tuple[Window, ...]:
 def block_frames(block: int, latents: int) -> int:
     """Frames of block number `block`."""
     return 4 * latents - (0 if block else 3)
+
+
+def _windows_after(begun: int, total: int, length: int, overlap: int) -> tuple[Window, ...]:
+    """The frames that are there as one window, then as many as `total` frames need; each has the overlap."""
+    windows = [Window(0, 0, begun, 1, begun)]
+    while (done := windows[-1].first_new_frame + windows[-1].new_frames) < total:
+        new = min(length - overlap, total - done)
+        windows.append(Window(len(windows), done - overlap, length, overlap, new))
+    return tuple(windows)

@@ -24,7 +24,7 @@ from omniavatar.checkpoint.synthetic import make_checkpoint
 from omniavatar.config.load import load_config
 from omniavatar.engine.events import StepFinished
 from omniavatar.engine.recorder import RunRecorder
-from omniavatar.errors import ConfigError, NumbersError, ResumeError, StoppedError
+from omniavatar.errors import ConfigError, InputError, NumbersError, ResumeError, StoppedError
 from omniavatar.media.inspect import read_frames
 
 TESTS = Path(__file__).resolve().parents[2]
@@ -260,3 +260,9 @@ def test_a_request_cannot_make_another_model_causal(nano_checkpoint, cache):
     asked = request(1.0, sampling=SamplingParams(sampler="causal", guidance_scale=1.0))
     with pytest.raises(ConfigError, match="request: sampler: causal needs other weights than euler"):
         next(make_pipeline(nano_checkpoint, cache).stream(asked))
+
+
+def test_a_block_causal_video_does_not_go_on_from_a_finished_one(pipeline, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="continues: a block-causal video does not go on"):
+        pipeline.generate(replace(request(0.5), continues=tmp_path / "old.mp4"), tmp_path / "new.mp4")
+    assert not list(tmp_path.glob("new.mp4*"))

@@ -372,7 +372,7 @@ def test_engine_is_intact_unless_the_others_were_inside_a_video(tmp_path: Path) 
         last_order: Any = WindowsOrder.__new__(WindowsOrder)
 
     class Pipeline:
-        def generate(self, request: AvatarRequest, output: Path, resume: bool | None) -> None:
+        def generate(self, request: AvatarRequest, output: Path, resume: bool | None, should_stop) -> None:
             team.last_order = orders.pop() if orders else team.last_order
             raise OutputError("cannot write x: the disk is full; free some space")
 

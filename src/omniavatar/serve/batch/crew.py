@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from omniavatar.serve.batch.items import Outcome, Progress, Task, WorkerInfo
+from omniavatar.serve.batch.items import Outcome, Progress, WorkerInfo
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Crew(Protocol):
         """Start a worker without waiting; `Started` or `Lost` follows."""
         ...
 
-    def give(self, slot: int, task: Task) -> None:
-        """Give the task to a ready worker; `Answered` or `Lost` follows."""
+    def give(self, slot: int, task: Any) -> None:
+        """Give the task, a `Task` in a batch, to a ready worker; `Answered` or `Lost` follows."""
         ...
 
     def dismiss(self, slot: int) -> None:

@@ -177,55 +177,22 @@ class RemoteDestination:
         sidecar = _sidecar(video)
         size = video.stat().st_size
         for path in (video, sidecar):
-            self._retry(f"cannot upload {path.name}", partial(self._upload, system, root, path))
+            self._retry(f"cannot upload {path.name}", partial(upload, system, path, f"{root}/{path.name}"))
         atomic_write_json(self._receipt(name), {"identity": identity, "bytes": size})
         for path in (video, sidecar):
             path.unlink()
         return size
 
-    def _upload(self, system: Any, root: str, path: Path) -> None:
-        target = f"{root}/{path.name}"
-        part = f"{root}/.{path.name}.{secrets.token_hex(4)}.part"
-        try:
-            system.put_file(str(path), part)
-            system.invalidate_cache()
-            uploaded, size = system.info(part)["size"], path.stat().st_size
-            if uploaded != size:
-                raise OSError(f"{uploaded} of {size} bytes arrived")
-            system.mv(part, target)
-        except Exception:
-            _forget(system, part)
-            raise
-
     def _retry(self, failure: str, action: Callable[[], Any]) -> Any:
-        """The result of `action`, retried with growing pauses. Catches all errors: backends raise many kinds.
+        """The result of `action`, retried with growing pauses.
 
         failure: message for the OutputError after the last attempt.
         """
-        for attempt in range(self.tries):
-            try:
-                return action()
-            except Exception as error:
-                if attempt + 1 == self.tries:
-                    raise OutputError(
-                        f"{self.url}: {failure} after {self.tries} attempts ({type(error).__name__}: "
-                        f"{error}); check the connection and permissions, then give the same command again"
-                    ) from error
-                time.sleep(self.wait_s * 2**attempt)
+        return retried(f"{self.url}: {failure}", action, self.tries, self.wait_s)
 
     def _open(self) -> tuple[Any, str]:
         """The file system and the folder's path in it."""
-        try:
-            import fsspec
-        except ImportError:
-            raise ResourceError(
-                f"--output {self.url}: the package fsspec is missing; pip install 'omniavatar[batch]'"
-            ) from None
-        try:
-            system, root = fsspec.core.url_to_fs(self.url)
-        except (ValueError, ImportError) as error:
-            raise ConfigError(f"--output {self.url}: {error}") from None
-        return system, str(root).rstrip("/")
+        return open_url(self.url, f"--output {self.url}")
 
     def _receipt(self, name: str) -> Path:
         return beside(self.staging / name, "", name, ".delivered")
@@ -234,6 +201,59 @@ class RemoteDestination:
 def _sidecar(video: Path) -> Path:
     """The file that the engine writes beside `video`."""
     return beside(video, "", video.stem, ".json")
+
+
+def open_url(url: str, named: str) -> tuple[Any, str]:
+    """The fsspec file system of `url`, and the folder's path in it.
+
+    named: the option and its value, for messages.
+
+    Raises ConfigError, ResourceError.
+    """
+    try:
+        import fsspec
+    except ImportError:
+        raise ResourceError(
+            f"{named}: the package fsspec is missing; pip install 'omniavatar[batch]'"
+        ) from None
+    try:
+        system, root = fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"{named}: {error}") from None
+    return system, str(root).rstrip("/")
+
+
+def retried(failure: str, action: Callable[[], Any], tries: int, wait_s: float) -> Any:
+    """The result of `action`, retried with growing pauses. Catches all errors: backends raise many kinds.
+
+    failure: message for the OutputError after the last attempt.
+    """
+    for attempt in range(tries):
+        try:
+            return action()
+        except Exception as error:
+            if attempt + 1 == tries:
+                raise OutputError(
+                    f"{failure} after {tries} attempts ({type(error).__name__}: "
+                    f"{error}); check the connection and permissions, then give the same command again"
+                ) from error
+            time.sleep(wait_s * 2**attempt)
+
+
+def upload(system: Any, path: Path, target: str) -> None:
+    """Copy `path` to `target` of an fsspec file system: under a temporary name, checked by size, renamed."""
+    folder, _, name = target.rpartition("/")
+    part = f"{folder}/.{name}.{secrets.token_hex(4)}.part"
+    try:
+        system.put_file(str(path), part)
+        system.invalidate_cache()
+        uploaded, size = system.info(part)["size"], path.stat().st_size
+        if uploaded != size:
+            raise OSError(f"{uploaded} of {size} bytes arrived")
+        system.mv(part, target)
+    except Exception:
+        _forget(system, part)
+        raise
 
 
 def _forget(system: Any, part: str) -> None:

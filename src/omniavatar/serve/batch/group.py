@@ -14,17 +14,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from typing import Any
 
 from omniavatar.parallel.launch import signal_name
-from omniavatar.serve.batch.destination import Destination
-from omniavatar.serve.batch.items import Member, Outcome, Progress, Seat, Task, Verdict, WorkerInfo
-from omniavatar.serve.batch.worker import enter_folder, error_outcome
+from omniavatar.serve.batch.items import Member, Outcome, Progress, Seat, Stop, Verdict, WorkerInfo
+from omniavatar.serve.batch.worker import Worker, enter_folder, error_outcome
 
 RANK = "omniavatar.serve.batch.rank"
 GRACE_S = 5.0
@@ -37,17 +37,21 @@ class GroupWorker:
     """A `Worker` on several devices.
 
     factory: a pickled `GroupFactory`.
+    destination: handed on to the worker.
     grace_s: seconds to wait for the cause of a failure after its first symptom.
+    kind: class of the worker in rank 0.
     """
 
     def __init__(
         self,
         factory: bytes,
         seat: Seat,
-        destination: Destination,
+        destination: Any,
         folder: str,
         grace_s: float = GRACE_S,
+        kind: Callable[..., Any] = Worker,
     ) -> None:
+        self._kind = kind
         self._factory, self._seat, self._destination, self._folder = factory, seat, destination, folder
         self._grace_s = grace_s
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -65,9 +69,9 @@ class GroupWorker:
             self._end()
             return error_outcome(error, began)
 
-    def run(self, task: Task) -> Outcome:
+    def run(self, task: Any) -> Outcome:
         began = time.time()
-        self._progress = Progress(task.item.key, 0, 0)
+        self._progress = Progress(task.key, 0, 0)
         try:
             with suppress(OSError):  # rank 0 died; `_answer` finds out why
                 self._connections[0].send(task)
@@ -82,6 +86,15 @@ class GroupWorker:
 
     def progress(self) -> Progress:
         return self._progress
+
+    def stop(self, how: Stop) -> None:
+        """Tell the worker in rank 0; a dead one is noticed by `run`."""
+        with suppress(OSError, IndexError):
+            self._connections[0].send(how)
+
+    def close(self) -> None:
+        """End the ranks."""
+        self._end()
 
     def _start_ranks(self) -> None:
         store, (pipe, self._life_pipe) = os.memfd_create("ranks"), os.pipe()
@@ -105,7 +118,7 @@ class GroupWorker:
         for rank, connection in enumerate(self._connections):
             member = Member(self._seat, rank, f"/proc/self/fd/{store}")
             with suppress(OSError):
-                connection.send((member, self._factory, self._destination, self._folder))
+                connection.send((member, self._factory, self._destination, self._folder, self._kind))
 
     def _answer(self, began: float) -> WorkerInfo | Outcome:
         """The answer of rank 0, or the error that ended the group."""

@@ -72,6 +72,10 @@ class Task:
     item: Item
     fresh: bool
 
+    @property
+    def key(self) -> str:
+        return self.item.key
+
 
 @dataclass(frozen=True)
 class Seat:
@@ -97,6 +101,13 @@ class Member:
     @property
     def device(self) -> str:
         return self.seat.devices[self.rank]
+
+
+class Stop(StrEnum):
+    """How a busy worker of a queue ends its task early; its finished windows are kept."""
+
+    now = "now"  # at the next step
+    after_window = "after_window"
 
 
 class PeerLost(Exception):
@@ -193,11 +204,18 @@ class WorkerInfo:
 
 @dataclass(frozen=True)
 class Progress:
-    """Finished windows of the item a worker makes now; `key` is None if it is idle."""
+    """Finished windows of the item a worker makes now; `key` is None if it is idle.
+
+    step: of `steps` of the window in work. resumed: windows that an earlier attempt finished.
+    """
 
     key: str | None
     window: int
     windows: int
+    step: int = 0
+    steps: int = 0
+    eta_seconds: float | None = None
+    resumed: int = 0
 
 
 def verdict_of(error: OmniAvatarError) -> Verdict:

@@ -25,6 +25,7 @@ from omniavatar.engine.pipeline import AvatarPipeline
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.engine.requests_file import BadLine, RequestLine
 from omniavatar.engine.targets import output_path
+from omniavatar.engine.window_loop import ShouldStop, never
 from omniavatar.errors import InputError, OmniAvatarError, ResourceError
 from omniavatar.parallel.process import Process, connect, lost_another
 from omniavatar.parallel.ranks import Ranks
@@ -49,31 +50,33 @@ class AvatarEngines:
     pin: bool = False
 
     def __call__(self, seat: Seat) -> Engine:
-        config = self._on(self.config, seat.devices[0])
-        return AvatarEngine(config, None, self._take_cores(config))
+        config = self.on(self.config, seat.devices[0])
+        return AvatarEngine(config, None, self.take_cores(config))
 
     def lead(self, member: Member) -> Engine:
         with _peer_errors():
             config = self._shared(member)
-            return AvatarEngine(config, _join(member, config), self._take_cores(config))
+            return AvatarEngine(config, _join(member, config), self.take_cores(config))
 
     def follow(self, member: Member) -> None:
         with _peer_errors():
             config = self._shared(member)
-            self._take_cores(config)
+            self.take_cores(config)
             AvatarPipeline.from_config(config, team=_join(member, config)).follow()
 
     def _shared(self, member: Member) -> PipelineConfig:
         count = len(member.seat.devices)
-        return self._on(shared_among(self.config, count, f"--gpus-per-job {count}"), member.device)
+        return self.on(shared_among(self.config, count, f"--gpus-per-job {count}"), member.device)
 
-    def _on(self, config: PipelineConfig, device: str) -> PipelineConfig:
+    def on(self, config: PipelineConfig, device: str) -> PipelineConfig:
+        """`config` for one process on `device`."""
         changes: dict[str, Any] = {"device": device}
         if device == "cpu":
             changes["threads"] = config.runtime.threads or 1
         return changed(config, runtime=changes)
 
-    def _take_cores(self, config: PipelineConfig) -> tuple[int, ...]:
+    def take_cores(self, config: PipelineConfig) -> tuple[int, ...]:
+        """Bind this process to cores for `config`; returns their numbers, () if it is not bound."""
         runtime = config.runtime
         if not self.pin or runtime.device != "cpu" or runtime.threads is None:
             return ()
@@ -102,6 +105,7 @@ class AvatarEngine:
     """An `AvatarPipeline` that reports its windows.
 
     team: the processes that make each video together; None for one process.
+    options: further ones of the pipeline.
     """
 
     def __init__(
@@ -110,36 +114,52 @@ class AvatarEngine:
         team: Ranks | None,
         cores: tuple[int, ...],
         make_pipeline: Callable[..., AvatarPipeline] = AvatarPipeline.from_config,
+        **options: Any,
     ) -> None:
         self._on_window: Callable[[int, int], None] = lambda done, windows: None
+        self._on_event: Callable[[Event], None] = lambda event: None
         self._team, self._cores = team, cores
         recorder = RunRecorder([self._listen])
-        self._pipeline = make_pipeline(config, recorder=recorder, team=team or ONE)
+        self.pipeline = make_pipeline(config, recorder=recorder, team=team or ONE, **options)
 
     def run(
         self, request: AvatarRequest, output: Path, fresh: bool, on_window: Callable[[int, int], None]
     ) -> Made:
-        with _peer_errors():
-            return self._run(request, output, fresh, on_window)
-
-    def _run(
-        self, request: AvatarRequest, output: Path, fresh: bool, on_window: Callable[[int, int], None]
-    ) -> Made:
         self._on_window = on_window
+        return self._run(request, output, fresh, never)
+
+    def run_watched(
+        self,
+        request: AvatarRequest,
+        output: Path,
+        on_event: Callable[[Event], None],
+        should_stop: ShouldStop,
+    ) -> Made:
+        """As `run`, with every event of the run reported, until `should_stop`. Also raises StoppedError."""
+        self._on_event = on_event
+        return self._run(request, output, False, should_stop)
+
+    def _run(self, request: AvatarRequest, output: Path, fresh: bool, should_stop: ShouldStop) -> Made:
+        with _peer_errors():
+            return self._made(request, output, fresh, should_stop)
+
+    def _made(self, request: AvatarRequest, output: Path, fresh: bool, should_stop: ShouldStop) -> Made:
         if self._team is not None:
             self._team.last_order = None
         try:
-            result = self._pipeline.generate(request, output, resume=False if fresh else None)
+            result = self.pipeline.generate(
+                request, output, resume=False if fresh else None, should_stop=should_stop
+            )
         except ResourceError:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             raise
-        seconds = result.frames / self._pipeline.config.video.fps
+        seconds = result.frames / self.pipeline.config.video.fps
         return Made(result.frames, result.windows, result.resumed_windows, seconds)
 
     def device(self) -> str:
-        device = self._pipeline.models.device
+        device = self.pipeline.models.device
         name = device_name(device)
         if self._cores and self._team is None:
             name = f"{name} core {','.join(map(str, self._cores))}"
@@ -150,6 +170,7 @@ class AvatarEngine:
         return self._team is None or not isinstance(self._team.last_order, WindowsOrder)
 
     def _listen(self, event: Event) -> None:
+        self._on_event(event)
         if isinstance(event, RequestStarted):
             self._on_window(event.resumed_windows, event.windows)
         elif isinstance(event, WindowFinished):

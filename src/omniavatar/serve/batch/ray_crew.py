@@ -24,9 +24,16 @@ from typing import TYPE_CHECKING, Any
 
 from omniavatar.errors import ConfigError, ResourceError
 from omniavatar.serve.batch.crew import Answered, Lost, News, Started, lost_service
-from omniavatar.serve.batch.destination import Destination
 from omniavatar.serve.batch.group import GroupWorker
-from omniavatar.serve.batch.items import EngineFactory, GroupFactory, Outcome, Progress, Seat, Task, Verdict
+from omniavatar.serve.batch.items import (
+    EngineFactory,
+    GroupFactory,
+    Outcome,
+    Progress,
+    Seat,
+    Stop,
+    Verdict,
+)
 from omniavatar.serve.batch.worker import Worker
 
 if TYPE_CHECKING:
@@ -73,6 +80,8 @@ class RayCrew:
 
     workers: number of workers; None for as many as the cluster can run now.
     factory: makes the engines; a GroupFactory if a worker has several devices.
+    destination: handed on to the workers.
+    kinds: classes of the workers with one device and with several.
 
     Raises ResourceError if Ray is missing or unreachable, ConfigError if the cluster cannot run a worker,
     CrewLost if a process of Ray ended while it started.
@@ -83,7 +92,8 @@ class RayCrew:
         seats: Seats,
         workers: int | None,
         factory: EngineFactory | GroupFactory,
-        destination: Destination,
+        destination: Any,
+        kinds: tuple[type, type] = (Worker, GroupWorker),
     ) -> None:
         try:
             if "ray" not in sys.modules:  # Ray reads its settings at import, its processes at their start
@@ -116,7 +126,7 @@ class RayCrew:
             self.close()
             raise
         grouped = seats.devices > 1
-        self._actor = ray.remote(GroupWorker if grouped else Worker)
+        self._actor = ray.remote(kinds[grouped])
         packed = ray.cloudpickle.dumps(factory) if grouped else factory
         self._arguments = (packed, seats.seat, destination, os.getcwd())
 
@@ -142,14 +152,18 @@ class RayCrew:
     def hire(self, slot: int) -> None:
         seats = self._seats
         actor = self._actor.options(
-            num_cpus=seats.cpus_per_worker, num_gpus=seats.gpus_per_worker, max_restarts=0, max_concurrency=2
+            num_cpus=seats.cpus_per_worker, num_gpus=seats.gpus_per_worker, max_restarts=0, max_concurrency=3
         ).remote(*self._arguments)
         self._actors[slot] = actor
         self._call(slot, actor.start.remote(), Started)
 
-    def give(self, slot: int, task: Task) -> None:
+    def give(self, slot: int, task: Any) -> None:
         self._progress.pop(slot, None)
         self._call(slot, self._actors[slot].run.remote(task), Answered)
+
+    def stop(self, slot: int, how: Stop) -> None:
+        """Have a busy worker end its task early; its answer follows."""
+        self._actors[slot].stop.remote(how)
 
     def _call(self, slot: int, ref: Any, kind: Kind) -> None:
         """Put the answer into one queue, so that `wait` costs the same for any number of workers."""

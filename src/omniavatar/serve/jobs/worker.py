@@ -1,0 +1,259 @@
+"""A worker of the queue: one engine, one job at a time, from the job's files to the delivered video.
+
+It runs in its own process (`process_crew`), as a Ray actor, or as rank 0 of a group. It knows no database and
+no lease: the process that claims jobs tells it when to stop.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from omniavatar.engine.events import RequestStarted, StepFinished, WindowFinished, WindowStarted
+from omniavatar.engine.marks import read_record
+from omniavatar.errors import InputError
+from omniavatar.serve.batch.items import Made, Outcome, Progress, Seat, Stop, Verdict, WorkerInfo, is_bug
+from omniavatar.serve.batch.worker import enter_folder, error_outcome
+from omniavatar.serve.jobs.files import JobFiles
+from omniavatar.serve.jobs.records import (
+    SERVER_ERROR,
+    SIDECAR,
+    SOURCE_VIDEO,
+    THUMBNAIL,
+    VIDEO,
+    JobError,
+    JobSpec,
+    Json,
+)
+from omniavatar.types import AvatarRequest, Event, SamplingParams
+
+if TYPE_CHECKING:
+    from omniavatar.engine.window_loop import ShouldStop
+
+THUMBNAIL_SIDE = 512
+
+
+@dataclass(frozen=True)
+class JobTask:
+    """A job given to a worker."""
+
+    id: str
+    spec: JobSpec
+
+    @property
+    def key(self) -> str:
+        return self.id
+
+
+class JobEngine(Protocol):
+    """Makes videos with any of the configured models."""
+
+    def run(
+        self,
+        model: str,
+        request: AvatarRequest,
+        output: Path,
+        on_event: Callable[[Event], None],
+        should_stop: ShouldStop,
+    ) -> Made:
+        """Write the complete video to `output`; an interrupted one goes on. Raises OmniAvatarError."""
+        ...
+
+    def device(self) -> str:
+        """Name of the device, for display."""
+        ...
+
+    def intact(self) -> bool:
+        """Whether the engine can make the next video after one that failed."""
+        ...
+
+
+class JobWorker:
+    """Call `start` once, then `run` for each task; `progress` and `stop` at any time, from any thread.
+
+    on_progress: called with each new progress.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[[Seat], JobEngine],
+        seat: Seat,
+        files: JobFiles,
+        folder: str,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        self._factory, self._seat, self._files, self._folder = factory, seat, files, folder
+        self._on_progress = on_progress
+        self._engine: JobEngine | None = None
+        self._run: _Run | None = None
+
+    def start(self) -> WorkerInfo | Outcome:
+        """Make the engine in the folder of the server; returns an Outcome with the error on failure."""
+        began = time.time()
+        try:
+            enter_folder(self._folder)
+            self._files.check()
+            self._engine = self._factory(self._seat)
+            gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "") if self._seat.devices[0] != "cpu" else ""
+            return WorkerInfo(socket.gethostname(), os.getpid(), self._engine.device(), gpus)
+        except Exception as error:
+            return error_outcome(error, began)
+
+    def run(self, task: JobTask) -> Outcome:
+        """Make the job's video and deliver it."""
+        began = time.time()
+        run = self._run = _Run(task, self._files, self._on_progress)
+        try:
+            assert self._engine is not None
+            made = run.delivered() or run.make(self._engine)
+            size = self._files.size(task.id, VIDEO) or 0
+            return Outcome(Verdict.done, began, time.time(), made, size)
+        except Exception as error:
+            return error_outcome(error, began, usable=self._engine is not None and self._engine.intact())
+        finally:
+            run.close()
+            self._run = None
+
+    def progress(self) -> Progress:
+        run = self._run
+        return Progress(None, 0, 0) if run is None else run.progress
+
+    def stop(self, how: Stop) -> None:
+        """End the task early, if there is one; `run` then returns a StoppedError."""
+        run = self._run
+        if run is not None:
+            run.stop(how)
+
+
+class _Run:
+    """One job while it is made."""
+
+    def __init__(self, task: JobTask, files: JobFiles, on_progress: Callable[[Progress], None]) -> None:
+        self._task, self._files, self._on_progress = task, files, on_progress
+        self.progress = Progress(task.id, 0, 0)
+        self._how: Stop | None = None
+        self._between_windows = True
+        self._began = time.monotonic()
+        self._saver = ThreadPoolExecutor(1, thread_name_prefix="save-work") if files.is_url else None
+        self._saving: Future[None] | None = None
+        self._lock = threading.Lock()
+
+    def delivered(self) -> Made | None:
+        """The result of a worker that died between the delivery and its report; None if there is none."""
+        id, files = self._task.id, self._files
+        if files.size(id, VIDEO) is None or files.size(id, SIDECAR) is None:
+            return None
+        record = read_record(files.local(id, SIDECAR)) or {}
+        if record.get("bytes") != files.size(id, VIDEO):
+            return None
+        plan = record["plan"]
+        return Made(record["frames"], record["windows"], record["resumed_windows"], plan["duration_s"])
+
+    def make(self, engine: JobEngine) -> Made:
+        id, spec, files = self._task.id, self._task.spec, self._files
+        files.restore_work(id)
+        output = files.work(id)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        request = AvatarRequest(
+            spec.prompt,
+            files.local(id, spec.image),
+            None if spec.audio is None else files.local(id, spec.audio),
+            sampling_of(spec.settings),
+            size=spec.size,
+            continues=None if spec.extends is None else files.local(id, SOURCE_VIDEO),
+        )
+        made = engine.run(spec.model, request, output, self._listen, self._should_stop)
+        self.close()
+        thumbnail = output.with_name("thumbnail.webp")
+        write_thumbnail(output, thumbnail)
+        files.put_file(id, THUMBNAIL, thumbnail)
+        files.put_file(id, SIDECAR, output.with_suffix(".json"))
+        files.put_file(id, VIDEO, output)  # last: `delivered` looks for it
+        return made
+
+    def stop(self, how: Stop) -> None:
+        if self._how is not Stop.now:
+            self._how = how
+
+    def close(self) -> None:
+        """Wait until the work is saved."""
+        if self._saver is not None:
+            self._saver.shutdown(wait=True)
+
+    def _should_stop(self) -> bool:
+        return self._how is Stop.now or (self._how is Stop.after_window and self._between_windows)
+
+    def _listen(self, event: Event) -> None:
+        old = self.progress
+        if isinstance(event, RequestStarted):
+            done, windows = event.resumed_windows, event.windows
+            self.progress = Progress(old.key, done, windows, 0, event.steps, None, done)
+        elif isinstance(event, WindowStarted):
+            self._between_windows = True
+        elif isinstance(event, StepFinished):
+            self._between_windows = False
+            if event.window == old.window:  # a later one is only queued
+                self._report(old.window, event.step + 1)
+        elif isinstance(event, WindowFinished):
+            self._report(event.window + 1, 0)
+            self._save_work()
+
+    def _report(self, window: int, step: int) -> None:
+        old = self.progress
+        done = window + (step / old.steps if old.steps else 0.0)
+        rate = (done - old.resumed) / max(time.monotonic() - self._began, 1e-6)
+        eta = (old.windows - done) / rate if rate > 0 else None
+        self.progress = Progress(old.key, window, old.windows, step, old.steps, eta, old.resumed)
+        self._on_progress(self.progress)
+
+    def _save_work(self) -> None:
+        """Start to save the finished windows, unless that is under way. Raises what the last time raised."""
+        with self._lock:
+            if self._saver is None or (self._saving is not None and not self._saving.done()):
+                return
+            if self._saving is not None:
+                self._saving.result()
+            self._saving = self._saver.submit(self._files.save_work, self._task.id)
+
+
+def sampling_of(settings: Mapping[str, Json]) -> SamplingParams:
+    """The sampling values of a request. Raises InputError for a setting that a request cannot change."""
+    known = [field.name for field in fields(SamplingParams)]
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise InputError(f"{unknown[0]}: a request cannot set it; it can set {', '.join(known)}")
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
+    return SamplingParams(**values)
+
+
+def write_thumbnail(video: Path, path: Path) -> None:
+    """Write the middle of a video's first second as a WebP picture."""
+    from itertools import islice
+
+    from PIL import Image
+
+    from omniavatar.media.inspect import read_frames
+
+    frame = list(islice(read_frames(video), 12))[-1]
+    picture = Image.fromarray(frame)
+    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    picture.save(path, "webp", quality=85)
+
+
+def job_error(outcome: Outcome) -> JobError:
+    """What a client reads of a failed attempt. Bugs show no trace."""
+    name = outcome.error_class
+    if outcome.verdict is Verdict.broken or is_bug(name):
+        return JobError(SERVER_ERROR, "the server met a bug in this job; its log says more", "server_error")
+    kinds = {"InputError": "invalid_request_error", "NumbersError": "server_error"}
+    code = name.removesuffix("Error").lower() or SERVER_ERROR
+    return JobError(code, outcome.error, kinds.get(name, "server_error"))
