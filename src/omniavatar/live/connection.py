@@ -16,8 +16,8 @@ from omniavatar.live.messages import (
     Interaction,
     Interrupt,
     Ping,
+    SessionStop,
     Start,
-    Stop,
     chunk_message,
     done_message,
     parse,
@@ -184,7 +184,7 @@ class LiveConnection:
             await self._send({"type": "session.pong"})
         elif isinstance(message, Start):
             raise InputError("session.start: the session runs already; stop it first, or connect again")
-        elif isinstance(message, Stop):
+        elif isinstance(message, SessionStop):
             if not message.drain:
                 return "stopped"
             session.end()

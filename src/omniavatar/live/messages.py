@@ -78,7 +78,7 @@ class Interaction(_Message):
     event_id: str | None = None
 
 
-class Stop(_Message):
+class SessionStop(_Message):
     """Ends the session; `drain`: after the pushed sound has been shown."""
 
     type: Literal["session.stop"]
@@ -91,18 +91,22 @@ class Ping(_Message):
     type: Literal["session.ping"]
 
 
-ClientMessage = Annotated[Start | Audio | Interrupt | Interaction | Stop | Ping, Field(discriminator="type")]
+ClientMessage = Annotated[
+    Start | Audio | Interrupt | Interaction | SessionStop | Ping, Field(discriminator="type")
+]
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(ClientMessage)
 
 
-def parse(text: str) -> Start | Audio | Interrupt | Interaction | Stop | Ping:
+def parse(text: str) -> Start | Audio | Interrupt | Interaction | SessionStop | Ping:
     """A client's text message. Raises InputError with one line."""
     try:
         value = parse_json(text)
     except ValueError as error:
         raise InputError(f"message: is not JSON ({error}); send an object with a `type`") from None
     try:
-        message: Start | Audio | Interrupt | Interaction | Stop | Ping = _ADAPTER.validate_python(value)
+        message: Start | Audio | Interrupt | Interaction | SessionStop | Ping = _ADAPTER.validate_python(
+            value
+        )
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "message"
