@@ -16,8 +16,8 @@ from omniavatar.live.messages import (
     Interaction,
     Interrupt,
     Ping,
-    SessionStop,
     Start,
+    StopAsked,
     chunk_message,
     done_message,
     parse,
@@ -184,7 +184,7 @@ class LiveConnection:
             await self._send({"type": "session.pong"})
         elif isinstance(message, Start):
             raise InputError("session.start: the session runs already; stop it first, or connect again")
-        elif isinstance(message, SessionStop):
+        elif isinstance(message, StopAsked):
             if not message.drain:
                 return "stopped"
             session.end()

@@ -78,7 +78,7 @@ class Interaction(_Message):
     event_id: str | None = None
 
 
-class SessionStop(_Message):
+class StopAsked(_Message):
     """Ends the session; `drain`: after the pushed sound has been shown."""
 
     type: Literal["session.stop"]
@@ -92,21 +92,19 @@ class Ping(_Message):
 
 
 ClientMessage = Annotated[
-    Start | Audio | Interrupt | Interaction | SessionStop | Ping, Field(discriminator="type")
+    Start | Audio | Interrupt | Interaction | StopAsked | Ping, Field(discriminator="type")
 ]
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(ClientMessage)
 
 
-def parse(text: str) -> Start | Audio | Interrupt | Interaction | SessionStop | Ping:
+def parse(text: str) -> Start | Audio | Interrupt | Interaction | StopAsked | Ping:
     """A client's text message. Raises InputError with one line."""
     try:
         value = parse_json(text)
     except ValueError as error:
         raise InputError(f"message: is not JSON ({error}); send an object with a `type`") from None
     try:
-        message: Start | Audio | Interrupt | Interaction | SessionStop | Ping = _ADAPTER.validate_python(
-            value
-        )
+        message: Start | Audio | Interrupt | Interaction | StopAsked | Ping = _ADAPTER.validate_python(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "message"
