@@ -25,7 +25,9 @@ from fuzz.mutate import mutated
 from fuzz.targets import make_targets
 
 SECONDS = 10.0
-"""Wall time of one input on an idle machine."""
+"""Of one input: CPU time, or wall time while its process sleeps."""
+LOADED = 6
+"""Wall time may be this many times as long, where other work takes the cores."""
 BYTES = 2 * 2**30
 INPUTS_A_PROCESS = 2_000
 """A process ends after so many inputs, so that a leak of a library is not taken for a fault of an input."""
@@ -106,11 +108,27 @@ class _Worker:
         theirs.close()
         self.next, self.kind, self.step = first, "start", step
         self.since: float | None = None
+        self.cpu = 0.0
         self.ended = False
 
     def seconds(self) -> float:
         """Wall time of the input in hand."""
         return 0.0 if self.since is None else time.monotonic() - self.since
+
+    def hangs(self, most_s: float) -> bool:
+        """Whether the input in hand takes longer than `most_s` allows."""
+        wall = self.seconds()
+        if wall <= most_s:
+            return False
+        with contextlib.suppress(psutil.Error):
+            asleep = psutil.Process(self.process.pid).status() == psutil.STATUS_SLEEPING
+            return asleep or self.cpu_seconds() - self.cpu > most_s or wall > LOADED * most_s
+        return False
+
+    def cpu_seconds(self) -> float:
+        with contextlib.suppress(psutil.Error):
+            return sum(psutil.Process(self.process.pid).cpu_times()[:2])
+        return 0.0
 
     def bytes(self) -> int:
         with contextlib.suppress(psutil.Error):
@@ -133,7 +151,7 @@ def fuzz(
 ) -> Iterator[Outcome]:
     """Run until `seconds` are over or `inputs` are done; yields the growing outcome about once a second.
 
-    most_s: wall time after which an input is taken for a hang.
+    most_s: see SECONDS.
 
     Raises RuntimeError if a process does not start.
     """
@@ -172,6 +190,7 @@ def _step(worker: _Worker, outcome: Outcome, most_s: float) -> str | None:
             event, number, detail, *times = worker.pipe.recv()
             if event == "begin":
                 worker.next, worker.kind, worker.since = number, detail, time.monotonic()
+                worker.cpu = worker.cpu_seconds()
             elif event == "end":
                 worker.since = None
                 worker.next = number + worker.step
@@ -192,6 +211,6 @@ def _step(worker: _Worker, outcome: Outcome, most_s: float) -> str | None:
         return None
     if worker.bytes() > BYTES:
         return f"more than {BYTES / 2**30:.0f} GiB"
-    if worker.seconds() > most_s:
+    if worker.hangs(most_s):
         return f"no end after {most_s:.0f} s"
     return None
