@@ -52,7 +52,7 @@ class ServeSettings(BaseModel):
     insecure: bool = False
     """Listen on any address without API keys."""
     allowed_hosts: tuple[str, ...] = ()
-    """More names that the Host header may have; with *, any. On the loopback only its own names are allowed."""
+    """More names that the Host header may have; with *, any. The loopback allows only its own names."""
     cors_origins: tuple[str, ...] = ()
     """Origins (https://page.example) whose browser pages may use the API; none by default."""
     models: Annotated[Mapping[str, str], AfterValidator(_names)] = {"pocket": "pocket"}

@@ -30,7 +30,7 @@ class Caller:
     key_id: str
     name: str
     scopes: frozenset[str]
-    limits: KeyLimits = KeyLimits()
+    limits: KeyLimits
 
 
 class Access:
@@ -39,7 +39,9 @@ class Access:
     needs_keys: whether requests without a key are refused. Once a key exists, also a revoked one, they are.
     """
 
-    def __init__(self, settings: ServeSettings, keys: KeyStore, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, settings: ServeSettings, keys: KeyStore, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._settings, self._keys, self._clock = settings, keys, clock
         self._needs_keys = not settings.is_loopback and not settings.insecure
         self._look_again = 0.0
@@ -56,7 +58,7 @@ class Access:
         """Raises ApiError, StoreError."""
         address = request.client.host if request.client else "unknown"
         if not self.needs_keys():
-            caller = Caller(LOCAL_KEY, LOCAL_KEY, frozenset(SCOPES))
+            caller = Caller(LOCAL_KEY, LOCAL_KEY, frozenset(SCOPES), KeyLimits())
         else:
             kind, _, token = request.headers.get("authorization", "").partition(" ")
             key = self._keys.verify(token.strip()) if kind.lower() == "bearer" else None

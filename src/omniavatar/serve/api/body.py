@@ -154,7 +154,7 @@ async def _from_form(request: Request, folder: Path) -> tuple[dict[str, Any], di
                     raise field_error(plain[:100], "is given more than once; give it once")
                 if isinstance(value, UploadFile):
                     if plain not in FILES:
-                        raise field_error(plain[:100], "is no file field of this request; remove it", "unknown_field")
+                        raise field_error(plain[:100], "is no file field; remove it", "unknown_field")
                     given[plain] = await run_in_threadpool(_keep, value.file, folder / plain)
                 elif plain in FILES:
                     if value:
@@ -162,7 +162,9 @@ async def _from_form(request: Request, folder: Path) -> tuple[dict[str, Any], di
                 else:
                     raw[name] = value
     except HTTPException as error:
-        raise ApiError(400, "invalid_body", f"the form cannot be read ({error.detail}); send it again") from None
+        raise ApiError(
+            400, "invalid_body", f"the form cannot be read ({error.detail}); send it again"
+        ) from None
     return raw, given
 
 

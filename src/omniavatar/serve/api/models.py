@@ -53,7 +53,9 @@ class Catalogue:
             return next(iter(self.configs))
         if asked not in self.configs:
             names = ", ".join(self.configs)
-            raise ApiError(404, "model_not_found", f"model: is none of {names}; choose one", "model", NOT_FOUND)
+            raise ApiError(
+                404, "model_not_found", f"model: is none of {names}; choose one", "model", NOT_FOUND
+            )
         return asked
 
     def settings(self, model: str, given: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Json]:
@@ -65,20 +67,27 @@ class Catalogue:
             if key not in REQUEST_KEYS:
                 keys = ", ".join(REQUEST_KEYS)
                 raise field_error(
-                    f"extra_params.{key[:100]}", f"cannot be set by a request; choose from {keys}", "unknown_field"
+                    f"extra_params.{key[:100]}",
+                    f"cannot be set by a request; choose from {keys}",
+                    "unknown_field",
                 )
         values = {key: value for key, value in (*extra.items(), *given.items()) if value is not None}
+        configured = self.configs[model].sampling
         for key in values:
             param = _FIELDS[key] if key in given and given[key] is not None else f"extra_params.{key}"
             try:
-                checked = effective_sampling(self.configs[model].sampling, SamplingParams(**{key: values[key]}))
+                checked = effective_sampling(
+                    self.configs[model].sampling, SamplingParams(**{key: values[key]})
+                )
             except ConfigError as error:
                 text = str(error).removeprefix("request: ").partition(": ")[2]
                 raise field_error(param, text.replace("Input should be", "must be")) from None
             if key in ("num_steps", "timesteps") and checked.steps > self._most_steps:
-                raise field_error(param, f"asks for {checked.steps} steps; at most {self._most_steps} are allowed")
+                raise field_error(
+                    param, f"asks for {checked.steps} steps; at most {self._most_steps} are allowed"
+                )
         try:
-            checked = effective_sampling(self.configs[model].sampling, SamplingParams(**values))
+            checked = effective_sampling(configured, SamplingParams(**values))
         except ConfigError as error:
             raise field_error("extra_params", str(error).removeprefix("request: ")) from None
         return {key: checked.model_dump(mode="json")[key] for key in values}
