@@ -62,6 +62,11 @@ class Server:
     files: JobFiles
     keys: KeyStore
 
+    @property
+    def folders(self) -> list[Path]:
+        """Folders of all jobs' files."""
+        return list(Path(self.files.place).glob("video_*"))
+
     def create(self, **fields: Any) -> Any:
         headers = fields.pop("headers", None)
         return self.client.post(
@@ -82,6 +87,7 @@ class Server:
 
 
 Serve = Callable[..., Server]
+Clock = Callable[[], float] | None
 
 
 @pytest.fixture(scope="session")
@@ -97,12 +103,17 @@ def serve(tmp_path: Path, empty_database: Path) -> Iterator[Serve]:
     opened: list[Server] = []
 
     def start(
-        *, base: str = BASE, outside: Outside | None = None, ready: bool = True, **values: Any
+        *,
+        base: str = BASE,
+        outside: Outside | None = None,
+        ready: bool = True,
+        clock: Clock = None,
+        **values: Any,
     ) -> Server:
         settings = ServeSettings(data_dir=tmp_path, **values)
         if not (tmp_path / "jobs.db").exists():
             shutil.copy(empty_database, tmp_path)
-        store = JobStore.open(settings.database_url)
+        store = JobStore.open(settings.database_url, clock)
         files, keys = JobFiles(settings.files_place), KeyStore(store.database)
         checker = DirectChecker(settings.portrait_pixels, settings.voice_seconds)
         app = create_app(

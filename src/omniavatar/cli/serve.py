@@ -125,22 +125,14 @@ def list_keys(context: typer.Context, as_json: JsonOption = False) -> None:
     def show(keys: KeyStore) -> None:
         from omniavatar.cli.terminal import say_json
 
-        found = [
-            {
-                "name": key.name,
-                "id": key.id,
-                "scopes": sorted(key.scopes),
-                "limits": vars(key.limits),
-                "created_at": key.created_at,
-                "revoked_at": key.revoked_at,
-            }
-            for key in keys.list()
-        ]
+        found = keys.list()
         if as_json:
-            say_json(found)
-        for each in [] if as_json else found:
-            state = "revoked" if each["revoked_at"] else "valid"
-            typer.echo(f"{each['name']}  {each['id']}  {state}  {','.join(map(str, each['scopes']))}")  # type: ignore[call-overload]
+            rows = [{**vars(key), "scopes": sorted(key.scopes), "limits": vars(key.limits)} for key in found]
+            say_json(rows)
+            return
+        for key in found:
+            state = "valid" if key.revoked_at is None else "revoked"
+            typer.echo(f"{key.name}  {key.id}  {state}  {','.join(sorted(key.scopes))}")
 
     _with_keys(context, show)
 
@@ -187,10 +179,10 @@ def webhook_secret(
 def _settings(context: typer.Context) -> LoadedSettings:
     from omniavatar.errors import ResourceError
 
-    while context.obj is None or not isinstance(context.obj, tuple):
-        assert context.parent is not None
-        context = context.parent
-    path, options = context.obj
+    found: Any = context
+    while not isinstance(found.obj, tuple):
+        found = found.parent
+    path, options = found.obj
     try:
         import omniavatar.serve.api.app  # noqa: F401
         from omniavatar.serve.settings import load_settings
@@ -252,7 +244,8 @@ def _workers(
 
         address = settings.ray_address or None
         plan = plan_workers(WorkerOptions(settings.gpus, True, 1, settings.gpus_per_job, None, address))
-        return RayCrew(plan.seats, plan.workers, engines, files, kinds=(JobWorker, JobGroupWorker))
+        factory: Any = engines
+        return RayCrew(plan.seats, plan.workers, factory, files, kinds=(JobWorker, JobGroupWorker))
 
     rules = WorkerRules(keep=settings.keep_seconds)
     return Workers(store, files, crew, list(configs), rules, on_end)

@@ -222,5 +222,6 @@ def _from_text(name: str, text: str, variable: str) -> Any:
         parts = [part.strip() for part in text.split(",") if part.strip()]
         if name != "models":
             return parts
-        return dict(part.split("=", 1) if "=" in part else (part, part) for part in parts)
+        pairs = [part.partition("=") for part in parts]
+        return {model: path or model for model, _, path in pairs}
     return text

@@ -10,7 +10,7 @@ import ipaddress
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import urljoin, urlsplit
@@ -133,7 +133,8 @@ class Outside:
                     "GET", checked_url(url), headers={"Accept": "*/*"}, extensions=_timeouts(seconds)
                 ) as found:
                     if found.status in _REDIRECTS:
-                        url = urljoin(url, dict(found.headers).get(b"location", b"").decode("latin-1"))
+                        headers = {name.lower(): value for name, value in found.headers}
+                        url = urljoin(url, headers.get(b"location", b"").decode("latin-1"))
                         continue
                     if found.status != 200:
                         raise AddressError(f"answered with status {found.status}; check the URL")
@@ -142,7 +143,7 @@ class Outside:
                 raise AddressError("could not be downloaded; check the URL, or upload the file") from None
         raise AddressError(f"redirects more than {MOST_REDIRECTS} times; give the final URL")
 
-    def post(self, url: str, body: bytes, headers: Mapping[str, str], seconds: float) -> None:
+    def post(self, url: str, body: bytes, headers: dict[bytes | str, bytes | str], seconds: float) -> None:
         """Post `body`; a redirect is not followed. Raises DeliveryError unless the status is 2xx."""
         try:
             with self._pool.stream(

@@ -36,12 +36,12 @@ _ALIASES = {PORTRAIT: ("image_url", "url"), VOICE: ("audio_url", "url")}
 MOST_FIELD = 1_000_000
 
 
-class VideoFields(BaseModel):
-    """Fields of a new video, but for its files."""
+class Fields(BaseModel):
+    """Fields of a request, but for its files."""
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: Annotated[str, Field(max_length=65536)]
+    prompt: Annotated[str, Field(max_length=65536)] | None
     model: str | None = None
     size: str | None = None
     seconds: str | int | None = None
@@ -54,7 +54,9 @@ class VideoFields(BaseModel):
 
     @field_validator("prompt")
     @classmethod
-    def _usable(cls, value: str) -> str:
+    def _usable(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
         if not value.strip():
             raise ValueError("is empty; describe the person and the scene in a sentence")
         return str(prompt_text(value))
@@ -72,29 +74,30 @@ class VideoFields(BaseModel):
             raise ValueError(f"is not valid JSON ({error}); write an object such as {{}}") from None
 
 
-class ExtensionFields(VideoFields):
+class VideoFields(Fields):
+    """Fields of a new video."""
+
+    prompt: Annotated[str, Field(max_length=65536)]
+
+
+class ExtensionFields(Fields):
     """Fields of an extension; without a prompt, that of the video goes on."""
 
-    prompt: Annotated[str, Field(max_length=65536)] | None = None  # type: ignore[assignment]
-
-    @field_validator("prompt")
-    @classmethod
-    def _usable(cls, value: str | None) -> str | None:
-        return None if value is None else VideoFields._usable(value)
+    prompt: Annotated[str, Field(max_length=65536)] | None = None
 
 
 @dataclass
 class Asked:
     """A parsed body. files: by field name. digest: the same for the same request."""
 
-    values: VideoFields
+    values: Fields
     files: dict[str, Path] = field(default_factory=dict)
     digest: str = ""
 
 
 @asynccontextmanager
 async def parsed(
-    request: Request, kind: type[VideoFields], settings: ServeSettings, outside: Outside
+    request: Request, kind: type[Fields], settings: ServeSettings, outside: Outside
 ) -> AsyncIterator[Asked]:
     """The body of a request; its files exist while the block runs. Raises ApiError."""
     folder = Path(await run_in_threadpool(tempfile.mkdtemp, prefix="omniavatar-upload-"))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import pebble
 
@@ -17,6 +18,7 @@ from omniavatar.media.image import Reduction, load_image
 from omniavatar.serve.api.errors import ApiError, field_error
 
 PORTRAIT, VOICE = "input_reference", "audio_reference"
+Result = TypeVar("Result")
 _MEMORY = 6 * 2**30
 
 
@@ -73,11 +75,10 @@ class ProcessChecker:
         self._pool: pebble.ProcessPool | None = None
 
     def portrait(self, path: Path) -> tuple[int, int]:
-        height, width = self._run(PORTRAIT, path, portrait_size, self._pixels)
-        return height, width
+        return self._run(PORTRAIT, path, portrait_size, self._pixels)
 
     def voice(self, path: Path) -> float:
-        return float(self._run(VOICE, path, voice_seconds, self._length))
+        return self._run(VOICE, path, voice_seconds, self._length)
 
     def close(self) -> None:
         with self._lock:
@@ -86,14 +87,16 @@ class ProcessChecker:
                 self._pool.join()
                 self._pool = None
 
-    def _run(self, field: str, path: Path, check: object, limit: float) -> object:
+    def _run(self, field: str, path: Path, check: Callable[[str, Any], Result], limit: float) -> Result:
         with self._lock:
             if self._pool is None:
                 methods = multiprocessing.get_all_start_methods()
                 context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
                 self._pool = pebble.ProcessPool(self._processes, initializer=bound, context=context)
             pool = self._pool
-        future = pool.schedule(check, args=[str(path), limit], timeout=self._seconds)
+        future: concurrent.futures.Future[Result] = pool.schedule(
+            check, args=[str(path), limit], timeout=self._seconds
+        )
         try:
             return future.result()
         except OmniAvatarError as error:

@@ -43,7 +43,7 @@ class Message:
     """A signed webhook."""
 
     body: bytes
-    headers: dict[str, str]
+    headers: dict[bytes | str, bytes | str]
 
 
 def signed(job: JobRecord, secret: str, now: float) -> Message:
@@ -60,7 +60,7 @@ def signed(job: JobRecord, secret: str, now: float) -> Message:
     body = json.dumps(event, separators=(",", ":"))
     at = datetime.fromtimestamp(int(now), UTC)
     signature = Webhook(secret_of(secret, job.key_id)).sign(id, at, body)
-    headers = {
+    headers: dict[bytes | str, bytes | str] = {
         "Content-Type": "application/json",
         "webhook-id": id,
         "webhook-timestamp": str(int(now)),

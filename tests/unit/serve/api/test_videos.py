@@ -40,7 +40,7 @@ def test_a_video_from_upload_to_content(serve: Serve) -> None:
     deleted = server.client.delete(f"/v1/videos/{id}")
     assert deleted.json() == {"id": id, "object": "video.deleted", "deleted": True}
     assert server.client.get(f"/v1/videos/{id}").status_code == 404
-    assert not list(server.files._local_root.glob("video_*"))
+    assert not server.folders
 
 
 def test_a_json_body_has_data_urls(serve: Serve) -> None:
@@ -97,7 +97,7 @@ def test_a_bad_file_names_its_field(serve: Serve, field: str, data: bytes, words
     error = reply.json()["error"]
     assert reply.status_code == 400 and error["param"] == field and words in error["message"], error
     assert "/tmp" not in error["message"] and "upload" not in error["message"]
-    assert not list(server.files._local_root.glob("video_*"))
+    assert not server.folders
 
 
 def test_the_list_has_pages(serve: Serve) -> None:
@@ -118,7 +118,7 @@ def test_an_idempotency_key_gives_the_same_job(serve: Serve) -> None:
     assert first == again and server.store.unfinished() == 1
     other = server.create(headers=headers, seed="9")
     assert other.status_code == 409 and other.json()["error"]["code"] == "idempotency_conflict"
-    assert len(list(server.files._local_root.glob("video_*"))) == 1
+    assert len(server.folders) == 1
 
 
 def test_an_estimate_accepts_nothing(serve: Serve) -> None:
