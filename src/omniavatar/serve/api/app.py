@@ -67,6 +67,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        checker.start()
         if settings.webhook_secret:
             hooks.start()
         try:

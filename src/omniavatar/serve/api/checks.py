@@ -54,6 +54,8 @@ def voice_seconds(path: str, most_seconds: float) -> float:
 class Checker(Protocol):
     """Checks inputs before a job is accepted."""
 
+    def start(self) -> None: ...
+
     def portrait(self, path: Path) -> tuple[int, int]:
         """(height, width). Raises ApiError that names the field."""
         ...
@@ -74,6 +76,11 @@ class ProcessChecker:
         self._lock = threading.Lock()
         self._pool: pebble.ProcessPool | None = None
 
+    def start(self) -> None:
+        """Start the processes, so that the first upload does not wait for them."""
+        for _ in range(self._processes):
+            self._started().schedule(bound)
+
     def portrait(self, path: Path) -> tuple[int, int]:
         return self._run(PORTRAIT, path, portrait_size, self._pixels)
 
@@ -88,12 +95,7 @@ class ProcessChecker:
                 self._pool = None
 
     def _run(self, field: str, path: Path, check: Callable[[str, Any], Result], limit: float) -> Result:
-        with self._lock:
-            if self._pool is None:
-                methods = multiprocessing.get_all_start_methods()
-                context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-                self._pool = pebble.ProcessPool(self._processes, initializer=bound, context=context)
-            pool = self._pool
+        pool = self._started()
         future: concurrent.futures.Future[Result] = pool.schedule(
             check, args=[str(path), limit], timeout=self._seconds
         )
@@ -107,11 +109,23 @@ class ProcessChecker:
             raise field_error(field, "cannot be decoded; convert it to PNG, JPEG or WAV") from None
 
 
+    def _started(self) -> pebble.ProcessPool:
+        with self._lock:
+            if self._pool is None:
+                methods = multiprocessing.get_all_start_methods()
+                context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+                self._pool = pebble.ProcessPool(self._processes, initializer=bound, context=context)
+            return self._pool
+
+
 class DirectChecker:
     """A `Checker` in this process, for files that are trusted."""
 
     def __init__(self, most_pixels: int, most_seconds: float) -> None:
         self._pixels, self._length = most_pixels, most_seconds
+
+    def start(self) -> None:
+        pass
 
     def portrait(self, path: Path) -> tuple[int, int]:
         try:
