@@ -19,8 +19,10 @@ from omniavatar.serve.jobs.records import LOCAL_KEY, KeyLimits
 from omniavatar.serve.settings import ServeSettings
 
 READ, WRITE, ADMIN = SCOPES
+AUDIT = "omniavatar.serve.api.access"
+"""Name of the audit log's logger."""
 _LOOK_AGAIN_S = 5.0
-_audit = logging.getLogger("omniavatar.audit")
+_audit = logging.getLogger(AUDIT)
 
 
 @dataclass(frozen=True)

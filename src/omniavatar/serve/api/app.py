@@ -19,7 +19,7 @@ from omniavatar.serve.api.guard import Guard
 from omniavatar.serve.api.logs import trace
 from omniavatar.serve.api.metrics import Metrics
 from omniavatar.serve.api.models import Catalogue
-from omniavatar.serve.api.replies import Model, ModelList, size_text
+from omniavatar.serve.api.replies import ListedModel, ModelList, size_text
 from omniavatar.serve.api.service import Service, ready_problem
 from omniavatar.serve.api.videos import ERRORS, videos
 from omniavatar.serve.api.webhooks import Webhooks
@@ -89,7 +89,7 @@ def create_app(
         """The configured models; the first is the default."""
         service.access.caller(request, READ)
         found = [
-            Model(id=name, sizes=[size_text(size) for size in config.video.sizes], fps=config.video.fps)
+            ListedModel(id=name, sizes=[size_text(size) for size in config.video.sizes], fps=config.video.fps)
             for name, config in models.configs.items()
         ]
         return ModelList(data=found)

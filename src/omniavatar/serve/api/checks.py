@@ -108,7 +108,6 @@ class ProcessChecker:
         except (pebble.ProcessExpired, MemoryError):
             raise field_error(field, "cannot be decoded; convert it to PNG, JPEG or WAV") from None
 
-
     def _started(self) -> pebble.ProcessPool:
         with self._lock:
             if self._pool is None:

@@ -18,7 +18,7 @@ from omniavatar.serve.api.metrics import Metrics
 from omniavatar.serve.settings import ServeSettings
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
-_log = logging.getLogger("omniavatar.serve.access")
+_log = logging.getLogger(__name__)
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(:\d{1,5})?")
 _OPEN = frozenset(("/health", "/ready", "/metrics"))
 _QUIET = {"x-content-type-options": "nosniff", "cache-control": "no-store", "referrer-policy": "no-referrer"}

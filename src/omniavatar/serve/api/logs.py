@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from omniavatar.media.atomic import check_writable, translate_os_error
+from omniavatar.serve.api.access import AUDIT
 from omniavatar.serve.api.guard import request_id
 from omniavatar.text import one_line
 
@@ -47,7 +48,7 @@ def configure(level: str, audit_path: Path) -> None:
         os.close(os.open(audit_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
         file = logging.FileHandler(audit_path, encoding="utf-8")
     file.setFormatter(JsonFormatter())
-    audit = logging.getLogger("omniavatar.audit")
+    audit = logging.getLogger(AUDIT)
     audit.handlers[:] = [file]
     audit.setLevel(logging.INFO)
     audit.propagate = False

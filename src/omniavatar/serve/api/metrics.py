@@ -16,7 +16,7 @@ _WINDOW = (0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
 
 
 class Metrics:
-    """Counters of this process, and gauges that are read when they are asked for."""
+    """Counters of this process, and gauges that are read for each reply."""
 
     def __init__(self, store: JobStore) -> None:
         self._store = store

@@ -52,7 +52,7 @@ class Deletion(BaseModel):
     deleted: bool
 
 
-class Model(BaseModel):
+class ListedModel(BaseModel):
     """A configured model."""
 
     id: str
@@ -67,7 +67,7 @@ class ModelList(BaseModel):
     """All models; the first is the default."""
 
     object: Literal["list"] = "list"
-    data: list[Model]
+    data: list[ListedModel]
 
 
 class Estimate(BaseModel):

@@ -70,7 +70,7 @@ class Service:
         return self.store.get(id, caller.key_id)
 
     def checked(self, asked: Asked, source: JobRecord | None = None) -> tuple[JobSpec, Plan]:
-        """What was asked, checked whole, without accepting it. Raises ApiError.
+        """The request, checked whole, without accepting it. Raises ApiError.
 
         source: the finished job that an extension continues.
         """

@@ -39,14 +39,14 @@ def secret_of(secret: str, key_id: str) -> str:
 
 
 @dataclass(frozen=True)
-class Message:
+class SignedWebhook:
     """A signed webhook."""
 
     body: bytes
     headers: dict[bytes | str, bytes | str]
 
 
-def signed(job: JobRecord, secret: str, now: float) -> Message:
+def signed(job: JobRecord, secret: str, now: float) -> SignedWebhook:
     """The webhook of an ended job."""
     kind = "video.completed" if job.status is JobStatus.completed else "video.failed"
     id = f"evt_{job.id}_{job.status}"
@@ -66,7 +66,7 @@ def signed(job: JobRecord, secret: str, now: float) -> Message:
         "webhook-timestamp": str(int(now)),
         "webhook-signature": signature,
     }
-    return Message(body.encode(), headers)
+    return SignedWebhook(body.encode(), headers)
 
 
 class Webhooks:

@@ -157,10 +157,10 @@ def test_logs_are_json_with_request_ids(serve: Serve, caplog: pytest.LogCaptureF
     server = serve()
     with caplog.at_level(logging.INFO):
         id = server.create().json()["id"]
-    audits = [record for record in caplog.records if record.name == "omniavatar.audit"]
+    audits = [record for record in caplog.records if record.name == "omniavatar.serve.api.access"]
     line = json.loads(JsonFormatter().format(audits[0]))
     assert (line["action"], line["job"], line["key"]) == ("submit", id, "local")
-    access = [record for record in caplog.records if record.name == "omniavatar.serve.access"]
+    access = [record for record in caplog.records if record.name == "omniavatar.serve.api.guard"]
     assert json.loads(JsonFormatter().format(access[0]))["status"] == 200
 
 
