@@ -78,8 +78,8 @@ class ProcessChecker:
 
     def start(self) -> None:
         """Start the processes, so that the first upload does not wait for them."""
-        for _ in range(self._processes):
-            self._started().schedule(bound)
+        for started in [self._started().schedule(bound) for _ in range(self._processes)]:
+            started.result()
 
     def portrait(self, path: Path) -> tuple[int, int]:
         return self._run(PORTRAIT, path, portrait_size, self._pixels)
