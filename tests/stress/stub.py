@@ -39,7 +39,8 @@ def worker(folder: Path, number: str) -> None:
     chosen = settings(folder)
     store, files = JobStore.open(chosen.database_url), JobFiles(chosen.files_place)
     made = (folder / f"made-{number}-{os.getpid()}").open("a")
-    while True:
+    parent = os.getppid()
+    while os.getppid() == parent:  # ends with the stress
         store.requeue_expired()
         claim = store.claim(f"stub-{number}-{os.getpid()}", ["pocket"], LEASE_S)
         if claim is None:
