@@ -157,20 +157,23 @@ async def clients(count: int, seconds: float, kill_every: float, workers: int) -
                     server_kills.pop(0)
                     await asyncio.to_thread(server.kill_and_start)
 
-        async with httpx.AsyncClient(timeout=60, limits=limits) as http:
-            await asyncio.gather(kills(), *(client(number, http) for number in range(count)))
-            statuses: dict[str, int] = {}
-            last = time.monotonic() + 300
-            waiting = set(accepted.values())
-            while waiting and time.monotonic() < last:
-                for id in list(waiting):
-                    status = (await http.get(f"{address}/v1/videos/{id}")).json().get("status", "lost")
-                    if status not in ("queued", "in_progress"):
-                        waiting.discard(id)
-                        statuses[status] = statuses.get(status, 0) + 1
-                await asyncio.sleep(1)
-        for child in crew:
-            child.end()
+        try:
+            async with httpx.AsyncClient(timeout=60, limits=limits) as http:
+                await asyncio.gather(kills(), *(client(number, http) for number in range(count)))
+                await asyncio.to_thread(wait_until_up, address)
+                statuses: dict[str, int] = {}
+                last = time.monotonic() + 300
+                waiting = set(accepted.values())
+                while waiting and time.monotonic() < last:
+                    for id in list(waiting):
+                        status = (await http.get(f"{address}/v1/videos/{id}")).json().get("status", "lost")
+                        if status not in ("queued", "in_progress"):
+                            waiting.discard(id)
+                            statuses[status] = statuses.get(status, 0) + 1
+                    await asyncio.sleep(1)
+        finally:
+            for child in crew:
+                child.end()
         made = [line for path in Path(name).glob("made-*") for line in path.read_text().split()]
     twice = len(made) - len(set(made))
     took.sort()
