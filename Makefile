@@ -11,7 +11,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 WORKERS ?= 2
 FUZZ_SECONDS ?= 1800
 
-.PHONY: demo check test test-integrations fuzz lint docs format install clean
+.PHONY: demo check test test-integrations fuzz stress lint docs format install clean
 
 install: $(STAMP)
 
@@ -54,6 +54,12 @@ test-integrations: $(STAMP)
 # damaged files of every kind against their readers; `make fuzz FUZZ_SECONDS=60` is shorter
 fuzz: $(STAMP)
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS)
+
+# the API under hostile requests, mutated uploads, and 500 clients with kills; loopback only, about half an hour
+stress: $(STAMP)
+	PYTHONPATH=src:tests OMP_NUM_THREADS=1 $(BIN)/python -m stress document
+	PYTHONPATH=src:tests OMP_NUM_THREADS=1 $(BIN)/python -m stress uploads
+	PYTHONPATH=src:tests OMP_NUM_THREADS=1 $(BIN)/python -m stress clients
 
 # writes the generated pages, then builds the site into build/site; a broken link or a missing page fails
 docs: $(STAMP)

@@ -27,6 +27,7 @@ from omniavatar.cli import (
     live,
     plan,
     profile,
+    serve,
 )
 from omniavatar.cli.common import DEBUG_VARIABLE, leave_at_once, print_error
 from omniavatar.cli.layout import CONTEXT, EVERYDAY, MEASURING, MODELS, SERVERS, Command, Groups, examples
@@ -119,6 +120,7 @@ _add(
     "omniavatar batch -c configs/inference.yaml --input_file requests.jsonl --gpus-per-job 2",
     "omniavatar batch -c pocket --input_file requests.jsonl --gpus cpu --workers 4",
 )
+app.add_typer(serve.app, name="serve", rich_help_panel=SERVERS)
 _add(MODELS, checkpoint.download, "omniavatar download 1.3B")
 _add(
     MODELS,

@@ -83,3 +83,14 @@ api_keys = sa.Table(
     sa.Column("revoked_at", sa.Float),
 )
 """digest: SHA-256 of the secret. old_digest: of the one before the last rotation, valid until `old_until`."""
+
+webhooks = sa.Table(
+    "webhooks",
+    metadata,
+    sa.Column("job_id", sa.String(64), primary_key=True),
+    sa.Column("url", sa.String(2048), nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("next_at", sa.Float, nullable=False),
+    sa.Column("tries", sa.Integer, nullable=False, server_default="0"),
+)
+"""Webhooks that wait for their delivery; a row is written before its job is accepted."""

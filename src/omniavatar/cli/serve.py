@@ -1,0 +1,316 @@
+"""`omniavatar serve`: the API with its workers; `serve worker`, `serve config`, `serve keys`."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from omniavatar.cli.common import JsonOption, user_errors
+
+if TYPE_CHECKING:
+    from omniavatar.config.schema import PipelineConfig
+    from omniavatar.serve.jobs.files import JobFiles
+    from omniavatar.serve.jobs.keys import KeyStore
+    from omniavatar.serve.jobs.store import JobStore
+    from omniavatar.serve.jobs.workers import Workers
+    from omniavatar.serve.settings import LoadedSettings, ServeSettings
+
+app = typer.Typer(
+    help="Serve videos by an API like OpenAI's, with a queue that survives restarts.", rich_markup_mode=None
+)
+keys_app = typer.Typer(no_args_is_help=True, help="API keys.", rich_markup_mode=None)
+app.add_typer(keys_app, name="keys")
+
+FileOption = Annotated[
+    Path | None, typer.Option("--config", "-c", metavar="YAML", help="File of server settings.")
+]
+HostOption = Annotated[str | None, typer.Option(help="Address to listen on. Default: 127.0.0.1.")]
+PortOption = Annotated[int | None, typer.Option(help="Port to listen on. Default: 8000.")]
+DataOption = Annotated[Path | None, typer.Option(help="Folder of the database and the files.")]
+DatabaseOption = Annotated[str | None, typer.Option(help="URL of the job database.")]
+InsecureOption = Annotated[
+    bool | None, typer.Option("--insecure", help="Listen on any address without API keys.")
+]
+NameArgument = Annotated[str, typer.Argument(help="Name of the key.")]
+
+
+@app.callback(invoke_without_command=True)
+def serve(
+    context: typer.Context,
+    config: FileOption = None,
+    host: HostOption = None,
+    port: PortOption = None,
+    data_dir: DataOption = None,
+    database: DatabaseOption = None,
+    insecure: InsecureOption = None,
+    api_only: Annotated[
+        bool, typer.Option("--api-only", help="Start no workers; `omniavatar serve worker` makes the videos.")
+    ] = False,
+) -> None:
+    """Serve the API and make its videos.
+
+    Settings come from --config, the environment (OMNIAVATAR_SERVE_...) and the options; `serve config` lists
+    them. SIGTERM finishes the running windows and keeps their jobs.
+    """
+    options = {"host": host, "port": port, "data_dir": data_dir, "database": database, "insecure": insecure}
+    context.obj = (config, options)
+    if context.invoked_subcommand is None:
+        with user_errors():
+            _serve(_settings(context).settings, api_only)
+
+
+@app.command("config")
+def show_config(context: typer.Context, as_json: JsonOption = False) -> None:
+    """Print every setting, its value and its origin."""
+    with user_errors():
+        loaded = _settings(context)
+        from omniavatar.cli.terminal import SafeConsole, say_json
+
+        rows = list(loaded.rows())
+        if as_json:
+            say_json({name: {"value": value, "origin": origin} for name, value, origin in rows})
+            return
+        from rich.markup import escape
+        from rich.table import Table
+
+        from omniavatar.text import json_text
+
+        table = Table("setting", "value", "from", box=None, pad_edge=False)
+        for name, value, origin in rows:
+            table.add_row(*map(escape, (name, json_text(value), origin)))
+        SafeConsole().print(table)
+
+
+@app.command("worker")
+def worker(context: typer.Context) -> None:
+    """Make videos of the queue without an API, on this or another machine."""
+    with user_errors():
+        settings = _settings(context).settings
+        store, files, _ = _open(settings)
+        with store:
+            workers = _workers(settings, store, files, _configs(settings))
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: workers.drain())
+            workers.run()
+
+
+@keys_app.command("add")
+def add(
+    context: typer.Context,
+    name: NameArgument,
+    scopes: Annotated[
+        str, typer.Option(help="Comma-separated: videos:read, videos:write, admin.")
+    ] = "videos:read,videos:write",
+    unfinished: Annotated[int | None, typer.Option(min=1, help="Most jobs that wait or run.")] = None,
+    running: Annotated[int | None, typer.Option(min=1, help="Most jobs at the same time.")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Most requests.")] = None,
+) -> None:
+    """Make a key and print it. It is shown only once."""
+    from omniavatar.serve.jobs.records import KeyLimits
+
+    limits = KeyLimits(unfinished, running, requests_per_minute)
+    chosen = [scope.strip() for scope in scopes.split(",") if scope.strip()]
+    _with_keys(context, lambda keys: typer.echo(keys.add(name, chosen, limits)))
+
+
+@keys_app.command("list")
+def list_keys(context: typer.Context, as_json: JsonOption = False) -> None:
+    """List keys, their scopes and limits. Secrets cannot be shown."""
+
+    def show(keys: KeyStore) -> None:
+        from omniavatar.cli.terminal import say_json
+
+        found = keys.list()
+        if as_json:
+            rows = [{**vars(key), "scopes": sorted(key.scopes), "limits": vars(key.limits)} for key in found]
+            say_json(rows)
+            return
+        for key in found:
+            state = "valid" if key.revoked_at is None else "revoked"
+            typer.echo(f"{key.name}  {key.id}  {state}  {','.join(sorted(key.scopes))}")
+
+    _with_keys(context, show)
+
+
+@keys_app.command("revoke")
+def revoke(context: typer.Context, name: NameArgument) -> None:
+    """Make a key void at once."""
+    _with_keys(context, lambda keys: keys.revoke(name))
+
+
+@keys_app.command("rotate")
+def rotate(
+    context: typer.Context,
+    name: NameArgument,
+    keep_seconds: Annotated[float, typer.Option(min=0, help="How long the old secret stays valid.")] = 0.0,
+) -> None:
+    """Give a key a new secret and print it."""
+    _with_keys(context, lambda keys: typer.echo(keys.rotate(name, keep_seconds)))
+
+
+@keys_app.command("webhook-secret")
+def webhook_secret(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="Name of the key; none without keys.")] = None,
+) -> None:
+    """Print the secret with which a key's webhooks are verified."""
+    from omniavatar.errors import ConfigError
+    from omniavatar.serve.jobs.records import LOCAL_KEY
+
+    def show(keys: KeyStore) -> None:
+        from omniavatar.serve.api.webhooks import secret_of
+
+        secret = _settings(context).settings.webhook_secret
+        if not secret:
+            raise ConfigError("webhook_secret: is not set; set it to 32 or more random characters")
+        ids = {key.name: key.id for key in keys.list()}
+        if name is not None and name not in ids:
+            raise ConfigError(f"key {name}: no key has this name; list the keys")
+        typer.echo(secret_of(secret, LOCAL_KEY if name is None else ids[name]))
+
+    _with_keys(context, show)
+
+
+def _settings(context: typer.Context) -> LoadedSettings:
+    from omniavatar.errors import ResourceError
+
+    found: Any = context
+    while not isinstance(found.obj, tuple):
+        found = found.parent
+    path, options = found.obj
+    try:
+        import omniavatar.serve.api.app  # noqa: F401
+        from omniavatar.serve.settings import load_settings
+    except ImportError as error:
+        raise ResourceError(
+            f"serve: the package {error.name} is missing; pip install 'omniavatar[serve]'"
+        ) from None
+    return load_settings(path, options)
+
+
+def _open(settings: ServeSettings) -> tuple[JobStore, JobFiles, KeyStore]:
+    from omniavatar.media.atomic import check_writable
+    from omniavatar.serve.jobs.files import JobFiles
+    from omniavatar.serve.jobs.keys import KeyStore
+    from omniavatar.serve.jobs.store import JobStore
+
+    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_writable(settings.data_dir)
+    files = JobFiles(settings.files_place, settings.data_dir / "staging")
+    files.check()
+    store = JobStore.open(settings.database_url)
+    return store, files, KeyStore(store.database)
+
+
+def _with_keys(context: typer.Context, action: Callable[[KeyStore], Any]) -> None:
+    with user_errors():
+        store, _, keys = _open(_settings(context).settings)
+        with store:
+            action(keys)
+
+
+def _configs(settings: ServeSettings) -> dict[str, PipelineConfig]:
+    from omniavatar.config.load import load_config
+
+    return {name: load_config(path).config for name, path in settings.models.items()}
+
+
+def _workers(
+    settings: ServeSettings,
+    store: JobStore,
+    files: JobFiles,
+    configs: dict[str, PipelineConfig],
+    on_end: Callable[[str], None] = lambda id: None,
+) -> Workers:
+    from omniavatar.serve.batch.items import Seat
+    from omniavatar.serve.jobs.engines import JobEngines, JobGroupWorker
+    from omniavatar.serve.jobs.workers import WorkerRules, Workers
+
+    engines = JobEngines(configs)
+
+    def crew() -> Any:
+        if settings.gpus == "cpu" and not settings.ray_address:
+            from omniavatar.serve.jobs.process_crew import ProcessCrew
+
+            return ProcessCrew(settings.workers, engines, files, Seat(("cpu",)))
+        from omniavatar.serve.batch.ray_crew import RayCrew
+        from omniavatar.serve.batch.seats import WorkerOptions, plan_workers
+        from omniavatar.serve.jobs.worker import JobWorker
+
+        address = settings.ray_address or None
+        plan = plan_workers(WorkerOptions(settings.gpus, True, 1, settings.gpus_per_job, None, address))
+        factory: Any = engines
+        return RayCrew(plan.seats, plan.workers, factory, files, kinds=(JobWorker, JobGroupWorker))
+
+    rules = WorkerRules(keep=settings.keep_seconds)
+    return Workers(store, files, crew, list(configs), rules, on_end)
+
+
+def _serve(settings: ServeSettings, api_only: bool) -> None:
+    import uvicorn
+
+    from omniavatar.serve.api.app import check_binding, create_app
+    from omniavatar.serve.api.logs import configure
+    from omniavatar.serve.api.metrics import Metrics
+    from omniavatar.serve.api.models import Catalogue
+    from omniavatar.serve.jobs.errors import JobNotFoundError
+    from omniavatar.serve.jobs.retention import sweep
+
+    store, files, keys = _open(settings)
+    with store:
+        check_binding(settings, keys)
+        configure(settings.log_level, settings.audit_path)
+        models, metrics = Catalogue.load(settings), Metrics(store)
+
+        def ended(id: str) -> None:
+            try:
+                metrics.ended(store.get(id))
+            except JobNotFoundError:
+                return
+
+        workers = None if api_only else _workers(settings, store, files, models.configs, ended)
+
+        def ready() -> bool:
+            return workers is None or workers.status().ready > 0
+
+        server_app = create_app(settings, store, files, keys, models, ready=ready, metrics=metrics)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                server_app,
+                host=settings.host,
+                port=settings.port,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=5,
+                h11_max_incomplete_event_size=65536,
+            )
+        )
+        over = threading.Event()
+
+        def keep_tidy() -> None:
+            import logging
+
+            while not over.wait(60.0):
+                try:
+                    sweep(store, files, settings.keep_seconds, settings.keep_bytes)
+                except Exception:
+                    logging.getLogger("omniavatar.serve").exception("old videos could not be deleted")
+
+        threading.Thread(target=keep_tidy, name="retention", daemon=True).start()
+        if workers is not None:
+            workers.start()
+        try:
+            server.run()
+        finally:
+            over.set()
+            if workers is not None:
+                workers.drain()
+                if not workers.join(settings.drain_seconds):
+                    workers.stop()
+                    workers.join(30.0)

@@ -1,0 +1,125 @@
+"""Other people's clients against the API: the openai package over a real server, and Schemathesis."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import schemathesis
+import uvicorn
+from hypothesis import HealthCheck, given, settings
+
+from omniavatar.serve.api.checks import ProcessChecker
+from omniavatar.serve.api.errors import ApiError
+from serve_api import MP4, Serve, Server, portrait, voice
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Sora API", "ignore::DeprecationWarning")
+
+
+@contextmanager
+def listening(server: Server) -> Iterator[str]:
+    """The address of a real server with a worker that finishes every job."""
+    web = uvicorn.Server(uvicorn.Config(server.app, port=0, log_config=None))
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.wait(0.05):
+            claim = server.store.claim("stub", ["pocket"], 60.0)
+            if claim is not None:
+                server.finish(claim)
+
+    threads = [threading.Thread(target=web.run), threading.Thread(target=work)]
+    for thread in threads:
+        thread.start()
+    try:
+        while not web.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{web.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        web.should_exit = True
+        over.set()
+        for thread in threads:
+            thread.join(20)
+
+
+def test_the_openai_client_makes_a_video(serve: Serve, tmp_path: Path) -> None:
+    server = serve(poll_after_ms=50)
+    token = server.keys.add("one", ["videos:read", "videos:write"])
+    (tmp_path / "a.png").write_bytes(portrait())
+    with listening(server) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key=token, max_retries=0)
+        video = client.videos.create_and_poll(
+            prompt="A woman talks", model="pocket", input_reference=tmp_path / "a.png", extra_body={"seed": 3}
+        )
+        assert video.status == "completed" and video.progress == 100
+        assert client.videos.download_content(video.id).read() == MP4
+        assert [each.id for each in client.videos.list(limit=1)] == [video.id]
+        assert client.videos.retrieve(video.id).model == "pocket"
+        assert client.models.list().data[0].id == "pocket"
+        deleted = client.videos.delete(video.id)
+        assert deleted.deleted and deleted.object == "video.deleted"
+        with pytest.raises(openai.NotFoundError):
+            client.videos.retrieve(video.id)
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.videos.create(prompt="x", size="9x9", input_reference=tmp_path / "a.png")
+        assert caught.value.param == "size"
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{address}/v1", api_key="oa_x", max_retries=0).videos.list()
+
+
+def test_sync_returns_the_file(serve: Serve) -> None:
+    server = serve()
+    with listening(server) as address:
+        files = {"input_reference": portrait(), "audio_reference": voice()}
+        reply = httpx.post(f"{address}/v1/videos/sync", data={"prompt": "x"}, files=files, timeout=20)
+        assert reply.status_code == 200, reply.text
+        assert reply.content == MP4 and reply.headers["content-type"] == "video/mp4"
+        assert reply.headers["x-model"] == "pocket" and float(reply.headers["x-inference-time-s"]) >= 0
+    late = serve(sync_seconds=0.1).client.post("/v1/videos/sync", data={"prompt": "x"}, files=files)
+    assert late.status_code == 504 and "goes on" in late.json()["error"]["message"]
+
+
+@pytest.mark.slow
+def test_the_openapi_document_is_kept(serve: Serve) -> None:
+    """Requests made from the document never meet a server error; `make stress` runs many more."""
+    schema = schemathesis.openapi.from_asgi("/openapi.json", serve().app, headers={"Host": "127.0.0.1"})
+
+    operations = [each.ok() for each in schema.get_all_operations()]
+    assert len(operations) >= 12
+    for operation in operations:
+
+        @settings(max_examples=2, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        @given(case=operation.as_strategy())
+        def run(case: schemathesis.Case) -> None:
+            case.headers = {**(case.headers or {}), "Host": "127.0.0.1"}
+            reply = case.call()
+            assert reply.status_code not in (500, 507), (case.path, reply.text)
+            if reply.status_code >= 400 and "/ready" not in case.path:
+                assert set(reply.json()["error"]) == {"code", "message", "type", "param"}
+
+        run()
+
+
+@pytest.mark.slow
+def test_a_hostile_file_costs_one_process_at_most(tmp_path: Path) -> None:
+    """Checks run in processes; one that dies or takes too long refuses only its own file."""
+    checker = ProcessChecker(1, 20.0, 10**6, 60.0)
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    good.write_bytes(portrait())
+    bad.write_bytes(portrait()[:100])
+    try:
+        assert checker.portrait(good) == (64, 64)
+        with pytest.raises(ApiError) as caught:
+            checker.portrait(bad)
+        assert caught.value.param == "input_reference" and str(tmp_path) not in str(caught.value)
+        sound = tmp_path / "sound"
+        sound.write_bytes(voice())
+        assert checker.voice(sound) == pytest.approx(0.5)
+    finally:
+        checker.close()
