@@ -76,7 +76,7 @@ class JobStore(Claims):
     def ping(self) -> None:
         """Raise StoreError if the database does not answer."""
         with self.database.reading() as connection:
-            connection.execute(sa.select(1))
+            connection.execute(sa.select(jobs.c.id).limit(1))
 
     def submit(
         self,

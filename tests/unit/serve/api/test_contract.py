@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 import schemathesis
 import uvicorn
@@ -107,8 +110,53 @@ def test_the_openapi_document_is_kept(serve: Serve) -> None:
 
 
 @pytest.mark.slow
-def test_a_hostile_file_costs_one_process_at_most(tmp_path: Path) -> None:
-    """Checks run in processes; one that dies or takes too long refuses only its own file."""
+def endless(path: Path) -> Path:
+    """A sound of 2 GB, which takes seconds to decode; a sparse file."""
+    path.write_bytes(voice())
+    header = bytearray(path.read_bytes()[:44])
+    header[4:8], header[40:44] = (2 * 10**9 + 36).to_bytes(4, "little"), (2 * 10**9).to_bytes(4, "little")
+    path.write_bytes(header)
+    os.truncate(path, 2 * 10**9 + 44)
+    return path
+
+
+def test_a_file_that_takes_too_long_or_kills_its_process_refuses_only_itself(tmp_path: Path) -> None:
+    sound, long = tmp_path / "sound", endless(tmp_path / "long")
+    sound.write_bytes(voice())
+    checker = ProcessChecker(1, 1.0, 10**6, 10**9)
+    try:
+        checker.start()
+        with pytest.raises(ApiError, match="takes too long to decode") as caught:
+            checker.voice(long)
+        assert caught.value.param == "audio_reference"
+        assert checker.voice(sound) == pytest.approx(0.5)
+    finally:
+        checker.close()
+    checker = ProcessChecker(1, 60.0, 10**6, 10**9)
+    try:
+        checker.start()
+        before = psutil.Process().children(recursive=True)
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(checker.voice, long)
+            busy = next(each for each in wait_busy(before))
+            busy.kill()
+            with pytest.raises(ApiError, match="cannot be decoded"):
+                answer.result(30)
+        assert checker.voice(sound) == pytest.approx(0.5)
+    finally:
+        checker.close()
+
+
+def wait_busy(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """The processes that used the CPU since the call; waits for the first."""
+    used = {each: sum(each.cpu_times()[:2]) for each in processes}
+    while True:
+        if found := [each for each in processes if sum(each.cpu_times()[:2]) > used[each] + 0.1]:
+            return found
+        time.sleep(0.02)
+
+
+def test_bad_files_are_refused_by_field_and_good_ones_are_measured(tmp_path: Path) -> None:
     checker = ProcessChecker(1, 20.0, 10**6, 60.0)
     good, bad = tmp_path / "good", tmp_path / "bad"
     good.write_bytes(portrait())
