@@ -120,7 +120,16 @@ _add(
     "omniavatar batch -c configs/inference.yaml --input_file requests.jsonl --gpus-per-job 2",
     "omniavatar batch -c pocket --input_file requests.jsonl --gpus cpu --workers 4",
 )
-app.add_typer(serve.app, name="serve", rich_help_panel=SERVERS)
+app.add_typer(
+    serve.app,
+    name="serve",
+    rich_help_panel=SERVERS,
+    epilog=examples(
+        "omniavatar serve                         # on this machine only, with the packaged model",
+        "omniavatar serve --config server.yaml --port 8080",
+        "omniavatar serve keys add alice",
+    ),
+)
 _add(MODELS, checkpoint.download, "omniavatar download 1.3B")
 _add(
     MODELS,
