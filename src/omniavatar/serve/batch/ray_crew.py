@@ -175,7 +175,7 @@ class RayCrew:
         self._calls.pop(slot, None)
         self._progress_calls.pop(slot, None)
         self._progress.pop(slot, None)
-        if actor is not None and self._ended is None:
+        if actor is not None and not self._is_gone():  # a call to a Ray that ended would end this process
             with suppress(Exception):  # the actor may be dead already, or the cluster unreachable
                 self._ray.kill(actor, no_restart=True)
 
@@ -195,9 +195,15 @@ class RayCrew:
         now = time.monotonic()
         if self._local is None or now - self._watched < _WATCH_S:
             return
-        self._watched, self._ended = now, self._local.ended()
-        if self._ended is not None:
-            raise lost_service(self._ended)
+        self._watched = now
+        if self._is_gone():
+            raise lost_service(self._ended or "")
+
+    def _is_gone(self) -> bool:
+        """Whether a service of the Ray on this machine ended."""
+        if self._local is not None and self._ended is None:
+            self._ended = self._local.ended()
+        return self._ended is not None
 
     def _news(self, slot: int, kind: Kind, call: Future[Any]) -> News:
         try:
