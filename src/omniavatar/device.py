@@ -15,8 +15,10 @@ torch is imported by the functions that need it: the configuration reads registr
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from omniavatar.errors import ConfigError, OmniAvatarError, ResourceError
@@ -199,17 +201,22 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""Torch's names of the dtypes that a configuration can name."""
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """The dtype that a configuration calls bf16, fp16 or fp32."""
     import torch
 
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    dtype: torch.dtype = getattr(torch, PRECISIONS[name])
+    return dtype
 
 
 def precision_name(dtype: torch.dtype) -> str:
     """What a configuration calls a dtype: bf16, fp16 or fp32; torch's name for others."""
     name = str(dtype).removeprefix("torch.")
-    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(name, name)
+    return next((ours for ours, torchs in PRECISIONS.items() if torchs == name), name)
 
 
 def device_name(device: torch.device) -> str:
@@ -217,6 +224,14 @@ def device_name(device: torch.device) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def free_disk(folder: Path) -> int:
+    """Free bytes of the disk that holds `folder`, which need not exist yet."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:

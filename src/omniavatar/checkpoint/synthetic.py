@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from omniavatar.checkpoint.layout_files import (
     checkpoint_layout,
 )
 from omniavatar.checkpoint.tensor_writer import Progress, byte_counter, write_random
+from omniavatar.device import free_disk
 from omniavatar.errors import OutputError
 from omniavatar.types import bytes_text
 
@@ -80,10 +80,7 @@ def make_checkpoint(
 
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Raise OutputError unless the disk of `folder` has `needed` free bytes; `folder` may not exist yet."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = free_disk(folder)
     if free < needed:
         raise OutputError(
             f"{folder}: {what} needs {bytes_text(needed)}, but the disk has {bytes_text(free)} free; "

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from omniavatar.device import arrival
-from omniavatar.media.atomic import free_disk
+from omniavatar.device import arrival, free_disk
 from omniavatar.media.h264 import choose_encoder
 from omniavatar.media.video import encode_segment
 from omniavatar.plan.limit import device_limit

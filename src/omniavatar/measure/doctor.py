@@ -20,10 +20,9 @@ from omniavatar.checkpoint.layout import MERGED, merged_name
 from omniavatar.config.backends import REGISTRIES, registry
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import ModelConfig, OutputConfig, PipelineConfig, RuntimeConfig, VideoConfig
-from omniavatar.device import choose_device, torch_dtype
+from omniavatar.device import choose_device, free_disk, torch_dtype
 from omniavatar.errors import OmniAvatarError
 from omniavatar.measure.machine import codecs, devices, free_memory, optional_packages, versions
-from omniavatar.media.atomic import free_disk
 from omniavatar.media.h264 import ENCODERS, choose_encoder
 from omniavatar.parallel.threads import waiting
 from omniavatar.plan.estimate import MemoryEstimate, estimate_memory

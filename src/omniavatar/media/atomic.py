@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import secrets
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -55,14 +54,6 @@ def translate_os_error(path: str | Path) -> Iterator[None]:
             raise
         kind = TargetError if error.errno in _OF_THE_NAME else OutputError
         raise kind(f"cannot write {path}: {remedy}") from error
-
-
-def free_disk(folder: Path) -> int:
-    """Free bytes of the disk that holds `folder`, which need not exist yet."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free
 
 
 def beside(path: Path, before: str, middle: str, after: str) -> Path:

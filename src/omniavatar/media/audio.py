@@ -22,8 +22,9 @@ from pathlib import Path
 import av
 import numpy as np
 
+from omniavatar.device import free_disk
 from omniavatar.errors import OutputError
-from omniavatar.media.atomic import atomic_path, free_disk
+from omniavatar.media.atomic import atomic_path
 from omniavatar.media.audio_source import AudioSource, open_audio
 from omniavatar.media.open_file import new_media
 from omniavatar.media.resample import resample, resampled_length, silence

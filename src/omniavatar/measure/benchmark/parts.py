@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +21,15 @@ from omniavatar.config.change import changed
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.encoders.image import prepare_image
 from omniavatar.encoders.tokens import TEXT_TOKENS
+from omniavatar.engine.host import Host
 from omniavatar.engine.pipeline import AvatarPipeline
 from omniavatar.engine.prepare import block_sampling, decide_steps
 from omniavatar.engine.window_loop import to_uint8
-from omniavatar.engine.writer import ENCODER_THREADS
+from omniavatar.engine.writer import segment_encoder
 from omniavatar.measure.benchmark.whole import PROMPT, packaged_portrait
 from omniavatar.measure.projection import Counts, StartCosts, Timing, WindowCosts
 from omniavatar.measure.report import decoded_latents
 from omniavatar.media.h264 import choose_encoder
-from omniavatar.media.video import encode_segment
 from omniavatar.plan.calibration import find_constants
 from omniavatar.plan.preview import assumed_scale, missing_files
 from omniavatar.plan.run import RunPlan, plan_run, window_shape
@@ -165,19 +164,10 @@ class PartTimer:
 
         with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
             output = self._config.output
-            encoder = choose_encoder(output.encoder, plan.size)
+            encode = segment_encoder(Host(), output, plan, choose_encoder(output.encoder, plan.size))
 
             def write() -> None:
-                encode_segment(
-                    iter([frames]),
-                    Path(folder) / "segment.mp4",
-                    fps=Fraction(plan.fps),
-                    size=plan.size,
-                    crf=output.crf,
-                    preset=output.preset,
-                    threads=ENCODER_THREADS,
-                    encoder=encoder,
-                )
+                encode(iter([frames]), Path(folder) / "segment.mp4")
 
             if plan.causal is not None:
                 return {**self._block_timings(plan, plan.causal), "write": self._timed(write)}

@@ -40,10 +40,6 @@ class CrewLost(Exception):
     """All workers are lost, because what runs them ended. The crew can only be closed."""
 
 
-def lost_service(name: str) -> CrewLost:
-    return CrewLost(f"Ray's process {name} on this machine ended")
-
-
 class Crew(Protocol):
     """Workers by slot number. A slot has one worker at a time."""
 

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from omniavatar.errors import ResourceError
-from omniavatar.serve.batch.crew import lost_service
+from omniavatar.serve.batch.crew import CrewLost
 
 SERVICES = ("raylet", "gcs_server")
 """Without one of these, Ray waits for minutes without a word. An agent that ends takes the raylet with it."""
@@ -45,6 +45,7 @@ class LocalRay:
         self._folder = tempfile.mkdtemp(prefix="oa-", dir=folder if len(folder) < _MAX_TEMP_PATH else "/tmp")
         self._before = {child.pid for child in psutil.Process().children()}
         self._begun: dict[int, psutil.Process] = {}
+        self._ended: str | None = None
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         try:
@@ -58,10 +59,10 @@ class LocalRay:
                 _temp_dir=self._folder,
             )
         except Exception as error:
-            ended = self.ended()
-            self.close()
-            if ended is not None:
-                raise lost_service(ended) from error
+            try:
+                self.check()
+            finally:
+                self.close()
             raise ResourceError(
                 f"Ray did not start on this machine ({' '.join(str(error).split())[:300]}); stop other Ray "
                 "processes with `ray stop` and try again"
@@ -72,8 +73,19 @@ class LocalRay:
             else:
                 os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
-    def ended(self) -> str | None:
-        """The name of a service of Ray that does not run; None while all do."""
+    def check(self) -> None:
+        """Raise CrewLost if a service of Ray ended."""
+        if self.has_ended():
+            raise CrewLost(f"Ray's process {self._ended} on this machine ended")
+
+    def has_ended(self) -> bool:
+        """Whether a service of Ray does not run any more."""
+        if self._ended is None:
+            self._ended = self._look()
+        return self._ended is not None
+
+    def _look(self) -> str | None:
+        """The name of a service that does not run; None while all do. Remembers Ray's processes."""
         running = set()
         for child in psutil.Process().children():
             if child.pid in self._before:
@@ -86,7 +98,7 @@ class LocalRay:
 
     def close(self) -> None:
         """Stop Ray, kill what is left of it after `END_S`, and delete its folder."""
-        self.ended()
+        self.has_ended()
         self._ray.shutdown()
         _, left = psutil.wait_procs(list(self._begun.values()), END_S)
         for process in left:

@@ -23,7 +23,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from omniavatar.errors import ConfigError, ResourceError
-from omniavatar.serve.batch.crew import Answered, Lost, News, Started, lost_service
+from omniavatar.serve.batch.crew import Answered, Lost, News, Started
 from omniavatar.serve.batch.group import GroupWorker
 from omniavatar.serve.batch.items import (
     EngineFactory,
@@ -109,7 +109,6 @@ class RayCrew:
         logging.getLogger("ray").setLevel(logging.ERROR)
         self._ray, self._seats = ray, seats
         self._local: LocalRay | None = None
-        self._ended: str | None = None
         self._watched = 0.0
         self._actors: dict[int, Any] = {}
         self._calls: dict[int, Any] = {}
@@ -175,9 +174,10 @@ class RayCrew:
         self._calls.pop(slot, None)
         self._progress_calls.pop(slot, None)
         self._progress.pop(slot, None)
-        if actor is not None and not self._is_gone():  # a call to a Ray that ended would end this process
-            with suppress(Exception):  # the actor may be dead already, or the cluster unreachable
-                self._ray.kill(actor, no_restart=True)
+        if actor is None or (self._local is not None and self._local.has_ended()):
+            return  # a call to a Ray that ended would end this process
+        with suppress(Exception):  # the actor may be dead already, or the cluster unreachable
+            self._ray.kill(actor, no_restart=True)
 
     def wait(self, seconds: float) -> Sequence[News]:
         self._watch()
@@ -196,14 +196,7 @@ class RayCrew:
         if self._local is None or now - self._watched < _WATCH_S:
             return
         self._watched = now
-        if self._is_gone():
-            raise lost_service(self._ended or "")
-
-    def _is_gone(self) -> bool:
-        """Whether a service of the Ray on this machine ended."""
-        if self._local is not None and self._ended is None:
-            self._ended = self._local.ended()
-        return self._ended is not None
+        self._local.check()
 
     def _news(self, slot: int, kind: Kind, call: Future[Any]) -> News:
         try:

@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from omniavatar.errors import ConfigError, OmniAvatarError, translated
 from omniavatar.media.lease import holder_of, try_lease
@@ -49,11 +50,8 @@ class Worker:
         """Make the engine in the driver's working folder; returns an Outcome with the error on failure."""
         began = time.time()
         try:
-            enter_folder(self._folder)
-            self._destination.check()
-            self._engine = self._factory(self._seat)
-            gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "") if self._seat.devices[0] != "cpu" else ""
-            return WorkerInfo(socket.gethostname(), os.getpid(), self._engine.device(), gpus)
+            self._engine, info = open_engine(self._factory, self._seat, self._folder, self._destination.check)
+            return info
         except Exception as error:
             return error_outcome(error, began)
 
@@ -92,6 +90,26 @@ class Worker:
     def _report(self, window: int, windows: int) -> None:
         self._progress = Progress(self._progress.key, window, windows)
         self._on_progress(self._progress)
+
+
+class Described(Protocol):
+    """What a worker says of its engine."""
+
+    def device(self) -> str: ...
+
+
+Opened = TypeVar("Opened", bound=Described)
+
+
+def open_engine(
+    factory: Callable[[Seat], Opened], seat: Seat, folder: str, check: Callable[[], None]
+) -> tuple[Opened, WorkerInfo]:
+    """The engine of a worker, made in the driver's working folder after `check`, and what it runs on."""
+    enter_folder(folder)
+    check()
+    engine = factory(seat)
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "") if seat.devices[0] != "cpu" else ""
+    return engine, WorkerInfo(socket.gethostname(), os.getpid(), engine.device(), gpus)
 
 
 def enter_folder(folder: str) -> None:

@@ -6,8 +6,6 @@ no lease: the process that claims jobs tells it when to stop.
 
 from __future__ import annotations
 
-import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +18,7 @@ from omniavatar.engine.events import RequestStarted, StepFinished, WindowFinishe
 from omniavatar.engine.marks import read_record
 from omniavatar.errors import InputError
 from omniavatar.serve.batch.items import Made, Outcome, Progress, Seat, Stop, Verdict, WorkerInfo, is_bug
-from omniavatar.serve.batch.worker import enter_folder, error_outcome
+from omniavatar.serve.batch.worker import error_outcome, open_engine
 from omniavatar.serve.jobs.files import JobFiles
 from omniavatar.serve.jobs.records import (
     SERVER_ERROR,
@@ -98,11 +96,8 @@ class JobWorker:
         """Make the engine in the folder of the server; returns an Outcome with the error on failure."""
         began = time.time()
         try:
-            enter_folder(self._folder)
-            self._files.check()
-            self._engine = self._factory(self._seat)
-            gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "") if self._seat.devices[0] != "cpu" else ""
-            return WorkerInfo(socket.gethostname(), os.getpid(), self._engine.device(), gpus)
+            self._engine, info = open_engine(self._factory, self._seat, self._folder, self._files.check)
+            return info
         except Exception as error:
             return error_outcome(error, began)
 

@@ -1,4 +1,4 @@
-"""Any database comes to the tables of this version: an empty one, one of the first revision, many at once."""
+"""Any database gets the tables of this version: an empty one, one of the first revision, many at once."""
 
 from __future__ import annotations
 
