@@ -41,14 +41,25 @@ from omniavatar.types import Event
 
 
 class Windows:
-    """Listener: seconds of each finished window."""
+    """Listener: of each finished window, its seconds and the bytes of live tensors on the GPU."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.held: list[int] = []
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, WindowFinished):
             self.seconds.append(event.seconds)
+            self.held.append(torch.cuda.memory_allocated() if torch.cuda.is_available() else 0)
+
+    def clear(self) -> None:
+        self.seconds.clear()
+        self.held.clear()
+
+    def held_gib(self) -> list[float]:
+        """The most of the second and of the last quarter."""
+        quarter = max(1, len(self.held) // 4)
+        return [max(part) / 2**30 for part in (self.held[quarter : 2 * quarter + 1], self.held[-quarter:])]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -79,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         def make(seconds: float) -> tuple[float, Any]:
             request = AvatarRequest("a person speaks", PORTRAIT, speech(seconds))
-            watch.seconds.clear()
+            watch.clear()
             begun = time.perf_counter()
             result = pipeline.generate(request, Path(name) / "video.mp4", resume=False)
             return time.perf_counter() - begun, result
@@ -116,5 +127,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         real_time_factor=total / (options.minutes * 60),
         attention=sidecar["attention"],
         stages=sidecar["stages"],
+        held_gib=watch.held_gib(),
         gpu_peak_gib=torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
     )
