@@ -36,6 +36,16 @@ def test_captured_passes_make_the_same_video(nano_checkpoint, cache, quantize):
     assert np.array_equal(plain, graphed)
 
 
+def test_videos_of_one_pipeline_use_the_memory_of_earlier_captures(nano_checkpoint, cache):
+    made, asked, films, held = pipeline(nano_checkpoint, cache, cuda_graphs=True), request(8.0), [], []
+    for _ in range(4):
+        films.append(np.concatenate([chunk.frames for chunk in made.stream(asked)]))
+        torch.cuda.synchronize()
+        held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert all(np.array_equal(film, films[0]) for film in films)
+    assert held[1] == held[2] == held[3]
+
+
 def test_a_block_is_queued_without_a_synchronising_call(nano_checkpoint, cache):
     """Blocks whose passes are captured; earlier ones compile kernels and allocate memory."""
     made = pipeline(nano_checkpoint, cache, cuda_graphs=True).begin_video(portrait(), "a person speaks")

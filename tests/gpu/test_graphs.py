@@ -72,6 +72,26 @@ def test_a_captured_forward_is_the_forward(attention: str, quantize: str) -> Non
     assert all(torch.equal(a, b) for row in found for a, b in zip(row, expected, strict=True))
 
 
+def test_memory_of_captures_is_used_again_and_released() -> None:
+    """PyTorch ends a pool with its last graph and refuses to capture into it afterwards."""
+    capture, device = CudaCapture(), torch.device("cuda", 0)
+    torch.cuda.empty_cache()
+    before, held = torch.cuda.memory_reserved(), []
+    for size in (2**24, 2**24, 2**24):
+        replay, out = capture(lambda: torch.ones(size, device=device) + 1)  # noqa: B023
+        replay()
+        assert out.sum().item() == 2 * size
+        del replay, out
+        held.append(torch.cuda.memory_reserved())
+    assert before < held[0] == held[1] == held[2]
+    capture.release()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() == before
+    replay, out = capture(lambda: torch.ones(4, device=device) * 3)
+    replay()
+    assert out.tolist() == [3.0] * 4
+
+
 def forwards_on_gpus(team: Ranks, attention: str, quantize: str, heads: int) -> tuple[list[Tensor], ...]:
     """Outputs with collectives, direct copies and captured direct copies, for growing sizes, twice each."""
     device = torch.device("cuda", team.rank)

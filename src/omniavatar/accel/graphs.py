@@ -19,7 +19,7 @@ import functools
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,7 +34,18 @@ of a few-step video has a shape that occurs once and only four."""
 MOST = 4
 """Captured shapes that are kept; a video has two: its windows, and its last window."""
 Replay = Callable[[], None]
-Capture = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
+
+
+class Capture(Protocol):
+    """What captures functions; `CudaCapture` is the real one."""
+
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        """A function that launches again what `work` launches, and the tensor it writes each time."""
+        ...
+
+    def release(self) -> None:
+        """Give the memory back as soon as no capture is left that uses it."""
+        ...
 
 
 @functools.cache
@@ -52,10 +63,22 @@ class CudaCapture:
     """
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
         self._stream = _capture_stream(torch.cuda.current_device())
+        self._pool: Any = None
+        self._holder: Replay | None = None
+
+    def release(self) -> None:
+        """Give the memory back as soon as no capture is left that uses it."""
+        self._pool = self._holder = None
 
     def __call__(self, work: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        if self._holder is None:
+            # PyTorch ends a pool with its last graph; this one lets the next video's captures use it again
+            self._pool = torch.cuda.graph_pool_handle()
+            self._holder, _ = self._captured(lambda: torch.zeros(1, device=self._stream.device))
+        return self._captured(work)
+
+    def _captured(self, work: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         collecting = gc.isenabled()
@@ -89,6 +112,7 @@ class GraphedBlocks:
     def clear(self) -> None:
         """Drop all captures and free their memory."""
         self._entries.clear()
+        self._capture.release()
 
     def __call__(self, tokens_BLC: Tensor, inputs: BlockInputs) -> Tensor:
         key = _shapes(tokens_BLC, inputs)

@@ -32,7 +32,10 @@ class Recording:
     """Captures as a graph does: the work runs on the tensors it saw, into the tensor it returned."""
 
     def __init__(self) -> None:
-        self.captured = self.replayed = 0
+        self.captured = self.replayed = self.released = 0
+
+    def release(self) -> None:
+        self.released += 1
 
     def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         self.captured += 1
@@ -193,4 +196,4 @@ def test_a_window_goes_on_without_graphs_once_blocks_were_sent_away() -> None:
     residency.step_down("out of memory")
     for _ in range(FORWARDS_FIRST + 2):
         assert torch.equal(run(*given), expected)
-    assert (capture.captured, capture.replayed) == (1, 1)
+    assert (capture.captured, capture.replayed, capture.released) == (1, 1, 1)
