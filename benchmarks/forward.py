@@ -39,15 +39,16 @@ LADDER = (
 
 def inputs(dit, grid):
     """Random arguments of one forward on a latent clip `grid` (T, h, w)."""
-    generator = torch.Generator(DEVICE).manual_seed(0)
+    device = next(dit.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape):
-        return torch.randn(shape, generator=generator, device=DEVICE)
+        return torch.randn(shape, generator=generator, device=device)
 
     frames = 4 * grid[0] - 3
     text = dit.prepare_text(random(1, 512, dit.config.text_dim))
     audio = dit.prepare_audio(random(1, frames, dit.config.audio_dim))
-    return random(1, 16, *grid), random(1, 17, *grid), torch.tensor([800.0], device=DEVICE), text, audio
+    return random(1, 16, *grid), random(1, 17, *grid), torch.tensor([800.0], device=device), text, audio
 
 
 def reference(dit):

@@ -8,6 +8,7 @@ the same time), of sp ranks, of sp ranks with exchanges that move nothing (the d
 exchanges), and the exchanges alone. Of the forward that moves nothing the slowest rank counts, because the
 others wait for it.
 --graphs also times the shared forward as a CUDA graph and compares it with the eager one.
+--device cpu rehearses: `--nproc_per_node=8 -m benchmarks scaling --device cpu --scale nano --tokens 60`.
 --cfg times a step of two branches instead, in series on one GPU and on all ranks.
 Error: relative L2 of the shared forward against the same rank's own.
 Rank 0 prints a table, then one line of JSON. `scaling_vae` does the same for the VAE.
@@ -22,11 +23,12 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.forward import GRIDS, inputs
-from benchmarks.scaling_vae import SilentHeads, SilentPeers, SilentRows, several_gpus
-from benchmarks.shared.options import add_repeats, make_parser
+from benchmarks.forward import GRIDS as FULL_GRIDS
+from benchmarks.forward import inputs
+from benchmarks.scaling_vae import SilentHeads, SilentPeers, SilentRows, ranks_of_host
+from benchmarks.shared.options import add_device, add_repeats, make_parser
 from benchmarks.shared.report import print_result, spread
-from benchmarks.shared.timing import timed
+from benchmarks.shared.timing import peak_gb, synchronize, timed
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
 from omniavatar.accel.attention.registry import create_attention
 from omniavatar.accel.graphs import CudaCapture, GraphedBlocks
@@ -40,6 +42,9 @@ from omniavatar.sampling.guidance import guidance_branches
 from omniavatar.sampling.passes import plan_passes
 from omniavatar.types import StepPlan
 
+GRIDS = {**FULL_GRIDS, 60: (3, 8, 10)}
+"""Latent frames, rows and columns by tokens; 60 is for rehearsals on a CPU."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser(__name__, __doc__)
@@ -51,9 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--exchange", default="auto", choices=["auto", "direct", "collective"])
     parser.add_argument("--graphs", action="store_true", help="also the shared forward as a CUDA graph")
+    add_device(parser)
     add_repeats(parser)
     options = parser.parse_args(arguments)
-    with several_gpus() as (team, device):
+    with ranks_of_host(options.device) as (team, device):
         measure(options, team, device)
 
 
@@ -120,7 +126,7 @@ def measure(options, team: Ranks, device):
             sequence.whole, sequence.heads, sequence.rows = real
             exchanges = measured("exchanges alone", lambda: exchange_all(sequence, spec, device))
             found["share of the exchanges hidden"] = 1 - (shared - silent) / exchanges
-    found["peak GB"] = torch.cuda.max_memory_allocated(device) / 1e9
+    found["peak GB"] = peak_gb(device)
     if not team.leads:
         return
     print(f"{options.scale}, {options.tokens} tokens, {name}, {options.quantize}, {layout}; {exchange}")
@@ -133,7 +139,8 @@ def measure(options, team: Ranks, device):
     print_result(
         "scaling",
         device,
-        **{**vars(options), "attention": name},
+        **{key: value for key, value in vars(options).items() if key not in ("attention", "device")},
+        attention=name,
         gpus=team.size,
         heads=exchange,
         seconds=found,
@@ -148,11 +155,11 @@ def queued(run, repeats):
     """Seconds the host takes to queue `run` on an idle device: [median, fastest, slowest]."""
     times = []
     for _ in range(repeats):
-        torch.cuda.synchronize()
+        synchronize()
         begun = time.perf_counter()
         run()
         times.append(time.perf_counter() - begun)
-    torch.cuda.synchronize()
+    synchronize()
     return [statistics.median(times), min(times), max(times)]
 
 

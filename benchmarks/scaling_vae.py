@@ -1,6 +1,7 @@
 """The VAE's work on one GPU, and shared by rows among all GPUs of one host.
 
     torchrun --standalone --nproc_per_node=2 -m benchmarks scaling_vae [--exchange collective]
+    torchrun --standalone --nproc_per_node=8 -m benchmarks scaling_vae --device cpu --scale nano --size 64x96
 
 Released sizes, random weights, bf16, 400x720: decode of 105 frames and encode of 13. Each is timed on one GPU
 (every rank alone, at the same time), shared, and shared with exchanges that move nothing (the difference is
@@ -17,12 +18,13 @@ from contextlib import contextmanager
 
 import torch
 
-from benchmarks.shared.options import add_repeats, make_parser
+from benchmarks.shared.options import add_device, add_repeats, make_parser, size_of
 from benchmarks.shared.report import print_result, spread
-from benchmarks.shared.timing import require_cuda, timed
-from omniavatar.accel.vae import FastVAEConfig, apply_fast_vae
+from benchmarks.shared.timing import peak_gb, require_cuda, reset_peak, synchronize, timed
+from omniavatar.accel.vae import coding_dtype
+from omniavatar.accel.vae_runners import create_vae
+from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import random_vae
-from omniavatar.model.sizes import VAEConfig
 from omniavatar.parallel.exchange import Arrived
 from omniavatar.parallel.peers import Peers
 from omniavatar.parallel.picture_rows import PictureRows
@@ -31,7 +33,6 @@ from omniavatar.parallel.rank_layout import Layout
 from omniavatar.parallel.ranks import Ranks
 from omniavatar.parallel.vae import apply_shared_vae
 
-HEIGHT, WIDTH = 400, 720
 LATENTS, FRAMES = 27, 13
 
 
@@ -91,30 +92,37 @@ class CountingPeers(Peers):
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser(__name__, __doc__)
     parser.add_argument("--exchange", default="auto", choices=["auto", "direct", "collective"])
+    parser.add_argument("--scale", default="14B", help="whose VAE")
+    parser.add_argument("--size", type=size_of, default=(400, 720), help="height x width")
+    add_device(parser)
     add_repeats(parser)
     options = parser.parse_args(arguments)
-    with several_gpus() as (team, device):
+    with ranks_of_host(options.device) as (team, device):
         exchange = team.arrange(Layout(1, team.size, team.size), options.exchange)
-        measure(team, device, options.repeats, exchange)
+        measure(team, device, options, exchange)
 
 
 @contextmanager
-def several_gpus() -> Iterator[tuple[Ranks, torch.device]]:
-    """The ranks that torchrun started, connected, and this rank's device."""
-    require_cuda()
+def ranks_of_host(kind: str) -> Iterator[tuple[Ranks, torch.device]]:
+    """The ranks that torchrun started, connected, and this rank's device of that kind (cuda, cpu)."""
     process = Process.from_environment()
-    device = torch.device("cuda", process.local_rank)
+    if kind == "cuda":
+        require_cuda()
+        device = torch.device("cuda", process.local_rank)
+    else:
+        device = torch.device(kind)
     team = connect(process, device)
     yield team, device
     team.meet()
     disconnect()
 
 
-def measure(team: Ranks, device, repeats, exchange):
+def measure(team: Ranks, device, options, exchange):
     """Measure on all ranks; the leader prints. exchange: how the ranks exchange, for the report."""
-    alone = apply_fast_vae(
-        random_vae(VAEConfig(), dtype=torch.bfloat16, device=device, seed=0), FastVAEConfig()
-    )
+    height, width = options.size
+    sizes = scale_spec(options.scale).vae
+    dtype = coding_dtype(torch.bfloat16, device)
+    alone = create_vae("fast", random_vae(sizes, dtype=dtype, device=device, seed=0), device)
     whole = Peers(torch.distributed.group.WORLD, team.rank, team.size)
     silent, counting = (kind(whole.group, whole.index, whole.size) for kind in (SilentPeers, CountingPeers))
     kinds = {
@@ -123,8 +131,8 @@ def measure(team: Ranks, device, repeats, exchange):
         "shared, nothing moved": apply_shared_vae(alone, lambda rows: PictureRows(silent, rows)),
     }
     generator = torch.Generator(device).manual_seed(1)
-    latent = torch.randn(1, 16, LATENTS, HEIGHT // 8, WIDTH // 8, device=device, generator=generator)
-    video = torch.rand(1, 3, FRAMES, HEIGHT, WIDTH, device=device, generator=generator) * 2 - 1
+    latent = torch.randn(1, 16, LATENTS, height // 8, width // 8, device=device, generator=generator)
+    video = torch.rand(1, 3, FRAMES, height, width, device=device, generator=generator) * 2 - 1
 
     def decode(vae):
         for _ in vae.decode_stream(latent):
@@ -135,16 +143,15 @@ def measure(team: Ranks, device, repeats, exchange):
         for name, run in (("decode", decode), ("encode", lambda vae: vae.encode(video))):
             for kind, vae in kinds.items():
                 team.meet()
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-                times = timed(lambda run=run, vae=vae: run(vae), repeats)
+                reset_peak(device)
+                times = timed(lambda run=run, vae=vae: run(vae), options.repeats)
                 label = f"{name}, {kind}"
                 found[label] = [times.median, *times.spread]
                 begun = time.perf_counter()
                 run(vae)
                 facts[f"{label}: queued s"] = time.perf_counter() - begun
-                torch.cuda.synchronize()
-                facts[f"{label}: peak GB"] = torch.cuda.max_memory_allocated(device) / 1e9
+                synchronize()
+                facts[f"{label}: peak GB"] = peak_gb(device)
         counted = apply_shared_vae(alone, lambda rows: PictureRows(counting, rows))
         decode(counted)
         facts["decode: swaps"], facts["decode: gathers"] = counting.swaps, counting.gathers
@@ -155,13 +162,22 @@ def measure(team: Ranks, device, repeats, exchange):
         facts[f"{name}: times one GPU"] = found[f"{name}, one GPU"][0] / found[f"{name}, shared"][0]
     if not team.leads:
         return
-    print(f"VAE, {HEIGHT}x{WIDTH}, {team.size} GPUs: {4 * LATENTS - 3} frames decoded, {FRAMES} encoded")
+    print(f"VAE, {height}x{width}, {team.size} GPUs: {4 * LATENTS - 3} frames decoded, {FRAMES} encoded")
     print(exchange)
     for label, values in found.items():
         print(f"{label:34} {spread(*values, digits=4)} s")
     for label, value in facts.items():
         print(f"{label:42} {value:.4g}")
-    print_result("scaling_vae", device, gpus=team.size, exchange=exchange, seconds=found, **facts)
+    print_result(
+        "scaling_vae",
+        device,
+        gpus=team.size,
+        scale=options.scale,
+        size=options.size,
+        exchange=exchange,
+        seconds=found,
+        **facts,
+    )
 
 
 def _pixels(vae, latent):

@@ -20,6 +20,17 @@ def add_repeats(parser: argparse.ArgumentParser, default: int = 5) -> None:
     parser.add_argument("--repeats", type=int, default=default, help=f"timed runs (default: {default})")
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """`--device`."""
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: to rehearse")
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """(height, width) of `400x720`. Raises ValueError."""
+    height, width = (int(side) for side in text.split("x"))
+    return height, width
+
+
 def add_config(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """`--config FILE`, required where it has no default."""
     shown = "" if default is None else f" (default: {default})"

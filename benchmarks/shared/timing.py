@@ -1,4 +1,4 @@
-"""Times a function on a CUDA device: warm-up, synchronisation, repeats."""
+"""Times a function: warm-up, synchronisation with a CUDA device, repeats."""
 
 from __future__ import annotations
 
@@ -41,9 +41,27 @@ def timed(run: Callable[[], object], repeats: int, after_warm_up: Callable[[], N
     return Times(statistics.median(times), min(times), max(times), warm_up[0])
 
 
+def synchronize() -> None:
+    """Wait for the current CUDA device, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def reset_peak(device: torch.device) -> None:
+    """Count the peak of device memory from now on, with an empty cache; does nothing for a CPU."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_gb(device: torch.device) -> float:
+    """The peak of device memory in GB since `reset_peak`; 0 for a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
+
+
 def _seconds(run: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
+    synchronize()
     begun = time.perf_counter()
     run()
-    torch.cuda.synchronize()
+    synchronize()
     return time.perf_counter() - begun
