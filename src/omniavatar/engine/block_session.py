@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -36,7 +37,8 @@ class BlockSession:
         arrival: Callable[[torch.device], Callable[[], None]],
         remedy: Callable[[], str],
     ) -> None:
-        self._models, self._arrival, self._remedy = models, arrival, remedy
+        self._models, self._remedy = models, remedy
+        self._arrival = partial(arrival_of_all, arrival, tuple({models.device, models.vae_device}))
 
     def run(
         self,
@@ -109,3 +111,18 @@ class BlockSession:
                 remedy=self._remedy(),
             )
         )
+
+
+def arrival_of_all(
+    arrival: Callable[[torch.device], Callable[[], None]],
+    devices: Sequence[torch.device],
+    device: torch.device,
+) -> Callable[[], None]:
+    """A function that waits for what is queued on all `devices`; the latents lie on `device`, one of them."""
+    waits = [arrival(each) for each in devices]
+
+    def finish() -> None:
+        for wait in waits:
+            wait()
+
+    return finish
