@@ -53,7 +53,7 @@ frames_to_video((chunk.frames for chunk in pipe.stream(request)), "silent.mp4", 
 
 - **A callback changes no byte of the video.** It is called when the host has queued the step. Without one
   nothing is added to a step. One that reads `latents` waits for the GPU, which then has no work queued ahead;
-  with `callback_on_step_end_tensor_inputs=()` they are not even copied.
+  with `()` as `callback_on_step_end_tensor_inputs` they are not even copied.
 
 A service keeps one pipeline, takes bytes, follows the progress, and can stop a run:
 
