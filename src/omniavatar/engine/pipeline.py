@@ -279,7 +279,7 @@ class AvatarPipeline(Session):
     def set_progress_bar_config(self, **options: Any) -> None:
         """Show a progress bar of the steps in later runs, with these options of tqdm.
 
-        `disable=True`, as a pipeline begins, shows none. Call it without options for tqdm's defaults.
+        A pipeline begins with `disable` set to True, so none is shown. No options: tqdm's defaults.
         """
         self._bar_options = options
 
