@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,8 @@ def make(engines: Engines, model: Model, request: Request, name: str) -> dict[st
         try:
             return engine.order(order, Display(folder).reply, poll)
         finally:
+            with suppress(OSError):  # it holds a video or finished windows
+                folder.rmdir()
             if not model.keep_loaded:
                 engine.close()
 

