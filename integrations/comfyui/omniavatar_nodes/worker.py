@@ -70,7 +70,9 @@ class Worker:
         except StoppedError as error:
             self._reply("stopped", text=str(error))
         except OmniAvatarError as error:
-            self._reply("error", text=str(error))
+            text = str(error)
+            named = "settings:" + text.removeprefix("--hp:") if text.startswith("--hp:") else text
+            self._reply("error", text=named)
         else:
             self._reply("done", value=value)
 

