@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import signal
 import sys
 import threading
@@ -70,8 +71,7 @@ class Worker:
         except StoppedError as error:
             self._reply("stopped", text=str(error))
         except OmniAvatarError as error:
-            text = str(error)
-            named = "settings:" + text.removeprefix("--hp:") if text.startswith("--hp:") else text
+            named = re.sub(r"^(--hp|overrides):", "settings:", str(error))
             self._reply("error", text=named)
         else:
             self._reply("done", value=value)

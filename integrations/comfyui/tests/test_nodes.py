@@ -233,7 +233,7 @@ def test_frames_that_cannot_be_given(package, long_video, tmp_path, source, chan
     paths = {"long": str(long_video), "gone": str(tmp_path / "gone.mp4"), "text": str(tmp_path / "text")}
     with pytest.raises(ValueError) as caught:
         package.OmniAvatarFrames.execute(
-            Loaded(paths.get(source, b"")), **{"start": 0, "count": 1, **changes}
+            Loaded(paths.get(source, b""), source == "trimmed"), **{"start": 0, "count": 1, **changes}
         )
     assert text in str(caught.value) and "\n" not in str(caught.value)
 
