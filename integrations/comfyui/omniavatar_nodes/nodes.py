@@ -32,8 +32,8 @@ class OmniAvatarLoad(io.ComfyNode):
             node_id="OmniAvatarLoad",
             display_name="OmniAvatar Load",
             category=CATEGORY,
-            description="Chooses the model. It is loaded by the first video and stays loaded, in a process "
-            "of its own.",
+            description="Chooses the model. It is loaded by the first video and stays loaded, in a separate "
+            "process.",
             inputs=[
                 io.String.Input(
                     "weights",

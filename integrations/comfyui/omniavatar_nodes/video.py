@@ -26,13 +26,13 @@ class FinishedVideo(VideoFromFile):  # type: ignore[misc]
 
 
 def path_of(video: Any) -> Path:
-    """The file of a VIDEO. Raises InputProblem if it has none of its own or the file is gone."""
+    """The file of a VIDEO. Raises InputProblem if it has no own one or the file is gone."""
     source = video.path if isinstance(video, FinishedVideo) else None
     if source is None and hasattr(video, "get_stream_source"):
         source = video.get_stream_source()
     trimmed = getattr(video, "get_active_trim_window", None)
     if trimmed is not None and any(trimmed()):
-        raise InputProblem("video: is cut from a longer one; save it first, so that it has a file of its own")
+        raise InputProblem("video: is cut from a longer one; save it as a file first")
     if not isinstance(source, str | Path):
         raise InputProblem("video: lies in memory; save it first, or connect a node that gives a file")
     path = Path(source)

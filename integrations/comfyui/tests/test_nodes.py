@@ -224,7 +224,7 @@ def test_frames_of_a_video_that_another_node_loaded(package, long_video):
         ),
         ("gone", {}, "does not exist any more; queue the node that makes it again"),
         ("memory", {}, "lies in memory; save it first"),
-        ("trimmed", {}, "is cut from a longer one; save it first"),
+        ("trimmed", {}, "is cut from a longer one; save it as a file"),
         ("text", {}, "cannot be read"),
     ],
 )
