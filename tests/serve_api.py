@@ -108,19 +108,20 @@ def serve(tmp_path: Path, empty_database: Path) -> Iterator[Serve]:
         outside: Outside | None = None,
         ready: bool = True,
         clock: Clock = None,
+        store: type[JobStore] = JobStore,
         **values: Any,
     ) -> Server:
         settings = ServeSettings(data_dir=tmp_path, **values)
         if not (tmp_path / "jobs.db").exists():
             shutil.copy(empty_database, tmp_path)
-        store = JobStore.open(settings.database_url, clock)
-        files, keys = JobFiles(settings.files_place), KeyStore(store.database)
+        opened_store = store.open(settings.database_url, clock)
+        files, keys = JobFiles(settings.files_place), KeyStore(opened_store.database)
         checker = DirectChecker(settings.portrait_pixels, settings.voice_seconds)
         app = create_app(
-            settings, store, files, keys, MODELS, checker=checker, outside=outside, ready=lambda: ready
+            settings, opened_store, files, keys, MODELS, checker=checker, outside=outside, ready=lambda: ready
         )
         client = TestClient(app, base_url=base, raise_server_exceptions=False)
-        opened.append(Server(app, client, store, files, keys))
+        opened.append(Server(app, client, opened_store, files, keys))
         return opened[-1]
 
     yield start

@@ -94,7 +94,9 @@ class ServeSettings(BaseModel):
     event_streams: Count = 200
     """Most event streams and followed videos at the same time."""
     poll_after_ms: int = Field(1000, ge=10, le=60_000)
-    """What the header openai-poll-after-ms tells waiting clients."""
+    """Least milliseconds that the header openai-poll-after-ms tells waiting clients."""
+    polls_per_second: Count = 50
+    """Polls of all clients together that the header aims at: the longer the queue, the longer their pause."""
     sync_seconds: float = Field(1800.0, gt=0)
     """Longest wait of POST /v1/videos/sync; the job goes on after it."""
     keep_seconds: float = Field(7 * 86400.0, gt=0)

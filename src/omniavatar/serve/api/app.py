@@ -17,6 +17,7 @@ from omniavatar.serve.api.access import ADMIN, READ, Access
 from omniavatar.serve.api.addresses import Outside
 from omniavatar.serve.api.checks import Checker, ProcessChecker
 from omniavatar.serve.api.guard import Guard
+from omniavatar.serve.api.load import QueueLoad
 from omniavatar.serve.api.logs import trace
 from omniavatar.serve.api.metrics import Metrics
 from omniavatar.serve.api.models import Catalogue
@@ -62,8 +63,9 @@ def create_app(
     outside = outside or Outside(settings.private_urls)
     metrics = metrics or Metrics(store)
     hooks = Webhooks(store, outside, settings.webhook_secret, settings.webhook_tries)
+    load = QueueLoad(store, settings.poll_after_ms, settings.polls_per_second)
     service = Service(
-        settings, store, files, Access(settings, keys), models, checker, outside, hooks, metrics
+        settings, store, files, Access(settings, keys), models, checker, outside, hooks, metrics, load
     )
 
     @asynccontextmanager

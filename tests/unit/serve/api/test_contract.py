@@ -127,9 +127,9 @@ def test_a_file_that_takes_too_long_or_kills_its_process_refuses_only_itself(tmp
     try:
         checker.start()
         with pytest.raises(ApiError, match="takes too long to decode") as caught:
-            checker.voice(long)
+            checker.check(None, long)
         assert caught.value.param == "audio_reference"
-        assert checker.voice(sound) == pytest.approx(0.5)
+        assert checker.check(None, sound) == (None, pytest.approx(0.5))
     finally:
         checker.close()
     checker = ProcessChecker(1, 60.0, 10**6, 10**9)
@@ -137,12 +137,12 @@ def test_a_file_that_takes_too_long_or_kills_its_process_refuses_only_itself(tmp
         checker.start()
         before = psutil.Process().children(recursive=True)
         with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(checker.voice, long)
+            answer = pool.submit(checker.check, None, long)
             busy = next(each for each in wait_busy(before))
             busy.kill()
             with pytest.raises(ApiError, match="cannot be decoded"):
                 answer.result(30)
-        assert checker.voice(sound) == pytest.approx(0.5)
+        assert checker.check(None, sound) == (None, pytest.approx(0.5))
     finally:
         checker.close()
 
@@ -162,12 +162,12 @@ def test_bad_files_are_refused_by_field_and_good_ones_are_measured(tmp_path: Pat
     good.write_bytes(portrait())
     bad.write_bytes(portrait()[:100])
     try:
-        assert checker.portrait(good) == (64, 64)
-        with pytest.raises(ApiError) as caught:
-            checker.portrait(bad)
-        assert caught.value.param == "input_reference" and str(tmp_path) not in str(caught.value)
         sound = tmp_path / "sound"
         sound.write_bytes(voice())
-        assert checker.voice(sound) == pytest.approx(0.5)
+        for field, files in (("input_reference", (bad, sound)), ("audio_reference", (good, bad))):
+            with pytest.raises(ApiError) as caught:
+                checker.check(*files)
+            assert caught.value.param == field and str(tmp_path) not in str(caught.value)
+        assert checker.check(good, sound) == ((64, 64), pytest.approx(0.5))
     finally:
         checker.close()

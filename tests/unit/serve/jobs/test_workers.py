@@ -14,7 +14,7 @@ import pytest
 from job_driver import RULES
 from job_stub import noted
 from omniavatar.serve.batch.crew import CrewLost, News
-from omniavatar.serve.jobs.process_crew import ProcessCrew
+from omniavatar.serve.jobs.process_crew import NICENESS, ProcessCrew
 from omniavatar.serve.jobs.records import (
     CANCELLED,
     THUMBNAIL,
@@ -64,6 +64,9 @@ def test_a_killed_worker_goes_on_after_its_last_window(place: Place) -> None:
     with place.workers() as (_, crew):
         id = place.submit()
         place.until(id, lambda job: job.window == 2)
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        assert os.getpriority(os.PRIO_PROCESS, crew.pids()[0]) == min(19, own + NICENESS)
+        assert os.getsid(crew.pids()[0]) == os.getsid(0), "Linux weighs sessions before niceness"
         os.kill(crew.pids()[0], signal.SIGKILL)
         place.until(id, lambda job: job.attempt == 2)
         place.go()
