@@ -21,11 +21,11 @@ from typing import Any
 import httpx
 
 from job_stub import noted
-from media_files import segments
 from omniavatar.serve.jobs.store import JobStore
 from omniavatar.serve.settings import ServeSettings
+from postgres import PostgresServer
 from serve_api import portrait, voice
-from stress.programs import Child, served, wait_until_up
+from stress.programs import Served, lines, wait_until_up, working
 
 RAMP_S, PATIENCE_S, HOST_EVERY = 30.0, 300.0, 12
 """Seconds in which the clients arrive; seconds for the last videos to end; each 12th kill is of the host."""
@@ -56,7 +56,7 @@ class Client:
             key = f"{random.getrandbits(96):x}"
             headers = {"Idempotency-Key": key, "Content-Type": self._body.headers["Content-Type"]}
             reply = await self._answer("POST", "/v1/videos", self._seen.posts, self._body.content, headers)
-            if reply.status_code != 200:
+            if reply.status_code != 200:  # such as while the database is away
                 self._seen.refused[reply.status_code] += 1
                 await asyncio.sleep(float(reply.headers.get("retry-after", "1")))
                 continue
@@ -66,8 +66,10 @@ class Client:
 
     async def _follow(self, id: str, reply: httpx.Response, ends: float) -> None:
         while time.monotonic() < ends:
-            await asyncio.sleep(int(reply.headers["openai-poll-after-ms"]) / 1000)
+            await asyncio.sleep(int(reply.headers.get("openai-poll-after-ms", "1000")) / 1000)
             reply = await self._answer("GET", f"/v1/videos/{id}", self._seen.polls)
+            if reply.status_code == 503:
+                continue
             status = reply.json()["status"] if reply.status_code == 200 else f"status {reply.status_code}"
             if status not in ("queued", "in_progress"):
                 self._seen.ends[id] = status
@@ -91,22 +93,29 @@ class Client:
             return reply
 
 
-async def kills(server: Child, host: Child, ends: float, seconds: float, every: float) -> Counter[str]:
-    """Kill a worker every few seconds, sometimes all of them with their host, and twice the server."""
+async def kills(
+    all: Served, ends: float, seconds: float, every: float, postgres: PostgresServer | None
+) -> Counter[str]:
+    """Kill a worker every few seconds, sometimes all with their host; twice the server or its database."""
     done: Counter[str] = Counter()
-    server_at = [ends - seconds * 2 / 3, ends - seconds / 3]
+    twice = [ends - seconds * 2 / 3, ends - seconds / 3]
     while time.monotonic() < ends:
         await asyncio.sleep(every)
-        if (done["workers"] + 1) % HOST_EVERY == 0:
-            await asyncio.to_thread(host.kill_and_start)
-            done["hosts"] += 1
-        elif found := await asyncio.to_thread(host.workers):
-            random.choice(found).kill()
         done["workers"] += 1
-        if server_at and time.monotonic() > server_at[0]:
-            server_at.pop(0)
-            await asyncio.to_thread(server.kill_and_start)
-            done["server"] += 1
+        if done["workers"] % HOST_EVERY == 0:
+            await asyncio.to_thread(all.workers.kill_and_start)
+            done["hosts"] += 1
+        elif found := await asyncio.to_thread(all.workers.workers):
+            random.choice(found).kill()
+        if twice and time.monotonic() > twice[0]:
+            twice.pop(0)
+            if postgres:
+                await asyncio.to_thread(postgres.kill)
+                await asyncio.to_thread(postgres.start)
+                done["database"] += 1
+            else:
+                await asyncio.to_thread(all.server.kill_and_start)
+                done["server"] += 1
     return done
 
 
@@ -115,37 +124,40 @@ def share(values: list[float], part: float) -> float | None:
     return round(sorted(values)[min(len(values) - 1, int(len(values) * part))], 4) if values else None
 
 
-async def clients(count: int, seconds: float, kill_every: float, workers: int) -> dict[str, Any]:
+async def clients(
+    count: int, seconds: float, kill_every: float, workers: int, postgres: PostgresServer | None = None
+) -> dict[str, Any]:
+    """postgres: holds the queue instead of SQLite, and is killed instead of the server."""
     seen = Seen()
+    database = postgres.empty_database() if postgres else ""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "notes").mkdir()
-        segments(folder, [9])[0].rename(folder / "made.mp4")
-        video = (folder / "made.mp4").read_bytes()
-        with served(folder) as (address, server):
-            host = Child(folder / "workers.log", "-m", "stress.workers", name, str(workers))
-            try:
-                files = {"input_reference": portrait(), "audio_reference": voice()}
-                body = httpx.Request("POST", address, data={"prompt": "x"}, files=files)
-                body.read()
-                limits = httpx.Limits(max_connections=count, keepalive_expiry=3.0)
-                async with httpx.AsyncClient(base_url=address, timeout=60, limits=limits) as http:
-                    began = time.monotonic()
-                    ends, ramp = began + seconds, min(RAMP_S, seconds / 3)
-                    starts = [began + ramp * number / count for number in range(count)]
-                    runs = [Client(http, body, video, seen).run(start, ends) for start in starts]
-                    killed, *_ = await asyncio.gather(kills(server, host, ends, seconds, kill_every), *runs)
-                    wall = time.monotonic() - began
-                    wait_until_up(address)
-            finally:
-                host.kill()
-            server.count_cpu()
-            cpu = {"server": round(server.cpu_s, 1), "workers": round(host.cpu_s, 1)}
+        with working(folder, workers, database=database) as all:
+            files = {"input_reference": portrait(), "audio_reference": voice()}
+            body = httpx.Request("POST", all.address, data={"prompt": "x"}, files=files)
+            body.read()
+            limits = httpx.Limits(max_connections=count, keepalive_expiry=3.0)
+            async with httpx.AsyncClient(base_url=all.address, timeout=60, limits=limits) as http:
+                began = time.monotonic()
+                ends, ramp = began + seconds, min(RAMP_S, seconds / 3)
+                video, starts = (
+                    all.made.read_bytes(),
+                    [began + ramp * number / count for number in range(count)],
+                )
+                runs = [Client(http, body, video, seen).run(start, ends) for start in starts]
+                killing = kills(all, ends, seconds, kill_every, postgres)
+                killed, *_ = await asyncio.gather(killing, *runs)
+                wall = time.monotonic() - began
+            wait_until_up(all.address)
+            all.server.count_cpu()
+            all.workers.count_cpu()
+            cpu = {"server": round(all.server.cpu_s, 1), "workers": round(all.workers.cpu_s, 1)}
             cpu["clients"] = round(time.process_time(), 1)
-        problems = check(folder, seen)
-        server_errors = (folder / "server.log").read_text().count('"a bug in this server"')
+        problems = check(folder, database, seen)
+        bugs = lines(folder / "server.log", "a bug in this server")
     return {
         "clients": count,
+        "database": "postgresql" if postgres else "sqlite",
         "kills": dict(killed),
         "accepted": len(seen.accepted),
         "ended": dict(Counter(seen.ends.values())),
@@ -153,7 +165,7 @@ async def clients(count: int, seconds: float, kill_every: float, workers: int) -
         "unanswered": seen.unanswered,
         "wrong_files": seen.wrong_files,
         **problems,
-        "server_bugs": server_errors,
+        "server_bugs": bugs,
         "accept_p50_s": share(seen.posts, 0.5),
         "accept_p99_s": share(seen.posts, 0.99),
         "accept_max_s": share(seen.posts, 1.0),
@@ -162,7 +174,7 @@ async def clients(count: int, seconds: float, kill_every: float, workers: int) -
         "cpu_s": cpu,
         "broken": bool(
             any(problems.values())
-            or server_errors
+            or bugs
             or seen.wrong_files
             or set(seen.ends.values()) != {"completed"}
             or len(seen.ends) != len(seen.accepted)
@@ -170,10 +182,10 @@ async def clients(count: int, seconds: float, kill_every: float, workers: int) -
     }
 
 
-def check(folder: Path, seen: Seen) -> dict[str, int]:
+def check(folder: Path, database: str, seen: Seen) -> dict[str, int]:
     """What the database and the engines' notes say about the accepted jobs; all zero if all is well."""
     twice = lost = 0
-    with JobStore.open(ServeSettings(data_dir=folder).database_url) as store:
+    with JobStore.open(ServeSettings(data_dir=folder, database=database).database_url) as store:
         for id in seen.accepted:
             statuses = [each.data.get("status") for each in store.events_after(id, limit=1000)]
             lost += "completed" not in statuses

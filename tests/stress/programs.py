@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import psutil
+
+from media_files import segments
 
 SERVER = "from omniavatar.cli import command; command()"
 WORKER_MODULE = "omniavatar.serve.jobs.process"
@@ -87,6 +92,32 @@ def served(folder: Path, **settings: object) -> Iterator[tuple[str, Child]]:
         child.kill()
 
 
+@dataclass(frozen=True)
+class Served:
+    """A server with workers around an engine that only waits. made: the video of every job."""
+
+    address: str
+    server: Child
+    workers: Child
+    made: Path
+
+
+@contextmanager
+def working(folder: Path, workers: int = 2, **settings: object) -> Iterator[Served]:
+    """A server and its workers, ready; see `served`."""
+    (folder / "notes").mkdir()
+    made = segments(folder, [9])[0].rename(folder / "made.mp4")
+    with served(folder, **settings) as (address, server):
+        database = str(settings.get("database", ""))
+        child = Child(folder / "workers.log", "-m", "stress.workers", str(folder), str(workers), database)
+        try:
+            while httpx.get(f"{address}/ready").status_code != 200:
+                time.sleep(0.1)
+            yield Served(address, server, child, made)
+        finally:
+            child.kill()
+
+
 def wait_until_up(address: str) -> None:
     ends = time.monotonic() + 60
     while time.monotonic() < ends:
@@ -101,3 +132,12 @@ def wait_until_up(address: str) -> None:
 def lines(log: Path, text: str) -> int:
     """How many lines of a log contain `text`."""
     return sum(text in line for line in log.read_text(errors="replace").splitlines()) if log.exists() else 0
+
+
+def statuses(log: Path) -> dict[str, int]:
+    """How many replies of each status a server's log has."""
+    found: Counter[str] = Counter()
+    for line in log.read_text(errors="replace").splitlines():
+        if '"message": "request"' in line:
+            found[str(json.loads(line)["status"])] += 1
+    return dict(sorted(found.items()))

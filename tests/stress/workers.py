@@ -1,4 +1,4 @@
-"""Workers of the queue in a process: `python -m stress.workers FOLDER NUMBER`. They end with the stress."""
+"""Workers of the queue: `python -m stress.workers FOLDER NUMBER [DATABASE]`. They end with the stress."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def main(folder: Path, number: int) -> None:
-    settings = ServeSettings(data_dir=folder)
+def main(folder: Path, number: int, database: str) -> None:
+    settings = ServeSettings(data_dir=folder, database=database)
     engines = StubJobEngines(folder / "notes", folder / "made.mp4", WINDOWS, WINDOW_S)
     files = JobFiles(settings.files_place)
     with JobStore.open(settings.database_url) as store:
@@ -35,4 +35,4 @@ def main(folder: Path, number: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:4] or [""])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -259,7 +258,7 @@ def _serve(settings: ServeSettings, api_only: bool) -> None:
     from omniavatar.serve.api.metrics import Metrics
     from omniavatar.serve.api.models import Catalogue
     from omniavatar.serve.jobs.errors import JobNotFoundError
-    from omniavatar.serve.jobs.retention import sweep
+    from omniavatar.serve.jobs.retention import Retention
 
     store, files, keys = _open(settings)
     with store:
@@ -276,7 +275,8 @@ def _serve(settings: ServeSettings, api_only: bool) -> None:
         workers = None if api_only else _workers(settings, store, files, models.configs, ended)
 
         def ready() -> bool:
-            return workers is None or workers.status().ready > 0
+            own = 0 if workers is None else workers.status().ready
+            return own > 0 or store.ready_workers() > 0
 
         server_app = create_app(settings, store, files, keys, models, ready=ready, metrics=metrics)
         server = uvicorn.Server(
@@ -291,24 +291,14 @@ def _serve(settings: ServeSettings, api_only: bool) -> None:
                 h11_max_incomplete_event_size=65536,
             )
         )
-        over = threading.Event()
-
-        def keep_tidy() -> None:
-            import logging
-
-            while not over.wait(60.0):
-                try:
-                    sweep(store, files, settings.keep_seconds, settings.keep_bytes)
-                except Exception:
-                    logging.getLogger("omniavatar.serve").exception("old videos could not be deleted")
-
-        threading.Thread(target=keep_tidy, name="retention", daemon=True).start()
+        retention = Retention(store, files, settings.keep_seconds, settings.keep_bytes)
+        retention.start()
         if workers is not None:
             workers.start()
         try:
             server.run()
         finally:
-            over.set()
+            retention.stop()
             if workers is not None:
                 workers.drain()
                 if not workers.join(settings.drain_seconds):

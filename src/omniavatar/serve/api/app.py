@@ -27,6 +27,7 @@ from omniavatar.serve.api.videos import ERRORS, videos
 from omniavatar.serve.api.webhooks import Webhooks
 from omniavatar.serve.jobs.files import JobFiles
 from omniavatar.serve.jobs.keys import KeyStore
+from omniavatar.serve.jobs.rates import Rates
 from omniavatar.serve.jobs.store import JobStore
 from omniavatar.serve.settings import ServeSettings
 
@@ -55,7 +56,7 @@ def create_app(
     """The app of a server.
 
     checker, outside: how uploads are checked, and how other servers are reached; by default as configured.
-    ready: whether a worker has a model loaded.
+    ready: whether a worker has a model loaded. Raises StoreError.
     """
     checker = checker or ProcessChecker(
         settings.check_processes, settings.check_seconds, settings.portrait_pixels, settings.voice_seconds
@@ -63,20 +64,23 @@ def create_app(
     outside = outside or Outside(settings.private_urls)
     metrics = metrics or Metrics(store)
     hooks = Webhooks(store, outside, settings.webhook_secret, settings.webhook_tries)
+    rates = Rates(store.database)
     load = QueueLoad(store, settings.poll_after_ms, settings.polls_per_second)
     service = Service(
-        settings, store, files, Access(settings, keys), models, checker, outside, hooks, metrics, load
+        settings, store, files, Access(settings, keys, rates), models, checker, outside, hooks, metrics, load
     )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await run_in_threadpool(checker.start)
+        rates.start()
         if settings.webhook_secret:
             hooks.start()
         try:
             yield
         finally:
             hooks.stop()
+            rates.stop()
             checker.close()
             outside.close()
             if traces is not None:
@@ -105,7 +109,7 @@ def create_app(
     @app.get("/ready", responses={503: {"description": "Not ready."}})
     def is_ready() -> JSONResponse:
         """Whether the database answers and a model is loaded."""
-        problem = ready_problem(service, ready())
+        problem = ready_problem(service, ready)
         body = {"status": "ready"} if problem is None else {"status": "not ready", "reason": problem}
         return JSONResponse(body, 200 if problem is None else 503)
 

@@ -62,6 +62,8 @@ class Metrics:
         for status, count in self._store.counts().items():
             queue.add_metric([str(status)], count)
         yield queue
+        ready = self._store.ready_workers()
+        yield GaugeMetricFamily("omniavatar_workers_ready", "Workers with a loaded model", value=ready)
         memory = GaugeMetricFamily("omniavatar_gpu_memory_bytes", "GPU memory", labels=["gpu", "kind"])
         for gpu, used, total in gpu_memory():
             memory.add_metric([str(gpu), "used"], used)

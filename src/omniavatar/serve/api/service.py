@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -197,10 +197,10 @@ class Service:
             raise field_error("webhook_url", str(error), "invalid_url") from None
 
 
-def ready_problem(service: Service, workers_ready: bool) -> str | None:
+def ready_problem(service: Service, ready: Callable[[], bool]) -> str | None:
     """Why the server cannot make videos now; None if it can."""
     try:
         service.store.ping()
+        return None if ready() else "no worker has a model loaded yet"
     except OmniAvatarError:
         return "the job database does not answer"
-    return None if workers_ready else "no model is loaded yet"

@@ -56,6 +56,7 @@ class WorkerRules:
     busy_pause: before the next try of a job that another process still makes.
     retry_pause: before the first retry after an error; doubles with each attempt.
     hire_pause: before a worker that could not start is started again; doubles, up to a minute.
+    report: between two reports of how many workers are ready.
     keep: how long a finished video is kept at least; None for always.
     """
 
@@ -65,6 +66,7 @@ class WorkerRules:
     busy_pause: float = 5.0
     retry_pause: float = 2.0
     hire_pause: float = 1.0
+    report: float = 15.0
     keep: float | None = None
 
 
@@ -105,7 +107,8 @@ class Workers:
         self._unrecorded: list[Callable[[], None]] = []
         self._draining, self._stopping = threading.Event(), threading.Event()
         self._name = f"{socket.gethostname()}:{os.getpid()}"
-        self._next_beat = self._next_sweep = 0.0
+        self._next_beat = self._next_sweep = self._next_report = 0.0
+        self._reported = -1
         self._store_away = False
         self._thread: threading.Thread | None = None
 
@@ -164,6 +167,7 @@ class Workers:
                 for slot in self._slots:
                     self._give_back(slot)
                 self._record()
+        self._asked(self._done(lambda: self._store.forget_host(self._name)))
 
     def _ended(self) -> bool:
         if self._stopping.is_set():
@@ -187,6 +191,10 @@ class Workers:
         if self._clock() >= self._next_beat:
             self._next_beat = self._clock() + rules.beat
             self._beat()
+        ready = sum(slot.info is not None for slot in self._slots)
+        if self._clock() >= self._next_report or ready != self._reported:
+            self._next_report, self._reported = self._clock() + rules.report, ready
+            self._asked(self._done(lambda: self._store.note_host(self._name, len(self._slots), ready)))
 
     # claims
 

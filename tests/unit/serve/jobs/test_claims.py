@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from omniavatar.serve.jobs.claims import MOST_FAILURES
+from omniavatar.serve.jobs.claims import HOST_ALIVE_S, MOST_FAILURES
 from omniavatar.serve.jobs.records import (
     CANCELLED,
     WORKER_LOST,
@@ -252,3 +252,18 @@ def test_a_cancelled_job_is_not_tried_again(store: JobStore, clock, end: str) ->
     error = store.get(claim.job.id).error
     assert error is not None and error.code == CANCELLED
     assert Counter(store.counts())["queued"] == 0
+
+
+def test_workers_are_ready_as_long_as_their_process_reports(store: JobStore, clock) -> None:
+    assert store.ready_workers() == 0
+    store.note_host("one:1", workers=2, ready=0)
+    store.note_host("two:1", workers=3, ready=3)
+    store.note_host("one:1", workers=2, ready=1)
+    assert store.ready_workers() == 4
+    clock.time += HOST_ALIVE_S
+    store.note_host("one:1", workers=2, ready=2)
+    assert store.ready_workers() == 5
+    clock.time += 1
+    assert store.ready_workers() == 2, "the other one was killed"
+    store.forget_host("one:1")
+    assert store.ready_workers() == 0

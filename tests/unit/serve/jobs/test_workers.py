@@ -45,6 +45,8 @@ def test_a_job_is_made_delivered_and_reported(place: Place) -> None:
             assert time.monotonic() < end
             time.sleep(0.01)
         assert workers.status().ready == 1 and not workers.status().errors
+        assert place.store.ready_workers() == 1
+    assert place.store.ready_workers() == 0, "they have ended"
     assert (job.output, job.windows, job.seconds, job.attempt) == (VIDEO, 4, 1.44, 1)
     assert job.size_bytes == place.video.stat().st_size and job.expires_at is not None
     assert 99 < job.expires_at - (job.completed_at or 0) < 101
