@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -15,40 +12,14 @@ import openai
 import psutil
 import pytest
 import schemathesis
-import uvicorn
 from hypothesis import HealthCheck, given, settings
 
 from omniavatar.serve.api.checks import ProcessChecker
 from omniavatar.serve.api.errors import ApiError
-from serve_api import MP4, Serve, Server, portrait, voice
+from serve_api import MP4, Serve, portrait, voice
+from serve_server import listening
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API", "ignore::DeprecationWarning")
-
-
-@contextmanager
-def listening(server: Server) -> Iterator[str]:
-    """The address of a real server with a worker that finishes every job."""
-    web = uvicorn.Server(uvicorn.Config(server.app, port=0, log_config=None))
-    over = threading.Event()
-
-    def work() -> None:
-        while not over.wait(0.05):
-            claim = server.store.claim("stub", ["pocket"], 60.0)
-            if claim is not None:
-                server.finish(claim)
-
-    threads = [threading.Thread(target=web.run), threading.Thread(target=work)]
-    for thread in threads:
-        thread.start()
-    try:
-        while not web.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{web.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        web.should_exit = True
-        over.set()
-        for thread in threads:
-            thread.join(20)
 
 
 def test_the_openai_client_makes_a_video(serve: Serve, tmp_path: Path) -> None:
@@ -109,7 +80,6 @@ def test_the_openapi_document_is_kept(serve: Serve) -> None:
         run()
 
 
-@pytest.mark.slow
 def endless(path: Path) -> Path:
     """A sound of 2 GB, which takes seconds to decode; a sparse file."""
     path.write_bytes(voice())
@@ -120,6 +90,7 @@ def endless(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_file_that_takes_too_long_or_kills_its_process_refuses_only_itself(tmp_path: Path) -> None:
     sound, long = tmp_path / "sound", endless(tmp_path / "long")
     sound.write_bytes(voice())
