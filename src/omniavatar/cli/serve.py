@@ -93,8 +93,7 @@ def worker(context: typer.Context) -> None:
         store, files, _ = _open(settings)
         with store:
             workers = _workers(settings, store, files, _configs(settings))
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: workers.drain())
+            _drain_at_signals(workers)
             workers.run()
 
 
@@ -250,6 +249,23 @@ def _workers(
     return Workers(store, files, crew, list(configs), rules, on_end)
 
 
+def _drain_at_signals(workers: Workers | None) -> None:
+    """Let the first SIGTERM or Ctrl-C drain the workers, and the second one end them at once.
+
+    uvicorn raises the signals that ended it once more. Without a handler of ours, the process would then die
+    before its workers have finished their windows.
+    """
+    came: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        came.append(number)
+        if workers is not None:
+            workers.drain() if len(came) == 1 else workers.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+
+
 def _serve(settings: ServeSettings, api_only: bool) -> None:
     import uvicorn
 
@@ -293,6 +309,7 @@ def _serve(settings: ServeSettings, api_only: bool) -> None:
         )
         retention = Retention(store, files, settings.keep_seconds, settings.keep_bytes)
         retention.start()
+        _drain_at_signals(workers)
         if workers is not None:
             workers.start()
         try:
