@@ -18,6 +18,8 @@ from omniavatar.serve.jobs.worker import JobWorker
 from omniavatar.serve.jobs.workers import WorkerRules, Workers
 from queue_place import WAIT_S, Place
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_killed_node_costs_no_job_and_no_finished_window(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -21,6 +21,8 @@ from processes import start
 from serve_api import portrait, voice
 from stress.programs import SERVER, free_port
 
+pytestmark = pytest.mark.slow
+
 WAIT_S = 300.0
 
 
