@@ -28,7 +28,9 @@ from omniavatar.serve.jobs.rows import change, failed_values, find, queued_value
 from omniavatar.serve.jobs.tables import jobs, turns, worker_hosts
 
 MOST_FAILURES = 3
-"""A job fails for good after this many attempts in a row that finished no window."""
+"""A job fails for good after this many attempts in a row that ended with an error and finished no window."""
+MOST_LOSSES = 8
+"""The same if its worker died: mostly that is not the job's fault, but a job may kill each worker."""
 HOST_ALIVE_S = 60.0
 """A process with workers that did not report for so long is taken for dead."""
 CANCELLED_ERROR = JobError(CANCELLED, "the job was cancelled", "cancelled_error")
@@ -152,7 +154,7 @@ class Claims:
             for row in rows:
                 error = JobError(
                     WORKER_LOST,
-                    f"its worker {row['worker']} died or did not answer, {MOST_FAILURES} times in a row",
+                    f"its worker {row['worker']} died or did not answer, {MOST_LOSSES} times in a row",
                     "server_error",
                 )
                 _end_attempt(connection, row, now, error, retry=True, pause=0.0)
@@ -249,7 +251,7 @@ def _end_attempt(
     failures = 1 if row["window"] > row["claimed_window"] else row["failures"] + 1
     if row["cancel_requested"]:
         change(connection, row, now, **failed_values(CANCELLED_ERROR, now))
-    elif retry and failures < MOST_FAILURES:
+    elif retry and failures < (MOST_LOSSES if error.code == WORKER_LOST else MOST_FAILURES):
         change(connection, row, now, **queued_values(now + pause, failures))
     else:
         change(connection, row, now, **failed_values(error, now))

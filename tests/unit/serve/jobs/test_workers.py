@@ -14,6 +14,7 @@ import pytest
 from job_driver import RULES
 from job_stub import noted
 from omniavatar.serve.batch.crew import CrewLost, News
+from omniavatar.serve.jobs.claims import MOST_LOSSES
 from omniavatar.serve.jobs.process_crew import NICENESS, ProcessCrew
 from omniavatar.serve.jobs.records import (
     CANCELLED,
@@ -157,7 +158,7 @@ def test_a_failed_job_says_why_and_the_next_one_is_made(place: Place) -> None:
         "bad picture": ("input", "invalid_request_error", 1),
         "bug in the code": ("server_error", "server_error", 3),
         "full disk": ("output", "server_error", 3),
-        "die early": (WORKER_LOST, "server_error", 4),
+        "die early": (WORKER_LOST, "server_error", MOST_LOSSES + 1),
     }
     with place.workers():
         ids = {place.submit(prompt): prompt for prompt in expected}
