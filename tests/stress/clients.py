@@ -27,16 +27,25 @@ from postgres import PostgresServer
 from serve_api import portrait, voice
 from stress.programs import Served, lines, wait_until_up, working
 
+AFTER_S = 10.0
 RAMP_S, PATIENCE_S, HOST_EVERY = 30.0, 300.0, 12
 """Seconds in which the clients arrive; seconds for the last videos to end; each 12th kill is of the host."""
 
 
+@dataclass(frozen=True)
+class Took:
+    """When a request began, by the monotonic clock, and how long its answer took."""
+
+    began: float
+    seconds: float
+
+
 @dataclass
 class Seen:
-    """What the clients saw. posts, polls: seconds of each answered request. ends: last status by job."""
+    """What the clients saw of each answered request. ends: last status by job."""
 
-    posts: list[float] = field(default_factory=list)
-    polls: list[float] = field(default_factory=list)
+    posts: list[Took] = field(default_factory=list)
+    polls: list[Took] = field(default_factory=list)
     accepted: list[str] = field(default_factory=list)
     ends: dict[str, str] = field(default_factory=dict)
     refused: Counter[int] = field(default_factory=Counter)
@@ -78,7 +87,7 @@ class Client:
                     self._seen.wrong_files += content.content != self._video
                 return
 
-    async def _answer(self, method: str, path: str, took: list[float], *body: Any) -> httpx.Response:
+    async def _answer(self, method: str, path: str, took: list[Took], *body: Any) -> httpx.Response:
         """The answer, however often the request must be sent."""
         content, headers = body or (None, None)
         while True:
@@ -89,15 +98,16 @@ class Client:
                 self._seen.unanswered += 1
                 await asyncio.sleep(random.uniform(0.5, 1.5))
                 continue
-            took.append(time.monotonic() - began)
+            took.append(Took(began, time.monotonic() - began))
             return reply
 
 
 async def kills(
     all: Served, ends: float, seconds: float, every: float, postgres: PostgresServer | None
-) -> Counter[str]:
+) -> tuple[Counter[str], list[float]]:
     """Kill a worker every few seconds, sometimes all with their host; twice the server or its database."""
     done: Counter[str] = Counter()
+    restarts: list[float] = []
     twice = [ends - seconds * 2 / 3, ends - seconds / 3]
     while time.monotonic() < ends:
         await asyncio.sleep(every)
@@ -109,6 +119,7 @@ async def kills(
             random.choice(found).kill()
         if twice and time.monotonic() > twice[0]:
             twice.pop(0)
+            restarts.append(time.monotonic())
             if postgres:
                 await asyncio.to_thread(postgres.kill)
                 await asyncio.to_thread(postgres.start)
@@ -116,12 +127,20 @@ async def kills(
             else:
                 await asyncio.to_thread(all.server.kill_and_start)
                 done["server"] += 1
-    return done
+    return done, restarts
 
 
-def share(values: list[float], part: float) -> float | None:
-    """The value that this part of `values` does not exceed."""
-    return round(sorted(values)[min(len(values) - 1, int(len(values) * part))], 4) if values else None
+def share(took: list[Took], part: float) -> float | None:
+    """The seconds that this part of the requests does not exceed."""
+    values = sorted(each.seconds for each in took)
+    return round(values[min(len(values) - 1, int(len(values) * part))], 4) if values else None
+
+
+def slow(took: list[Took], seconds: float, restarts: list[float]) -> dict[str, int]:
+    """How many requests took so long, and how many of them began soon after a kill of the server."""
+    found = [each for each in took if each.seconds >= seconds]
+    after = [each for each in found if any(0 <= each.began - at < AFTER_S for at in restarts)]
+    return {"all": len(found), f"within_{AFTER_S:.0f}_s_of_a_kill": len(after)}
 
 
 async def clients(
@@ -146,7 +165,7 @@ async def clients(
                 )
                 runs = [Client(http, body, video, seen).run(start, ends) for start in starts]
                 killing = kills(all, ends, seconds, kill_every, postgres)
-                killed, *_ = await asyncio.gather(killing, *runs)
+                (killed, restarts), *_ = await asyncio.gather(killing, *runs)
                 wall = time.monotonic() - began
             wait_until_up(all.address)
             all.server.count_cpu()
@@ -169,6 +188,7 @@ async def clients(
         "accept_p50_s": share(seen.posts, 0.5),
         "accept_p99_s": share(seen.posts, 0.99),
         "accept_max_s": share(seen.posts, 1.0),
+        "accepts_of_0.2_s": slow(seen.posts, 0.2, restarts),
         "poll_p99_s": share(seen.polls, 0.99),
         "wall_s": round(wall, 1),
         "cpu_s": cpu,

@@ -25,7 +25,7 @@ def map_body(context: Any, body: Any) -> Any:
         return body
     others = [name for name in body if name not in (*REAL, "prompt")]
     chosen = random.sample(others, min(len(others), random.randrange(2)))
-    good: dict[str, Any] = URLS if isinstance(files[0], str) else REAL
+    good: dict[str, Any] = REAL if isinstance(files[0], bytes | bytearray) else URLS
     return {"prompt": "x", **good, **{name: body[name] for name in chosen}}
 
 
