@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from processes import start
+import processes
 from stress.programs import SERVER, free_port, wait_until_up
 
 pytestmark = pytest.mark.slow
@@ -23,7 +23,9 @@ def test_a_signal_ends_a_server_with_its_workers_and_without_an_error(
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     options = ["--data-dir", str(tmp_path), "--port", str(port)]
     with (tmp_path / "log").open("w") as log:
-        server = start([sys.executable, "-c", SERVER, "serve", *options], env=environment, stderr=log)
+        server = processes.start(
+            [sys.executable, "-c", SERVER, "serve", *options], env=environment, stderr=log
+        )
     try:
         wait_until_up(f"http://127.0.0.1:{port}")
         server.send_signal(number)
