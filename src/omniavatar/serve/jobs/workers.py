@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
@@ -106,7 +107,9 @@ class Workers:
         self._slots: list[JobSlot] = []
         self._unrecorded: list[Callable[[], None]] = []
         self._draining, self._stopping = threading.Event(), threading.Event()
-        self._name = f"{socket.gethostname()}:{os.getpid()}"
+        self._name = (
+            f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(3)}"  # containers may share both
+        )
         self._next_beat = self._next_sweep = self._next_report = 0.0
         self._reported = -1
         self._store_away = False
