@@ -23,14 +23,14 @@ from stress.programs import SERVER, free_port
 
 pytestmark = pytest.mark.slow
 
-WAIT_S = 300.0
+WAIT_S = 600.0
 
 
 def until(true: Callable[[], Any]) -> None:
     end = time.monotonic() + WAIT_S
     while not true():
         assert time.monotonic() < end
-        time.sleep(0.1)
+        time.sleep(0.5)
 
 
 class Programs:
@@ -40,6 +40,7 @@ class Programs:
         self._folder, self._port = folder, free_port()
         self.address = f"http://127.0.0.1:{self._port}"
         self.started: list[Popen[str]] = []
+        self._store: JobStore | None = None
 
     def start(self, *arguments: str) -> Popen[str]:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -64,8 +65,16 @@ class Programs:
         return str(created.json()["id"])
 
     def job(self, id: str) -> JobRecord:
-        with JobStore.open(f"sqlite:///{self._folder}/jobs.db") as store:
-            return store.get(id)
+        if self._store is None:
+            self._store = JobStore.open(f"sqlite:///{self._folder}/jobs.db")
+        return self._store.get(id)
+
+    def close(self) -> None:
+        for process in self.started:
+            process.kill()
+            process.wait()
+        if self._store is not None:
+            self._store.close()
 
     def frames(self, id: str) -> int:
         """Of the downloaded video."""
@@ -79,9 +88,7 @@ class Programs:
 def programs(tmp_path: Path) -> Any:
     made = Programs(tmp_path)
     yield made
-    for process in made.started:
-        process.kill()
-        process.wait()
+    made.close()
     print((tmp_path / "log").read_text()[-5000:])
 
 
@@ -103,7 +110,7 @@ def test_a_worker_beside_a_server_makes_a_real_video_and_drains(programs: Progra
 def test_sigterm_of_a_server_finishes_the_window_and_keeps_the_job(programs: Programs) -> None:
     server = programs.start()
     until(lambda: programs.status("/ready") == 200)
-    id = programs.submit(12.0)
+    id = programs.submit(6.0)
     until(lambda: programs.job(id).window >= 1)
     server.send_signal(signal.SIGTERM)
     assert server.wait(WAIT_S) == 0
@@ -113,4 +120,4 @@ def test_sigterm_of_a_server_finishes_the_window_and_keeps_the_job(programs: Pro
     until(lambda: programs.job(id).status is JobStatus.completed)
     assert programs.job(id).resumed_windows >= kept.window
     until(lambda: programs.status("/health") == 200)
-    assert programs.frames(id) > 100
+    assert programs.frames(id) > 50
