@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 
 from omniavatar.serve.api.addresses import Outside
 from omniavatar.serve.api.app import create_app
-from omniavatar.serve.api.checks import DirectChecker
+from omniavatar.serve.api.checks import Checker, DirectChecker
 from omniavatar.serve.api.models import Catalogue
 from omniavatar.serve.jobs.files import JobFiles
 from omniavatar.serve.jobs.keys import KeyStore
@@ -109,6 +109,7 @@ def serve(tmp_path: Path, empty_database: Path) -> Iterator[Serve]:
         ready: bool = True,
         clock: Clock = None,
         store: type[JobStore] = JobStore,
+        checker: Checker | None = None,
         **values: Any,
     ) -> Server:
         settings = ServeSettings(data_dir=tmp_path, **values)
@@ -116,7 +117,7 @@ def serve(tmp_path: Path, empty_database: Path) -> Iterator[Serve]:
             shutil.copy(empty_database, tmp_path)
         opened_store = store.open(settings.database_url, clock)
         files, keys = JobFiles(settings.files_place), KeyStore(opened_store.database)
-        checker = DirectChecker(settings.portrait_pixels, settings.voice_seconds)
+        checker = checker or DirectChecker(settings.portrait_pixels, settings.voice_seconds)
         app = create_app(
             settings, opened_store, files, keys, MODELS, checker=checker, outside=outside, ready=lambda: ready
         )

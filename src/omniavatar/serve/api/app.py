@@ -102,7 +102,7 @@ def create_app(
         return ModelList(data=found)
 
     @app.get("/health")
-    def health() -> dict[str, str]:
+    async def health() -> dict[str, str]:
         """Whether this process answers."""
         return {"status": "ok"}
 

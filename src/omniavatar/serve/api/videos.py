@@ -18,6 +18,7 @@ from omniavatar.serve.api.models import window_seconds
 from omniavatar.serve.api.replies import Deletion, Estimate, Video, VideoList, size_text, video
 from omniavatar.serve.api.service import Service
 from omniavatar.serve.api.streams import growing, server_sent_events
+from omniavatar.serve.api.turns import in_turn
 from omniavatar.serve.jobs.records import THUMBNAIL, Deleted, JobRecord, JobStatus
 
 JobId = Annotated[str, Path(pattern=r"^video_[0-9a-f]{32}$", description="Id of a video.")]
@@ -68,7 +69,7 @@ def videos(service: Service) -> APIRouter:
     async def accept(request: Request) -> tuple[JobRecord, Caller]:
         caller = await run_in_threadpool(service.admitted, request)
         async with parsed(request, VideoFields, settings, service.outside) as body:
-            return await run_in_threadpool(service.submit, request, caller, body), caller
+            return await in_turn(service.submit, request, caller, body), caller
 
     @router.post("", openapi_extra=_body(["prompt", PORTRAIT]))
     async def create_video(request: Request, response: Response) -> Video:
@@ -81,7 +82,7 @@ def videos(service: Service) -> APIRouter:
         """What a request would need, without accepting it."""
         await caller_of(request, READ)
         async with parsed(request, VideoFields, settings, service.outside) as body:
-            spec, plan = await run_in_threadpool(service.planned, body)
+            spec, plan = await in_turn(service.planned, body)
         waiting = (await run_in_threadpool(service.store.counts))[JobStatus.queued]
         each = await run_in_threadpool(window_seconds, service.store, spec.model)
         own = None if each is None else each * plan.windows
@@ -217,7 +218,7 @@ def videos(service: Service) -> APIRouter:
             message = f"the video is {source.status}; extend it when it is completed"
             raise ApiError(409, "video_not_ready", message, "video_id")
         async with parsed(request, ExtensionFields, settings, service.outside) as body:
-            job = await run_in_threadpool(service.submit, request, caller, body, source)
+            job = await in_turn(service.submit, request, caller, body, source)
         return shown(response, job)
 
     return router
