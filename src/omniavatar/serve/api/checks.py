@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import logging
 import multiprocessing
 import threading
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from omniavatar.errors import OmniAvatarError
 from omniavatar.serve.api import decoding
 from omniavatar.serve.api.decoding import bound, portrait_size, voice_seconds, warm_up
 from omniavatar.serve.api.errors import ApiError, field_error
+
+_log = logging.getLogger("omniavatar.serve")
 
 PORTRAIT, VOICE = "input_reference", "audio_reference"
 Result = TypeVar("Result")
@@ -86,6 +89,9 @@ class ProcessChecker:
         except concurrent.futures.TimeoutError:
             raise field_error(field, "takes too long to decode; convert it to PNG, JPEG or WAV") from None
         except (pebble.ProcessExpired, MemoryError):
+            raise field_error(field, "cannot be decoded; convert it to PNG, JPEG or WAV") from None
+        except Exception as error:  # the file is at fault for the client, and the reader for us
+            _log.error("a bug in this server: its reader of %s", field, exc_info=error)
             raise field_error(field, "cannot be decoded; convert it to PNG, JPEG or WAV") from None
 
     def _started(self) -> pebble.ProcessPool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
+import pytest
 
 from omniavatar.serve.api.checks import DirectChecker
 from omniavatar.serve.api.turns import THREADS
@@ -77,3 +78,27 @@ def test_uploads_that_take_long_to_check_leave_threads_for_other_requests(serve:
         assert len(checker.began) == THREADS
         checker.go.set()
         assert [post.result(60).status_code for post in posts] == [200] * 48
+
+
+def test_a_bug_and_a_client_that_leaves_cost_no_connection_of_others(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve()
+
+    @server.app.get("/boom")
+    def boom() -> None:
+        raise RuntimeError("secret")
+
+    with listening(server) as address:
+        with httpx.Client(base_url=address, timeout=20) as client:
+            assert [client.get("/boom").status_code for _ in range(3)] == [500] * 3
+            assert client.get("/health").status_code == 200
+        assert caplog.text.count("a bug in this server") == 3
+        parts = urlsplit(address)
+        with socket.create_connection((parts.hostname, parts.port)) as leaving:
+            leaving.sendall(HEAD + b"Content-Length: 100000\r\n\r\n{")
+        end = time.monotonic() + 20
+        while 'kind="client_left"' not in httpx.get(f"{address}/metrics").text:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    assert caplog.text.count("a bug in this server") == 3 and not server.folders
