@@ -131,13 +131,13 @@ def test_a_file_that_meets_a_bug_of_its_reader_is_refused_and_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A limit of the wrong type stands for the bug."""
-    good = tmp_path / "good"
-    good.write_bytes(portrait())
-    checker = ProcessChecker(1, 20.0, "many", 60.0)  # type: ignore[arg-type]
+    sound = tmp_path / "sound"
+    sound.write_bytes(voice())
+    checker = ProcessChecker(1, 20.0, 10**6, "many")  # type: ignore[arg-type]
     try:
         with pytest.raises(ApiError, match="cannot be decoded") as caught:
-            checker.check(good, None)
-        assert caught.value.status == 400 and caught.value.param == "input_reference"
+            checker.check(None, sound)
+        assert caught.value.status == 400 and caught.value.param == "audio_reference"
         assert "a bug in this server" in caplog.text and "TypeError" in caplog.text
     finally:
         checker.close()
