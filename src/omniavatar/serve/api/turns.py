@@ -1,6 +1,6 @@
 """Threads for requests with files, apart from those of all others.
 
-A hostile upload may keep its thread as long as a check may take. So uploads have threads of their own, and
+A hostile upload may keep its thread as long as a check may take. So uploads have separate threads, and
 polls, lists and downloads are answered meanwhile.
 """
 
