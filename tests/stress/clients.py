@@ -104,10 +104,10 @@ class Client:
 
 async def kills(
     all: Served, ends: float, seconds: float, every: float, postgres: PostgresServer | None
-) -> tuple[Counter[str], list[float]]:
+) -> tuple[Counter[str], list[tuple[float, float]]]:
     """Kill a worker every few seconds, sometimes all with their host; twice the server or its database."""
     done: Counter[str] = Counter()
-    restarts: list[float] = []
+    restarts: list[tuple[float, float]] = []
     twice = [ends - seconds * 2 / 3, ends - seconds / 3]
     while time.monotonic() < ends:
         await asyncio.sleep(every)
@@ -119,14 +119,16 @@ async def kills(
             random.choice(found).kill()
         if twice and time.monotonic() > twice[0]:
             twice.pop(0)
-            restarts.append(time.monotonic())
+            down = time.monotonic()
             if postgres:
                 await asyncio.to_thread(postgres.kill)
                 await asyncio.to_thread(postgres.start)
                 done["database"] += 1
             else:
                 await asyncio.to_thread(all.server.kill_and_start)
+                await asyncio.to_thread(wait_until_up, all.address)
                 done["server"] += 1
+            restarts.append((down, time.monotonic()))
     return done, restarts
 
 
@@ -136,11 +138,11 @@ def share(took: list[Took], part: float) -> float | None:
     return round(values[min(len(values) - 1, int(len(values) * part))], 4) if values else None
 
 
-def slow(took: list[Took], seconds: float, restarts: list[float]) -> dict[str, int]:
-    """How many requests took so long, and how many of them began soon after a kill of the server."""
+def slow(took: list[Took], seconds: float, restarts: list[tuple[float, float]]) -> dict[str, int]:
+    """How many requests took so long, and how many of them began around a restart (killed, up again)."""
     found = [each for each in took if each.seconds >= seconds]
-    after = [each for each in found if any(0 <= each.began - at < AFTER_S for at in restarts)]
-    return {"all": len(found), f"within_{AFTER_S:.0f}_s_of_a_kill": len(after)}
+    near = [each for each in found if any(down <= each.began < up + AFTER_S for down, up in restarts)]
+    return {"all": len(found), "around_restarts": len(near)}
 
 
 async def clients(
