@@ -91,9 +91,11 @@ def worker(context: typer.Context) -> None:
     """Make videos of the queue without an API, on this or another machine."""
     with user_errors():
         settings = _settings(context).settings
+        from omniavatar.serve.settings import load_configs
+
         store, files, _ = _open(settings)
         with store:
-            workers = _workers(settings, store, files, _configs(settings))
+            workers = _workers(settings, store, files, load_configs(settings))
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: workers.drain())
             workers.run()
@@ -214,10 +216,16 @@ def _with_keys(context: typer.Context, action: Callable[[KeyStore], Any]) -> Non
             action(keys)
 
 
-def _configs(settings: ServeSettings) -> dict[str, PipelineConfig]:
-    from omniavatar.config.load import load_config
+def _check_signing(configs: dict[str, PipelineConfig]) -> None:
+    """Try the certificates that workers of this process sign with. Raises ConfigError, ResourceError."""
+    import logging
 
-    return {name: load_config(path).config for name, path in settings.models.items()}
+    for config in configs.values():
+        if config.output.provenance or config.output.provenance_certificate is not None:
+            from omniavatar.engine.provenance import signer_of
+
+            for warning in signer_of(config.output).warnings:
+                logging.getLogger("omniavatar.serve").warning(warning)
 
 
 def _workers(
@@ -231,6 +239,7 @@ def _workers(
     from omniavatar.serve.jobs.engines import JobEngines, JobGroupWorker
     from omniavatar.serve.jobs.workers import WorkerRules, Workers
 
+    _check_signing(configs)
     engines = JobEngines(configs)
 
     def crew() -> Any:

@@ -35,6 +35,7 @@ from omniavatar.config.values import (
     prompt_text,
     rising_fractions,
     scale_name,
+    web_address,
 )
 from omniavatar.errors import ConfigError
 from omniavatar.sampling.windows import overlap_error, window_length
@@ -293,6 +294,22 @@ class OutputConfig(_Section):
     """Continue an interrupted run after its last finished window."""
     keep_job: Flag = False
     """Keep the job folder (windows, audio features) after the video is finished."""
+    provenance: Flag = False
+    """Write a signed C2PA manifest into the finished video: a model made it, with this program, from these
+    inputs. Needs provenance_certificate and provenance_key."""
+    provenance_certificate: FilePath | None = None
+    """PEM file of the certificate chain that signs, the signing certificate first."""
+    provenance_key: FilePath | None = None
+    """PEM file of its private key, not encrypted, readable for this user only."""
+    provenance_algorithm: Literal["auto", "es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] = (
+        "auto"
+    )
+    """Signature algorithm; auto: the one of the key (ps256 for RSA)."""
+    provenance_timestamp: Annotated[str, AfterValidator(web_address)] = ""
+    """URL of a time stamp authority (RFC 3161), the only use of the network; empty: no time stamp, and the
+    manifest holds until the certificate expires."""
+    provenance_inputs: Literal["hashes", "contents"] = "hashes"
+    """What the manifest holds of portrait and voice: their hashes, or also the files themselves."""
 
 
 class RuntimeConfig(_Section):

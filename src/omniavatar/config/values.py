@@ -256,6 +256,13 @@ def coefficients(value: Any) -> Any:
     return tuple(real(number) for number in value)
 
 
+def web_address(value: str) -> str:
+    """`value`, if it is an http(s) URL or empty. Raises ValueError."""
+    if value and not re.fullmatch(r"https?://[^\s/]+\S*", value):
+        raise ValueError("must be a URL such as http://timestamp.example/tsa, or empty")
+    return value
+
+
 def device_setting(value: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
         raise ValueError("must be auto, cpu, cuda or cuda:N")

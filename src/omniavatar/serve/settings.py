@@ -17,8 +17,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from omniavatar.config.load import MOST_BYTES
+from omniavatar.config.change import changed
+from omniavatar.config.load import MOST_BYTES, load_config
+from omniavatar.config.schema import PipelineConfig
 from omniavatar.config.syntax import parse_value, read_yaml
+from omniavatar.config.values import web_address
 from omniavatar.errors import ConfigError
 from omniavatar.text import cut, quoted, read_text
 
@@ -113,6 +116,14 @@ class ServeSettings(BaseModel):
     """File of the audit log; unset: audit.jsonl in data_dir."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least level of the log, which is JSON on stderr."""
+    provenance: bool = False
+    """Sign every video with a C2PA manifest; otherwise those whose request asks, if a certificate is set."""
+    provenance_certificate: Path | None = None
+    """PEM file of the certificate chain that signs; unset: that of the model's configuration, if any."""
+    provenance_key: Path | None = None
+    """PEM file of its private key. Only the workers read it."""
+    provenance_timestamp: str = ""
+    """URL of a time stamp authority (RFC 3161); empty: no time stamps."""
     otlp_endpoint: str = ""
     """OpenTelemetry collector for traces, such as http://localhost:4318/v1/traces; empty: no traces."""
     drain_seconds: float = Field(600.0, ge=0)
@@ -124,6 +135,11 @@ class ServeSettings(BaseModel):
         if value and len(value) < 32:
             raise ValueError("must have 32 or more characters; make one with `openssl rand -hex 32`")
         return value
+
+    @field_validator("provenance_timestamp", "otlp_endpoint")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        return web_address(value)
 
     @field_validator("cors_origins")
     @classmethod
@@ -166,6 +182,16 @@ class LoadedSettings:
         """Name, printable value and origin of each setting; secrets are hidden."""
         for name, value in self.settings.model_dump(mode="json").items():
             yield name, "(hidden)" if name in SECRETS and value else value, self.origins[name]
+
+
+def load_configs(settings: ServeSettings) -> dict[str, PipelineConfig]:
+    """The configurations of the models by name, with the server's provenance. Raises ConfigError."""
+    own = {
+        name: value
+        for name in ("provenance", "provenance_certificate", "provenance_key", "provenance_timestamp")
+        if (value := getattr(settings, name))
+    }
+    return {name: changed(load_config(path).config, output=own) for name, path in settings.models.items()}
 
 
 def load_settings(

@@ -96,7 +96,7 @@ class Service:
         if values.webhook_url is not None:
             self._check_webhook(values.webhook_url)
         if values.provenance:
-            raise field_error("provenance", "is not available on this server; leave it out", "not_available")
+            self.models.check_provenance(model)
         portrait = None
         if source is None:
             if PORTRAIT not in asked.files:

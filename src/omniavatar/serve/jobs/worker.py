@@ -163,6 +163,7 @@ class _Run:
             sampling_of(spec.settings),
             size=spec.size,
             continues=None if spec.extends is None else files.local(id, SOURCE_VIDEO),
+            provenance=spec.provenance or None,
         )
         made = engine.run(spec.model, request, output, self._listen, self._should_stop)
         self.close()
