@@ -91,14 +91,33 @@ def worker(context: typer.Context) -> None:
     """Make videos of the queue without an API, on this or another machine."""
     with user_errors():
         settings = _settings(context).settings
+        from omniavatar.serve.api.app import check_binding
+        from omniavatar.serve.api.metrics import Metrics
+        from omniavatar.serve.jobs.logs import log_as_json
+        from omniavatar.serve.jobs.tracing import flush
         from omniavatar.serve.settings import load_configs
 
-        store, files, _ = _open(settings)
+        store, files, keys = _open(settings)
         with store:
-            workers = _workers(settings, store, files, load_configs(settings))
+            if settings.metrics_port:
+                check_binding(settings, keys)
+            log_as_json(settings.log_level, "uvicorn")
+            metrics = Metrics(store)
+            workers = _workers(settings, store, files, load_configs(settings), metrics.ended_id)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: workers.drain())
-            workers.run()
+            if settings.metrics_port:
+                from omniavatar.serve.api.operations import create_worker_app
+
+                ready = lambda: workers.status().ready > 0  # noqa: E731
+                door = _server(
+                    create_worker_app(settings, store, keys, ready, metrics), settings, settings.metrics_port
+                )
+                threading.Thread(target=door.run, name="metrics", daemon=True).start()
+            try:
+                workers.run()
+            finally:
+                flush(5.0)
 
 
 @keys_app.command("add")
@@ -240,7 +259,7 @@ def _workers(
     from omniavatar.serve.jobs.workers import WorkerRules, Workers
 
     _check_signing(configs)
-    engines = JobEngines(configs)
+    engines = JobEngines(configs, log_level=settings.log_level)
 
     def crew() -> Any:
         if settings.gpus == "cpu" and not settings.ray_address:
@@ -257,18 +276,34 @@ def _workers(
         return RayCrew(plan.seats, plan.workers, factory, files, kinds=(JobWorker, JobGroupWorker))
 
     rules = WorkerRules(keep=settings.keep_seconds)
-    return Workers(store, files, crew, list(configs), rules, on_end)
+    return Workers(store, files, crew, list(configs), rules, on_end, settings.otlp_endpoint)
+
+
+def _server(app: Any, settings: ServeSettings, port: int) -> Any:
+    """A uvicorn server of an app."""
+    import uvicorn
+
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=settings.host,
+            port=port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=5,
+            h11_max_incomplete_event_size=65536,
+        )
+    )
 
 
 def _serve(settings: ServeSettings, api_only: bool) -> None:
-    import uvicorn
-
     from omniavatar.serve.api.app import check_binding, create_app
     from omniavatar.serve.api.logs import configure
     from omniavatar.serve.api.metrics import Metrics
     from omniavatar.serve.api.models import Catalogue
-    from omniavatar.serve.jobs.errors import JobNotFoundError
     from omniavatar.serve.jobs.retention import sweep
+    from omniavatar.serve.jobs.tracing import flush
 
     store, files, keys = _open(settings)
     with store:
@@ -276,30 +311,15 @@ def _serve(settings: ServeSettings, api_only: bool) -> None:
         configure(settings.log_level, settings.audit_path)
         models, metrics = Catalogue.load(settings), Metrics(store)
 
-        def ended(id: str) -> None:
-            try:
-                metrics.ended(store.get(id))
-            except JobNotFoundError:
-                return
-
-        workers = None if api_only else _workers(settings, store, files, models.configs, ended)
+        workers = None
+        if not api_only:
+            workers = _workers(settings, store, files, models.configs, metrics.ended_id)
 
         def ready() -> bool:
             return workers is None or workers.status().ready > 0
 
         server_app = create_app(settings, store, files, keys, models, ready=ready, metrics=metrics)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                server_app,
-                host=settings.host,
-                port=settings.port,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=5,
-                h11_max_incomplete_event_size=65536,
-            )
-        )
+        server = _server(server_app, settings, settings.port)
         over = threading.Event()
 
         def keep_tidy() -> None:
@@ -323,3 +343,4 @@ def _serve(settings: ServeSettings, api_only: bool) -> None:
                 if not workers.join(settings.drain_seconds):
                     workers.stop()
                     workers.join(30.0)
+            flush(5.0)

@@ -1,7 +1,8 @@
 """Settings of `omniavatar serve`: defaults, a YAML file, the environment, options; the later ones win.
 
-The environment variable of a setting is `OMNIAVATAR_SERVE_` and its name in capitals. Every value knows its
-origin. Unknown names are errors.
+The environment variable of a setting is `OMNIAVATAR_SERVE_` and its name in capitals. With `_FILE` at its
+end, it names a file that holds the value, as secrets of containers do. Every value knows its origin. Unknown
+names are errors.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ PREFIX = "OMNIAVATAR_SERVE_"
 FILE_VARIABLE = f"{PREFIX}CONFIG"
 SECRETS = frozenset(("webhook_secret",))
 """Settings whose values are never printed."""
+IN_FILE = "_file"
+_PASSWORD = re.compile(r"(://[^/@:]*:)[^@]*(@)")
+"""The password of a URL, which is never printed."""
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Count = Annotated[int, Field(ge=1)]
@@ -116,6 +120,8 @@ class ServeSettings(BaseModel):
     """File of the audit log; unset: audit.jsonl in data_dir."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least level of the log, which is JSON on stderr."""
+    metrics_port: int = Field(0, ge=0, le=65535)
+    """Port on which `serve worker` answers /health, /ready and /metrics, at host; 0: none."""
     provenance: bool = False
     """Sign every video with a C2PA manifest; otherwise those whose request asks, if a certificate is set."""
     provenance_certificate: Path | None = None
@@ -181,6 +187,8 @@ class LoadedSettings:
     def rows(self) -> Iterator[tuple[str, Any, str]]:
         """Name, printable value and origin of each setting; secrets are hidden."""
         for name, value in self.settings.model_dump(mode="json").items():
+            if isinstance(value, str):
+                value = _PASSWORD.sub(r"\1(hidden)\2", value)
             yield name, "(hidden)" if name in SECRETS and value else value, self.origins[name]
 
 
@@ -215,8 +223,17 @@ def load_settings(
             given[_known(entry.key, entry.origin)] = (entry.value, entry.origin)
     for variable, text in sorted(environment.items()):
         if variable.startswith(PREFIX) and variable != FILE_VARIABLE:
-            name = _known(variable.removeprefix(PREFIX).lower(), variable)
-            given[name] = (_from_text(name, text, variable), variable)
+            name, origin = variable.removeprefix(PREFIX).lower(), variable
+            if name.endswith(IN_FILE) and name.removesuffix(IN_FILE) in ServeSettings.model_fields:
+                name, origin = name.removesuffix(IN_FILE), f"{variable} ({text})"
+                if f"{PREFIX}{name.upper()}" in environment:
+                    raise ConfigError(f"{variable}: {PREFIX}{name.upper()} is set too; leave one of them out")
+                try:
+                    text = read_text(text, MOST_BYTES, ConfigError).strip()
+                except ConfigError as error:
+                    raise ConfigError(f"{variable}: {error}") from None
+            name = _known(name, variable)
+            given[name] = (_from_text(name, text, variable), origin)
     for name, value in (options or {}).items():
         if value is not None:
             given[name] = (value, f"--{name.replace('_', '-')}")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from starlette.requests import Request
 
-from omniavatar.errors import OmniAvatarError
 from omniavatar.serve.api.access import Access, Caller, audit
 from omniavatar.serve.api.addresses import AddressError, Outside, checked_url
 from omniavatar.serve.api.body import Asked
@@ -21,8 +20,10 @@ from omniavatar.serve.api.models import Catalogue, Plan
 from omniavatar.serve.api.webhooks import Webhooks
 from omniavatar.serve.jobs.extensions import prepare_extension
 from omniavatar.serve.jobs.files import JobFiles
+from omniavatar.serve.jobs.logs import request_id
 from omniavatar.serve.jobs.records import JobRecord, JobSpec, JobStatus, new_job_id
 from omniavatar.serve.jobs.store import JobStore
+from omniavatar.serve.jobs.tracing import current_parent
 from omniavatar.serve.settings import ServeSettings
 
 IMAGE_NAME, SOUND_NAME = "input/portrait", "input/voice"
@@ -114,6 +115,7 @@ class Service:
             extends=None if source is None else source.id,
             webhook=values.webhook_url,
             provenance=values.provenance,
+            origin=self._origin(),
         )
         return spec, plan
 
@@ -166,6 +168,13 @@ class Service:
     def is_ended(self, job: JobRecord) -> bool:
         return job.status in (JobStatus.completed, JobStatus.failed)
 
+    def _origin(self) -> dict[str, str]:
+        """What logs and traces of the job are linked by."""
+        found = {"request_id": request_id.get()}
+        if self.settings.otlp_endpoint:
+            found["traceparent"] = current_parent()
+        return {name: value for name, value in found.items() if value is not None}
+
     def _put(self, id: str, name: str, path: Path) -> None:
         with path.open("rb") as stream:
             self.files.put(id, name, stream, self.settings.upload_bytes)
@@ -177,12 +186,3 @@ class Service:
             checked_url(url)
         except AddressError as error:
             raise field_error("webhook_url", str(error), "invalid_url") from None
-
-
-def ready_problem(service: Service, workers_ready: bool) -> str | None:
-    """Why the server cannot make videos now; None if it can."""
-    try:
-        service.store.ping()
-    except OmniAvatarError:
-        return "the job database does not answer"
-    return None if workers_ready else "no model is loaded yet"
