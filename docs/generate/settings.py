@@ -32,6 +32,7 @@ WRONG: dict[str, Any] = {
     "teacache_coefficients": "?",
     "device": "?",
     "memory": "?",
+    "provenance_timestamp": "?",
 }
 """For each field whose validator states what it accepts: a value that it refuses."""
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from omniavatar.engine.events import Message, RequestStarted, StepFinished, WindowFinished, WindowStarted
 from omniavatar.engine.marks import read_record
-from omniavatar.errors import InputError
+from omniavatar.errors import InputError, ResumeError
 from omniavatar.serve.batch.items import (
     Made,
     Outcome,
@@ -183,8 +183,25 @@ class _Run:
         return Made(record["frames"], record["windows"], record["resumed_windows"], plan["duration_s"])
 
     def make(self, engine: JobEngine) -> Made:
-        id, spec, files = self._task.id, self._task.spec, self._files
+        id, files = self._task.id, self._files
         files.restore_work(id)
+        try:
+            output, made = self._made(engine)
+        except ResumeError as error:  # begun by another version or with other settings, or damaged
+            self._note(f"starts over: {error}", logging.WARNING)
+            files.drop_work(id)
+            output, made = self._made(engine)
+        self.close()
+        thumbnail = output.with_name("thumbnail.webp")
+        write_thumbnail(output, thumbnail)
+        files.put_file(id, THUMBNAIL, thumbnail)
+        files.put_file(id, SIDECAR, output.with_suffix(".json"))
+        files.put_file(id, VIDEO, output)  # last: `delivered` looks for it
+        return made
+
+    def _made(self, engine: JobEngine) -> tuple[Path, Made]:
+        """Run the engine; returns the path of the video too."""
+        id, spec, files = self._task.id, self._task.spec, self._files
         output = files.work(id)
         output.parent.mkdir(parents=True, exist_ok=True)
         request = AvatarRequest(
@@ -196,14 +213,7 @@ class _Run:
             continues=None if spec.extends is None else files.local(id, SOURCE_VIDEO),
             provenance=spec.provenance or None,
         )
-        made = engine.run(spec.model, request, output, self._listen, self._should_stop)
-        self.close()
-        thumbnail = output.with_name("thumbnail.webp")
-        write_thumbnail(output, thumbnail)
-        files.put_file(id, THUMBNAIL, thumbnail)
-        files.put_file(id, SIDECAR, output.with_suffix(".json"))
-        files.put_file(id, VIDEO, output)  # last: `delivered` looks for it
-        return made
+        return output, engine.run(spec.model, request, output, self._listen, self._should_stop)
 
     def stop(self, how: Stop) -> None:
         if self._how is not Stop.now:

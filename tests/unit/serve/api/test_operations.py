@@ -149,14 +149,8 @@ def test_the_request_id_goes_through_to_the_log_of_the_worker(
 
 
 def test_workers_of_a_real_engine_log_as_json(capfd: pytest.CaptureFixture[str]) -> None:
-    logger = logging.getLogger("omniavatar")
-    before = (logger.handlers[:], logger.level, logger.propagate)
-    try:
-        JobEngines({"pocket": load_config("pocket").config}, log_level="info")(Seat(("cpu",)))
-        logging.getLogger("omniavatar.serve").info("a line")
-    finally:
-        logger.handlers[:], logger.propagate = before[0], before[2]
-        logger.setLevel(before[1])
+    JobEngines({"pocket": load_config("pocket").config}, log_level="info")(Seat(("cpu",)))
+    logging.getLogger("omniavatar.serve").info("a line")
     assert json.loads(capfd.readouterr().err.splitlines()[-1])["message"] == "a line"
 
 
