@@ -2,7 +2,9 @@
 
 The server, its queue and its worker processes are the real ones; the engine only waits. First the capacity is
 measured, with a queue that never empties. Then requests come at a fixed rate, whatever the server answers. At
-the end all accepted jobs must have been made, each once. Docs: docs/deploy.md.
+the end all accepted jobs must have been made, each once. The result is a table of docs/deploy.md.
+
+    python -m benchmarks queue_load --times 10 > benchmarks/results/2026-11-28_cpu_queue_load.json
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,11 +111,25 @@ def capacity() -> str:
             ]
         )
     sources = ", ".join(sorted({f"`{speed.file}`" for speed in speeds()}))
+    gpus, times, file = scaling()
     note = (
         f"From {sources}. The windows were measured on one GPU. Eight GPUs are a projection: eight workers "
-        "that share the queue only."
+        f"that share the queue only. {gpus} workers on {gpus} GPUs made {times:.2f} times as much as one "
+        f"(`{file}`)."
     )
     return f"{_table(heads, rows)}\n\n{note}\n"
+
+
+def scaling() -> tuple[int, float, str]:
+    """Most workers of a measured batch on one host, their gain over one (by medians), and the file."""
+    path = RESULTS / "2026-11-26_h100x4_scaling.jsonl"
+    (row,) = (row for row in _rows(path) if row.get("benchmark") == "batch throughput")
+    found: dict[int, list[float]] = {}
+    for line in row["lines"]:
+        count, rate = re.findall(r"(\d+) workers: ([\d.]+) items/s", line)[0]
+        found.setdefault(int(count), []).append(float(rate))
+    most = max(found)
+    return most, statistics.median(found[most]) / statistics.median(found[1]), path.name
 
 
 def overload() -> str:

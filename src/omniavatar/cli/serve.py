@@ -298,6 +298,8 @@ def _server(app: Any, settings: ServeSettings, port: int) -> Any:
 
 
 def _serve(settings: ServeSettings, api_only: bool) -> None:
+    import logging
+
     from omniavatar.serve.api.app import check_binding, create_app
     from omniavatar.serve.api.logs import configure
     from omniavatar.serve.api.metrics import Metrics
@@ -323,24 +325,31 @@ def _serve(settings: ServeSettings, api_only: bool) -> None:
         over = threading.Event()
 
         def keep_tidy() -> None:
-            import logging
-
             while not over.wait(60.0):
                 try:
                     sweep(store, files, settings.keep_seconds, settings.keep_bytes)
                 except Exception:
                     logging.getLogger("omniavatar.serve").exception("old videos could not be deleted")
 
+        def stop_at_once(*_: Any) -> None:
+            """For the second signal. uvicorn sends the first one again when it has ended."""
+            if over.is_set() and workers is not None:
+                workers.stop()
+
         threading.Thread(target=keep_tidy, name="retention", daemon=True).start()
         if workers is not None:
             workers.start()
+        signal.signal(signal.SIGTERM, stop_at_once)
         try:
             server.run()
         finally:
             over.set()
             if workers is not None:
                 workers.drain()
-                if not workers.join(settings.drain_seconds):
+                drained = workers.join(settings.drain_seconds)
+                if not drained:
                     workers.stop()
                     workers.join(30.0)
+                text = "the workers have drained" if drained else "the workers were stopped within a window"
+                logging.getLogger("omniavatar.serve").info(text)
             flush(5.0)

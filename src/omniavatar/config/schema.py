@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from omniavatar.config.backends import alternatives, backend_name, registry
 from omniavatar.config.values import (
@@ -22,7 +22,9 @@ from omniavatar.config.values import (
     FilePath,
     FilePaths,
     Flag,
+    ProvenanceSettings,
     Real,
+    Section,
     Size,
     Whole,
     choice_or_path,
@@ -35,7 +37,6 @@ from omniavatar.config.values import (
     prompt_text,
     rising_fractions,
     scale_name,
-    web_address,
 )
 from omniavatar.errors import ConfigError
 from omniavatar.sampling.windows import overlap_error, window_length
@@ -45,13 +46,7 @@ if TYPE_CHECKING:
     from omniavatar.sampling.causal import CausalWindow
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
-    )
-
-
-class DitOverrides(_Section):
+class DitOverrides(Section):
     """Sizes of the DiT that `config.json` states; the other sizes are read from the weights."""
 
     in_dim: Whole = Field(33, ge=16)
@@ -62,7 +57,7 @@ class DitOverrides(_Section):
     """Width between the audio packing and the audio projections of the blocks."""
 
 
-class LoraSetting(_Section):
+class LoraSetting(Section):
     """An additional LoRA that is merged into the DiT."""
 
     path: FilePath
@@ -71,7 +66,7 @@ class LoraSetting(_Section):
     """Factor on the weight differences of the LoRA."""
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Weights and their precision."""
 
     dit_path: FilePaths = ()
@@ -146,7 +141,7 @@ class ModelConfig(_Section):
         return self
 
 
-class SamplingConfig(_Section):
+class SamplingConfig(Section):
     """Denoising of a window; a request can override most of these (`SamplingParams`)."""
 
     seed: Whole = Field(42, ge=0, lt=2**63)
@@ -229,7 +224,7 @@ class SamplingConfig(_Section):
         return self
 
 
-class VideoConfig(_Section):
+class VideoConfig(Section):
     """Sizes, windows and timing."""
 
     max_hw: Literal[720, 1280] = 720
@@ -275,7 +270,7 @@ class VideoConfig(_Section):
         return self
 
 
-class OutputConfig(_Section):
+class OutputConfig(ProvenanceSettings):
     """The finished video."""
 
     output_dir: FilePath = Path("outputs")
@@ -294,25 +289,9 @@ class OutputConfig(_Section):
     """Continue an interrupted run after its last finished window."""
     keep_job: Flag = False
     """Keep the job folder (windows, audio features) after the video is finished."""
-    provenance: Flag = False
-    """Write a signed C2PA manifest into the finished video: a model made it, with this program, from these
-    inputs. Needs provenance_certificate and provenance_key."""
-    provenance_certificate: FilePath | None = None
-    """PEM file of the certificate chain that signs, the signing certificate first."""
-    provenance_key: FilePath | None = None
-    """PEM file of its private key, not encrypted, readable for this user only."""
-    provenance_algorithm: Literal["auto", "es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] = (
-        "auto"
-    )
-    """Signature algorithm; auto: the one of the key (ps256 for RSA)."""
-    provenance_timestamp: Annotated[str, AfterValidator(web_address)] = ""
-    """URL of a time stamp authority (RFC 3161), the only use of the network; empty: no time stamp, and the
-    manifest holds until the certificate expires."""
-    provenance_inputs: Literal["hashes", "contents"] = "hashes"
-    """What the manifest holds of portrait and voice: their hashes, or also the files themselves."""
 
 
-class RuntimeConfig(_Section):
+class RuntimeConfig(Section):
     """Device, memory and speed of the model."""
 
     device: Annotated[str, AfterValidator(device_setting)] = "auto"
@@ -389,7 +368,7 @@ class RuntimeConfig(_Section):
         return self
 
 
-class PipelineConfig(_Section):
+class PipelineConfig(Section):
     """All settings of a run. Every leaf name occurs once in the tree."""
 
     model: ModelConfig = ModelConfig()

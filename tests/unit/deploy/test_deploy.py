@@ -32,7 +32,7 @@ KUBERNETES = sorted(
     path for path in (DEPLOY / "kubernetes").glob("*.yaml") if path.name != "kustomization.yaml"
 )
 COMPOSE = sorted(DEPLOY.glob("compose*.yaml"))
-UNIT = DEPLOY / "systemd" / "omniavatar.service"
+(UNIT,) = (DEPLOY / "systemd").glob("*.service")
 CLUSTER = DEPLOY / "ray" / "cluster.yaml"
 KUBERNETES_VERSION = "1.31"
 PODS = ("Deployment", "Pod")

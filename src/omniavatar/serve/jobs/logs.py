@@ -1,4 +1,4 @@
-"""JSON logs of servers and workers. A line of a job has the id of the request that asked for it."""
+"""JSON logs of servers and workers. A line of a job has the id of its request."""
 
 from __future__ import annotations
 

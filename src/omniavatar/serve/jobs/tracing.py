@@ -72,7 +72,7 @@ class OpenSpan:
     """A span that has begun."""
 
     def __init__(self, trace: Trace, name: str, began: float | None = None, **values: Any) -> None:
-        """began: seconds since 1970; None for now. values: attributes, named `omniavatar.*`."""
+        """began: seconds since 1970; None for now. values: attributes, named `video.*`."""
         from opentelemetry import propagate
 
         self._endpoint = trace.endpoint
@@ -121,4 +121,4 @@ def _nanoseconds(seconds: float | None) -> int:
 
 
 def _attributes(values: dict[str, Any]) -> dict[str, Any]:
-    return {f"{_NAME}.{name}": value for name, value in values.items() if value is not None}
+    return {f"video.{name}": value for name, value in values.items() if value is not None}

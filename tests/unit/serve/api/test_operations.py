@@ -30,6 +30,7 @@ from omniavatar.serve.jobs.rows import spec_digest
 from omniavatar.serve.jobs.workers import WorkerRules, Workers
 from omniavatar.serve.settings import ServeSettings, load_settings
 from otlp import collecting
+from processes import start as start_process
 from serve_api import Serve, Server
 
 WAIT_S = 60.0
@@ -81,8 +82,8 @@ def test_one_trace_goes_from_the_request_to_the_windows_in_another_process(
         assert own["queue"].parent == own["worker"].parent == request.id
         assert own["video"].parent == own["worker"].id
         assert {span.parent for span in windows} == {own["video"].id}
-        assert [span.values["omniavatar.window"] for span in windows] == [0, 1, 2]
-        assert own["queue"].values["omniavatar.job"] == id
+        assert [span.values["video.window"] for span in windows] == [0, 1, 2]
+        assert own["queue"].values["video.job"] == id
         processes = {name: span.resource["process.pid"] for name, span in own.items()}
         assert processes["video"] != processes["worker"] == request.resource["process.pid"]
         assert {span.resource["service.name"] for span in collector.spans} == {"omniavatar"}
@@ -243,3 +244,20 @@ def test_secrets_come_from_files_and_are_never_printed(tmp_path: Path) -> None:
         load_settings(environment={**environment, "OMNIAVATAR_SERVE_DATABASE": "sqlite:///a.db"})
     with pytest.raises(ConfigError, match="otlp_endpoint: must be a URL"):
         load_settings(environment={"OMNIAVATAR_SERVE_OTLP_ENDPOINT": "collector:4318"})
+
+
+@pytest.mark.slow
+def test_sigterm_lets_the_workers_drain_before_the_server_ends(tmp_path: Path) -> None:
+    """uvicorn raises the signal again when it has ended, which must not kill what comes after it."""
+    command = [sys.executable, "-m", "omniavatar.cli", "serve", "--port", "0", "--data-dir", str(tmp_path)]
+    process = start_process(command, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "Uvicorn running" in line:
+            break
+    process.terminate()
+    rest = process.stderr.read()
+    assert process.wait(WAIT_S) == 0, "".join(lines) + rest
+    assert "workers have drained" in rest
