@@ -166,6 +166,8 @@ def _default(value: Any) -> str:
         return "unset"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
+    if value == "":
+        return "empty"
     if isinstance(value, tuple):
         return f"`{_listed(value)}`" if value else "empty"
     return f"`{value}`"

@@ -34,6 +34,7 @@ QUEUE = re.compile(r"(?P<date>[\d-]+)_cpu_queue_load\.json")
 class Speed:
     """What was measured. window: seconds of one. rest: seconds of a video beside its windows."""
 
+    scale: str
     config: str
     settings: tuple[str, ...]
     window: float
@@ -44,8 +45,7 @@ class Speed:
     def name(self) -> str:
         """The configuration, and what was set beside the precision."""
         shown = [text for text in self.settings if not text.startswith(("quantize", "attention", "loras"))]
-        base = self.config.removesuffix(".yaml").removeprefix("inference_")
-        return ", ".join([f"`{base}`", *(f"`{text}`" for text in shown)])
+        return ", ".join([f"{self.scale}, `{self.config}`", *(f"`{text}`" for text in shown)])
 
     def seconds(self, voice: float) -> tuple[int, float]:
         """Windows and seconds of a video with so many seconds of voice."""
@@ -69,7 +69,7 @@ def speeds() -> list[Speed]:
             window = row["window_s"]["median"]
             rest = max(0.0, row["seconds"] - row["windows"] * window)
             settings = tuple(text for text in row["hp"] if not text.startswith("loras"))
-            speed = Speed(row["config"], settings, window, rest, path.name)
+            speed = Speed(row["scale"], row["config"], settings, window, rest, path.name)
             found[speed.config, _cache(settings)] = speed
     return sorted(found.values(), key=lambda speed: speed.window)
 
@@ -92,7 +92,7 @@ def capacity() -> str:
     heads = [
         "configuration (float8)",
         "a window, s",
-        *(f"{voice} s of voice: windows, s" for voice in VOICES),
+        *(f"a video of {voice} s" for voice in VOICES),
         *(
             f"videos of {voice} s an hour, {gpus} GPU{'s' if gpus > 1 else ''}"
             for gpus in GPUS
@@ -106,7 +106,7 @@ def capacity() -> str:
             [
                 speed.name,
                 f"{speed.window:.2f}",
-                *(f"{windows}, {seconds:.0f}" for windows, seconds in videos),
+                *(f"{windows} windows, {seconds:.0f} s" for windows, seconds in videos),
                 *(f"{speed.an_hour(voice, gpus):,.0f}" for gpus in GPUS for voice in VOICES),
             ]
         )

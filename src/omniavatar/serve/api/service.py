@@ -114,7 +114,7 @@ class Service:
             settings=settings,
             extends=None if source is None else source.id,
             webhook=values.webhook_url,
-            provenance=values.provenance,
+            provenance=values.provenance or (source is not None and source.spec.provenance),
             origin=self._origin(),
         )
         return spec, plan

@@ -17,7 +17,7 @@ from omniavatar.serve.jobs.records import JobSpec, new_job_id
 from omniavatar.serve.jobs.worker import JobTask, JobWorker
 from omniavatar.serve.settings import ServeSettings, load_configs, load_settings
 from omniavatar.types import AvatarRequest
-from serve_api import Serve
+from serve_api import Serve, voice
 
 
 def test_without_a_certificate_the_field_is_refused(serve: Serve) -> None:
@@ -90,3 +90,17 @@ def test_a_server_with_an_expired_certificate_does_not_start(
     assert result.exit_code == 2
     (line,) = error_lines(result)
     assert "expired on" in line and str(made.chain) in line
+
+
+def test_an_extension_of_a_signed_video_is_signed(serve: Serve, tmp_path: Path) -> None:
+    made = make_identity(tmp_path / "identity")
+    server = serve(provenance_certificate=made.chain, provenance_key=made.key)
+    for wish in (True, False):
+        id = server.create(**({"provenance": "true"} if wish else {})).json()["id"]
+        server.finish()
+        reply = server.client.post(
+            f"/v1/videos/{id}/extensions", files={"audio_reference": ("a.wav", voice())}
+        )
+        assert reply.status_code == 200, reply.text
+        assert server.store.get(reply.json()["id"]).spec.provenance is wish
+        server.finish()
