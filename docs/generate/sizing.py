@@ -32,7 +32,10 @@ QUEUE = re.compile(r"(?P<date>[\d-]+)_cpu_queue_load\.json")
 
 @dataclass(frozen=True)
 class Speed:
-    """What was measured. window: seconds of one. rest: seconds of a video beside its windows."""
+    """What was measured. window: seconds of one. rest: seconds of a video beside its windows.
+
+    size: (height, width).
+    """
 
     scale: str
     config: str
@@ -40,19 +43,22 @@ class Speed:
     window: float
     rest: float
     file: str
+    size: tuple[int, int] = (400, 720)
 
     @property
     def name(self) -> str:
         """The configuration, and what was set beside the precision."""
         shown = [text for text in self.settings if not text.startswith(("quantize", "attention", "loras"))]
-        return ", ".join([f"{self.scale}, `{self.config}`", *(f"`{text}`" for text in shown)])
+        height, width = self.size
+        parts = [self.scale, f"`{self.config}`", *(f"`{text}`" for text in shown), f"{height}x{width}"]
+        return ", ".join(parts)
 
     def seconds(self, voice: float) -> tuple[int, float]:
         """Windows and seconds of a video with so many seconds of voice."""
         # the LoRA files of the 4-step configurations are not part of a clone
         config = load_config(ROOT / "configs" / self.config, [*self.settings, "loras=[]"]).config
         samples = round((voice + config.video.silence_duration_s) * config.video.sample_rate)
-        windows = len(plan_run(config, (400, 720), samples).windows)
+        windows = len(plan_run(config, self.size, samples).windows)
         return windows, windows * self.window + self.rest
 
     def an_hour(self, voice: float, gpus: int) -> float:
@@ -61,21 +67,18 @@ class Speed:
 
 def speeds() -> list[Speed]:
     """The newest result of each configuration, fastest first."""
-    found: dict[tuple[str, str], Speed] = {}
+    found: dict[str, Speed] = {}
     for path in sorted(RESULTS.glob("*h100*")):
         for row in _rows(path):
             if row.get("benchmark") != "whole_video" or row.get("device") != CARD:
                 continue
             window = row["window_s"]["median"]
             rest = max(0.0, row["seconds"] - row["windows"] * window)
+            size = tuple(row.get("size") or Speed.size)
             settings = tuple(text for text in row["hp"] if not text.startswith("loras"))
-            speed = Speed(row["scale"], row["config"], settings, window, rest, path.name)
-            found[speed.config, _cache(settings)] = speed
+            speed = Speed(row["scale"], row["config"], settings, window, rest, path.name, size)
+            found[speed.name] = speed
     return sorted(found.values(), key=lambda speed: speed.window)
-
-
-def _cache(settings: tuple[str, ...]) -> str:
-    return next((text for text in settings if text.startswith("step_cache=")), "")
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
