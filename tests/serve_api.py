@@ -118,8 +118,9 @@ def serve(tmp_path: Path, empty_database: Path) -> Iterator[Serve]:
         opened_store = store.open(settings.database_url, clock)
         files, keys = JobFiles(settings.files_place), KeyStore(opened_store.database)
         checker = checker or DirectChecker(settings.portrait_pixels, settings.voice_seconds)
+        models = MODELS if settings.provenance_certificate is None else Catalogue.load(settings)
         app = create_app(
-            settings, opened_store, files, keys, MODELS, checker=checker, outside=outside, ready=lambda: ready
+            settings, opened_store, files, keys, models, checker=checker, outside=outside, ready=lambda: ready
         )
         client = TestClient(app, base_url=base, raise_server_exceptions=False)
         opened.append(Server(app, client, opened_store, files, keys))

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from omniavatar.config.backends import alternatives, backend_name, registry
 from omniavatar.config.values import (
@@ -22,7 +22,9 @@ from omniavatar.config.values import (
     FilePath,
     FilePaths,
     Flag,
+    ProvenanceSettings,
     Real,
+    Section,
     Size,
     Whole,
     choice_or_path,
@@ -44,13 +46,7 @@ if TYPE_CHECKING:
     from omniavatar.sampling.causal import CausalWindow
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
-    )
-
-
-class DitOverrides(_Section):
+class DitOverrides(Section):
     """Sizes of the DiT that `config.json` states; the other sizes are read from the weights."""
 
     in_dim: Whole = Field(33, ge=16)
@@ -61,7 +57,7 @@ class DitOverrides(_Section):
     """Width between the audio packing and the audio projections of the blocks."""
 
 
-class LoraSetting(_Section):
+class LoraSetting(Section):
     """An additional LoRA that is merged into the DiT."""
 
     path: FilePath
@@ -70,7 +66,7 @@ class LoraSetting(_Section):
     """Factor on the weight differences of the LoRA."""
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Weights and their precision."""
 
     dit_path: FilePaths = ()
@@ -145,7 +141,7 @@ class ModelConfig(_Section):
         return self
 
 
-class SamplingConfig(_Section):
+class SamplingConfig(Section):
     """Denoising of a window; a request can override most of these (`SamplingParams`)."""
 
     seed: Whole = Field(42, ge=0, lt=2**63)
@@ -228,7 +224,7 @@ class SamplingConfig(_Section):
         return self
 
 
-class VideoConfig(_Section):
+class VideoConfig(Section):
     """Sizes, windows and timing."""
 
     max_hw: Literal[720, 1280] = 720
@@ -274,7 +270,7 @@ class VideoConfig(_Section):
         return self
 
 
-class OutputConfig(_Section):
+class OutputConfig(ProvenanceSettings):
     """The finished video."""
 
     output_dir: FilePath = Path("outputs")
@@ -295,7 +291,7 @@ class OutputConfig(_Section):
     """Keep the job folder (windows, audio features) after the video is finished."""
 
 
-class RuntimeConfig(_Section):
+class RuntimeConfig(Section):
     """Device, memory and speed of the model."""
 
     device: Annotated[str, AfterValidator(device_setting)] = "auto"
@@ -372,7 +368,7 @@ class RuntimeConfig(_Section):
         return self
 
 
-class PipelineConfig(_Section):
+class PipelineConfig(Section):
     """All settings of a run. Every leaf name occurs once in the tree."""
 
     model: ModelConfig = ModelConfig()

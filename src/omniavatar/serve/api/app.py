@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 
 from omniavatar import __version__
 from omniavatar.errors import ConfigError
 from omniavatar.serve.api import errors
-from omniavatar.serve.api.access import ADMIN, READ, Access
+from omniavatar.serve.api.access import READ, Access
 from omniavatar.serve.api.addresses import Outside
 from omniavatar.serve.api.checks import Checker, ProcessChecker
 from omniavatar.serve.api.guard import Guard
@@ -21,8 +20,9 @@ from omniavatar.serve.api.load import QueueLoad
 from omniavatar.serve.api.logs import trace
 from omniavatar.serve.api.metrics import Metrics
 from omniavatar.serve.api.models import Catalogue
+from omniavatar.serve.api.operations import operations
 from omniavatar.serve.api.replies import ListedModel, ModelList, size_text
-from omniavatar.serve.api.service import Service, ready_problem
+from omniavatar.serve.api.service import Service
 from omniavatar.serve.api.videos import ERRORS, videos
 from omniavatar.serve.api.webhooks import Webhooks
 from omniavatar.serve.jobs.files import JobFiles
@@ -83,11 +83,10 @@ def create_app(
             rates.stop()
             checker.close()
             outside.close()
-            if traces is not None:
-                traces.shutdown()
 
     app = FastAPI(title="omniavatar", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    traces = trace(app, settings.otlp_endpoint) if settings.otlp_endpoint else None
+    if settings.otlp_endpoint:
+        trace(app, settings.otlp_endpoint)
     errors.install(app)
     app.include_router(videos(service))
 
@@ -101,23 +100,7 @@ def create_app(
         ]
         return ModelList(data=found)
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        """Whether this process answers."""
-        return {"status": "ok"}
-
-    @app.get("/ready", responses={503: {"description": "Not ready."}})
-    def is_ready() -> JSONResponse:
-        """Whether the database answers and a model is loaded."""
-        problem = ready_problem(service, ready)
-        body = {"status": "ready"} if problem is None else {"status": "not ready", "reason": problem}
-        return JSONResponse(body, 200 if problem is None else 503)
-
-    @app.get("/metrics", responses={**ERRORS, 200: {"content": {"text/plain": {}}}})
-    def prometheus(request: Request) -> Response:
-        """Prometheus metrics; a server with keys asks for one of the scope admin."""
-        service.access.caller(request, ADMIN)
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+    app.include_router(operations(service.access, store, ready, metrics))
 
     if settings.cors_origins:
         app.add_middleware(

@@ -11,7 +11,6 @@ import logging
 import re
 import time
 import uuid
-from contextvars import ContextVar
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -20,9 +19,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from omniavatar.serve.api.errors import SERVER, ApiError, as_api_error, reply
 from omniavatar.serve.api.metrics import Metrics
+from omniavatar.serve.jobs.logs import request_id
 from omniavatar.serve.settings import ServeSettings
 
-request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 _log = logging.getLogger(__name__)
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(:\d{1,5})?")
 _OPEN = frozenset(("/health", "/ready", "/metrics"))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from starlette.requests import Request
 
-from omniavatar.errors import OmniAvatarError
 from omniavatar.serve.api.access import WRITE, Access, Caller, audit
 from omniavatar.serve.api.addresses import AddressError, Outside, checked_url
 from omniavatar.serve.api.body import NAMES, Asked, Body
@@ -24,8 +23,10 @@ from omniavatar.serve.api.webhooks import Webhooks
 from omniavatar.serve.jobs.errors import QueueFullError, StoreError
 from omniavatar.serve.jobs.extensions import prepare_extension
 from omniavatar.serve.jobs.files import JobFiles
+from omniavatar.serve.jobs.logs import request_id
 from omniavatar.serve.jobs.records import JobRecord, JobSpec, JobStatus, new_job_id
 from omniavatar.serve.jobs.store import JobStore
+from omniavatar.serve.jobs.tracing import current_parent
 from omniavatar.serve.settings import ServeSettings
 
 IMAGE_NAME, SOUND_NAME = f"input/{NAMES[PORTRAIT]}", f"input/{NAMES[VOICE]}"
@@ -116,7 +117,7 @@ class Service:
         if values.webhook_url is not None:
             self._check_webhook(values.webhook_url)
         if values.provenance:
-            raise field_error("provenance", "is not available on this server; leave it out", "not_available")
+            self.models.check_provenance(model)
         if source is None and PORTRAIT not in asked.files:
             raise field_error(PORTRAIT, "is missing; add a portrait", "missing_field")
         portrait, seconds = self.checker.check(asked.files.get(PORTRAIT), asked.files.get(VOICE))
@@ -130,7 +131,8 @@ class Service:
             settings=settings,
             extends=None if source is None else source.id,
             webhook=values.webhook_url,
-            provenance=values.provenance,
+            provenance=values.provenance or (source is not None and source.spec.provenance),
+            origin=self._origin(),
         )
         return spec, plan
 
@@ -188,6 +190,13 @@ class Service:
     def is_ended(self, job: JobRecord) -> bool:
         return job.status in (JobStatus.completed, JobStatus.failed)
 
+    def _origin(self) -> dict[str, str]:
+        """What logs and traces of the job are linked by."""
+        found = {"request_id": request_id.get()}
+        if self.settings.otlp_endpoint:
+            found["traceparent"] = current_parent()
+        return {name: value for name, value in found.items() if value is not None}
+
     def _check_webhook(self, url: str) -> None:
         if not self.settings.webhook_secret:
             raise field_error("webhook_url", "webhooks are off on this server; poll, or set webhook_secret")
@@ -195,12 +204,3 @@ class Service:
             checked_url(url)
         except AddressError as error:
             raise field_error("webhook_url", str(error), "invalid_url") from None
-
-
-def ready_problem(service: Service, ready: Callable[[], bool]) -> str | None:
-    """Why the server cannot make videos now; None if it can."""
-    try:
-        service.store.ping()
-        return None if ready() else "no worker has a model loaded yet"
-    except OmniAvatarError:
-        return "the job database does not answer"

@@ -24,9 +24,10 @@ from typing import TypeVar
 
 from omniavatar.errors import OmniAvatarError, StoppedError
 from omniavatar.serve.batch.crew import Answered, CrewLost, Lost, News, Started
-from omniavatar.serve.batch.items import Outcome, Stop, Verdict, WorkerInfo
+from omniavatar.serve.batch.items import Outcome, Stop, Verdict, WorkerInfo, last_line
 from omniavatar.serve.jobs.errors import StoreError
 from omniavatar.serve.jobs.files import JobFiles
+from omniavatar.serve.jobs.logs import of_job
 from omniavatar.serve.jobs.process_crew import JobCrew
 from omniavatar.serve.jobs.records import (
     VIDEO,
@@ -89,6 +90,7 @@ class Workers:
     open_crew: makes the crew when `run` begins.
     models: names of the models that these workers serve.
     on_end: see `Ended`.
+    traces: URL of an OpenTelemetry collector; empty for none.
     """
 
     def __init__(
@@ -99,10 +101,12 @@ class Workers:
         models: Sequence[str],
         rules: WorkerRules = WorkerRules(),
         on_end: Ended = lambda id: None,
+        traces: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store, self._files, self._open_crew = store, files, open_crew
         self._models, self._rules, self._on_end, self._clock = tuple(models), rules, on_end, clock
+        self._traces = traces
         self._crew: JobCrew
         self._slots: list[JobSlot] = []
         self._unrecorded: list[Callable[[], None]] = []
@@ -214,7 +218,8 @@ class Workers:
                 break
             slot.claim, slot.stop, slot.last = claim, None, None
             slot.void_at = before + self._rules.lease
-            self._crew.give(slot.number, JobTask(claim.job.id, claim.job.spec))
+            trace = slot.trace(claim, self._traces)
+            self._crew.give(slot.number, JobTask(claim.job.id, claim.job.spec, trace))
             found = True
         return found
 
@@ -252,8 +257,10 @@ class Workers:
             if answer.cancel:
                 slot.stop = Stop.now
         elif answer is not None or self._clock() >= slot.void_at:
-            _log.warning("job %s: this worker has lost it; its process is ended", claim.job.id)
+            text = "this worker has lost it; its process is ended"
+            _log.warning("job %s: %s", claim.job.id, text, extra=of_job(claim.job.id, claim.job.spec.origin))
             slot.claim = None
+            slot.end_span(text)
             self._replace(slot)
 
     # what workers say
@@ -275,6 +282,7 @@ class Workers:
     def _answered(self, slot: JobSlot, outcome: Outcome) -> None:
         self._look([slot])
         claim, slot.claim = slot.claim, None
+        slot.end_span(last_line(outcome.error) if outcome.error else "")
         if outcome.replace:
             self._replace(slot)
         if claim is None:
@@ -298,6 +306,7 @@ class Workers:
                 "job %s: %s",
                 claim.job.id,
                 outcome.error,
+                extra=of_job(claim.job.id, claim.job.spec.origin),
             )
             self._fail(claim, last, job_error(outcome), retry=retry)
 
@@ -306,6 +315,7 @@ class Workers:
         claim, started = slot.claim, slot.info is not None
         _log.warning("worker %s is lost: %s", slot.number, reason)
         slot.claim = None
+        slot.end_span(reason)
         slot.error = "" if started else reason
         self._replace(slot, failed=not started)
         if claim is not None:
@@ -357,6 +367,7 @@ class Workers:
 
     def _give_back(self, slot: JobSlot) -> None:
         claim, slot.claim = slot.claim, None
+        slot.end_span("given back")
         if claim is not None:
             last = slot.progress(claim)
             self._later(lambda: self._release(claim, last, 0.0))

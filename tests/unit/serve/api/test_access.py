@@ -10,7 +10,7 @@ import pytest
 
 from omniavatar.errors import ConfigError
 from omniavatar.serve.api.app import check_binding
-from omniavatar.serve.api.logs import JsonFormatter
+from omniavatar.serve.jobs.logs import JsonFormatter
 from omniavatar.serve.jobs.records import KeyLimits
 from omniavatar.serve.settings import ServeSettings, load_settings
 from serve_api import FILES, Serve
