@@ -29,14 +29,7 @@ from omniavatar.serve.jobs.errors import StoreError
 from omniavatar.serve.jobs.files import JobFiles
 from omniavatar.serve.jobs.logs import of_job
 from omniavatar.serve.jobs.process_crew import JobCrew
-from omniavatar.serve.jobs.records import (
-    VIDEO,
-    WORKER_LOST,
-    Claim,
-    JobError,
-    JobProgress,
-    JobResult,
-)
+from omniavatar.serve.jobs.records import VIDEO, WORKER_LOST, Claim, JobError, JobProgress, JobResult
 from omniavatar.serve.jobs.slots import JobSlot
 from omniavatar.serve.jobs.store import JobStore
 from omniavatar.serve.jobs.worker import JobTask, job_error
