@@ -8,9 +8,8 @@
         --hp quantize=fp8 [--hp decoder=taehv]
 
 The packaged speech, repeated to `--minutes`, drives the packaged portrait. A video of two windows (of a
-block-causal model: until its cache is full and its passes are captured; of
-FlashHead and LeapTalk: eight) first loads the models and compiles
-the kernels (`ready_s`, not counted). Counted are reading the audio,
+block-causal model: until its cache is full and its passes are captured; of FlashHead and LeapTalk: eight)
+first loads the models and compiles the kernels (`ready_s`, not counted). Counted are reading the audio,
 wav2vec 2.0, every window, encoding and writing, until the file has its final name. With `--windows N` only N
 windows are made; the projection adds the median of the windows after the first for each window left out.
 The file is checked: number of frames, length of both streams. Pictures are faint (`shared/inputs.py` says
@@ -30,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.shared.inputs import RATE, paint_faintly, speech
+from benchmarks.shared.inputs import RATE, faint_portrait, paint_faintly, speech
 from benchmarks.shared.options import add_config, add_hp, make_parser
 from benchmarks.shared.report import print_result
 from omniavatar import AvatarPipeline, AvatarRequest
@@ -92,12 +91,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return shown / config.video.fps - lead
 
     paint_faintly()
+    prompt = "a person speaks" if config.family.text else ""
+    image = faint_portrait() if config.video.color_match else PORTRAIT
     watch = Windows()
     pipeline = AvatarPipeline.from_config(config, recorder=RunRecorder([watch]))
     with tempfile.TemporaryDirectory() as name:
 
         def make(seconds: float) -> tuple[float, Any]:
-            request = AvatarRequest("a person speaks", PORTRAIT, speech(seconds))
+            request = AvatarRequest(prompt, image, speech(seconds))
             watch.clear()
             begun = time.perf_counter()
             result = pipeline.generate(request, Path(name) / "video.mp4", resume=False)

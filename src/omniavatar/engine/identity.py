@@ -68,7 +68,7 @@ def content_values(config: PipelineConfig) -> dict[str, Any]:
             values.pop(f"model.{name}", None)
         values["model.loras"] = [
             {"file": lora.path.name, "content": _content(lora.path), "strength": lora.strength}
-            for lora in model.loras
+            for lora in (model.loras if model.weights == "files" else ())
         ]
     return values
 
