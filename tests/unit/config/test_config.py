@@ -98,7 +98,7 @@ def test_shipped_configs_load_without_warnings(path: Path) -> None:
         assert loaded.config.model.input_limits is not None
     else:
         assert loaded.config.sampling.negative_prompt == NEGATIVE_PROMPT
-        assert (loaded.config.model.exp_path is None) == (path.stem == "livetalk")
+        assert (loaded.config.model.exp_path is None) == (path.stem in {"flashhead", "leaptalk", "livetalk"})
     step_plan = compute_all(loaded.config.sampling.steps)
     plan = plan_run(loaded.config, loaded.config.video.sizes[0], 5 * 60 * 16000, step_plan)
     clean = 0 if plan.causal is None else 1
