@@ -33,9 +33,9 @@ from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.encoders.audio import AudioEncoder
 from omniavatar.encoders.chunk_audio import ChunkEars
-from omniavatar.model.audio_tokens import WINDOW
 from omniavatar.model.colour import ColourMatch
 from omniavatar.model.dit import WanDiT
+from omniavatar.model.sizes import WINDOW_ROWS
 from omniavatar.sampling.chunks import ChunkRule
 
 CUDA, DTYPE = torch.device("cuda"), torch.bfloat16
@@ -55,7 +55,7 @@ def relative_l2(a: Tensor, b: Tensor) -> float:
 def forward_of(dit: WanDiT, size: tuple[int, int], run_blocks: Any = None) -> Callable[[], Tensor]:
     """One forward of a chunk, its audio tokens made before."""
     grid = (RULE.latents, size[0] // 8, size[1] // 8)
-    windows = random(1, RULE.frames, WINDOW, dit.config.audio_dim, seed=3)
+    windows = random(1, RULE.frames, WINDOW_ROWS, dit.config.audio_dim, seed=3)
     text, audio = dit.prepare_audio_tokens(windows), dit.prepare_audio(None)
     sample, y = random(1, 16, *grid), random(1, 16, *grid, seed=1)
     return partial(dit, sample, y, torch.tensor([1000.0], device=CUDA), text, audio, run_blocks=run_blocks)
@@ -87,7 +87,7 @@ def forwards(size: tuple[int, int], repeats: int) -> list[dict[str, Any]]:
         for _ in range(6):
             graphed()
         rows.append(measured(f"forward, {name}", graphed, repeats, error))
-        windows = random(1, RULE.frames, WINDOW, spec.audio_dim)
+        windows = random(1, RULE.frames, WINDOW_ROWS, spec.audio_dim)
         rows.append(
             measured(f"audio tokens, {name}", partial(dit.prepare_audio_tokens, windows), repeats, None)
         )

@@ -27,7 +27,7 @@ MOST_LINES = 400
 MOST_LOADED = 81
 """Modules of ours that `import omniavatar.engine.pipeline` loads, packages included."""
 
-NOT_MODULES = {"omniavatar.form", "omniavatar.num_heads", "omniavatar.sources"}
+NOT_MODULES = {"omniavatar.family", "omniavatar.form", "omniavatar.num_heads", "omniavatar.sources"}
 """Keys in the headers of weight files."""
 
 

@@ -15,8 +15,7 @@ from omniavatar.checkpoint.lora_keys import strip_prefixes
 from omniavatar.checkpoint.outside import fitting, read_table, shown
 from omniavatar.checkpoint.reader import PathLike, TensorFiles
 from omniavatar.errors import CheckpointError
-from omniavatar.model.audio_tokens import LATER, WINDOW
-from omniavatar.model.sizes import FRAMES_PER_LATENT, DiTConfig
+from omniavatar.model.sizes import FRAMES_PER_LATENT, LATENT_ROWS, WINDOW_ROWS, DiTConfig
 
 HEAD_DIM = 128
 MAX_VALUE = 1e9
@@ -93,7 +92,7 @@ def unused_layers(keys: Iterable[str]) -> list[str]:
 
 
 def family_name(base: TensorFiles, projector: bool) -> str:
-    """The family of a DiT, told by its keys.
+    """The family of a DiT, by its keys.
 
     projector: another audio projector is configured, as LeapTalk's.
     """
@@ -173,12 +172,12 @@ def _token_sizes(shape: Callable[[str, int], tuple[int, ...]], dim: int, origin:
     """Sizes of `model.audio_tokens`. Raises CheckpointError if its layers do not fit together."""
     hidden, first = shape(TOKENS_KEY, 2)
     later, out = shape("audio_proj.proj1_vf.weight", 2)[1], shape("audio_proj.proj3.weight", 2)[0]
-    if first % WINDOW or later != first // WINDOW * LATER or out % dim:
+    if first % WINDOW_ROWS or later != first // WINDOW_ROWS * LATENT_ROWS or out % dim:
         raise CheckpointError(
             f"{origin}: its audio projector takes {first} and {later} numbers and gives {out}, which no "
             f"FlashHead of width {dim} has; download it again"
         )
-    return {"audio_dim": first // WINDOW, "audio_hidden": hidden, "audio_tokens": out // dim}
+    return {"audio_dim": first // WINDOW_ROWS, "audio_hidden": hidden, "audio_tokens": out // dim}
 
 
 def count_blocks(keys: Iterable[str], origin: str) -> int:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omniavatar.checkpoint.layout import TOKEN_FAMILIES, ScaleSpec, checkpoint_spec
-from omniavatar.checkpoint.layout_families import FLASHHEAD, LEAPTALK, TINY, family_layout, side_files
+from omniavatar.checkpoint.layout import FLASHHEAD, TOKEN_FAMILIES, ScaleSpec, checkpoint_spec
+from omniavatar.checkpoint.layout_families import LEAPTALK, TINY, family_layout, side_files
 from omniavatar.checkpoint.layout_files import (
     ADAPTER,
     DIT_STEM,

@@ -20,8 +20,7 @@ from typing import Literal
 import torch
 
 from omniavatar.errors import ConfigError
-from omniavatar.model.audio_tokens import LATER, WINDOW
-from omniavatar.model.sizes import DiTConfig, VAEConfig
+from omniavatar.model.sizes import LATENT_ROWS, WINDOW_ROWS, DiTConfig, VAEConfig
 
 SHARD_BYTES = 10_000_000_000
 LORA_LAYERS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
@@ -134,6 +133,8 @@ NANO_TOKENS_HIDDEN = 40
 IN_CHANNELS = 32
 """Of FlashHead: noise and portrait, without a mask."""
 TOKEN_FAMILIES = ("flashhead", "leaptalk")
+FLASHHEAD = "SoulX-FlashHead-1_3B"
+"""Folder of FlashHead below the root, and its repository's name."""
 
 
 def scale_spec(name: str, family: str = "omniavatar") -> ScaleSpec:
@@ -247,8 +248,8 @@ def leaptalk_lora_tensors(config: DiTConfig, rank: int) -> Iterator[tuple[str, S
 def _audio_tensors(config: DiTConfig) -> Iterator[tuple[str, Shape]]:
     if config.audio_tokens:
         dim, hidden, tokens = config.dim, config.audio_hidden, config.audio_tokens
-        yield from _linear("audio_proj.proj1", hidden, WINDOW * config.audio_dim)
-        yield from _linear("audio_proj.proj1_vf", hidden, LATER * config.audio_dim)
+        yield from _linear("audio_proj.proj1", hidden, WINDOW_ROWS * config.audio_dim)
+        yield from _linear("audio_proj.proj1_vf", hidden, LATENT_ROWS * config.audio_dim)
         yield from _linear("audio_proj.proj2", hidden, hidden)
         yield from _linear("audio_proj.proj3", tokens * dim, hidden)
         yield from _norm("audio_proj.norm", dim)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from omniavatar.checkpoint.layout import (
+    FLASHHEAD,
     FileLayout,
     ScaleSpec,
     Shape,
@@ -31,7 +32,6 @@ from omniavatar.checkpoint.tiny_decoder import (
     tiny_encoder_tensors,
 )
 
-FLASHHEAD = "SoulX-FlashHead-1_3B"
 LEAPTALK = "LeapTalk"
 PRO_DIT = f"{FLASHHEAD}/Model_Pro/diffusion_pytorch_model.safetensors"
 PRO_CONFIG = f"{FLASHHEAD}/Model_Pro/config.json"

@@ -47,7 +47,7 @@ def with_family(config: PipelineConfig, name: str) -> PipelineConfig:
 def family_error(config: PipelineConfig) -> str | None:
     """What the configured family cannot follow, as one line; None if it follows all."""
     try:
-        check_family(config)
+        check_family(config.family, vars(config))
     except FieldError as error:
         return f"{error.fields[0].rpartition('.')[2]}: {error}"
     return None

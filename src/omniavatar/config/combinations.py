@@ -5,16 +5,15 @@ The functions take the values of a section by field, and raise FieldError.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from pydantic import BaseModel
 
 from omniavatar.config.backends import alternatives, registry
 from omniavatar.config.families import FAMILIES, Family, family_of
 from omniavatar.config.values import CAUSAL_FIELDS, WINDOW_FIELDS, FieldError
 from omniavatar.errors import ConfigError
-
-if TYPE_CHECKING:
-    from omniavatar.config.schema import PipelineConfig, SamplingConfig, VideoConfig
 
 
 def check_sampling(sampling: Mapping[str, Any], defaults: Mapping[str, Any], cache_policy: str) -> None:
@@ -55,9 +54,12 @@ def check_sampling(sampling: Mapping[str, Any], defaults: Mapping[str, Any], cac
         raise FieldError(f"sampler: causal computes every step; leave {name} out", name, "sampler")
 
 
-def check_causal(video: VideoConfig, runtime: Mapping[str, Any]) -> None:
-    """Check what `sampler: causal` cannot follow outside the sampling section."""
-    if video.color_match:
+def check_causal(given: Collection[str], color_match: float, runtime: Mapping[str, Any]) -> None:
+    """Check what `sampler: causal` cannot follow outside the sampling section.
+
+    - given: the fields of the video section that the user set.
+    """
+    if color_match:
         raise FieldError(
             "sampler: causal hands no pixels over, so matched colours would change nothing but the file; set "
             "color_match to 0",
@@ -65,7 +67,7 @@ def check_causal(video: VideoConfig, runtime: Mapping[str, Any]) -> None:
             "sampling.sampler",
         )
     for name in WINDOW_FIELDS:
-        if name in video.model_fields_set:
+        if name in given:
             raise FieldError(
                 f"sampler: causal makes blocks of causal_block latents, not windows; leave {name} out",
                 f"video.{name}",
@@ -135,32 +137,31 @@ def with_family_settings(values: Any) -> Any:
     return merged
 
 
-def check_family(config: PipelineConfig) -> None:
-    """Check what the configured family cannot follow. Raises FieldError."""
-    family = config.family
-    check_family_sampling(family, config.sampling)
-    if family.chunk is not None and config.video.fps != family.chunk.fps:
+def check_family(family: Family, sections: Mapping[str, BaseModel]) -> None:
+    """Check what the family cannot follow. Raises FieldError."""
+    check_family_sampling(family, vars(sections["sampling"]))
+    if family.chunk is not None and vars(sections["video"])["fps"] != family.chunk.fps:
         raise FieldError(f"{family.name}: {family.refused['video.fps']}", "video.fps", "model.family")
     for name, reason in family.refused.items():
         section, _, leaf = name.partition(".")
         if section == "sampling" or name == "video.fps":
             continue
-        values = getattr(config, section)
+        values = sections[section]
         given = leaf in values.model_fields_set
         default = type(values).model_fields[leaf].default
         if given and (section == "video" or getattr(values, leaf) != default):
             raise FieldError(f"{family.name}: {reason}", name, "model.family")
 
 
-def check_family_sampling(family: Family, sampling: SamplingConfig) -> None:
-    """Check the sampling settings of a configuration or a request. Raises FieldError."""
+def check_family_sampling(family: Family, sampling: Mapping[str, Any]) -> None:
+    """Check the sampling settings of a configuration or a request, by field. Raises FieldError."""
     name = family.name
     samplers = registry("sampling.sampler")
     fitting = family.samplers or tuple(each.name for each in samplers if not each.from_portrait)
-    if sampling.sampler not in fitting:
+    if sampling["sampler"] not in fitting:
         text = f"{name}: its weights follow {alternatives(fitting)}; set sampler to that"
         raise FieldError(text, "sampling.sampler", "model.family")
-    if sampling.hand_over not in family.hand_overs:
+    if sampling["hand_over"] not in family.hand_overs:
         raise FieldError(
             f"{name}: hands over {alternatives(family.hand_overs)}, because it was trained with it; leave "
             "hand_over out",
@@ -176,5 +177,5 @@ def check_family_sampling(family: Family, sampling: SamplingConfig) -> None:
     }
     for field, values in off.items():
         reason = family.refused.get(f"sampling.{field}")
-        if reason is not None and getattr(sampling, field) not in values:
+        if reason is not None and sampling[field] not in values:
             raise FieldError(f"{name}: {reason}", f"sampling.{field}", "model.family")

@@ -11,7 +11,7 @@ selects live in one place each:
 | `text` | prompts and the text encoder (`engine.prepare`) |
 | `refused` | settings that the family cannot follow, each with the reason (`config.combinations`) |
 
-How audio enters the DiT is told by the DiT's sizes (`model.sizes.DiTConfig.audio_tokens`).
+How audio enters the DiT is read from the DiT's sizes (`model.sizes.DiTConfig.audio_tokens`).
 
 `create` takes nothing and returns the settings that the family's released weights need, by section.
 """
@@ -56,7 +56,7 @@ class Family(Backend):
 CHUNKS = ChunkRule()
 _DISTILLED = "guidance is distilled into the weights; leave it out"
 _ONE_GPU = (
-    "a video is made on one GPU, because each latent frame attends to audio tokens of its own; make several "
+    "a video is made on one GPU, because each latent frame attends to separate audio tokens; make several "
     "videos with `omniavatar batch`"
 )
 _CHUNKED: Mapping[str, str] = MappingProxyType(

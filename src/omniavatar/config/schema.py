@@ -316,7 +316,7 @@ class PipelineConfig(Section):
         from omniavatar.config.combinations import check_causal, check_family
 
         if self.sampling.causal is not None:
-            check_causal(self.video, vars(self.runtime))
+            check_causal(self.video.model_fields_set, self.video.color_match, vars(self.runtime))
         if self.model.family != "auto":
-            check_family(self)
+            check_family(self.family, vars(self))
         return self

@@ -53,7 +53,7 @@ class ModelConfig(Section):
     """Weights and their precision."""
 
     family: Annotated[str, BeforeValidator(backend_name("model.family"))] = "auto"
-    """The kind of model: omniavatar, flashhead or leaptalk; auto: told by the keys of the DiT's file."""
+    """The kind of model: omniavatar, flashhead or leaptalk; auto: by the keys of the DiT's file."""
     dit_path: FilePaths = ()
     """Base DiT, one file or all shards: a list, a comma-separated text or a pattern."""
     vae_path: FilePath | None = None

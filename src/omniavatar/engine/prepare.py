@@ -131,7 +131,7 @@ def read_inputs(models: Models, request: LocalRequest, has_audio: bool | None = 
         models.recorder.event(Message(f"the prompt has no effect: {family.name} takes no text", "warning"))
     sampling = effective_sampling(config.sampling, request.sampling)
     try:
-        check_family_sampling(family, sampling)
+        check_family_sampling(family, vars(sampling))
     except FieldError as error:
         raise ConfigError(f"request: {error.fields[0].rpartition('.')[2]}: {error}") from None
     if request.audio is not None and not dit.audio_dim:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omniavatar.accel.short_text import prepare_text
 from omniavatar.device import upload
 from omniavatar.sampling.chunks import ChunkRule, chunk_windows
 
@@ -74,6 +73,8 @@ class PackedInputs:
         self.first_given = conditioning.reference_latent
         self._device = conditioning.reference_latent.device
         self._audio = conditioning.audio
+        from omniavatar.accel.short_text import prepare_text
+
         with torch.inference_mode():
             embeddings = {"positive": conditioning.text_positive, "negative": conditioning.text_negative}
             needed = {branch.text for branch in branches}

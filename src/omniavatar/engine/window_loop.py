@@ -34,7 +34,6 @@ from omniavatar.engine.numbers import WindowNumbers
 from omniavatar.engine.retry import Retry, no_retry
 from omniavatar.engine.window_inputs import window_inputs
 from omniavatar.errors import StoppedError
-from omniavatar.model.colour import ColourMatch
 from omniavatar.parallel.team import ONE, Team
 from omniavatar.sampling.denoise import denoise as denoise_window
 from omniavatar.sampling.denoise import noises_drawn
@@ -46,6 +45,7 @@ from omniavatar.types import Conditioning, Recorder, Window
 
 if TYPE_CHECKING:
     from omniavatar.config.families import HandOver
+    from omniavatar.model.colour import ColourMatch
     from omniavatar.model.dit import RunBlocks, WanDiT
     from omniavatar.model.vae import VideoVAE
     from omniavatar.sampling.causal import CausalWindow
@@ -181,6 +181,8 @@ class WindowGenerator:
         self._inputs = window_inputs(dit, conditioning, branches, team, sampling.chunk)
         self._colours: ColourMatch | None = None
         if sampling.color_match and vae is not None:
+            from omniavatar.model.colour import ColourMatch
+
             assert conditioning.portrait is not None
             unit = (conditioning.portrait.to(self._device) + 1.0) / 2.0
             self._colours = ColourMatch.to(unit, sampling.color_match)

@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from omniavatar.model.audio_tokens import LATER, WINDOW
+from omniavatar.model.sizes import LATENT_ROWS, WINDOW_ROWS
 
 if TYPE_CHECKING:
     from omniavatar.model.sizes import DiTConfig, VAEConfig
@@ -96,7 +96,7 @@ def audio_work(config: DiTConfig, latent_frames: int) -> Work:
         return Work()
     if config.audio_tokens:
         hidden, out = config.audio_hidden, config.audio_tokens * config.dim
-        rows = WINDOW + (latent_frames - 1) * LATER
+        rows = WINDOW_ROWS + (latent_frames - 1) * LATENT_ROWS
         projector = rows * config.audio_dim + latent_frames * (hidden + out)
         context = latent_frames * config.audio_tokens * 2 * config.num_layers * config.dim**2
         return Work(2 * (projector * hidden + context))

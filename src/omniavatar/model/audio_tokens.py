@@ -15,13 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omniavatar.model.attention import AttentionFn
-from omniavatar.model.sizes import FRAMES_PER_LATENT
+from omniavatar.model.sizes import FRAMES_PER_LATENT, LATENT_ROWS, WINDOW_ROWS
 
-WINDOW = 5
-"""Rows of a frame's window."""
 LATER_PICKS = ((0, 0), (0, 1), (0, 2), (1, 2), (2, 2), (3, 2), (3, 3), (3, 4))
 """For a latent after the first: frame among its four, and row of that frame's window."""
-LATER = len(LATER_PICKS)
 NORM_EPS = 1e-5
 
 
@@ -31,8 +28,8 @@ class AudioTokens(nn.Module):
     def __init__(self, audio_dim: int, hidden: int, tokens: int, dim: int) -> None:
         super().__init__()
         self.tokens = tokens
-        self.proj1 = nn.Linear(WINDOW * audio_dim, hidden)
-        self.proj1_vf = nn.Linear(LATER * audio_dim, hidden)
+        self.proj1 = nn.Linear(WINDOW_ROWS * audio_dim, hidden)
+        self.proj1_vf = nn.Linear(LATENT_ROWS * audio_dim, hidden)
         self.proj2 = nn.Linear(hidden, hidden)
         self.proj3 = nn.Linear(hidden, tokens * dim)
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)

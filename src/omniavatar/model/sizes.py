@@ -52,6 +52,8 @@ class VAEConfig:
 
 
 FRAMES_PER_LATENT = 4
+WINDOW_ROWS, LATENT_ROWS = 5, 8
+"""Feature rows that a frame hears, and that a latent after the first takes (`model.audio_tokens`)."""
 
 
 def audio_block_indices(num_layers: int) -> range:

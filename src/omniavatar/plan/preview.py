@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omniavatar.checkpoint.dit_sizes import family_name, inspect_dit
-from omniavatar.checkpoint.layout import TOKEN_FAMILIES, ScaleSpec, scale_spec
-from omniavatar.checkpoint.layout_families import FLASHHEAD
+from omniavatar.checkpoint.layout import FLASHHEAD, TOKEN_FAMILIES, ScaleSpec, scale_spec
 from omniavatar.checkpoint.reader import TensorFiles
 from omniavatar.config.change import with_family as changed_family
 from omniavatar.config.families import family_of

@@ -213,7 +213,7 @@ def shape_windows(shape: WindowShape, after_portrait: int, begun: int = 0) -> tu
 def audio_rows(shape: WindowShape, windows: Sequence[Window]) -> int:
     """Rows of audio features that fill all `windows`; the portrait, which is the first frame, has none.
 
-    Each chunk has rows of its own.
+    Chunks share no rows.
     """
     if shape.chunk is not None:
         return len(windows) * shape.chunk.rows

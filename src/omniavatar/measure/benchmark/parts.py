@@ -29,7 +29,7 @@ from omniavatar.measure.benchmark.whole import PROMPT, packaged_portrait
 from omniavatar.measure.projection import Counts, StartCosts, Timing, WindowCosts
 from omniavatar.measure.report import decoded_latents
 from omniavatar.media.h264 import choose_encoder
-from omniavatar.model.audio_tokens import WINDOW
+from omniavatar.model.sizes import WINDOW_ROWS
 from omniavatar.plan.calibration import find_constants
 from omniavatar.plan.preview import assumed_scale, missing_files, with_family
 from omniavatar.plan.run import RunPlan, plan_run, window_shape
@@ -107,7 +107,7 @@ class PartTimer:
         sample, y = noise(1, 16, *shape), noise(1, dit.config.in_dim - 16, *shape)
         width = dit.config.audio_dim
         if dit.config.audio_tokens:
-            text = dit.prepare_audio_tokens(noise(1, plan.window_length, WINDOW, width))
+            text = dit.prepare_audio_tokens(noise(1, plan.window_length, WINDOW_ROWS, width))
             audio = dit.prepare_audio(None)
         else:
             words = noise(1, TEXT_WORDS, dit.config.text_dim)
