@@ -32,7 +32,6 @@ from omniavatar.device import arrival, download
 from omniavatar.engine.events import StepFinished, WindowStarted
 from omniavatar.engine.numbers import WindowNumbers
 from omniavatar.engine.retry import Retry, no_retry
-from omniavatar.engine.window_inputs import window_inputs
 from omniavatar.errors import StoppedError
 from omniavatar.parallel.team import ONE, Team
 from omniavatar.sampling.denoise import denoise as denoise_window
@@ -177,6 +176,8 @@ class WindowGenerator:
         self._passes = sampling.passes
         self._velocities = team.velocities(self._passes)
         self._timesteps = torch.tensor(sampling.schedule.timesteps, dtype=torch.float32, device=self._device)
+        from omniavatar.engine.window_inputs import window_inputs
+
         branches = {each.branch for row in self._passes for each in row}
         self._inputs = window_inputs(dit, conditioning, branches, team, sampling.chunk)
         self._colours: ColourMatch | None = None
