@@ -114,8 +114,9 @@ def generate(
             recorder.event(Message(reason))
             words += ["--config", str(config)]
         loaded = load_config(config, overrides)
+        family = with_family(loaded.config).family
         if image is not None:
-            prompt = prompt_for(with_family(loaded.config).family, prompt)
+            prompt = prompt_for(family, prompt)
         numbers = None if gpus is None else parse_gpus(gpus)
         rank_config = config_for_rank(loaded.config, numbers, process)
         if numbers is not None and len(numbers) > process.world:
@@ -130,7 +131,7 @@ def generate(
             return
         lines: Sequence[RequestLine | BadLine]
         if input_file is not None:
-            lines = read_requests(input_file, loaded.config.sampling)
+            lines = read_requests(input_file, loaded.config.sampling, family.text)
         else:
             assert prompt is not None and image is not None
             lines = [RequestLine(0, 0, prompt, image, audio)]

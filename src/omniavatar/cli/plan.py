@@ -291,7 +291,8 @@ def _print(plan: RunPlan, memory: MemoryEstimate, coders: str, length: str, shap
 def _windows_text(plan: RunPlan) -> str:
     causal = plan.causal
     if plan.chunk is not None:
-        return f"{len(plan.windows)} chunks of {plan.chunk.frames} frames, {plan.chunk.new} of them new"
+        chunks = "1 chunk" if len(plan.windows) == 1 else f"{len(plan.windows)} chunks"
+        return f"{chunks} of {plan.chunk.frames} frames, {plan.chunk.new} of them new"
     if causal is None:
         return f"{len(plan.windows)} of {plan.window_length} frames, overlap {plan.overlap}"
     return (

@@ -141,6 +141,12 @@ def read_dit_config(model: ModelConfig) -> DiTConfig:
     """The DiT's sizes from file headers. Raises CheckpointError if they differ from the configuration."""
     if model.weights == "random":
         return model_spec(model).dit
+    family = family_of(model.family)
+    absent = next((path for path in model.dit_path if not path.exists()), None)
+    if absent is not None and not family.text:
+        raise CheckpointError(
+            f"{absent}: weight file not found; run `omniavatar download {family.name}`, or correct the path"
+        )
     found = inspect_dit(model.dit_path, adapter_dir=model.exp_path, num_heads=model.dit_config.num_heads)
     if found.audio_tokens:
         return found

@@ -20,7 +20,7 @@ from omniavatar.config.load import load_config
 from omniavatar.engine.convert import convert_checkpoint
 from omniavatar.engine.events import Message, StepFinished
 from omniavatar.engine.recorder import RunRecorder
-from omniavatar.engine.requests_file import RequestLine
+from omniavatar.engine.requests_file import BadLine, RequestLine, read_requests
 from omniavatar.errors import CheckpointError, ConfigError, InputError, OmniAvatarError
 from omniavatar.live.makers import maker_of
 from omniavatar.measure.profile import profile_requests
@@ -113,6 +113,16 @@ def line_in(folder: Path) -> RequestLine:
     Image.fromarray(portrait()).save(folder / "face.png")
     write_audio(folder / "voice.wav", voice(1.2).samples[None], 16000, "pcm_s16le", "mono")
     return RequestLine(0, 0, "", folder / "face.png", folder / "voice.wav")
+
+
+def test_a_line_of_an_input_file_needs_no_prompt(tmp_path):
+    line_in(tmp_path)
+    path = tmp_path / "lines.txt"
+    path.write_text("@@face.png@@voice.wav\n")
+    (silent,) = read_requests(path, text=False)
+    assert isinstance(silent, RequestLine) and silent.prompt == ""
+    (refused,) = read_requests(path)
+    assert isinstance(refused, BadLine) and "no prompt" in str(refused.error)
 
 
 @pytest.mark.parametrize(
