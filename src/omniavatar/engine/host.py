@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,10 @@ class Host:
     def choose_encoder(self, name: str, size: tuple[int, int]) -> str:
         """The video encoder that `output.encoder` selects for frames of (height, width)."""
         return choose_encoder(name, size)
+
+    def cores(self) -> int:
+        """CPU cores that this process may use."""
+        return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
     def free_disk(self, folder: Path) -> int:
         """Free bytes of the disk that holds `folder`."""

@@ -1,7 +1,7 @@
 """Writes one video while it is made: a segment for each window, and the growing file.
 
-`VideoWriter` waits for the device, encodes and muxes in its own threads, two windows at a time: with few
-steps on several GPUs, x264 takes longer for a window than the model. Windows are recorded as done in order,
+`VideoWriter` waits for the device, encodes and muxes in its own threads, several windows at a time: with few
+steps, x264 takes longer for a window than the model. Windows are recorded as done in order,
 each only after its segment and its hand-over are on disk.
 """
 
@@ -35,10 +35,13 @@ if TYPE_CHECKING:
 
 ENCODER_THREADS = 4
 """Threads of x264. Fixed, because its output depends on them and a resumed run must give the same video."""
-ENCODERS = 2
-"""Windows encoded at the same time. Each is a separate file, so this number does not change the bytes."""
-MOST_PENDING = ENCODERS + 1
-"""Most windows handed over and not yet written: those being encoded, and one being computed."""
+ENCODERS, MOST_ENCODERS = 2, 6
+"""Least and most windows encoded at the same time. Each is a separate file, so this number does not change
+the bytes."""
+CORES_AN_ENCODER = 3
+"""That x264 keeps busy with a short window."""
+SHORT_WINDOW_BYTES = 64_000_000
+"""Of a window's frames. Longer windows take the model longer, and more memory here."""
 
 
 def segment_encoder(
@@ -54,6 +57,14 @@ def segment_encoder(
         threads=ENCODER_THREADS,
         encoder=encoder,
     )
+
+
+def encoders(plan: RunPlan, cores: int) -> int:
+    """Number of windows to encode at the same time on a machine of `cores` cores."""
+    height, width = plan.size
+    if plan.window_length * height * width * 3 > SHORT_WINDOW_BYTES:
+        return ENCODERS
+    return max(ENCODERS, min(MOST_ENCODERS, cores // CORES_AN_ENCODER))
 
 
 class VideoWriter:
@@ -83,7 +94,9 @@ class VideoWriter:
             with recorder.stage("audio_encode"):
                 encode_aac_track(audio, track, plan.audio_delay_s, plan.frames / self._fps)
         self._growing = GrowingVideo(job.partial, job.output, self._fps, track, PREVIEW_MARK)
-        self._pool = ThreadPoolExecutor(ENCODERS, thread_name_prefix="video-writer")
+        count = encoders(plan, host.cores())
+        self._most_pending = count + 1  # those being encoded, and one being computed
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix="video-writer")
         self._pending: deque[Future[bool]] = deque()
         self._before: Future[bool] | None = None
         self._arrived = 0.0
@@ -94,11 +107,11 @@ class VideoWriter:
             self._growing.append(segment)
 
     def submit(self, result: WindowResult) -> None:
-        """Queue a window, finished or not; waits while `MOST_PENDING` windows are not yet written.
+        """Queue a window, finished or not; waits while more than are encoded at once are not yet written.
 
         Raises the error of an earlier window. No window is written after one that failed.
         """
-        while self._pending and (len(self._pending) >= MOST_PENDING or self._pending[0].done()):
+        while self._pending and (len(self._pending) >= self._most_pending or self._pending[0].done()):
             self._pending.popleft().result()
         self._before = self._pool.submit(self._write, result, self._before)
         self._pending.append(self._before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,16 +13,19 @@ import torch
 
 from engine import make_pipeline, request
 from omniavatar import AvatarPipeline
+from omniavatar.config.load import load_config
 from omniavatar.device import arrival, download, upload
 from omniavatar.engine.events import WindowFinished
 from omniavatar.engine.host import Host
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.engine.window_loop import WindowResult
-from omniavatar.engine.writer import MOST_PENDING
+from omniavatar.engine.writer import encoders
 from omniavatar.errors import OutputError
+from omniavatar.plan.run import plan_run
 from queue_clock import QueueClock
 
 CPU = torch.device("cpu")
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 def test_queued_stages_are_timed_by_the_device_and_read_late() -> None:
@@ -91,13 +95,17 @@ def test_queueing_windows_does_not_wait_and_reading_them_does(nano_checkpoint, t
     assert kept[0].next_given is not None and len(host.waits) == 2
 
 
-def test_the_model_is_at_most_three_windows_ahead_of_the_writer(nano_checkpoint, tmp_path) -> None:
+@pytest.mark.parametrize(("cores", "most"), [(2, 3), (9, 4)])
+def test_the_model_is_few_windows_ahead_of_the_writer(nano_checkpoint, tmp_path, cores, most) -> None:
     ahead: list[int] = []
     written = 0
     all_handed_over = threading.Event()
     counting = threading.Lock()
 
     class Slow(Host):
+        def cores(self):
+            return cores
+
         def encode_segment(self, *arguments, **keywords):
             nonlocal written
             assert all_handed_over.wait(60)
@@ -111,13 +119,22 @@ def test_the_model_is_at_most_three_windows_ahead_of_the_writer(nano_checkpoint,
             for result in super().windows(*arguments):
                 yield result  # continues when the writer has queued it
                 ahead.append(result.window.index + 1 - written)
-                if len(ahead) == MOST_PENDING:
+                if len(ahead) == most:
                     all_handed_over.set()
 
     pipe = make_pipeline(nano_checkpoint, tmp_path / "cache", host=Slow(), kind=Counted)
     result = pipe.generate(request(1.5), tmp_path / "out.mp4")
     assert len(ahead) == written == result.windows >= 4
-    assert max(ahead) == MOST_PENDING
+    assert max(ahead) == most
+
+
+def test_short_windows_are_encoded_side_by_side() -> None:
+    """Chunks of FlashHead and LeapTalk are; long windows are not, whose frames would fill the memory."""
+    chunk = load_config(CONFIGS / "leaptalk.yaml").config
+    window = load_config(CONFIGS / "inference_1.3B.yaml").config
+    plans = [plan_run(config, config.video.sizes[0], 160_000) for config in (chunk, window)]
+    assert [encoders(plans[0], cores) for cores in (1, 9, 16, 64)] == [2, 3, 5, 6]
+    assert [encoders(plans[1], cores) for cores in (1, 64)] == [2, 2]
 
 
 def test_nothing_is_written_after_a_window_that_failed(nano_checkpoint, tmp_path) -> None:
