@@ -56,7 +56,7 @@ def test_chunks_of_every_recorded_length(golden) -> None:
         windows = plan_chunks(frames, rule)
         assert len(windows) == plans["stream"]["chunks"], samples
         assert sum(window.new_frames for window in windows) == frames
-        assert [window.first_new_frame for window in windows] == [28 * n for n in range(len(windows))]
+        assert [window.first_new_frame for window in windows] == [rule.new * n for n in range(len(windows))]
 
 
 @pytest.mark.slow
