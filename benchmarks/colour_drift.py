@@ -34,7 +34,7 @@ PART = 20
 
 def facts(frames: np.ndarray) -> np.ndarray:
     """Mean and spread of L, a, b, and the sharpness, of each frame: (N, 7)."""
-    pixels = torch.from_numpy(frames).to(choose_device("auto"))
+    pixels = torch.tensor(frames, device=choose_device("auto"))
     unit = pixels.permute(3, 0, 1, 2)[None].float() / 255.0
     spread, mean = torch.std_mean(to_lab(unit)[0], dim=(2, 3))
     across = (unit[..., 1:] - unit[..., :-1]).abs().mean((0, 1, 3, 4))

@@ -125,9 +125,8 @@ def read_inputs(models: Models, request: LocalRequest, has_audio: bool | None = 
     Raises InputError, ConfigError, CheckpointError.
     """
     config, dit, family = models.config, models.dit_config, models.config.family
-    if family.text:
-        _check_prompt(request.prompt)
-    elif request.prompt.strip():
+    _check_prompt(request.prompt, family.text)
+    if not family.text and request.prompt.strip():
         models.recorder.event(Message(f"the prompt has no effect: {family.name} takes no text", "warning"))
     sampling = effective_sampling(config.sampling, request.sampling)
     try:
@@ -168,13 +167,13 @@ def read_inputs(models: Models, request: LocalRequest, has_audio: bool | None = 
     return Inputs(request, sampling, image, shape, constants, begun)
 
 
-def _check_prompt(prompt: str) -> None:
-    """Raise InputError for a prompt that the text encoder cannot take."""
+def _check_prompt(prompt: str, needed: bool) -> None:
+    """Raise InputError for a prompt that is no text, or empty though the model needs one."""
     try:
         prompt_text(prompt)
     except ValueError as error:
         raise InputError(f"prompt: {error}") from None
-    if not prompt.strip():
+    if needed and not prompt.strip():
         raise InputError("prompt: is empty; describe the person and the scene in a sentence")
 
 
