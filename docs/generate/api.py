@@ -32,6 +32,29 @@ for chunk in pipe.stream(request):  # or frames, window by window
     show(chunk.frames, chunk.times)  # (N, H, W, 3) uint8, seconds
 ```
 
+As with diffusers, a folder of weights is enough, a callback sees every step, and a bar shows them. A
+[notebook](../examples/talking_head.ipynb) shows it with the packaged model.
+
+```python
+from omniavatar import AvatarPipeline, frames_to_video
+
+pipe = AvatarPipeline.from_pretrained("pretrained_models", {"num_steps": 15}, scale="1.3B")
+pipe.set_progress_bar_config(desc="face")  # tqdm's options; without this call no bar is shown
+
+
+def each_step(pipe, step, timestep, kwargs):  # kwargs: latents (a copy), window, windows
+    pipe.interrupt = kwargs["window"] == 2  # ends the run before the next step; finished windows are kept
+    return kwargs
+
+
+pipe.generate(request, "out.mp4", callback_on_step_end=each_step)
+frames_to_video((chunk.frames for chunk in pipe.stream(request)), "silent.mp4", fps=25)
+```
+
+- **A callback changes no byte of the video.** It is called when the host has queued the step. Without one
+  nothing is added to a step. One that reads `latents` waits for the GPU, which then has no work queued ahead;
+  with `()` as `callback_on_step_end_tensor_inputs` they are not even copied.
+
 A service keeps one pipeline, takes bytes, follows the progress, and can stop a run:
 
 ```python
@@ -71,6 +94,8 @@ ORDER = (
     "Waveform",
     "VideoChunk",
     "RunResult",
+    "frames_to_video",
+    "video_to_frames",
 )
 """Names in the order a reader needs them; the others follow in the order of `__all__`."""
 
@@ -112,7 +137,7 @@ def _call(name: str, function: Any) -> list[str]:
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body
     assert isinstance(node, ast.FunctionDef) and node.returns is not None
     arguments = node.args
-    if arguments.vararg or arguments.kwarg or arguments.posonlyargs:
+    if arguments.vararg or arguments.posonlyargs:
         raise ValueError(f"{name}: this generator does not know such a signature")
     missing: list[ast.expr | None] = [None] * (len(arguments.args) - len(arguments.defaults))
     pairs = list(zip(arguments.args, [*missing, *arguments.defaults], strict=True))
@@ -120,6 +145,8 @@ def _call(name: str, function: Any) -> list[str]:
     if arguments.kwonlyargs:
         rest = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
         shown += ["*", *(_argument(entry, default) for entry, default in rest)]
+    if arguments.kwarg:
+        shown.append("**" + _argument(arguments.kwarg, None))
     result = ast.unparse(node.returns)
     line = f"{name}({', '.join(shown)}) -> {result}"
     if len(line) > 100:

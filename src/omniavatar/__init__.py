@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from omniavatar.errors import NumbersError, OmniAvatarError, StoppedError
     from omniavatar.live.chunk import LiveChunk, LiveStats
     from omniavatar.live.session import LiveSession
+    from omniavatar.media.frames import frames_to_video, video_to_frames
     from omniavatar.types import AvatarRequest, Event, RunResult, SamplingParams, VideoChunk, Waveform
 
 __version__ = "0.1.0"
@@ -57,13 +58,17 @@ __all__ = [
     "WindowFinished",
     "WindowStarted",
     "__version__",
+    "frames_to_video",
     "generate",
     "log_event",
+    "video_to_frames",
 ]
 
 _HOMES = {
     "AvatarPipeline": "engine.pipeline",
     "generate": "engine.pipeline",
+    "frames_to_video": "media.frames",
+    "video_to_frames": "media.frames",
     "PipelineConfig": "config.schema",
     "RunRecorder": "engine.recorder",
     "LiveChunk": "live.chunk",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -73,7 +73,7 @@ def plan(
         return
     with user_errors():
         from omniavatar.config.load import load_config
-        from omniavatar.plan.estimate import estimate_memory
+        from omniavatar.plan.estimate import estimate_memory, plan_report
         from omniavatar.plan.preview import with_family
         from omniavatar.plan.run import plan_run
 
@@ -88,7 +88,7 @@ def plan(
         if as_json:
             from omniavatar.cli.terminal import say_json
 
-            say_json(_report(run_plan, memory, settings.model.decoder))
+            say_json(plan_report(run_plan, memory, settings.model.decoder))
         else:
             length, shape = _decided_by(settings, audio, minutes, image)
             _print(run_plan, memory, _coders(settings.model), length, shape)
@@ -216,13 +216,6 @@ def _step_plan(config: PipelineConfig) -> StepPlan | None:
 
     constants = find_constants(model, sampling, dit)
     return make_step_plan(sampling, constants, projections, not config.runtime.reference_numerics)
-
-
-def _report(plan: RunPlan, memory: MemoryEstimate, decoder: str) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    need = {**asdict(memory), "device_peak": memory.device_peak, "choice": memory.choice}
-    return {**plan.as_dict(), "decoder": decoder, "memory": need}
 
 
 def _coders(model: ModelConfig) -> str:

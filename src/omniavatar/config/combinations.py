@@ -83,6 +83,17 @@ def check_causal(given: Collection[str], color_match: float, runtime: Mapping[st
             )
 
 
+def check_windows(runtime: Mapping[str, Any]) -> None:
+    """Check what only `sampler: causal` can follow."""
+    if runtime["vae_device"] is not None:
+        raise FieldError(
+            "has no use here: each window needs the pixels of the one before it; leave vae_device out, or "
+            "share the video with sp_size",
+            "runtime.vae_device",
+            "sampling.sampler",
+        )
+
+
 def check_runtime(runtime: Mapping[str, Any]) -> None:
     """Check limits of memory, and how several GPUs share a video."""
     limited = runtime["num_persistent_param_in_dit"] is not None

@@ -27,6 +27,7 @@ NEUTRAL_FIELDS = frozenset(
         "runtime.cfg_parallel",
         "runtime.use_fsdp",
         "runtime.vae_parallel",
+        "runtime.vae_device",
         "runtime.exchange",
         "runtime.cuda_graphs",
     }

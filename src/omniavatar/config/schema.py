@@ -231,6 +231,9 @@ class RuntimeConfig(Section):
     """Parameters of the DiT that stay on the device; the others are streamed. Unset: from `memory`."""
     vae: Annotated[str, BeforeValidator(backend_name("runtime.vae"))] = "auto"
     """Implementation of the video VAE; auto: fast, but plain on CUDA without triton."""
+    vae_device: Annotated[str, AfterValidator(device_setting)] | None = None
+    """Device of the VAE and its decoder, such as cuda:1; unset: that of the model. Only with
+    `sampler: causal`: frames are decoded while the next block is computed. The video is bit-identical."""
     reference_numerics: Flag = False
     """Reproduce the numeric quirks of the original code, to compare with its recordings."""
     text_cache_dir: FilePath | None = None
@@ -313,10 +316,12 @@ class PipelineConfig(Section):
 
     @model_validator(mode="after")
     def _combined(self) -> PipelineConfig:
-        from omniavatar.config.combinations import check_causal, check_family
+        from omniavatar.config.combinations import check_causal, check_family, check_windows
 
         if self.sampling.causal is not None:
             check_causal(self.video.model_fields_set, self.video.color_match, vars(self.runtime))
+        else:
+            check_windows(vars(self.runtime))
         if self.model.family != "auto":
             check_family(self.family, vars(self))
         return self

@@ -75,7 +75,7 @@ class BlockGenerator:
         self,
         audio_BND: Tensor | None,
         draw_noise: Callable[[], Tensor],
-        on_step: Callable[[int], None] | None = None,
+        on_step: Callable[[int, Tensor], None] | None = None,
         before_step: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Latents (1, 16, T, h, w) float32 of the next block.
@@ -84,7 +84,8 @@ class BlockGenerator:
 
         - audio_BND: (1, `audio_rows`, D), or None for a model without audio.
         - draw_noise: returns float32 noise of `shape`; called once for the start and once between two steps.
-        - on_step, before_step: called with the number of each step, after and before it.
+        - on_step: called with the number of each finished step, and its sample.
+        - before_step: called with the number of each step, before it.
         """
         forward = self._forwards(audio_BND)
 

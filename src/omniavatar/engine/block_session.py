@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from omniavatar.engine.block_video import BlockVideo, Past
 from omniavatar.engine.block_windows import BlockWindows
 from omniavatar.engine.memory_inputs import in_files
 from omniavatar.engine.prepare import block_sampling, encode_person, read_inputs
-from omniavatar.engine.window_loop import ShouldStop, WindowResult, WindowSampling, never
+from omniavatar.engine.window_loop import ShouldStop, WatchStep, WindowResult, WindowSampling, never
 from omniavatar.errors import ConfigError
 from omniavatar.types import AvatarRequest, Conditioning, Window
 
@@ -28,6 +29,7 @@ class BlockSession:
 
     - arrival: `Host.arrival`.
     - remedy: what to try after numbers overflowed; called when a placement is in force.
+    - watch: called after each step of a request.
     """
 
     def __init__(
@@ -35,8 +37,10 @@ class BlockSession:
         models: Models,
         arrival: Callable[[torch.device], Callable[[], None]],
         remedy: Callable[[], str],
+        watch: WatchStep | None = None,
     ) -> None:
-        self._models, self._arrival, self._remedy = models, arrival, remedy
+        self._models, self._remedy, self._watch = models, remedy, watch
+        self._arrival = partial(arrival_of_all, arrival, tuple({models.device, models.vae_device}))
 
     def run(
         self,
@@ -61,6 +65,7 @@ class BlockSession:
             arrival=self._arrival,
             stop=None if should_stop is never else should_stop,
             remedy=self._remedy(),
+            watch=self._watch,
         )
         return loop.run(windows, first, past)
 
@@ -109,3 +114,18 @@ class BlockSession:
                 remedy=self._remedy(),
             )
         )
+
+
+def arrival_of_all(
+    arrival: Callable[[torch.device], Callable[[], None]],
+    devices: Sequence[torch.device],
+    device: torch.device,
+) -> Callable[[], None]:
+    """A function that waits for what is queued on all `devices`; the latents lie on `device`, one of them."""
+    waits = [arrival(each) for each in devices]
+
+    def finish() -> None:
+        for wait in waits:
+            wait()
+
+    return finish

@@ -105,7 +105,7 @@ class BlockVideo:
     def make(
         self,
         audio_BND: Tensor | None,
-        on_step: Callable[[int], None] | None = None,
+        on_step: Callable[[int, Tensor], None] | None = None,
         before_step: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Latents (1, 16, T, h, w) float32 of the next block, on the device.
@@ -115,7 +115,8 @@ class BlockVideo:
 
         - audio_BND: (1, `frames_of(done)`, D), a vector a frame; the video's first frame, the portrait, has
           zeros. None for a model without audio.
-        - on_step, before_step: called with the number of each step, after and before it.
+        - on_step: called with the number of each finished step, and its sample.
+        - before_step: called with the number of each step, before it.
         """
         for block in (self.done, self.done + 1):
             self._noise.prepare(block, self.generator.shape)

@@ -20,7 +20,7 @@ from omniavatar.engine.events import StepFinished, WindowStarted
 from omniavatar.engine.numbers import WindowNumbers
 from omniavatar.engine.retry import Retry, no_retry
 from omniavatar.engine.window_inputs import audio_slice
-from omniavatar.engine.window_loop import WindowResult, end_if, to_uint8
+from omniavatar.engine.window_loop import WatchStep, WindowResult, end_if, to_uint8
 from omniavatar.types import Recorder, Window
 
 
@@ -31,6 +31,7 @@ class BlockWindows:
     - steps: denoising steps of a window.
     - stop: returns whether the run must end; called before each step.
     - remedy: what to try if a window's numbers are not finite, for the error.
+    - watch: called after each step.
     """
 
     def __init__(
@@ -44,10 +45,11 @@ class BlockWindows:
         arrival: Callable[[torch.device], Callable[[], None]] = arrival,
         stop: Callable[[], bool] | None = None,
         remedy: str = "check the weight files",
+        watch: WatchStep | None = None,
     ) -> None:
         self._video, self._audio, self._steps, self._recorder = video, audio, steps, recorder
         self._convert, self._retry, self._arrival = convert, retry, arrival
-        self._stop, self._remedy = stop, remedy
+        self._stop, self._remedy, self._watch = stop, remedy, watch
 
     def run(
         self, windows: Sequence[Window], first: int = 0, past: Past | None = None
@@ -100,10 +102,12 @@ class BlockWindows:
             if self._stop is not None:
                 end_if(self._stop(), f"before step {step + 1} of {self._steps} of {where}")
 
-        def on_step(step: int) -> None:
+        def on_step(step: int, sample: Tensor) -> None:
             self._recorder.event(
                 StepFinished(window=window.index, step=step, steps=self._steps, action="compute", passes=1)
             )
+            if self._watch is not None:
+                self._watch(window, step, sample)
 
         return self._video.make(self._rows(window), on_step, before_step)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from omniavatar.device import arrival, free_disk
+from omniavatar.device import arrival, free_disk, usable_cores
 from omniavatar.media.h264 import choose_encoder
 from omniavatar.media.video import encode_segment
 from omniavatar.plan.limit import device_limit
@@ -35,13 +33,14 @@ class Host:
         """The video encoder that `output.encoder` selects for frames of (height, width)."""
         return choose_encoder(name, size)
 
-    def cores(self) -> int:
-        """CPU cores that this process may use."""
-        return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
     def free_disk(self, folder: Path) -> int:
         """Free bytes of the disk that holds `folder`."""
         return free_disk(folder)
+
+    @property
+    def encoders(self) -> int:
+        """How many windows x264 may encode at once; a window keeps about two cores busy."""
+        return min(8, usable_cores() // 2)
 
     def encode_segment(self, frames: Any, path: Path, **options: Any) -> int:
         """Encode one window's frames into `path` (`media.video.encode_segment`)."""

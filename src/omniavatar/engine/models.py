@@ -58,7 +58,9 @@ class Models:
 
         self.config, self.recorder, self.team = config, recorder, team
         self.device, self.dtype = choose_device(config.runtime.device), torch_dtype(config.model.dtype)
-        self.vae_name = choose_vae(config.runtime.vae, self.device)
+        elsewhere = config.runtime.vae_device
+        self.vae_device = self.device if elsewhere is None else choose_device(elsewhere)
+        self.vae_name = choose_vae(config.runtime.vae, self.vae_device)
         self.vae_ranks = vae_ranks(config, self.vae_name)
         if config.model.weights == "files":
             config.model.check_files_named()
@@ -97,8 +99,14 @@ class Models:
         from omniavatar.engine.loading import load_model_vae
 
         with self.recorder.stage("load_vae"):
-            dtype = coding_dtype(self.dtype, self.device)
-            return load_model_vae(self.config.model, dtype, self.device, self._run_vae)
+            device = self.vae_device
+            dtype = coding_dtype(self.dtype, device)
+            vae = load_model_vae(self.config.model, dtype, device, self._run_vae)
+            if device == self.device:
+                return vae
+            from omniavatar.accel.vae_elsewhere import VAEElsewhere
+
+            return VAEElsewhere(vae, device)
 
     @functools.cached_property
     def window_vae(self) -> VideoVAE | None:
@@ -194,7 +202,7 @@ class Models:
     def _run_vae(self, vae: WanVAE) -> VideoVAE:
         from omniavatar.accel.vae import FastVAE
 
-        running = create_vae(self.vae_name, vae, self.device)
+        running = create_vae(self.vae_name, vae, self.vae_device)
         if isinstance(running, FastVAE):
             self.residency.hold_vae(running)
         return running

@@ -35,7 +35,7 @@ class WindowNumbers:
         self._where, self._remedy, self._device = where, remedy, device
         self._names: list[str] = []
         self._largest: list[Tensor] = []
-        self._arriving: Tensor | None = None
+        self._arriving: list[Tensor] | None = None
 
     def add(self, name: str, values: Tensor) -> None:
         """Queue the check of a part. On the CPU it is checked now. Raises NumbersError."""
@@ -46,14 +46,22 @@ class WindowNumbers:
 
     def send(self) -> None:
         """Queue the download of the results."""
-        self._arriving = download(torch.stack(self._largest)) if self._largest else torch.empty(0)
+        places: dict[torch.device, list[int]] = {}
+        for index, each in enumerate(self._largest):
+            places.setdefault(each.device, []).append(index)
+        arriving = [torch.empty(())] * len(self._largest)
+        for indices in places.values():  # the VAE may lie on another device
+            results = download(torch.stack([self._largest[index] for index in indices]))
+            for index, result in zip(indices, results, strict=True):
+                arriving[index] = result
+        self._arriving = arriving
 
     def check(self) -> None:
         """Raise NumbersError if a part is not finite. `send` must have arrived."""
         assert self._arriving is not None
         self._raise_for(self._arriving, self._names)
 
-    def _raise_for(self, results: Tensor | list[Tensor], names: list[str]) -> None:
+    def _raise_for(self, results: list[Tensor], names: list[str]) -> None:
         for name, result in zip(names, results, strict=True):
             if not torch.isfinite(result):
                 raise NumbersError(

@@ -9,10 +9,12 @@ If several processes make one video, the leader runs `stream` or `generate`, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -33,6 +35,7 @@ from omniavatar.types import AvatarRequest, Event, RunResult, VideoChunk
 
 if TYPE_CHECKING:
     from omniavatar.engine.memory_inputs import LocalRequest
+    from omniavatar.engine.step_watch import StepCallback
     from omniavatar.engine.targets import Target
 
 
@@ -56,6 +59,8 @@ class AvatarPipeline(Session):
         listeners = [log_event] if on_event is None else [log_event, on_event]
         super().__init__(config, recorder or RunRecorder(listeners), team, host)
         self._encoders: dict[tuple[int, int], str] = {}
+        self._bar_options: dict[str, Any] = {"disable": True}
+        self._interrupt = False
 
     @classmethod
     def from_config(
@@ -80,6 +85,29 @@ class AvatarPipeline(Session):
             config = load_config(config, overrides).config
         return cls(config, recorder, team, host, on_event)
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        overrides: Overrides = (),
+        scale: str | None = None,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> Self:
+        """A pipeline from a folder of weights, as `omniavatar download` or `make-checkpoint` leaves it.
+
+        The settings are those of the configuration that belongs to these weights. A folder with one YAML file
+        has its settings there, with paths relative to the folder. `pocket` is the packaged model.
+
+        - overrides: settings that replace them, such as `{"num_steps": 15}`, or texts as of `--hp`.
+        - scale: 14B, 1.3B, livetalk, nano or livetalk-nano, if the folder holds several.
+        - on_event: as for `from_config`.
+
+        Raises ConfigError, CheckpointError with the files that are missing, ResourceError.
+        """
+        from omniavatar.engine.pretrained import pretrained_config
+
+        return cls(pretrained_config(folder, overrides, scale), on_event=on_event)
+
     def warm_up(self, size: tuple[int, int] | None = None) -> None:
         """Load the models and run one step of two windows, so that the first request starts at once.
 
@@ -98,6 +126,8 @@ class AvatarPipeline(Session):
         resume: bool | None = None,
         index: int = 0,
         should_stop: ShouldStop = never,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> RunResult:
         """Write the request's video to `output` and a JSON sidecar beside it.
 
@@ -110,6 +140,12 @@ class AvatarPipeline(Session):
         - resume: False starts over in both cases (default: `output.resume` of the configuration).
         - index: the request's number in events.
         - should_stop: called before every step, such as `threading.Event().is_set`; True ends the run.
+        - callback_on_step_end: called as `callback(pipe, step, timestep, kwargs)` after each step. `kwargs`
+          holds `window` and `windows` (numbers) and `latents`, a copy (1, 16, T, h, w) float32 of the
+          window's sample on the device; T latent frames. It may set `pipe.interrupt = True`, which ends the
+          run before the next step as `should_stop` does. It cannot change the latents. Steps are queued
+          ahead on a GPU: a callback that reads the latents waits for it.
+        - callback_on_step_end_tensor_inputs: `()` leaves the latents out, so nothing is copied.
 
         Raises InputError, OutputError, ResumeError, ConfigError, CheckpointError, ResourceError,
         NumbersError, StoppedError.
@@ -120,7 +156,10 @@ class AvatarPipeline(Session):
         with in_files(request) as local:
             target = Target(None if output is None else Path(output), self.config, local)
             target.check()
-            return self._generate(local, target, resume, index, should_stop)
+            with self._watching(
+                callback_on_step_end, callback_on_step_end_tensor_inputs, should_stop
+            ) as ends:
+                return self._generate(local, target, resume, index, ends)
 
     def _generate(
         self, request: LocalRequest, target: Target, resume: bool | None, index: int, should_stop: ShouldStop
@@ -178,23 +217,32 @@ class AvatarPipeline(Session):
         self._recorder.event(RequestFinished(str(job.output), result.seconds, result.frames))
         return result
 
-    def stream(self, request: AvatarRequest, should_stop: ShouldStop = never) -> Iterator[VideoChunk]:
+    def stream(
+        self,
+        request: AvatarRequest,
+        should_stop: ShouldStop = never,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Iterator[VideoChunk]:
         """Yield the frames of each window when it is finished. Nothing stays on disk.
 
         A request that continues a video yields the new frames only.
 
-        - should_stop: as for `generate`.
+        - should_stop, callback_on_step_end, callback_on_step_end_tensor_inputs: as for `generate`.
 
         Raises what `generate` raises.
         """
-        with self.prepare(request, should_stop) as ready:
+        with (
+            self._watching(callback_on_step_end, callback_on_step_end_tensor_inputs, should_stop) as ends,
+            self.prepare(request, ends) as ready,
+        ):
             first, given = 0, None
             if ready.inputs.begun is not None:
                 from omniavatar.engine.continuation import last_latents
 
                 first = 1
                 given = {first: last_latents(self.models, ready.inputs.begun, ready.plan.overlap)}
-            for result in self.windows(ready, first, given, should_stop):
+            for result in self.windows(ready, first, given, ends):
                 yield VideoChunk(
                     np.concatenate(result.frames),
                     result.window.first_new_frame,
@@ -202,6 +250,64 @@ class AvatarPipeline(Session):
                     result.window.index,
                     len(ready.plan.windows),
                 )
+
+    def plan(self, request: AvatarRequest) -> dict[str, Any]:
+        """What the request's video will be, and the memory it needs, as `omniavatar plan --json` prints it.
+
+        Reads the request and the headers of the weight files; loads no weights. A request that continues a
+        video counts its frames too.
+
+        Raises InputError, ConfigError, CheckpointError.
+        """
+        from omniavatar.engine.memory_inputs import in_files
+        from omniavatar.plan.estimate import estimate_memory, plan_report
+
+        with in_files(request) as local, tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
+            plan = plan_request(self.models, read_inputs(self.models, local), Path(folder)).plan
+        memory = estimate_memory(self.config, plan, self.models.device)
+        return plan_report(plan, memory, self.config.model.decoder)
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the run in hand ends before its next step. Only a run with a callback reads it."""
+        return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, ends: bool) -> None:
+        self._interrupt = ends
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Show a progress bar of the steps in later runs, with these options of tqdm.
+
+        A pipeline begins with `disable` set to True, so none is shown. No options: tqdm's defaults.
+        """
+        self._bar_options = options
+
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
+        """A bar of tqdm with the configured options, for the caller's own loop."""
+        from tqdm.auto import tqdm
+
+        return tqdm(iterable, total=total, **self._bar_options)
+
+    @contextmanager
+    def _watching(
+        self, callback: StepCallback | None, tensors: Sequence[str], should_stop: ShouldStop
+    ) -> Iterator[ShouldStop]:
+        """Report the steps of a run while the body runs; yields what ends the run."""
+        shown = not self._bar_options.get("disable")
+        if callback is None and not shown:
+            yield should_stop
+            return
+        from omniavatar.engine.step_watch import StepWatch
+
+        bar = (lambda steps: self.progress_bar(total=steps)) if shown else None
+        self._interrupt, self._watch = False, (watch := StepWatch(self, callback, tensors, bar))
+        try:
+            yield should_stop if callback is None else lambda: self._interrupt or should_stop()
+        finally:
+            watch.close()
+            if self._watch is watch:  # a stream that was left open may end during another run
+                self._watch = None
 
     def close(self) -> None:
         """End live sessions; free the models and their memory. A closed pipeline makes no more videos."""

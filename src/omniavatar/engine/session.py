@@ -28,7 +28,14 @@ from omniavatar.engine.orders import EndOrder, PlaceOrder, WindowsOrder
 from omniavatar.engine.prepare import Prepared, condition, plan_request, read_inputs
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.engine.retry import no_retry
-from omniavatar.engine.window_loop import ShouldStop, WindowGenerator, WindowResult, WindowSampling, never
+from omniavatar.engine.window_loop import (
+    ShouldStop,
+    WatchStep,
+    WindowGenerator,
+    WindowResult,
+    WindowSampling,
+    never,
+)
 from omniavatar.errors import StoppedError
 from omniavatar.parallel.team import ONE, Team, check_size
 from omniavatar.plan.placement import Placement
@@ -40,6 +47,7 @@ from omniavatar.types import AvatarRequest, Conditioning, ImageInput, SamplingPa
 if TYPE_CHECKING:
     from omniavatar.engine.block_session import BlockSession
     from omniavatar.engine.block_video import BlockVideo
+    from omniavatar.engine.step_watch import StepWatch
     from omniavatar.model.dit import RunBlocks
 
 
@@ -67,6 +75,7 @@ class Session:
         self.config, self.team = config, team
         self._lock = threading.Lock()
         self._companions: dict[type[object], Closes] = {}
+        self._watch: StepWatch | None = None
         self._recorder = recorder or RunRecorder()
         self._host = host or Host()
         if config.runtime.threads:
@@ -151,6 +160,8 @@ class Session:
         """
         sampling, conditioning, windows = ready.window_sampling, ready.conditioning, ready.plan.windows
         given = given or {}
+        if self._watch is not None:
+            self._watch.begin(ready.plan, first)
         if sampling.causal is None:
             return self.run_windows(sampling, conditioning, windows, first, given.get(first), should_stop)
         past = {number - 1: latent for number, latent in given.items()}
@@ -182,7 +193,7 @@ class Session:
         """What makes blocks with this session's models."""
         from omniavatar.engine.block_session import BlockSession
 
-        return BlockSession(self.models, self._host.arrival, lambda: self._remedy)
+        return BlockSession(self.models, self._host.arrival, lambda: self._remedy, self._watch_step)
 
     def run_windows(
         self,
@@ -226,8 +237,14 @@ class Session:
                 arrival=self._host.arrival,
                 stop=stop,
                 remedy=tries,
+                watch=self._watch_step,
             )
         )
+
+    @property
+    def _watch_step(self) -> WatchStep | None:
+        """What is called after each step of the run in hand; nothing without a callback and a bar."""
+        return None if self._watch is None else self._watch.step
 
     @property
     def _remedy(self) -> str:

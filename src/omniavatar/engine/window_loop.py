@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 DrawNoise = Callable[[], Tensor]
 ShouldStop = Callable[[], bool]
 """The caller's: returns True once the run must end, such as `threading.Event().is_set`."""
+WatchStep = Callable[[Window, int, Tensor], None]
+"""Called after each step is queued: its window, its number, and its sample (1, 16, T, h, w) float32."""
 
 
 def never() -> bool:
@@ -143,6 +145,7 @@ class WindowGenerator:
     - run_blocks: replaces the DiT's own.
     - stop: returns whether the run must end; all ranks call it before each step and get the same answer.
     - remedy: what to try if a window's numbers are not finite, for the error.
+    - watch: called after each step.
     """
 
     def __init__(
@@ -161,9 +164,10 @@ class WindowGenerator:
         arrival: Callable[[torch.device], Callable[[], None]] = arrival,
         stop: Callable[[], bool] | None = None,
         remedy: str = "check the weight files",
+        watch: WatchStep | None = None,
     ) -> None:
         self._run_blocks, self._arrival = run_blocks or dit.run_blocks, arrival
-        self._stop, self._remedy = stop, remedy
+        self._stop, self._remedy, self._watch = stop, remedy, watch
         self._dit, self._vae = dit, vae
         self._sampling, self._recorder, self._convert = sampling, recorder, convert
         self._device = conditioning.reference_latent.device
@@ -291,7 +295,7 @@ class WindowGenerator:
                 total = total.add_(predicted, alpha=each.branch.weight)
             return total
 
-        def on_step(step: int) -> None:
+        def on_step(step: int, sample: Tensor) -> None:
             row = self._passes[step]
             self._recorder.event(
                 StepFinished(
@@ -302,6 +306,8 @@ class WindowGenerator:
                     passes=len(row),
                 )
             )
+            if self._watch is not None:
+                self._watch(window, step, sample)
 
         from_portrait = SAMPLERS.get(sampling.sampler).from_portrait
         return denoise_window(

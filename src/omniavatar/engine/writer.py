@@ -1,12 +1,13 @@
 """Writes one video while it is made: a segment for each window, and the growing file.
 
 `VideoWriter` waits for the device, encodes and muxes in its own threads, several windows at a time: with few
-steps, x264 takes longer for a window than the model. Windows are recorded as done in order,
-each only after its segment and its hand-over are on disk.
+steps, x264 takes longer for a window than the model. The sound is encoded beside the first windows. Windows
+are recorded as done in order, each only after its segment and its hand-over are on disk.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -35,13 +36,15 @@ if TYPE_CHECKING:
 
 ENCODER_THREADS = 4
 """Threads of x264. Fixed, because its output depends on them and a resumed run must give the same video."""
-ENCODERS, MOST_ENCODERS = 2, 6
-"""Least and most windows encoded at the same time. Each is a separate file, so this number does not change
-the bytes."""
-CORES_AN_ENCODER = 3
-"""That x264 keeps busy with a short window."""
-SHORT_WINDOW_BYTES = 64_000_000
-"""Of a window's frames. Longer windows take the model longer, and more memory here."""
+MOST_WAITING = 2**30
+"""Bytes of frames that may wait for their encoder, unless two windows have more."""
+
+
+def encoders_at_once(host: Host, plan: RunPlan) -> int:
+    """Windows encoded at the same time. Each is a separate file, so this number does not change the bytes."""
+    height, width = plan.size
+    largest = max(window.new_frames for window in plan.windows) * height * width * 3
+    return max(2, min(host.encoders, MOST_WAITING // largest))
 
 
 def segment_encoder(
@@ -57,14 +60,6 @@ def segment_encoder(
         threads=ENCODER_THREADS,
         encoder=encoder,
     )
-
-
-def encoders(plan: RunPlan, cores: int) -> int:
-    """Number of windows to encode at the same time on a machine of `cores` cores."""
-    height, width = plan.size
-    if plan.window_length * height * width * 3 > SHORT_WINDOW_BYTES:
-        return ENCODERS
-    return max(ENCODERS, min(MOST_ENCODERS, cores // CORES_AN_ENCODER))
 
 
 class VideoWriter:
@@ -86,32 +81,43 @@ class VideoWriter:
         self._encode, self._has_sound = segment_encoder(host, output, plan, encoder), audio is not None
         self._job, self._plan, self._recorder = job, plan, recorder
         self._fps = Fraction(plan.fps)
+        done = [job.segment_path(index) for index in range(job.done)]
+        for segment in done:
+            if not segment.is_file():
+                raise ResumeError(f"{segment} is missing; use --no-resume to start over")
+        encoders = encoders_at_once(host, plan)
+        self.most_pending = encoders + 1
+        """Most windows handed over and not yet written: those being encoded, and one being computed."""
+        self._pool = ThreadPoolExecutor(encoders, thread_name_prefix="video-writer")
+        self._abandoned = threading.Event()
+        self._opening = self._pool.submit(self._open, audio, done)
+        self._pending: deque[Future[bool]] = deque()
+        self._before: Future[bool] | None = None
+        self._arrived = 0.0
+
+    def _open(self, audio: LocalAudio | None, done: list[Path]) -> GrowingVideo:
+        """The growing file with its sound and the windows of earlier runs."""
         track: Path | None = None
         if audio is not None:
             from omniavatar.media.audio import encode_aac_track
 
-            track = job.folder / "sound.mp4"
-            with recorder.stage("audio_encode"):
-                encode_aac_track(audio, track, plan.audio_delay_s, plan.frames / self._fps)
-        self._growing = GrowingVideo(job.partial, job.output, self._fps, track, PREVIEW_MARK)
-        count = encoders(plan, host.cores())
-        self._most_pending = count + 1  # those being encoded, and one being computed
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix="video-writer")
-        self._pending: deque[Future[bool]] = deque()
-        self._before: Future[bool] | None = None
-        self._arrived = 0.0
-        for index in range(job.done):
-            segment = job.segment_path(index)
-            if not segment.is_file():
-                raise ResumeError(f"{segment} is missing; use --no-resume to start over")
-            self._growing.append(segment)
+            track = self._job.folder / "sound.mp4"
+            length = self._plan.frames / self._fps
+            with self._recorder.stage("audio_encode"):
+                encode_aac_track(audio, track, self._plan.audio_delay_s, length, self._abandoned.is_set)
+        growing = GrowingVideo(self._job.partial, self._job.output, self._fps, track, PREVIEW_MARK)
+        for segment in done:
+            growing.append(segment)
+        return growing
 
     def submit(self, result: WindowResult) -> None:
-        """Queue a window, finished or not; waits while more than are encoded at once are not yet written.
+        """Queue a window, finished or not; waits while `most_pending` windows are not yet written.
 
-        Raises the error of an earlier window. No window is written after one that failed.
+        Raises the error of the sound or of an earlier window. No window is written after one that failed.
         """
-        while self._pending and (len(self._pending) >= self._most_pending or self._pending[0].done()):
+        if self._opening.done():
+            self._opening.result()
+        while self._pending and (len(self._pending) >= self.most_pending or self._pending[0].done()):
             self._pending.popleft().result()
         self._before = self._pool.submit(self._write, result, self._before)
         self._pending.append(self._before)
@@ -123,8 +129,9 @@ class VideoWriter:
         """
         while self._pending:
             self._pending.popleft().result()
+        growing = self._opening.result()
         with self._recorder.stage("video_finish"):
-            self._growing.finish(self._check, self._job.folder)
+            growing.finish(self._check, self._job.folder)
 
     def _check(self, path: Path) -> None:
         from omniavatar.media.check import check_video
@@ -140,8 +147,11 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None:
+            self._abandoned.set()
         self._pool.shutdown(wait=True)
-        self._growing.close()
+        if self._opening.exception() is None:
+            self._opening.result().close()
 
     def _write(self, result: WindowResult, before: Future[bool] | None) -> bool:
         """Encode a window, wait for the one `before`, append it. False if an earlier window failed."""
@@ -156,7 +166,7 @@ class VideoWriter:
         self._arrived = arrived
         with self._recorder.stage("video_append"):
             self._job.finish_window(None if given is None else safetensors.torch.save({"given": given}))
-            self._growing.append(self._job.segment_path(window.index))
+            self._opening.result().append(self._job.segment_path(window.index))
         self._recorder.event(
             WindowFinished(
                 window=window.index,

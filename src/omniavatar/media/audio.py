@@ -13,7 +13,7 @@ file signals the encoder's 1024 samples of priming, so players start at the true
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
@@ -23,7 +23,7 @@ import av
 import numpy as np
 
 from omniavatar.device import free_disk
-from omniavatar.errors import OutputError
+from omniavatar.errors import OutputError, StoppedError
 from omniavatar.media.atomic import atomic_path
 from omniavatar.media.audio_source import AudioSource, open_audio
 from omniavatar.media.open_file import new_media
@@ -148,12 +148,16 @@ def _track(audio: AudioSource, check: SoundCheck, sample_rate: int, lead: int) -
 
 
 def encode_aac_track(
-    source: str | Path | Waveform, out: str | Path, delay_s: Fraction | float, duration_s: Fraction | float
+    source: str | Path | Waveform,
+    out: str | Path,
+    delay_s: Fraction | float,
+    duration_s: Fraction | float,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> AacTrack:
     """Write `source` as an AAC track (MP4) of exactly `duration_s`, which starts with `delay_s` of silence.
 
     The sound is cut, or padded with silence, to the duration. Memory does not grow with length. Raises
-    InputError (source) or OutputError (out).
+    InputError (source), OutputError (out), or StoppedError once `should_stop` returns true.
     """
     with open_audio(source) as audio, atomic_path(out) as temporary:
         rate = next((r for r in _AAC_RATES if r >= audio.sample_rate), 48000)
@@ -170,6 +174,8 @@ def encode_aac_track(
             context.bit_rate = channels * min(BITS_PER_CHANNEL, 6144 * rate // AAC_FRAME)
             position = 0
             for block in _fitted(sound, channels, delay, total):
+                if should_stop():
+                    raise StoppedError("the sound was not encoded to its end")
                 frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), "fltp", layout)
                 frame.sample_rate = rate
                 frame.pts, frame.time_base = position, Fraction(1, rate)

@@ -7,7 +7,8 @@ first window.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -49,6 +50,12 @@ class MemoryEstimate:
     def choice(self) -> str:
         """One line: the placement, or the reason why the run does not fit."""
         return self.placement.describe() if self.placement else str(self.problem)
+
+
+def plan_report(plan: RunPlan, memory: MemoryEstimate, decoder: str) -> dict[str, Any]:
+    """Plan and memory for JSON."""
+    need = {**asdict(memory), "device_peak": memory.device_peak, "choice": memory.choice}
+    return {**plan.as_dict(), "decoder": decoder, "memory": need}
 
 
 def estimate_memory(config: PipelineConfig, plan: RunPlan, device: torch.device) -> MemoryEstimate:

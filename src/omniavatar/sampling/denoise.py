@@ -30,7 +30,7 @@ def denoise(
     given: Tensor,
     draw_noise: Callable[[], Tensor],
     sampler: str = "euler",
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
     portrait: Tensor | None = None,
 ) -> Tensor:
     """Latents (B, 16, T, h, w) of a window.
@@ -38,7 +38,7 @@ def denoise(
     - given: (B, 16, G, h, w) known leading latents.
     - draw_noise: returns float32 noise of the window's shape. It is called once for the start, and once for
       every later step if the sampler needs fresh noise.
-    - on_step: called with the number of each finished step.
+    - on_step: called with the number of each finished step, and its sample.
     - portrait: (B, 16, T, h, w), the start of a sampler that takes no noise for it.
     """
     chosen = SAMPLERS.get(sampler)
@@ -56,6 +56,6 @@ def denoise(
         noise = draw_noise() if next_sigma and chosen.fresh_noise else None
         sample = advance(sample, predicted, sigma, next_sigma, noise)
         if on_step is not None:
-            on_step(step)
+            on_step(step, sample)
     sample[:, :, :known] = given
     return sample

@@ -22,8 +22,6 @@ from training.scale import OVERLAP, SIZE, WINDOW
 from omniavatar import AvatarPipeline, AvatarRequest, SamplingParams, Waveform
 from omniavatar.assets import pocket
 from omniavatar.config.load import load_config
-from omniavatar.engine.events import WindowStarted
-from omniavatar.engine.recorder import RunRecorder
 from omniavatar.media.audio import decode_mono
 from omniavatar.media.inspect import read_frames
 
@@ -192,23 +190,6 @@ def test_words_of_the_prompt_act(pipeline, renderer):
     assert np.corrcoef(found, wanted)[0, 1] > 0.3
     moved = {words: np.abs(frames[-1] - frames[0]).mean() for words, frames in made.items()}
     assert moved["neutral, lively"] > 1.3 * moved["neutral, still"]
-
-
-def test_a_cut_run_goes_on_to_the_same_file(short_windows, speech, tmp_path):
-    sound = Waveform(speech[: (2 * SHORT_WINDOW - OVERLAP - 1) * RATE // FPS], RATE)
-    request = AvatarRequest(STILL, pocket.PORTRAIT, sound, sampling=SamplingParams(num_steps=1))
-
-    def cut(event):
-        if isinstance(event, WindowStarted) and event.window == 1:
-            raise KeyboardInterrupt
-
-    whole, resumed = tmp_path / "whole.mp4", tmp_path / "resumed.mp4"
-    short_windows.generate(request, whole)
-    broken = AvatarPipeline.from_config(short_windows.config, recorder=RunRecorder([cut]))
-    with pytest.raises(KeyboardInterrupt):
-        broken.generate(request, resumed)
-    assert short_windows.generate(request, resumed).resumed_windows == 1
-    assert resumed.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -13,14 +13,15 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from engine import overrides
+from engine import overrides, voice
+from media_files import write_audio
 from omniavatar.checkpoint.reader import TensorFiles
 from omniavatar.cli import app
 from omniavatar.media.inspect import read_frames
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PORTRAIT = str(REPOSITORY / "examples" / "portrait.png")
-SPEECH = str(REPOSITORY / "src" / "omniavatar" / "assets" / "speech.flac")
+SECONDS = 1.6
 OF_THE_PRESET = ("num_steps", "guidance_scale", "max_tokens", "overlap_frame")
 RANK = 4
 
@@ -59,7 +60,9 @@ def generate(
     settings = ",".join(f"{k}={json.dumps(v) if isinstance(v, list) else v}" for k, v in values.items())
     output = folder / f"{name}.mp4"
     config = str(REPOSITORY / "configs" / f"{preset}.yaml")
-    request = ("--prompt", "a person", "--image", PORTRAIT, "--audio", SPEECH)
+    speech = folder / "speech.wav"
+    write_audio(speech, voice(SECONDS).samples[None], 16000, "pcm_s16le", "mono")
+    request = ("--prompt", "a person", "--image", PORTRAIT, "--audio", str(speech))
     arguments = ["generate", "-q", "-c", config, "--hp", settings, *request, "-o", str(output)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.stderr

@@ -225,7 +225,8 @@ def test_quoted_errors_are_those_of_the_package() -> None:
     """What the table of errors quotes is text of the source, of the Makefile, or of the shell."""
     page = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     table = page.split("## It fails")[1].split("\n### ")[0]
-    sources = [*(REPOSITORY / "src").rglob("*.py"), REPOSITORY / "Makefile"]
+    programs = (path for folder in ("src", "integrations") for path in (REPOSITORY / folder).rglob("*.py"))
+    sources = [*programs, REPOSITORY / "Makefile"]
     text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     quoted = [part for row in rows for part in re.findall(r"`([^`]+)`", row)]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from engine import make_pipeline, request
+from engine import make_pipeline, request, voice
 from omniavatar import AvatarPipeline
 from omniavatar.config.load import load_config
 from omniavatar.device import arrival, download, upload
@@ -19,13 +18,14 @@ from omniavatar.engine.events import WindowFinished
 from omniavatar.engine.host import Host
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.engine.window_loop import WindowResult
-from omniavatar.engine.writer import encoders
-from omniavatar.errors import OutputError
-from omniavatar.plan.run import plan_run
+from omniavatar.engine.writer import encoders_at_once
+from omniavatar.errors import OutputError, StoppedError
+from omniavatar.media.audio import encode_aac_track
+from omniavatar.media.inspect import probe_video
+from omniavatar.plan.run import RunPlan, plan_run
 from queue_clock import QueueClock
 
 CPU = torch.device("cpu")
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 def test_queued_stages_are_timed_by_the_device_and_read_late() -> None:
@@ -95,16 +95,19 @@ def test_queueing_windows_does_not_wait_and_reading_them_does(nano_checkpoint, t
     assert kept[0].next_given is not None and len(host.waits) == 2
 
 
-@pytest.mark.parametrize(("cores", "most"), [(2, 3), (9, 4)])
-def test_the_model_is_few_windows_ahead_of_the_writer(nano_checkpoint, tmp_path, cores, most) -> None:
+@pytest.mark.parametrize("encoders", [1, 3])
+def test_the_model_is_a_few_windows_ahead_of_the_writer(nano_checkpoint, tmp_path, encoders: int) -> None:
+    """As many windows as are encoded at once, at least two, and one that is computed."""
+    most = max(2, encoders) + 1
     ahead: list[int] = []
     written = 0
     all_handed_over = threading.Event()
     counting = threading.Lock()
 
     class Slow(Host):
-        def cores(self):
-            return cores
+        @property
+        def encoders(self) -> int:
+            return encoders
 
         def encode_segment(self, *arguments, **keywords):
             nonlocal written
@@ -128,13 +131,42 @@ def test_the_model_is_few_windows_ahead_of_the_writer(nano_checkpoint, tmp_path,
     assert max(ahead) == most
 
 
-def test_short_windows_are_encoded_side_by_side() -> None:
-    """Chunks of FlashHead and LeapTalk are; long windows are not, whose frames would fill the memory."""
-    chunk = load_config(CONFIGS / "leaptalk.yaml").config
-    window = load_config(CONFIGS / "inference_1.3B.yaml").config
-    plans = [plan_run(config, config.video.sizes[0], 160_000) for config in (chunk, window)]
-    assert [encoders(plans[0], cores) for cores in (1, 9, 16, 64)] == [2, 3, 5, 6]
-    assert [encoders(plans[1], cores) for cores in (1, 64)] == [2, 2]
+def test_large_windows_are_encoded_two_at_a_time() -> None:
+    """Their frames wait in memory."""
+
+    class Many(Host):
+        encoders = 8
+
+    def plan(side: int) -> RunPlan:
+        values = ["weights=random", "scale=nano", f"image_sizes_720=[[{side},{side}]]", "max_tokens=500000"]
+        return plan_run(load_config(None, values).config, (side, side), 60 * 16000)
+
+    assert encoders_at_once(Many(), plan(128)) == 8
+    assert encoders_at_once(Many(), plan(2048)) == 2
+
+
+def test_a_sound_that_cannot_be_encoded_ends_the_run(nano_checkpoint, tmp_path) -> None:
+    """It is encoded beside the first windows; the next run goes on."""
+
+    class FullDisk(RunRecorder):
+        def stage(self, name: str):
+            if name == "audio_encode":
+                raise OutputError("sound: disk full")
+            return super().stage(name)
+
+    pipe = make_pipeline(nano_checkpoint, tmp_path / "cache", FullDisk())
+    with pytest.raises(OutputError, match="sound: disk full"):
+        pipe.generate(request(1.5), tmp_path / "out.mp4")
+    assert not (tmp_path / "out.mp4").exists()
+    whole = make_pipeline(nano_checkpoint, tmp_path / "cache")
+    assert probe_video(whole.generate(request(1.5), tmp_path / "out.mp4").output).audio is not None
+
+
+def test_an_ended_run_does_not_encode_the_rest_of_its_sound(tmp_path) -> None:
+    asked = iter([False, False, True])
+    with pytest.raises(StoppedError):
+        encode_aac_track(voice(60.0), tmp_path / "sound.mp4", 0, 60, lambda: next(asked))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_written_after_a_window_that_failed(nano_checkpoint, tmp_path) -> None:
