@@ -63,11 +63,14 @@ test-integrations: $(STAMP)
 fuzz: $(STAMP)
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS)
 
-# the API under hostile requests, mutated uploads, and 500 clients with kills; loopback only, about half an hour
+# the API under hostile requests, mutated uploads, and 500 clients with kills; a killed Ray node; the programs with
+# the packaged model; loopback only, about half an hour
 stress: $(STAMP)
 	PYTHONPATH=src:tests OMP_NUM_THREADS=1 $(BIN)/python -m stress document
 	PYTHONPATH=src:tests OMP_NUM_THREADS=1 $(BIN)/python -m stress uploads
 	PYTHONPATH=src:tests OMP_NUM_THREADS=1 $(BIN)/python -m stress clients
+	PYTHONPATH=src:tests OMP_NUM_THREADS=1 $(BIN)/python -m stress clients --postgres --clients 100 --seconds 90 --accept-seconds 30
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/stress/ray_node.py tests/stress/real_programs.py
 
 # writes the generated pages, then builds the site into build/site; a broken link or a missing page fails
 docs: $(STAMP)

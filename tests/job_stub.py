@@ -18,6 +18,7 @@ from pathlib import Path
 from omniavatar.engine.events import RequestStarted, StepFinished, WindowFinished, WindowStarted
 from omniavatar.errors import BusyError, InputError, OutputError, StoppedError
 from omniavatar.serve.batch.items import Made, Member, Seat
+from omniavatar.serve.jobs.logs import log_as_json
 from omniavatar.types import AvatarRequest, Event
 
 BYTES = 64
@@ -32,8 +33,11 @@ class StubJobEngines:
     video: Path
     windows: int = 4
     seconds: float = 0.02
+    log_level: str | None = None
 
     def __call__(self, seat: Seat) -> StubJobEngine:
+        if self.log_level is not None:
+            log_as_json(self.log_level)
         if (self.notes / "no_engine").exists():
             raise InputError("weights.pt: missing shard; fetch it again")
         return StubJobEngine(self)

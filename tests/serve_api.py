@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 
 from omniavatar.serve.api.addresses import Outside
 from omniavatar.serve.api.app import create_app
-from omniavatar.serve.api.checks import DirectChecker
+from omniavatar.serve.api.checks import Checker, DirectChecker
 from omniavatar.serve.api.models import Catalogue
 from omniavatar.serve.jobs.files import JobFiles
 from omniavatar.serve.jobs.keys import KeyStore
@@ -108,19 +108,22 @@ def serve(tmp_path: Path, empty_database: Path) -> Iterator[Serve]:
         outside: Outside | None = None,
         ready: bool = True,
         clock: Clock = None,
+        store: type[JobStore] = JobStore,
+        checker: Checker | None = None,
         **values: Any,
     ) -> Server:
         settings = ServeSettings(data_dir=tmp_path, **values)
         if not (tmp_path / "jobs.db").exists():
             shutil.copy(empty_database, tmp_path)
-        store = JobStore.open(settings.database_url, clock)
-        files, keys = JobFiles(settings.files_place), KeyStore(store.database)
-        checker = DirectChecker(settings.portrait_pixels, settings.voice_seconds)
+        opened_store = store.open(settings.database_url, clock)
+        files, keys = JobFiles(settings.files_place), KeyStore(opened_store.database)
+        checker = checker or DirectChecker(settings.portrait_pixels, settings.voice_seconds)
+        models = MODELS if settings.provenance_certificate is None else Catalogue.load(settings)
         app = create_app(
-            settings, store, files, keys, MODELS, checker=checker, outside=outside, ready=lambda: ready
+            settings, opened_store, files, keys, models, checker=checker, outside=outside, ready=lambda: ready
         )
         client = TestClient(app, base_url=base, raise_server_exceptions=False)
-        opened.append(Server(app, client, store, files, keys))
+        opened.append(Server(app, client, opened_store, files, keys))
         return opened[-1]
 
     yield start

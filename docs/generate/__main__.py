@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from docs.generate import api, rooms, settings
+from docs.generate import api, rooms, settings, sizing
 
 DOCS = Path(__file__).parent.parent
 
@@ -15,6 +15,7 @@ def generated() -> dict[Path, str]:
     return {
         DOCS / "settings.md": settings.page(),
         DOCS / "python_api.md": api.page(),
+        DOCS / "deploy.md": sizing.page((DOCS / "deploy.md").read_text(encoding="utf-8")),
         DOCS / "images" / "rooms.svg": rooms.picture(rooms.contract(DOCS.parent / "pyproject.toml")),
     }
 

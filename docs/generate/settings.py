@@ -32,6 +32,7 @@ WRONG: dict[str, Any] = {
     "teacache_coefficients": "?",
     "device": "?",
     "memory": "?",
+    "provenance_timestamp": "?",
 }
 """For each field whose validator states what it accepts: a value that it refuses."""
 
@@ -165,6 +166,8 @@ def _default(value: Any) -> str:
         return "unset"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
+    if value == "":
+        return "empty"
     if isinstance(value, tuple):
         return f"`{_listed(value)}`" if value else "empty"
     return f"`{value}`"

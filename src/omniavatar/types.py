@@ -59,6 +59,7 @@ class AvatarRequest:
 
     size: (height, width), one of the configuration's; default: the one nearest to the portrait's aspect.
     continues: a finished video of this package; the new one begins with it and goes on with `audio`.
+    provenance: whether the finished file gets a signed manifest; `None` means the configured value.
     image: path, content of an image file (bytes or binary file object), PIL image, or array (H, W, 3 or 4)
     uint8.
     audio: path, content of a sound file (bytes or binary file object), or `Waveform`.
@@ -72,6 +73,7 @@ class AvatarRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     size: tuple[int, int] | None = None
     continues: str | Path | None = None
+    provenance: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from omniavatar.errors import BUG, ConfigError, ResourceError
 from omniavatar.serve.batch.seats import WorkerOptions, plan_workers, with_threads
 
 if TYPE_CHECKING:
-    from omniavatar.config.schema import SamplingConfig
+    from omniavatar.config.schema import PipelineConfig
     from omniavatar.serve.batch.crew import Crew
     from omniavatar.serve.batch.destination import Destination
     from omniavatar.serve.batch.run import BatchResult
@@ -160,6 +160,7 @@ def batch(
         from omniavatar.config.values import expanded
         from omniavatar.engine.collisions import check_lines
         from omniavatar.engine.events import Message
+        from omniavatar.engine.provenance import signer_of
         from omniavatar.engine.requests_file import read_requests
         from omniavatar.media.slug import slugify
         from omniavatar.plan.preview import with_family
@@ -195,11 +196,14 @@ def batch(
         destination = make_destination(target, folder / "work")
         open_crew: Callable[[], Crew]
         if plan is not None:
+            if loaded.config.output.provenance:
+                for note in signer_of(loaded.config.output).warnings:
+                    recorder.event(Message(note, "warning"))
             engines, seats, count = AvatarEngines(loaded.config, plan.pin), plan.seats, plan.workers
             open_crew = lambda: RayCrew(seats, count, engines, destination)  # noqa: E731
         else:
             assert wanted is not None
-            open_crew = _queue(*wanted, loaded.config.sampling, destination, folder / "work", len(items))
+            open_crew = _queue(*wanted, loaded.config, destination, folder / "work", len(items))
         with redirect_stdout(sys.stderr):  # Ray prints lost workers, but stdout holds the summary alone
             result = run_batch(
                 items,
@@ -245,7 +249,7 @@ def _queue(
     files: str,
     model: str,
     priority: int,
-    sampling: SamplingConfig,
+    config: PipelineConfig,
     destination: Destination,
     work: Path,
     items: int,
@@ -256,7 +260,8 @@ def _queue(
         raise ResourceError(
             f"--queue: the package {error.name} is missing; pip install 'omniavatar[serve]'"
         ) from None
-    return queue_crew(url, files, QueueOrder(model, sampling, priority), destination, work, items)
+    order = QueueOrder(model, config.sampling, priority, config.output.provenance)
+    return queue_crew(url, files, order, destination, work, items)
 
 
 def _print(result: BatchResult, *, quiet: bool, as_json: bool) -> None:

@@ -80,6 +80,13 @@ def generate(
     no_resume: Annotated[
         bool, typer.Option("--no-resume", help="Start over instead of continuing an interrupted run.")
     ] = False,
+    provenance: Annotated[
+        bool | None,
+        typer.Option(
+            "--provenance/--no-provenance",
+            help="Sign the video with a C2PA manifest; needs provenance_certificate and provenance_key.",
+        ),
+    ] = None,
     gpus: Annotated[
         str | None,
         typer.Option(
@@ -100,6 +107,8 @@ def generate(
     if prompt is not None and image is None:
         raise typer.BadParameter("--image is missing; give a portrait")
     overrides = [*(hp or ()), *([] if seed is None else [f"seed={seed}"])]
+    if provenance is not None:
+        overrides.append(f"provenance={str(provenance).lower()}")
     with rank_reporting(log_format, quiet) as (recorder, report, process):
         from omniavatar.cli.position import command_again
         from omniavatar.config.load import load_config

@@ -1,5 +1,6 @@
 """The list of commands: `omniavatar generate | live | batch | plan | config show | download |
-make-checkpoint | convert | demo | profile | benchmark | doctor | calibrate | clean`.
+make-checkpoint | convert | demo | profile | benchmark | doctor | calibrate | clean | serve |
+verify-provenance`.
 
 Each command lies in one file and imports the code it runs inside its function, so that `--help` does not
 load torch. Exit codes: docs/exit_codes.md.
@@ -28,6 +29,7 @@ from omniavatar.cli import (
     plan,
     profile,
     serve,
+    verify_provenance,
 )
 from omniavatar.cli.common import DEBUG_VARIABLE, leave_at_once, print_error
 from omniavatar.cli.layout import CONTEXT, EVERYDAY, MEASURING, MODELS, SERVERS, Command, Groups, examples
@@ -109,6 +111,13 @@ _add(
 )
 _add(EVERYDAY, doctor.doctor, "omniavatar doctor")
 _add(EVERYDAY, clean.clean, "omniavatar clean", "omniavatar clean outputs --yes")
+_add(
+    EVERYDAY,
+    verify_provenance.verify_provenance,
+    "omniavatar verify-provenance out.mp4",
+    "omniavatar verify-provenance out.mp4 --trust studio_roots.pem",
+    name="verify-provenance",
+)
 config_app.command("show", cls=Command, epilog=examples("omniavatar config show -c pocket --explain"))(
     config.show
 )

@@ -91,12 +91,32 @@ def worker(context: typer.Context) -> None:
     """Make videos of the queue without an API, on this or another machine."""
     with user_errors():
         settings = _settings(context).settings
-        store, files, _ = _open(settings)
+        from omniavatar.serve.api.app import check_binding
+        from omniavatar.serve.api.metrics import Metrics
+        from omniavatar.serve.jobs.logs import log_as_json
+        from omniavatar.serve.jobs.tracing import flush
+        from omniavatar.serve.settings import load_configs
+
+        store, files, keys = _open(settings)
         with store:
-            workers = _workers(settings, store, files, _configs(settings))
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: workers.drain())
-            workers.run()
+            if settings.metrics_port:
+                check_binding(settings, keys)
+            log_as_json(settings.log_level, "uvicorn")
+            metrics = Metrics(store)
+            workers = _workers(settings, store, files, load_configs(settings), metrics.ended_id)
+            _drain_at_signals(workers)
+            if settings.metrics_port:
+                from omniavatar.serve.api.operations import create_worker_app
+
+                ready = lambda: workers.status().ready > 0  # noqa: E731
+                door = _server(
+                    create_worker_app(settings, store, keys, ready, metrics), settings, settings.metrics_port
+                )
+                threading.Thread(target=door.run, name="metrics", daemon=True).start()
+            try:
+                workers.run()
+            finally:
+                flush(5.0)
 
 
 @keys_app.command("add")
@@ -214,10 +234,16 @@ def _with_keys(context: typer.Context, action: Callable[[KeyStore], Any]) -> Non
             action(keys)
 
 
-def _configs(settings: ServeSettings) -> dict[str, PipelineConfig]:
-    from omniavatar.config.load import load_config
+def _check_signing(configs: dict[str, PipelineConfig]) -> None:
+    """Try the certificates that workers of this process sign with. Raises ConfigError, ResourceError."""
+    import logging
 
-    return {name: load_config(path).config for name, path in settings.models.items()}
+    for config in configs.values():
+        if config.output.provenance or config.output.provenance_certificate is not None:
+            from omniavatar.engine.provenance import signer_of
+
+            for warning in signer_of(config.output).warnings:
+                logging.getLogger("omniavatar.serve").warning(warning)
 
 
 def _workers(
@@ -231,7 +257,8 @@ def _workers(
     from omniavatar.serve.jobs.engines import JobEngines, JobGroupWorker
     from omniavatar.serve.jobs.workers import WorkerRules, Workers
 
-    engines = JobEngines(configs)
+    _check_signing(configs)
+    engines = JobEngines(configs, log_level=settings.log_level)
 
     def crew() -> Any:
         if settings.gpus == "cpu" and not settings.ray_address:
@@ -248,18 +275,53 @@ def _workers(
         return RayCrew(plan.seats, plan.workers, factory, files, kinds=(JobWorker, JobGroupWorker))
 
     rules = WorkerRules(keep=settings.keep_seconds)
-    return Workers(store, files, crew, list(configs), rules, on_end)
+    return Workers(store, files, crew, list(configs), rules, on_end, settings.otlp_endpoint)
+
+
+def _server(app: Any, settings: ServeSettings, port: int) -> Any:
+    """A uvicorn server of an app."""
+    import uvicorn
+
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=settings.host,
+            port=port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=5,
+            h11_max_incomplete_event_size=65536,
+        )
+    )
+
+
+def _drain_at_signals(workers: Workers | None) -> None:
+    """Let the first SIGTERM or Ctrl-C drain the workers, and the second one end them at once.
+
+    uvicorn raises the signals that ended it once more. Without a handler of ours, the process would then die
+    before its workers have finished their windows.
+    """
+    came: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        came.append(number)
+        if workers is not None:
+            workers.drain() if len(came) == 1 else workers.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
 
 
 def _serve(settings: ServeSettings, api_only: bool) -> None:
-    import uvicorn
+    import logging
 
     from omniavatar.serve.api.app import check_binding, create_app
     from omniavatar.serve.api.logs import configure
     from omniavatar.serve.api.metrics import Metrics
     from omniavatar.serve.api.models import Catalogue
-    from omniavatar.serve.jobs.errors import JobNotFoundError
-    from omniavatar.serve.jobs.retention import sweep
+    from omniavatar.serve.jobs.retention import Retention
+    from omniavatar.serve.jobs.tracing import flush
 
     store, files, keys = _open(settings)
     with store:
@@ -267,50 +329,31 @@ def _serve(settings: ServeSettings, api_only: bool) -> None:
         configure(settings.log_level, settings.audit_path)
         models, metrics = Catalogue.load(settings), Metrics(store)
 
-        def ended(id: str) -> None:
-            try:
-                metrics.ended(store.get(id))
-            except JobNotFoundError:
-                return
-
-        workers = None if api_only else _workers(settings, store, files, models.configs, ended)
+        workers = None
+        if not api_only:
+            workers = _workers(settings, store, files, models.configs, metrics.ended_id)
 
         def ready() -> bool:
-            return workers is None or workers.status().ready > 0
+            own = 0 if workers is None else workers.status().ready
+            return own > 0 or store.ready_workers() > 0
 
         server_app = create_app(settings, store, files, keys, models, ready=ready, metrics=metrics)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                server_app,
-                host=settings.host,
-                port=settings.port,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=5,
-                h11_max_incomplete_event_size=65536,
-            )
-        )
-        over = threading.Event()
-
-        def keep_tidy() -> None:
-            import logging
-
-            while not over.wait(60.0):
-                try:
-                    sweep(store, files, settings.keep_seconds, settings.keep_bytes)
-                except Exception:
-                    logging.getLogger("omniavatar.serve").exception("old videos could not be deleted")
-
-        threading.Thread(target=keep_tidy, name="retention", daemon=True).start()
+        server = _server(server_app, settings, settings.port)
+        retention = Retention(store, files, settings.keep_seconds, settings.keep_bytes)
+        retention.start()
+        _drain_at_signals(workers)
         if workers is not None:
             workers.start()
         try:
             server.run()
         finally:
-            over.set()
+            retention.stop()
             if workers is not None:
                 workers.drain()
-                if not workers.join(settings.drain_seconds):
+                drained = workers.join(settings.drain_seconds)
+                if not drained:
                     workers.stop()
                     workers.join(30.0)
+                text = "the workers have drained" if drained else "the workers were stopped within a window"
+                logging.getLogger("omniavatar.serve").info(text)
+            flush(5.0)

@@ -16,14 +16,16 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from omniavatar.config.backends import backend_name, registry
 from omniavatar.config.families import Family, HandOver, family_of
-from omniavatar.config.schema_model import DitOverrides, LoraSetting, ModelConfig, Section
+from omniavatar.config.schema_model import DitOverrides, LoraSetting, ModelConfig
 from omniavatar.config.values import (
     CAUSAL_FIELDS,
     NEGATIVE_PROMPT,
     FieldError,
     FilePath,
     Flag,
+    ProvenanceSettings,
     Real,
+    Section,
     Size,
     Whole,
     choice_or_path,
@@ -189,7 +191,7 @@ class VideoConfig(Section):
         return self
 
 
-class OutputConfig(Section):
+class OutputConfig(ProvenanceSettings):
     """The finished video."""
 
     output_dir: FilePath = Path("outputs")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from omniavatar.config.backends import alternatives, backend_name, registry
 from omniavatar.config.families import family_of
@@ -15,18 +15,13 @@ from omniavatar.config.values import (
     FilePaths,
     Flag,
     Real,
+    Section,
     Whole,
     dtype_name,
     lora_entry,
     scale_name,
 )
 from omniavatar.errors import ConfigError
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
-    )
 
 
 class DitOverrides(Section):

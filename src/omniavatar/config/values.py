@@ -1,4 +1,4 @@
-"""The value types of a configuration and their checks.
+"""The value types of a configuration and their checks, the base of its sections, and those of signed videos.
 
 Every check raises ValueError with a text that completes the line `<field>: ...`. Numbers are strict: true is
 not 1 and "5" is not 5, but 3e4 is the whole number 30000.
@@ -13,9 +13,9 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from omniavatar.errors import ConfigError
 from omniavatar.sampling.schedule import timesteps_error
@@ -256,6 +256,13 @@ def coefficients(value: Any) -> Any:
     return tuple(real(number) for number in value)
 
 
+def web_address(value: str) -> str:
+    """`value`, if it is an http(s) URL or empty. Raises ValueError."""
+    if value and not re.fullmatch(r"https?://[^\s/]+\S*", value):
+        raise ValueError("must be a URL such as http://timestamp.example/tsa, or empty")
+    return value
+
+
 def device_setting(value: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
         raise ValueError("must be auto, cpu, cuda or cuda:N")
@@ -287,3 +294,32 @@ Flag = Annotated[bool, BeforeValidator(_flag)]
 FilePath = Annotated[Path, BeforeValidator(_path)]
 FilePaths = Annotated[tuple[Path, ...], BeforeValidator(_paths)]
 Size = Annotated[tuple[Whole, Whole], AfterValidator(_size)]
+
+
+class Section(BaseModel):
+    """Frozen values; unknown names are errors; a field's docstring is its description."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class ProvenanceSettings(Section):
+    """How finished videos are signed; part of the section `output`."""
+
+    provenance: Flag = False
+    """Write a signed C2PA manifest into the finished video: a model made it, with this program, from these
+    inputs. Needs provenance_certificate and provenance_key."""
+    provenance_certificate: FilePath | None = None
+    """PEM file of the certificate chain that signs, the signing certificate first."""
+    provenance_key: FilePath | None = None
+    """PEM file of its private key, not encrypted, readable for this user only."""
+    provenance_algorithm: Literal["auto", "es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] = (
+        "auto"
+    )
+    """Signature algorithm; auto: the one of the key (ps256 for RSA)."""
+    provenance_timestamp: Annotated[str, AfterValidator(web_address)] = ""
+    """URL of a time stamp authority (RFC 3161), the only use of the network; empty: no time stamp, and the
+    manifest holds until the certificate expires."""
+    provenance_inputs: Literal["hashes", "contents"] = "hashes"
+    """What the manifest holds of portrait and voice: their hashes, or also the files themselves."""

@@ -46,7 +46,15 @@ def in_files(request: AvatarRequest) -> Iterator[LocalRequest]:
         audio = request.audio
         if audio is not None:
             audio = _in_file("audio", audio, (Waveform,), stack)
-        yield LocalRequest(request.prompt, image, audio, request.sampling, request.size, request.continues)
+        yield LocalRequest(
+            request.prompt,
+            image,
+            audio,
+            request.sampling,
+            request.size,
+            request.continues,
+            request.provenance,
+        )
 
 
 def _in_file(name: str, value: Any, known: tuple[type, ...], stack: ExitStack) -> Any:

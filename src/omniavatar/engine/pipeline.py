@@ -20,7 +20,7 @@ import numpy as np
 
 from omniavatar.config.load import Overrides, load_config
 from omniavatar.config.schema import PipelineConfig
-from omniavatar.engine.events import RequestFinished, RequestStarted, log_event
+from omniavatar.engine.events import Message, RequestFinished, RequestStarted, log_event
 from omniavatar.engine.host import Host
 from omniavatar.engine.identity import request_identity
 from omniavatar.engine.job import Job, fingerprint
@@ -35,6 +35,7 @@ from omniavatar.types import AvatarRequest, Event, RunResult, VideoChunk
 
 if TYPE_CHECKING:
     from omniavatar.engine.memory_inputs import LocalRequest
+    from omniavatar.engine.provenance import Signing
     from omniavatar.engine.step_watch import StepCallback
     from omniavatar.engine.targets import Target
 
@@ -170,6 +171,7 @@ class AvatarPipeline(Session):
         from omniavatar.engine.writer import VideoWriter, segment_encoder
 
         resume = self.config.output.resume if resume is None else resume
+        signing = self._signing(request)
         inputs = read_inputs(self.models, request)
         encoder = self._encoder(inputs.shape.size)
 
@@ -182,6 +184,10 @@ class AvatarPipeline(Session):
 
         with target.owned(identify) as (job, found):
             if resume and (finished := job.finished(found.values)):
+                if signing is not None and not signing.has_signed(job):
+                    signing.sign_finished(job, inputs)
+                    self._message(f"{job.output} is finished already; it was signed")
+                    return finished
                 self._message(f"{job.output} is finished already; use --no-resume to make it again")
                 return finished
             if resume and job.changed_since(found.values):
@@ -211,8 +217,10 @@ class AvatarPipeline(Session):
                         for window in self.windows(ready, job.done, given, should_stop):
                             job.amend(fingerprint(self.models.residency.placement.identity()))
                             writer.submit(window)
-                    writer.finish()
+                    writer.finish(None if signing is None else signing.of(inputs, job.output))
                 values = sidecar_values(job, made, self.models, self.config, encoder, elapsed)
+                if signing is not None:
+                    values["provenance"] = signing.record
                 result = job.close(values, self.config.output.keep_job)
         self._recorder.event(RequestFinished(str(job.output), result.seconds, result.frames))
         return result
@@ -232,6 +240,9 @@ class AvatarPipeline(Session):
 
         Raises what `generate` raises.
         """
+        from omniavatar.engine.provenance import refuse_frames
+
+        refuse_frames(self.config.output, request)
         with (
             self._watching(callback_on_step_end, callback_on_step_end_tensor_inputs, should_stop) as ends,
             self.prepare(request, ends) as ready,
@@ -330,6 +341,17 @@ class AvatarPipeline(Session):
 
         if note := go_on_from_good(job, plan):
             self._message(note)
+
+    def _signing(self, request: LocalRequest) -> Signing | None:
+        """What signs the request's video; None if it gets no manifest."""
+        from omniavatar.engine.provenance import Signing, is_wanted
+
+        if not is_wanted(self.config.output, request):
+            return None
+        signing = Signing(self.config.output, request)
+        for warning in signing.warnings:
+            self._recorder.event(Message(warning, "warning"))
+        return signing
 
     def _announce(self, job: Job, plan: RunPlan, index: int) -> None:
         self._recorder.event(

@@ -122,23 +122,27 @@ class VideoWriter:
         self._before = self._pool.submit(self._write, result, self._before)
         self._pending.append(self._before)
 
-    def finish(self) -> None:
-        """Wait for the last window, check the video against its plan, and give it its final name.
+    def finish(self, sign: Callable[[Path], None] | None = None) -> None:
+        """Wait for the last window, check the video against its plan, sign it, and give it its final name.
 
-        Raises OutputError if the written file is not what was planned.
+        sign: signs the checked file in place; None for a video without a manifest.
+
+        Raises OutputError if the written file is not what was planned, and what `sign` raises.
         """
         while self._pending:
             self._pending.popleft().result()
         growing = self._opening.result()
         with self._recorder.stage("video_finish"):
-            growing.finish(self._check, self._job.folder)
+            growing.finish(partial(self._check, sign), self._job.folder)
 
-    def _check(self, path: Path) -> None:
+    def _check(self, sign: Callable[[Path], None] | None, path: Path) -> None:
         from omniavatar.media.check import check_video
 
         frames = self._plan.frames
         sound = frames / self._fps if self._has_sound else None
         check_video(path, frames, self._fps, sound, output=self._job.output)
+        if sign is not None:
+            sign(path)
         self._job.before_naming(path)
 
     def __enter__(self) -> Self:

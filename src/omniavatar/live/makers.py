@@ -31,6 +31,11 @@ def free_memory(pipeline: AvatarPipeline) -> int | None:
 
 def maker_of(pipeline: AvatarPipeline, image: ImageInput, prompt: str, seed: int | None) -> BlockMaker:
     """A maker for a portrait. Raises InputError, ConfigError, CheckpointError, ResourceError."""
+    if pipeline.config.output.provenance:
+        raise ConfigError(
+            "provenance: a live video cannot be signed, only a finished .mp4 of generate, batch or serve; "
+            "set provenance=false"
+        )
     if not pipeline.models.dit_config.audio_dim:
         raise ConfigError("live: this checkpoint has no audio layers; set exp_path, or choose another config")
     if pipeline.config.sampling.causal is not None:

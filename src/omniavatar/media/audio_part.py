@@ -108,8 +108,9 @@ class PartReader:
                 last.clear()
                 yield from silence(channels, missing)
                 time_line.add(missing)
-            # PyAV 18.1 reads past the planes of a planar frame of 8 channels, so an interleaved one is made.
-            packed = interleave.resample(frame) if frame.format.is_planar and channels >= 8 else [frame]
+            # PyAV 18.1 reads past the planes of a planar frame of 8 channels, and reads no 64-bit integers.
+            unreadable = frame.format.name in ("s64", "s64p") or (frame.format.is_planar and channels >= 8)
+            packed = interleave.resample(frame) if unreadable else [frame]
             block = np.concatenate([to_float(part) for part in packed], axis=1)
             if stamp is not None and any(
                 edit.empty and edit.start - _EXACT_S < stamp < edit.end for edit in self.edits

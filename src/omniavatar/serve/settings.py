@@ -1,7 +1,8 @@
 """Settings of `omniavatar serve`: defaults, a YAML file, the environment, options; the later ones win.
 
-The environment variable of a setting is `OMNIAVATAR_SERVE_` and its name in capitals. Every value knows its
-origin. Unknown names are errors.
+The environment variable of a setting is `OMNIAVATAR_SERVE_` and its name in capitals. With `_FILE` at its
+end, it names a file that holds the value, as secrets of containers do. Every value knows its origin. Unknown
+names are errors.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from omniavatar.config.load import MOST_BYTES
+from omniavatar.config.change import changed
+from omniavatar.config.load import MOST_BYTES, load_config
+from omniavatar.config.schema import PipelineConfig
 from omniavatar.config.syntax import parse_value, read_yaml
+from omniavatar.config.values import web_address
 from omniavatar.errors import ConfigError
 from omniavatar.text import cut, quoted, read_text
 
@@ -26,6 +30,9 @@ PREFIX = "OMNIAVATAR_SERVE_"
 FILE_VARIABLE = f"{PREFIX}CONFIG"
 SECRETS = frozenset(("webhook_secret",))
 """Settings whose values are never printed."""
+IN_FILE = "_file"
+_PASSWORD = re.compile(r"(://[^/@:]*:)[^@]*(@)")
+"""The password of a URL, which is never printed."""
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Count = Annotated[int, Field(ge=1)]
@@ -94,7 +101,9 @@ class ServeSettings(BaseModel):
     event_streams: Count = 200
     """Most event streams and followed videos at the same time."""
     poll_after_ms: int = Field(1000, ge=10, le=60_000)
-    """What the header openai-poll-after-ms tells waiting clients."""
+    """Least milliseconds that the header openai-poll-after-ms tells waiting clients."""
+    polls_per_second: Count = 50
+    """Polls of all clients together that the header aims at: the longer the queue, the longer their pause."""
     sync_seconds: float = Field(1800.0, gt=0)
     """Longest wait of POST /v1/videos/sync; the job goes on after it."""
     keep_seconds: float = Field(7 * 86400.0, gt=0)
@@ -113,6 +122,16 @@ class ServeSettings(BaseModel):
     """File of the audit log; unset: audit.jsonl in data_dir."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least level of the log, which is JSON on stderr."""
+    metrics_port: int = Field(0, ge=0, le=65535)
+    """Port on which `serve worker` answers /health, /ready and /metrics, at host; 0: none."""
+    provenance: bool = False
+    """Sign every video with a C2PA manifest; otherwise those whose request asks, if a certificate is set."""
+    provenance_certificate: Path | None = None
+    """PEM file of the certificate chain that signs; unset: that of the model's configuration, if any."""
+    provenance_key: Path | None = None
+    """PEM file of its private key. Only the workers read it."""
+    provenance_timestamp: str = ""
+    """URL of a time stamp authority (RFC 3161); empty: no time stamps."""
     otlp_endpoint: str = ""
     """OpenTelemetry collector for traces, such as http://localhost:4318/v1/traces; empty: no traces."""
     drain_seconds: float = Field(600.0, ge=0)
@@ -124,6 +143,11 @@ class ServeSettings(BaseModel):
         if value and len(value) < 32:
             raise ValueError("must have 32 or more characters; make one with `openssl rand -hex 32`")
         return value
+
+    @field_validator("provenance_timestamp", "otlp_endpoint")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        return web_address(value)
 
     @field_validator("cors_origins")
     @classmethod
@@ -165,7 +189,19 @@ class LoadedSettings:
     def rows(self) -> Iterator[tuple[str, Any, str]]:
         """Name, printable value and origin of each setting; secrets are hidden."""
         for name, value in self.settings.model_dump(mode="json").items():
+            if isinstance(value, str):
+                value = _PASSWORD.sub(r"\1(hidden)\2", value)
             yield name, "(hidden)" if name in SECRETS and value else value, self.origins[name]
+
+
+def load_configs(settings: ServeSettings) -> dict[str, PipelineConfig]:
+    """The configurations of the models by name, with the server's provenance. Raises ConfigError."""
+    own = {
+        name: value
+        for name in ("provenance", "provenance_certificate", "provenance_key", "provenance_timestamp")
+        if (value := getattr(settings, name))
+    }
+    return {name: changed(load_config(path).config, output=own) for name, path in settings.models.items()}
 
 
 def load_settings(
@@ -189,8 +225,17 @@ def load_settings(
             given[_known(entry.key, entry.origin)] = (entry.value, entry.origin)
     for variable, text in sorted(environment.items()):
         if variable.startswith(PREFIX) and variable != FILE_VARIABLE:
-            name = _known(variable.removeprefix(PREFIX).lower(), variable)
-            given[name] = (_from_text(name, text, variable), variable)
+            name, origin = variable.removeprefix(PREFIX).lower(), variable
+            if name.endswith(IN_FILE) and name.removesuffix(IN_FILE) in ServeSettings.model_fields:
+                name, origin = name.removesuffix(IN_FILE), f"{variable} ({text})"
+                if f"{PREFIX}{name.upper()}" in environment:
+                    raise ConfigError(f"{variable}: {PREFIX}{name.upper()} is set too; leave one of them out")
+                try:
+                    text = read_text(text, MOST_BYTES, ConfigError).strip()
+                except ConfigError as error:
+                    raise ConfigError(f"{variable}: {error}") from None
+            name = _known(name, variable)
+            given[name] = (_from_text(name, text, variable), origin)
     for name, value in (options or {}).items():
         if value is not None:
             given[name] = (value, f"--{name.replace('_', '-')}")

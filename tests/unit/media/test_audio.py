@@ -48,6 +48,7 @@ LOSSLESS = [
     ("wav", "pcm_f32le", 48000, "5.1"),
     ("wav", "pcm_f64le", 192000, "stereo"),
     ("wav", "pcm_s32le", 192000, "5.1"),
+    ("wav", "pcm_s64le", 16000, "stereo"),
     ("wav", "pcm_s16le", 48000, "7.1"),
     ("flac", "flac", 44100, "stereo"),
     ("flac", "flac", 96000, "5.1"),

@@ -8,13 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from limits import RateLimitItemPerMinute
-from limits.storage import MemoryStorage
-from limits.strategies import SlidingWindowCounterRateLimiter
 from starlette.requests import Request
 
 from omniavatar.serve.api.errors import LIMITED, ApiError
 from omniavatar.serve.jobs.keys import SCOPES, KeyStore
+from omniavatar.serve.jobs.rates import Rates
 from omniavatar.serve.jobs.records import LOCAL_KEY, KeyLimits
 from omniavatar.serve.settings import ServeSettings
 
@@ -42,12 +40,15 @@ class Access:
     """
 
     def __init__(
-        self, settings: ServeSettings, keys: KeyStore, clock: Callable[[], float] = time.monotonic
+        self,
+        settings: ServeSettings,
+        keys: KeyStore,
+        rates: Rates,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._settings, self._keys, self._clock = settings, keys, clock
+        self._settings, self._keys, self._rates, self._clock = settings, keys, rates, clock
         self._needs_keys = not settings.is_loopback and not settings.insecure
         self._look_again = 0.0
-        self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
 
     def needs_keys(self) -> bool:
         """Raises StoreError."""
@@ -81,7 +82,7 @@ class Access:
             raise ApiError(403, "missing_scope", message, type="permission_error")
         rate = caller.limits.requests_per_minute or self._settings.requests_per_minute
         who = address if caller.key_id == LOCAL_KEY else caller.key_id
-        if not self._limiter.hit(RateLimitItemPerMinute(rate), who):
+        if not self._rates.hit(who, rate):
             message = f"more than {rate} requests in a minute; wait and try again"
             raise ApiError(429, "rate_limited", message, type=LIMITED, headers={"Retry-After": "5"})
         return caller

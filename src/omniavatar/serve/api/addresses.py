@@ -1,7 +1,8 @@
 """Fetches from, and posts to, addresses that a client names, without reaching into the server's own network.
 
 The address is checked where the connection is made, after names are resolved, so neither a redirect nor a
-name that changes its address (DNS rebinding) leads to a private one.
+name that changes its address (DNS rebinding) leads to a private one. A request has one deadline for all of
+its parts, so a server that sends a byte now and then cannot hold it.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import urljoin, urlsplit
@@ -26,6 +29,9 @@ MOST_REDIRECTS = 5
 MOST_URL = 2048
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _REDIRECTS = (301, 302, 303, 307, 308)
+_LOOK_S = 0.25
+_ends: ContextVar[float] = ContextVar("ends")
+"""When the request of this thread must be over, by the monotonic clock."""
 
 
 class AddressError(InputError):
@@ -72,11 +78,43 @@ def checked_url(url: str) -> str:
     return url
 
 
+class _Timed(httpcore.NetworkStream):
+    """A stream that ends at the request's deadline, or soon after `over` is set."""
+
+    def __init__(self, inner: httpcore.NetworkStream, over: threading.Event) -> None:
+        self._inner, self._over = inner, over
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        while True:
+            left = _ends.get() - time.monotonic()
+            if left <= 0 or self._over.is_set():
+                raise httpcore.ReadTimeout("the deadline of the request is over")
+            try:
+                return self._inner.read(max_bytes, min(left, _LOOK_S))
+            except httpcore.ReadTimeout:
+                continue
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._inner.write(buffer, max(0.01, _ends.get() - time.monotonic()))
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.NetworkStream:
+        return _Timed(self._inner.start_tls(ssl_context, server_hostname, timeout), self._over)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._inner.get_extra_info(info)
+
+
 class _Guarded(httpcore.NetworkBackend):
     """Connects to public addresses only, and to the very address that was checked."""
 
-    def __init__(self, private: bool, resolver: Resolver) -> None:
-        self._private, self._resolver, self._inner = private, resolver, httpcore.SyncBackend()
+    def __init__(self, private: bool, resolver: Resolver, over: threading.Event) -> None:
+        self._private, self._resolver, self._over = private, resolver, over
+        self._inner = httpcore.SyncBackend()
 
     def connect_tcp(
         self,
@@ -93,7 +131,8 @@ class _Guarded(httpcore.NetworkBackend):
         allowed = [address for address in found if self._private or is_public(address)]
         if not allowed or len(allowed) < len(found):
             raise AddressError("leads to a private address, which is not allowed; give a public one")
-        return self._inner.connect_tcp(allowed[0], port, timeout, local_address, socket_options)
+        found_stream = self._inner.connect_tcp(allowed[0], port, timeout, local_address, socket_options)
+        return _Timed(found_stream, self._over)
 
     def connect_unix_socket(self, path: str, timeout: float | None = None, socket_options: Any = None) -> Any:
         raise AddressError("must not lead to a socket of this machine")
@@ -110,7 +149,8 @@ class Outside:
     """
 
     def __init__(self, private: bool = False, resolver: Resolver = resolve) -> None:
-        backend = _Guarded(private, resolver)
+        self._over = threading.Event()
+        backend = _Guarded(private, resolver, self._over)
         self._pool = httpcore.ConnectionPool(
             ssl_context=ssl.create_default_context(),
             network_backend=backend,
@@ -118,7 +158,12 @@ class Outside:
             retries=0,
         )
 
+    def interrupt(self) -> None:
+        """End the requests that run, and all later ones."""
+        self._over.set()
+
     def close(self) -> None:
+        self.interrupt()
         self._pool.close()
 
     def fetch(self, url: str, target: Path, most_bytes: int, seconds: float) -> int:
@@ -127,6 +172,7 @@ class Outside:
         Raises AddressError.
         """
         ends = time.monotonic() + seconds
+        _ends.set(ends)
         for _ in range(MOST_REDIRECTS + 1):
             try:
                 with self._pool.stream(
@@ -145,6 +191,7 @@ class Outside:
 
     def post(self, url: str, body: bytes, headers: dict[bytes | str, bytes | str], seconds: float) -> None:
         """Post `body`; a redirect is not followed. Raises DeliveryError unless the status is 2xx."""
+        _ends.set(time.monotonic() + seconds)
         try:
             with self._pool.stream(
                 "POST", checked_url(url), headers=headers, content=body, extensions=_timeouts(seconds)

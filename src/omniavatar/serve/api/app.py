@@ -5,27 +5,29 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 
 from omniavatar import __version__
 from omniavatar.errors import ConfigError
 from omniavatar.serve.api import errors
-from omniavatar.serve.api.access import ADMIN, READ, Access
+from omniavatar.serve.api.access import READ, Access
 from omniavatar.serve.api.addresses import Outside
 from omniavatar.serve.api.checks import Checker, ProcessChecker
 from omniavatar.serve.api.guard import Guard
+from omniavatar.serve.api.load import QueueLoad
 from omniavatar.serve.api.logs import trace
 from omniavatar.serve.api.metrics import Metrics
 from omniavatar.serve.api.models import Catalogue
+from omniavatar.serve.api.operations import operations
 from omniavatar.serve.api.replies import ListedModel, ModelList, size_text
-from omniavatar.serve.api.service import Service, ready_problem
+from omniavatar.serve.api.service import Service
 from omniavatar.serve.api.videos import ERRORS, videos
 from omniavatar.serve.api.webhooks import Webhooks
 from omniavatar.serve.jobs.files import JobFiles
 from omniavatar.serve.jobs.keys import KeyStore
+from omniavatar.serve.jobs.rates import Rates
 from omniavatar.serve.jobs.store import JobStore
 from omniavatar.serve.settings import ServeSettings
 
@@ -54,7 +56,7 @@ def create_app(
     """The app of a server.
 
     checker, outside: how uploads are checked, and how other servers are reached; by default as configured.
-    ready: whether a worker has a model loaded.
+    ready: whether a worker has a model loaded. Raises StoreError.
     """
     checker = checker or ProcessChecker(
         settings.check_processes, settings.check_seconds, settings.portrait_pixels, settings.voice_seconds
@@ -62,26 +64,29 @@ def create_app(
     outside = outside or Outside(settings.private_urls)
     metrics = metrics or Metrics(store)
     hooks = Webhooks(store, outside, settings.webhook_secret, settings.webhook_tries)
+    rates = Rates(store.database)
+    load = QueueLoad(store, settings.poll_after_ms, settings.polls_per_second)
     service = Service(
-        settings, store, files, Access(settings, keys), models, checker, outside, hooks, metrics
+        settings, store, files, Access(settings, keys, rates), models, checker, outside, hooks, metrics, load
     )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await run_in_threadpool(checker.start)
+        rates.start()
         if settings.webhook_secret:
             hooks.start()
         try:
             yield
         finally:
             hooks.stop()
+            rates.stop()
             checker.close()
             outside.close()
-            if traces is not None:
-                traces.shutdown()
 
     app = FastAPI(title="omniavatar", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    traces = trace(app, settings.otlp_endpoint) if settings.otlp_endpoint else None
+    if settings.otlp_endpoint:
+        trace(app, settings.otlp_endpoint)
     errors.install(app)
     app.include_router(videos(service))
 
@@ -95,23 +100,7 @@ def create_app(
         ]
         return ModelList(data=found)
 
-    @app.get("/health")
-    def health() -> dict[str, str]:
-        """Whether this process answers."""
-        return {"status": "ok"}
-
-    @app.get("/ready", responses={503: {"description": "Not ready."}})
-    def is_ready() -> JSONResponse:
-        """Whether the database answers and a model is loaded."""
-        problem = ready_problem(service, ready())
-        body = {"status": "ready"} if problem is None else {"status": "not ready", "reason": problem}
-        return JSONResponse(body, 200 if problem is None else 503)
-
-    @app.get("/metrics", responses={**ERRORS, 200: {"content": {"text/plain": {}}}})
-    def prometheus(request: Request) -> Response:
-        """Prometheus metrics; a server with keys asks for one of the scope admin."""
-        service.access.caller(request, ADMIN)
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+    app.include_router(operations(service.access, store, ready, metrics))
 
     if settings.cors_origins:
         app.add_middleware(

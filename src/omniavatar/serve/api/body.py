@@ -11,15 +11,13 @@ import binascii
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -32,6 +30,8 @@ from omniavatar.serve.settings import ServeSettings
 from omniavatar.text import JsonError, parse_json
 
 FILES = (PORTRAIT, VOICE)
+NAMES = {PORTRAIT: "portrait", VOICE: "voice"}
+"""Names of the files of a request."""
 _ALIASES = {PORTRAIT: ("image_url", "url"), VOICE: ("audio_url", "url")}
 MOST_FIELD = 1_000_000
 
@@ -88,40 +88,59 @@ class ExtensionFields(Fields):
 
 @dataclass
 class Asked:
-    """A parsed body. files: by field name. digest: the same for the same request."""
+    """A request with its files on the disk. files: by field name. digest: the same for the same request."""
 
     values: Fields
     files: dict[str, Path] = field(default_factory=dict)
     digest: str = ""
 
 
+@dataclass(frozen=True)
+class Body:
+    """A parsed body whose files are not on the disk yet: open uploads, or URLs, by field name."""
+
+    values: Fields
+    given: Mapping[str, BinaryIO | str]
+    settings: ServeSettings
+    outside: Outside
+
+    def write(self, folder: Path) -> Asked:
+        """The request with its files in `folder`, by the names of `NAMES`; it blocks. Raises ApiError."""
+        asked, hashes = Asked(self.values), {}
+        for name, value in sorted(self.given.items()):
+            path = asked.files[name] = folder / NAMES[name]
+            if isinstance(value, str):
+                _load(name, value, path, self.settings, self.outside)
+            else:
+                value.seek(0)
+                with path.open("wb") as file:
+                    shutil.copyfileobj(value, file, 2**20)
+            with path.open("rb") as file:
+                hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        text = json.dumps([self.values.model_dump(mode="json"), hashes], sort_keys=True)
+        asked.digest = hashlib.sha256(text.encode()).hexdigest()
+        return asked
+
+
 @asynccontextmanager
 async def parsed(
     request: Request, kind: type[Fields], settings: ServeSettings, outside: Outside
-) -> AsyncIterator[Asked]:
-    """The body of a request; its files exist while the block runs. Raises ApiError."""
-    folder = Path(await run_in_threadpool(tempfile.mkdtemp, prefix="omniavatar-upload-"))
-    try:
-        content = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+) -> AsyncIterator[Body]:
+    """The body of a request; its uploads are open while the block runs. Raises ApiError."""
+    content = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    async with AsyncExitStack() as stack:
         if content == "application/json":
             raw, given = await _from_json(request)
         elif content in ("multipart/form-data", "application/x-www-form-urlencoded"):
-            raw, given = await _from_form(request, folder)
+            raw, given = await _from_form(request, stack)
         else:
             message = "the body must be multipart/form-data or application/json; set Content-Type"
             raise ApiError(415, "unsupported_media_type", message)
         try:
-            asked = Asked(kind.model_validate(raw))
+            values = kind.model_validate(raw)
         except ValidationError as error:
             raise validation_error(error.errors(include_url=False)) from None
-        for name, value in given.items():
-            if isinstance(value, str):
-                value = await run_in_threadpool(_load, name, value, folder, settings, outside)
-            asked.files[name] = value
-        asked.digest = await run_in_threadpool(_digest, asked)
-        yield asked
-    finally:
-        await run_in_threadpool(shutil.rmtree, folder, True)
+        yield Body(values, given, settings, outside)
 
 
 async def _from_json(request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -146,39 +165,34 @@ async def _from_json(request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
     return values, given
 
 
-async def _from_form(request: Request, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+async def _from_form(request: Request, stack: AsyncExitStack) -> tuple[dict[str, Any], dict[str, Any]]:
     raw: dict[str, Any] = {}
     given: dict[str, Any] = {}
     try:
-        async with request.form(max_files=2, max_fields=50, max_part_size=MOST_FIELD) as form:
-            for name, value in form.multi_items():
-                plain = name.partition("[")[0] if name.startswith(FILES) else name
-                if plain in raw or plain in given:
-                    raise field_error(plain[:100], "is given more than once; give it once")
-                if isinstance(value, UploadFile):
-                    if plain not in FILES:
-                        raise field_error(plain[:100], "is no file field; remove it", "unknown_field")
-                    given[plain] = await run_in_threadpool(_keep, value.file, folder / plain)
-                elif plain in FILES:
-                    if value:
-                        given[plain] = value
-                else:
-                    raw[name] = value
+        form = await stack.enter_async_context(
+            request.form(max_files=2, max_fields=50, max_part_size=MOST_FIELD)
+        )
     except HTTPException as error:
         raise ApiError(
             400, "invalid_body", f"the form cannot be read ({error.detail}); send it again"
         ) from None
+    for name, value in form.multi_items():
+        plain = name.partition("[")[0] if name.startswith(FILES) else name
+        if plain in raw or plain in given:
+            raise field_error(plain[:100], "is given more than once; give it once")
+        if isinstance(value, UploadFile):
+            if plain not in FILES:
+                raise field_error(plain[:100], "is no file field; remove it", "unknown_field")
+            given[plain] = value.file
+        elif plain in FILES:
+            if value:
+                given[plain] = value
+        else:
+            raw[name] = value
     return raw, given
 
 
-def _keep(stream: Any, path: Path) -> Path:
-    with path.open("wb") as file:
-        shutil.copyfileobj(stream, file, 2**20)
-    return path
-
-
-def _load(name: str, url: str, folder: Path, settings: ServeSettings, outside: Outside) -> Path:
-    path = folder / name
+def _load(name: str, url: str, path: Path, settings: ServeSettings, outside: Outside) -> None:
     if url.startswith("data:"):
         head, comma, data = url.partition(",")
         if not comma or not head.endswith(";base64"):
@@ -187,19 +201,10 @@ def _load(name: str, url: str, folder: Path, settings: ServeSettings, outside: O
             path.write_bytes(base64.b64decode(data, validate=True))
         except (binascii.Error, ValueError):
             raise field_error(name, "holds no valid base64; encode the file again") from None
-        return path
+        return
     if not settings.url_inputs:
         raise field_error(name, "URLs are off on this server; upload the file, or send a data: URL")
     try:
         outside.fetch(checked_url(url), path, settings.upload_bytes, settings.upload_seconds)
     except AddressError as error:
         raise field_error(name, f"the URL {error}", "invalid_url") from None
-    return path
-
-
-def _digest(asked: Asked) -> str:
-    files: Mapping[str, str] = {
-        name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sorted(asked.files.items())
-    }
-    text = json.dumps([asked.values.model_dump(mode="json"), files], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

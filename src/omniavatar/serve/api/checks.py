@@ -3,52 +3,24 @@
 from __future__ import annotations
 
 import concurrent.futures
+import logging
 import multiprocessing
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import pebble
 
-from omniavatar.errors import InputError, OmniAvatarError
-from omniavatar.media.audio_source import open_audio
-from omniavatar.media.image import Reduction, load_image
+from omniavatar.errors import OmniAvatarError
+from omniavatar.serve.api import decoding
+from omniavatar.serve.api.decoding import bound, portrait_size, voice_seconds, warm_up
 from omniavatar.serve.api.errors import ApiError, field_error
+
+_log = logging.getLogger("omniavatar.serve")
 
 PORTRAIT, VOICE = "input_reference", "audio_reference"
 Result = TypeVar("Result")
-_MEMORY = 6 * 2**30
-
-
-@dataclass(frozen=True)
-class _Bounded(Reduction):
-    """Refuses a picture by the size in its header, before it is decoded."""
-
-    most: int = 0
-
-    def draft_size(self, width: int, height: int) -> tuple[int, int] | None:
-        if width * height > self.most:
-            raise InputError(f"the image has {width} x {height} pixels, above {self.most}; make it smaller")
-        return super().draft_size(width, height)
-
-
-def portrait_size(path: str, most_pixels: int) -> tuple[int, int]:
-    """(height, width) of a portrait, decoded whole. Raises InputError."""
-    height, width = load_image(path, _Bounded(most=most_pixels)).shape[:2]
-    return height, width
-
-
-def voice_seconds(path: str, most_seconds: float) -> float:
-    """Seconds of a voice, decoded whole, but no further than the limit. Raises InputError."""
-    with open_audio(path) as audio:
-        samples = 0
-        for block in audio.blocks:
-            samples += block.shape[1]
-            if samples > most_seconds * audio.sample_rate:
-                raise InputError(f"the sound is longer than {most_seconds:g} s; cut it")
-        return samples / audio.sample_rate
 
 
 class Checker(Protocol):
@@ -56,12 +28,11 @@ class Checker(Protocol):
 
     def start(self) -> None: ...
 
-    def portrait(self, path: Path) -> tuple[int, int]:
-        """(height, width). Raises ApiError that names the field."""
-        ...
+    def check(self, portrait: Path | None, voice: Path | None) -> tuple[tuple[int, int] | None, float | None]:
+        """(height, width) of the portrait, and seconds of the voice; None for one that is not given.
 
-    def voice(self, path: Path) -> float:
-        """Seconds. Raises ApiError that names the field."""
+        Raises ApiError that names the field.
+        """
         ...
 
     def close(self) -> None: ...
@@ -77,15 +48,22 @@ class ProcessChecker:
         self._pool: pebble.ProcessPool | None = None
 
     def start(self) -> None:
-        """Start the processes, so that the first upload does not wait for them."""
-        for started in [self._started().schedule(bound) for _ in range(self._processes)]:
+        """Start the processes and let them decode once, so that no upload waits for them."""
+        for started in [self._started().schedule(warm_up) for _ in range(self._processes)]:
             started.result()
 
-    def portrait(self, path: Path) -> tuple[int, int]:
-        return self._run(PORTRAIT, path, portrait_size, self._pixels)
-
-    def voice(self, path: Path) -> float:
-        return self._run(VOICE, path, voice_seconds, self._length)
+    def check(self, portrait: Path | None, voice: Path | None) -> tuple[tuple[int, int] | None, float | None]:
+        size = None if portrait is None else self._given(portrait_size, portrait, self._pixels)
+        seconds = None if voice is None else self._given(voice_seconds, voice, self._length)
+        try:
+            return (
+                None if size is None else self._answer(PORTRAIT, size, portrait),
+                None if seconds is None else self._answer(VOICE, seconds, voice),
+            )
+        except ApiError:
+            if seconds is not None:
+                seconds.cancel()
+            raise
 
     def close(self) -> None:
         with self._lock:
@@ -94,11 +72,16 @@ class ProcessChecker:
                 self._pool.join()
                 self._pool = None
 
-    def _run(self, field: str, path: Path, check: Callable[[str, Any], Result], limit: float) -> Result:
-        pool = self._started()
-        future: concurrent.futures.Future[Result] = pool.schedule(
+    def _given(
+        self, check: Callable[[str, Any], Result], path: Path, limit: float
+    ) -> concurrent.futures.Future[Result]:
+        """What a process will answer."""
+        future: concurrent.futures.Future[Result] = self._started().schedule(
             check, args=[str(path), limit], timeout=self._seconds
         )
+        return future
+
+    def _answer(self, field: str, future: concurrent.futures.Future[Result], path: Path | None) -> Result:
         try:
             return future.result()
         except OmniAvatarError as error:
@@ -107,12 +90,16 @@ class ProcessChecker:
             raise field_error(field, "takes too long to decode; convert it to PNG, JPEG or WAV") from None
         except (pebble.ProcessExpired, MemoryError):
             raise field_error(field, "cannot be decoded; convert it to PNG, JPEG or WAV") from None
+        except Exception as error:  # the file is at fault for the client, and the reader for us
+            _log.error("a bug in this server: its reader of %s", field, exc_info=error)
+            raise field_error(field, "cannot be decoded; convert it to PNG, JPEG or WAV") from None
 
     def _started(self) -> pebble.ProcessPool:
         with self._lock:
             if self._pool is None:
                 methods = multiprocessing.get_all_start_methods()
                 context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+                context.set_forkserver_preload([decoding.__name__])  # each process begins with it
                 self._pool = pebble.ProcessPool(self._processes, initializer=bound, context=context)
             return self._pool
 
@@ -126,31 +113,23 @@ class DirectChecker:
     def start(self) -> None:
         pass
 
-    def portrait(self, path: Path) -> tuple[int, int]:
+    def check(self, portrait: Path | None, voice: Path | None) -> tuple[tuple[int, int] | None, float | None]:
+        size, seconds, field, path = None, None, PORTRAIT, portrait
         try:
-            return portrait_size(str(path), self._pixels)
+            if portrait is not None:
+                size = portrait_size(str(portrait), self._pixels)
+            field, path = VOICE, voice
+            if voice is not None:
+                seconds = voice_seconds(str(voice), self._length)
         except OmniAvatarError as error:
-            raise refused(PORTRAIT, error, path) from None
-
-    def voice(self, path: Path) -> float:
-        try:
-            return voice_seconds(str(path), self._length)
-        except OmniAvatarError as error:
-            raise refused(VOICE, error, path) from None
+            raise refused(field, error, path) from None
+        return size, seconds
 
     def close(self) -> None:
         pass
 
 
-def refused(field: str, error: OmniAvatarError, path: Path) -> ApiError:
+def refused(field: str, error: OmniAvatarError, path: Path | None) -> ApiError:
     """The reader's message with the field in place of the path."""
     text = str(error).replace(f" {path}", "").replace(str(path), "the file").strip()
     return field_error(field, text, "invalid_input")
-
-
-def bound() -> None:
-    """Limit the memory of a process that decodes."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -147,7 +147,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(OmniAvatarError, ours)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(Exception, ours)
 
 
 def validation_error(problems: Any) -> ApiError:

@@ -1,4 +1,8 @@
-"""The outermost layer of the API: request ids, allowed hosts and origins, bytes counted while they arrive."""
+"""The outermost layer of the API: request ids, allowed hosts and origins, bytes counted while they arrive.
+
+It also answers what no handler of the app answers. Starlette would answer it outside of this layer, without
+the request's id, and close the connection although the client may use it again.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,17 @@ import logging
 import re
 import time
 import uuid
-from contextvars import ContextVar
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from omniavatar.serve.api.errors import SERVER, ApiError, reply
+from omniavatar.serve.api.errors import SERVER, ApiError, as_api_error, reply
 from omniavatar.serve.api.metrics import Metrics
+from omniavatar.serve.jobs.logs import request_id
 from omniavatar.serve.settings import ServeSettings
 
-request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 _log = logging.getLogger(__name__)
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(:\d{1,5})?")
 _OPEN = frozenset(("/health", "/ready", "/metrics"))
@@ -80,6 +84,14 @@ class Guard:
                 await reply(problem)(scope, receive, sending)
             else:
                 await self._app(scope, counting, sending)
+        except ClientDisconnect:
+            state["error_code"] = "client_left"
+        except Exception as error:
+            if status:  # a part of the reply was sent
+                raise
+            found = as_api_error(error)
+            state["error_code"] = found.code
+            await reply(found)(scope, receive, sending)
         finally:
             self._arriving -= counted
             route = getattr(scope.get("route"), "path", "other")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
+from omniavatar.serve.jobs.errors import JobNotFoundError
 from omniavatar.serve.jobs.records import JobRecord, JobStatus
 from omniavatar.serve.jobs.store import JobStore
 
@@ -16,10 +18,17 @@ _WINDOW = (0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
 
 
 class Metrics:
-    """Counters of this process, and gauges that are read for each reply."""
+    """Counters of this process, and gauges that are read for each reply.
 
-    def __init__(self, store: JobStore) -> None:
-        self._store = store
+    memory: number, used and total bytes of each GPU.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        memory: Callable[[], list[tuple[int, int, int]]] | None = None,
+    ) -> None:
+        self._store, self._memory = store, memory or gpu_memory
         self.registry = CollectorRegistry()
         self._requests = Histogram(
             "omniavatar_request_seconds",
@@ -57,13 +66,20 @@ class Metrics:
         if job.status is JobStatus.completed and made > 0 and job.started_at and job.completed_at:
             self._windows.labels(job.spec.model).observe((job.completed_at - job.started_at) / made)
 
+    def ended_id(self, id: str) -> None:
+        """`ended` by the job's id; a job that was deleted meanwhile is not counted."""
+        with suppress(JobNotFoundError):
+            self.ended(self._store.get(id))
+
     def collect(self) -> Iterator[Metric]:
         queue = GaugeMetricFamily("omniavatar_jobs", "Jobs by status", labels=["status"])
         for status, count in self._store.counts().items():
             queue.add_metric([str(status)], count)
         yield queue
+        ready = self._store.ready_workers()
+        yield GaugeMetricFamily("omniavatar_workers_ready", "Workers with a loaded model", value=ready)
         memory = GaugeMetricFamily("omniavatar_gpu_memory_bytes", "GPU memory", labels=["gpu", "kind"])
-        for gpu, used, total in gpu_memory():
+        for gpu, used, total in self._memory():
             memory.add_metric([str(gpu), "used"], used)
             memory.add_metric([str(gpu), "total"], total)
         yield memory

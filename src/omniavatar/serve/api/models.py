@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from omniavatar.config.change import effective_sampling
-from omniavatar.config.load import load_config
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.encoders.image import choose_bucket
 from omniavatar.errors import ConfigError
@@ -16,7 +15,7 @@ from omniavatar.plan.run import plan_run
 from omniavatar.serve.api.errors import NOT_FOUND, ApiError, field_error
 from omniavatar.serve.jobs.records import JobStatus, Json
 from omniavatar.serve.jobs.store import JobStore
-from omniavatar.serve.settings import ServeSettings
+from omniavatar.serve.settings import ServeSettings, load_configs
 from omniavatar.types import SamplingParams
 
 REQUEST_KEYS = tuple(field.name for field in fields(SamplingParams))
@@ -44,8 +43,7 @@ class Catalogue:
     @classmethod
     def load(cls, settings: ServeSettings) -> Catalogue:
         """Raises ConfigError."""
-        configs = {name: load_config(path).config for name, path in settings.models.items()}
-        return cls(configs, settings.most_steps)
+        return cls(load_configs(settings), settings.most_steps)
 
     def name(self, asked: str | None) -> str:
         """The model's name, or the default's. Raises ApiError."""
@@ -91,6 +89,13 @@ class Catalogue:
         except ConfigError as error:
             raise field_error("extra_params", str(error).removeprefix("request: ")) from None
         return {key: checked.model_dump(mode="json")[key] for key in values}
+
+    def check_provenance(self, model: str) -> None:
+        """Raise ApiError if the server has no certificate to sign the model's videos with."""
+        if self.configs[model].output.provenance_certificate is None:
+            raise field_error(
+                "provenance", "this server has no certificate to sign with; leave it out", "not_available"
+            )
 
     def size(self, model: str, asked: str | None) -> tuple[int, int] | None:
         """(height, width) of the dialect's WxH. Raises ApiError."""

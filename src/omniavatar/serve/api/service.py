@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,22 +11,25 @@ from pathlib import Path
 
 from starlette.requests import Request
 
-from omniavatar.errors import OmniAvatarError
-from omniavatar.serve.api.access import Access, Caller, audit
+from omniavatar.serve.api.access import WRITE, Access, Caller, audit
 from omniavatar.serve.api.addresses import AddressError, Outside, checked_url
-from omniavatar.serve.api.body import Asked
+from omniavatar.serve.api.body import NAMES, Asked, Body
 from omniavatar.serve.api.checks import PORTRAIT, VOICE, Checker
 from omniavatar.serve.api.errors import SERVER, ApiError, field_error
+from omniavatar.serve.api.load import QueueLoad
 from omniavatar.serve.api.metrics import Metrics
 from omniavatar.serve.api.models import Catalogue, Plan
 from omniavatar.serve.api.webhooks import Webhooks
+from omniavatar.serve.jobs.errors import QueueFullError, StoreError
 from omniavatar.serve.jobs.extensions import prepare_extension
 from omniavatar.serve.jobs.files import JobFiles
+from omniavatar.serve.jobs.logs import request_id
 from omniavatar.serve.jobs.records import JobRecord, JobSpec, JobStatus, new_job_id
 from omniavatar.serve.jobs.store import JobStore
+from omniavatar.serve.jobs.tracing import current_parent
 from omniavatar.serve.settings import ServeSettings
 
-IMAGE_NAME, SOUND_NAME = "input/portrait", "input/voice"
+IMAGE_NAME, SOUND_NAME = f"input/{NAMES[PORTRAIT]}", f"input/{NAMES[VOICE]}"
 MOST_KEY = 255
 
 
@@ -42,6 +46,7 @@ class Service:
     outside: Outside
     webhooks: Webhooks
     metrics: Metrics
+    load: QueueLoad
     _streams: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -68,6 +73,22 @@ class Service:
     def job(self, id: str, caller: Caller) -> JobRecord:
         """Raises JobNotFoundError, also for a job of another key."""
         return self.store.get(id, caller.key_id)
+
+    def admitted(self, request: Request) -> Caller:
+        """Who asks for a new job, before the body is read. Raises ApiError, QueueFullError, StoreError.
+
+        A request with an idempotency key may belong to a job that the queue has, so it is read first.
+        """
+        caller = self.access.caller(request, WRITE)
+        most = self.settings.queue_length
+        if self.load.refreshed() >= most and "idempotency-key" not in request.headers:
+            raise QueueFullError(f"the queue is full ({most} jobs); try again later")
+        return caller
+
+    def planned(self, body: Body) -> tuple[JobSpec, Plan]:
+        """What a request would make, without accepting it. Raises ApiError."""
+        with tempfile.TemporaryDirectory(prefix="omniavatar-upload-") as folder:
+            return self.checked(body.write(Path(folder)))
 
     def checked(self, asked: Asked, source: JobRecord | None = None) -> tuple[JobSpec, Plan]:
         """The request, checked whole, without accepting it. Raises ApiError.
@@ -96,13 +117,10 @@ class Service:
         if values.webhook_url is not None:
             self._check_webhook(values.webhook_url)
         if values.provenance:
-            raise field_error("provenance", "is not available on this server; leave it out", "not_available")
-        portrait = None
-        if source is None:
-            if PORTRAIT not in asked.files:
-                raise field_error(PORTRAIT, "is missing; add a portrait", "missing_field")
-            portrait = self.checker.portrait(asked.files[PORTRAIT])
-        seconds = self.checker.voice(asked.files[VOICE]) if VOICE in asked.files else None
+            self.models.check_provenance(model)
+        if source is None and PORTRAIT not in asked.files:
+            raise field_error(PORTRAIT, "is missing; add a portrait", "missing_field")
+        portrait, seconds = self.checker.check(asked.files.get(PORTRAIT), asked.files.get(VOICE))
         plan = self.models.plan(model, size, portrait, seconds, settings)
         spec = JobSpec(
             model=model,
@@ -113,62 +131,71 @@ class Service:
             settings=settings,
             extends=None if source is None else source.id,
             webhook=values.webhook_url,
-            provenance=values.provenance,
+            provenance=values.provenance or (source is not None and source.spec.provenance),
+            origin=self._origin(),
         )
         return spec, plan
 
     def submit(
-        self, request: Request, caller: Caller, asked: Asked, source: JobRecord | None = None
-    ) -> tuple[JobRecord, bool]:
-        """Accept a job, or return the one of the same idempotency key; whether it is new.
+        self, request: Request, caller: Caller, body: Body, source: JobRecord | None = None
+    ) -> JobRecord:
+        """Accept a job, or return the one of the same idempotency key.
 
-        Its files are kept, and its webhook, before it is in the queue.
+        Its files are on the disk, and its webhook is in the database, before it is in the queue. All of it is
+        one call, so that an accept waits for a thread only once.
 
         Raises ApiError, StoreError, OutputError.
         """
         key = request.headers.get("idempotency-key")
         if key is not None and (not 0 < len(key) <= MOST_KEY or not key.isascii() or not key.isprintable()):
             raise ApiError(400, "invalid_idempotency_key", "Idempotency-Key: must be 1 to 255 ASCII letters")
-        digest = f"{asked.digest}" if source is None else f"{asked.digest[:32]}{source.id[-32:]}"
-        if key is not None:
-            found = self.store.find_idempotent(caller.key_id, key, digest)
-            if found is not None:
-                return found, False
-        spec, _ = self.checked(asked, source)
-        id, kept = new_job_id(), False
+        id, hooked, sealed, kept = new_job_id(), False, False, False
         try:
+            asked = body.write(self.files.draft(id))
+            digest = asked.digest if source is None else f"{asked.digest[:32]}{source.id[-32:]}"
+            if key is not None:
+                found = self.store.find_idempotent(caller.key_id, key, digest)
+                if found is not None:
+                    return found
+            spec, _ = self.checked(asked, source)
+            sealed = True
+            self.files.seal(id)
             if source is not None:
                 spec = replace(spec, image=prepare_extension(self.files, source, id))
-            else:
-                self._put(id, spec.image, asked.files[PORTRAIT])
-            if spec.audio is not None:
-                self._put(id, spec.audio, asked.files[VOICE])
             if spec.webhook is not None:
                 self.webhooks.expect(id, spec.webhook)
-            job, kept = self.store.submit(
-                caller.key_id,
-                spec,
-                id=id,
-                idempotency_key=key,
-                request_digest=digest,
-                limits=caller.limits,
-                most_unfinished=self.settings.queue_length,
-            )
+                hooked = True
+            try:
+                job, kept = self.store.submit(
+                    caller.key_id,
+                    spec,
+                    id=id,
+                    idempotency_key=key,
+                    request_digest=digest,
+                    limits=caller.limits,
+                    most_unfinished=self.settings.queue_length,
+                )
+            except StoreError:
+                kept = True  # it may be in the queue all the same; retention removes files without a job
+                raise
         finally:
             if not kept:
-                self.files.delete(id)
-                if spec.webhook is not None:
+                self.files.delete(id) if sealed else self.files.drop_draft(id)
+                if hooked:
                     self.webhooks.forget(id)
         if kept:
             audit(request, "submit", job=job.id, model=spec.model)
-        return job, kept
+        return job
 
     def is_ended(self, job: JobRecord) -> bool:
         return job.status in (JobStatus.completed, JobStatus.failed)
 
-    def _put(self, id: str, name: str, path: Path) -> None:
-        with path.open("rb") as stream:
-            self.files.put(id, name, stream, self.settings.upload_bytes)
+    def _origin(self) -> dict[str, str]:
+        """What logs and traces of the job are linked by."""
+        found = {"request_id": request_id.get()}
+        if self.settings.otlp_endpoint:
+            found["traceparent"] = current_parent()
+        return {name: value for name, value in found.items() if value is not None}
 
     def _check_webhook(self, url: str) -> None:
         if not self.settings.webhook_secret:
@@ -177,12 +204,3 @@ class Service:
             checked_url(url)
         except AddressError as error:
             raise field_error("webhook_url", str(error), "invalid_url") from None
-
-
-def ready_problem(service: Service, workers_ready: bool) -> str | None:
-    """Why the server cannot make videos now; None if it can."""
-    try:
-        service.store.ping()
-    except OmniAvatarError:
-        return "the job database does not answer"
-    return None if workers_ready else "no model is loaded yet"

@@ -18,6 +18,7 @@ from omniavatar.serve.api.models import window_seconds
 from omniavatar.serve.api.replies import Deletion, Estimate, Video, VideoList, size_text, video
 from omniavatar.serve.api.service import Service
 from omniavatar.serve.api.streams import growing, server_sent_events
+from omniavatar.serve.api.turns import in_turn
 from omniavatar.serve.jobs.records import THUMBNAIL, Deleted, JobRecord, JobStatus
 
 JobId = Annotated[str, Path(pattern=r"^video_[0-9a-f]{32}$", description="Id of a video.")]
@@ -62,25 +63,26 @@ def videos(service: Service) -> APIRouter:
 
     def shown(response: Response, job: JobRecord) -> Video:
         if not service.is_ended(job):
-            response.headers["openai-poll-after-ms"] = str(settings.poll_after_ms)
+            response.headers["openai-poll-after-ms"] = str(service.load.poll_after_ms())
         return video(job)
 
-    async def accept(request: Request, caller: Caller) -> tuple[JobRecord, bool]:
-        async with parsed(request, VideoFields, settings, service.outside) as asked:
-            return await run_in_threadpool(service.submit, request, caller, asked)
+    async def accept(request: Request) -> tuple[JobRecord, Caller]:
+        caller = await run_in_threadpool(service.admitted, request)
+        async with parsed(request, VideoFields, settings, service.outside) as body:
+            return await in_turn(service.submit, request, caller, body), caller
 
     @router.post("", openapi_extra=_body(["prompt", PORTRAIT]))
     async def create_video(request: Request, response: Response) -> Video:
         """Accept a video of a portrait and a voice; it is made in the background."""
-        job, _ = await accept(request, await caller_of(request, WRITE))
+        job, _ = await accept(request)
         return shown(response, job)
 
     @router.post("/estimate", openapi_extra=_body(["prompt", PORTRAIT]))
     async def estimate_video(request: Request) -> Estimate:
         """What a request would need, without accepting it."""
         await caller_of(request, READ)
-        async with parsed(request, VideoFields, settings, service.outside) as asked:
-            spec, plan = await run_in_threadpool(service.checked, asked)
+        async with parsed(request, VideoFields, settings, service.outside) as body:
+            spec, plan = await in_turn(service.planned, body)
         waiting = (await run_in_threadpool(service.store.counts))[JobStatus.queued]
         each = await run_in_threadpool(window_seconds, service.store, spec.model)
         own = None if each is None else each * plan.windows
@@ -104,8 +106,7 @@ def videos(service: Service) -> APIRouter:
     )
     async def create_video_and_wait(request: Request) -> FileResponse:
         """Make a video and return its bytes. A job goes on if the client leaves."""
-        caller = await caller_of(request, WRITE)
-        job, _ = await accept(request, caller)
+        job, caller = await accept(request)
         ends = time.monotonic() + settings.sync_seconds
         while not service.is_ended(job):
             if time.monotonic() > ends:
@@ -147,7 +148,9 @@ def videos(service: Service) -> APIRouter:
     @router.get("/{video_id}")
     def get_video(request: Request, response: Response, video_id: JobId) -> Video:
         """One video with its status."""
-        return shown(response, service.job(video_id, service.access.caller(request, READ)))
+        job = service.job(video_id, service.access.caller(request, READ))
+        service.load.refreshed()
+        return shown(response, job)
 
     @router.delete("/{video_id}")
     def delete_video(request: Request, response: Response, video_id: JobId) -> Deletion:
@@ -209,13 +212,13 @@ def videos(service: Service) -> APIRouter:
     @router.post("/{video_id}/extensions", openapi_extra=_body([VOICE]))
     async def extend_video(request: Request, response: Response, video_id: JobId) -> Video:
         """Continue a finished video with more sound; the result is the whole video."""
-        caller = await caller_of(request, WRITE)
+        caller = await run_in_threadpool(service.admitted, request)
         source = await run_in_threadpool(service.job, video_id, caller)
         if source.status is not JobStatus.completed:
             message = f"the video is {source.status}; extend it when it is completed"
             raise ApiError(409, "video_not_ready", message, "video_id")
-        async with parsed(request, ExtensionFields, settings, service.outside) as asked:
-            job, _ = await run_in_threadpool(service.submit, request, caller, asked, source)
+        async with parsed(request, ExtensionFields, settings, service.outside) as body:
+            job = await in_turn(service.submit, request, caller, body, source)
         return shown(response, job)
 
     return router

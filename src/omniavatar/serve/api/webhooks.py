@@ -12,6 +12,7 @@ import hmac
 import json
 import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -28,7 +29,7 @@ from omniavatar.serve.jobs.tables import jobs, webhooks
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 3600.0
 _LEASE = 60.0
 _ORPHAN_AGE = 3600.0
-_BATCH = 20
+_BATCH = _AT_ONCE = 16
 _log = logging.getLogger("omniavatar.serve")
 
 
@@ -101,7 +102,9 @@ class Webhooks:
         self._thread.start()
 
     def stop(self) -> None:
+        """End the thread; what it was delivering is tried again by the next server."""
         self._stop.set()
+        self._outside.interrupt()
         if self._thread is not None:
             self._thread.join(self._seconds + 5)
 
@@ -117,14 +120,15 @@ class Webhooks:
                 .limit(_BATCH)
             )
             rows = connection.execute(query).mappings().all()
-        delivered = 0
+        taken = []
         for row in rows:
             if row["found"] is None:
                 if row["created_at"] < now - _ORPHAN_AGE:
                     self.forget(row["job_id"])
             elif self._take(row):
-                delivered += self._deliver(row)
-        return delivered
+                taken.append(row)
+        with ThreadPoolExecutor(_AT_ONCE, "webhook") as pool:  # one that does not answer delays no other
+            return sum(pool.map(self._deliver, taken))
 
     def _take(self, row: sa.RowMapping) -> bool:
         """Whether this server may deliver now; others wait for the lease."""

@@ -22,6 +22,7 @@ from omniavatar.engine.events import RequestStarted, WindowFinished
 from omniavatar.engine.identity import content_values
 from omniavatar.engine.orders import WindowsOrder
 from omniavatar.engine.pipeline import AvatarPipeline
+from omniavatar.engine.provenance import identity_of as provenance_identity
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.engine.requests_file import BadLine, RequestLine
 from omniavatar.engine.targets import output_path
@@ -182,6 +183,7 @@ def make_items(lines: Sequence[RequestLine | BadLine], config: PipelineConfig) -
     common = {
         "omniavatar": __version__,
         **content_values(config),
+        **provenance_identity(config.output),
         "step cache": _constants_file(config),
     }
     items: list[Item] = []

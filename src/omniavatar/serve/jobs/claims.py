@@ -25,10 +25,14 @@ from omniavatar.serve.jobs.records import (
     JobStatus,
 )
 from omniavatar.serve.jobs.rows import change, failed_values, find, queued_values
-from omniavatar.serve.jobs.tables import jobs, turns
+from omniavatar.serve.jobs.tables import jobs, turns, worker_hosts
 
 MOST_FAILURES = 3
-"""A job fails for good after this many attempts in a row that finished no window."""
+"""A job fails for good after this many attempts in a row that ended with an error and finished no window."""
+MOST_LOSSES = 8
+"""The same if its worker died: mostly that is not the job's fault, but a job may kill each worker."""
+HOST_ALIVE_S = 60.0
+"""A process with workers that did not report for so long is taken for dead."""
 CANCELLED_ERROR = JobError(CANCELLED, "the job was cancelled", "cancelled_error")
 
 
@@ -150,11 +154,33 @@ class Claims:
             for row in rows:
                 error = JobError(
                     WORKER_LOST,
-                    f"its worker {row['worker']} died or did not answer, {MOST_FAILURES} times in a row",
+                    f"its worker {row['worker']} died or did not answer, {MOST_LOSSES} times in a row",
                     "server_error",
                 )
                 _end_attempt(connection, row, now, error, retry=True, pause=0.0)
             return [row["id"] for row in rows]
+
+    def note_host(self, name: str, workers: int, ready: int) -> None:
+        """Keep how many workers a process has, and how many have a model loaded. Raises StoreError."""
+        with self.database.writing() as connection:
+            now = self.database.now(connection)
+            values = {"workers": workers, "ready": ready, "seen_at": now}
+            named = worker_hosts.c.name == name
+            if not connection.execute(worker_hosts.update().where(named).values(**values)).rowcount:
+                connection.execute(worker_hosts.insert().values(name=name, **values))
+            connection.execute(worker_hosts.delete().where(worker_hosts.c.seen_at < now - HOST_ALIVE_S))
+
+    def forget_host(self, name: str) -> None:
+        """Raises StoreError."""
+        with self.database.writing() as connection:
+            connection.execute(worker_hosts.delete().where(worker_hosts.c.name == name))
+
+    def ready_workers(self) -> int:
+        """Workers with a loaded model, of all machines. Raises StoreError."""
+        with self.database.reading() as connection:
+            alive = worker_hosts.c.seen_at >= self.database.now(connection) - HOST_ALIVE_S
+            query = sa.select(sa.func.coalesce(sa.func.sum(worker_hosts.c.ready), 0)).where(alive)
+            return int(connection.execute(query).scalar_one())
 
     @contextmanager
     def _held(self, claim: Claim) -> Iterator[tuple[Connection, sa.RowMapping | None, float]]:
@@ -225,7 +251,7 @@ def _end_attempt(
     failures = 1 if row["window"] > row["claimed_window"] else row["failures"] + 1
     if row["cancel_requested"]:
         change(connection, row, now, **failed_values(CANCELLED_ERROR, now))
-    elif retry and failures < MOST_FAILURES:
+    elif retry and failures < (MOST_LOSSES if error.code == WORKER_LOST else MOST_FAILURES):
         change(connection, row, now, **queued_values(now + pause, failures))
     else:
         change(connection, row, now, **failed_values(error, now))

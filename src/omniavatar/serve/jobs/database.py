@@ -26,7 +26,7 @@ from omniavatar.serve.jobs.tables import metadata
 BUSY_S = 30.0
 """How long a transaction waits for another process that writes."""
 CONNECT_S = 10
-MIGRATE, SUBMIT, CLAIM = 0x6F61_0001, 0x6F61_0002, 0x6F61_0003
+MIGRATE, SUBMIT, CLAIM, RATES = 0x6F61_0001, 0x6F61_0002, 0x6F61_0003, 0x6F61_0004
 """Advisory locks of PostgreSQL: one process at a time does this."""
 _FOLDER = Path(__file__).parent / "migrations"
 

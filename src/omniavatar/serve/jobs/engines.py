@@ -25,6 +25,7 @@ from omniavatar.plan.run import window_shape
 from omniavatar.serve.batch.group import GroupWorker
 from omniavatar.serve.batch.items import Made, Member, Outcome, Seat, WorkerInfo
 from omniavatar.serve.batch.pipelines import AvatarEngine, AvatarEngines
+from omniavatar.serve.jobs.logs import log_as_json
 from omniavatar.serve.jobs.worker import JobTask, JobWorker
 from omniavatar.types import AvatarRequest, Event
 
@@ -189,12 +190,15 @@ class JobEngines:
 
     configs: by the name of the model; the first one is loaded first.
     pin: as in `AvatarEngines`.
+    log_level: of the JSON log of the worker's process; None leaves the logs as they are.
     """
 
     configs: Mapping[str, PipelineConfig]
     pin: bool = False
+    log_level: str | None = None
 
     def __call__(self, seat: Seat) -> ShelfEngine:
+        self._log()
         engines = {name: AvatarEngines(config, self.pin) for name, config in self.configs.items()}
         configs = {name: each.on(each.config, seat.devices[0]) for name, each in engines.items()}
         first = next(iter(configs))
@@ -207,6 +211,7 @@ class JobEngines:
         return replace(self, configs={model: self.configs[model]})
 
     def lead(self, member: Member) -> _OneModelEngine:
+        self._log()
         name, engines = self._first
         engine = engines.lead(member)
         assert isinstance(engine, AvatarEngine)
@@ -214,6 +219,10 @@ class JobEngines:
 
     def follow(self, member: Member) -> None:
         self._first[1].follow(member)
+
+    def _log(self) -> None:
+        if self.log_level is not None:
+            log_as_json(self.log_level)
 
     @property
     def _first(self) -> tuple[str, AvatarEngines]:

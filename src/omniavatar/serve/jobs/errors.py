@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from omniavatar.errors import InputError, OmniAvatarError, ResourceError
+from omniavatar.errors import ConfigError, InputError, OmniAvatarError, ResourceError
 
 
 class StoreError(ResourceError):
@@ -33,7 +33,7 @@ class FileTooLargeError(InputError):
     """A file has more bytes than the limit allows."""
 
 
-class KeyNameError(OmniAvatarError):
+class KeyNameError(ConfigError):
     """An API key of this name exists already, or none does."""
 
 

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, cast
 
 from omniavatar.config.values import expanded
 from omniavatar.errors import ConfigError
-from omniavatar.media.atomic import atomic_path, check_writable, translate_os_error
+from omniavatar.media.atomic import atomic_path, check_writable, sync_folder, translate_os_error
 from omniavatar.serve.batch.destination import open_url, retried, upload
 from omniavatar.serve.jobs.errors import FileMissingError, FileNameError, FileTooLargeError
 from omniavatar.serve.jobs.records import JOB_ID
@@ -80,6 +80,33 @@ class JobFiles:
         if self.is_url:
             self._upload(id, name, path)
         return size
+
+    def draft(self, id: str) -> Path:
+        """A new local folder for the inputs of a job that is not accepted yet.
+
+        Until `seal`, they are not on the disk for sure. Raises FileNameError, OutputError.
+        """
+        folder = self._folder(id) / "input"
+        with translate_os_error(folder):
+            folder.mkdir(parents=True)
+        return folder
+
+    def seal(self, id: str) -> None:
+        """Keep what lies in the draft as inputs of the job. Raises FileNameError, OutputError."""
+        folder = self._folder(id) / "input"
+        names = sorted(path.name for path in folder.iterdir())
+        with translate_os_error(folder):
+            for name in names:
+                with (folder / name).open("rb+") as file:
+                    os.fsync(file.fileno())
+            sync_folder(folder)
+        if self.is_url:
+            for name in names:
+                self._upload(id, f"input/{name}", folder / name)
+
+    def drop_draft(self, id: str) -> None:
+        """Remove a draft that is not sealed. Raises FileNameError."""
+        shutil.rmtree(self._folder(id), ignore_errors=True)
 
     def put_file(self, id: str, name: str, source: Path) -> int:
         """Move a local file here; returns its bytes. Raises FileNameError, OutputError."""

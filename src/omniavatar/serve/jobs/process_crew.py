@@ -22,6 +22,8 @@ from omniavatar.serve.jobs.worker import JobEngine
 
 PROCESS = "omniavatar.serve.jobs.process"
 EXIT_S = 2.0
+NICENESS = 10
+"""How much nicer than the server its workers are, so that the API answers while they compute or start."""
 
 
 class JobCrew(Crew, Protocol):
@@ -55,9 +57,10 @@ class ProcessCrew:
             pass_fds=(theirs.fileno(),),
             env=environment,
             stdin=subprocess.DEVNULL,
-            start_new_session=True,  # only the server handles signals of the terminal
+            process_group=0,  # only the server handles signals of the terminal
         )
         theirs.close()
+        lower_priority(process.pid)
         hired = self._hired[slot] = _Hired(slot, process, ours)
         with suppress(OSError):  # it died: the reader finds out
             ours.send((self._factory, self._seat, self._files, os.getcwd()))
@@ -115,6 +118,15 @@ class ProcessCrew:
             if isinstance(message, Outcome) and message.replace:
                 return  # it ends by itself
         self._news.put((hired, Lost(hired.slot, hired.end())))
+
+
+def lower_priority(pid: int) -> None:
+    """Let a process that just started give way to this one; its threads follow.
+
+    Linux weighs sessions before it looks at niceness, so the process must belong to the session of this one.
+    """
+    with suppress(ProcessLookupError):  # it died: the reader finds out
+        os.setpriority(os.PRIO_PROCESS, pid, min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS))
 
 
 class _Hired:

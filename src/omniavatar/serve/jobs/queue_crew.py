@@ -49,11 +49,15 @@ LOOK_S = 0.5
 
 @dataclass(frozen=True)
 class QueueOrder:
-    """How a batch uses a queue. model: one of the server's. priority: of its jobs."""
+    """How a batch uses a queue. model: one of the server's. priority: of its jobs.
+
+    provenance: whether the server must sign the videos; otherwise it signs if it signs all.
+    """
 
     model: str
     sampling: SamplingConfig
     priority: int = 0
+    provenance: bool = False
 
 
 class QueueCrew:
@@ -125,7 +129,14 @@ class QueueCrew:
         sampling = effective_sampling(order.sampling, request.sampling)
         values = sampling.model_dump(mode="json")
         settings: dict[str, Json] = {name: values[name] for name in SAMPLING_KEYS if values[name] is not None}
-        spec = JobSpec(order.model, item.prompt, names["image"], names.get("audio"), settings=settings)
+        spec = JobSpec(
+            order.model,
+            item.prompt,
+            names["image"],
+            names.get("audio"),
+            settings=settings,
+            provenance=order.provenance,
+        )
         digest = item.identity[:64]
         found = self._store.find_idempotent(LOCAL_KEY, key, digest)
         if found is not None and found.status is JobStatus.failed:

@@ -58,6 +58,8 @@ class JobSpec:
     size: (height, width) in pixels; None lets the portrait choose.
     settings: configuration keys of this request (`seed`, `num_steps`, ...), as `--hp` takes them.
     extends: id of the finished job whose video goes on with this job's sound.
+    provenance: whether the video must have a signed manifest.
+    origin: `request_id` of the logs and `traceparent` of the trace that the job belongs to, if known.
     """
 
     model: str
@@ -69,6 +71,7 @@ class JobSpec:
     extends: str | None = None
     webhook: str | None = None
     provenance: bool = False
+    origin: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,14 @@ def job_record(row: sa.RowMapping) -> JobRecord:
 
 def spec_values(spec: JobSpec) -> dict[str, Any]:
     values = dataclasses.asdict(spec)
-    return {**values, "size": None if spec.size is None else list(spec.size), "settings": dict(spec.settings)}
+    size = None if spec.size is None else list(spec.size)
+    return {**values, "size": size, "settings": dict(spec.settings), "origin": dict(spec.origin)}
 
 
 def spec_digest(spec: JobSpec) -> str:
-    return hashlib.sha256(json.dumps(spec_values(spec), sort_keys=True).encode()).hexdigest()
+    """The same for the same request, whenever it comes."""
+    values = {name: value for name, value in spec_values(spec).items() if name != "origin"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def find(connection: Connection, job_id: str, *, lock: bool = False) -> sa.RowMapping | None:

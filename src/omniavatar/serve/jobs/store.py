@@ -129,9 +129,16 @@ class JobStore(Claims):
             connection.execute(
                 events.insert().values(job_id=values["id"], sequence=1, at=now, kind="status", data=data)
             )
-            row = find(connection, str(values["id"]))
-            assert row is not None
-            return job_record(row), True
+            job = JobRecord(
+                str(values["id"]),
+                key_id,
+                spec,
+                JobStatus.queued,
+                priority,
+                now,
+                idempotency_key=idempotency_key,
+            )
+            return job, True
 
     def find_idempotent(self, key_id: str, idempotency_key: str, request_digest: str) -> JobRecord | None:
         """The job that this idempotency key has made. Raises IdempotencyConflictError, StoreError."""

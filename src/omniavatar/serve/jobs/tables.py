@@ -94,3 +94,22 @@ webhooks = sa.Table(
     sa.Column("tries", sa.Integer, nullable=False, server_default="0"),
 )
 """Webhooks that wait for their delivery; a row is written before its job is accepted."""
+
+request_counts = sa.Table(
+    "request_counts",
+    metadata,
+    sa.Column("who", sa.String(255), primary_key=True),
+    sa.Column("minute", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("requests", sa.Integer, nullable=False),
+)
+"""Requests of the last minutes, by key or address. minute: since 1970."""
+
+worker_hosts = sa.Table(
+    "worker_hosts",
+    metadata,
+    sa.Column("name", sa.String(255), primary_key=True),
+    sa.Column("workers", sa.Integer, nullable=False),
+    sa.Column("ready", sa.Integer, nullable=False),
+    sa.Column("seen_at", sa.Float, nullable=False),
+)
+"""Processes that claim jobs for workers. ready: workers with a loaded model."""

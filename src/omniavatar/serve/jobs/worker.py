@@ -6,6 +6,8 @@ no lease: the process that claims jobs tells it when to stop.
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,12 +16,23 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from omniavatar.engine.events import RequestStarted, StepFinished, WindowFinished, WindowStarted
+from omniavatar.engine.events import Message, RequestStarted, StepFinished, WindowFinished, WindowStarted
 from omniavatar.engine.marks import read_record
-from omniavatar.errors import InputError
-from omniavatar.serve.batch.items import Made, Outcome, Progress, Seat, Stop, Verdict, WorkerInfo, is_bug
+from omniavatar.errors import InputError, ResumeError
+from omniavatar.serve.batch.items import (
+    Made,
+    Outcome,
+    Progress,
+    Seat,
+    Stop,
+    Verdict,
+    WorkerInfo,
+    is_bug,
+    last_line,
+)
 from omniavatar.serve.batch.worker import error_outcome, open_engine
 from omniavatar.serve.jobs.files import JobFiles
+from omniavatar.serve.jobs.logs import of_job
 from omniavatar.serve.jobs.records import (
     SERVER_ERROR,
     SIDECAR,
@@ -30,20 +43,25 @@ from omniavatar.serve.jobs.records import (
     JobSpec,
     Json,
 )
+from omniavatar.serve.jobs.tracing import Trace, begin, flush
 from omniavatar.types import AvatarRequest, Event, SamplingParams
 
 if TYPE_CHECKING:
     from omniavatar.engine.window_loop import ShouldStop
 
 THUMBNAIL_SIDE = 512
+FLUSH_S = 1.0
+"""Longest wait for the collector of traces after a job."""
+_log = logging.getLogger("omniavatar.serve")
 
 
 @dataclass(frozen=True)
 class JobTask:
-    """A job given to a worker."""
+    """A job given to a worker. trace: what the spans of the worker go under."""
 
     id: str
     spec: JobSpec
+    trace: Trace | None = None
 
     @property
     def key(self) -> str:
@@ -109,12 +127,14 @@ class JobWorker:
             assert self._engine is not None
             made = run.delivered() or run.make(self._engine)
             size = self._files.size(task.id, VIDEO) or 0
-            return Outcome(Verdict.done, began, time.time(), made, size)
+            outcome = Outcome(Verdict.done, began, time.time(), made, size)
         except Exception as error:
-            return error_outcome(error, began, usable=self._engine is not None and self._engine.intact())
+            outcome = error_outcome(error, began, usable=self._engine is not None and self._engine.intact())
         finally:
             run.close()
             self._run = None
+        run.report(outcome)
+        return outcome
 
     def progress(self) -> Progress:
         run = self._run
@@ -139,6 +159,17 @@ class _Run:
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="save-work") if files.is_url else None
         self._saving: Future[None] | None = None
         self._lock = threading.Lock()
+        self._span = begin(task.trace, "video", pid=os.getpid(), model=task.spec.model)
+        self._note("begins")
+
+    def report(self, outcome: Outcome) -> None:
+        """Log how it ended, and end the trace."""
+        error = last_line(outcome.error) if outcome.error else ""
+        seconds = round(outcome.ended - outcome.began, 3)
+        self._note(f"ends: {error}" if error else "is made", verdict=str(outcome.verdict), seconds=seconds)
+        if self._span is not None:
+            self._span.end(error=error)
+            flush(FLUSH_S)
 
     def delivered(self) -> Made | None:
         """The result of a worker that died between the delivery and its report; None if there is none."""
@@ -152,8 +183,25 @@ class _Run:
         return Made(record["frames"], record["windows"], record["resumed_windows"], plan["duration_s"])
 
     def make(self, engine: JobEngine) -> Made:
-        id, spec, files = self._task.id, self._task.spec, self._files
+        id, files = self._task.id, self._files
         files.restore_work(id)
+        try:
+            output, made = self._made(engine)
+        except ResumeError as error:  # begun by another version or with other settings, or damaged
+            self._note(f"starts over: {error}", logging.WARNING)
+            files.drop_work(id)
+            output, made = self._made(engine)
+        self.close()
+        thumbnail = output.with_name("thumbnail.webp")
+        write_thumbnail(output, thumbnail)
+        files.put_file(id, THUMBNAIL, thumbnail)
+        files.put_file(id, SIDECAR, output.with_suffix(".json"))
+        files.put_file(id, VIDEO, output)  # last: `delivered` looks for it
+        return made
+
+    def _made(self, engine: JobEngine) -> tuple[Path, Made]:
+        """Run the engine; returns the path of the video too."""
+        id, spec, files = self._task.id, self._task.spec, self._files
         output = files.work(id)
         output.parent.mkdir(parents=True, exist_ok=True)
         request = AvatarRequest(
@@ -163,15 +211,9 @@ class _Run:
             sampling_of(spec.settings),
             size=spec.size,
             continues=None if spec.extends is None else files.local(id, SOURCE_VIDEO),
+            provenance=spec.provenance or None,
         )
-        made = engine.run(spec.model, request, output, self._listen, self._should_stop)
-        self.close()
-        thumbnail = output.with_name("thumbnail.webp")
-        write_thumbnail(output, thumbnail)
-        files.put_file(id, THUMBNAIL, thumbnail)
-        files.put_file(id, SIDECAR, output.with_suffix(".json"))
-        files.put_file(id, VIDEO, output)  # last: `delivered` looks for it
-        return made
+        return output, engine.run(spec.model, request, output, self._listen, self._should_stop)
 
     def stop(self, how: Stop) -> None:
         if self._how is not Stop.now:
@@ -184,6 +226,11 @@ class _Run:
 
     def _should_stop(self) -> bool:
         return self._how is Stop.now or (self._how is Stop.after_window and self._between_windows)
+
+    def _note(self, text: str, level: int = logging.INFO, **values: Json) -> None:
+        task = self._task
+        extra = of_job(task.id, task.spec.origin, pid=os.getpid(), **values)
+        _log.log(level, "job %s: %s", task.id, text, extra=extra)
 
     def _listen(self, event: Event) -> None:
         old = self.progress
@@ -198,7 +245,13 @@ class _Run:
                 self._report(old.window, event.step + 1)
         elif isinstance(event, WindowFinished):
             self._report(event.window + 1, 0)
+            self._note("window", logging.DEBUG, window=event.window, seconds=round(event.seconds, 3))
+            if self._span is not None:
+                now = time.time()
+                self._span.child("window", now - event.seconds, now, window=event.window)
             self._save_work()
+        elif isinstance(event, Message):
+            self._note(event.text, logging.WARNING if event.level == "warning" else logging.INFO)
 
     def _report(self, window: int, step: int) -> None:
         old = self.progress

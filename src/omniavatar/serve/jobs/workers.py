@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
@@ -23,18 +24,12 @@ from typing import TypeVar
 
 from omniavatar.errors import OmniAvatarError, StoppedError
 from omniavatar.serve.batch.crew import Answered, CrewLost, Lost, News, Started
-from omniavatar.serve.batch.items import Outcome, Stop, Verdict, WorkerInfo
+from omniavatar.serve.batch.items import Outcome, Stop, Verdict, WorkerInfo, last_line
 from omniavatar.serve.jobs.errors import StoreError
 from omniavatar.serve.jobs.files import JobFiles
+from omniavatar.serve.jobs.logs import of_job
 from omniavatar.serve.jobs.process_crew import JobCrew
-from omniavatar.serve.jobs.records import (
-    VIDEO,
-    WORKER_LOST,
-    Claim,
-    JobError,
-    JobProgress,
-    JobResult,
-)
+from omniavatar.serve.jobs.records import VIDEO, WORKER_LOST, Claim, JobError, JobProgress, JobResult
 from omniavatar.serve.jobs.slots import JobSlot
 from omniavatar.serve.jobs.store import JobStore
 from omniavatar.serve.jobs.worker import JobTask, job_error
@@ -56,6 +51,7 @@ class WorkerRules:
     busy_pause: before the next try of a job that another process still makes.
     retry_pause: before the first retry after an error; doubles with each attempt.
     hire_pause: before a worker that could not start is started again; doubles, up to a minute.
+    report: between two reports of how many workers are ready.
     keep: how long a finished video is kept at least; None for always.
     """
 
@@ -65,6 +61,7 @@ class WorkerRules:
     busy_pause: float = 5.0
     retry_pause: float = 2.0
     hire_pause: float = 1.0
+    report: float = 15.0
     keep: float | None = None
 
 
@@ -86,6 +83,7 @@ class Workers:
     open_crew: makes the crew when `run` begins.
     models: names of the models that these workers serve.
     on_end: see `Ended`.
+    traces: URL of an OpenTelemetry collector; empty for none.
     """
 
     def __init__(
@@ -96,16 +94,21 @@ class Workers:
         models: Sequence[str],
         rules: WorkerRules = WorkerRules(),
         on_end: Ended = lambda id: None,
+        traces: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store, self._files, self._open_crew = store, files, open_crew
         self._models, self._rules, self._on_end, self._clock = tuple(models), rules, on_end, clock
+        self._traces = traces
         self._crew: JobCrew
         self._slots: list[JobSlot] = []
         self._unrecorded: list[Callable[[], None]] = []
         self._draining, self._stopping = threading.Event(), threading.Event()
-        self._name = f"{socket.gethostname()}:{os.getpid()}"
-        self._next_beat = self._next_sweep = 0.0
+        self._name = (
+            f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(3)}"  # containers may share both
+        )
+        self._next_beat = self._next_sweep = self._next_report = 0.0
+        self._reported = -1
         self._store_away = False
         self._thread: threading.Thread | None = None
 
@@ -164,6 +167,7 @@ class Workers:
                 for slot in self._slots:
                     self._give_back(slot)
                 self._record()
+        self._asked(self._done(lambda: self._store.forget_host(self._name)))
 
     def _ended(self) -> bool:
         if self._stopping.is_set():
@@ -187,6 +191,10 @@ class Workers:
         if self._clock() >= self._next_beat:
             self._next_beat = self._clock() + rules.beat
             self._beat()
+        ready = sum(slot.info is not None for slot in self._slots)
+        if self._clock() >= self._next_report or ready != self._reported:
+            self._next_report, self._reported = self._clock() + rules.report, ready
+            self._asked(self._done(lambda: self._store.note_host(self._name, len(self._slots), ready)))
 
     # claims
 
@@ -203,7 +211,8 @@ class Workers:
                 break
             slot.claim, slot.stop, slot.last = claim, None, None
             slot.void_at = before + self._rules.lease
-            self._crew.give(slot.number, JobTask(claim.job.id, claim.job.spec))
+            trace = slot.trace(claim, self._traces)
+            self._crew.give(slot.number, JobTask(claim.job.id, claim.job.spec, trace))
             found = True
         return found
 
@@ -241,8 +250,10 @@ class Workers:
             if answer.cancel:
                 slot.stop = Stop.now
         elif answer is not None or self._clock() >= slot.void_at:
-            _log.warning("job %s: this worker has lost it; its process is ended", claim.job.id)
+            text = "this worker has lost it; its process is ended"
+            _log.warning("job %s: %s", claim.job.id, text, extra=of_job(claim.job.id, claim.job.spec.origin))
             slot.claim = None
+            slot.end_span(text)
             self._replace(slot)
 
     # what workers say
@@ -264,6 +275,7 @@ class Workers:
     def _answered(self, slot: JobSlot, outcome: Outcome) -> None:
         self._look([slot])
         claim, slot.claim = slot.claim, None
+        slot.end_span(last_line(outcome.error) if outcome.error else "")
         if outcome.replace:
             self._replace(slot)
         if claim is None:
@@ -287,6 +299,7 @@ class Workers:
                 "job %s: %s",
                 claim.job.id,
                 outcome.error,
+                extra=of_job(claim.job.id, claim.job.spec.origin),
             )
             self._fail(claim, last, job_error(outcome), retry=retry)
 
@@ -295,6 +308,7 @@ class Workers:
         claim, started = slot.claim, slot.info is not None
         _log.warning("worker %s is lost: %s", slot.number, reason)
         slot.claim = None
+        slot.end_span(reason)
         slot.error = "" if started else reason
         self._replace(slot, failed=not started)
         if claim is not None:
@@ -346,6 +360,7 @@ class Workers:
 
     def _give_back(self, slot: JobSlot) -> None:
         claim, slot.claim = slot.claim, None
+        slot.end_span("given back")
         if claim is not None:
             last = slot.progress(claim)
             self._later(lambda: self._release(claim, last, 0.0))

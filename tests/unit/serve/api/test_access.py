@@ -10,7 +10,7 @@ import pytest
 
 from omniavatar.errors import ConfigError
 from omniavatar.serve.api.app import check_binding
-from omniavatar.serve.api.logs import JsonFormatter
+from omniavatar.serve.jobs.logs import JsonFormatter
 from omniavatar.serve.jobs.records import KeyLimits
 from omniavatar.serve.settings import ServeSettings, load_settings
 from serve_api import FILES, Serve
@@ -129,7 +129,8 @@ def test_a_bug_shows_no_details(serve: Serve, caplog: pytest.LogCaptureFixture) 
     reply = server.client.get("/boom")
     assert reply.status_code == 500 and "secret" not in reply.text
     assert reply.json()["error"]["code"] == "server_error"
-    assert "secret path" in caplog.text
+    assert "secret path" in caplog.text and reply.headers["x-request-id"].startswith("req_")
+    assert 'route="/boom",status="500"' in server.client.get("/metrics").text
 
 
 def test_a_lost_database_shows_no_address(serve: Serve, tmp_path: Path) -> None:

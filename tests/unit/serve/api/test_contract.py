@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -15,40 +12,14 @@ import openai
 import psutil
 import pytest
 import schemathesis
-import uvicorn
 from hypothesis import HealthCheck, given, settings
 
 from omniavatar.serve.api.checks import ProcessChecker
 from omniavatar.serve.api.errors import ApiError
-from serve_api import MP4, Serve, Server, portrait, voice
+from serve_api import MP4, Serve, portrait, voice
+from serve_server import listening
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API", "ignore::DeprecationWarning")
-
-
-@contextmanager
-def listening(server: Server) -> Iterator[str]:
-    """The address of a real server with a worker that finishes every job."""
-    web = uvicorn.Server(uvicorn.Config(server.app, port=0, log_config=None))
-    over = threading.Event()
-
-    def work() -> None:
-        while not over.wait(0.05):
-            claim = server.store.claim("stub", ["pocket"], 60.0)
-            if claim is not None:
-                server.finish(claim)
-
-    threads = [threading.Thread(target=web.run), threading.Thread(target=work)]
-    for thread in threads:
-        thread.start()
-    try:
-        while not web.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{web.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        web.should_exit = True
-        over.set()
-        for thread in threads:
-            thread.join(20)
 
 
 def test_the_openai_client_makes_a_video(serve: Serve, tmp_path: Path) -> None:
@@ -109,7 +80,6 @@ def test_the_openapi_document_is_kept(serve: Serve) -> None:
         run()
 
 
-@pytest.mark.slow
 def endless(path: Path) -> Path:
     """A sound of 2 GB, which takes seconds to decode; a sparse file."""
     path.write_bytes(voice())
@@ -120,6 +90,7 @@ def endless(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_file_that_takes_too_long_or_kills_its_process_refuses_only_itself(tmp_path: Path) -> None:
     sound, long = tmp_path / "sound", endless(tmp_path / "long")
     sound.write_bytes(voice())
@@ -127,9 +98,9 @@ def test_a_file_that_takes_too_long_or_kills_its_process_refuses_only_itself(tmp
     try:
         checker.start()
         with pytest.raises(ApiError, match="takes too long to decode") as caught:
-            checker.voice(long)
+            checker.check(None, long)
         assert caught.value.param == "audio_reference"
-        assert checker.voice(sound) == pytest.approx(0.5)
+        assert checker.check(None, sound) == (None, pytest.approx(0.5))
     finally:
         checker.close()
     checker = ProcessChecker(1, 60.0, 10**6, 10**9)
@@ -137,12 +108,12 @@ def test_a_file_that_takes_too_long_or_kills_its_process_refuses_only_itself(tmp
         checker.start()
         before = psutil.Process().children(recursive=True)
         with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(checker.voice, long)
+            answer = pool.submit(checker.check, None, long)
             busy = next(each for each in wait_busy(before))
             busy.kill()
             with pytest.raises(ApiError, match="cannot be decoded"):
                 answer.result(30)
-        assert checker.voice(sound) == pytest.approx(0.5)
+        assert checker.check(None, sound) == (None, pytest.approx(0.5))
     finally:
         checker.close()
 
@@ -156,18 +127,34 @@ def wait_busy(processes: list[psutil.Process]) -> list[psutil.Process]:
         time.sleep(0.02)
 
 
+def test_a_file_that_meets_a_bug_of_its_reader_is_refused_and_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A limit of the wrong type stands for the bug."""
+    sound = tmp_path / "sound"
+    sound.write_bytes(voice())
+    checker = ProcessChecker(1, 20.0, 10**6, "many")  # type: ignore[arg-type]
+    try:
+        with pytest.raises(ApiError, match="cannot be decoded") as caught:
+            checker.check(None, sound)
+        assert caught.value.status == 400 and caught.value.param == "audio_reference"
+        assert "a bug in this server" in caplog.text and "TypeError" in caplog.text
+    finally:
+        checker.close()
+
+
 def test_bad_files_are_refused_by_field_and_good_ones_are_measured(tmp_path: Path) -> None:
     checker = ProcessChecker(1, 20.0, 10**6, 60.0)
     good, bad = tmp_path / "good", tmp_path / "bad"
     good.write_bytes(portrait())
     bad.write_bytes(portrait()[:100])
     try:
-        assert checker.portrait(good) == (64, 64)
-        with pytest.raises(ApiError) as caught:
-            checker.portrait(bad)
-        assert caught.value.param == "input_reference" and str(tmp_path) not in str(caught.value)
         sound = tmp_path / "sound"
         sound.write_bytes(voice())
-        assert checker.voice(sound) == pytest.approx(0.5)
+        for field, files in (("input_reference", (bad, sound)), ("audio_reference", (good, bad))):
+            with pytest.raises(ApiError) as caught:
+                checker.check(*files)
+            assert caught.value.param == field and str(tmp_path) not in str(caught.value)
+        assert checker.check(good, sound) == ((64, 64), pytest.approx(0.5))
     finally:
         checker.close()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from omniavatar.serve.jobs.claims import MOST_FAILURES
+from omniavatar.serve.jobs.claims import HOST_ALIVE_S, MOST_FAILURES, MOST_LOSSES
 from omniavatar.serve.jobs.records import (
     CANCELLED,
     WORKER_LOST,
@@ -189,7 +189,7 @@ def test_a_worker_that_only_reports_late_keeps_its_job(store: JobStore, clock) -
 
 def test_a_job_whose_workers_keep_dying_fails(store: JobStore, clock) -> None:
     store.submit("key", SPEC)
-    for _ in range(MOST_FAILURES):
+    for _ in range(MOST_LOSSES):
         assert store.get(store.list().jobs[0].id).status is JobStatus.queued
         claimed(store, lease=1)
         clock.time += 2
@@ -200,7 +200,7 @@ def test_a_job_whose_workers_keep_dying_fails(store: JobStore, clock) -> None:
 
 def test_a_job_that_gains_a_window_in_each_attempt_goes_on(store: JobStore, clock) -> None:
     store.submit("key", SPEC)
-    for window in range(1, 3 * MOST_FAILURES):
+    for window in range(1, 2 * MOST_LOSSES):
         claim = claimed(store, lease=1)
         store.heartbeat(claim, JobProgress(window, 100))
         clock.time += 2
@@ -252,3 +252,18 @@ def test_a_cancelled_job_is_not_tried_again(store: JobStore, clock, end: str) ->
     error = store.get(claim.job.id).error
     assert error is not None and error.code == CANCELLED
     assert Counter(store.counts())["queued"] == 0
+
+
+def test_workers_are_ready_as_long_as_their_process_reports(store: JobStore, clock) -> None:
+    assert store.ready_workers() == 0
+    store.note_host("one:1", workers=2, ready=0)
+    store.note_host("two:1", workers=3, ready=3)
+    store.note_host("one:1", workers=2, ready=1)
+    assert store.ready_workers() == 4
+    clock.time += HOST_ALIVE_S
+    store.note_host("one:1", workers=2, ready=2)
+    assert store.ready_workers() == 5
+    clock.time += 1
+    assert store.ready_workers() == 2, "the other one was killed"
+    store.forget_host("one:1")
+    assert store.ready_workers() == 0

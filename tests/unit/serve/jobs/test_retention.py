@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from omniavatar.errors import OutputError
 from omniavatar.serve.jobs.errors import JobNotFoundError
 from omniavatar.serve.jobs.files import JobFiles
 from omniavatar.serve.jobs.records import VIDEO, JobError, JobResult, JobSpec, JobStatus, new_job_id
-from omniavatar.serve.jobs.retention import sweep
+from omniavatar.serve.jobs.retention import Retention, sweep
 from omniavatar.serve.jobs.store import JobStore
 
 SPEC = JobSpec("pocket", "a person speaks", "input/a.png", "input/b.wav")
@@ -88,9 +90,53 @@ def test_files_without_a_job_go_once_they_are_old(store: JobStore, tmp_path: Pat
     files, id = JobFiles(str(tmp_path / "files")), new_job_id()
     files.put(id, VIDEO, io.BytesIO(b"x"))
     if not fresh:
-        old = time.time() - 7200
+        old = time.time() - DAY - 60
         os.utime(tmp_path / "files" / id, (old, old))
     sweep(store, files, DAY)
     assert (files.size(id, VIDEO) is not None) == fresh
     with pytest.raises(JobNotFoundError):
         store.get(id)
+
+
+class TornFiles(JobFiles):
+    """A place whose first listing fails."""
+
+    def ids(self, older_than_s: float = 0.0) -> Iterator[str]:
+        if not (Path(self.place) / "listed").exists():
+            (Path(self.place) / "listed").touch()
+            raise OutputError("the disk reported an error")
+        yield from super().ids(older_than_s)
+
+
+def test_a_thread_deletes_what_expires_goes_on_after_an_error_and_ends(
+    store: JobStore, clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = TornFiles(str(tmp_path / "files"))
+    ids = [finished(store, files, 100, keep) for keep in (DAY, 3 * DAY)]
+    retention = Retention(store, files, age=DAY, total_bytes=None, every=0.01)
+    retention.start()
+    try:
+        end = time.monotonic() + 30
+        while "the disk reported an error" not in caplog.text:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert left(store, files, ids) == [0, 1]
+        clock.time += 2 * DAY
+        while files.size(ids[0], VIDEO) is not None:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    finally:
+        assert retention.stop()
+    clock.time += 2 * DAY
+    time.sleep(0.05)
+    assert left(store, files, ids) == [1], "its thread has ended"
+
+
+def test_finished_videos_of_another_database_stay_until_they_are_old(store: JobStore, tmp_path: Path) -> None:
+    """Such as after a start with another --database, whose records know none of them."""
+    files, id = JobFiles(str(tmp_path / "files")), new_job_id()
+    files.put(id, VIDEO, io.BytesIO(b"x"))
+    old = time.time() - DAY
+    os.utime(tmp_path / "files" / id, (old, old))
+    sweep(store, files, 2 * DAY)
+    assert files.size(id, VIDEO) == 1

@@ -14,7 +14,8 @@ import pytest
 from job_driver import RULES
 from job_stub import noted
 from omniavatar.serve.batch.crew import CrewLost, News
-from omniavatar.serve.jobs.process_crew import ProcessCrew
+from omniavatar.serve.jobs.claims import MOST_LOSSES
+from omniavatar.serve.jobs.process_crew import NICENESS, ProcessCrew
 from omniavatar.serve.jobs.records import (
     CANCELLED,
     THUMBNAIL,
@@ -45,6 +46,8 @@ def test_a_job_is_made_delivered_and_reported(place: Place) -> None:
             assert time.monotonic() < end
             time.sleep(0.01)
         assert workers.status().ready == 1 and not workers.status().errors
+        assert place.store.ready_workers() == 1
+    assert place.store.ready_workers() == 0, "they have ended"
     assert (job.output, job.windows, job.seconds, job.attempt) == (VIDEO, 4, 1.44, 1)
     assert job.size_bytes == place.video.stat().st_size and job.expires_at is not None
     assert 99 < job.expires_at - (job.completed_at or 0) < 101
@@ -64,6 +67,9 @@ def test_a_killed_worker_goes_on_after_its_last_window(place: Place) -> None:
     with place.workers() as (_, crew):
         id = place.submit()
         place.until(id, lambda job: job.window == 2)
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        assert os.getpriority(os.PRIO_PROCESS, crew.pids()[0]) == min(19, own + NICENESS)
+        assert os.getsid(crew.pids()[0]) == os.getsid(0), "Linux weighs sessions before niceness"
         os.kill(crew.pids()[0], signal.SIGKILL)
         place.until(id, lambda job: job.attempt == 2)
         place.go()
@@ -152,7 +158,7 @@ def test_a_failed_job_says_why_and_the_next_one_is_made(place: Place) -> None:
         "bad picture": ("input", "invalid_request_error", 1),
         "bug in the code": ("server_error", "server_error", 3),
         "full disk": ("output", "server_error", 3),
-        "die early": (WORKER_LOST, "server_error", 4),
+        "die early": (WORKER_LOST, "server_error", MOST_LOSSES + 1),
     }
     with place.workers():
         ids = {place.submit(prompt): prompt for prompt in expected}
