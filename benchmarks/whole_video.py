@@ -2,12 +2,14 @@
 
     python -m benchmarks whole_video --config configs/inference_1.3B_optimized.yaml --scale 1.3B
         [--minutes 5] [--windows 0] [--size 400x720] [--hp key=value ...]
+    python -m benchmarks whole_video --config configs/flashhead.yaml --scale 1.3B --size 512x512
+        --hp quantize=fp8 [--hp decoder=taehv]
     python -m benchmarks whole_video --config configs/livetalk.yaml --scale 1.3B --size 512x512
         --hp quantize=fp8 [--hp decoder=taehv]
 
 The packaged speech, repeated to `--minutes`, drives the packaged portrait. A video of two windows (of a
-block-causal model: until its cache is full and its passes are captured) first loads the models and compiles
-the kernels (`ready_s`, not counted). Counted are reading the audio,
+block-causal model: until its cache is full and its passes are captured; of FlashHead and LeapTalk: eight)
+first loads the models and compiles the kernels (`ready_s`, not counted). Counted are reading the audio,
 wav2vec 2.0, every window, encoding and writing, until the file has its final name. With `--windows N` only N
 windows are made; the projection adds the median of the windows after the first for each window left out.
 The file is checked: number of frames, length of both streams. Pictures are faint (`shared/inputs.py` says
@@ -27,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.shared.inputs import RATE, paint_faintly, speech
+from benchmarks.shared.inputs import RATE, faint_portrait, paint_faintly, speech
 from benchmarks.shared.options import add_config, add_hp, make_parser
 from benchmarks.shared.report import print_result
 from omniavatar import AvatarPipeline, AvatarRequest
@@ -38,6 +40,9 @@ from omniavatar.engine.recorder import RunRecorder
 from omniavatar.media.inspect import probe_video
 from omniavatar.plan.run import plan_run
 from omniavatar.types import Event
+
+CHUNKS_FIRST = 8
+"""Chunks until a forward is captured (`accel.graphs.FORWARDS_FIRST`), with one step a chunk."""
 
 
 class Windows:
@@ -75,33 +80,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     values = ["weights=random", f"scale={options.scale}", f"image_sizes_720={[size]}"]
     config = load_config(options.config, [*values, *options.hp]).config
     lead = config.video.silence_duration_s
+    portrait = 0 if config.family.chunk is not None else 1
     whole = plan_run(config, config.video.sizes[0], round((options.minutes * 60 + lead) * RATE))
     if len(whole.windows) < 2:
         raise SystemExit("error: the video has one window only; give more --minutes")
 
     def seconds_of(windows: int) -> float:
         step = whole.windows[1].new_frames
-        return (whole.windows[0].new_frames + (windows - 1) * step - 1) / config.video.fps - lead
+        shown = whole.windows[0].new_frames + (windows - 1) * step - portrait
+        return shown / config.video.fps - lead
 
     paint_faintly()
+    prompt = "a person speaks" if config.family.text else ""
+    image = faint_portrait() if config.video.color_match else PORTRAIT
     watch = Windows()
     pipeline = AvatarPipeline.from_config(config, recorder=RunRecorder([watch]))
     with tempfile.TemporaryDirectory() as name:
 
         def make(seconds: float) -> tuple[float, Any]:
-            request = AvatarRequest("a person speaks", PORTRAIT, speech(seconds))
+            request = AvatarRequest(prompt, image, speech(seconds))
             watch.clear()
             begun = time.perf_counter()
             result = pipeline.generate(request, Path(name) / "video.mp4", resume=False)
             return time.perf_counter() - begun, result
 
         causal = whole.causal
-        ready, _ = make(seconds_of(2 if causal is None else causal.slots + causal.rolling + 1))
+        warming = 2 if causal is None else causal.slots + causal.rolling + 1
+        ready, _ = make(seconds_of(warming if whole.chunk is None else CHUNKS_FIRST))
         length = seconds_of(options.windows) if options.windows else options.minutes * 60
         taken, result = make(length)
         sidecar = json.loads(result.sidecar.read_text())
         info = probe_video(result.output)
-    expected = math.ceil(round((length + lead) * config.video.fps, 6)) + 1
+    expected = math.ceil(round((length + lead) * config.video.fps, 6)) + portrait
     if info.frames != expected or info.audio is None or abs(info.audio.duration_s - info.duration_s) > 0.2:
         raise SystemExit(f"error: {expected} frames and sound of the same length expected, got {info}")
     later = statistics.median(watch.seconds[1:])

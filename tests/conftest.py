@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ranks import RankPool
 
 
-SLOW_FIXTURES = {"nano_checkpoint", "pools"}
+SLOW_FIXTURES = {"heads_checkpoint", "nano_checkpoint", "pools"}
 """Their tests run the pipeline on real files, or in several processes."""
 MOST_FAST_S = 10.0
 """Processor time that a test without the mark may take: room for first imports and slow machines."""
@@ -85,15 +85,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def nano_checkpoint(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """A folder like `pretrained_models/nano`, made once, read-only, and shared by all xdist workers."""
+    return _checkpoint("nano", tmp_path_factory, worker_id)
+
+
+@pytest.fixture(scope="session")
+def heads_checkpoint(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The files of FlashHead and LeapTalk at nano size, made once, read-only, and shared like the others."""
+    return _checkpoint("leaptalk-nano", tmp_path_factory, worker_id)
+
+
+def _checkpoint(scale: str, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     from omniavatar.checkpoint.synthetic import make_checkpoint
 
     base = tmp_path_factory.getbasetemp()
     root = base if worker_id == "master" else base.parent
-    folder = root / "nano_checkpoint"
-    done = root / "nano_checkpoint.done"
-    with FileLock(root / "nano_checkpoint.lock"):
+    folder = root / f"{scale}_checkpoint"
+    done = root / f"{scale}_checkpoint.done"
+    with FileLock(root / f"{scale}_checkpoint.lock"):
         if not done.is_file():
-            make_checkpoint("nano", folder)
+            make_checkpoint(scale, folder)
             done.touch()
     return folder
 

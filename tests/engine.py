@@ -71,6 +71,41 @@ def causal_pipeline(
     return AvatarPipeline.from_config(load_config(None, values).config, recorder=recorder, host=host)
 
 
+def head_pipeline(
+    checkpoint: Path,
+    cache: Path,
+    recorder: Any = None,
+    host: Host | None = None,
+    family: str = "flashhead",
+    **changes: Any,
+) -> AvatarPipeline:
+    """A test engine of FlashHead or LeapTalk at 32x32, with the VAE. checkpoint: `heads_checkpoint`."""
+    return AvatarPipeline.from_config(
+        load_config(None, head_settings(checkpoint, cache, family, **changes)).config,
+        recorder=recorder,
+        host=host,
+    )
+
+
+def head_settings(checkpoint: Path, cache: Path, family: str, **changes: Any) -> dict[str, Any]:
+    """Settings of `head_pipeline`; the family is told by the files."""
+    base, own = checkpoint / "SoulX-FlashHead-1_3B", checkpoint / "LeapTalk"
+    values: dict[str, Any] = {
+        "dit_path": str(base / "Model_Pro/diffusion_pytorch_model.safetensors"),
+        "vae_path": str(base / "VAE_Wan/Wan2.1_VAE.pth"),
+        "wav2vec_path": str(checkpoint / "wav2vec2-base-960h"),
+        "dtype": "fp32",
+        "device": "cpu",
+        "image_sizes_720": [[32, 32]],
+        "preset": "ultrafast",
+        "text_cache_dir": str(cache),
+    }
+    if family == "leaptalk":
+        lora = {"path": str(own / "lora/adapter_model.safetensors"), "strength": 1.0}
+        values |= {"loras": [lora], "audio_proj_path": str(own / "audio_proj_step_10400.pt")}
+    return {**values, **changes}
+
+
 def portrait(seed: int = 0, side: int = 90) -> np.ndarray:
     """A smooth picture (side, side, 3) uint8."""
     generator = np.random.default_rng(seed)

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from omniavatar import Waveform
-from omniavatar.assets import SPEECH
+from omniavatar.assets import PORTRAIT, SPEECH
 from omniavatar.checkpoint import tiny_decoder
 from omniavatar.checkpoint.tiny_decoder import random_tiny_decoder
 from omniavatar.checkpoint.vae import random_vae
 from omniavatar.engine import loading
 from omniavatar.media.audio import decode_mono
+from omniavatar.media.image import load_image
 from omniavatar.model.tiny_decoder import TinyDecoder
 from omniavatar.model.vae import WanVAE
 
@@ -52,6 +53,15 @@ def speech_folder(minutes: float) -> Iterator[Path]:
             sound.setframerate(RATE)
             sound.writeframes(samples.tobytes())
         yield Path(name)
+
+
+def faint_portrait() -> np.ndarray:
+    """The packaged portrait with as little contrast as the faint pictures, (H, W, 3) uint8.
+
+    A model that matches colours would stretch its noise to the contrast of an ordinary portrait.
+    """
+    pixels = load_image(PORTRAIT).astype(np.float32)
+    return (128.0 + (pixels - 128.0) * CONTRAST).round().astype(np.uint8)
 
 
 def faint_vae(*args: Any, **options: Any) -> WanVAE:

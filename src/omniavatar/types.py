@@ -84,6 +84,7 @@ class Window:
     length: frames of the window (1+4n; 4n for the blocks of a block-causal video after the first one).
     given_frames: leading frames that are known already (1 in window 0, later the overlap).
     new_frames: frames the window adds to the video; the last window is cut at the video's end.
+    hidden_frames: leading frames that are decoded, but not shown; None: the given ones, none in window 0.
     """
 
     index: int
@@ -91,6 +92,7 @@ class Window:
     length: int
     given_frames: int
     new_frames: int
+    hidden_frames: int | None = None
 
     @property
     def latent_frames(self) -> int:
@@ -101,9 +103,16 @@ class Window:
         return (3 + self.given_frames) // 4
 
     @property
+    def skipped_frames(self) -> int:
+        """Leading frames that the window does not add to the video."""
+        if self.hidden_frames is not None:
+            return self.hidden_frames
+        return 0 if self.index == 0 else self.given_frames
+
+    @property
     def first_new_frame(self) -> int:
         """Video frame of the first frame the window adds (window 0 also adds the portrait frame)."""
-        return self.start if self.index == 0 else self.start + self.given_frames
+        return self.start + self.skipped_frames
 
 
 @dataclass(frozen=True)
@@ -132,15 +141,18 @@ class StepPlan:
 class Conditioning:
     """The model inputs of a request, made once before the first window.
 
-    text_positive, text_negative: (1, 512, text_dim).
-    reference_latent: (1, 16, 1, h, w), normalised.
+    text_positive, text_negative: (1, 512, text_dim); (1, 0, 0) for a model without text.
+    reference_latent: (1, 16, 1, h, w), normalised; (1, 16, T, h, w) where the model takes the portrait as a
+    clip of a window's length.
     audio: (frames, D) float32 array, usually memory-mapped; None for a silent video.
+    portrait: (1, 3, 1, H, W) float32 in [-1, 1], to match colours; None if they are not matched.
     """
 
     text_positive: torch.Tensor
     text_negative: torch.Tensor
     reference_latent: torch.Tensor
     audio: np.ndarray | None
+    portrait: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

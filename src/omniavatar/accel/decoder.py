@@ -183,3 +183,40 @@ class OtherDecoder:
     def begin_clip(self) -> DecodeMore:
         """See `model.vae.WanVAE.begin_clip`."""
         return self.decoder.begin_clip()
+
+
+def tiny_vae(path: Path | None, full: VAEConfig, dtype: torch.dtype, device: torch.device) -> VideoVAE:
+    """TAEHV in both directions, without the full VAE; its weights become channels-last.
+
+    path: its file; None makes random weights that fit a full VAE of the sizes `full`.
+    """
+    import torch
+
+    from omniavatar.checkpoint.tiny_decoder import (
+        load_tiny_decoder,
+        load_tiny_encoder,
+        random_tiny_decoder,
+        random_tiny_encoder,
+        tiny_decoder_config,
+    )
+    from omniavatar.model.tiny_encoder import TinyVAE
+
+    if path is None:
+        config = tiny_decoder_config(full)
+        decoder = random_tiny_decoder(config, dtype=dtype, device=device, seed=1)
+        encoder = random_tiny_encoder(config.widths[-1], config.z_dim, dtype=dtype, device=device, seed=2)
+    else:
+        decoder = load_tiny_decoder(path, raw_latents=False, z_dim=full.z_dim, dtype=dtype, device=device)
+        encoder = load_tiny_encoder(path, z_dim=full.z_dim, dtype=dtype, device=device)
+    for half in (encoder, decoder):
+        half.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return TinyVAE(encoder, decoder)
+
+
+def tiny_vae_tensors(full: VAEConfig) -> Iterable[tuple[str, Shape]]:
+    """Names and shapes of both halves of TAEHV beside a full VAE of these sizes."""
+    from omniavatar.checkpoint.tiny_decoder import tiny_decoder_config, tiny_encoder_tensors
+
+    config = tiny_decoder_config(full)
+    yield from _tiny_tensors(full)
+    yield from tiny_encoder_tensors(config.widths[-1], config.z_dim)

@@ -53,6 +53,7 @@ def convert_dit(
     metadata = {
         HEADS_KEY: str(weights.model.config.num_heads),
         SOURCES_KEY: json.dumps(made_from, sort_keys=True),
+        **weights.metadata,
         **({} if form is None else {FORM_KEY: form}),
     }
 

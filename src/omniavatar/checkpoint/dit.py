@@ -9,27 +9,36 @@ way without an adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from omniavatar.checkpoint.dit_sizes import dit_config, keep_float32, read_adapter_config
+from omniavatar.checkpoint.dit_sizes import (
+    FAMILY_KEY,
+    dit_config,
+    family_name,
+    keep_float32,
+    read_adapter_config,
+    unused_layers,
+)
 from omniavatar.checkpoint.initial import random_weight
 from omniavatar.checkpoint.lora import Delta, plan_lora
 from omniavatar.checkpoint.outside import fitting
 from omniavatar.checkpoint.reader import PathLike, TensorFiles
 from omniavatar.checkpoint.staging import Staging
-from omniavatar.checkpoint.strict import DeviceOf, TensorSource, file_sources, load_strict
+from omniavatar.checkpoint.strict import DeviceOf, TensorSource, abbreviated, file_sources, load_strict
 from omniavatar.errors import CheckpointError
 from omniavatar.model.attention import AttentionFn
 from omniavatar.model.dit import WanDiT
 from omniavatar.model.sizes import DiTConfig
 
+PROJECTOR = "audio_proj."
+"""Prefix of the audio projector's weights in the model."""
 FORM_KEY = "omniavatar.form"
 """Header key of a converted file: the form of its weights; missing for plain weights."""
 
@@ -62,11 +71,17 @@ class WeightForm(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class DiTWeights:
-    """A model on the meta device in its form and dtypes, and the sources of its weights in reading order."""
+    """A model on the meta device in its form and dtypes, and the sources of its weights in reading order.
+
+    - unused: names in the files that the model does not have.
+    - metadata: header entries that a converted file needs.
+    """
 
     model: WanDiT
     sources: dict[str, TensorSource]
     origin: str
+    unused: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """The dtype of each tensor of the model, by name."""
@@ -79,11 +94,13 @@ class DiTFiles:
 
     base: file, shards, index or folder.
     adapter: OmniAvatar's folder, None for a merged checkpoint.
+    projector: file with another audio projector (LeapTalk's), with or without the prefix `audio_proj.`.
     """
 
     base: PathLike | Sequence[PathLike]
     adapter: PathLike | None = None
     loras: Sequence[LoraFile] = ()
+    projector: PathLike | None = None
     num_heads: int | None = None
     lora_rank: int | None = None
     lora_alpha: float | None = None
@@ -115,7 +132,17 @@ def open_dit(
         with fitting(base.origin, "use the released files of Wan 2.1 T2V"):
             model = empty_dit(config, attention, dtype)
         shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-        sources = file_sources(base, load=load)
+        unused = unused_layers(base.keys())
+        left_out = frozenset(unused)
+        sources = file_sources(base, lambda key: None if key in left_out else key, load=load)
+        if files.projector is not None:
+            if stored is not None:
+                raise CheckpointError(
+                    f"{base.origin}: was converted to {stored} with its audio projector; remove "
+                    "audio_proj_path"
+                )
+            projector = stack.enter_context(TensorFiles(files.projector))
+            sources |= _projector_sources(projector, shapes, load)
         deltas: dict[str, list[Delta]] = {}
         if adapter is not None and settings is not None:
             plan = plan_lora(
@@ -136,7 +163,9 @@ def open_dit(
             form.prepare(model)
             sources = sources if stored else form.convert(sources, device)
         origin = base.origin if adapter is None else f"{base.origin} with {adapter.origin}"
-        yield DiTWeights(model, sources, origin)
+        family = family_name(base, files.projector is not None)
+        metadata = {FAMILY_KEY: family} if config.audio_tokens else {}
+        yield DiTWeights(model, sources, origin, tuple(unused), metadata)
 
 
 def load_dit(
@@ -147,12 +176,19 @@ def load_dit(
     device: torch.device | str,
     form: WeightForm | None = None,
     device_of: DeviceOf | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> WanDiT:
     """The merged model, in evaluation mode and without gradients; arguments as in `open_dit`.
 
     device_of: final device of each weight by name; None for `device`.
+    note: called with a sentence that names the layers of the files that are not loaded.
     """
     with open_dit(files, attention=attention, dtype=dtype, device=torch.device(device), form=form) as weights:
+        if weights.unused:
+            note(
+                f"{weights.origin}: not loaded, because the model never uses them: "
+                + ", ".join(weights.unused)
+            )
         return _filled(weights, device_of or torch.device(device))
 
 
@@ -210,6 +246,25 @@ def empty_dit(config: DiTConfig, attention: AttentionFn, dtype: torch.dtype) -> 
     for key, parameter in model.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if keep_float32(key) else dtype)
     return model
+
+
+def _projector_sources(
+    files: TensorFiles, shapes: Mapping[str, tuple[int, ...]], load: Callable[[TensorFiles, str], Tensor]
+) -> dict[str, TensorSource]:
+    """Sources of all weights of the audio projector. Raises CheckpointError if one is missing or unknown."""
+    sources = file_sources(files, lambda key: PROJECTOR + key.removeprefix(PROJECTOR), load=load)
+    expected = {key for key in shapes if key.startswith(PROJECTOR)}
+    problems = [
+        f"{kind}: {abbreviated(sorted(names))}"
+        for kind, names in (("missing", expected - set(sources)), ("unexpected", set(sources) - expected))
+        if names
+    ]
+    if problems or not expected:
+        raise CheckpointError(
+            f"{files.origin}: does not replace the model's audio projector ({'; '.join(problems)}); use "
+            "audio_proj_step_*.pt of LeapTalk with the DiT of FlashHead"
+        )
+    return sources
 
 
 def _check_form(base: TensorFiles, stored: str | None, form: WeightForm | None, merging: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,19 @@ from omniavatar.checkpoint.lora_keys import strip_prefixes
 from omniavatar.checkpoint.outside import fitting, read_table, shown
 from omniavatar.checkpoint.reader import PathLike, TensorFiles
 from omniavatar.errors import CheckpointError
-from omniavatar.model.sizes import FRAMES_PER_LATENT, DiTConfig
+from omniavatar.model.sizes import FRAMES_PER_LATENT, LATENT_ROWS, WINDOW_ROWS, DiTConfig
 
 HEAD_DIM = 128
 MAX_VALUE = 1e9
 """Ranks, alphas and numbers of heads are far below it."""
 HEADS_KEY = "omniavatar.num_heads"
 """Header key of a converted file: the number of attention heads."""
+FAMILY_KEY = "omniavatar.family"
+"""Header key of a converted file: the model's family, where its keys do not tell it."""
+TOKENS_KEY = "audio_proj.proj1.weight"
+"""A weight of `model.audio_tokens`."""
+UNUSED = ("text_embedding.", "audio_emb.")
+"""Layers in the released file of FlashHead that its code never runs."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,22 @@ def inspect_dit(
         return dit_config(base, adapter, settings, num_heads)
 
 
+def unused_layers(keys: Iterable[str]) -> list[str]:
+    """Names in a DiT's file that the model does not have, because its code never uses them."""
+    names = list(keys)
+    return [key for key in names if key.startswith(UNUSED)] if TOKENS_KEY in names else []
+
+
+def family_name(base: TensorFiles, projector: bool) -> str:
+    """The family of a DiT, by its keys.
+
+    projector: another audio projector is configured, as LeapTalk's.
+    """
+    if TOKENS_KEY not in base:
+        return "omniavatar"
+    return base.metadata.get(FAMILY_KEY) or ("leaptalk" if projector else "flashhead")
+
+
 def dit_config(
     base: TensorFiles, adapter: TensorFiles | None, settings: AdapterConfig | None, num_heads: int | None
 ) -> DiTConfig:
@@ -103,28 +125,59 @@ def _dit_config(
     blocks = count_blocks(shapes, base.origin)
     declared: Mapping[str, Any] = settings.model_config if settings else {}
     stored = base.metadata.get(HEADS_KEY, "")
-    heads = num_heads or declared.get("num_heads") or (int(stored) if stored.isdigit() else dim // HEAD_DIM)
+    beside = _heads_beside(base) if TOKENS_KEY in shapes else None
+    heads = num_heads or declared.get("num_heads") or (int(stored) if stored.isdigit() else beside)
+    heads = heads or dim // HEAD_DIM
     if heads < 1 or dim % heads:
         raise CheckpointError(
             f"{base.origin}: width {dim} cannot be split into {heads} heads; set num_heads in model_config"
         )
-    with_audio = "audio_proj.proj.weight" in shapes
+    if TOKENS_KEY in shapes:
+        audio = _token_sizes(shape, dim, base.origin)
+    elif "audio_proj.proj.weight" in shapes:
+        hidden, packed = shape("audio_proj.proj.weight", 2)
+        audio = {"audio_dim": packed // FRAMES_PER_LATENT, "audio_hidden": hidden}
+    else:
+        audio = {"audio_dim": 0}
+    with_text = "text_embedding.0.weight" in shapes or TOKENS_KEY not in shapes
     config = DiTConfig(
         dim=dim,
         in_dim=in_dim,
         ffn_dim=shape("blocks.0.ffn.0.weight", 2)[0],
         out_dim=shape("head.head.weight", 2)[0] // math.prod(patch),
-        text_dim=shape("text_embedding.0.weight", 2)[1],
+        text_dim=shape("text_embedding.0.weight", 2)[1] if with_text else DiTConfig.text_dim,
         freq_dim=shape("time_embedding.0.weight", 2)[1],
         num_heads=heads,
         num_layers=blocks,
-        audio_dim=shape("audio_proj.proj.weight", 2)[1] // FRAMES_PER_LATENT if with_audio else 0,
-        audio_hidden=shape("audio_proj.proj.weight", 2)[0] if with_audio else 32,
         patch_size=(patch[0], patch[1], patch[2]),
+        **audio,
     )
     if settings is not None:
         _check_agreement(config, settings)
     return config
+
+
+def _heads_beside(base: TensorFiles) -> int | None:
+    """The number of heads in the `config.json` beside a FlashHead DiT; None if there is none."""
+    path = base.paths[0].parent / "config.json"
+    if not path.is_file():
+        return None
+    heads = read_table(path).get("num_heads")
+    if heads is not None and (type(heads) is not int or not 0 < heads < MAX_VALUE):
+        raise CheckpointError(f"{path}: num_heads is {shown(repr(heads))}; download the file again")
+    return heads
+
+
+def _token_sizes(shape: Callable[[str, int], tuple[int, ...]], dim: int, origin: str) -> dict[str, int]:
+    """Sizes of `model.audio_tokens`. Raises CheckpointError if its layers do not fit together."""
+    hidden, first = shape(TOKENS_KEY, 2)
+    later, out = shape("audio_proj.proj1_vf.weight", 2)[1], shape("audio_proj.proj3.weight", 2)[0]
+    if first % WINDOW_ROWS or later != first // WINDOW_ROWS * LATENT_ROWS or out % dim:
+        raise CheckpointError(
+            f"{origin}: its audio projector takes {first} and {later} numbers and gives {out}, which no "
+            f"FlashHead of width {dim} has; download it again"
+        )
+    return {"audio_dim": first // WINDOW_ROWS, "audio_hidden": hidden, "audio_tokens": out // dim}
 
 
 def count_blocks(keys: Iterable[str], origin: str) -> int:

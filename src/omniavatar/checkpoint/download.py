@@ -7,12 +7,13 @@ opened once, so that a damaged download is found here and not in a run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omniavatar.checkpoint.layout import ScaleSpec, checkpoint_spec
+from omniavatar.checkpoint.layout import FLASHHEAD, TOKEN_FAMILIES, ScaleSpec, checkpoint_spec
+from omniavatar.checkpoint.layout_families import LEAPTALK, TINY, family_layout, side_files
 from omniavatar.checkpoint.layout_files import (
     ADAPTER,
     DIT_STEM,
@@ -30,39 +31,59 @@ from omniavatar.checkpoint.reader import PathLike, TensorFiles
 from omniavatar.checkpoint.synthetic import require_space
 from omniavatar.errors import ConfigError, OutputError, ResourceError
 
+APACHE = "Apache-2.0"
+LIVETALK_LICENCE = f"{APACHE}, check the source"
 MARGIN_BYTES = 500_000_000
 Snapshot = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class HubFolder:
-    """One repository of the hub, its target folder, and the patterns of the files to download."""
+    """One repository of the hub, its target folder, and the patterns of the files to download.
+
+    - licence: as its model card states it.
+    """
 
     repository: str
     folder: str
     patterns: tuple[str, ...]
+    licence: str
 
 
 def hub_folders(spec: ScaleSpec) -> tuple[HubFolder, ...]:
     """The repositories of a released checkpoint."""
+    speech = HubFolder(
+        f"facebook/{WAV2VEC}",
+        WAV2VEC,
+        ("model.safetensors", "config.json", "preprocessor_config.json"),
+        APACHE,
+    )
+    if spec.family in TOKEN_FAMILIES:
+        paths = [layout.path for layout in family_layout(spec)] + list(side_files(spec))
+        pro = _patterns(paths, FLASHHEAD)
+        folders = [HubFolder(f"Soul-AILab/{FLASHHEAD}", FLASHHEAD, pro, APACHE)]
+        if spec.family == "leaptalk":
+            licence = f"{APACHE}; {Path(TINY).name}: MIT"
+            folders.append(HubFolder("z-rx/leaptalk", LEAPTALK, _patterns(paths, LEAPTALK), licence))
+        return (*folders, speech)
     base, adapter = base_folder(spec), adapter_folder(spec)
     encoders = (TEXT_ENCODER, VAE, f"{TOKENIZER}/*", "LICENSE*")
     if spec.merged:
         dit = (
-            HubFolder(f"Wan-AI/{base}", base, encoders),
-            HubFolder(f"GAIR/{spec.merged}", spec.merged, (MERGED_DIT, "LICENSE*")),
+            HubFolder(f"Wan-AI/{base}", base, encoders, APACHE),
+            HubFolder(f"GAIR/{spec.merged}", spec.merged, (MERGED_DIT, "LICENSE*"), LIVETALK_LICENCE),
         )
     else:
         dit = (
-            HubFolder(f"Wan-AI/{base}", base, ("config.json", f"{DIT_STEM}*", *encoders)),
-            HubFolder(f"OmniAvatar/{adapter}", adapter, ("config.json", ADAPTER, "LICENSE*")),
+            HubFolder(f"Wan-AI/{base}", base, ("config.json", f"{DIT_STEM}*", *encoders), APACHE),
+            HubFolder(f"OmniAvatar/{adapter}", adapter, ("config.json", ADAPTER, "LICENSE*"), APACHE),
         )
-    return (
-        *dit,
-        HubFolder(
-            f"facebook/{WAV2VEC}", WAV2VEC, ("model.safetensors", "config.json", "preprocessor_config.json")
-        ),
-    )
+    return (*dit, speech)
+
+
+def _patterns(paths: Sequence[str], folder: str) -> tuple[str, ...]:
+    """The files of `paths` in a folder, without it, and the licence."""
+    return (*(path.removeprefix(f"{folder}/") for path in paths if path.startswith(f"{folder}/")), "LICENSE*")
 
 
 def download(
@@ -71,9 +92,11 @@ def download(
     *,
     snapshot: Snapshot | None = None,
     spec: ScaleSpec | None = None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Download the files of `scale` ('1.3B', '14B' or 'livetalk') below `root` and return `root`.
+    """Download the files of `scale` ('14B', 'livetalk', 'flashhead', ...) below `root` and return `root`.
 
+    report: called with a line for each repository, which has its licence.
     snapshot: replaces `huggingface_hub.snapshot_download`.
     spec: the files to expect; None for those of the release.
 
@@ -91,6 +114,7 @@ def download(
     present = sum(_size(target / hub.folder) for hub in folders)
     require_space(target, max(0, total - present) + MARGIN_BYTES, f"the download of {scale}")
     for hub in folders:
+        report(f"{hub.repository}: licence {hub.licence}")
         _fetch(hub, target, snapshot)
     _verify(spec, target)
     return target
@@ -136,6 +160,10 @@ def _unreachable(where: str) -> ResourceError:
 
 def _verify(spec: ScaleSpec, root: Path) -> None:
     """Open the header of every weight file. Raises CheckpointError if one is missing or damaged."""
+    if spec.family in TOKEN_FAMILIES:
+        for layout in checkpoint_layout(spec):
+            TensorFiles(root / layout.path).close()
+        return
     base = root / base_folder(spec)
     adapter = [] if spec.merged else [[root / adapter_folder(spec) / ADAPTER]]
     for paths in (

@@ -3,7 +3,8 @@
 Synthetic checkpoints are written from these lists, and tests compare the models with them. The lists do not
 use `model/`, so a test notices a renamed layer there.
 Sources: the released files of Wan-AI/Wan2.1-T2V-{14B,1.3B} (DiT and VAE float32, UMT5-XXL bfloat16) and
-facebook/wav2vec2-base-960h (float32, weight norm as weight_g/weight_v, no masked_spec_embed). OmniAvatar's
+facebook/wav2vec2-base-960h (float32, weight norm as weight_g/weight_v, no masked_spec_embed);
+Soul-AILab/SoulX-FlashHead-1_3B (float32) and z-rx/leaptalk (LoRA float32, projector bfloat16). OmniAvatar's
 adapter and GAIR/LiveTalk's merged DiT are written as float32; the dtype of these releases is not documented,
 and the loader accepts any.
 """
@@ -19,7 +20,7 @@ from typing import Literal
 import torch
 
 from omniavatar.errors import ConfigError
-from omniavatar.model.sizes import DiTConfig, VAEConfig
+from omniavatar.model.sizes import LATENT_ROWS, WINDOW_ROWS, DiTConfig, VAEConfig
 
 SHARD_BYTES = 10_000_000_000
 LORA_LAYERS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
@@ -67,6 +68,7 @@ class ScaleSpec:
     """All sizes of one checkpoint.
 
     dit: the merged model; the base file has 16 input channels.
+    family: see `config.families`.
     merged: folder of a DiT that is released merged, in one file, instead of a base and an adapter.
     """
 
@@ -78,6 +80,7 @@ class ScaleSpec:
     lora_rank: int
     lora_alpha: int
     merged: str = ""
+    family: str = "omniavatar"
 
 
 @dataclass(frozen=True)
@@ -124,12 +127,37 @@ SCALES: tuple[ScaleSpec, ...] = (
 )
 
 
-def scale_spec(name: str) -> ScaleSpec:
-    """The sizes of the model size `name`. Raises ConfigError if it is unknown."""
+AUDIO_TOKENS, AUDIO_TOKENS_HIDDEN = 32, 512
+"""Of FlashHead: tokens a latent frame, and the width of its audio projector."""
+NANO_TOKENS_HIDDEN = 40
+IN_CHANNELS = 32
+"""Of FlashHead: noise and portrait, without a mask."""
+TOKEN_FAMILIES = ("flashhead", "leaptalk")
+FLASHHEAD = "SoulX-FlashHead-1_3B"
+"""Folder of FlashHead below the root, and its repository's name."""
+
+
+def scale_spec(name: str, family: str = "omniavatar") -> ScaleSpec:
+    """The sizes of the model size `name` in a family. Raises ConfigError if it is unknown."""
     for spec in SCALES:
         if spec.name == name:
-            return spec
+            return spec if family not in TOKEN_FAMILIES else _with_tokens(spec, family)
     raise ConfigError(f"scale: {name!r} is unknown; choose one of {', '.join(spec.name for spec in SCALES)}")
+
+
+def _with_tokens(spec: ScaleSpec, family: str) -> ScaleSpec:
+    """The sizes of a FlashHead or a LeapTalk as large as `spec`."""
+    released = spec.name != "nano"
+    dit = replace(
+        spec.dit,
+        in_dim=IN_CHANNELS,
+        audio_dim=spec.wav2vec.num_layers * spec.wav2vec.hidden,
+        audio_hidden=AUDIO_TOKENS_HIDDEN if released else NANO_TOKENS_HIDDEN,
+        audio_tokens=AUDIO_TOKENS,
+    )
+    return replace(
+        spec, dit=dit, lora_rank=64 if released else 8, lora_alpha=64 if released else 12, family=family
+    )
 
 
 MERGED = {"livetalk": ("1.3B", "LiveTalk-1.3B-V0.1"), "livetalk-nano": ("nano", "LiveTalk-nano")}
@@ -137,7 +165,13 @@ MERGED = {"livetalk": ("1.3B", "LiveTalk-1.3B-V0.1"), "livetalk-nano": ("nano", 
 
 
 def checkpoint_spec(name: str) -> ScaleSpec:
-    """The sizes of the checkpoint `name`: a model size, or one of `MERGED`. Raises ConfigError."""
+    """The sizes of the checkpoint `name`: a model size, one of `MERGED`, or one of `TOKEN_FAMILIES`.
+
+    Raises ConfigError.
+    """
+    family = name.removesuffix("-nano")
+    if family in TOKEN_FAMILIES:
+        return scale_spec("1.3B" if name == family else "nano", family)
     scale, folder = MERGED.get(name, (name, ""))
     return replace(scale_spec(scale), merged=folder)
 
@@ -162,8 +196,8 @@ def dit_tensors(config: DiTConfig) -> Iterator[tuple[str, Shape]]:
     """Names and shapes of a DiT with plain Wan names; with audio layers if `audio_dim` is not 0."""
     dim, patch = config.dim, config.patch_size
     yield from _conv("patch_embedding", dim, config.in_dim, *patch)
-    yield from _linear("text_embedding.0", dim, config.text_dim)
-    yield from _linear("text_embedding.2", dim, dim)
+    if not config.audio_tokens:
+        yield from _text_embedding(config)
     yield from _linear("time_embedding.0", dim, config.freq_dim)
     yield from _linear("time_embedding.2", dim, dim)
     yield from _linear("time_projection.1", 6 * dim, dim)
@@ -184,8 +218,42 @@ def dit_tensors(config: DiTConfig) -> Iterator[tuple[str, Shape]]:
     yield from _audio_tensors(config)
 
 
+def _text_embedding(config: DiTConfig) -> Iterator[tuple[str, Shape]]:
+    yield from _linear("text_embedding.0", config.dim, config.text_dim)
+    yield from _linear("text_embedding.2", config.dim, config.dim)
+
+
+def flashhead_tensors(config: DiTConfig, speech_width: int) -> Iterator[tuple[str, Shape]]:
+    """Names and shapes of FlashHead's file, with the layers that its code never uses.
+
+    speech_width: of wav2vec 2.0's hidden states.
+    """
+    yield from dit_tensors(config)
+    yield from _text_embedding(config)
+    yield from _norm("audio_emb.proj.0", speech_width)
+    yield from _linear("audio_emb.proj.1", speech_width, speech_width)
+    yield from _linear("audio_emb.proj.3", config.dim, speech_width)
+    yield from _norm("audio_emb.proj.4", config.dim)
+
+
+def leaptalk_lora_tensors(config: DiTConfig, rank: int) -> Iterator[tuple[str, Shape]]:
+    """Names and shapes of LeapTalk's LoRA, as peft writes them."""
+    for block in range(config.num_layers):
+        for layer in ("self_attn", "cross_attn"):
+            for name in "qkvo":
+                for key, shape in _pair(f"blocks.{block}.{layer}.{name}", config.dim, config.dim, rank):
+                    yield f"base_model.model.{key.replace('.default', '')}", shape
+
+
 def _audio_tensors(config: DiTConfig) -> Iterator[tuple[str, Shape]]:
-    if config.audio_dim:
+    if config.audio_tokens:
+        dim, hidden, tokens = config.dim, config.audio_hidden, config.audio_tokens
+        yield from _linear("audio_proj.proj1", hidden, WINDOW_ROWS * config.audio_dim)
+        yield from _linear("audio_proj.proj1_vf", hidden, LATENT_ROWS * config.audio_dim)
+        yield from _linear("audio_proj.proj2", hidden, hidden)
+        yield from _linear("audio_proj.proj3", tokens * dim, hidden)
+        yield from _norm("audio_proj.norm", dim)
+    elif config.audio_dim:
         yield from _linear("audio_proj.proj", config.audio_hidden, 4 * config.audio_dim)
         yield "audio_proj.norm_out.weight", (config.audio_hidden,)
         yield "audio_proj.norm_out.bias", (config.audio_hidden,)

@@ -7,6 +7,7 @@ OmniAvatar-{scale}/   pytorch_model.pt, config.json
 LiveTalk-{name}/      model.safetensors: a merged DiT, instead of the base's and the adapter
 wav2vec2-base-960h/   model.safetensors, config.json, preprocessor_config.json
 ```
+Those of FlashHead and LeapTalk are in `layout_families`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from omniavatar.checkpoint.layout import (
     LATENT_CHANNELS,
     SHARD_BYTES,
+    TOKEN_FAMILIES,
     FileLayout,
     ScaleSpec,
     Shape,
@@ -28,6 +30,7 @@ from omniavatar.checkpoint.layout import (
     text_tensors,
     wav2vec_tensors,
 )
+from omniavatar.checkpoint.layout_families import family_layout
 from omniavatar.checkpoint.layout_vae import vae_tensors
 
 DIT_STEM = "diffusion_pytorch_model"
@@ -52,16 +55,19 @@ def adapter_folder(spec: ScaleSpec) -> str:
 def checkpoint_layout(spec: ScaleSpec, shard_bytes: int = SHARD_BYTES) -> tuple[FileLayout, ...]:
     """Every weight file of a checkpoint; the tensors of a file are sorted by name, as in the release."""
     base = base_folder(spec)
+    speech = FileLayout(
+        f"{WAV2VEC}/model.safetensors",
+        "safetensors",
+        _by_name(_entries(wav2vec_tensors(spec.wav2vec), torch.float32)),
+    )
+    if spec.family in TOKEN_FAMILIES:
+        return (*family_layout(spec), speech)
     return (
         *_dit_files(spec, shard_bytes),
         FileLayout(f"{base}/{TEXT_ENCODER}", "torch", _entries(text_tensors(spec.text), torch.bfloat16)),
         FileLayout(f"{base}/{VAE}", "torch", _entries(vae_tensors(spec.vae), torch.float32)),
         *_adapter_files(spec),
-        FileLayout(
-            f"{WAV2VEC}/model.safetensors",
-            "safetensors",
-            _by_name(_entries(wav2vec_tensors(spec.wav2vec), torch.float32)),
-        ),
+        speech,
     )
 
 

@@ -19,11 +19,13 @@ from omniavatar.checkpoint.layout import (
     LATENT_CHANNELS,
     LORA_LAYERS,
     SHARD_BYTES,
+    TOKEN_FAMILIES,
     FileLayout,
     ScaleSpec,
     Wav2VecSpec,
     checkpoint_spec,
 )
+from omniavatar.checkpoint.layout_families import side_files
 from omniavatar.checkpoint.layout_files import (
     DIT_STEM,
     TOKENIZER,
@@ -53,7 +55,7 @@ def make_checkpoint(
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write the checkpoint of `scale` ('nano', '1.3B', '14B', 'livetalk', ...) below `out` and return `out`.
+    """Write the checkpoint of `scale` ('nano', '14B', 'flashhead-nano', ...) below `out` and return `out`.
 
     The same seed gives the same bytes.
 
@@ -89,6 +91,11 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 
 
 def _write_side_files(out: Path, spec: ScaleSpec, layouts: Sequence[FileLayout]) -> None:
+    _write_wav2vec(out / WAV2VEC, spec.wav2vec)
+    if spec.family in TOKEN_FAMILIES:
+        for path, content in side_files(spec).items():
+            _write_json(out / path, content)
+        return
     base = out / base_folder(spec)
     if not spec.merged:
         _write_json(base / "config.json", _base_config(spec))
@@ -102,10 +109,13 @@ def _write_side_files(out: Path, spec: ScaleSpec, layouts: Sequence[FileLayout])
         _write_json(base / f"{DIT_STEM}.safetensors.index.json", index)
     if not spec.merged:
         _write_json(out / adapter_folder(spec) / "config.json", _adapter_config(spec))
-    wav2vec = out / WAV2VEC
-    _write_json(wav2vec / "config.json", wav2vec_config(spec.wav2vec))
+    _write_tokenizer(base / TOKENIZER, spec.text.vocab)
+
+
+def _write_wav2vec(folder: Path, spec: Wav2VecSpec) -> None:
+    _write_json(folder / "config.json", wav2vec_config(spec))
     _write_json(
-        wav2vec / "preprocessor_config.json",
+        folder / "preprocessor_config.json",
         {
             "do_normalize": True,
             "feature_extractor_type": "Wav2Vec2FeatureExtractor",
@@ -116,7 +126,6 @@ def _write_side_files(out: Path, spec: ScaleSpec, layouts: Sequence[FileLayout])
             "sampling_rate": 16000,
         },
     )
-    _write_tokenizer(base / TOKENIZER, spec.text.vocab)
 
 
 def _base_config(spec: ScaleSpec) -> dict[str, Any]:

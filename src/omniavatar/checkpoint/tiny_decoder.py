@@ -1,5 +1,4 @@
-"""Loads the decoder half of a TAEHV file (`taew2_1.pth`, `lighttaew2_1.pth`, or safetensors with the same
-names)."""
+"""Loads the halves of a TAEHV file (`taew2_1.pth`, `lighttaew2_1.pth`, or safetensors with their names)."""
 
 from __future__ import annotations
 
@@ -16,6 +15,7 @@ from omniavatar.checkpoint.strict import file_sources, load_strict
 from omniavatar.errors import CheckpointError
 from omniavatar.model.sizes import VAEConfig
 from omniavatar.model.tiny_decoder import TinyDecoder, TinyDecoderConfig
+from omniavatar.model.tiny_encoder import STRIDES, TinyEncoder
 
 RELEASED_VAE_DIM = 96
 LIGHT_DIVISOR = 4
@@ -47,6 +47,49 @@ def random_tiny_decoder(
     return model.eval()
 
 
+def load_tiny_encoder(
+    path: PathLike, *, z_dim: int, dtype: torch.dtype, device: torch.device | str
+) -> TinyEncoder:
+    """The encoder half on `device`, without gradients. Its width comes from the shapes.
+
+    Raises CheckpointError if the file is missing, damaged or does not fit.
+    """
+    with TensorFiles(path) as files:
+        first = "encoder.0.weight"
+        if first not in files or len(files.shape(first)) != 4:
+            raise CheckpointError(
+                f"{files.origin}: has no {first}, so it is no TAEHV with an encoder; use taew2_1.pth"
+            )
+        with fitting(files.origin, "use taew2_1.pth"), torch.device("meta"):
+            model = TinyEncoder(files.shape(first)[0], z_dim)
+        sources = file_sources(files, lambda key: None if key.startswith("decoder.") else key)
+        load_strict(model, sources, dtype=dtype, device=device, origin=files.origin)
+    return model.eval()
+
+
+def random_tiny_encoder(
+    width: int, z_dim: int, *, dtype: torch.dtype, device: torch.device | str, seed: int
+) -> TinyEncoder:
+    """An encoder with random weights made on `device` (see `initial`)."""
+    with torch.device("meta"):
+        model = TinyEncoder(width, z_dim)
+    fill_random(model, dtype=dtype, device=device, seed=seed)
+    return model.eval()
+
+
+def tiny_encoder_tensors(width: int, z_dim: int) -> Iterator[tuple[str, Shape]]:
+    """Names and shapes of the encoder half of a file."""
+    yield from _conv("encoder.0", width, 3)
+    number = 2
+    for stride in STRIDES:
+        yield f"encoder.{number}.conv.weight", (width, stride * width, 1, 1)
+        yield f"encoder.{number + 1}.weight", (width, width, 3, 3)
+        for block in range(number + 2, number + 5):
+            yield from _memory_block(f"encoder.{block}", width)
+        number += 5
+    yield from _conv(f"encoder.{number}", z_dim, width)
+
+
 def light_vae_config(vae: VAEConfig) -> VAEConfig:
     """Sizes of the LightVAE that fits a full VAE: a quarter of its channels."""
     return replace(vae, dim=max(SMALLEST_WIDTH, vae.dim // LIGHT_DIVISOR))
@@ -67,13 +110,17 @@ def tiny_decoder_tensors(config: TinyDecoderConfig) -> Iterator[tuple[str, Shape
     number = 3
     for width, following, stride in zip(widths, widths[1:], (1, 2, 2), strict=False):
         for block in range(number, number + 3):
-            yield from _conv(f"decoder.{block}.conv.0", width, 2 * width)
-            yield from _conv(f"decoder.{block}.conv.2", width, width)
-            yield from _conv(f"decoder.{block}.conv.4", width, width)
+            yield from _memory_block(f"decoder.{block}", width)
         yield f"decoder.{number + 4}.conv.weight", (stride * width, width, 1, 1)
         yield f"decoder.{number + 5}.weight", (following, width, 3, 3)
         number += 6
     yield from _conv("decoder.22", 3, widths[3])
+
+
+def _memory_block(name: str, width: int) -> Iterator[tuple[str, Shape]]:
+    yield from _conv(f"{name}.conv.0", width, 2 * width)
+    yield from _conv(f"{name}.conv.2", width, width)
+    yield from _conv(f"{name}.conv.4", width, width)
 
 
 def _conv(name: str, outputs: int, inputs: int) -> Iterator[tuple[str, Shape]]:

@@ -163,6 +163,7 @@ def batch(
         from omniavatar.engine.provenance import signer_of
         from omniavatar.engine.requests_file import read_requests
         from omniavatar.media.slug import slugify
+        from omniavatar.plan.preview import with_family
         from omniavatar.plan.sharing import shared_among
         from omniavatar.serve.batch.destination import make_destination
         from omniavatar.serve.batch.pipelines import AvatarEngines, make_items, output_folder
@@ -186,7 +187,11 @@ def batch(
             default_run_dir = expanded(target, "--output") / stem
         folder = run_dir or default_run_dir
         videos = folder / "work" if "://" in target else expanded(target, "--output")
-        lines = check_lines(read_requests(input_file, loaded.config.sampling), loaded.config, videos)
+        lines = check_lines(
+            read_requests(input_file, loaded.config.sampling, with_family(loaded.config).family.text),
+            loaded.config,
+            videos,
+        )
         items = make_items(lines, loaded.config)
         destination = make_destination(target, folder / "work")
         open_crew: Callable[[], Crew]

@@ -17,6 +17,8 @@ class Released(StrEnum):
     large = "14B"
     small = "1.3B"
     livetalk = "livetalk"
+    flashhead = "flashhead"
+    leaptalk = "leaptalk"
 
 
 class Scale(StrEnum):
@@ -27,6 +29,10 @@ class Scale(StrEnum):
     large = "14B"
     livetalk = "livetalk"
     livetalk_nano = "livetalk-nano"
+    flashhead = "flashhead"
+    flashhead_nano = "flashhead-nano"
+    leaptalk = "leaptalk"
+    leaptalk_nano = "leaptalk-nano"
 
 
 def download(
@@ -43,7 +49,7 @@ def download(
         from omniavatar.checkpoint.download import download as fetch
         from omniavatar.cli.terminal import say
 
-        fetch(scale.value, root)
+        fetch(scale.value, root, report=say)
         say(f"{scale.value} is in {root}")
 
 

@@ -24,6 +24,7 @@ from omniavatar.text import cut, json_text, one_line, printable, quoted
 if TYPE_CHECKING:
     from omniavatar.cli.progress import Display
     from omniavatar.cli.progress import LogFormat as LogName
+    from omniavatar.config.families import Family
     from omniavatar.engine.recorder import RunRecorder
 
     DisplayMaker: TypeAlias = Callable[[LogName, bool, IO[str]], Display]
@@ -254,3 +255,10 @@ def leave_at_once(code: object) -> None:
     except OSError:
         return
     os._exit(code or 0)
+
+
+def prompt_for(family: Family, prompt: str | None) -> str:
+    """The prompt, which a family without text need not have. Raises BadParameter."""
+    if prompt is None and family.text:
+        raise typer.BadParameter("--prompt is missing; describe the person and the scene")
+    return prompt or ""

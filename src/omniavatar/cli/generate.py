@@ -21,6 +21,7 @@ from omniavatar.cli.common import (
     LogFormat,
     LogOption,
     QuietOption,
+    prompt_for,
     report_bug,
     whole_number,
 )
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
 def generate(
     context: typer.Context,
     config: ConfigChoice = None,
-    prompt: Annotated[str | None, typer.Option(help="Text that describes the video.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text that describes the video; FlashHead and LeapTalk take none.")
+    ] = None,
     image: Annotated[
         Path | None, typer.Option(help="Portrait (any image file). It decides the shape of the video.")
     ] = None,
@@ -97,7 +100,7 @@ def generate(
     The voice decides the length of the video, and the portrait decides its shape (`omniavatar plan` prints
     both). To continue an interrupted run after its last finished window, give the same command again.
     """
-    if (input_file is None) == (prompt is None):
+    if (input_file is None) == (prompt is None and image is None):
         raise typer.BadParameter("give either --input_file, or --prompt and --image")
     if input_file is not None and any(value is not None for value in (image, audio, output)):
         raise typer.BadParameter("--image, --audio and --output only work with --prompt, not --input_file")
@@ -111,6 +114,7 @@ def generate(
         from omniavatar.config.load import load_config
         from omniavatar.engine.events import Message
         from omniavatar.engine.requests_file import RequestLine, read_requests
+        from omniavatar.plan.preview import with_family
 
         check_kinds(image, audio)
         words = list(context.obj or ())
@@ -119,6 +123,9 @@ def generate(
             recorder.event(Message(reason))
             words += ["--config", str(config)]
         loaded = load_config(config, overrides)
+        family = with_family(loaded.config).family
+        if image is not None:
+            prompt = prompt_for(family, prompt)
         numbers = None if gpus is None else parse_gpus(gpus)
         rank_config = config_for_rank(loaded.config, numbers, process)
         if numbers is not None and len(numbers) > process.world:
@@ -133,7 +140,7 @@ def generate(
             return
         lines: Sequence[RequestLine | BadLine]
         if input_file is not None:
-            lines = read_requests(input_file, loaded.config.sampling)
+            lines = read_requests(input_file, loaded.config.sampling, family.text)
         else:
             assert prompt is not None and image is not None
             lines = [RequestLine(0, 0, prompt, image, audio)]

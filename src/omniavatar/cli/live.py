@@ -17,6 +17,7 @@ from omniavatar.cli.common import (
     HpOption,
     LogFormat,
     LogOption,
+    prompt_for,
     reporting,
     require_one_process,
     user_errors,
@@ -90,9 +91,10 @@ def live(
         from omniavatar.engine.events import Message
         from omniavatar.engine.pipeline import AvatarPipeline
         from omniavatar.errors import InputError
+        from omniavatar.plan.preview import with_family
 
         serve = serve or (demo and output is None)
-        check_choices(image, prompt, output, serve, demo)
+        check_choices(image, output, serve, demo)
         if output is not None:
             check_output(output)
         if audio not in (None, "-", MICROPHONE) and not Path(audio or "").is_file():
@@ -107,6 +109,7 @@ def live(
             config, reason = best_config(CONFIGS)
             recorder.event(Message(reason))
         loaded = load_config(config, hp or ())
+        prompt = prompt_for(with_family(loaded.config).family, prompt)
         for warning in loaded.warnings:
             recorder.event(Message(warning, "warning"))
 
@@ -125,9 +128,7 @@ def live(
             record(pipeline, chosen, audio, (rate, channels), output, seconds, message)
 
 
-def check_choices(
-    image: Path | None, prompt: str | None, output: str | None, serve: bool, demo: bool
-) -> None:
+def check_choices(image: Path | None, output: str | None, serve: bool, demo: bool) -> None:
     """Raise BadParameter for options that are missing or exclude each other."""
     if serve and output is not None:
         raise typer.BadParameter("--serve shows a page, --output writes a video; give one of them")
@@ -135,8 +136,6 @@ def check_choices(
         raise typer.BadParameter("give --output for a video, or --serve for a page, or --demo")
     if not demo and image is None:
         raise typer.BadParameter("--image is missing; give a portrait, or --demo")
-    if not demo and prompt is None:
-        raise typer.BadParameter("--prompt is missing; describe the person and the scene")
 
 
 def door_of(host: str, token: str | None, origins: list[str]) -> Door:

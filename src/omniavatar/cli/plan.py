@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from omniavatar.config.schema import PipelineConfig
+    from omniavatar.config.schema import ModelConfig, PipelineConfig
     from omniavatar.measure.deadline import Proposal
     from omniavatar.plan.estimate import MemoryEstimate
     from omniavatar.plan.run import RunPlan
@@ -74,12 +74,13 @@ def plan(
     with user_errors():
         from omniavatar.config.load import load_config
         from omniavatar.plan.estimate import estimate_memory, plan_report
+        from omniavatar.plan.preview import with_family
         from omniavatar.plan.run import plan_run
 
         loaded = load_config(config, hp or ())
         for warning in loaded.warnings:
             print_warning(warning)
-        settings = loaded.config
+        settings = with_family(loaded.config)
         samples = _samples(settings, audio, minutes)
         size = _size(settings, image)
         run_plan = plan_run(settings, size, samples, _step_plan(settings))
@@ -90,7 +91,7 @@ def plan(
             say_json(plan_report(run_plan, memory, settings.model.decoder))
         else:
             length, shape = _decided_by(settings, audio, minutes, image)
-            _print(run_plan, memory, settings.model.decoder, length, shape)
+            _print(run_plan, memory, _coders(settings.model), length, shape)
 
 
 def _decided_by(
@@ -102,6 +103,8 @@ def _decided_by(
         length = f"decided by the voice {audio}{silence}"
     elif minutes is not None:
         length = f"{minutes:g} minutes of voice{silence}"
+    elif config.family.chunk is not None:
+        length = "one second of voice, as an example; --audio or --minutes decides the length"
     else:
         length = "seq_len frames, silent; with --audio the voice decides the length"
     if image is not None:
@@ -181,7 +184,7 @@ def _samples(config: PipelineConfig, audio: Path | None, minutes: float | None) 
     if minutes is not None:
         return round(minutes * 60 * video.sample_rate) + round(video.silence_duration_s * video.sample_rate)
     if audio is None:
-        return None
+        return video.sample_rate if config.family.chunk is not None else None
     from omniavatar.media.audio import measure_audio
 
     return measure_audio(audio, video.sample_rate, video.silence_duration_s).samples
@@ -215,7 +218,14 @@ def _step_plan(config: PipelineConfig) -> StepPlan | None:
     return make_step_plan(sampling, constants, projections, not config.runtime.reference_numerics)
 
 
-def _print(plan: RunPlan, memory: MemoryEstimate, decoder: str, length: str, shape: str) -> None:
+def _coders(model: ModelConfig) -> str:
+    """What decodes and encodes pictures."""
+    if model.latent_encoder != "full":
+        return f"{model.decoder} (it encodes too)"
+    return "the VAE" if model.decoder == "full" else f"{model.decoder} (the VAE encodes)"
+
+
+def _print(plan: RunPlan, memory: MemoryEstimate, coders: str, length: str, shape: str) -> None:
     from rich.table import Table
 
     from omniavatar.cli.terminal import SafeConsole
@@ -225,6 +235,8 @@ def _print(plan: RunPlan, memory: MemoryEstimate, decoder: str, length: str, sha
     computed = plan.step_plan.computed if plan.step_plan else None
     pattern = _pattern_text(plan) if plan.step_plan else "not known without the weights"
     policy = plan.step_plan.policy if plan.step_plan else "teacache"
+    text = f"{bytes_text(memory.text_encoder)}, only while new prompts are embedded"
+    text = text if memory.text_encoder else "none: the model takes no text"
     rows = [
         (
             "video",
@@ -239,11 +251,11 @@ def _print(plan: RunPlan, memory: MemoryEstimate, decoder: str, length: str, sha
         ("pattern", pattern),
         ("passes per step", _passes_text(plan)),
         ("forwards", f"{plan.forwards} computed, {plan.forwards_skipped} skipped"),
-        ("decoder", "the VAE" if decoder == "full" else f"{decoder} (the VAE encodes)"),
+        ("decoder", coders),
         ("DiT weights", bytes_text(memory.dit)),
         ("VAE weights", bytes_text(memory.vae)),
         ("audio encoder", bytes_text(memory.audio_encoder)),
-        ("text encoder", f"{bytes_text(memory.text_encoder)}, only while new prompts are embedded"),
+        ("text encoder", text),
         ("activations", f"about {bytes_text(memory.activations)}"),
         (
             "device memory",
@@ -271,6 +283,9 @@ def _print(plan: RunPlan, memory: MemoryEstimate, decoder: str, length: str, sha
 
 def _windows_text(plan: RunPlan) -> str:
     causal = plan.causal
+    if plan.chunk is not None:
+        chunks = "1 chunk" if len(plan.windows) == 1 else f"{len(plan.windows)} chunks"
+        return f"{chunks} of {plan.chunk.frames} frames, {plan.chunk.new} of them new"
     if causal is None:
         return f"{len(plan.windows)} of {plan.window_length} frames, overlap {plan.overlap}"
     return (

@@ -20,7 +20,7 @@ from omniavatar.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from omniavatar.config.schema import SamplingConfig
+    from omniavatar.config.schema import PipelineConfig
     from omniavatar.engine.requests_file import RequestLine
 
 
@@ -81,7 +81,7 @@ def profile(
             print_warning(warning)
         bad = 0
         if input_file is not None:
-            lines, bad = _lines(input_file, loaded.config.sampling)
+            lines, bad = _lines(input_file, loaded.config)
         elif prompt is not None and image is not None:
             lines = [RequestLine(0, 0, prompt, image, audio)]
         else:
@@ -95,14 +95,15 @@ def profile(
             raise typer.Exit(SOME_FAILED)
 
 
-def _lines(path: Path, configured: SamplingConfig) -> tuple[list[RequestLine], int]:
+def _lines(path: Path, config: PipelineConfig) -> tuple[list[RequestLine], int]:
     """The usable requests of the file, and the number of unusable ones, which are reported."""
     from omniavatar.engine.requests_file import RequestLine, read_requests
     from omniavatar.errors import InputError
+    from omniavatar.plan.preview import with_family
 
     usable: list[RequestLine] = []
     bad = 0
-    for line in read_requests(path, configured):
+    for line in read_requests(path, config.sampling, with_family(config).family.text):
         if isinstance(line, RequestLine):
             usable.append(line)
         else:

@@ -17,6 +17,7 @@ from omniavatar.device import Registry
 
 REGISTRIES: Mapping[str, str] = MappingProxyType(
     {
+        "model.family": "omniavatar.config.families:FAMILIES",
         "model.decoder": "omniavatar.accel.decoder:DECODERS",
         "sampling.sampler": "omniavatar.sampling.samplers:SAMPLERS",
         "output.encoder": "omniavatar.media.h264:ENCODERS",

@@ -7,7 +7,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from omniavatar.config.combinations import check_family
 from omniavatar.config.schema import PipelineConfig, SamplingConfig
+from omniavatar.config.values import FieldError
 from omniavatar.errors import ConfigError
 from omniavatar.types import SamplingParams
 
@@ -19,6 +21,44 @@ def changed(config: PipelineConfig, **sections: Mapping[str, Any]) -> PipelineCo
     """
     update = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
     return config.model_copy(update=update)
+
+
+def with_family(config: PipelineConfig, name: str) -> PipelineConfig:
+    """`config` with the family `name`, checked again; unset settings become those of the family.
+
+    Raises ConfigError.
+    """
+    before = config.model.family
+    if name == before:
+        return config
+    if name == "omniavatar":
+        error = family_error(changed(config, model={"family": name}))
+        if error is not None:
+            raise ConfigError(error)
+        return config
+    values = config.model_dump(exclude_unset=True)
+    values["model"] = {**values.get("model", {}), "family": name}
+    try:
+        return PipelineConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_first(error)) from None
+
+
+def family_error(config: PipelineConfig) -> str | None:
+    """What the configured family cannot follow, as one line; None if it follows all."""
+    try:
+        check_family(config.family, vars(config))
+    except FieldError as error:
+        return f"{error.fields[0].rpartition('.')[2]}: {error}"
+    return None
+
+
+def _first(error: ValidationError) -> str:
+    """The first problem as one line."""
+    first = error.errors(include_url=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    name = cause.fields[0] if isinstance(cause, FieldError) else ".".join(map(str, first["loc"]))
+    return f"{name.rpartition('.')[2]}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def effective_sampling(configured: SamplingConfig, params: SamplingParams) -> SamplingConfig:

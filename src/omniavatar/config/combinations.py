@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from omniavatar.config.backends import registry
+from pydantic import BaseModel
+
+from omniavatar.config.backends import alternatives, registry
+from omniavatar.config.families import FAMILIES, Family, family_of
 from omniavatar.config.values import CAUSAL_FIELDS, WINDOW_FIELDS, FieldError
 from omniavatar.errors import ConfigError
 
@@ -51,11 +54,18 @@ def check_sampling(sampling: Mapping[str, Any], defaults: Mapping[str, Any], cac
         raise FieldError(f"sampler: causal computes every step; leave {name} out", name, "sampler")
 
 
-def check_causal(given: Collection[str], runtime: Mapping[str, Any]) -> None:
+def check_causal(given: Collection[str], color_match: float, runtime: Mapping[str, Any]) -> None:
     """Check what `sampler: causal` cannot follow outside the sampling section.
 
     - given: the fields of the video section that the user set.
     """
+    if color_match:
+        raise FieldError(
+            "sampler: causal hands no pixels over, so matched colours would change nothing but the file; set "
+            "color_match to 0",
+            "video.color_match",
+            "sampling.sampler",
+        )
     for name in WINDOW_FIELDS:
         if name in given:
             raise FieldError(
@@ -118,3 +128,65 @@ def check_runtime(runtime: Mapping[str, Any]) -> None:
             "use_fsdp",
             "num_persistent_param_in_dit",
         )
+
+
+def with_family_settings(values: Any) -> Any:
+    """Settings by section, with those of the configured family where none are given.
+
+    A section that is no mapping is left as it is.
+    """
+    if not isinstance(values, Mapping) or not isinstance(values.get("model"), Mapping):
+        return values
+    name = values["model"].get("family")
+    if name not in FAMILIES.names:
+        return values
+    merged = dict(values)
+    for section, own in family_of(name).create().items():
+        given = merged.get(section, {})
+        if isinstance(given, Mapping):
+            merged[section] = {**own, **given}
+    return merged
+
+
+def check_family(family: Family, sections: Mapping[str, BaseModel]) -> None:
+    """Check what the family cannot follow. Raises FieldError."""
+    check_family_sampling(family, vars(sections["sampling"]))
+    if family.chunk is not None and vars(sections["video"])["fps"] != family.chunk.fps:
+        raise FieldError(f"{family.name}: {family.refused['video.fps']}", "video.fps", "model.family")
+    for name, reason in family.refused.items():
+        section, _, leaf = name.partition(".")
+        if section == "sampling" or name == "video.fps":
+            continue
+        values = sections[section]
+        given = leaf in values.model_fields_set
+        default = type(values).model_fields[leaf].default
+        if given and (section == "video" or getattr(values, leaf) != default):
+            raise FieldError(f"{family.name}: {reason}", name, "model.family")
+
+
+def check_family_sampling(family: Family, sampling: Mapping[str, Any]) -> None:
+    """Check the sampling settings of a configuration or a request, by field. Raises FieldError."""
+    name = family.name
+    samplers = registry("sampling.sampler")
+    fitting = family.samplers or tuple(each.name for each in samplers if not each.from_portrait)
+    if sampling["sampler"] not in fitting:
+        text = f"{name}: its weights follow {alternatives(fitting)}; set sampler to that"
+        raise FieldError(text, "sampling.sampler", "model.family")
+    if sampling["hand_over"] not in family.hand_overs:
+        raise FieldError(
+            f"{name}: hands over {alternatives(family.hand_overs)}, because it was trained with it; leave "
+            "hand_over out",
+            "sampling.hand_over",
+            "model.family",
+        )
+    off: Mapping[str, tuple[Any, ...]] = {
+        "guidance_scale": (1.0,),
+        "audio_scale": (None, 1.0),
+        "guidance_interval": ((0.0, 1.0),),
+        "step_cache": (None, "none"),
+        "tea_cache_l1_thresh": (0.0,),
+    }
+    for field, values in off.items():
+        reason = family.refused.get(f"sampling.{field}")
+        if reason is not None and sampling[field] not in values:
+            raise FieldError(f"{name}: {reason}", f"sampling.{field}", "model.family")

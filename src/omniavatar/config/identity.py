@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from omniavatar.config.schema import PipelineConfig
@@ -39,6 +41,18 @@ NEUTRAL_FIELDS = frozenset(
 """Fields that change the video only by rounding (number of GPUs) or not at all; a resumed run may change
 them. On a CPU the number of threads in use counts nevertheless (`engine.identity`)."""
 
+SWITCHED_OFF: Mapping[str, Any] = MappingProxyType(
+    {
+        "model.family": "omniavatar",
+        "model.latent_encoder": "full",
+        "model.audio_proj_path": None,
+        "sampling.hand_over": "pixels",
+        "video.color_match": 0.0,
+    }
+)
+"""Fields that change nothing with this value, and that older versions lacked: a run that an older version
+began has the same identity without them."""
+
 
 def flat_values(config: PipelineConfig) -> dict[str, Any]:
     """The value of every leaf, as JSON types, by dotted name (`sampling.num_steps`)."""
@@ -52,13 +66,21 @@ def flat_values(config: PipelineConfig) -> dict[str, Any]:
 def result_values(config: PipelineConfig) -> dict[str, Any]:
     """`flat_values` without the fields that do not change the video.
 
-    These are `NEUTRAL_FIELDS`, and those that the sampler does not read (`config.values`).
+    These are `NEUTRAL_FIELDS`, those that the sampler and the family do not read, and those of other families
+    that are switched off.
     """
+    family = config.family
+    window = {f"video.{name}" for name in WINDOW_FIELDS}
+    unread = window if family.chunk is not None else set()
     if config.sampling.causal is None:
-        unread = {f"sampling.{name}" for name in CAUSAL_FIELDS}
+        unread |= {f"sampling.{name}" for name in CAUSAL_FIELDS}
     else:
-        unread = {f"video.{name}" for name in WINDOW_FIELDS}
-    return {name: value for name, value in flat_values(config).items() if name not in NEUTRAL_FIELDS | unread}
+        unread |= window
+    if not family.text:
+        unread |= {"sampling.negative_prompt", "model.text_encoder_path", "model.tokenizer_path"}
+    values = {**flat_values(config), "model.family": family.name}
+    unread |= NEUTRAL_FIELDS | {name for name, off in SWITCHED_OFF.items() if values[name] == off}
+    return {name: value for name, value in values.items() if name not in unread}
 
 
 def config_hash(config: PipelineConfig) -> str:

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from omniavatar.config.backends import alternatives, backend_name, registry
+from omniavatar.config.backends import backend_name, registry
+from omniavatar.config.families import Family, HandOver, family_of
+from omniavatar.config.schema_model import DitOverrides, LoraSetting, ModelConfig
 from omniavatar.config.values import (
     CAUSAL_FIELDS,
     NEGATIVE_PROMPT,
     FieldError,
     FilePath,
-    FilePaths,
     Flag,
     ProvenanceSettings,
     Real,
@@ -31,12 +32,9 @@ from omniavatar.config.values import (
     coefficients,
     descending_timesteps,
     device_setting,
-    dtype_name,
-    lora_entry,
     memory_limit,
     prompt_text,
     rising_fractions,
-    scale_name,
 )
 from omniavatar.errors import ConfigError
 from omniavatar.sampling.windows import overlap_error, window_length
@@ -45,100 +43,16 @@ from omniavatar.types import StepCache
 if TYPE_CHECKING:
     from omniavatar.sampling.causal import CausalWindow
 
-
-class DitOverrides(Section):
-    """Sizes of the DiT that `config.json` states; the other sizes are read from the weights."""
-
-    in_dim: Whole = Field(33, ge=16)
-    """Input channels of the patch embedding: 16 noise + 16 portrait + 1 mask."""
-    num_heads: Whole | None = Field(None, ge=1)
-    """Attention heads; unset: width / 128."""
-    audio_hidden_size: Whole = Field(32, ge=1)
-    """Width between the audio packing and the audio projections of the blocks."""
-
-
-class LoraSetting(Section):
-    """An additional LoRA that is merged into the DiT."""
-
-    path: FilePath
-    """The LoRA file (.safetensors, .pt)."""
-    strength: Real = 1.0
-    """Factor on the weight differences of the LoRA."""
-
-
-class ModelConfig(Section):
-    """Weights and their precision."""
-
-    dit_path: FilePaths = ()
-    """Base DiT, one file or all shards: a list, a comma-separated text or a pattern."""
-    vae_path: FilePath | None = None
-    """Wan 2.1 VAE (`Wan2.1_VAE.pth`)."""
-    decoder: Annotated[str, BeforeValidator(backend_name("model.decoder"))] = "full"
-    """Decoder from latents to pixels: full is the VAE's own; the others are smaller, faster and softer."""
-    decoder_path: FilePath | None = None
-    """File of the smaller decoder (`lightvaew2_1.pth`, `taew2_1.pth`, `lighttaew2_1.pth`)."""
-    text_encoder_path: FilePath | None = None
-    """UMT5-XXL encoder (`models_t5_umt5-xxl-enc-bf16.pth`)."""
-    tokenizer_path: FilePath | None = None
-    """Tokenizer folder; unset: `google/umt5-xxl` beside the text encoder."""
-    wav2vec_path: FilePath | None = None
-    """wav2vec 2.0 folder (`wav2vec2-base-960h`)."""
-    exp_path: FilePath | None = None
-    """OmniAvatar folder with `pytorch_model.pt` and `config.json`; unset: the DiT file is already merged."""
-    loras: tuple[Annotated[LoraSetting, BeforeValidator(lora_entry)], ...] = ()
-    """Additional LoRAs, merged in float32: a list of {path, strength}."""
-    weights: Literal["files", "random"] = "files"
-    """files: load the weight files. random: make random weights of `scale` on the device (speed tests)."""
-    scale: Annotated[Literal["auto", "nano", "1.3B", "14B"], BeforeValidator(scale_name)] = "auto"
-    """Model size; required for random weights, otherwise read from the files."""
-    dtype: Annotated[Literal["bf16", "fp16", "fp32"], BeforeValidator(dtype_name)] = "bf16"
-    """Precision of the weights; sample, timestep and time embedding stay float32."""
-    dit_config: DitOverrides = DitOverrides()
-    """Sizes of the DiT (key `model_config` in the checkpoint's config.json)."""
-    lora_rank: Whole | None = Field(None, ge=1)
-    """Rank of the OmniAvatar LoRA; unset: read from the file."""
-    lora_alpha: Real | None = Field(None, gt=0)
-    """Alpha of the OmniAvatar LoRA, whose factor is alpha / rank; unset: factor 1."""
-    use_audio: Flag = True
-    """Whether the checkpoint has audio layers."""
-    input_limits: FilePath | None = None
-    """File with the range of portraits and sounds that the model was trained for
-    (`training/input_limits.py`); inputs outside it cause a warning. Unset: no check."""
-
-    @property
-    def tokenizer_folder(self) -> Path | None:
-        """Folder of the tokenizer; None if neither the tokenizer nor the text encoder has a path."""
-        if self.tokenizer_path is not None or self.text_encoder_path is None:
-            return self.tokenizer_path
-        return self.text_encoder_path.parent / "google" / "umt5-xxl"
-
-    def check_files_named(self) -> None:
-        """Raise `ConfigError` if a path that `weights: files` needs is not set."""
-        if self.weights == "random":
-            return
-        decoder = () if registry("model.decoder").get(self.decoder).file is None else ("decoder_path",)
-        needed = ("dit_path", "vae_path", *decoder, "text_encoder_path", "wav2vec_path")
-        missing = [name for name in needed if not getattr(self, name)]
-        if missing:
-            raise ConfigError(
-                f"model: {', '.join(missing)} not set; set these paths in the config, "
-                "or use weights: random with a scale to run without files"
-            )
-
-    @model_validator(mode="after")
-    def _combinations(self) -> ModelConfig:
-        if self.decoder_path is not None:
-            decoders = registry("model.decoder")
-            if decoders.get(self.decoder).file is None:
-                others = alternatives(each.name for each in decoders if each.file is not None)
-                raise FieldError(
-                    f"has no effect with decoder: {self.decoder}; set decoder to {others}", "decoder_path"
-                )
-        if self.weights == "random" and self.scale == "auto":
-            raise FieldError(
-                "random weights need a scale; set scale to nano, 1.3B or 14B", "weights", "scale"
-            )
-        return self
+__all__ = [
+    "DitOverrides",
+    "LoraSetting",
+    "ModelConfig",
+    "OutputConfig",
+    "PipelineConfig",
+    "RuntimeConfig",
+    "SamplingConfig",
+    "VideoConfig",
+]
 
 
 class SamplingConfig(Section):
@@ -160,7 +74,11 @@ class SamplingConfig(Section):
     """Explicit timesteps in (0, 1000], descending, for step-distilled LoRAs; unset: num_steps and shift."""
     sampler: Annotated[str, BeforeValidator(backend_name("sampling.sampler"))] = "euler"
     """euler; renoise: predict the clean sample and add fresh noise (for step-distilled LoRAs); causal: the
-    same in blocks that see a cache of earlier blocks (for block-causal models such as LiveTalk)."""
+    same in blocks that see a cache of earlier blocks (for block-causal models such as LiveTalk); bridge:
+    from the portrait to the clip in one step (LeapTalk)."""
+    hand_over: HandOver = "pixels"
+    """What a window leaves for the next one. pixels: its last frames, encoded again. latents: its last
+    latents as they are (leaptalk only)."""
     causal_block: Whole = Field(3, ge=1, le=64)
     """Latents of a block (4 frames each) with sampler: causal; the number the model was trained with."""
     causal_window: Whole = Field(15, ge=1, le=4096)
@@ -243,6 +161,9 @@ class VideoConfig(Section):
     """Frames of a video without audio; with audio, the audio sets the length."""
     fps: Whole = Field(25, ge=1, le=240)
     """Frames per second."""
+    color_match: Real = Field(0.0, ge=0, le=1)
+    """Match the colours of every frame to the portrait before it is handed over: 0 not at all, 1 completely.
+    Unset: 0 for omniavatar, 1 for flashhead and leaptalk."""
     color_profile: Literal["convert", "ignore"] = "convert"
     """convert: turn the colours of the portrait into sRGB by its embedded profile. ignore: use its numbers
     as they are, like the original code."""
@@ -382,12 +303,27 @@ class PipelineConfig(Section):
     runtime: RuntimeConfig = RuntimeConfig()
     """Device, memory and speed."""
 
+    @property
+    def family(self) -> Family:
+        """The model family; that of `auto` is known once the weights' keys were read (`plan.preview`)."""
+        return family_of(self.model.family)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _family_settings(cls, values: Any) -> Any:
+        """`values` with the family's own settings where none are given."""
+        from omniavatar.config.combinations import with_family_settings
+
+        return with_family_settings(values)
+
     @model_validator(mode="after")
-    def _causal_fits(self) -> PipelineConfig:
-        from omniavatar.config.combinations import check_causal, check_windows
+    def _combined(self) -> PipelineConfig:
+        from omniavatar.config.combinations import check_causal, check_family, check_windows
 
         if self.sampling.causal is not None:
-            check_causal(self.video.model_fields_set, vars(self.runtime))
+            check_causal(self.video.model_fields_set, self.video.color_match, vars(self.runtime))
         else:
             check_windows(vars(self.runtime))
+        if self.model.family != "auto":
+            check_family(self.family, vars(self))
         return self

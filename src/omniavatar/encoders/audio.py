@@ -62,11 +62,16 @@ def library_key(key: str) -> str | None:
 
 
 class AudioEncoder:
-    """wav2vec 2.0 on its device. `width` is the length D of the vector of a frame."""
+    """wav2vec 2.0 on its device.
+
+    - width: length D of the vector of a frame.
+    - layers_width: length of a frame's row for models that work in chunks (`encoders.chunk_audio`).
+    """
 
     def __init__(self, model: Wav2Vec2Model) -> None:
         self.model = model
         self.width: int = (model.config.num_hidden_layers + 2) * model.config.hidden_size
+        self.layers_width: int = model.config.num_hidden_layers * model.config.hidden_size
 
     @classmethod
     def load(

@@ -11,6 +11,7 @@ narrower image would be scaled to gigabytes before the crop.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -48,14 +49,7 @@ def prepare_image(image: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
     import torch
     from torch.nn.functional import interpolate
 
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        found = f"{image.shape} {image.dtype}"
-        raise InputError(f"image: must be (h, w, 3) uint8 RGB, got {found}; convert it first")
-    height, width = image.shape[:2]
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        raise InputError(
-            f"image: {width}x{height} pixels is more than {MAX_ASPECT} times longer than wide; crop it first"
-        )
+    height, width = _checked(image)
     target_height, target_width = size
     scale = max(target_height / height, target_width / width)
     scaled_height = max(target_height, int(height * scale))
@@ -74,3 +68,35 @@ def prepare_image(image: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
         )
         planes[0, channel] = scaled[0, 0, top : top + target_height, left : left + target_width]
     return planes.div_(127.5).sub_(1.0).clamp_(-1.0, 1.0)
+
+
+def prepare_image_bytes(image: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+    """Like `prepare_image`, as FlashHead does it: bytes are scaled, by Pillow, and the crop rounds to even.
+
+    Raises what `prepare_image` raises.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    height, width = _checked(image)
+    target_height, target_width = size
+    scale = max(target_height / height, target_width / width)
+    scaled = (math.ceil(scale * width), math.ceil(scale * height))
+    pixels = np.array(Image.fromarray(image).resize(scaled, Image.Resampling.BILINEAR))
+    top, left = round((scaled[1] - target_height) / 2), round((scaled[0] - target_width) / 2)
+    cropped = torch.from_numpy(pixels[top : top + target_height, left : left + target_width])
+    return ((cropped.permute(2, 0, 1)[None].float() / 255.0 - 0.5) * 2.0).contiguous()
+
+
+def _checked(image: np.ndarray) -> tuple[int, int]:
+    """Height and width of RGB bytes. Raises InputError."""
+    if image.dtype != "uint8" or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        found = f"{image.shape} {image.dtype}"
+        raise InputError(f"image: must be (h, w, 3) uint8 RGB, got {found}; convert it first")
+    height, width = image.shape[:2]
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise InputError(
+            f"image: {width}x{height} pixels is more than {MAX_ASPECT} times longer than wide; crop it first"
+        )
+    return height, width

@@ -13,11 +13,11 @@ from omniavatar.accel.apply import AccelConfig, row_dtype, weight_form
 from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.checkpoint.convert import convert_dit
 from omniavatar.checkpoint.dit import open_dit, random_weights
-from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.device import choose_device, torch_dtype
 from omniavatar.engine.loading import dit_files
 from omniavatar.errors import ConfigError
+from omniavatar.plan.preview import model_spec, with_family
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ def convert_checkpoint(
 
     Raises CheckpointError, ConfigError, OutputError, ResourceError.
     """
+    config = with_family(config)
     model, quantize = config.model, config.runtime.quantize
     if quantize == "auto":
         raise ConfigError("quantize: auto depends on the machine that runs it; convert with none or fp8")
@@ -51,7 +52,7 @@ def convert_checkpoint(
     if model.weights == "random":
         made_from["random"] = model.scale
         weights = random_weights(
-            scale_spec(model.scale).dit, attention=placeholder, dtype=dtype, device=device, seed=0, form=form
+            model_spec(model).dit, attention=placeholder, dtype=dtype, device=device, seed=0, form=form
         )
         size = convert_dit(weights, out, form=stored, made_from=made_from, progress=progress)
     else:
@@ -62,5 +63,12 @@ def convert_checkpoint(
         made_from["loras"] = [[lora.path.name, lora.strength] for lora in model.loras]
         with open_dit(files, attention=placeholder, dtype=dtype, device=device, form=form) as opened:
             size = convert_dit(opened, out, form=stored, made_from=made_from, progress=progress)
-    settings = {"dit_path": str(out), "exp_path": None, "quantize": quantize, "dtype": model.dtype}
+    settings: dict[str, str | None] = {
+        "dit_path": str(out),
+        "exp_path": None,
+        "quantize": quantize,
+        "dtype": model.dtype,
+    }
+    if model.audio_proj_path is not None:
+        settings["audio_proj_path"] = None
     return Converted(out, size, settings)

@@ -45,7 +45,7 @@ def request_identity(
     values["output.encoder"] = encoder
     values["runtime.attention"] = models.attention_name
     values |= placement.identity() | models.numerics
-    values["request.prompt"] = inputs.request.prompt
+    values["request.prompt"] = inputs.request.prompt if config.family.text else ""
     values["request.image"] = _sha256([_bytes(inputs.image)])
     values["request.audio"] = audio_digest(inputs.request.audio)
     if inputs.request.size is not None:
@@ -65,10 +65,10 @@ def content_values(config: PipelineConfig) -> dict[str, Any]:
     values = {**result_values(config), **weight_identities(model)}
     if all(path.exists() for path in weight_paths(model)):
         for name in WEIGHT_FIELDS:
-            del values[f"model.{name}"]
+            values.pop(f"model.{name}", None)
         values["model.loras"] = [
             {"file": lora.path.name, "content": _content(lora.path), "strength": lora.strength}
-            for lora in model.loras
+            for lora in (model.loras if model.weights == "files" else ())
         ]
     return values
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from omniavatar.engine.prompts import PromptEncoder
     from omniavatar.model.dit import WanDiT
     from omniavatar.model.vae import VideoVAE, WanVAE
+    from omniavatar.plan.run import RunPlan
     from omniavatar.types import Recorder
 
 THREADS_FIELD = "runtime.threads"
@@ -122,7 +123,7 @@ class Models:
         from omniavatar.engine.loading import load_audio_encoder
 
         with self.recorder.stage("load_audio_encoder"):
-            return load_audio_encoder(self.config.model, self.dit_config.audio_dim, self.device)
+            return load_audio_encoder(self.config.model, self.dit_config, self.device)
 
     @functools.cached_property
     def prompts(self) -> PromptEncoder:
@@ -161,13 +162,19 @@ class Models:
         self.residency.retry(lambda: self.window_vae)
         self.residency.retry(lambda: self.dit)
 
-    def audio_features(self, waveform: np.ndarray, frames: int, path: Path) -> np.ndarray:
-        """Audio vectors (frames, D), one a video frame, read from `path`, or encoded and written to it."""
+    def audio_features(self, waveform: np.ndarray, plan: RunPlan, path: Path) -> np.ndarray:
+        """Rows of audio features for the plan's windows, read from `path`, or encoded and written to it."""
         from omniavatar.encoders.audio import open_features
 
-        if path.is_file() and len(features := open_features(path)) == frames:
+        rows = plan.padded_audio_frames
+        if path.is_file() and len(features := open_features(path)) == rows:
             return features
-        return self.audio_encoder.encode(waveform, frames, self.config.video.fps, path)
+        if plan.chunk is None:
+            return self.audio_encoder.encode(waveform, rows, self.config.video.fps, path)
+        from omniavatar.encoders.chunk_audio import ChunkEars
+
+        ChunkEars(self.audio_encoder.model, plan.chunk).write(waveform, len(plan.windows), path)
+        return open_features(path)
 
     @torch.inference_mode()
     def time_projections(self, timesteps: tuple[float, ...]) -> np.ndarray:
@@ -182,7 +189,14 @@ class Models:
         resident = 0 if self.config.runtime.use_fsdp else self.residency.placement.memory.resident_blocks
         device_of = loading_device(self.dit_config.num_layers, resident, self.device)
         return load_dit_weights(
-            self.config.model, self.dit_config, self._attention, self.dtype, self.device, form, device_of
+            self.config.model,
+            self.dit_config,
+            self._attention,
+            self.dtype,
+            self.device,
+            form,
+            device_of,
+            lambda text: self.recorder.event(Message(text)),
         )
 
     def _run_vae(self, vae: WanVAE) -> VideoVAE:

@@ -33,6 +33,7 @@ class WindowsOrder:
     - given: given latents of window `first`; None if `first` is 0.
     - vae_latents: latents of one VAE pass, for ranks that share the VAE.
     - stoppable: before each step, all ranks ask the leader whether to go on.
+    - portrait: see `types.Conditioning`.
     """
 
     sampling: WindowSampling
@@ -45,6 +46,7 @@ class WindowsOrder:
     given: Tensor | None
     vae_latents: int
     stoppable: bool = False
+    portrait: Tensor | None = None
 
     @classmethod
     def of(
@@ -68,6 +70,7 @@ class WindowsOrder:
             given,
             vae_latents,
             stoppable,
+            None if conditioning.portrait is None else conditioning.portrait.cpu(),
         )
 
     def conditioning(self, device: torch.device) -> Conditioning:
@@ -78,6 +81,7 @@ class WindowsOrder:
             self.text_negative.to(device),
             self.reference_latent.to(device),
             None if width is None else np.empty((0, width), dtype=np.float32),
+            self.portrait,
         )
 
 

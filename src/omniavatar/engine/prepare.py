@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from omniavatar.config.change import effective_sampling
-from omniavatar.config.values import prompt_text
-from omniavatar.encoders.image import choose_bucket, prepare_image
+from omniavatar.config.combinations import check_family_sampling
+from omniavatar.config.values import FieldError, prompt_text
+from omniavatar.encoders.image import choose_bucket, prepare_image, prepare_image_bytes
 from omniavatar.engine.events import Message
 from omniavatar.engine.window_loop import ShouldStop, WindowSampling, end_if, never
-from omniavatar.errors import InputError
+from omniavatar.errors import ConfigError, InputError
 from omniavatar.media.image import load_image
 from omniavatar.plan.calibration import find_constants
 from omniavatar.plan.run import RunPlan, WindowShape, make_plan, window_shape
@@ -82,12 +83,22 @@ class Prepared(Planned):
     """A request that is ready for its windows: encoded, with its steps decided."""
 
     conditioning: Conditioning
+    color_match: float = 0.0
 
     @property
     def window_sampling(self) -> WindowSampling:
         """How the windows are sampled, with the plan's passes."""
         sampling, plan = self.inputs.sampling, self.plan
-        return WindowSampling(sampling.seed, plan.schedule, plan.passes, sampling.sampler, plan.causal)
+        return WindowSampling(
+            sampling.seed,
+            plan.schedule,
+            plan.passes,
+            sampling.sampler,
+            plan.causal,
+            plan.chunk,
+            sampling.hand_over,
+            self.color_match,
+        )
 
     def given_shape(self, window: int) -> tuple[int, ...]:
         """Shape of what a window leaves for `window`, which is not the first, (1, 16, G, h, w)."""
@@ -113,16 +124,19 @@ def read_inputs(models: Models, request: LocalRequest, has_audio: bool | None = 
 
     Raises InputError, ConfigError, CheckpointError.
     """
-    config, dit = models.config, models.dit_config
-    try:
-        prompt_text(request.prompt)
-    except ValueError as error:
-        raise InputError(f"prompt: {error}") from None
-    if not request.prompt.strip():
-        raise InputError("prompt: is empty; describe the person and the scene in a sentence")
+    config, dit, family = models.config, models.dit_config, models.config.family
+    _check_prompt(request.prompt, family.text)
+    if not family.text and request.prompt.strip():
+        models.recorder.event(Message(f"the prompt has no effect: {family.name} takes no text", "warning"))
     sampling = effective_sampling(config.sampling, request.sampling)
+    try:
+        check_family_sampling(family, vars(sampling))
+    except FieldError as error:
+        raise ConfigError(f"request: {error.fields[0].rpartition('.')[2]}: {error}") from None
     if request.audio is not None and not dit.audio_dim:
         raise InputError("audio: this checkpoint has no audio layers; leave the audio out or set exp_path")
+    if family.chunk is not None and not (request.audio is not None if has_audio is None else has_audio):
+        raise InputError(f"audio: is missing; {family.name} makes its frames from a voice")
     image = load_image(request.image, colour_profile=config.video.color_profile)
     height, width = image.shape[:2]
     begun = None
@@ -132,6 +146,11 @@ def read_inputs(models: Models, request: LocalRequest, has_audio: bool | None = 
         if sampling.sampler == "causal":
             raise InputError(
                 "continues: a block-causal video does not go on from a finished one; give the whole sound"
+            )
+        if family.chunk is not None:
+            raise InputError(
+                f"continues: a {family.name} video does not go on from a finished one, because every chunk "
+                "hears the 8 s before it; give the whole sound"
             )
         from omniavatar.engine.continuation import read_begun
 
@@ -146,6 +165,16 @@ def read_inputs(models: Models, request: LocalRequest, has_audio: bool | None = 
     speaks = request.audio is not None if has_audio is None else has_audio
     shape = window_shape(config, size, speaks, sampling)
     return Inputs(request, sampling, image, shape, constants, begun)
+
+
+def _check_prompt(prompt: str, needed: bool) -> None:
+    """Raise InputError for a prompt that is no text, or empty though the model needs one."""
+    try:
+        prompt_text(prompt)
+    except ValueError as error:
+        raise InputError(f"prompt: {error}") from None
+    if needed and not prompt.strip():
+        raise InputError("prompt: is empty; describe the person and the scene in a sentence")
 
 
 def plan_request(models: Models, inputs: Inputs, folder: Path) -> Planned:
@@ -183,7 +212,15 @@ def condition(models: Models, planned: Planned, should_stop: ShouldStop = never)
     for message in _notes(step_plan):
         models.recorder.event(message)
     plan = planned.plan.decided(step_plan)
-    return Prepared(planned.inputs, plan, planned.waveform, planned.sound, planned.folder, conditioning)
+    return Prepared(
+        planned.inputs,
+        plan,
+        planned.waveform,
+        planned.sound,
+        planned.folder,
+        conditioning,
+        models.config.video.color_match,
+    )
 
 
 def decide_steps(models: Models, sampling: SamplingConfig, constants: CacheConstants | None) -> StepPlan:
@@ -225,19 +262,21 @@ def _encode(models: Models, planned: Planned, should_stop: ShouldStop) -> Condit
     """Encode prompt, portrait and sound."""
     end_if(should_stop(), "before the prompt was encoded")
     inputs, plan, recorder = planned.inputs, planned.plan, models.recorder
-    picture = prepare_image(inputs.image, plan.size)
-    with recorder.stage("text"):
-        positive, negative = models.prompts.embed((inputs.request.prompt, inputs.sampling.negative_prompt))
+    picture = fitted_portrait(inputs.image, plan)
+    if models.config.family.text:
+        with recorder.stage("text"):
+            prompts = (inputs.request.prompt, inputs.sampling.negative_prompt)
+            positive, negative = models.prompts.embed(prompts)
+    else:
+        positive = negative = NO_TEXT
     features: np.ndarray | None = None
     end_if(should_stop(), "before the sound was encoded")
     if planned.waveform is not None:
         with recorder.stage("audio"):
-            features = models.audio_features(
-                planned.waveform, plan.padded_audio_frames, planned.folder / FEATURES
-            )
+            features = models.audio_features(planned.waveform, plan, planned.folder / FEATURES)
     end_if(should_stop(), "before the portrait was encoded")
     with recorder.stage("image"):
-        reference = models.vae.encode(picture.to(models.device)[:, :, None])
+        reference = models.vae.encode(portrait_clip(picture.to(models.device), plan))
     if models.config.model.input_limits is not None:
         with recorder.stage("input_limits"):
             speech = None if features is None else features[: plan.frames - 1]
@@ -245,7 +284,23 @@ def _encode(models: Models, planned: Planned, should_stop: ShouldStop) -> Condit
             notes = _beyond_limits(models, path, picture, reference, speech, planned.waveform)
         for text in notes:
             recorder.event(Message(text, "warning"))
-    return Conditioning(positive, negative, reference, features)
+    portrait = picture[:, :, None] if models.config.video.color_match else None
+    return Conditioning(positive, negative, reference, features, portrait)
+
+
+NO_TEXT = torch.empty(1, 0, 0)
+"""Stands for the embeddings of a model without text."""
+
+
+def fitted_portrait(image: np.ndarray, shape: WindowShape) -> Tensor:
+    """The portrait (1, 3, H, W) float32 in [-1, 1], scaled and cropped as the model was trained."""
+    return (prepare_image if shape.chunk is None else prepare_image_bytes)(image, shape.size)
+
+
+def portrait_clip(picture: Tensor, shape: WindowShape) -> Tensor:
+    """What the VAE encodes of the portrait (1, 3, H, W): one frame, or a chunk of equal frames."""
+    frames = 1 if shape.chunk is None else shape.chunk.frames
+    return picture[:, :, None].expand(-1, -1, frames, -1, -1)
 
 
 def _beyond_limits(

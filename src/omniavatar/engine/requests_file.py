@@ -70,10 +70,13 @@ class BadLine:
     error: InputError
 
 
-def read_requests(path: str | Path, configured: SamplingConfig | None = None) -> list[RequestLine | BadLine]:
+def read_requests(
+    path: str | Path, configured: SamplingConfig | None = None, text: bool = True
+) -> list[RequestLine | BadLine]:
     """Requests of the input file, in file order.
 
     - configured: the configuration that a line's sampling values change (default: the default values).
+    - text: the model takes a prompt; without, a line's may be empty.
 
     Raises InputError if the file is missing, is not a regular file, is too large, is UTF-16 or contains no
     request.
@@ -88,7 +91,7 @@ def read_requests(path: str | Path, configured: SamplingConfig | None = None) ->
         try:
             if isinstance(values, str):
                 raise InputError(f"{path}:{number}: {values}")
-            request = _request(values, path, number, index, configured)
+            request = _request(values, path, number, index, configured, text)
             if request.output is not None and line_of.setdefault(request.output, number) != number:
                 raise InputError(
                     f"{path}:{number}: output {cut(request.output)} is already used by line "
@@ -180,7 +183,12 @@ def _cell(name: str, cell: str) -> Any:
 
 
 def _request(
-    values: Mapping[str, Any], path: Path, number: int, index: int, configured: SamplingConfig
+    values: Mapping[str, Any],
+    path: Path,
+    number: int,
+    index: int,
+    configured: SamplingConfig,
+    takes_text: bool,
 ) -> RequestLine:
     where = f"{path}:{number}"
     for key in values:
@@ -195,7 +203,8 @@ def _request(
         if problem := None if text is None else _text_problem(text):
             raise InputError(f"{where}: {key} {problem}")
     prompt, image, audio, output = (text.strip() if text else None for text in texts.values())
-    if not prompt:
+    prompt = prompt or ""
+    if not prompt and takes_text:
         raise InputError(f"{where}: no prompt; describe the video in a sentence")
     if not image:
         raise InputError(

@@ -117,6 +117,11 @@ class Residency:
             smaller = self._placement.step_down()
         if smaller is None:
             sampling = self._config.sampling
+            if self._config.family.chunk is not None:
+                raise ResourceError(
+                    f"a chunk needs more GPU memory than is free ({reason}); use quantize=fp8, decoder=taehv "
+                    "or a smaller size (image_sizes_720)"
+                )
             name, value = ("max_tokens", self._config.video.max_tokens)
             if sampling.causal is not None:
                 name, value = ("causal_window", sampling.causal_window)

@@ -39,6 +39,7 @@ from omniavatar.engine.window_loop import (
 from omniavatar.errors import StoppedError
 from omniavatar.parallel.team import ONE, Team, check_size
 from omniavatar.plan.placement import Placement
+from omniavatar.plan.preview import with_family
 from omniavatar.plan.run import WindowShape
 from omniavatar.sampling.windows import HandOvers, WindowHandOvers
 from omniavatar.types import AvatarRequest, Conditioning, ImageInput, SamplingParams, Window
@@ -69,6 +70,7 @@ class Session:
         team: Team = ONE,
         host: Host | None = None,
     ) -> None:
+        config = with_family(config)
         check_size(team, config.runtime.processes)
         self.config, self.team = config, team
         self._lock = threading.Lock()

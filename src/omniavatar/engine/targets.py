@@ -39,11 +39,12 @@ class Identified:
 def output_path(output: OutputConfig, sampling: SamplingConfig, index: int, prompt: str) -> Path:
     """Default path of the video of request `index`, by `output.naming`.
 
-    - slug: `<output_dir>/<index>_<slug of the prompt>.mp4`.
+    - slug: `<output_dir>/<index>_<slug of the prompt>.mp4`; `video` without a prompt.
     - reference: as the original code, `<output_dir>/<sampling settings>/result_<index>.mp4`.
     """
     if output.naming == "slug":
-        return output.output_dir / f"{index:03d}_{slugify(prompt)}.mp4"
+        name = slugify(prompt) if prompt.strip() else "video"
+        return output.output_dir / f"{index:03d}_{name}.mp4"
     settings = f"seed{sampling.seed}_step{sampling.steps}_cfg{sampling.guidance_scale:g}"
     if sampling.audio_scale is not None:
         settings += f"_audio{sampling.audio_scale:g}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from omniavatar.engine.prepare import NO_TEXT, portrait_clip
 from omniavatar.engine.window_loop import WindowSampling
 from omniavatar.errors import ConfigError
 from omniavatar.plan.run import WindowShape, audio_rows, shape_windows, window_shape
@@ -41,7 +42,16 @@ def warm_up(session: Session, size: tuple[int, int] | None = None) -> None:
     conditioning = models.residency.retry(lambda: _blank(models, shape))
     first = Schedule(shape.schedule.sigmas[:1])
     passes = plan_passes(StepPlan((True,)), shape.branches, shape.has_audio)
-    sampling = WindowSampling(config.sampling.seed, first, passes, config.sampling.sampler, shape.causal)
+    sampling = WindowSampling(
+        config.sampling.seed,
+        first,
+        passes,
+        config.sampling.sampler,
+        shape.causal,
+        shape.chunk,
+        config.sampling.hand_over,
+        config.video.color_match,
+    )
     if shape.causal is None:
         results = session.run_windows(sampling, conditioning, _windows(shape))
     else:
@@ -58,10 +68,14 @@ def _windows(shape: WindowShape) -> tuple[Window, ...]:
 @torch.inference_mode()
 def _blank(models: Models, shape: WindowShape) -> Conditioning:
     """A grey portrait that is silent, with the negative prompt."""
-    (text,) = models.prompts.embed((models.config.sampling.negative_prompt,))
+    text = NO_TEXT
+    if models.config.family.text:
+        (text,) = models.prompts.embed((models.config.sampling.negative_prompt,))
     audio = None
     if shape.has_audio:
-        audio = np.zeros((audio_rows(_windows(shape)), models.dit_config.audio_dim), dtype=np.float32)
+        rows = audio_rows(shape, _windows(shape))
+        audio = np.zeros((rows, models.dit_config.audio_dim), dtype=np.float32)
         _ = models.audio_encoder  # loads it
-    reference = models.vae.encode(torch.zeros(1, 3, 1, *shape.size, device=models.device))
-    return Conditioning(text, text, reference, audio)
+    picture = torch.zeros(1, 3, *shape.size, device=models.device)
+    reference = models.vae.encode(portrait_clip(picture, shape))
+    return Conditioning(text, text, reference, audio, picture[:, :, None])

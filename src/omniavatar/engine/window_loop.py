@@ -3,15 +3,16 @@
 The loop never waits for the device. It queues work, uploads and downloads; only reading a `WindowResult`
 waits. So the next window is queued while this one is computed, copied, encoded and written.
 
-The hand-over goes through pixels. The last `overlap` frames of a window are clipped to [0, 1], kept as floats
-and encoded again; they are the next window's given latents. A latent from the middle of a clip cannot be
-used, because the causal VAE codes the first frame of a clip alone.
+The hand-over goes through pixels. The last `overlap` frames of a window are clipped to [0, 1], matched to
+the portrait's colours if `color_match` says so, kept as floats and encoded again; they are the next window's
+given latents. A latent from the middle of a clip cannot be used, because the causal VAE codes the first frame
+of a clip alone. LeapTalk may do it nevertheless (`hand_over: latents`).
 
 Several processes (`parallel.team`) denoise a window together. They share the VAE's work (`parallel.vae`), or
 the leader does it and sends the given latents to the others.
 Source: OmniAvatar (arXiv 2506.18866).
 
-Shapes: T latent frames, h w latent pixels, N video frames, H W pixels, D audio width.
+Shapes: T latent frames, h w latent pixels, N video frames, H W pixels.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from omniavatar.accel.residual_cache import PassRunner, ResidualCache
-from omniavatar.device import arrival, download, upload
+from omniavatar.device import arrival, download
 from omniavatar.engine.events import StepFinished, WindowStarted
 from omniavatar.engine.numbers import WindowNumbers
 from omniavatar.engine.retry import Retry, no_retry
@@ -37,13 +38,17 @@ from omniavatar.sampling.denoise import denoise as denoise_window
 from omniavatar.sampling.denoise import noises_drawn
 from omniavatar.sampling.noise import NoiseAhead
 from omniavatar.sampling.passes import Pass, Passes
+from omniavatar.sampling.samplers import SAMPLERS
 from omniavatar.sampling.schedule import Schedule
 from omniavatar.types import Conditioning, Recorder, Window
 
 if TYPE_CHECKING:
-    from omniavatar.model.dit import AudioState, RunBlocks, WanDiT
+    from omniavatar.config.families import HandOver
+    from omniavatar.model.colour import ColourMatch
+    from omniavatar.model.dit import RunBlocks, WanDiT
     from omniavatar.model.vae import VideoVAE
     from omniavatar.sampling.causal import CausalWindow
+    from omniavatar.sampling.chunks import ChunkRule
 
 DrawNoise = Callable[[], Tensor]
 ShouldStop = Callable[[], bool]
@@ -69,6 +74,8 @@ class WindowSampling:
 
     - passes: the forwards of each step (`plan_passes`).
     - causal: the window of a block-causal model, whose windows are blocks (`engine.block_windows`).
+    - chunk: of a model that works in chunks.
+    - hand_over, color_match: see the settings.
     """
 
     seed: int
@@ -76,6 +83,9 @@ class WindowSampling:
     passes: Passes
     sampler: str = "euler"
     causal: CausalWindow | None = None
+    chunk: ChunkRule | None = None
+    hand_over: HandOver = "pixels"
+    color_match: float = 0.0
 
 
 class WindowResult:
@@ -118,27 +128,6 @@ def to_uint8(pixels: Tensor) -> np.ndarray:
     The copy from a CUDA device is only queued (`device.download`).
     """
     return download((pixels[0].permute(1, 2, 3, 0) * 255.0).round_().to(torch.uint8).contiguous()).numpy()
-
-
-def audio_slice(audio: np.ndarray, window: Window) -> Tensor:
-    """Audio vectors (1, length, D) of a window: row f-1 for frame f, zeros for the portrait frame."""
-    rows = torch.zeros(1, window.length, audio.shape[1])
-    first = 1 if window.start == 0 else 0
-    start = window.start + first - 1
-    piece = np.array(audio[start : start + window.length - first], dtype=np.float32)
-    if len(piece) != window.length - first:
-        raise ValueError(f"window {window.index} needs audio rows up to {start + window.length - first}")
-    rows[0, first:] = torch.from_numpy(piece)
-    return rows
-
-
-def image_condition(reference_latent: Tensor, window: Window) -> Tensor:
-    """y (1, 17, T, h, w): the portrait latent on every frame, and a mask (0 given, 1 to generate)."""
-    frames = window.latent_frames
-    repeated = reference_latent.expand(-1, -1, frames, -1, -1)
-    mask = torch.ones_like(repeated[:, :1])
-    mask[:, :, : window.given_latents] = 0
-    return torch.cat([repeated, mask], dim=1)
 
 
 def _arrived(wait: Callable[[], None], numbers: WindowNumbers) -> None:
@@ -187,18 +176,21 @@ class WindowGenerator:
         )
         self._draw_noise = draw_noise
         self._reference = conditioning.reference_latent
-        self._audio = conditioning.audio
         self._make_cache, self._retry, self._team = make_cache, retry, team
         self._passes = sampling.passes
         self._velocities = team.velocities(self._passes)
         self._timesteps = torch.tensor(sampling.schedule.timesteps, dtype=torch.float32, device=self._device)
-        self._branches = {each.branch for row in self._passes for each in row}
-        from omniavatar.accel.short_text import prepare_text
+        from omniavatar.engine.window_inputs import window_inputs
 
-        with torch.inference_mode():
-            embeddings = {"positive": conditioning.text_positive, "negative": conditioning.text_negative}
-            needed = {branch.text for branch in self._branches}
-            self._text = {name: prepare_text(dit, embeddings[name]) for name in sorted(needed)}
+        branches = {each.branch for row in self._passes for each in row}
+        self._inputs = window_inputs(dit, conditioning, branches, team, sampling.chunk)
+        self._colours: ColourMatch | None = None
+        if sampling.color_match and vae is not None:
+            from omniavatar.model.colour import ColourMatch
+
+            assert conditioning.portrait is not None
+            unit = (conditioning.portrait.to(self._device) + 1.0) / 2.0
+            self._colours = ColourMatch.to(unit, sampling.color_match)
 
     def run(
         self, windows: Sequence[Window], first: int = 0, given: Tensor | None = None
@@ -211,7 +203,7 @@ class WindowGenerator:
 
         Raises StoppedError, and on the CPU NumbersError; elsewhere reading a result raises that.
         """
-        current = self._reference if given is None else given.to(self._device)
+        current = self._inputs.first_given if given is None else given.to(self._device)
         try:
             for window in windows[first:]:
                 self._recorder.event(WindowStarted(window=window.index, windows=len(windows)))
@@ -240,7 +232,10 @@ class WindowGenerator:
         if self._vae is not None:
             with self._recorder.stage("vae_decode"):
                 frames, tail = self._decode(self._vae, latent, window, overlap, numbers)
-        if overlap:
+        if overlap and self._sampling.hand_over == "latents":
+            handed_over = latent[:, :, -((overlap + 3) // 4) :].clone()
+            next_given = download(handed_over)
+        elif overlap:
             with self._recorder.stage("vae_encode"):
                 encoded = None if self._vae is None or tail is None else self._encode(self._vae, tail)
                 shape = (1, latent.shape[1], (overlap + 3) // 4, *latent.shape[3:])
@@ -268,22 +263,6 @@ class WindowGenerator:
         reference = self._reference.shape
         return (1, reference[1], window.latent_frames, *reference[3:])
 
-    def _audio_states(self, window: Window) -> dict[str, AudioState]:
-        needed = {branch.audio for branch in self._branches}
-        states: dict[str, AudioState] = {}
-        width = self._dit.config.audio_dim
-        if not width:
-            return dict.fromkeys(sorted(needed), self._dit.prepare_audio(None))
-        if "silence" in needed:
-            silence = torch.zeros(1, window.length, width, device=self._device)
-            states["silence"] = self._dit.prepare_audio(silence)
-        if "speech" in needed:
-            assert self._audio is not None
-            rows = upload(audio_slice(self._audio, window), self._device) if self._team.leads else None
-            speech = self._team.share(rows, (1, window.length, width), self._device)
-            states["speech"] = self._dit.prepare_audio(speech)
-        return states
-
     @torch.inference_mode()
     def denoise(self, window: Window, given: Tensor, where: str = "in a window") -> Tensor:
         """Denoise one window from its given latents (1, 16, G, h, w) to latents (1, 16, T, h, w) float32.
@@ -291,8 +270,7 @@ class WindowGenerator:
         - where: names the window in StoppedError.
         """
         sampling, dit = self._sampling, self._dit
-        y = image_condition(self._reference, window)
-        audio = self._audio_states(window)
+        y, states = self._inputs.picture(window), self._inputs.states(window)
         cache = self._make_cache(self._run_blocks)
         timesteps = self._timesteps
 
@@ -301,12 +279,13 @@ class WindowGenerator:
                 end_if(self._stop(), f"before step {step + 1} of {len(sampling.schedule)} of {where}")
 
             def predict(each: Pass) -> Tensor:
+                text, audio = states[each.branch.name]
                 return dit(
                     sample,
                     y,
                     timesteps[step : step + 1],
-                    self._text[each.branch.text],
-                    audio[each.branch.audio],
+                    text,
+                    audio,
                     run_blocks=self._team.shard(cache.runner(each)),
                 )
 
@@ -330,8 +309,15 @@ class WindowGenerator:
             if self._watch is not None:
                 self._watch(window, step, sample)
 
+        from_portrait = SAMPLERS.get(sampling.sampler).from_portrait
         return denoise_window(
-            velocity, sampling.schedule, given, self._noise_of(window), sampling.sampler, on_step
+            velocity,
+            sampling.schedule,
+            given,
+            self._noise_of(window),
+            sampling.sampler,
+            on_step,
+            self._inputs.start(window, given) if from_portrait else None,
         )
 
     @torch.inference_mode()
@@ -339,8 +325,9 @@ class WindowGenerator:
         self, vae: VideoVAE, latent: Tensor, window: Window, overlap: int, numbers: WindowNumbers
     ) -> tuple[list[np.ndarray], Tensor | None]:
         """The window's new frames, converted on the leader only, and its last `overlap` frames as floats."""
-        skip = 0 if window.index == 0 else window.given_frames
+        skip = window.skipped_frames
         stop = skip + window.new_frames
+        kept = window.length - overlap
         frames: list[np.ndarray] = []
         tail: list[Tensor] = []
         done = 0
@@ -350,10 +337,13 @@ class WindowGenerator:
             pixels = piece.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
             count = pixels.shape[2]
             low, high = max(skip - done, 0), min(stop - done, count)
+            used = max(min(skip, kept) - done, 0)
+            if self._colours is not None and used < count:
+                pixels[:, :, used:] = self._colours(pixels[:, :, used:])
             if low < high and self._team.leads:
                 frames.append(self._convert(pixels[:, :, low:high]))
-            if done + count > window.length - overlap:
-                tail.append(pixels[:, :, max(window.length - overlap - done, 0) :].clone())
+            if self._sampling.hand_over == "pixels" and done + count > kept:
+                tail.append(pixels[:, :, max(kept - done, 0) :].clone())
             done += count
             if not overlap and done >= stop:
                 break

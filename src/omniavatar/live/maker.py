@@ -1,7 +1,7 @@
 """What a live session needs from a model: something that makes block after block of frames from sound.
 
-`live.causal` makes the blocks of a block-causal model, `live.windowed` takes an overlapping window as a
-block. Tests bring small ones.
+`live.causal` makes the blocks of a block-causal model, `live.chunked` the chunks of FlashHead and LeapTalk,
+and `live.windowed` takes an overlapping window as a block. Tests bring small ones.
 """
 
 from __future__ import annotations

@@ -42,6 +42,11 @@ def maker_of(pipeline: AvatarPipeline, image: ImageInput, prompt: str, seed: int
         from omniavatar.live.causal import CausalMaker
 
         return CausalMaker(pipeline, image, prompt, seed)
+    chunk = pipeline.config.family.chunk
+    if chunk is not None:
+        from omniavatar.live.chunked import ChunkedMaker
+
+        return ChunkedMaker(pipeline, image, prompt, seed, chunk)
     from omniavatar.live.windowed import WindowedMaker
 
     return WindowedMaker(pipeline, image, prompt, seed)

@@ -60,7 +60,7 @@ class LiveSession:
     """One avatar that speaks what is pushed.
 
     - pipeline: its models are shared by all its sessions.
-    - image, prompt: as in an `AvatarRequest`.
+    - image, prompt: as in an `AvatarRequest`; FlashHead and LeapTalk take no prompt.
     - seed: of the noise; default: the configuration's.
     - rate: samples a second of `LiveChunk.audio`.
     - state: a file of `save`; the session continues it.
@@ -74,14 +74,14 @@ class LiveSession:
         pipeline: AvatarPipeline,
         *,
         image: ImageInput,
-        prompt: str,
+        prompt: str = "",
         seed: int | None = None,
         rate: int = RATE,
         state: str | Path | None = None,
     ) -> None:
         from omniavatar.live.makers import maker_of, stage_of
 
-        text = check_prompt(prompt)
+        text = check_prompt(prompt) if pipeline.config.family.text else ""
         self._begin(stage_of(pipeline), lambda: maker_of(pipeline, image, text, seed), rate, state)
 
     @classmethod

@@ -39,6 +39,7 @@ from omniavatar.plan.calibration import (
     measured_schedule,
     model_identity,
 )
+from omniavatar.plan.preview import with_family
 from omniavatar.plan.steps import make_step_plan, model_scale, sampling_schedule
 from omniavatar.sampling.cache_constants import CacheConstants, published_constants
 from omniavatar.sampling.calibration import (
@@ -146,6 +147,11 @@ def calibrate(
         raise ConfigError("num_steps: calibration compares steps with each other; use at least 2")
     if config.sampling.causal is not None:
         raise ConfigError("sampler: causal computes every step, so there is no step cache to calibrate")
+    family = with_family(config).family
+    if reason := family.refused.get("sampling.step_cache"):
+        raise ConfigError(
+            f"{family.name}: {reason.partition(';')[0]}, so there is no step cache to calibrate"
+        )
     path = calibration_output(config, output)
     with lease_for(beside(path, ".", path.name, ".lock"), path):
         return _calibrate(config, request, path, windows, verify, listeners, started)

@@ -187,7 +187,8 @@ def _steps(config: PipelineConfig) -> Axis:
 
 def _caches(config: PipelineConfig) -> Axis:
     sampling = config.sampling
-    if sampling.cache_policy != "none" or sampling.timesteps is not None or sampling.causal is not None:
+    in_one_size = sampling.causal is not None or config.family.chunk is not None
+    if sampling.cache_policy != "none" or sampling.timesteps is not None or in_one_size:
         return [({}, 0.0)]
     return [
         ({}, 0.0),

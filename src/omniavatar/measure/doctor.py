@@ -16,7 +16,7 @@ import torch
 from omniavatar import __version__
 from omniavatar.accel.attention.registry import ATTENTION, choose_backend
 from omniavatar.accel.vae_runners import choose_vae
-from omniavatar.checkpoint.layout import MERGED, merged_name
+from omniavatar.checkpoint.layout import MERGED, TOKEN_FAMILIES, merged_name
 from omniavatar.config.backends import REGISTRIES, registry
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import ModelConfig, OutputConfig, PipelineConfig, RuntimeConfig, VideoConfig
@@ -26,7 +26,7 @@ from omniavatar.measure.machine import codecs, devices, free_memory, optional_pa
 from omniavatar.media.h264 import ENCODERS, choose_encoder
 from omniavatar.parallel.threads import waiting
 from omniavatar.plan.estimate import MemoryEstimate, estimate_memory
-from omniavatar.plan.preview import assumed_scale, missing_files
+from omniavatar.plan.preview import assumed_scale, missing_files, with_family
 from omniavatar.plan.run import plan_run
 from omniavatar.types import bytes_text
 
@@ -87,14 +87,23 @@ def backends(device: torch.device, size: tuple[int, int]) -> list[dict[str, Any]
     return rows
 
 
+def checkpoint_name(model: ModelConfig) -> str:
+    """The name of a model's checkpoint, as `omniavatar download` takes it."""
+    scale = assumed_scale(model)
+    if model.family in TOKEN_FAMILIES:
+        return model.family if scale != "nano" else f"{model.family}-nano"
+    return merged_name(model.dit_path) or scale
+
+
 def config_row(path: Path, device: torch.device) -> dict[str, Any]:
     """Whether the weights of one configuration exist and fit; `ready` says both."""
     try:
-        config = load_config(path).config
+        config = with_family(load_config(path).config)
         missing = missing_files(config.model)
         memory = _estimate(config, device)
     except OmniAvatarError as error:
         return {"config": str(path), "ready": False, "error": str(error), "missing": []}
+    adapted = config.family.text  # a LoRA of another family is part of its download
     need = memory.device_peak
     fits = memory.placement is not None and (device.type == "cuda" or need <= free_memory(device))
     return {
@@ -102,8 +111,8 @@ def config_row(path: Path, device: torch.device) -> dict[str, Any]:
         "ready": not missing and fits,
         "error": None,
         "missing": [str(each) for each in missing],
-        "scale": merged_name(config.model.dit_path) or assumed_scale(config.model),
-        "loras": [str(each.path) for each in config.model.loras if each.path in missing],
+        "scale": checkpoint_name(config.model),
+        "loras": [str(each.path) for each in config.model.loras if each.path in missing and adapted],
         "needs_bytes": need,
         "fits": fits,
         "placed": memory.placement is not None,

@@ -15,6 +15,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from omniavatar.model.sizes import LATENT_ROWS, WINDOW_ROWS
+
 if TYPE_CHECKING:
     from omniavatar.model.sizes import DiTConfig, VAEConfig
 
@@ -66,13 +68,17 @@ def skipped_forward_work(config: DiTConfig, latent: Grid) -> Work:
 
 
 def forward_work(
-    config: DiTConfig, latent: Grid, text_tokens: int = TEXT_TOKENS, seen_frames: int | None = None
+    config: DiTConfig, latent: Grid, text_tokens: int | None = None, seen_frames: int | None = None
 ) -> Work:
     """One whole forward of one branch on a latent clip (T, h, w).
+
+    text_tokens: tokens that cross-attention sees; None: those of the model.
 
     seen_frames: latent frames that each token attends to; None: T.
     """
     tokens = video_tokens(config, latent)
+    if text_tokens is None:
+        text_tokens = config.audio_tokens or TEXT_TOKENS
     keys = None if seen_frames is None else video_tokens(config, (seen_frames, *latent[1:]))
     blocks = block_work(config, tokens, text_tokens, keys) * config.num_layers
     return skipped_forward_work(config, latent) + blocks
@@ -88,6 +94,12 @@ def audio_work(config: DiTConfig, latent_frames: int) -> Work:
     """`prepare_audio` of one window."""
     if not config.audio_dim:
         return Work()
+    if config.audio_tokens:
+        hidden, out = config.audio_hidden, config.audio_tokens * config.dim
+        rows = WINDOW_ROWS + (latent_frames - 1) * LATENT_ROWS
+        projector = rows * config.audio_dim + latent_frames * (hidden + out)
+        context = latent_frames * config.audio_tokens * 2 * config.num_layers * config.dim**2
+        return Work(2 * (projector * hidden + context))
     pack = 4 * config.audio_dim * config.audio_hidden
     return Work(2 * latent_frames * (pack + len(config.audio_blocks) * config.audio_hidden * config.dim))
 

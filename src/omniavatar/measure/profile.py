@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from omniavatar import __version__
-from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.checkpoint.vae import inspect_vae
 from omniavatar.config.change import changed
 from omniavatar.config.schema import ModelConfig, PipelineConfig
@@ -31,7 +30,9 @@ from omniavatar.measure.peaks import PeakMemory
 from omniavatar.measure.report import ModelSizes, Report, RequestFigures, build_report
 from omniavatar.measure.trace import TraceRecorder, chrome_trace
 from omniavatar.model.sizes import VAEConfig
+from omniavatar.plan.preview import model_spec
 from omniavatar.sampling.causal import CausalWindow
+from omniavatar.sampling.chunks import ChunkRule, plan_chunks
 from omniavatar.sampling.windows import plan_blocks, plan_windows
 from omniavatar.types import RunResult
 
@@ -124,7 +125,7 @@ def _vae_sizes(model: ModelConfig) -> VAEConfig | None:
     if model.decoder != "full":
         return None
     if model.weights == "random":
-        return scale_spec(model.scale).vae
+        return model_spec(model).vae
     assert model.vae_path is not None
     return inspect_vae(model.vae_path)
 
@@ -135,7 +136,9 @@ def _figures(result: RunResult) -> RequestFigures:
     height, width = plan["size"]
     causal = CausalWindow(**plan["causal"]) if "causal" in plan else None
     after_portrait = plan["frames"] - 1
-    if causal is None:
+    if "chunk" in plan:
+        windows = plan_chunks(plan["frames"], ChunkRule(**plan["chunk"]))
+    elif causal is None:
         windows = plan_windows(after_portrait, plan["window_length"], plan["overlap"])
     else:
         windows = plan_blocks(after_portrait, causal.block)

@@ -339,5 +339,4 @@ def decoded_latents(window: Window, last: bool) -> int:
     """Latents of a window that are decoded: the last window stops at its last frame of the video."""
     if not last:
         return window.latent_frames
-    skip = 0 if window.index == 0 else window.given_frames
-    return (skip + window.new_frames + 3) // 4
+    return (window.skipped_frames + window.new_frames + 3) // 4

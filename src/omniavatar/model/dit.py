@@ -4,7 +4,9 @@ Plain maths on one device. What is the same in all steps is computed once and pa
 `prepare_text` (cross-attention keys and values, once for a prompt) and `prepare_audio` (once for a window).
 `forward(..., run_blocks=)` is the seam for step caches, sharding and offloading: any function with the
 signature of `WanDiT.run_blocks` may replace it. State-dict keys are those of the released files.
-Sources: Wan 2.1 (arXiv 2503.20314), OmniAvatar (arXiv 2506.18866).
+With `audio_tokens` there is no text: cross-attention sees audio tokens (`prepare_audio_tokens`), which take
+the text's place in `forward`.
+Sources: Wan 2.1 (arXiv 2503.20314), OmniAvatar (arXiv 2506.18866), SoulX-FlashHead (its inference code).
 
 Shapes: B batch, T latent frames, h w latent pixels, L = T*h/2*w/2 tokens, C width, S text tokens.
 """
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from omniavatar.model.attention import AttentionFn
 from omniavatar.model.audio_adapter import AudioPack
+from omniavatar.model.audio_tokens import AttentionByFrame, AudioTokens
 from omniavatar.model.layers import Block, BlockInputs, modulate
 from omniavatar.model.rope import RopeTable, rope_table
 from omniavatar.model.sizes import DiTConfig
@@ -53,11 +56,12 @@ class WanDiT(nn.Module):
         super().__init__()
         self.config = config
         self.attention = self.text_attention = attention
-        dim = config.dim
+        dim, tokens = config.dim, config.audio_tokens
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
-        self.text_embedding = nn.Sequential(
-            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
-        )
+        if not tokens:
+            self.text_embedding = nn.Sequential(
+                nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+            )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(
@@ -65,7 +69,12 @@ class WanDiT(nn.Module):
         )
         patch_volume = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
         self.head = Head(dim, config.out_dim * patch_volume, config.eps)
-        if config.audio_dim:
+        if tokens:
+            self.text_attention = AttentionByFrame(attention, tokens)
+            self.audio_proj: AudioTokens | AudioPack = AudioTokens(
+                config.audio_dim, config.audio_hidden, tokens, dim
+            )
+        elif config.audio_dim:
             self.audio_proj = AudioPack(config.audio_dim, config.audio_hidden)
             self.audio_cond_projs = nn.ModuleList(
                 nn.Linear(config.audio_hidden, dim) for _ in config.audio_blocks
@@ -74,9 +83,21 @@ class WanDiT(nn.Module):
     def prepare_text(self, embedding_BSE: Tensor) -> TextState:
         """Keys and values of every block for text embeddings (B, S, text_dim)."""
         weight = _weight(self.text_embedding[0])
-        text_BSC = self.text_embedding(embedding_BSE.to(device=weight.device, dtype=weight.dtype))
+        return self._keys_values(
+            self.text_embedding(embedding_BSE.to(device=weight.device, dtype=weight.dtype))
+        )
+
+    def prepare_audio_tokens(self, windows_BNWD: Tensor) -> TextState:
+        """Keys and values of every block for a clip's audio, in place of those of a text.
+
+        - windows_BNWD: (B, 4T-3, 5, audio_dim), the feature rows that each frame hears. For silence pass
+          zeros (the biases still act).
+        """
+        return self._keys_values(self.audio_proj(windows_BNWD).flatten(1, 2))
+
+    def _keys_values(self, context_BSC: Tensor) -> TextState:
         return tuple(
-            block.cross_attn.keys_values(text_BSC.to(_weight(block.cross_attn.k).dtype))
+            block.cross_attn.keys_values(context_BSC.to(_weight(block.cross_attn.k).dtype))
             for block in self._typed_blocks()
         )
 
@@ -89,7 +110,8 @@ class WanDiT(nn.Module):
         """
         per_block: list[Tensor | None] = [None] * self.config.num_layers
         if audio_BND is not None:
-            packed = self.audio_proj(audio_BND.to(self.audio_proj.proj.weight.device), continued)
+            adapter = cast(AudioPack, self.audio_proj)
+            packed = adapter(audio_BND.to(adapter.proj.weight.device), continued)
             for index, proj in zip(self.config.audio_blocks, self.audio_cond_projs, strict=True):
                 per_block[index] = proj(packed.to(proj.weight.dtype))
         return tuple(per_block)

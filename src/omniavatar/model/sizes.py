@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Sizes of the transformer. audio_dim: width of a video frame's audio vector (0: no audio layers)."""
+    """Sizes of the transformer.
+
+    - audio_dim: width of a video frame's audio vector (0: no audio layers).
+    - audio_hidden: width between the audio layers.
+    - audio_tokens: tokens a latent frame that cross-attention sees in place of a text (`model.audio_tokens`);
+      0: it sees a text, and audio is added before blocks.
+    """
 
     dim: int
     ffn_dim: int
@@ -19,6 +25,7 @@ class DiTConfig:
     freq_dim: int = 256
     audio_dim: int = 10752
     audio_hidden: int = 32
+    audio_tokens: int = 0
     eps: float = 1e-6
     patch_size: tuple[int, int, int] = (1, 2, 2)
 
@@ -29,7 +36,8 @@ class DiTConfig:
     @property
     def audio_blocks(self) -> range:
         """Indices of the blocks that receive audio."""
-        return audio_block_indices(self.num_layers) if self.audio_dim else range(0)
+        added = self.audio_dim and not self.audio_tokens
+        return audio_block_indices(self.num_layers) if added else range(0)
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,8 @@ class VAEConfig:
 
 
 FRAMES_PER_LATENT = 4
+WINDOW_ROWS, LATENT_ROWS = 5, 8
+"""Feature rows that a frame hears, and that a latent after the first takes (`model.audio_tokens`)."""
 
 
 def audio_block_indices(num_layers: int) -> range:

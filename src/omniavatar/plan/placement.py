@@ -120,6 +120,7 @@ def place(
     runtime, kept = config.runtime, kept or {}
     run = run_sizes(config, dit, shape, vae_name, device)
     lower = "max_tokens" if shape.causal is None else "causal_window"
+    lower = lower if shape.chunk is None else "the size"
     vae_passes = pass_sizes(vae_name)
     passes = range(len(vae_passes))
     if kept.get(PASS_FIELD) in vae_passes:

@@ -11,9 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omniavatar.checkpoint.dit_sizes import inspect_dit
-from omniavatar.checkpoint.layout import scale_spec
-from omniavatar.config.schema import ModelConfig
+from omniavatar.checkpoint.dit_sizes import family_name, inspect_dit
+from omniavatar.checkpoint.layout import FLASHHEAD, TOKEN_FAMILIES, ScaleSpec, scale_spec
+from omniavatar.checkpoint.reader import TensorFiles
+from omniavatar.config.change import with_family as changed_family
+from omniavatar.config.families import family_of
+from omniavatar.config.schema import ModelConfig, PipelineConfig
 from omniavatar.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ WEIGHT_FIELDS = (
     "tokenizer_path",
     "wav2vec_path",
     "exp_path",
+    "audio_proj_path",
 )
 """Fields of `ModelConfig` that name files or folders of weights; LoRAs are apart."""
 
@@ -45,6 +49,8 @@ def weight_paths(model: ModelConfig) -> list[Path]:
     values = {name: getattr(model, name) for name in WEIGHT_FIELDS} | {
         "tokenizer_path": model.tokenizer_folder
     }
+    if not family_of(model.family).text:
+        values |= {"text_encoder_path": None, "tokenizer_path": None}
     paths = (*values.pop("dit_path"), *values.values(), *(lora.path for lora in model.loras))
     return [path for path in paths if path is not None]
 
@@ -52,6 +58,40 @@ def weight_paths(model: ModelConfig) -> list[Path]:
 def missing_files(model: ModelConfig) -> list[Path]:
     """Configured files and folders that do not exist; none for random weights."""
     return [path for path in weight_paths(model) if not path.exists()]
+
+
+def with_family(config: PipelineConfig) -> PipelineConfig:
+    """`config` with the family that the DiT's keys tell, and that family's settings where none are given.
+
+    A configuration of OmniAvatar is returned as it is. If the files are not on this disk, the name of their
+    folder tells the family.
+
+    Raises ConfigError if the settings do not fit the family, CheckpointError if the weights are of another
+    one or broken.
+    """
+    model = config.model
+    found = "omniavatar"
+    if files_exist(model):
+        with TensorFiles(model.dit_path) as files:
+            found = family_name(files, model.audio_proj_path is not None)
+    elif model.weights == "files" and any(FLASHHEAD in path.parts for path in model.dit_path):
+        found = "flashhead" if model.audio_proj_path is None else "leaptalk"
+    elif model.family != "auto":
+        found = model.family
+    if model.family != "auto" and model.family != found:
+        same_keys = {model.family, found} == set(TOKEN_FAMILIES)
+        if not same_keys:
+            raise CheckpointError(
+                f"{model.dit_path[0]}: has the keys of {found}, but family is {model.family}; "
+                "leave family out"
+            )
+        found = model.family
+    return changed_family(config, found)
+
+
+def model_spec(model: ModelConfig, scale: str | None = None) -> ScaleSpec:
+    """The sizes of the configured scale, or of `scale`, in the model's family."""
+    return scale_spec(scale or model.scale, family_of(model.family).name)
 
 
 def find_dit_config(model: ModelConfig) -> tuple[DiTConfig, str | None]:
@@ -63,7 +103,7 @@ def find_dit_config(model: ModelConfig) -> tuple[DiTConfig, str | None]:
         exp = model.exp_path if model.exp_path is not None and model.exp_path.exists() else None
         return inspect_dit(model.dit_path, adapter_dir=exp, num_heads=model.dit_config.num_heads), None
     scale = assumed_scale(model)
-    return scale_spec(scale).dit, scale
+    return model_spec(model, scale).dit, scale
 
 
 def assumed_scale(model: ModelConfig) -> str:
@@ -71,7 +111,8 @@ def assumed_scale(model: ModelConfig) -> str:
     if model.scale != "auto":
         return model.scale
     names = " ".join(str(path) for path in model.dit_path)
-    return next((scale for scale in ("nano", "1.3B", "14B") if scale in names), "14B")
+    largest = "14B" if family_of(model.family).text else "1.3B"
+    return next((scale for scale in ("nano", "1.3B", "14B") if scale in names), largest)
 
 
 def time_projections(model: ModelConfig, config: DiTConfig, timesteps: Sequence[float]) -> np.ndarray:
@@ -82,7 +123,6 @@ def time_projections(model: ModelConfig, config: DiTConfig, timesteps: Sequence[
     """
     import torch
 
-    from omniavatar.checkpoint.reader import TensorFiles
     from omniavatar.model.dit import WanDiT
 
     with torch.device("meta"):
@@ -100,8 +140,16 @@ def time_projections(model: ModelConfig, config: DiTConfig, timesteps: Sequence[
 def read_dit_config(model: ModelConfig) -> DiTConfig:
     """The DiT's sizes from file headers. Raises CheckpointError if they differ from the configuration."""
     if model.weights == "random":
-        return scale_spec(model.scale).dit
+        return model_spec(model).dit
+    family = family_of(model.family)
+    absent = next((path for path in model.dit_path if not path.exists()), None)
+    if absent is not None and not family.text:
+        raise CheckpointError(
+            f"{absent}: weight file not found; run `omniavatar download {family.name}`, or correct the path"
+        )
     found = inspect_dit(model.dit_path, adapter_dir=model.exp_path, num_heads=model.dit_config.num_heads)
+    if found.audio_tokens:
+        return found
     if found.in_dim != model.dit_config.in_dim:
         remedy = "set exp_path to the OmniAvatar folder" if found.in_dim == 16 else "set model_config.in_dim"
         raise CheckpointError(

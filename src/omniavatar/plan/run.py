@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from omniavatar.config.schema import PipelineConfig, SamplingConfig
 from omniavatar.model.sizes import FRAMES_PER_LATENT
 from omniavatar.plan.steps import sampling_schedule
+from omniavatar.sampling.chunks import ChunkRule, plan_chunks
 from omniavatar.sampling.guidance import Branch, guidance_branches
 from omniavatar.sampling.passes import Passes, branch_patterns, count_passes, guided_steps, plan_passes
 from omniavatar.sampling.schedule import Schedule
@@ -40,6 +41,7 @@ class WindowShape:
     - window_length, overlap: in video frames.
     - causal: the window of a block-causal model, whose blocks count as windows (the first one has three
       frames less); None for other models.
+    - chunk: of a model that works in chunks, which count as windows; None for other models.
     - tokens: video tokens of one forward.
     - branches: the passes of a guided step.
     - guidance_interval: beginning and end of the guided steps, as fractions of the steps.
@@ -57,6 +59,7 @@ class WindowShape:
     guidance_interval: tuple[float, float]
     step_cache: StepCache
     causal: CausalWindow | None
+    chunk: ChunkRule | None
 
     @property
     def steps(self) -> int:
@@ -74,7 +77,7 @@ class RunPlan(WindowShape):
 
     - frames: of the finished video.
     - padded_audio_frames: rows of audio features, padded to fill the last window.
-    - audio_delay_s: delay of the sound by the leading silence and the portrait, which is the first frame.
+    - audio_delay_s: delay of the sound by the leading silence, and by the portrait if it is the first frame.
     - step_plan: None while TeaCache's decisions are unknown; then every step counts as computed.
     """
 
@@ -157,6 +160,7 @@ class RunPlan(WindowShape):
             "duration_s": self.duration_s,
             "pattern": self.step_plan.pattern if self.step_plan else None,
             **({} if self.causal is None else {"causal": asdict(self.causal)}),
+            **({} if self.chunk is None else {"chunk": asdict(self.chunk)}),
         }
 
 
@@ -170,8 +174,10 @@ def window_shape(
     """
     video, sampling = config.video, sampling or config.sampling
     height, width = size
-    causal = sampling.causal
-    if causal is None:
+    causal, chunk = sampling.causal, config.family.chunk
+    if chunk is not None:
+        length, overlap = chunk.frames, chunk.given
+    elif causal is None:
         length, overlap = window_length(video.max_tokens, height, width), video.overlap_frame
     else:
         length, overlap = FRAMES_PER_LATENT * causal.block, 0
@@ -183,26 +189,34 @@ def window_shape(
         overlap=overlap,
         latent_frames=latent_frames,
         tokens=latent_frames * (height // stride) * (width // stride),
-        schedule=sampling_schedule(sampling),
+        schedule=sampling_schedule(sampling, config.family.levels),
         branches=guidance_branches(sampling.guidance_scale, sampling.effective_audio_scale, has_audio),
         guidance_interval=sampling.guidance_interval,
         step_cache=sampling.cache_policy,
         causal=causal,
+        chunk=chunk,
     )
 
 
 def shape_windows(shape: WindowShape, after_portrait: int, begun: int = 0) -> tuple[Window, ...]:
-    """The windows of a video with `after_portrait` frames after the portrait.
+    """The windows of a video with `after_portrait` frames after the portrait, which chunks do not show.
 
     begun: frames of the finished video that it goes on from.
     """
+    if shape.chunk is not None:
+        return plan_chunks(after_portrait, shape.chunk)
     if shape.causal is not None:
         return plan_blocks(after_portrait, shape.causal.block)
     return plan_windows(after_portrait, shape.window_length, shape.overlap, begun)
 
 
-def audio_rows(windows: Sequence[Window]) -> int:
-    """Rows of audio features that fill all `windows`; the portrait, which is the first frame, has none."""
+def audio_rows(shape: WindowShape, windows: Sequence[Window]) -> int:
+    """Rows of audio features that fill all `windows`; the portrait, which is the first frame, has none.
+
+    Chunks share no rows.
+    """
+    if shape.chunk is not None:
+        return len(windows) * shape.chunk.rows
     return windows[-1].start + windows[-1].length - 1
 
 
@@ -220,17 +234,18 @@ def make_plan(
         raise ValueError(f"{audio_samples} samples for windows with has_audio={shape.has_audio}")
     video = config.video
     if audio_samples is None:
-        after_portrait = video.seq_len - 1
+        after_portrait = video.seq_len - (shape.chunk is None)
     else:
         after_portrait = frames_for(audio_samples, video.fps, video.sample_rate)
     windows = shape_windows(shape, after_portrait, begun)
+    portrait = 0 if shape.chunk is not None else 1
     return RunPlan(
         **vars(shape),
         fps=video.fps,
-        frames=after_portrait + 1,
+        frames=after_portrait + portrait,
         windows=windows,
-        padded_audio_frames=audio_rows(windows),
-        audio_delay_s=Fraction(0 if begun else video.silence_duration_s) + 1 / Fraction(video.fps),
+        padded_audio_frames=audio_rows(shape, windows),
+        audio_delay_s=Fraction(0 if begun else video.silence_duration_s) + portrait / Fraction(video.fps),
     )
 
 

@@ -25,6 +25,8 @@ def shared_among(config: PipelineConfig, count: int, source: str) -> PipelineCon
             f"{source}, but sampler: causal makes a video on one GPU; choose one GPU, or make several videos "
             "with `omniavatar batch`"
         )
+    if config.family.chunk is not None:
+        raise ConfigError(f"{source}, but {config.family.name}: {config.family.refused['runtime.sp_size']}")
     if runtime.processes > 1:
         raise ConfigError(
             f"{source}, but sp_size x cfg_parallel is {runtime.processes}; give the same number, or leave "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from omniavatar.accel.decoder import DECODERS
+from omniavatar.accel.decoder import DECODERS, tiny_vae_tensors
 from omniavatar.accel.precision import QUANTIZED
 from omniavatar.accel.vae_runners import pass_sizes
 from omniavatar.checkpoint.dit_sizes import keep_float32
@@ -124,9 +124,13 @@ def denoise_bytes(
     return int(SLACK * counted) + residuals
 
 
-def held_bytes(config: DiTConfig, texts: int, dtype_bytes: int) -> int:
-    """Bytes of the keys and values of `texts` prompts, in all blocks."""
-    return texts * config.num_layers * 2 * TEXT_TOKENS * config.dim * dtype_bytes
+def held_bytes(config: DiTConfig, texts: int, dtype_bytes: int, frames: int = 0) -> int:
+    """Bytes of the keys and values of `texts` prompts, in all blocks.
+
+    frames: latent frames of a window, whose audio tokens take the text's place in some models.
+    """
+    tokens = config.audio_tokens * frames or TEXT_TOKENS
+    return texts * config.num_layers * 2 * tokens * config.dim * dtype_bytes
 
 
 def coding_bytes(
@@ -207,15 +211,21 @@ def run_sizes(
     branches, cached = shape.branches, shape.step_cache != "none"
     ranks = vae_ranks(config, vae_name)
     float8 = config.runtime.quantize != "none"
+    if config.model.latent_encoder == "taehv":
+        coders = tensor_bytes(tiny_vae_tensors(spec.vae), size)
+    else:
+        coders = tensor_bytes(vae_tensors(spec.vae), size)
+        coders += tensor_bytes(DECODERS.get(config.model.decoder).tensors(spec.vae), size)
+    contexts = {branch.audio if dit.audio_tokens else branch.text for branch in branches}
+    encoded = shape.overlap if shape.chunk is None else shape.window_length
     return RunSizes(
-        vae=tensor_bytes(vae_tensors(spec.vae), size)
-        + tensor_bytes(DECODERS.get(config.model.decoder).tensors(spec.vae), size),
+        vae=coders,
         audio_encoder=tensor_bytes(wav2vec_tensors(spec.wav2vec), FLOAT),
-        text_encoder=tensor_bytes(text_tensors(spec.text), size),
-        held=held_bytes(dit, len({branch.text for branch in branches}), size) + cache_bytes(dit, shape, size),
+        text_encoder=tensor_bytes(text_tensors(spec.text), size) if config.family.text else 0,
+        held=held_bytes(dit, len(contexts), size, shape.latent_frames) + cache_bytes(dit, shape, size),
         denoise=denoise_bytes(dit, shape.tokens, size, fused, len(branches), cached, float8),
         coding=tuple(
-            coding_bytes(spec.vae.dim, shape.size, size, latents, shape.overlap, vae_name == "fast", ranks)
+            coding_bytes(spec.vae.dim, shape.size, size, latents, encoded, vae_name == "fast", ranks)
             for latents in pass_sizes(vae_name)
         ),
     )
@@ -237,4 +247,4 @@ def graph_bytes(config: PipelineConfig, dit: DiTConfig, shape: WindowShape) -> i
     own = -(-shape.tokens // runtime.sp_size)
     activations = denoise_bytes(dit, own, size, True, 0, False, runtime.quantize != "none")
     captured = 2 if shape.causal is None else shape.causal.rolling + 1
-    return activations + held_bytes(dit, captured, size)
+    return activations + held_bytes(dit, captured, size, shape.latent_frames)

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from omniavatar.config.families import Levels
 from omniavatar.config.schema import SamplingConfig
 from omniavatar.errors import ConfigError
 from omniavatar.sampling.cache_constants import CacheConstants, published_constants
-from omniavatar.sampling.schedule import Schedule, make_schedule
+from omniavatar.sampling.schedule import Schedule, distilled_schedule, make_schedule
 from omniavatar.sampling.step_cache import compute_all, magcache_plan, relative_changes, teacache_plan
 from omniavatar.types import StepPlan
 
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def sampling_schedule(sampling: SamplingConfig) -> Schedule:
-    """The noise levels of the configured steps."""
-    return make_schedule(sampling.num_steps, sampling.shift, sampling.timesteps)
+def sampling_schedule(sampling: SamplingConfig, levels: Levels = "even") -> Schedule:
+    """The noise levels of the configured steps. levels: of the family."""
+    if levels == "even" or sampling.timesteps is not None:
+        return make_schedule(sampling.num_steps, sampling.shift, sampling.timesteps)
+    return distilled_schedule(sampling.num_steps, sampling.shift, whole=levels == "whole")
 
 
 def model_scale(configured: str, dim: int) -> str | None:

@@ -19,8 +19,9 @@ Velocity = Callable[[Tensor, int], Tensor]
 
 def noises_drawn(schedule: Schedule, sampler: str) -> int:
     """How often `denoise` draws noise for a window."""
+    chosen = SAMPLERS.get(sampler)
     later = sum(1 for step in range(len(schedule)) if schedule.next_sigma(step))
-    return 1 + (later if SAMPLERS.get(sampler).fresh_noise else 0)
+    return (0 if chosen.from_portrait else 1) + (later if chosen.fresh_noise else 0)
 
 
 def denoise(
@@ -30,6 +31,7 @@ def denoise(
     draw_noise: Callable[[], Tensor],
     sampler: str = "euler",
     on_step: Callable[[int, Tensor], None] | None = None,
+    portrait: Tensor | None = None,
 ) -> Tensor:
     """Latents (B, 16, T, h, w) of a window.
 
@@ -37,11 +39,16 @@ def denoise(
     - draw_noise: returns float32 noise of the window's shape. It is called once for the start, and once for
       every later step if the sampler needs fresh noise.
     - on_step: called with the number of each finished step, and its sample.
+    - portrait: (B, 16, T, h, w), the start of a sampler that takes no noise for it.
     """
     chosen = SAMPLERS.get(sampler)
     advance: SamplerStep = chosen.create()
     known = given.shape[2]
-    sample = draw_noise().float()
+    if chosen.from_portrait:
+        assert portrait is not None
+        sample = portrait.float().clone()
+    else:
+        sample = draw_noise().float()
     for step, sigma in enumerate(schedule.sigmas):
         sample[:, :, :known] = given
         predicted = velocity(sample, step)

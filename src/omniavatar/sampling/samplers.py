@@ -2,14 +2,16 @@
 
 Euler follows the predicted velocity. Re-noising (for few-step distilled weights: LCM, DMD, self-forcing)
 predicts the clean sample `x0 = x - sigma*v` and mixes it with *fresh* noise at the next level. Causal does
-the same for a block-causal model, whose video is made in blocks instead of overlapping windows.
-Sources: flow matching (arXiv 2210.02747), LCM (arXiv 2310.04378).
+the same for a block-causal model, whose video is made in blocks instead of overlapping windows. Bridge starts
+from the portrait's latents instead of noise; its last step goes a thousandth beyond level 0.
+Sources: flow matching (arXiv 2210.02747), LCM (arXiv 2310.04378), LeapTalk (its inference code).
 
 `create` takes nothing and returns a `SamplerStep`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -36,10 +38,12 @@ class Sampler(Backend):
 
     - fresh_noise: it draws noise for every step but the last.
     - causal: the model makes blocks from a cache of earlier blocks (`sampling.causal`).
+    - from_portrait: a window starts from the given latents and the portrait's, not from noise.
     """
 
     fresh_noise: bool = False
     causal: bool = False
+    from_portrait: bool = False
 
 
 def euler_step(
@@ -57,6 +61,22 @@ def renoise_step(
     if noise is None:
         return clean
     return (1.0 - next_sigma) * clean + next_sigma * noise
+
+
+BRIDGE_END = -0.001
+"""Level after a bridge's last step. LeapTalk's own code ends there; its training estimate ends at 0."""
+
+
+def bridge_step(
+    sample: Tensor, velocity: Tensor, sigma: float, next_sigma: float, noise: Tensor | None
+) -> Tensor:
+    """One step of the bridge from the portrait to the clip, see `SamplerStep`."""
+    change = (next_sigma or BRIDGE_END) - sigma
+    rest = sigma - BRIDGE_END
+    moved = sample + change * velocity
+    if noise is None:
+        return moved
+    return moved + math.sqrt(max(0.0, -change * (rest + change) / rest)) * noise
 
 
 SAMPLERS: Registry[Sampler] = Registry(
@@ -81,5 +101,13 @@ SAMPLERS: Registry[Sampler] = Registry(
         doc="Re-noising in blocks that see a cache of earlier blocks, for block-causal models (LiveTalk).",
         fresh_noise=True,
         causal=True,
+    ),
+    Sampler(
+        name="bridge",
+        create=lambda: bridge_step,
+        exact=False,
+        doc="From the portrait's latents to the clip, in one step without noise (LeapTalk).",
+        fresh_noise=True,
+        from_portrait=True,
     ),
 )

@@ -46,6 +46,27 @@ def make_schedule(num_steps: int, shift: float, timesteps: tuple[float, ...] | N
     return Schedule(tuple(float(s) for s in shift * linear / (1.0 + (shift - 1.0) * linear)))
 
 
+DISTILLED = {2: (1000.0, 500.0), 4: (1000.0, 750.0, 500.0, 250.0)}
+"""Timesteps before the shift, by the number of steps, that step-distilled models were trained with."""
+
+
+def distilled_schedule(num_steps: int, shift: float, whole: bool) -> Schedule:
+    """The schedule of SoulX-FlashHead, and of LeapTalk with `whole` timesteps before the shift.
+
+    Numbers of steps that `DISTILLED` lacks are spread from 1000 to 1. Raises ConfigError.
+    """
+    if num_steps < 1 or shift <= 0:
+        raise ConfigError(f"num_steps must be >= 1 and shift > 0, not {num_steps} and {shift}")
+    base = DISTILLED.get(num_steps)
+    if base is None:
+        import numpy as np
+
+        spread = np.linspace(1000.0, 1.0, num_steps)
+        base = tuple(dict.fromkeys(float(t) for t in (np.rint(spread) if whole else spread)))
+    levels = (t / 1000.0 for t in base)
+    return Schedule(tuple(shift * level / (1.0 + (shift - 1.0) * level) for level in levels))
+
+
 def timesteps_error(timesteps: tuple[float, ...]) -> str | None:
     """What is wrong with explicit timesteps; None if they are valid."""
     if not timesteps:

@@ -71,10 +71,14 @@ def released(tmp_path, name="nano"):
     return source, snapshot
 
 
-@pytest.mark.parametrize("name", ["nano", "livetalk-nano"])
+@pytest.mark.parametrize("name", ["nano", "livetalk-nano", "leaptalk-nano"])
 def test_what_arrives_is_a_complete_checkpoint(tmp_path, name):
     source, snapshot = released(tmp_path, name)
-    root = download("1.3B", tmp_path / "models", snapshot=snapshot, spec=checkpoint_spec(name))
+    lines: list[str] = []
+    spec = checkpoint_spec(name)
+    root = download("1.3B", tmp_path / "models", snapshot=snapshot, spec=spec, report=lines.append)
+    assert [line.partition(":")[0] for line in lines] == [hub.repository for hub in hub_folders(spec)]
+    assert all("Apache-2.0" in line for line in lines)
     names = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
     assert {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()} == names
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -396,8 +397,14 @@ def test_download_passes_its_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path
     import omniavatar.checkpoint.download as module
 
     calls: list[tuple[str, Path]] = []
-    monkeypatch.setattr(module, "download", lambda scale, root: calls.append((scale, root)))
-    assert run("download", "14B", "--root", str(tmp_path)).exit_code == 0
+
+    def fake_download(scale: str, root: Path, report: Callable[[str], None]) -> None:
+        calls.append((scale, root))
+        report("a/b: licence Apache-2.0")
+
+    monkeypatch.setattr(module, "download", fake_download)
+    done = run("download", "14B", "--root", str(tmp_path))
+    assert done.exit_code == 0 and "licence Apache-2.0" in done.stdout
     assert calls == [("14B", tmp_path)]
     assert run("download", "7B").exit_code == 2
 

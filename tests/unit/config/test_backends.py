@@ -163,7 +163,9 @@ def test_a_fake_sampler_is_one_record(register: Register) -> None:
         steps.append((next_sigma, noise is not None))
         return sample + velocity * (next_sigma - sigma)
 
-    with pytest.raises(ConfigError, match=r"sampler: must be 'euler', 'renoise' or 'causal'; got 'counted'"):
+    with pytest.raises(
+        ConfigError, match=r"sampler: must be 'euler', 'renoise', 'causal' or 'bridge'; got 'counted'"
+    ):
         load_config(None, {"sampler": "counted"})
     register(
         SAMPLERS, Sampler(name="counted", create=lambda: step, exact=True, doc="Counts.", fresh_noise=True)

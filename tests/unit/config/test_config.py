@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omniavatar.config.identity import NEUTRAL_FIELDS, config_hash, flat_values, result_values
+from omniavatar.config.identity import NEUTRAL_FIELDS, SWITCHED_OFF, config_hash, flat_values, result_values
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import NEGATIVE_PROMPT, PipelineConfig
 from omniavatar.config.syntax import parse_overrides, parse_value
@@ -69,9 +69,9 @@ def test_cache_policy_follows_the_threshold_unless_named() -> None:
 def test_hash_ignores_only_values_that_do_not_change_the_video() -> None:
     base = config_hash(PipelineConfig())
     assert config_hash(hp("output_dir=elsewhere,resume=false,threads=3,device=cpu")) == base
-    for change in ("seed=1", "crf=20", "dtype=fp32", "overlap_frame=5", "negative_prompt=x"):
+    for change in ("seed=1", "crf=20", "dtype=fp32", "overlap_frame=5", "negative_prompt=x", "color_match=1"):
         assert config_hash(hp(change)) != base, change
-    neutral = NEUTRAL_FIELDS | {f"sampling.{name}" for name in CAUSAL_FIELDS}
+    neutral = NEUTRAL_FIELDS | {f"sampling.{name}" for name in CAUSAL_FIELDS} | set(SWITCHED_OFF)
     assert set(flat_values(PipelineConfig())) - set(result_values(PipelineConfig())) == neutral
 
 
@@ -98,7 +98,7 @@ def test_shipped_configs_load_without_warnings(path: Path) -> None:
         assert loaded.config.model.input_limits is not None
     else:
         assert loaded.config.sampling.negative_prompt == NEGATIVE_PROMPT
-        assert (loaded.config.model.exp_path is None) == (path.stem == "livetalk")
+        assert (loaded.config.model.exp_path is None) == (path.stem in {"flashhead", "leaptalk", "livetalk"})
     step_plan = compute_all(loaded.config.sampling.steps)
     plan = plan_run(loaded.config, loaded.config.video.sizes[0], 5 * 60 * 16000, step_plan)
     clean = 0 if plan.causal is None else 1
@@ -318,7 +318,7 @@ def test_unreadable_files_give_one_line(tmp_path: Path) -> None:
         ("use_fsdp=true,sp_size=2,num_persistent_param_in_dit=0", "use_fsdp.*set only one"),
         ("dtype=int8", "dtype: must be 'bf16'"),
         ("device=tpu", "device: must be auto"),
-        ("sampler=heun", "sampler: must be 'euler', 'renoise' or 'causal'"),
+        ("sampler=heun", "sampler: must be 'euler', 'renoise', 'causal' or 'bridge'"),
         ("step_cache=teacache", "step_cache: .*set tea_cache_l1_thresh"),
         ("weights=random", "weights: .*set scale"),
         ("teacache_coefficients=7B", "teacache_coefficients: must be auto"),

@@ -48,7 +48,7 @@ def test_every_setting_has_one_row_with_default_values_meaning_and_effect() -> N
     ("model", "key", "words"),
     [
         (SamplingConfig, "num_steps", "whole number, 1 to 1000"),
-        (SamplingConfig, "sampler", "`euler`, `renoise` or `causal`"),
+        (SamplingConfig, "sampler", "`euler`, `renoise`, `causal` or `bridge`"),
         (SamplingConfig, "audio_scale", "number, at least 0; or unset"),
         (SamplingConfig, "guidance_interval", "[low, high] with 0 <= low <= high <= 1, such as [0.0, 0.6]"),
         (SamplingConfig, "seed", "whole number, 0 to 2^63 - 1"),

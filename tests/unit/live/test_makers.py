@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine import causal_pipeline, make_pipeline, portrait, voice
+from engine import causal_pipeline, head_pipeline, make_pipeline, portrait, voice
 from omniavatar import AvatarPipeline
 from omniavatar.errors import ResumeError
 from omniavatar.live import LiveSession
@@ -30,11 +30,19 @@ def frames_of(maker: BlockMaker, sound: np.ndarray, blocks: int) -> list[np.ndar
     return made
 
 
-@pytest.fixture(scope="module", params=[causal_pipeline, make_pipeline], ids=["causal", "windows"])
+@pytest.fixture(
+    scope="module",
+    params=[causal_pipeline, make_pipeline, head_pipeline],
+    ids=["causal", "windows", "chunks"],
+)
 def pipeline(
-    nano_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    nano_checkpoint: Path,
+    heads_checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> AvatarPipeline:
-    return request.param(nano_checkpoint, tmp_path_factory.mktemp("cache"))
+    checkpoint = heads_checkpoint if request.param is head_pipeline else nano_checkpoint
+    return request.param(checkpoint, tmp_path_factory.mktemp("cache"))
 
 
 def test_a_saved_maker_continues_with_the_same_bits(pipeline: AvatarPipeline) -> None:
@@ -59,7 +67,7 @@ def test_a_session_of_a_pipeline(pipeline: AvatarPipeline) -> None:
         session.push_audio(voice(0.5).samples, 16000)
         session.end()
         chunks: list[LiveChunk] = list(session)
-    assert chunks[0].frames.shape[1:] == (64, 64, 3)
+    assert chunks[0].frames.shape[1:] == (*pipeline.config.video.sizes[0], 3)
     assert np.abs(np.concatenate([chunk.audio for chunk in chunks])).max() > 100
     assert session.stats().dropped == 0
 

@@ -24,7 +24,7 @@ from training.studio import Film
 from omniavatar.checkpoint.layout_files import TOKENIZER
 from omniavatar.encoders.audio import AudioEncoder
 from omniavatar.encoders.text import TextEncoder
-from omniavatar.engine.window_loop import audio_slice
+from omniavatar.engine.window_inputs import audio_slice
 from omniavatar.model.vae import normalise
 from omniavatar.sampling.schedule import make_schedule
 from omniavatar.types import Window

@@ -19,19 +19,19 @@ from torch.nn.functional import pad
 from omniavatar.accel.short_text import prepare_text
 from omniavatar.config.change import changed
 from omniavatar.config.schema import PipelineConfig
-from omniavatar.encoders.image import prepare_image
 from omniavatar.encoders.tokens import TEXT_TOKENS
 from omniavatar.engine.host import Host
 from omniavatar.engine.pipeline import AvatarPipeline
-from omniavatar.engine.prepare import block_sampling, decide_steps
+from omniavatar.engine.prepare import block_sampling, decide_steps, fitted_portrait, portrait_clip
 from omniavatar.engine.window_loop import to_uint8
 from omniavatar.engine.writer import segment_encoder
 from omniavatar.measure.benchmark.whole import PROMPT, packaged_portrait
 from omniavatar.measure.projection import Counts, StartCosts, Timing, WindowCosts
 from omniavatar.measure.report import decoded_latents
 from omniavatar.media.h264 import choose_encoder
+from omniavatar.model.sizes import WINDOW_ROWS
 from omniavatar.plan.calibration import find_constants
-from omniavatar.plan.preview import assumed_scale, missing_files
+from omniavatar.plan.preview import assumed_scale, missing_files, with_family
 from omniavatar.plan.run import RunPlan, plan_run, window_shape
 from omniavatar.sampling.causal import CausalWindow
 
@@ -69,6 +69,8 @@ class PartTimer:
 
     def embed_prompt(self) -> float:
         """Embed a prompt that no cache holds. Returns seconds, most of them for loading the encoder."""
+        if not self._config.family.text:
+            return 0.0
         with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
             fresh = AvatarPipeline.from_config(
                 changed(self._config, runtime={"text_cache_dir": Path(folder)})
@@ -102,12 +104,15 @@ class PartTimer:
             timings = self._block_timings(plan, plan.causal)
             return {name: timings[name] for name in ("forward", "skipped_forward")}
         dit, shape, noise = self._models.dit, latent_shape(plan), self._noise
-        sample, y = noise(1, 16, *shape), noise(1, 17, *shape)
-        text = prepare_text(
-            dit, pad(noise(1, TEXT_WORDS, dit.config.text_dim), (0, 0, 0, TEXT_TOKENS - TEXT_WORDS))
-        )
+        sample, y = noise(1, 16, *shape), noise(1, dit.config.in_dim - 16, *shape)
         width = dit.config.audio_dim
-        audio = dit.prepare_audio(noise(1, plan.window_length, width) if width else None)
+        if dit.config.audio_tokens:
+            text = dit.prepare_audio_tokens(noise(1, plan.window_length, WINDOW_ROWS, width))
+            audio = dit.prepare_audio(None)
+        else:
+            words = noise(1, TEXT_WORDS, dit.config.text_dim)
+            text = prepare_text(dit, pad(words, (0, 0, 0, TEXT_TOKENS - TEXT_WORDS)))
+            audio = dit.prepare_audio(noise(1, plan.window_length, width) if width else None)
         timestep = torch.tensor([800.0], device=self._device)
         residual: list[Tensor] = []
 
@@ -182,16 +187,19 @@ class PartTimer:
     def start_timings(self) -> dict[str, Timing]:
         """Times of the portrait's encode and of the features of `AUDIO_SECONDS` of audio."""
         video = self._config.video
-        pixels = prepare_image(packaged_portrait(self._size), self._size).to(self._device)[:, :, None]
+        plan = self.plan(self._config, AUDIO_SECONDS)
+        pixels = portrait_clip(fitted_portrait(packaged_portrait(self._size), plan).to(self._device), plan)
         wave = np.random.default_rng(0).standard_normal(AUDIO_SECONDS * video.sample_rate).astype(np.float32)
         with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
             out = Path(folder) / "features.npy"
-            frames = AUDIO_SECONDS * video.fps
+
+            def features() -> None:
+                out.unlink(missing_ok=True)
+                self._models.audio_features(wave * 0.1, plan, out)
+
             return {
                 "portrait": self._timed(lambda: self._models.vae.encode(pixels)),
-                "audio_features": self._timed(
-                    lambda: self._models.audio_encoder.encode(wave * 0.1, frames, video.fps, out)
-                ),
+                "audio_features": self._timed(features),
             }
 
     def _timed(self, run: Callable[[], object]) -> Timing:
@@ -215,6 +223,7 @@ class PartTimer:
 
 def with_weights(config: PipelineConfig) -> tuple[PipelineConfig, str | None]:
     """The configuration, with random weights of the same sizes if files are missing; then also a note."""
+    config = with_family(config)
     missing = missing_files(config.model)
     if not missing:
         return config, None

@@ -215,9 +215,9 @@ class _Measurement:
     def _shorter_window(self) -> dict[int, WindowCosts]:
         """The costs of the window of `fewer_tokens`; empty, with a note, where it cannot be that short.
 
-        Empty also for a block-causal model, whose blocks have one size.
+        Empty also for models whose blocks or chunks have one size.
         """
-        if self._config.sampling.causal is not None:
+        if self._config.sampling.causal is not None or self._config.family.chunk is not None:
             return {}
         shorter = changed(self._config, video={"max_tokens": fewer_tokens(self._config)})
         try:

@@ -129,7 +129,7 @@ def guide_tips(
             changed(config, runtime={"memory": "auto", "num_persistent_param_in_dit": persistent}),
         ),
     ]
-    if sampling.causal is not None:
+    if sampling.causal is not None or config.family.chunk is not None:
         return [_try(*trial, seconds) for trial in trials if trial[0] in CAUSAL_TIPS]
     return [_cache_tip(whole, plain, seconds), *(_try(*trial, seconds) for trial in trials)]
 

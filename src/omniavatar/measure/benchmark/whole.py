@@ -45,7 +45,8 @@ def measure_whole(
     """
     config = pipeline.config
     pipeline.adopt(window_shape(config, config.video.sizes[0], has_audio=True))
-    pipeline.models.prompts.embed([PROMPT, config.sampling.negative_prompt])
+    if config.family.text:
+        pipeline.models.prompts.embed([PROMPT, config.sampling.negative_prompt])
     request = AvatarRequest(PROMPT, packaged_portrait(config.video.sizes[0]), voice)
     audio = measure_audio(voice, config.video.sample_rate, 0.0).samples / config.video.sample_rate
     baseline_seconds: float | None = None

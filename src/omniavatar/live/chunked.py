@@ -1,0 +1,128 @@
+"""Live blocks from a model that works in chunks: a block is the frames that a chunk shows.
+
+A chunk needs its own 1.12 s of sound and hears the 8 s that end with it, so nothing is looked ahead. It makes
+the frames that an ordinary video makes from the same sound, within the rounding of the speech encoder, which
+takes several chunks at once there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+
+from omniavatar.encoders.chunk_audio import ChunkEars
+from omniavatar.engine.memory_inputs import in_files
+from omniavatar.engine.prepare import Planned, condition, read_inputs
+from omniavatar.errors import InputError, ResumeError
+from omniavatar.plan.run import make_plan
+from omniavatar.types import AvatarRequest, SamplingParams, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from omniavatar.engine.pipeline import AvatarPipeline
+    from omniavatar.engine.window_loop import WindowResult
+    from omniavatar.sampling.chunks import ChunkRule
+    from omniavatar.types import ImageInput
+
+
+class ChunkedMaker:
+    """One endless video in chunks, on the models of a pipeline."""
+
+    def __init__(
+        self, pipeline: AvatarPipeline, image: ImageInput, prompt: str, seed: int | None, rule: ChunkRule
+    ) -> None:
+        self._pipeline, self._rule = pipeline, rule
+        models = pipeline.models
+        self.fps = Fraction(rule.fps)
+        with in_files(AvatarRequest(prompt, image, sampling=SamplingParams(seed=seed))) as request:
+            inputs = read_inputs(models, request, True)
+            pipeline.adopt(inputs.shape)
+            plan = make_plan(models.config, inputs.shape, rule.new * rule.frame_samples)
+            ready = condition(models, Planned(inputs, plan, None, None, Path()))
+        self._conditioning, self._sampling = ready.conditioning, ready.window_sampling
+        self.size = inputs.shape.size
+        self._ears = ChunkEars(models.audio_encoder.model, rule)
+        self._heard = np.zeros(rule.buffer_samples, np.float32)
+        self._waiting = np.zeros(0, np.float32)
+        self._given: Tensor | None = None
+        self._done = 0
+
+    @property
+    def frames(self) -> int:
+        """Frames of every block."""
+        return self._rule.new
+
+    @property
+    def missing(self) -> int:
+        """See `BlockMaker.missing`."""
+        return max(0, self._samples - len(self._waiting))
+
+    @property
+    def _samples(self) -> int:
+        """Samples of a block."""
+        return self._rule.new * self._rule.frame_samples
+
+    def push(self, samples: np.ndarray) -> None:
+        """See `BlockMaker.push`."""
+        self._waiting = np.concatenate([self._waiting, samples.astype(np.float32, copy=False)])
+
+    def make(self, stop: Callable[[], bool]) -> Iterator[np.ndarray]:
+        """See `BlockMaker.make`."""
+        new, self._waiting = self._waiting[: self._samples], self._waiting[self._samples :]
+        self._heard = np.concatenate([self._heard[len(new) :], new])
+        rows = self._ears.encode_buffers(self._heard[None])[0, -self._rule.rows :].cpu().numpy()
+        windows = tuple(self._window(index) for index in range(self._done + 2))
+        run = self._pipeline.run_windows(
+            self._sampling, replace(self._conditioning, audio=rows), windows, self._done, self._given, stop
+        )
+        with closing(cast("Generator[WindowResult]", run)) as results:
+            result = next(results)
+            pieces, self._given = result.frames, result.next_given
+        self._done += 1
+        yield from pieces
+
+    def set_prompt(self, prompt: str) -> None:
+        """See `BlockMaker.set_prompt`."""
+        name = self._pipeline.config.family.name
+        raise InputError(f"prompt: {name} takes no text, so it cannot be changed; leave it out")
+
+    def state(self) -> dict[str, Tensor]:
+        """See `BlockMaker.state`."""
+        values = {
+            "heard": torch.from_numpy(self._heard.copy()),
+            "waiting": torch.from_numpy(self._waiting.copy()),
+            "done": torch.tensor(self._done),
+            "seed": torch.tensor(self._sampling.seed),
+            "reference": self._conditioning.reference_latent.cpu(),
+        }
+        return values if self._given is None else {**values, "given": self._given}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See `BlockMaker.restore`."""
+        reference = self._conditioning.reference_latent.cpu()
+        for name, mine in (("seed", torch.tensor(self._sampling.seed)), ("reference", reference)):
+            if name not in state or not torch.equal(state[name], mine):
+                what = "portrait, size or model" if name == "reference" else name
+                raise ResumeError(f"was saved with another {what}; give the same one, or start a new session")
+        if any(name not in state for name in ("heard", "waiting", "done")):
+            raise ResumeError("does not fit; open it with the same portrait and settings")
+        self._heard, self._waiting = state["heard"].numpy().copy(), state["waiting"].numpy().copy()
+        self._done, self._given = int(state["done"]), state.get("given")
+
+    def close(self) -> None:
+        """See `BlockMaker.close`."""
+        self._given = None
+
+    def _window(self, index: int) -> Window:
+        """Chunk `index`. All begin where the first does, because the features are of one chunk only."""
+        rule = self._rule
+        given = rule.given if index else 1
+        return Window(index, -rule.given, rule.frames, given, rule.new, rule.given)
