@@ -225,7 +225,7 @@ def measure_forwards(found, scales, shares, repeats, sizes):
             for share in shares:
                 lists = [window_lists(heads, tokens, share)] * layers
                 for name, sparse in found.items():
-                    cases[name, share] = OrderedBlocks(SparseBlocks(dit, sparse, lists), order, DEVICE)
+                    cases[name, share] = OrderedBlocks(SparseBlocks.of(dit, sparse, lists), order, DEVICE)
             rows.append({"scale": scale, "tokens": tokens, "attention": "fa3", "share": 1.0, **figures(bf16)})
             print(rows[-1], flush=True)
             for (name, share), run_blocks in cases.items():

@@ -120,7 +120,7 @@ def test_blocks_by_plan_in_tile_order():
                 y,
                 torch.tensor([700.0], device=DEVICE),
                 *states,
-                run_blocks=OrderedBlocks(SparseBlocks(dit, each, lists), order, DEVICE),
+                run_blocks=OrderedBlocks(SparseBlocks.of(dit, each, lists), order, DEVICE),
             )
             for each in (attention, eager_sparse_attention)
         ]

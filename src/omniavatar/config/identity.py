@@ -58,6 +58,8 @@ def result_values(config: PipelineConfig) -> dict[str, Any]:
         unread = {f"sampling.{name}" for name in CAUSAL_FIELDS}
     else:
         unread = {f"video.{name}" for name in WINDOW_FIELDS}
+    if config.sparsity.sparse_attention == "dense":
+        unread |= {f"sparsity.{name}" for name in type(config.sparsity).model_fields}
     return {name: value for name, value in flat_values(config).items() if name not in NEUTRAL_FIELDS | unread}
 
 

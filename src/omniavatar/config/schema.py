@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from omniavatar.config.backends import alternatives, backend_name, registry
+from omniavatar.config.sparsity import SparsityConfig
 from omniavatar.config.values import (
     CAUSAL_FIELDS,
     NEGATIVE_PROMPT,
@@ -381,13 +382,15 @@ class PipelineConfig(Section):
     """The finished video."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Device, memory and speed."""
+    sparsity: SparsityConfig = SparsityConfig()
+    """Which blocks of the self-attention matrix are computed."""
 
     @model_validator(mode="after")
     def _causal_fits(self) -> PipelineConfig:
         from omniavatar.config.combinations import check_causal, check_windows
 
         if self.sampling.causal is not None:
-            check_causal(self.video.model_fields_set, vars(self.runtime))
+            check_causal(self.video.model_fields_set, vars(self.runtime), self.sparsity.sparse_attention)
         else:
             check_windows(vars(self.runtime))
         return self

@@ -25,7 +25,8 @@ from omniavatar.engine.window_loop import ShouldStop, WindowSampling, end_if, ne
 from omniavatar.errors import InputError
 from omniavatar.media.image import load_image
 from omniavatar.plan.calibration import find_constants
-from omniavatar.plan.run import RunPlan, WindowShape, make_plan, window_shape
+from omniavatar.plan.run import RunPlan, WindowShape, make_plan
+from omniavatar.plan.sparsity import sparse_shape
 from omniavatar.plan.steps import make_step_plan, sampling_schedule
 from omniavatar.types import Conditioning, StepPlan
 
@@ -87,7 +88,9 @@ class Prepared(Planned):
     def window_sampling(self) -> WindowSampling:
         """How the windows are sampled, with the plan's passes."""
         sampling, plan = self.inputs.sampling, self.plan
-        return WindowSampling(sampling.seed, plan.schedule, plan.passes, sampling.sampler, plan.causal)
+        return WindowSampling(
+            sampling.seed, plan.schedule, plan.passes, sampling.sampler, plan.causal, plan.sparsity
+        )
 
     def given_shape(self, window: int) -> tuple[int, ...]:
         """Shape of what a window leaves for `window`, which is not the first, (1, 16, G, h, w)."""
@@ -144,7 +147,7 @@ def read_inputs(models: Models, request: LocalRequest, has_audio: bool | None = 
         raise InputError(f"size: {size[1]}x{size[0]} is not configured; choose from {known}")
     constants = find_constants(config.model, sampling, dit)
     speaks = request.audio is not None if has_audio is None else has_audio
-    shape = window_shape(config, size, speaks, sampling)
+    shape = sparse_shape(config, size, speaks, dit, sampling, models.sparse_limit)
     return Inputs(request, sampling, image, shape, constants, begun)
 
 
@@ -180,7 +183,7 @@ def condition(models: Models, planned: Planned, should_stop: ShouldStop = never)
     retry = models.residency.retry
     conditioning = retry(lambda: _encode(models, planned, should_stop))
     step_plan = retry(lambda: decide_steps(models, planned.inputs.sampling, planned.inputs.constants))
-    for message in _notes(step_plan):
+    for message in (*_notes(step_plan), *_sparse_notes(models, planned.plan)):
         models.recorder.event(message)
     plan = planned.plan.decided(step_plan)
     return Prepared(planned.inputs, plan, planned.waveform, planned.sound, planned.folder, conditioning)
@@ -203,6 +206,20 @@ def _notes(plan: StepPlan) -> list[Message]:
         f"constants {plan.source}"
     )
     return [Message(text), *notes]
+
+
+def _sparse_notes(models: Models, plan: RunPlan) -> list[Message]:
+    """A message about sparse attention."""
+    sparse = plan.sparsity
+    if sparse is None or models.sparse is None:
+        return []
+    kept = "" if sparse.mass is None else f", at least {sparse.mass:.1%} of each row's softmax"
+    return [
+        Message(
+            f"sparse attention {sparse.name}: {len(sparse.sparse_steps)} of {plan.steps} steps compute "
+            f"{sparse.kept_share:.0%} of the attention matrix{kept}; backend {models.sparse.name}"
+        )
+    ]
 
 
 @torch.inference_mode()

@@ -9,7 +9,8 @@ import torch
 
 from omniavatar.engine.window_loop import WindowSampling
 from omniavatar.errors import ConfigError
-from omniavatar.plan.run import WindowShape, audio_rows, shape_windows, window_shape
+from omniavatar.plan.run import WindowShape, audio_rows, shape_windows
+from omniavatar.plan.sparsity import sparse_shape
 from omniavatar.sampling.passes import plan_passes
 from omniavatar.sampling.schedule import Schedule
 from omniavatar.types import Conditioning, StepPlan, Window
@@ -36,12 +37,17 @@ def warm_up(session: Session, size: tuple[int, int] | None = None) -> None:
         raise ConfigError(
             f"size: {size[0]}x{size[1]} is not a size of the configuration; use one of: {known}"
         )
-    shape = window_shape(config, size, bool(models.dit_config.audio_dim))
+    shape = sparse_shape(
+        config, size, bool(models.dit_config.audio_dim), models.dit_config, None, models.sparse_limit
+    )
     session.adopt(shape)
     conditioning = models.residency.retry(lambda: _blank(models, shape))
     first = Schedule(shape.schedule.sigmas[:1])
     passes = plan_passes(StepPlan((True,)), shape.branches, shape.has_audio)
-    sampling = WindowSampling(config.sampling.seed, first, passes, config.sampling.sampler, shape.causal)
+    sparsity = None if shape.sparsity is None else shape.sparsity.of_step(shape.steps - 1)
+    sampling = WindowSampling(
+        config.sampling.seed, first, passes, config.sampling.sampler, shape.causal, sparsity
+    )
     if shape.causal is None:
         results = session.run_windows(sampling, conditioning, _windows(shape))
     else:

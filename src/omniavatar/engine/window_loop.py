@@ -41,9 +41,11 @@ from omniavatar.sampling.schedule import Schedule
 from omniavatar.types import Conditioning, Recorder, Window
 
 if TYPE_CHECKING:
+    from omniavatar.accel.sparse_steps import SparseSteps
     from omniavatar.model.dit import AudioState, RunBlocks, WanDiT
     from omniavatar.model.vae import VideoVAE
     from omniavatar.sampling.causal import CausalWindow
+    from omniavatar.sampling.sparsity import SparsityPlan
 
 DrawNoise = Callable[[], Tensor]
 ShouldStop = Callable[[], bool]
@@ -69,6 +71,7 @@ class WindowSampling:
 
     - passes: the forwards of each step (`plan_passes`).
     - causal: the window of a block-causal model, whose windows are blocks (`engine.block_windows`).
+    - sparsity: which blocks of attention are computed; None for all.
     """
 
     seed: int
@@ -76,6 +79,7 @@ class WindowSampling:
     passes: Passes
     sampler: str = "euler"
     causal: CausalWindow | None = None
+    sparsity: SparsityPlan | None = None
 
 
 class WindowResult:
@@ -154,6 +158,7 @@ class WindowGenerator:
     - vae: None on ranks that leave the VAE to the leader.
     - draw_noise: replaces the seeded noise.
     - run_blocks: replaces the DiT's own.
+    - sparse: replaces `run_blocks` where attention is sparse.
     - stop: returns whether the run must end; all ranks call it before each step and get the same answer.
     - remedy: what to try if a window's numbers are not finite, for the error.
     - watch: called after each step.
@@ -172,12 +177,14 @@ class WindowGenerator:
         retry: Retry = no_retry,
         team: Team = ONE,
         run_blocks: RunBlocks | None = None,
+        sparse: SparseSteps | None = None,
         arrival: Callable[[torch.device], Callable[[], None]] = arrival,
         stop: Callable[[], bool] | None = None,
         remedy: str = "check the weight files",
         watch: WatchStep | None = None,
     ) -> None:
-        self._run_blocks, self._arrival = run_blocks or dit.run_blocks, arrival
+        self._run_blocks, self._arrival = sparse or run_blocks or dit.run_blocks, arrival
+        self._sparse = sparse
         self._stop, self._remedy, self._watch = stop, remedy, watch
         self._dit, self._vae = dit, vae
         self._sampling, self._recorder, self._convert = sampling, recorder, convert
@@ -190,6 +197,8 @@ class WindowGenerator:
         self._audio = conditioning.audio
         self._make_cache, self._retry, self._team = make_cache, retry, team
         self._passes = sampling.passes
+        carried = any(each.keep for row in self._passes for each in row)
+        self._always_ordered = carried or make_cache is not ResidualCache
         self._velocities = team.velocities(self._passes)
         self._timesteps = torch.tensor(sampling.schedule.timesteps, dtype=torch.float32, device=self._device)
         self._branches = {each.branch for row in self._passes for each in row}
@@ -300,14 +309,20 @@ class WindowGenerator:
             if self._stop is not None:
                 end_if(self._stop(), f"before step {step + 1} of {len(sampling.schedule)} of {where}")
 
+            if self._sparse is not None:
+                self._sparse.step = step
+
             def predict(each: Pass) -> Tensor:
+                run = self._team.shard(cache.runner(each))
+                if self._sparse is not None:
+                    run = self._sparse.ordered(run, self._always_ordered)
                 return dit(
                     sample,
                     y,
                     timesteps[step : step + 1],
                     self._text[each.branch.text],
                     audio[each.branch.audio],
-                    run_blocks=self._team.shard(cache.runner(each)),
+                    run_blocks=run,
                 )
 
             row = self._passes[step]

@@ -11,6 +11,7 @@ import torch
 
 from omniavatar.accel.decoder import DECODERS
 from omniavatar.accel.precision import QUANTIZED
+from omniavatar.accel.sparse_steps import list_bytes
 from omniavatar.accel.vae_runners import pass_sizes
 from omniavatar.checkpoint.dit_sizes import keep_float32
 from omniavatar.checkpoint.layout import SCALES, Shape, dit_tensors, text_tensors, wav2vec_tensors
@@ -212,13 +213,21 @@ def run_sizes(
         + tensor_bytes(DECODERS.get(config.model.decoder).tensors(spec.vae), size),
         audio_encoder=tensor_bytes(wav2vec_tensors(spec.wav2vec), FLOAT),
         text_encoder=tensor_bytes(text_tensors(spec.text), size),
-        held=held_bytes(dit, len({branch.text for branch in branches}), size) + cache_bytes(dit, shape, size),
-        denoise=denoise_bytes(dit, shape.tokens, size, fused, len(branches), cached, float8),
+        held=held_bytes(dit, len({branch.text for branch in branches}), size)
+        + cache_bytes(dit, shape, size)
+        + (0 if shape.sparsity is None else list_bytes(shape.sparsity)),
+        denoise=denoise_bytes(dit, shape.tokens, size, fused, len(branches), cached, float8)
+        + order_bytes(dit, shape, size),
         coding=tuple(
             coding_bytes(spec.vae.dim, shape.size, size, latents, shape.overlap, vae_name == "fast", ranks)
             for latents in pass_sizes(vae_name)
         ),
     )
+
+
+def order_bytes(dit: DiTConfig, shape: WindowShape, dtype_bytes: int) -> int:
+    """Bytes of the tokens in their first order, and of audio by token, while blocks run in tile order."""
+    return 0 if shape.sparsity is None else 2 * shape.tokens * dit.dim * dtype_bytes
 
 
 def cache_bytes(dit: DiTConfig, shape: WindowShape, dtype_bytes: int) -> int:
@@ -237,4 +246,8 @@ def graph_bytes(config: PipelineConfig, dit: DiTConfig, shape: WindowShape) -> i
     own = -(-shape.tokens // runtime.sp_size)
     activations = denoise_bytes(dit, own, size, True, 0, False, runtime.quantize != "none")
     captured = 2 if shape.causal is None else shape.causal.rolling + 1
+    if shape.sparsity is not None:  # sparse steps are captured apart, in memory of their own
+        rows = shape.sparsity.table_of[list(shape.sparsity.sparse_steps)]
+        captured += 2 * len({row.tobytes() for row in rows})
+        activations = 2 * activations + order_bytes(dit, shape, size)
     return activations + held_bytes(dit, captured, size)
