@@ -102,6 +102,19 @@ def read_levels(path: Path) -> tuple[SparseHeader, NDArray[np.uint8]]:
     return header, levels
 
 
+def is_sparse_file(path: Path) -> bool:
+    """Whether `path` is missing, empty, or a file that `write_levels` wrote."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists() or not path.stat().st_size:
+        return True
+    try:
+        with safe_open(path, "np") as file:
+            return HEADER in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def _check_levels(path: Path, header: SparseHeader, levels: NDArray[Any]) -> None:
     sizes = header.model.sizes
     if min(header.grid) < 1 or not {"num_layers", "num_heads"} <= set(sizes):
