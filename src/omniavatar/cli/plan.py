@@ -74,7 +74,6 @@ def plan(
     with user_errors():
         from omniavatar.config.load import load_config
         from omniavatar.plan.estimate import estimate_memory, plan_report
-        from omniavatar.plan.run import plan_run
 
         loaded = load_config(config, hp or ())
         for warning in loaded.warnings:
@@ -82,7 +81,7 @@ def plan(
         settings = loaded.config
         samples = _samples(settings, audio, minutes)
         size = _size(settings, image)
-        run_plan = plan_run(settings, size, samples, _step_plan(settings))
+        run_plan = _run_plan(settings, size, samples)
         memory = estimate_memory(settings, run_plan, _device(settings))
         if as_json:
             from omniavatar.cli.terminal import say_json
@@ -90,7 +89,8 @@ def plan(
             say_json(plan_report(run_plan, memory, settings.model.decoder))
         else:
             length, shape = _decided_by(settings, audio, minutes, image)
-            _print(run_plan, memory, settings.model.decoder, length, shape)
+            attention = settings.sparsity.sparse_attention
+            _print(run_plan, memory, settings.model.decoder, attention, length, shape)
 
 
 def _decided_by(
@@ -197,6 +197,31 @@ def _size(config: PipelineConfig, image: Path | None) -> tuple[int, int]:
     return choose_bucket(height, width, config.video.sizes)
 
 
+def _run_plan(config: PipelineConfig, size: tuple[int, int], samples: int | None) -> RunPlan:
+    """The plan, with its sparsity plan unless that needs weights that are not on this disk."""
+    from omniavatar.accel.attention.registry import choose_backend
+    from omniavatar.accel.attention.sparse_registry import break_even, choose_sparse
+    from omniavatar.device import torch_dtype
+    from omniavatar.plan.preview import files_exist, find_dit_config
+    from omniavatar.plan.run import plan_run
+    from omniavatar.plan.sparsity import plan_sparse_run
+
+    wanted, model = config.sparsity, config.model
+    measured = wanted.sparse_attention == "calibrated"
+    if wanted.sparse_attention == "dense" or (
+        measured and model.weights == "files" and not files_exist(model)
+    ):
+        return plan_run(config, size, samples, _step_plan(config))
+    dit, _ = find_dit_config(model)
+    device, dtype, attention = _device(config), torch_dtype(model.dtype), config.runtime.attention
+    if attention in ("auto", "fastest"):
+        attention = choose_backend(device, dtype)
+    width, block = dit.dim // dit.num_heads, wanted.sparse_block_size
+    backend = choose_sparse(wanted.sparse_backend, device, dtype, attention, block, width)
+    limit = break_even(backend.name, attention)
+    return plan_sparse_run(config, size, samples, dit, _step_plan(config), limit)
+
+
 def _step_plan(config: PipelineConfig) -> StepPlan | None:
     """The step cache's plan; None where TeaCache needs weights that are not on this disk."""
     from omniavatar.plan.calibration import find_constants
@@ -215,7 +240,9 @@ def _step_plan(config: PipelineConfig) -> StepPlan | None:
     return make_step_plan(sampling, constants, projections, not config.runtime.reference_numerics)
 
 
-def _print(plan: RunPlan, memory: MemoryEstimate, decoder: str, length: str, shape: str) -> None:
+def _print(
+    plan: RunPlan, memory: MemoryEstimate, decoder: str, attention: str, length: str, shape: str
+) -> None:
     from rich.table import Table
 
     from omniavatar.cli.terminal import SafeConsole
@@ -239,6 +266,7 @@ def _print(plan: RunPlan, memory: MemoryEstimate, decoder: str, length: str, sha
         ("pattern", pattern),
         ("passes per step", _passes_text(plan)),
         ("forwards", f"{plan.forwards} computed, {plan.forwards_skipped} skipped"),
+        *([] if attention == "dense" else [("attention", _attention_text(plan))]),
         ("decoder", "the VAE" if decoder == "full" else f"{decoder} (the VAE encodes)"),
         ("DiT weights", bytes_text(memory.dit)),
         ("VAE weights", bytes_text(memory.vae)),
@@ -276,6 +304,18 @@ def _windows_text(plan: RunPlan) -> str:
     return (
         f"{len(plan.windows)} blocks of {plan.window_length} frames (the first: {plan.windows[0].length}); "
         f"each sees {causal.window} latents, the video's first {causal.sink} among them"
+    )
+
+
+def _attention_text(plan: RunPlan) -> str:
+    sparse = plan.sparsity
+    if sparse is None:
+        return "calibrated; the blocks are not known without the weights"
+    dense = plan.steps - len(sparse.sparse_steps)
+    mass = "" if sparse.mass is None else f", at least {sparse.mass:.1%} of each row's softmax"
+    return (
+        f"{sparse.name}: {sparse.kept_share:.1%} of the matrix at {len(sparse.sparse_steps)} of {plan.steps} "
+        f"steps{mass}; {dense} dense, blocks of {sparse.shape.block} tokens"
     )
 
 

@@ -50,6 +50,7 @@ class RequestFigures:
     """One finished request.
 
     tokens: of one forward. branches: forwards a step. causal: of a block-causal model, None for others.
+    kept_share: mean share of the attention matrix that a forward computed.
     """
 
     output: str
@@ -65,6 +66,7 @@ class RequestFigures:
     forwards: int
     forwards_skipped: int
     causal: CausalWindow | None = None
+    kept_share: float = 1.0
 
     @property
     def video_seconds(self) -> float:
@@ -297,7 +299,7 @@ def _work(
                 latents += decoded_latents(request.windows[-1], last=True)
                 done[DECODE] += decode_work(models.vae, (latents, *request.latent_size))
             continue
-        done[DENOISE] += forward_work(models.dit, latent) * request.forwards
+        done[DENOISE] += forward_work(models.dit, latent, kept=request.kept_share) * request.forwards
         done[DENOISE] += skipped_forward_work(models.dit, latent) * request.forwards_skipped
         if models.vae is None:
             continue

@@ -97,8 +97,8 @@ class SparsityPlan:
 
     def shares(self) -> NDArray[np.float64]:
         """The share of the attention matrix that each step, layer and head computes, counted in tokens."""
-        sizes = self.shape.block_tokens / self.shape.tokens
-        shares = [sizes @ _unpacked(table, self.shape.blocks) @ sizes for table in self.tables]
+        sizes, whole = self.shape.block_tokens, self.shape.tokens**2
+        shares = [sizes @ _unpacked(table, self.shape.blocks) @ sizes / whole for table in self.tables]
         return np.array([*shares, 1.0])[self.table_of]
 
     def longest_rows(self) -> NDArray[np.int64]:
