@@ -27,7 +27,7 @@ def _file(value: Any) -> Any:
 
 
 class SparsityConfig(Section):
-    """Self-attention that computes only some blocks of its matrix; only steps after the first are sparse."""
+    """Which blocks of the self-attention matrix are computed (docs/sparse_attention.md)."""
 
     sparse_attention: Literal["dense", "window", "calibrated"] = "dense"
     """dense: every block. window: the nearest blocks in time and space. calibrated: the blocks that
