@@ -45,7 +45,7 @@ class MassMeter:
     def window(self, run_blocks: RunBlocks) -> PassRunner:
         """The runner of one window. Masses of a window that was not kept are dropped."""
         self._begun = self._zeros()
-        return _WindowMeter(self, run_blocks, self._begun)
+        return _WindowMasses(self, run_blocks, self._begun)
 
     def keep(self) -> None:
         """Keep the masses of the last window."""
@@ -77,7 +77,7 @@ class MassMeter:
         )
 
 
-class _WindowMeter:
+class _WindowMasses:
     def __init__(self, meter: MassMeter, run_blocks: RunBlocks, sums: Sums) -> None:
         self._meter, self._run_blocks, self._sums = meter, run_blocks, sums
 

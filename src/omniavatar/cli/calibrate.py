@@ -59,7 +59,7 @@ def calibrate(
     step_groups: Annotated[
         int,
         typer.Option(
-            min=1, help="With --mode sparse: groups of consecutive steps, each with blocks of its own."
+            min=1, help="With --mode sparse: groups of consecutive steps, each with its own blocks."
         ),
     ] = 1,
     verify: Annotated[

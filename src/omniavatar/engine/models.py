@@ -137,7 +137,7 @@ class Models:
         return PromptEncoder(self.config, self.device, self.dtype, self.recorder, self._text_encoder_fits)
 
     def sparse_steps(self, plan: SparsityPlan | None) -> SparseSteps | None:
-        """The DiT's blocks as `plan` says; None for a dense one. Kept until another plan is asked for."""
+        """The DiT's blocks as `plan` says; None for a dense one. Kept until the next plan."""
         if plan is None or not plan.sparse_steps or self.sparse is None:
             return None
         if self._sparse_steps is None or self._sparse_steps.plan.digest != plan.digest:

@@ -43,7 +43,7 @@ DENSITIES = (0.75, 0.5, 0.35, 0.25)
 class KeptMass:
     """A plan of the measurement.
 
-    - wanted, density: the density that was asked for, and that of the plan.
+    - wanted, density: the density that was requested, and that of the plan.
     - mass: share of the softmax that every row keeps at least.
     """
 
@@ -92,7 +92,7 @@ def calibrate_sparse(
     """Measure `windows` windows of `request` (fewer where it has fewer) and write the file.
 
     - output: default `sparse_attention.safetensors` beside the checkpoint.
-    - groups: groups of consecutive sparse steps, each of which gets a plan of its own.
+    - groups: groups of consecutive sparse steps, each of which gets its own plan.
 
     Raises ConfigError where nothing is sparse, OutputError, and what `AvatarPipeline` raises.
     """
@@ -126,7 +126,7 @@ def calibrate_sparse(
             plans = tuple(_kept(levels, steps, dense))
             verified: tuple[VerifiedPlan, ...] = ()
             if verify:
-                bench = _Bench(pipeline, recorder, ready, chosen[0])
+                bench = _SparseBench(pipeline, recorder, ready, chosen[0])
                 verified = tuple(bench.verify(levels, dense))
     return SparseCalibrationRun(path, header, plans, verified, time.perf_counter() - started)
 
@@ -177,7 +177,7 @@ def _kept(levels: MassLevels, steps: int, dense: int) -> Iterator[KeptMass]:
         yield KeptMass(density, levels.plan(steps, dense, cut).kept_share, mass_of(cut))
 
 
-class _Bench:
+class _SparseBench:
     """Runs the first window by plans, with another seed than the measurement."""
 
     def __init__(

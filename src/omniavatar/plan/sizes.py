@@ -246,7 +246,7 @@ def graph_bytes(config: PipelineConfig, dit: DiTConfig, shape: WindowShape) -> i
     own = -(-shape.tokens // runtime.sp_size)
     activations = denoise_bytes(dit, own, size, True, 0, False, runtime.quantize != "none")
     captured = 2 if shape.causal is None else shape.causal.rolling + 1
-    if shape.sparsity is not None:  # sparse steps are captured apart, in memory of their own
+    if shape.sparsity is not None:  # sparse steps are captured apart, in separate memory
         rows = shape.sparsity.table_of[list(shape.sparsity.sparse_steps)]
         captured += 2 * len({row.tobytes() for row in rows})
         activations = 2 * activations + order_bytes(dit, shape, size)
