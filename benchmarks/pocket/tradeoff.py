@@ -122,10 +122,16 @@ def measure(folder: Path, clips: list[Clip], chosen: list[Variant]) -> list[dict
                 "lag_frames": sync["lag_frames"],
                 "sharpness": sharpness_ratio(watched, true),
                 "psnr_db": likeness(folder, variant, clips),
+                "kept_share": float(np.mean([_kept(car["plan"]) for car in cars])),
                 "device": cars[0]["device"],
             }
         )
     return rows
+
+
+def _kept(plan: dict[str, Any]) -> float:
+    """The share of attention that the sparse steps of a run computed; 1 without such steps."""
+    return float(plan["sparsity"]["kept_share"]) if "sparsity" in plan else 1.0
 
 
 def likeness(folder: Path, variant: Variant, clips: list[Clip]) -> float | None:
