@@ -17,7 +17,7 @@ from omniavatar.engine.events import Message, WindowFinished
 from omniavatar.engine.identity import request_identity
 from omniavatar.engine.prepare import read_inputs
 from omniavatar.engine.recorder import RunRecorder
-from omniavatar.errors import ResumeError
+from omniavatar.errors import ConfigError, ResumeError
 from omniavatar.measure.sparse_calibration import SparseCalibrationRun, calibrate_sparse
 from omniavatar.plan.sparsity import read_levels
 
@@ -159,3 +159,10 @@ def test_a_warm_pipeline_has_run_its_sparse_steps(nano_checkpoint, cache):
     assert seen.count("step") == 2
     assert pipeline.models.sparse_steps(None) is None
     assert not [event for event in seen if event == Message.kind and "error" in event]
+
+
+def test_block_causal_models_are_not_measured(tmp_path):
+    values = {"weights": "random", "scale": "nano", "sampler": "causal", "guidance_scale": 1}
+    with pytest.raises(ConfigError, match="sampler: causal attends to a cache of earlier blocks"):
+        calibrate_sparse(load_config(None, values).config, request(0.3), tmp_path / "out.safetensors")
+    assert not list(tmp_path.iterdir())
