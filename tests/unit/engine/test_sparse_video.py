@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,17 @@ import torch
 
 from command_line import run as command
 from engine import make_pipeline, overrides, request
+from omniavatar import AvatarPipeline
+from omniavatar.config.change import changed
 from omniavatar.config.load import load_config
 from omniavatar.engine.events import Message, WindowFinished
 from omniavatar.engine.identity import request_identity
-from omniavatar.engine.prepare import read_inputs
+from omniavatar.engine.prepare import Prepared, read_inputs
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.errors import ConfigError, ResumeError
 from omniavatar.measure.sparse_calibration import SparseCalibrationRun, calibrate_sparse
-from omniavatar.plan.sparsity import read_levels
+from omniavatar.plan.sparsity import find_sparsity, read_levels
+from omniavatar.types import StepPlan
 
 WINDOW = {"num_steps": 3, "sparse_attention": "window", "sparse_block_size": 8, "sparse_density": 0.5}
 CALIBRATED = {"num_steps": 3, "sparse_attention": "calibrated", "sparse_block_size": 8}
@@ -38,36 +43,50 @@ def measured(nano_checkpoint, cache, tmp_path_factory) -> SparseCalibrationRun:
     return calibrate_sparse(config, request(0.3), output, windows=1, groups=2, verify=True)
 
 
-def latents(checkpoint: Path, cache: Path, seconds: float = 0.3, **changes: Any) -> list[torch.Tensor]:
-    pipeline = make_pipeline(checkpoint, cache, **{"num_steps": 3, **changes})
-    with pipeline.prepare(request(seconds)) as ready:
-        return [result.latent for result in pipeline.windows(ready)]
+@pytest.fixture(scope="module")
+def pipeline(nano_checkpoint, cache) -> AvatarPipeline:
+    return make_pipeline(nano_checkpoint, cache, **WINDOW)
+
+
+@pytest.fixture(scope="module")
+def ready(pipeline) -> Iterator[Prepared]:
+    with pipeline.prepare(request(0.3)) as prepared:
+        yield prepared
+
+
+def latent(pipeline: AvatarPipeline, ready: Prepared, density: float | None) -> torch.Tensor:
+    """The first window by a window plan; densely without a density."""
+    plan = None
+    if density is not None:
+        config = changed(pipeline.config, sparsity={"sparse_density": density})
+        plan = find_sparsity(config, ready.plan, pipeline.models.dit_config)
+    sampling = replace(ready.window_sampling, sparsity=plan)
+    generator = pipeline.window_generator(sampling, ready.conditioning)
+    return generator.denoise(ready.plan.windows[0], ready.conditioning.reference_latent)
 
 
 def differs(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def test_what_is_kept_decides_how_far_a_window_is_from_dense(nano_checkpoint, cache):
-    dense = latents(nano_checkpoint, cache)
-    whole = latents(nano_checkpoint, cache, **{**WINDOW, "sparse_density": 1.0})
-    assert 0 < differs(whole[0], dense[0]) < 1e-5
-    half = latents(nano_checkpoint, cache, **WINDOW)
-    less = latents(nano_checkpoint, cache, **{**WINDOW, "sparse_density": 0.2})
-    assert 1e-4 < differs(half[0], dense[0]) < differs(less[0], dense[0])
-    again = latents(nano_checkpoint, cache, **WINDOW)
-    assert all(torch.equal(a, b) for a, b in zip(half, again, strict=True))
+def test_what_is_kept_decides_how_far_a_window_is_from_dense(pipeline, ready):
+    dense, whole, half, less = (latent(pipeline, ready, density) for density in (None, 1.0, 0.5, 0.2))
+    assert 0 < differs(whole, dense) < 1e-5
+    assert 1e-4 < differs(half, dense) < differs(less, dense)
+    assert torch.equal(latent(pipeline, ready, 0.5), half)
 
 
-def test_streamed_blocks_and_a_step_cache(nano_checkpoint, cache):
-    """Streaming changes no bit; residuals of a step cache are carried in one order of tokens."""
-    plain = latents(nano_checkpoint, cache, **WINDOW)
-    streamed = latents(nano_checkpoint, cache, **WINDOW, num_persistent_param_in_dit=3_000_000)
-    assert all(torch.equal(a, b) for a, b in zip(streamed, plain, strict=True))
-    cached = {"num_steps": 6, "tea_cache_l1_thresh": 0.5, "teacache_coefficients": [1.0, 0.0]}
-    dense = latents(nano_checkpoint, cache, **cached)
-    whole = latents(nano_checkpoint, cache, **{**WINDOW, **cached, "sparse_density": 1.0})
-    assert differs(whole[0], dense[0]) < 1e-4
+def test_a_step_cache_carries_residuals_in_one_order_of_tokens(pipeline, ready):
+    """A dense step, whose residual a sparse step uses, is in tile order too."""
+    skipping = ready.decided(StepPlan((True, False, True)))
+    assert differs(latent(pipeline, skipping, 1.0), latent(pipeline, skipping, None)) < 1e-4
+
+
+def test_streamed_blocks_give_the_same_bits(pipeline, ready, nano_checkpoint, cache):
+    streamed = make_pipeline(nano_checkpoint, cache, **WINDOW, num_persistent_param_in_dit=3_000_000)
+    with streamed.prepare(request(0.3)) as other:
+        assert streamed.models.residency.placement.memory.streams
+        assert torch.equal(latent(streamed, other, 0.5), latent(pipeline, ready, 0.5))
 
 
 def test_measuring_is_repeatable_and_verifies(measured, nano_checkpoint, cache, tmp_path):
