@@ -216,9 +216,10 @@ def _run_plan(config: PipelineConfig, size: tuple[int, int], samples: int | None
     device, dtype, attention = _device(config), torch_dtype(model.dtype), config.runtime.attention
     if attention in ("auto", "fastest"):
         attention = choose_backend(device, dtype)
-    width, block = dit.dim // dit.num_heads, wanted.sparse_block_size
-    backend = choose_sparse(wanted.sparse_backend, device, dtype, attention, block, width)
-    limit = break_even(backend.name, attention)
+    name, width = wanted.sparse_backend, dit.dim // dit.num_heads
+    if name == "auto":  # a named one may be meant for another machine, like `attention`
+        name = choose_sparse(name, device, dtype, attention, wanted.sparse_block_size, width).name
+    limit = break_even(name, attention)
     return plan_sparse_run(config, size, samples, dit, _step_plan(config), limit)
 
 
