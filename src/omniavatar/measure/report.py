@@ -77,9 +77,10 @@ class RequestFigures:
         return self.size[0] // 8, self.size[1] // 8
 
     def as_dict(self) -> dict[str, Any]:
-        """The request for JSON."""
+        """The request for JSON; `kept_share` only with sparse attention."""
+        left_out = {"causal"} if self.kept_share < 1 else {"causal", "kept_share"}
         return {
-            **{name: value for name, value in vars(self).items() if name != "causal"},
+            **{name: value for name, value in vars(self).items() if name not in left_out},
             "windows": len(self.windows),
             "video_seconds": self.video_seconds,
             "real_time_factor": self.seconds / self.video_seconds,

@@ -202,14 +202,17 @@ def test_auto_takes_the_fastest_that_is_as_exact_as_dense_attention(
 @pytest.fixture
 def hopper_records():
     """The registry as it is on a Hopper GPU with every package."""
-    before = [SPARSE.get(name) for name in SPARSE.names]
-    for each in before:
-        SPARSE.unregister(each.name)
-        SPARSE.register(replace(each, unavailable=lambda device: None))
+
+    def registered(backends) -> None:
+        for each in list(SPARSE):
+            SPARSE.unregister(each.name)
+        for each in backends:
+            SPARSE.register(each)
+
+    before = list(SPARSE)
+    registered([replace(each, unavailable=lambda device: None) for each in before])
     yield
-    for each in before:
-        SPARSE.unregister(each.name)
-        SPARSE.register(each)
+    registered(before)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from omniavatar.accel.attention.sparse_registry import SPARSE
+from omniavatar.accel.attention.sparse_registry import SPARSE, SparseBackend
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.cli import app
 from omniavatar.config.change import changed
@@ -121,19 +121,25 @@ def test_sparse_attention_may_be_proposed() -> None:
     assert _sparsities(config) == [({}, 0.0)], "no fast backend on this machine"
 
 
+def registered(backends: list[SparseBackend]) -> None:
+    """Let these be the backends of sparse attention, in this order."""
+    for each in list(SPARSE):
+        SPARSE.unregister(each.name)
+    for each in backends:
+        SPARSE.register(each)
+
+
 def test_a_fast_backend_decides_what_is_proposed() -> None:
     config = load_config(None, ["weights=random,scale=1.3B,device=cpu,num_steps=4"]).config
-    eager = SPARSE.get("eager")
-    SPARSE.unregister("eager")
-    SPARSE.register(replace(eager, fast=True))
+    before = list(SPARSE)
+    registered([replace(each, fast=True) for each in before])
     try:
         found = _sparsities(config)
         causal = changed(config, sparsity={"sparse_attention": "window"})
         assert _sparsities(causal) == [({}, 0.0)], "a configured plan stays"
         assert _sparsities(changed(config, sampling={"num_steps": 1})) == [({}, 0.0)]
     finally:
-        SPARSE.unregister("eager")
-        SPARSE.register(eager)
+        registered(before)
     assert [settings.get("sparse_density") for settings, _ in found] == [None, 0.5, 0.35, 0.25]
     assert {settings.get("sparse_attention") for settings, _ in found[1:]} == {"window"}
 

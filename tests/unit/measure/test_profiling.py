@@ -234,6 +234,7 @@ def test_sparse_attention_counts_what_it_computed() -> None:
         next(row.tflop for row in report(kept).work if row.name == "denoise") for kept in (1.0, 0.25)
     )
     tokens = 4 * 4 * 4
+    assert figures().as_dict().keys() == replace(figures(), kept_share=0.25).as_dict().keys() - {"kept_share"}
     saved = 0.75 * 4 * tokens**2 * spec.dit.dim * spec.dit.num_layers * figures().forwards
     assert (dense - sparse) * 1e12 == pytest.approx(saved)
     console = Console(record=True, width=200)
