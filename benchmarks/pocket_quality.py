@@ -18,6 +18,7 @@ It prints the table in Markdown, then one line of JSON.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -60,9 +61,9 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 
 def tradeoff_clips(clips: list[material.Clip], count: int) -> list[material.Clip]:
-    """`count` clips, alternately synthetic and recorded."""
+    """`count` clips, alternately synthetic and recorded while there are both."""
     kinds = [[clip for clip in clips if clip.kind == kind] for kind in ("synthetic", "recorded")]
-    mixed = [clip for pair in zip(*kinds, strict=False) for clip in pair]
+    mixed = [clip for pair in itertools.zip_longest(*kinds) for clip in pair if clip is not None]
     return mixed[:count]
 
 

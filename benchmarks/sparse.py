@@ -18,15 +18,23 @@ import statistics
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
 import torch
 
 from benchmarks.shared.options import add_repeats, make_parser, numbers, words
 from benchmarks.shared.report import print_result, print_table
 from benchmarks.shared.timing import require_cuda
-from omniavatar.accel.attention.sparse import BlockLists, create_fa4_sparse, eager_sparse_attention
+from omniavatar.accel.attention.sparse import BlockLists, block_mass, eager_sparse_attention
+from omniavatar.accel.attention.sparse_registry import SPARSE
 from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.accel.kernels.rows import FP8, FP8_MAX
-from omniavatar.sampling.sparsity import FRAME_DISTANCE, nearest_blocks
+from omniavatar.sampling.sparsity import (
+    FRAME_DISTANCE,
+    PlanShape,
+    calibrated_plan,
+    nearest_blocks,
+    window_plan,
+)
 from omniavatar.sampling.token_order import tile_order
 
 DEVICE, BLOCK = torch.device("cuda"), 128
@@ -68,17 +76,11 @@ def window_lists(heads, tokens, share):
 
 def backends(wanted):
     """The wanted sparse backends by name; one that is not installed is named and left out."""
-    found = {}
-    if "fa4" in wanted:
-        try:
-            found["fa4"] = create_fa4_sparse()
-        except ImportError as error:
-            print(f"flash-attn-4 is not there: {error}")
-    if "float8" in wanted:
-        from omniavatar.accel.attention.sparse_float8 import Float8SparseAttention
-
-        found["float8"] = Float8SparseAttention()
-    return found
+    reasons = {name: SPARSE.get(name).unavailable(DEVICE) for name in wanted}
+    for name, reason in reasons.items():
+        if reason is not None:
+            print(f"{name} is left out: {reason}")
+    return {name: SPARSE.get(name).create(DEVICE) for name in wanted if reasons[name] is None}
 
 
 def rounded(x):
@@ -144,7 +146,7 @@ def dense_backends():
 
 
 @torch.inference_mode()
-def measure_times(found, sizes, shares, seconds):
+def measure_times(found, sizes, shares, seconds, plans):
     rows = []
     for heads, tokens in sizes:
         q, k, v = inputs(heads, tokens)
@@ -168,11 +170,12 @@ def measure_times(found, sizes, shares, seconds):
             if name == "float8":
                 ms = timed(partial(attention.transposed, v[0]), seconds)[0]
                 print({"heads": heads, "tokens": tokens, "prepare v": ms}, flush=True)
+        ms = timed(partial(block_mass, q, k, BLOCK), 0.0)
+        rows.append({"heads": heads, "tokens": tokens, "backend": "block_mass", "ms": ms[0]})
+        print(rows[-1], flush=True)
         for share in shares:
-            for plan, lists in (
-                ("random", random_lists(heads, tokens, share)),
-                ("window", window_lists(heads, tokens, share)),
-            ):
+            for plan in plans:
+                lists = {"random": random_lists, "window": window_lists}[plan](heads, tokens, share)
                 kept = lists.counts.float().mean().item() / lists.counts.shape[1]
                 for name, attention in found.items():
                     given = (q8, k8) if name == "float8" else (q, k)
@@ -197,10 +200,11 @@ def forward_inputs(dit, grid):
 
 
 @torch.inference_mode()
-def measure_forwards(found, scales, shares, repeats, sizes):
+def measure_forwards(found, scales, shares, repeats, sizes, scattered):
     from omniavatar.accel.apply import AccelConfig, apply_accelerations
     from omniavatar.accel.attention.registry import create_attention
-    from omniavatar.accel.sparse_blocks import OrderedBlocks, SparseBlocks
+    from omniavatar.accel.sparse_blocks import OrderedBlocks
+    from omniavatar.accel.sparse_steps import SparseSteps
     from omniavatar.checkpoint.dit import random_dit
     from omniavatar.checkpoint.layout import scale_spec
 
@@ -222,10 +226,15 @@ def measure_forwards(found, scales, shares, repeats, sizes):
             dit.attention = attention
             ordered = OrderedBlocks(dit.run_blocks, order, DEVICE)
             cases = {("fa3_fp8", 1.0): None, ("fa3_fp8, tile order", 1.0): ordered}
+            shape = PlanShape(1, layers, heads, GRIDS[tokens], BLOCK)
             for share in shares:
-                lists = [window_lists(heads, tokens, share)] * layers
+                plan = window_plan(shape, order, share)
                 for name, sparse in found.items():
-                    cases[name, share] = OrderedBlocks(SparseBlocks(dit, sparse, lists), order, DEVICE)
+                    cases[name, share] = by_plan(SparseSteps(dit, plan, sparse, dit.run_blocks, DEVICE))
+            for name, sparse in found.items() if scattered else ():
+                plan = scattered_plan(shape, scattered)
+                steps = SparseSteps(dit, plan, sparse, dit.run_blocks, DEVICE)
+                cases[f"{name}, own blocks in each head", scattered] = by_plan(steps)
             rows.append({"scale": scale, "tokens": tokens, "attention": "fa3", "share": 1.0, **figures(bf16)})
             print(rows[-1], flush=True)
             for (name, share), run_blocks in cases.items():
@@ -238,6 +247,23 @@ def measure_forwards(found, scales, shares, repeats, sizes):
         del dit, args, expected
         torch.cuda.empty_cache()
     return rows
+
+
+def by_plan(steps):
+    """The blocks of the only step of a plan, in tile order."""
+    return steps.ordered(steps, always=True)
+
+
+def scattered_plan(shape, share):
+    """Other blocks in every head of every layer, of different numbers, as a calibrated plan has them."""
+    generator = np.random.default_rng(0)
+
+    def mass(step, layer):
+        kept = generator.random((shape.heads, shape.blocks, shape.blocks), np.float32) < share
+        kept |= np.eye(shape.blocks, dtype=bool)
+        return kept / kept.sum(-1, keepdims=True, dtype=np.float32)
+
+    return calibrated_plan(shape, mass, 1 - 1e-4)
 
 
 def figures(times):
@@ -282,10 +308,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--sizes", type=head_sizes, default=[(40, 30375), (40, 15750), (12, 30375), (12, 15750)]
     )
     parser.add_argument("--shares", type=shares, default=[1.0, 0.75, 0.5, 0.35, 0.25, 0.15])
+    parser.add_argument("--plans", type=words, default=["random", "window"], help="of the times")
     parser.add_argument("--backends", type=words, default=["fa4", "float8"])
     parser.add_argument("--scales", type=words, default=["14B", "1.3B"])
     parser.add_argument("--forward-shares", type=shares, default=[1.0, 0.35, 0.25])
     parser.add_argument("--forward-tokens", type=numbers, default=list(GRIDS))
+    parser.add_argument(
+        "--scattered", type=float, default=0.35, help="share of a plan whose heads keep other blocks; 0: none"
+    )
     parser.add_argument("--seconds", type=float, default=0.3, help="of each measured time")
     add_repeats(parser)
     given = parser.parse_args(arguments)
@@ -293,9 +323,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = backends(given.backends)
     parts = {
         "errors": lambda: measure_errors(found),
-        "times": lambda: measure_times(found, given.sizes, given.shares, given.seconds),
+        "times": lambda: measure_times(found, given.sizes, given.shares, given.seconds, given.plans),
         "forwards": lambda: measure_forwards(
-            found, given.scales, given.forward_shares, given.repeats, given.forward_tokens
+            found, given.scales, given.forward_shares, given.repeats, given.forward_tokens, given.scattered
         ),
     }
     for part in given.parts:

@@ -46,7 +46,7 @@ class Planned:
                 None if each is None else BlockLists.of(torch.from_numpy(each), shape.block, shape.tokens)
                 for each in kept
             ]
-            self.steps.append(OrderedBlocks(SparseBlocks(dit, eager_sparse_attention, lists), order, CPU))
+            self.steps.append(OrderedBlocks(SparseBlocks.of(dit, eager_sparse_attention, lists), order, CPU))
 
     def __call__(self, tokens, inputs):
         step = self.calls // self.passes % len(self.steps)
@@ -62,7 +62,7 @@ class Measured:
         self.masses = np.zeros((shape.steps, shape.layers, shape.heads, shape.blocks, shape.blocks))
         every = torch.ones(shape.heads, shape.blocks, shape.blocks, dtype=torch.bool)
         lists = [BlockLists.of(every, shape.block, shape.tokens)] * shape.layers
-        self.blocks = OrderedBlocks(SparseBlocks(dit, self.attend, lists), order, CPU)
+        self.blocks = OrderedBlocks(SparseBlocks.of(dit, self.attend, lists), order, CPU)
         self.dense = dit.attention
 
     def attend(self, q, k, v, lists):
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         latent = ready.conditioning.reference_latent.shape
         grid = (ready.plan.windows[0].latent_frames, latent[-2] // 2, latent[-1] // 2)
         tiles = tile_order(grid, tuple(given.section))
-        shape = PlanShape(steps, dit.config.num_layers, dit.config.num_heads, math.prod(grid), given.block)
+        shape = PlanShape(steps, dit.config.num_layers, dit.config.num_heads, grid, given.block)
         print(f"{grid} tokens, {shape.blocks} blocks, {steps} steps of {passes} passes", flush=True)
         dense, dense_latent = make(pipeline, ready, dit.run_blocks, 1, 42)
 

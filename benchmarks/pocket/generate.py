@@ -27,13 +27,15 @@ from training.render import gather
 from training.scale import SIZE
 from training.studio import Studio
 
-from benchmarks.pocket.material import LOOKS_SEED, TAKE_SEED, Clip
+from benchmarks.pocket.material import LOOKS_SEED, TAKE_SEED, Clip, read_clips
 from benchmarks.pocket.measures import psnr
 from benchmarks.pocket.video_files import CRF, PRESET
 from omniavatar import AvatarPipeline, AvatarRequest
 from omniavatar.config.load import load_config
 from omniavatar.engine.events import Event, Message
 from omniavatar.measure.calibrate import calibrate
+from omniavatar.measure.sparse_calibration import calibrate_sparse
+from omniavatar.plan.sparsity import SPARSE_NAME
 
 VAE_PEOPLE, VAE_FRAMES, VAE_SEED = 16, 9, 40_000
 
@@ -47,6 +49,8 @@ class Variant:
     changes: Mapping[str, Any] = field(default_factory=dict)
     calibrated: bool = False
     """Whether it needs step-cache constants of the model (`omniavatar calibrate`)."""
+    sparse: bool = False
+    """Whether it needs block masses of the model (`omniavatar calibrate --mode sparse`)."""
     against: str = ""
     """The exact variant that it approximates faster; PSNR is measured against its videos."""
     device: str = ""
@@ -54,6 +58,7 @@ class Variant:
 
 
 DEFAULT = Variant("default")
+ORDINARY = ("synthetic", "recorded")
 WARNINGS = ".warnings"
 """Ending of the file with the texts of all warnings of a clip, in JSON."""
 
@@ -83,6 +88,8 @@ def overrides(job: Job) -> dict[str, Any]:
         changes["threads"] = job.threads
     if job.variant.calibrated:
         changes["step_cache_file"] = str(job.folder / "step_cache.json")
+    if job.variant.sparse:
+        changes["sparse_file"] = str(job.folder / SPARSE_NAME)
     return changes
 
 
@@ -113,6 +120,10 @@ def generate(
     variants = list(variants)
     if any(variant.calibrated for variant in variants) and not (folder / "step_cache.json").exists():
         _calibrate(config, folder, clips[0])
+    if any(variant.sparse for variant in variants) and not (folder / SPARSE_NAME).exists():
+        others = [clip for clip in read_clips(folder) if clip not in clips and clip.kind in ORDINARY]
+        block = next(each.changes["sparse_block_size"] for each in variants if each.sparse)
+        _calibrate_sparse(config, folder, (others or clips)[0], block)
     longest_first = sorted(clips, key=lambda clip: -len(clip.opening))
     jobs = [
         Job(config, folder, variant, tuple(longest_first[part::workers]), 1 if workers > 1 else None)
@@ -134,6 +145,16 @@ def _calibrate(config: Path, folder: Path, clip: Clip) -> None:
         clip.prompt, folder / "inputs" / f"{clip.name}.png", folder / "inputs" / f"{clip.name}.wav"
     )
     calibrate(load_config(config, overrides(job)).config, request, folder / "step_cache.json", 2, False, [])
+
+
+def _calibrate_sparse(config: Path, folder: Path, clip: Clip, block: int) -> None:
+    """Measure the block masses on another clip than those that are made, if there is one."""
+    changes = {"sparse_attention": "window", "sparse_block_size": block}
+    job = Job(config, folder, Variant("calibration", changes=changes), (clip,), None)
+    request = AvatarRequest(
+        clip.prompt, folder / "inputs" / f"{clip.name}.png", folder / "inputs" / f"{clip.name}.wav"
+    )
+    calibrate_sparse(load_config(config, overrides(job)).config, request, folder / SPARSE_NAME)
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
 """Plots of the pocket benchmark; runs in the environment of `faces.py`, which has matplotlib.
 
-`plot.py RESULT.json OUT_DIR` draws `pocket_tradeoff.png` and `pocket_identity.png`, each only if the result
-has its part.
+`plot.py RESULT.json OUT_DIR` draws `pocket_tradeoff.png`, `pocket_sparse.png` and `pocket_identity.png`, each
+only if the result has its part.
 """
 
 import json
@@ -50,6 +50,26 @@ def tradeoff(rows: list[dict], front: list[str], choice: str, out: Path) -> None
     figure.savefig(out / "pocket_tradeoff.png")
 
 
+def sparse(rows: list[dict], dense: dict | None, out: Path) -> None:
+    """Plot likeness to dense attention and lip sync over the share of attention that is computed."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), dpi=110)
+    for plan in ("calibrated", "window"):
+        part = sorted((row for row in rows if plan in row["variant"]), key=lambda row: row["kept_share"])
+        shares = [100 * row["kept_share"] for row in part]
+        axes[0].plot(shares, [row["psnr_db"] for row in part], "o-", label=plan)
+        axes[1].plot(shares, [row["correlation"] for row in part], "o-", label=plan)
+    if dense is not None:
+        axes[1].axhline(dense["correlation"], color="0.4", lw=1, ls="--", label="dense")
+    axes[0].set_ylabel("PSNR to dense attention, dB")
+    axes[1].set_ylabel("lip sync (r)")
+    for axis in axes:
+        axis.set_xlabel("attention computed in sparse steps, %")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out / "pocket_sparse.png")
+
+
 def identity(curve: dict, out: Path) -> None:
     """Plot the distance to the portrait over time, as a share of the distance of two people."""
     figure, axis = plt.subplots(figsize=(7, 3.6), dpi=110)
@@ -69,7 +89,11 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     if result.get("tradeoff"):
         part = result["tradeoff"]
-        tradeoff(part["rows"], part["front"], part["recommended"], out)
+        rows = {row["variant"]: row for row in part["rows"]}
+        if {row["group"] for row in part["rows"]} - {"default", "sparse"}:
+            tradeoff(part["rows"], part["front"], part["recommended"], out)
+        if thinned := [row for row in part["rows"] if row["group"] == "sparse"]:
+            sparse(thinned, rows.get("default"), out)
     if "identity" in (result.get("made") or {}):
         identity(result["made"]["identity"], out)
 

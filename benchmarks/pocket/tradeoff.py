@@ -24,6 +24,7 @@ from benchmarks.pocket.video_files import read_video
 NEAR = 0.01
 SHARP_SHARE = 0.9
 CACHE_STEPS = 25
+SPARSE_BLOCK, DENSITIES = 16, (0.75, 0.5, 0.35, 0.25)
 STAGES = ("denoise", "vae_decode", "vae_encode")
 
 
@@ -52,7 +53,25 @@ def variants() -> list[Variant]:
     found += [
         Variant(f"window_{frames}", "window", {"max_tokens": _tokens(frames)}) for frames in (25, 33, 41, 57)
     ]
-    return found + precisions()
+    return found + precisions() + sparse_attention()
+
+
+def sparse_attention() -> list[Variant]:
+    """Calibrated plans and windows of several densities, in blocks that fit the pocket model's tokens."""
+    found = [
+        Variant(
+            f"sparse_{name}_{round(100 * density)}",
+            "sparse",
+            {"sparse_attention": name, "sparse_density": density, "sparse_block_size": SPARSE_BLOCK},
+            sparse=name == "calibrated",
+            against="default",
+            device="cpu",
+        )
+        for density in DENSITIES
+        for name in ("calibrated", "window")
+    ]
+    everything = {"sparse_attention": "window", "sparse_density": 1.0, "sparse_block_size": SPARSE_BLOCK}
+    return [Variant("sparse_100", "sparse", everything, against="default", device="cpu"), *found]
 
 
 def precisions() -> list[Variant]:
@@ -103,10 +122,16 @@ def measure(folder: Path, clips: list[Clip], chosen: list[Variant]) -> list[dict
                 "lag_frames": sync["lag_frames"],
                 "sharpness": sharpness_ratio(watched, true),
                 "psnr_db": likeness(folder, variant, clips),
+                "kept_share": float(np.mean([_kept(car["plan"]) for car in cars])),
                 "device": cars[0]["device"],
             }
         )
     return rows
+
+
+def _kept(plan: dict[str, Any]) -> float:
+    """The share of attention that the sparse steps of a run computed; 1 without such steps."""
+    return float(plan["sparsity"]["kept_share"]) if "sparsity" in plan else 1.0
 
 
 def likeness(folder: Path, variant: Variant, clips: list[Clip]) -> float | None:

@@ -27,6 +27,7 @@ WRONG: dict[str, Any] = {
     "encoder": "?",
     "quantize": "?",
     "vae": "?",
+    "sparse_backend": "?",
     "guidance_interval": (1.0, 0.0),
     "timesteps": (1.0, 2.0),
     "teacache_coefficients": "?",

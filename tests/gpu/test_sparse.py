@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from omniavatar.accel.apply import AccelConfig, apply_accelerations
 from omniavatar.accel.attention.registry import create_attention
-from omniavatar.accel.attention.sparse import BlockLists, create_fa4_sparse, eager_sparse_attention
+from omniavatar.accel.attention.sparse import (
+    BlockLists,
+    block_mass,
+    create_fa4_sparse,
+    eager_sparse_attention,
+)
+from omniavatar.accel.attention.sparse_registry import SPARSE
+from omniavatar.accel.graphs import FORWARDS_FIRST, CudaCapture, GraphedBlocks
+from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.accel.kernels.rows import FP8
 from omniavatar.accel.sparse_blocks import OrderedBlocks, SparseBlocks
+from omniavatar.accel.sparse_steps import SparseSteps
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.model.dit import DiTConfig
-from omniavatar.sampling.sparsity import nearest_blocks
+from omniavatar.sampling.sparsity import PlanShape, calibrated_plan, nearest_blocks
 from omniavatar.sampling.token_order import tile_order
 
 pytestmark = pytest.mark.gpu
@@ -96,6 +107,71 @@ def test_flash_attn_4(batch, tokens, heads, share):
     assert relative_l2(create_fa4_sparse()(q, k, v, lists), expected) < 5e-3
 
 
+def by_name(name):
+    if (reason := SPARSE.get(name).unavailable(DEVICE)) is not None:
+        pytest.skip(reason)
+    return SPARSE.get(name).create(DEVICE)
+
+
+@pytest.mark.parametrize(("tokens", "heads", "share"), [(1000, 3, 0.4), (4135, 2, 0.3), (1024, 1, 1.0)])
+def test_flex_attention(tokens, heads, share):
+    q, k, v = inputs(1, tokens, heads)
+    lists = random_lists(tokens, heads, share)
+    expected = eager_sparse_attention(q.float(), k.float(), v.float(), lists)
+    assert relative_l2(by_name("flex")(q, k, v, lists), expected) < 5e-3
+
+
+def test_block_mass_is_the_same_at_every_call_and_on_the_cpu():
+    q, k, _ = inputs(1, 1000, 3)
+    mass = block_mass(q, k, BLOCK)
+    assert torch.equal(mass, block_mass(q, k, BLOCK))
+    assert torch.allclose(block_mass(q.cpu(), k.cpu(), BLOCK), mass.cpu(), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fa4", "float8", "flex"])
+@pytest.mark.parametrize("quantize", ["none", "fp8"])
+def test_steps_by_plan_as_cuda_graphs(name, quantize):
+    """Graphs of sparse steps replay the same bits, and agree with the twin."""
+    attention = by_name(name)
+    config = DiTConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=3, text_dim=64, audio_dim=64)
+    dense = create_attention("cudnn", DEVICE, torch.bfloat16)[1]
+    dit = random_dit(config, attention=dense, dtype=torch.bfloat16, device=DEVICE, seed=0)
+    apply_accelerations(dit, AccelConfig(quantize, True), create_fused(DEVICE))
+    shape = PlanShape(3, 3, 2, (5, 20, 30), BLOCK)
+    generator = np.random.default_rng(0)
+
+    def mass(step, layer):
+        return generator.dirichlet(np.full(shape.blocks, 0.3), (2, shape.blocks))
+
+    plan = calibrated_plan(shape, mass, 0.8, [0])
+    capture = CudaCapture()
+    plain = SparseSteps(dit, plan, attention, dit.run_blocks, DEVICE)
+    twin = SparseSteps(dit, plan, eager_sparse_attention, dit.run_blocks, DEVICE)
+    graphed = SparseSteps(
+        dit, plan, attention, dit.run_blocks, DEVICE, lambda run: GraphedBlocks(run, capture)
+    )
+    random = torch.Generator(DEVICE).manual_seed(1)
+
+    def noise(*sizes):
+        return torch.randn(sizes, generator=random, device=DEVICE)
+
+    with torch.inference_mode():
+        states = dit.prepare_text(noise(1, 40, 64)), dit.prepare_audio(noise(1, 17, 64))
+        y, time = noise(1, 17, 5, 40, 60), torch.tensor([700.0], device=DEVICE)
+
+        def forward(steps, step, sample):
+            steps.step = step
+            return dit(sample, y, time, *states, run_blocks=steps.ordered(steps, always=False))
+
+        for _ in range(FORWARDS_FIRST + 2):
+            sample = noise(1, 16, 5, 40, 60)
+            for step in (0, 1, 2):
+                out = forward(graphed, step, sample)
+                assert torch.equal(out, forward(plain, step, sample))
+        assert relative_l2(out, forward(twin, 2, sample)) < 3e-2
+    assert torch.isfinite(out).all()
+
+
 def test_blocks_by_plan_in_tile_order():
     """A small model with heads of 128 channels, by the kernel and by the twin."""
     attention = float8_attention()
@@ -120,7 +196,7 @@ def test_blocks_by_plan_in_tile_order():
                 y,
                 torch.tensor([700.0], device=DEVICE),
                 *states,
-                run_blocks=OrderedBlocks(SparseBlocks(dit, each, lists), order, DEVICE),
+                run_blocks=OrderedBlocks(SparseBlocks.of(dit, each, lists), order, DEVICE),
             )
             for each in (attention, eager_sparse_attention)
         ]

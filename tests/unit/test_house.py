@@ -24,7 +24,7 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 MOST_ENTRIES = 20
 """In src/omniavatar, with `py.typed` not counted."""
 MOST_LINES = 400
-MOST_LOADED = 84
+MOST_LOADED = 80
 """Modules of ours that `import omniavatar.engine.pipeline` loads, packages included."""
 
 NOT_MODULES = {"omniavatar.family", "omniavatar.form", "omniavatar.num_heads", "omniavatar.sources"}

@@ -24,8 +24,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from omniavatar.accel.sparse_blocks import OrderedAudio
 from omniavatar.model.dit import RunBlocks
-from omniavatar.model.layers import BlockInputs, TokenAudio
+from omniavatar.model.layers import AudioByToken, BlockInputs, TokenAudio
 from omniavatar.model.rope import RopeTable
 
 FORWARDS_FIRST = 4
@@ -155,12 +156,12 @@ class _Entry:
         audio = tuple(None if each is None else next(own) for each in _per_frame(inputs))
         text = tuple(zip(self._text[::2], self._text[1::2], strict=True))
         shared = inputs.audio
-        placed = replace(shared, per_frame=audio) if isinstance(shared, TokenAudio) else audio
+        placed = replace(shared, per_frame=audio) if isinstance(shared, TokenAudio | OrderedAudio) else audio
         return tokens, BlockInputs(modulation, rope, text, placed)
 
 
 def _per_frame(inputs: BlockInputs) -> list[Tensor | None]:
-    return list(inputs.audio.per_frame if isinstance(inputs.audio, TokenAudio) else inputs.audio)
+    return list(inputs.audio.per_frame if isinstance(inputs.audio, AudioByToken) else inputs.audio)
 
 
 def _changing(tokens_BLC: Tensor, inputs: BlockInputs) -> Iterator[Tensor]:
@@ -171,7 +172,10 @@ def _changing(tokens_BLC: Tensor, inputs: BlockInputs) -> Iterator[Tensor]:
 
 def _shapes(tokens_BLC: Tensor, inputs: BlockInputs) -> Any:
     """Everything that a captured forward depends on, except the values it copies."""
-    run = (inputs.audio.first, inputs.audio.total) if isinstance(inputs.audio, TokenAudio) else None
+    audio = inputs.audio
+    run: Any = (audio.first, audio.total) if isinstance(audio, TokenAudio) else None
+    if isinstance(audio, OrderedAudio):
+        run = audio.frames.data_ptr()  # its values never change, and a captured forward keeps it alive
     tensors = tuple((tensor.shape, tensor.dtype) for tensor in _changing(tokens_BLC, inputs))
     heard = tuple(each is not None for each in _per_frame(inputs))
     return run, tensors, heard, tuple((key.shape, key.dtype) for key, _ in inputs.text)

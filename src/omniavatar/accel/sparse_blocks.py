@@ -1,7 +1,7 @@
 """The blocks of a forward with self-attention by plan, and with tokens in another order inside.
 
 `SparseBlocks` and `OrderedBlocks` stand in for `WanDiT.run_blocks` (see there for the arguments). Each layer
-of the first attends with its own lists; the second brings tokens, positions and audio into a `TokenOrder`
+of the first attends in its own way; the second brings tokens, positions and audio into a `TokenOrder`
 before the blocks and the tokens back after them. Nothing in a block depends on the order but the rounding of
 sums over keys; the text has no order to follow.
 
@@ -10,6 +10,7 @@ Shapes: B batch, L tokens, C width, T latent frames.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from omniavatar.accel.attention.sparse import BlockLists, SparseAttentionFn
+from omniavatar.model.attention import AttentionFn
 from omniavatar.model.dit import RunBlocks, WanDiT
 from omniavatar.model.layers import AudioByToken, Block, BlockInputs
 from omniavatar.model.rope import RopeTable
@@ -36,11 +38,17 @@ class BoundAttention:
 
 
 class SparseBlocks:
-    """The blocks of `dit`; layer i attends by `attention` with `lists[i]`, or by the model's own if None."""
+    """The blocks of `dit`; layer i attends by `attentions[i]`, or by the model's own attention if None."""
 
-    def __init__(self, dit: WanDiT, attention: SparseAttentionFn, lists: Sequence[BlockLists | None]) -> None:
-        self._dit = dit
-        self._attentions = [None if each is None else BoundAttention(attention, each) for each in lists]
+    def __init__(self, dit: WanDiT, attentions: Sequence[AttentionFn | None]) -> None:
+        self._dit, self._attentions = dit, attentions
+
+    @classmethod
+    def of(
+        cls, dit: WanDiT, attention: SparseAttentionFn, lists: Sequence[BlockLists | None]
+    ) -> SparseBlocks:
+        """Each layer attends with its own lists, or densely where it has none."""
+        return cls(dit, [None if each is None else BoundAttention(attention, each) for each in lists])
 
     def __call__(self, tokens_BLC: Tensor, inputs: BlockInputs) -> Tensor:
         dit = self._dit
@@ -67,6 +75,12 @@ class OrderedBlocks:
         self._places = torch.from_numpy(order.places).to(device)
         self._frames = torch.from_numpy(order.positions[:, 0].copy()).to(device)
         self._grid = order.grid
+
+    def around(self, run_blocks: RunBlocks) -> OrderedBlocks:
+        """The same order around other blocks."""
+        other = copy.copy(self)
+        other._run_blocks = run_blocks
+        return other
 
     def __call__(self, tokens_BLC: Tensor, inputs: BlockInputs) -> Tensor:
         if tokens_BLC.shape[1] != len(self._tokens):

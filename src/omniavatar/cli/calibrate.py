@@ -1,8 +1,9 @@
-"""`omniavatar calibrate`: measures step-cache constants on the configured model."""
+"""`omniavatar calibrate`: measures step-cache constants or sparse attention on the configured model."""
 
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,19 +20,48 @@ from omniavatar.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from omniavatar.measure.calibrate import CalibrationRun
+    from omniavatar.measure.sparse_calibration import SparseCalibrationRun
+
+
+class Mode(StrEnum):
+    """What is measured."""
+
+    steps = "steps"
+    sparse = "sparse"
 
 
 def calibrate(
     config: ConfigOption,
+    mode: Annotated[
+        Mode,
+        typer.Option(
+            help="steps: constants of the step caches. sparse: which blocks of the attention matrix matter."
+        ),
+    ] = Mode.steps,
     prompt: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
     image: Annotated[Path | None, typer.Option("--image", "--portrait", help="Portrait.")] = None,
     audio: Annotated[Path | None, typer.Option(help="Voice; without it the video is silent.")] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="File to write; default: step_cache.json beside the checkpoint."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="File to write; default: step_cache.json or sparse_attention.safetensors, beside the "
+            "checkpoint.",
+        ),
     ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows to measure; their median is used.")] = 2,
+    windows: Annotated[
+        int, typer.Option(min=1, help="Windows to measure; steps: their median, sparse: their mean is used.")
+    ] = 2,
+    step_groups: Annotated[
+        int,
+        typer.Option(
+            min=1, help="With --mode sparse: groups of consecutive steps, each with its own blocks."
+        ),
+    ] = 1,
     verify: Annotated[
         bool,
         typer.Option("--verify", help="Also run the first window by the plan and report error and seconds."),
@@ -39,15 +69,19 @@ def calibrate(
     hp: HpOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the constants that TeaCache and MagCache need on this model, and write them to a file.
+    """Measure what step caches or sparse attention need to know about this model, and write it to a file.
 
-    Runs a few windows with every step computed. Without --prompt and --image it takes the packaged portrait
-    and voice. Later runs of the same model and schedule use the file (step_cache_file: auto).
+    Runs a few windows with every step computed and every block of attention. Without --prompt and --image it
+    takes the packaged portrait and voice. Later runs of the same model and schedule use the file: the
+    constants of TeaCache and MagCache by step_cache_file: auto, the blocks that matter by
+    sparse_attention: calibrated.
     """
     if (prompt is None) != (image is None):
         raise typer.BadParameter("give --prompt and --image, or neither for the packaged ones")
     if prompt is None and audio is not None:
         raise typer.BadParameter("--audio belongs to --prompt and --image")
+    if mode is Mode.steps and step_groups != 1:
+        raise typer.BadParameter("--step-groups belongs to --mode sparse")
     with user_errors():
         require_one_process()
         from omniavatar.cli.progress import make_display
@@ -62,6 +96,15 @@ def calibrate(
             request = AvatarRequest(prompt, image, audio)
         else:
             request = AvatarRequest("A woman speaks", PORTRAIT, SPEECH)
+        if mode is Mode.sparse:
+            from omniavatar.measure.sparse_calibration import calibrate_sparse
+
+            with make_display("rich", as_json, sys.stderr) as display:
+                found = calibrate_sparse(
+                    loaded.config, request, output, windows, step_groups, verify, [display]
+                )
+            _report_sparse(found, as_json)
+            return
         with make_display("rich", as_json, sys.stderr) as display:
             done = run(loaded.config, request, output, windows, verify, [display])
         if as_json:
@@ -79,6 +122,57 @@ def calibrate(
             say_json(report)
         else:
             _print(done)
+
+
+def _report_sparse(done: SparseCalibrationRun, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from omniavatar.cli.terminal import SafeConsole, say_json
+
+    if as_json:
+        say_json(
+            {
+                "output": str(done.output),
+                "seconds": done.seconds,
+                "header": done.header.model_dump(mode="json"),
+                "plans": [asdict(row) for row in done.plans],
+                "verified": [asdict(row) for row in done.verified],
+            }
+        )
+        return
+    console = SafeConsole()
+    header = done.header
+    count = header.measured["windows"]
+    grid = " x ".join(map(str, header.grid))
+    console.print(
+        f"{count} window{'s' if count > 1 else ''} of {grid} tokens in blocks of {header.block} measured on "
+        f"{header.measured['device']} in {done.seconds:.1f} s; {header.dense_steps} of "
+        f"{header.schedule.steps} steps stay dense",
+        soft_wrap=True,
+    )
+    table = _table("sparse_density", "computed", "softmax kept", left=())
+    for plan in done.plans:
+        table.add_row(f"{plan.wanted:g}", f"{plan.density:.1%}", f"at least {plan.mass:.1%}")
+    console.print(table)
+    if done.verified:
+        table = _table("attention", "computed", "seconds", "error", "PSNR", "SSIM", left=("attention",))
+        table.title, table.title_justify = "the first window with another seed, against dense", "left"
+        table.add_row("dense", "100.0%", f"{done.verified[0].dense_seconds:.2f}", "-", "-", "-")
+        for row in done.verified:
+            psnr = "equal" if row.psnr_db is None else f"{row.psnr_db:.1f} dB"
+            figures = (f"{row.density:.1%}", f"{row.seconds:.2f}", f"{row.error:.2%}", psnr)
+            table.add_row(row.attention, *figures, f"{row.ssim:.4f}")
+        console.print(table)
+    console.print(f"block masses written to {done.output}", soft_wrap=True, markup=False)
+
+
+def _table(*heads: str, left: tuple[str, ...]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for head in heads:
+        table.add_column(head, justify="left" if head in left else "right")
+    return table
 
 
 def _print(done: CalibrationRun) -> None:

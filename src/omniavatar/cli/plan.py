@@ -75,7 +75,6 @@ def plan(
         from omniavatar.config.load import load_config
         from omniavatar.plan.estimate import estimate_memory, plan_report
         from omniavatar.plan.preview import with_family
-        from omniavatar.plan.run import plan_run
 
         loaded = load_config(config, hp or ())
         for warning in loaded.warnings:
@@ -83,7 +82,7 @@ def plan(
         settings = with_family(loaded.config)
         samples = _samples(settings, audio, minutes)
         size = _size(settings, image)
-        run_plan = plan_run(settings, size, samples, _step_plan(settings))
+        run_plan = _run_plan(settings, size, samples)
         memory = estimate_memory(settings, run_plan, _device(settings))
         if as_json:
             from omniavatar.cli.terminal import say_json
@@ -91,7 +90,8 @@ def plan(
             say_json(plan_report(run_plan, memory, settings.model.decoder))
         else:
             length, shape = _decided_by(settings, audio, minutes, image)
-            _print(run_plan, memory, _coders(settings.model), length, shape)
+            attention = settings.sparsity.sparse_attention
+            _print(run_plan, memory, _coders(settings.model), attention, length, shape)
 
 
 def _decided_by(
@@ -200,6 +200,32 @@ def _size(config: PipelineConfig, image: Path | None) -> tuple[int, int]:
     return choose_bucket(height, width, config.video.sizes)
 
 
+def _run_plan(config: PipelineConfig, size: tuple[int, int], samples: int | None) -> RunPlan:
+    """The plan, with its sparsity plan unless that needs weights that are not on this disk."""
+    from omniavatar.accel.attention.registry import choose_backend
+    from omniavatar.accel.attention.sparse_registry import break_even, choose_sparse
+    from omniavatar.device import torch_dtype
+    from omniavatar.plan.preview import files_exist, find_dit_config
+    from omniavatar.plan.run import plan_run
+    from omniavatar.plan.sparsity import plan_sparse_run
+
+    wanted, model = config.sparsity, config.model
+    measured = wanted.sparse_attention == "calibrated"
+    if wanted.sparse_attention == "dense" or (
+        measured and model.weights == "files" and not files_exist(model)
+    ):
+        return plan_run(config, size, samples, _step_plan(config))
+    dit, _ = find_dit_config(model)
+    device, dtype, attention = _device(config), torch_dtype(model.dtype), config.runtime.attention
+    if attention in ("auto", "fastest"):
+        attention = choose_backend(device, dtype)
+    name, width = wanted.sparse_backend, dit.dim // dit.num_heads
+    if name == "auto":  # a named one may be meant for another machine, like `attention`
+        name = choose_sparse(name, device, dtype, attention, wanted.sparse_block_size, width).name
+    limit = break_even(name, attention)
+    return plan_sparse_run(config, size, samples, dit, _step_plan(config), limit)
+
+
 def _step_plan(config: PipelineConfig) -> StepPlan | None:
     """The step cache's plan; None where TeaCache needs weights that are not on this disk."""
     from omniavatar.plan.calibration import find_constants
@@ -225,7 +251,9 @@ def _coders(model: ModelConfig) -> str:
     return "the VAE" if model.decoder == "full" else f"{model.decoder} (the VAE encodes)"
 
 
-def _print(plan: RunPlan, memory: MemoryEstimate, coders: str, length: str, shape: str) -> None:
+def _print(
+    plan: RunPlan, memory: MemoryEstimate, coders: str, attention: str, length: str, shape: str
+) -> None:
     from rich.table import Table
 
     from omniavatar.cli.terminal import SafeConsole
@@ -251,6 +279,7 @@ def _print(plan: RunPlan, memory: MemoryEstimate, coders: str, length: str, shap
         ("pattern", pattern),
         ("passes per step", _passes_text(plan)),
         ("forwards", f"{plan.forwards} computed, {plan.forwards_skipped} skipped"),
+        *([] if attention == "dense" else [("attention", _attention_text(plan))]),
         ("decoder", coders),
         ("DiT weights", bytes_text(memory.dit)),
         ("VAE weights", bytes_text(memory.vae)),
@@ -291,6 +320,18 @@ def _windows_text(plan: RunPlan) -> str:
     return (
         f"{len(plan.windows)} blocks of {plan.window_length} frames (the first: {plan.windows[0].length}); "
         f"each sees {causal.window} latents, the video's first {causal.sink} among them"
+    )
+
+
+def _attention_text(plan: RunPlan) -> str:
+    sparse = plan.sparsity
+    if sparse is None:
+        return "calibrated; the blocks are not known without the weights"
+    dense = plan.steps - len(sparse.sparse_steps)
+    mass = "" if sparse.mass is None else f", at least {sparse.mass:.1%} of each row's softmax"
+    return (
+        f"{sparse.name}: {sparse.kept_share:.1%} of the matrix at {len(sparse.sparse_steps)} of {plan.steps} "
+        f"steps{mass}; {dense} dense, blocks of {sparse.shape.block} tokens"
     )
 
 

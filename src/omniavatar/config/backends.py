@@ -24,6 +24,7 @@ REGISTRIES: Mapping[str, str] = MappingProxyType(
         "runtime.attention": "omniavatar.accel.attention.registry:ATTENTION",
         "runtime.quantize": "omniavatar.accel.precision:PRECISIONS",
         "runtime.vae": "omniavatar.accel.vae_runners:VAES",
+        "sparsity.sparse_backend": "omniavatar.accel.attention.sparse_registry:SPARSE",
     }
 )
 """Setting: module and name of its registry."""

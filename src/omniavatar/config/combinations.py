@@ -54,7 +54,9 @@ def check_sampling(sampling: Mapping[str, Any], defaults: Mapping[str, Any], cac
         raise FieldError(f"sampler: causal computes every step; leave {name} out", name, "sampler")
 
 
-def check_causal(given: Collection[str], color_match: float, runtime: Mapping[str, Any]) -> None:
+def check_causal(
+    given: Collection[str], color_match: float, runtime: Mapping[str, Any], sparse_attention: str = "dense"
+) -> None:
     """Check what `sampler: causal` cannot follow outside the sampling section.
 
     - given: the fields of the video section that the user set.
@@ -64,6 +66,13 @@ def check_causal(given: Collection[str], color_match: float, runtime: Mapping[st
             "sampler: causal hands no pixels over, so matched colours would change nothing but the file; set "
             "color_match to 0",
             "video.color_match",
+            "sampling.sampler",
+        )
+    if sparse_attention != "dense":
+        raise FieldError(
+            "sampler: causal attends to a cache of earlier blocks, which no plan covers; leave "
+            "sparse_attention out",
+            "sparsity.sparse_attention",
             "sampling.sampler",
         )
     for name in WINDOW_FIELDS:

@@ -70,6 +70,8 @@ _CHUNKED: Mapping[str, str] = MappingProxyType(
         "sampling.tea_cache_l1_thresh": "every one of its few steps is computed; leave it out",
         "model.exp_path": "its weights are no adapter of Wan; leave it out",
         "model.input_limits": "they belong to the pocket model; leave it out",
+        "sparsity.sparse_attention": "each latent frame attends to separate audio tokens, which need the "
+        "order of the frames; leave it out",
         "runtime.sp_size": _ONE_GPU,
         "runtime.cfg_parallel": _ONE_GPU,
     }

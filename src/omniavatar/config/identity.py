@@ -78,6 +78,8 @@ def result_values(config: PipelineConfig) -> dict[str, Any]:
         unread |= window
     if not family.text:
         unread |= {"sampling.negative_prompt", "model.text_encoder_path", "model.tokenizer_path"}
+    if config.sparsity.sparse_attention == "dense":
+        unread |= {f"sparsity.{name}" for name in type(config.sparsity).model_fields}
     values = {**flat_values(config), "model.family": family.name}
     unread |= NEUTRAL_FIELDS | {name for name, off in SWITCHED_OFF.items() if values[name] == off}
     return {name: value for name, value in values.items() if name not in unread}

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from omniavatar.config.backends import backend_name, registry
 from omniavatar.config.families import Family, HandOver, family_of
 from omniavatar.config.schema_model import DitOverrides, LoraSetting, ModelConfig
+from omniavatar.config.sparsity import SparsityConfig
 from omniavatar.config.values import (
     CAUSAL_FIELDS,
     NEGATIVE_PROMPT,
@@ -302,6 +303,8 @@ class PipelineConfig(Section):
     """The finished video."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Device, memory and speed."""
+    sparsity: SparsityConfig = SparsityConfig()
+    """Which blocks of the self-attention matrix are computed."""
 
     @property
     def family(self) -> Family:
@@ -321,7 +324,12 @@ class PipelineConfig(Section):
         from omniavatar.config.combinations import check_causal, check_family, check_windows
 
         if self.sampling.causal is not None:
-            check_causal(self.video.model_fields_set, self.video.color_match, vars(self.runtime))
+            check_causal(
+                self.video.model_fields_set,
+                self.video.color_match,
+                vars(self.runtime),
+                self.sparsity.sparse_attention,
+            )
         else:
             check_windows(vars(self.runtime))
         if self.model.family != "auto":

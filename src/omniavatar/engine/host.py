@@ -6,8 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from omniavatar.device import arrival, free_disk, usable_cores
-from omniavatar.media.h264 import choose_encoder
-from omniavatar.media.video import encode_segment
 from omniavatar.plan.limit import device_limit
 
 if TYPE_CHECKING:
@@ -31,6 +29,8 @@ class Host:
 
     def choose_encoder(self, name: str, size: tuple[int, int]) -> str:
         """The video encoder that `output.encoder` selects for frames of (height, width)."""
+        from omniavatar.media.h264 import choose_encoder
+
         return choose_encoder(name, size)
 
     def free_disk(self, folder: Path) -> int:
@@ -44,4 +44,6 @@ class Host:
 
     def encode_segment(self, frames: Any, path: Path, **options: Any) -> int:
         """Encode one window's frames into `path` (`media.video.encode_segment`)."""
+        from omniavatar.media.video import encode_segment
+
         return encode_segment(frames, path, **options)

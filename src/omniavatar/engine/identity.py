@@ -12,6 +12,7 @@ import numpy as np
 from omniavatar import __version__
 from omniavatar.checkpoint.fingerprint import content_identity
 from omniavatar.config.identity import result_values
+from omniavatar.config.sparsity import SPARSE_NAME
 from omniavatar.engine.job import fingerprint
 from omniavatar.errors import InputError
 from omniavatar.plan.calibration import NAME as STEP_CACHE
@@ -42,6 +43,10 @@ def request_identity(
     values = content_values(config.model_copy(update={"sampling": inputs.sampling}))
     del values["sampling.step_cache_file"]
     values["step cache constants"] = "none" if inputs.constants is None else inputs.constants.digest
+    if inputs.shape.sparsity is not None and models.sparse is not None:
+        del values["sparsity.sparse_file"]
+        values["sparse attention plan"] = inputs.shape.sparsity.digest
+        values["sparsity.sparse_backend"] = models.sparse.name
     values["output.encoder"] = encoder
     values["runtime.attention"] = models.attention_name
     values |= placement.identity() | models.numerics
@@ -91,7 +96,11 @@ def _content(path: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")):
         inside = file.relative_to(path)
-        if file.is_file() and file.name != STEP_CACHE and not any(p.startswith(".") for p in inside.parts):
+        if (
+            file.is_file()
+            and file.name not in (STEP_CACHE, SPARSE_NAME)
+            and not any(p.startswith(".") for p in inside.parts)
+        ):
             digest.update(f"{inside.as_posix()}\n{content_identity(file)}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()[:CONTENT_LETTERS]
 

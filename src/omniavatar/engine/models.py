@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from omniavatar.accel.attention.sparse_registry import SparseBackend
+    from omniavatar.accel.sparse_steps import SparseSteps
     from omniavatar.checkpoint.dit import WeightForm
     from omniavatar.config.schema import PipelineConfig
     from omniavatar.encoders.audio import AudioEncoder
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from omniavatar.model.dit import WanDiT
     from omniavatar.model.vae import VideoVAE, WanVAE
     from omniavatar.plan.run import RunPlan
+    from omniavatar.sampling.sparsity import SparsityPlan
     from omniavatar.types import Recorder
 
 THREADS_FIELD = "runtime.threads"
@@ -68,6 +71,8 @@ class Models:
         self.attention_name, self._attention, measured = choose_attention(
             config.runtime.attention, self.device, self.dtype, dit.num_heads, dit.dim // dit.num_heads
         )
+        self.sparse = self._choose_sparse()
+        self._sparse_steps: SparseSteps | None = None
         layout = Layout(config.runtime.cfg_parallel, config.runtime.sp_size, dit.num_heads)
         for text in (measured, self._threads_note(), team.arrange(layout, config.runtime.exchange)):
             if text is not None:
@@ -132,6 +137,45 @@ class Models:
 
         return PromptEncoder(self.config, self.device, self.dtype, self.recorder, self._text_encoder_fits)
 
+    def sparse_steps(self, plan: SparsityPlan | None) -> SparseSteps | None:
+        """The DiT's blocks as `plan` says; None for a dense one. Kept until the next plan."""
+        if plan is None or not plan.sparse_steps or self.sparse is None:
+            return None
+        if self._sparse_steps is None or self._sparse_steps.plan.digest != plan.digest:
+            from omniavatar.accel.sparse_steps import SparseSteps
+
+            self._sparse_steps = None  # frees the lists of the plan before
+            self._sparse_steps = SparseSteps(
+                self.dit,
+                plan,
+                self.sparse.create(self.device),
+                self.residency.run_blocks,
+                self.device,
+                self.residency.wrap,
+                self.team.spread,
+                self.team.own_heads(self.dit_config.num_heads),
+            )
+        return self._sparse_steps
+
+    @property
+    def sparse_limit(self) -> float:
+        """The kept share above which a layer runs dense, because that is faster here."""
+        from omniavatar.accel.attention.sparse_registry import break_even
+
+        return 1.0 if self.sparse is None else break_even(self.sparse.name, self.attention_name)
+
+    def _choose_sparse(self) -> SparseBackend | None:
+        """The backend of sparse attention; None where attention is dense. Raises ResourceError."""
+        from omniavatar.accel.attention.sparse_registry import choose_sparse
+
+        wanted, dit = self.config.sparsity, self.dit_config
+        if wanted.sparse_attention == "dense":
+            return None
+        block, width = wanted.sparse_block_size, dit.dim // dit.num_heads
+        return choose_sparse(
+            wanted.sparse_backend, self.device, self.dtype, self.attention_name, block, width
+        )
+
     @property
     def numerics(self) -> dict[str, int]:
         """What decides the last bits of the frames on this device beside the configuration.
@@ -152,6 +196,7 @@ class Models:
         """Drop the loaded models and free their memory."""
         for name in ("dit", "vae", "window_vae", "audio_encoder", "prompts"):
             vars(self).pop(name, None)
+        self._sparse_steps = None
         self.residency.release()
         gc.collect()
         if self.device.type == "cuda":

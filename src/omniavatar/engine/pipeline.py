@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from omniavatar.config.load import Overrides, load_config
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.engine.events import Message, RequestFinished, RequestStarted, log_event
 from omniavatar.engine.host import Host
@@ -34,6 +33,7 @@ from omniavatar.plan.run import RunPlan
 from omniavatar.types import AvatarRequest, Event, RunResult, VideoChunk
 
 if TYPE_CHECKING:
+    from omniavatar.config.load import Overrides
     from omniavatar.engine.memory_inputs import LocalRequest
     from omniavatar.engine.provenance import Signing
     from omniavatar.engine.step_watch import StepCallback
@@ -83,6 +83,8 @@ class AvatarPipeline(Session):
         Raises ConfigError, CheckpointError, ResourceError.
         """
         if not isinstance(config, PipelineConfig):
+            from omniavatar.config.load import load_config
+
             config = load_config(config, overrides).config
         return cls(config, recorder, team, host, on_event)
 

@@ -98,6 +98,7 @@ class Prepared(Planned):
             plan.chunk,
             sampling.hand_over,
             self.color_match,
+            plan.sparsity,
         )
 
     def given_shape(self, window: int) -> tuple[int, ...]:
@@ -163,8 +164,19 @@ def read_inputs(models: Models, request: LocalRequest, has_audio: bool | None = 
         raise InputError(f"size: {size[1]}x{size[0]} is not configured; choose from {known}")
     constants = find_constants(config.model, sampling, dit)
     speaks = request.audio is not None if has_audio is None else has_audio
-    shape = window_shape(config, size, speaks, sampling)
+    shape = shape_of(models, size, speaks, sampling)
     return Inputs(request, sampling, image, shape, constants, begun)
+
+
+def shape_of(
+    models: Models, size: tuple[int, int], has_audio: bool, sampling: SamplingConfig | None = None
+) -> WindowShape:
+    """The window of these models, with its sparsity plan. Raises as `plan.sparsity.find_sparsity`."""
+    if models.config.sparsity.sparse_attention == "dense":
+        return window_shape(models.config, size, has_audio, sampling)
+    from omniavatar.plan.sparsity import sparse_shape
+
+    return sparse_shape(models.config, size, has_audio, models.dit_config, sampling, models.sparse_limit)
 
 
 def _check_prompt(prompt: str, needed: bool) -> None:
@@ -209,7 +221,7 @@ def condition(models: Models, planned: Planned, should_stop: ShouldStop = never)
     retry = models.residency.retry
     conditioning = retry(lambda: _encode(models, planned, should_stop))
     step_plan = retry(lambda: decide_steps(models, planned.inputs.sampling, planned.inputs.constants))
-    for message in _notes(step_plan):
+    for message in (*_notes(step_plan), *_sparse_notes(models, planned.plan)):
         models.recorder.event(message)
     plan = planned.plan.decided(step_plan)
     return Prepared(
@@ -240,6 +252,20 @@ def _notes(plan: StepPlan) -> list[Message]:
         f"constants {plan.source}"
     )
     return [Message(text), *notes]
+
+
+def _sparse_notes(models: Models, plan: RunPlan) -> list[Message]:
+    """A message about sparse attention."""
+    sparse = plan.sparsity
+    if sparse is None or models.sparse is None:
+        return []
+    kept = "" if sparse.mass is None else f", at least {sparse.mass:.1%} of each row's softmax"
+    return [
+        Message(
+            f"sparse attention {sparse.name}: {len(sparse.sparse_steps)} of {plan.steps} steps compute "
+            f"{sparse.kept_share:.0%} of the attention matrix{kept}; backend {models.sparse.name}"
+        )
+    ]
 
 
 @torch.inference_mode()

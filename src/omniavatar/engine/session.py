@@ -234,6 +234,7 @@ class Session:
                 retry=retry,
                 team=self.team,
                 run_blocks=models.residency.run_blocks,
+                sparse=models.sparse_steps(sampling.sparsity),
                 arrival=self._host.arrival,
                 stop=stop,
                 remedy=tries,

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from omniavatar.engine.prepare import NO_TEXT, portrait_clip
+from omniavatar.engine.prepare import NO_TEXT, portrait_clip, shape_of
 from omniavatar.engine.window_loop import WindowSampling
 from omniavatar.errors import ConfigError
-from omniavatar.plan.run import WindowShape, audio_rows, shape_windows, window_shape
+from omniavatar.plan.run import WindowShape, audio_rows, shape_windows
 from omniavatar.sampling.passes import plan_passes
 from omniavatar.sampling.schedule import Schedule
 from omniavatar.types import Conditioning, StepPlan, Window
@@ -37,11 +37,12 @@ def warm_up(session: Session, size: tuple[int, int] | None = None) -> None:
         raise ConfigError(
             f"size: {size[0]}x{size[1]} is not a size of the configuration; use one of: {known}"
         )
-    shape = window_shape(config, size, bool(models.dit_config.audio_dim))
+    shape = shape_of(models, size, bool(models.dit_config.audio_dim))
     session.adopt(shape)
     conditioning = models.residency.retry(lambda: _blank(models, shape))
     first = Schedule(shape.schedule.sigmas[:1])
     passes = plan_passes(StepPlan((True,)), shape.branches, shape.has_audio)
+    sparsity = None if shape.sparsity is None else shape.sparsity.of_step(shape.steps - 1)
     sampling = WindowSampling(
         config.sampling.seed,
         first,
@@ -51,6 +52,7 @@ def warm_up(session: Session, size: tuple[int, int] | None = None) -> None:
         shape.chunk,
         config.sampling.hand_over,
         config.video.color_match,
+        sparsity,
     )
     if shape.causal is None:
         results = session.run_windows(sampling, conditioning, _windows(shape))

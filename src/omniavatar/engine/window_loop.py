@@ -43,12 +43,14 @@ from omniavatar.sampling.schedule import Schedule
 from omniavatar.types import Conditioning, Recorder, Window
 
 if TYPE_CHECKING:
+    from omniavatar.accel.sparse_steps import SparseSteps
     from omniavatar.config.families import HandOver
     from omniavatar.model.colour import ColourMatch
     from omniavatar.model.dit import RunBlocks, WanDiT
     from omniavatar.model.vae import VideoVAE
     from omniavatar.sampling.causal import CausalWindow
     from omniavatar.sampling.chunks import ChunkRule
+    from omniavatar.sampling.sparsity import SparsityPlan
 
 DrawNoise = Callable[[], Tensor]
 ShouldStop = Callable[[], bool]
@@ -76,6 +78,7 @@ class WindowSampling:
     - causal: the window of a block-causal model, whose windows are blocks (`engine.block_windows`).
     - chunk: of a model that works in chunks.
     - hand_over, color_match: see the settings.
+    - sparsity: which blocks of attention are computed; None for all.
     """
 
     seed: int
@@ -86,6 +89,7 @@ class WindowSampling:
     chunk: ChunkRule | None = None
     hand_over: HandOver = "pixels"
     color_match: float = 0.0
+    sparsity: SparsityPlan | None = None
 
 
 class WindowResult:
@@ -143,6 +147,7 @@ class WindowGenerator:
     - vae: None on ranks that leave the VAE to the leader.
     - draw_noise: replaces the seeded noise.
     - run_blocks: replaces the DiT's own.
+    - sparse: replaces `run_blocks` where attention is sparse.
     - stop: returns whether the run must end; all ranks call it before each step and get the same answer.
     - remedy: what to try if a window's numbers are not finite, for the error.
     - watch: called after each step.
@@ -161,12 +166,14 @@ class WindowGenerator:
         retry: Retry = no_retry,
         team: Team = ONE,
         run_blocks: RunBlocks | None = None,
+        sparse: SparseSteps | None = None,
         arrival: Callable[[torch.device], Callable[[], None]] = arrival,
         stop: Callable[[], bool] | None = None,
         remedy: str = "check the weight files",
         watch: WatchStep | None = None,
     ) -> None:
-        self._run_blocks, self._arrival = run_blocks or dit.run_blocks, arrival
+        self._run_blocks, self._arrival = sparse or run_blocks or dit.run_blocks, arrival
+        self._sparse = sparse
         self._stop, self._remedy, self._watch = stop, remedy, watch
         self._dit, self._vae = dit, vae
         self._sampling, self._recorder, self._convert = sampling, recorder, convert
@@ -178,6 +185,8 @@ class WindowGenerator:
         self._reference = conditioning.reference_latent
         self._make_cache, self._retry, self._team = make_cache, retry, team
         self._passes = sampling.passes
+        carried = any(each.keep for row in self._passes for each in row)
+        self._always_ordered = carried or make_cache is not ResidualCache
         self._velocities = team.velocities(self._passes)
         self._timesteps = torch.tensor(sampling.schedule.timesteps, dtype=torch.float32, device=self._device)
         from omniavatar.engine.window_inputs import window_inputs
@@ -278,15 +287,21 @@ class WindowGenerator:
             if self._stop is not None:
                 end_if(self._stop(), f"before step {step + 1} of {len(sampling.schedule)} of {where}")
 
+            if self._sparse is not None:
+                self._sparse.step = step
+
             def predict(each: Pass) -> Tensor:
                 text, audio = states[each.branch.name]
+                run = self._team.shard(cache.runner(each))
+                if self._sparse is not None:
+                    run = self._sparse.ordered(run, self._always_ordered)
                 return dit(
                     sample,
                     y,
                     timesteps[step : step + 1],
                     text,
                     audio,
-                    run_blocks=self._team.shard(cache.runner(each)),
+                    run_blocks=run,
                 )
 
             row = self._passes[step]

@@ -11,7 +11,7 @@ import datetime
 import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -100,9 +100,18 @@ class CalibrationRun:
     seconds: float
 
 
-def calibration_output(config: PipelineConfig, output: Path | None) -> Path:
-    """The file to write; its folder exists and is writable. Raises ConfigError, OutputError."""
-    path = output or default_path(config.model)
+def calibration_output(
+    config: PipelineConfig,
+    output: Path | None,
+    name: str = NAME,
+    replaceable: Callable[[Path], bool] | None = None,
+) -> Path:
+    """The file to write; its folder exists and is writable. Raises ConfigError, OutputError, TargetError.
+
+    - name: the default name, which no other program uses.
+    - replaceable: whether a file of another name may be written over.
+    """
+    path = output or default_path(config.model, name)
     if path is None:
         raise ConfigError("--output: random weights have no folder; name the file to write")
     if output is None and not path.parent.is_dir():
@@ -111,8 +120,9 @@ def calibration_output(config: PipelineConfig, output: Path | None) -> Path:
         check_writable(path.absolute().parent)
     except OutputError as error:
         raise OutputError(f"{error}, or name another file with --output") from None
-    if path.name != NAME and not _replaceable(path):
-        raise TargetError(f"{path}: is not a file of constants; move it away or name another with --output")
+    if path.name != name and not (replaceable or _replaceable)(path):
+        kind = "constants" if name == NAME else "block masses"
+        raise TargetError(f"{path}: is not a file of {kind}; move it away or name another with --output")
     return path
 
 

@@ -48,15 +48,21 @@ def video_tokens(config: DiTConfig, latent: Grid) -> int:
 
 
 def block_work(
-    config: DiTConfig, tokens: int, text_tokens: int = TEXT_TOKENS, keys: int | None = None
+    config: DiTConfig,
+    tokens: int,
+    text_tokens: int = TEXT_TOKENS,
+    keys: int | None = None,
+    kept: float = 1.0,
 ) -> Work:
     """One transformer block: q, k, v, o; text q, o; feed-forward; both attentions.
 
     keys: video tokens that each token attends to; None: those of the forward.
+    kept: the share of self-attention that is computed.
     """
     products = 6 * config.dim**2 + 2 * config.dim * config.ffn_dim
-    seen = (tokens if keys is None else keys) + text_tokens
-    return Work(2 * tokens * products, 4 * tokens * seen * config.dim)
+    own = tokens * (tokens if keys is None else keys)
+    seen = (own if kept == 1 else round(own * kept)) + tokens * text_tokens
+    return Work(2 * tokens * products, 4 * seen * config.dim)
 
 
 def skipped_forward_work(config: DiTConfig, latent: Grid) -> Work:
@@ -68,19 +74,24 @@ def skipped_forward_work(config: DiTConfig, latent: Grid) -> Work:
 
 
 def forward_work(
-    config: DiTConfig, latent: Grid, text_tokens: int | None = None, seen_frames: int | None = None
+    config: DiTConfig,
+    latent: Grid,
+    text_tokens: int | None = None,
+    seen_frames: int | None = None,
+    kept: float = 1.0,
 ) -> Work:
     """One whole forward of one branch on a latent clip (T, h, w).
 
     text_tokens: tokens that cross-attention sees; None: those of the model.
 
     seen_frames: latent frames that each token attends to; None: T.
+    kept: the share of self-attention that is computed.
     """
     tokens = video_tokens(config, latent)
     if text_tokens is None:
         text_tokens = config.audio_tokens or TEXT_TOKENS
     keys = None if seen_frames is None else video_tokens(config, (seen_frames, *latent[1:]))
-    blocks = block_work(config, tokens, text_tokens, keys) * config.num_layers
+    blocks = block_work(config, tokens, text_tokens, keys, kept) * config.num_layers
     return skipped_forward_work(config, latent) + blocks
 
 

@@ -20,7 +20,7 @@ OPTIONAL: Mapping[str, str] = MappingProxyType(
         "triton": "fused kernels",
         "fa3_fwd_interface": "FlashAttention-3 on Hopper (package fa3-fwd)",
         "sageattention": "SageAttention",
-        "flash_attn": "FlashAttention-2",
+        "flash_attn": "sparse attention on Hopper (package flash-attn-4)",
         "ray": "batches over several GPUs",
     }
 )
@@ -57,7 +57,7 @@ def optional_packages() -> list[dict[str, Any]]:
 
 def _version(module: str) -> str | None:
     try:
-        return version({"fa3_fwd_interface": "fa3-fwd"}.get(module, module))
+        return version({"fa3_fwd_interface": "fa3-fwd", "flash_attn": "flash-attn-4"}.get(module, module))
     except PackageNotFoundError:
         return None
 

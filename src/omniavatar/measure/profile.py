@@ -156,4 +156,5 @@ def _figures(result: RunResult) -> RequestFigures:
         forwards=plan["forwards"],
         forwards_skipped=plan["forwards_skipped"],
         causal=causal,
+        kept_share=plan["sparsity"]["kept_share_of_forwards"] if "sparsity" in plan else 1.0,
     )

@@ -31,7 +31,7 @@ class WindowCosts:
     """Seconds of one window's parts.
 
     forward, skipped_forward: one each. decode: of the whole window. encode: of the hand-over.
-    write: of the new frames.
+    write: of the new frames. sparse_forward: one with sparse attention.
     """
 
     forward: float
@@ -39,6 +39,7 @@ class WindowCosts:
     decode: float
     encode: float
     write: float
+    sparse_forward: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class StartCosts:
 class Counts:
     """Counts of a plan.
 
-    computed, skipped: forwards of a window. last_share: part of the last window's latents that is decoded.
+    computed, skipped: forwards of a window. sparse: the computed ones with sparse attention.
+    last_share: part of the last window's latents that is decoded.
     """
 
     windows: int
@@ -61,11 +63,13 @@ class Counts:
     skipped: int
     last_share: float
     audio_seconds: float
+    sparse: int = 0
 
 
 def denoise_seconds(costs: WindowCosts, counts: Counts) -> float:
     """Seconds of all forwards of one window."""
-    return counts.computed * costs.forward + counts.skipped * costs.skipped_forward
+    dense = (counts.computed - counts.sparse) * costs.forward
+    return dense + counts.sparse * costs.sparse_forward + counts.skipped * costs.skipped_forward
 
 
 def video_seconds(costs: WindowCosts, start: StartCosts, counts: Counts) -> float:

@@ -50,6 +50,7 @@ class RequestFigures:
     """One finished request.
 
     tokens: of one forward. branches: forwards a step. causal: of a block-causal model, None for others.
+    kept_share: mean share of the attention matrix that a forward computed.
     """
 
     output: str
@@ -65,6 +66,7 @@ class RequestFigures:
     forwards: int
     forwards_skipped: int
     causal: CausalWindow | None = None
+    kept_share: float = 1.0
 
     @property
     def video_seconds(self) -> float:
@@ -75,9 +77,10 @@ class RequestFigures:
         return self.size[0] // 8, self.size[1] // 8
 
     def as_dict(self) -> dict[str, Any]:
-        """The request for JSON."""
+        """The request for JSON; `kept_share` only with sparse attention."""
+        left_out = {"causal"} if self.kept_share < 1 else {"causal", "kept_share"}
         return {
-            **{name: value for name, value in vars(self).items() if name != "causal"},
+            **{name: value for name, value in vars(self).items() if name not in left_out},
             "windows": len(self.windows),
             "video_seconds": self.video_seconds,
             "real_time_factor": self.seconds / self.video_seconds,
@@ -297,7 +300,7 @@ def _work(
                 latents += decoded_latents(request.windows[-1], last=True)
                 done[DECODE] += decode_work(models.vae, (latents, *request.latent_size))
             continue
-        done[DENOISE] += forward_work(models.dit, latent) * request.forwards
+        done[DENOISE] += forward_work(models.dit, latent, kept=request.kept_share) * request.forwards
         done[DENOISE] += skipped_forward_work(models.dit, latent) * request.forwards_skipped
         if models.vae is None:
             continue

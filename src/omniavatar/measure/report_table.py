@@ -46,6 +46,12 @@ def _overall(report: Report) -> list[str]:
         "; ".join(parts),
         f"forwards: {overall.forwards} computed, {overall.forwards_skipped} skipped by the step cache",
         *(f"  {each.output}: steps {each.pattern}, {each.branches} passes" for each in report.requests),
+        *(
+            f"  sparse attention: {each.kept_share:.0%} of the matrix computed, a mean of all forwards; "
+            "TFLOP count what was computed"
+            for each in report.requests
+            if each.kept_share < 1
+        ),
     ]
 
 

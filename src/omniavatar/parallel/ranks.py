@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from omniavatar.errors import ResourceError
+from omniavatar.model.attention import AttentionFn
 from omniavatar.model.dit import RunBlocks, WanDiT
 from omniavatar.parallel.direct import DirectBorder, DirectHeads, DirectRows
 from omniavatar.parallel.exchange import (
@@ -144,11 +145,19 @@ class Ranks:
         return mine
 
     def apply(self, dit: WanDiT) -> None:
-        if self._sequence is not None:
-            dit.attention = self._sequence.attention(dit.attention)
+        dit.attention = self.spread(dit.attention)
 
     def shard(self, run_blocks: RunBlocks) -> RunBlocks:
         return run_blocks if self._sequence is None else self._sequence.shard(run_blocks)
+
+    def spread(self, attention: AttentionFn) -> AttentionFn:
+        return attention if self._sequence is None else self._sequence.attention(attention)
+
+    def own_heads(self, heads: int) -> slice:
+        if self._sequence is None:
+            return slice(heads)
+        ranks, index = self._sequence.heads.size, self._sequence.heads.index
+        return slice(heads // ranks * index, heads // ranks * (index + 1))
 
     def velocities(self, passes: Passes) -> StepVelocities:
         return (ONE if self._guidance is None else self._guidance).velocities(passes)

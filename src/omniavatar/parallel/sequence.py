@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from omniavatar.accel.sparse_blocks import OrderedAudio
 from omniavatar.model.attention import AttentionFn, takes_float8
 from omniavatar.model.dit import RunBlocks
-from omniavatar.model.layers import BlockInputs, TokenAudio
+from omniavatar.model.layers import AudioByToken, BlockInputs, TokenAudio
 from omniavatar.model.rope import RopeTable
 from omniavatar.parallel.exchange import Arriving, HeadExchange, RowExchange
 from omniavatar.parallel.peers import Peers
@@ -60,7 +61,11 @@ class SequenceParallel:
             first, count = starts(self.counts)[self.whole.index], self.counts[self.whole.index]
             mine = slice(first, first + count)
             rope = RopeTable(inputs.rope.cos[mine], inputs.rope.sin[mine])
-            audio = TokenAudio(inputs.audio, first, count, total)
+            audio: AudioByToken
+            if isinstance(inputs.audio, AudioByToken):
+                audio = OrderedAudio(inputs.audio.per_frame, inputs.audio.frames[mine])
+            else:
+                audio = TokenAudio(inputs.audio, first, count, total)
             local = BlockInputs(inputs.modulation, rope, inputs.text, audio)
             out_BlC = run_blocks(tokens_BLC[:, mine].contiguous(), local)
             return self.whole.gather(out_BlC.transpose(0, 1), self.counts).transpose(0, 1)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from omniavatar.model.attention import AttentionFn
     from omniavatar.model.dit import RunBlocks, WanDiT
     from omniavatar.parallel.guidance import Predict
     from omniavatar.parallel.peers import Peers
@@ -64,6 +65,12 @@ class Team(Protocol):
         A step cache must be inside `run_blocks`, because its residuals belong to the tokens of one rank.
         """
 
+    def spread(self, attention: AttentionFn) -> AttentionFn:
+        """Attention over the tokens of this rank, computed by `attention` over the tokens of all ranks."""
+
+    def own_heads(self, heads: int) -> slice:
+        """The heads, out of all, that `attention` in `spread` gets."""
+
     def velocities(self, passes: Passes) -> StepVelocities:
         """A function that returns the velocities of a step's passes."""
 
@@ -104,6 +111,12 @@ class OneProcess:
 
     def shard(self, run_blocks: RunBlocks) -> RunBlocks:
         return run_blocks
+
+    def spread(self, attention: AttentionFn) -> AttentionFn:
+        return attention
+
+    def own_heads(self, heads: int) -> slice:
+        return slice(heads)
 
     def velocities(self, passes: Passes) -> StepVelocities:
         return _predict_all

@@ -32,6 +32,7 @@ NAME = "step_cache.json"
 """Default name of the file."""
 MOST_BYTES = 4_000_000
 """Of the file."""
+REMEDY = "run `omniavatar calibrate` with this config, or set step_cache_file=none"
 SIZES = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "text_dim", "audio_dim", "audio_hidden")
 """Fields of `DiTConfig` that identify the model."""
 
@@ -152,12 +153,12 @@ def _digests(kind: str, paths: Any) -> dict[str, str]:
         return {f"{kind} {path.name}": content_identity(path) for path in files.paths}
 
 
-def default_path(model: ModelConfig) -> Path | None:
-    """`step_cache.json` in the adapter's folder, else in the DiT's; None for random weights."""
+def default_path(model: ModelConfig, name: str = NAME) -> Path | None:
+    """The file `name` in the adapter's folder, else in the DiT's; None for random weights."""
     if model.weights == "random" or not model.dit_path:
         return None
     source = model.exp_path or model.dit_path[0]
-    return (source.parent if source.is_file() else source) / NAME
+    return (source.parent if source.is_file() else source) / name
 
 
 def constants_file(model: ModelConfig, sampling: SamplingConfig) -> Path | None:
@@ -182,19 +183,17 @@ def find_constants(model: ModelConfig, sampling: SamplingConfig, dit: DiTConfig)
     if path is None:
         return published_constants(model_scale(model.scale, dit.dim))
     calibration = read_calibration(path)
-    _check_model(path, calibration.model, model_identity(model, dit))
-    _check_schedule(path, calibration.schedule, sampling)
+    check_model(path, calibration.model, model_identity(model, dit), REMEDY)
+    check_schedule(path, calibration.schedule, sampling, REMEDY)
     return calibration.constants(f"measured on this model at {calibration.schedule.steps} steps ({path})")
 
 
-def _check_model(path: Path, then: Model, now: Model) -> None:
+def check_model(path: Path, then: Model, now: Model, remedy: str) -> None:
+    """Raises CheckpointError, which ends with `remedy`, if a file was measured on another model."""
     for old, new in ((then.sizes, now.sizes), (then.weights, now.weights)):
         change = _first_change(old, new)
         if change is not None:
-            raise CheckpointError(
-                f"{path}: measured on another model ({change}); "
-                "run `omniavatar calibrate` with this config, or set step_cache_file=none"
-            )
+            raise CheckpointError(f"{path}: measured on another model ({change}); {remedy}")
 
 
 def _first_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
@@ -210,7 +209,8 @@ def _short(value: Any) -> str:
     return text[:12] if len(text) == 64 else text
 
 
-def _check_schedule(path: Path, then: MeasuredSchedule, sampling: SamplingConfig) -> None:
+def check_schedule(path: Path, then: MeasuredSchedule, sampling: SamplingConfig, remedy: str) -> None:
+    """Raises ConfigError, which ends with `remedy`, if a file was measured with another schedule."""
     now = measured_schedule(sampling)
     names = ["sampler", "timesteps", *(["shift"] if now.timesteps is None else [])]
     for name in names:
@@ -218,7 +218,7 @@ def _check_schedule(path: Path, then: MeasuredSchedule, sampling: SamplingConfig
         if before != after:
             raise ConfigError(
                 f"{path}: measured with {name} {json.dumps(before)}, the run has {json.dumps(after)}; "
-                "run `omniavatar calibrate` with this config, or set step_cache_file=none"
+                f"{remedy}"
             )
 
 

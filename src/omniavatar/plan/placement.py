@@ -83,9 +83,16 @@ class Placement:
 
 
 def wants_graphs(
-    config: PipelineConfig, dit: DiTConfig, tokens: int, device: torch.device, captures: bool = True
+    config: PipelineConfig,
+    dit: DiTConfig,
+    tokens: int,
+    device: torch.device,
+    captures: bool = True,
+    share: float = 1.0,
 ) -> bool:
     """Whether to capture the blocks of a forward over `tokens` as graphs, if all stay on the device.
+
+    - share: of the attention matrix that is computed.
 
     Raises ResourceError if `cuda_graphs` is set and not supported.
     """
@@ -97,7 +104,7 @@ def wants_graphs(
         return False
     if runtime.cuda_graphs is not None:
         return runtime.cuda_graphs
-    return not runtime.use_fsdp and launches_show(dit, tokens, runtime.sp_size)
+    return not runtime.use_fsdp and launches_show(dit, tokens, runtime.sp_size, share)
 
 
 def place(
@@ -129,7 +136,8 @@ def place(
 
     def with_precision(quantize: str) -> Placement:
         plain = without_graphs(quantize)
-        if not wants_graphs(config, dit, shape.tokens, device, captures):
+        share = 1.0 if shape.sparsity is None else shape.sparsity.kept_share
+        if not wants_graphs(config, dit, shape.tokens, device, captures, share):
             return plain
         memory = replace(plain.memory, peak=plain.memory.peak + graph_bytes(config, dit, shape))
         if memory.fits and not memory.streams:
@@ -182,8 +190,11 @@ SMALL_BLOCK = 2.4e12
 On slower devices such a block takes longer; then a graph neither saves nor costs time."""
 
 
-def launches_show(config: DiTConfig, tokens: int, ranks: int = 1) -> bool:
-    """Whether a block over `tokens`, shared by `ranks`, computes faster than the host launches it."""
+def launches_show(config: DiTConfig, tokens: int, ranks: int = 1, kept: float = 1.0) -> bool:
+    """Whether a block over `tokens`, shared by `ranks`, computes faster than the host launches it.
+
+    - kept: the share of the attention matrix that is computed.
+    """
     own, width = tokens / ranks, config.dim
     products = 2 * own * width * (6 * width + 2 * config.ffn_dim)
-    return products + 4 * own * tokens * width < SMALL_BLOCK
+    return products + kept * 4 * own * tokens * width < SMALL_BLOCK

@@ -8,7 +8,7 @@ TeaCache's decisions need weights (those of the time embedding); `RunPlan.decide
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from omniavatar.types import StepCache, StepPlan, Window
 
 if TYPE_CHECKING:
     from omniavatar.sampling.causal import CausalWindow
+    from omniavatar.sampling.sparsity import SparsityPlan
 
 VAE_STRIDE = 8
 """Pixels of a latent pixel's side."""
@@ -46,6 +47,7 @@ class WindowShape:
     - branches: the passes of a guided step.
     - guidance_interval: beginning and end of the guided steps, as fractions of the steps.
     - step_cache: the policy; a step cache keeps residuals on the device.
+    - sparsity: which blocks of attention are computed (`plan.sparsity`); None for all.
     """
 
     size: tuple[int, int]
@@ -60,6 +62,7 @@ class WindowShape:
     step_cache: StepCache
     causal: CausalWindow | None
     chunk: ChunkRule | None
+    sparsity: SparsityPlan | None = field(default=None, kw_only=True)
 
     @property
     def steps(self) -> int:
@@ -116,6 +119,15 @@ class RunPlan(WindowShape):
         return count_passes(self.passes)[1] * len(self.windows)
 
     @property
+    def kept_share(self) -> float:
+        """Mean share of the attention matrix that a computed forward computes."""
+        if self.sparsity is None:
+            return 1.0
+        computed = [sum(each.compute for each in row) for row in self.passes]
+        weighted = zip(computed, self.sparsity.step_shares, strict=True)
+        return sum(count * share for count, share in weighted) / sum(computed)
+
+    @property
     def branch_patterns(self) -> dict[str, str]:
         """One letter a step, for each branch: C computed, s skipped, - not run."""
         return branch_patterns(self.passes)
@@ -161,7 +173,11 @@ class RunPlan(WindowShape):
             "pattern": self.step_plan.pattern if self.step_plan else None,
             **({} if self.causal is None else {"causal": asdict(self.causal)}),
             **({} if self.chunk is None else {"chunk": asdict(self.chunk)}),
+            **({} if self.sparsity is None else self._sparse_values(self.sparsity)),
         }
+
+    def _sparse_values(self, plan: SparsityPlan) -> dict[str, Any]:
+        return {"sparsity": {**plan.as_dict(), "kept_share_of_forwards": self.kept_share}}
 
 
 def window_shape(

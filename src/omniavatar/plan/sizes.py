@@ -222,13 +222,30 @@ def run_sizes(
         vae=coders,
         audio_encoder=tensor_bytes(wav2vec_tensors(spec.wav2vec), FLOAT),
         text_encoder=tensor_bytes(text_tensors(spec.text), size) if config.family.text else 0,
-        held=held_bytes(dit, len(contexts), size, shape.latent_frames) + cache_bytes(dit, shape, size),
-        denoise=denoise_bytes(dit, shape.tokens, size, fused, len(branches), cached, float8),
+        held=held_bytes(dit, len(contexts), size, shape.latent_frames)
+        + cache_bytes(dit, shape, size)
+        + _list_bytes(shape),
+        denoise=denoise_bytes(dit, shape.tokens, size, fused, len(branches), cached, float8)
+        + order_bytes(dit, shape, size),
         coding=tuple(
             coding_bytes(spec.vae.dim, shape.size, size, latents, encoded, vae_name == "fast", ranks)
             for latents in pass_sizes(vae_name)
         ),
     )
+
+
+def _list_bytes(shape: WindowShape) -> int:
+    """Bytes of the lists of kept blocks."""
+    if shape.sparsity is None:
+        return 0
+    from omniavatar.accel.sparse_steps import list_bytes
+
+    return list_bytes(shape.sparsity)
+
+
+def order_bytes(dit: DiTConfig, shape: WindowShape, dtype_bytes: int) -> int:
+    """Bytes of the tokens in their first order, and of audio by token, while blocks run in tile order."""
+    return 0 if shape.sparsity is None else 2 * shape.tokens * dit.dim * dtype_bytes
 
 
 def cache_bytes(dit: DiTConfig, shape: WindowShape, dtype_bytes: int) -> int:
@@ -247,4 +264,8 @@ def graph_bytes(config: PipelineConfig, dit: DiTConfig, shape: WindowShape) -> i
     own = -(-shape.tokens // runtime.sp_size)
     activations = denoise_bytes(dit, own, size, True, 0, False, runtime.quantize != "none")
     captured = 2 if shape.causal is None else shape.causal.rolling + 1
+    if shape.sparsity is not None:  # sparse steps are captured apart, in separate memory
+        rows = shape.sparsity.table_of[list(shape.sparsity.sparse_steps)]
+        captured += 2 * len({row.tobytes() for row in rows})
+        activations = 2 * activations + order_bytes(dit, shape, size)
     return activations + held_bytes(dit, captured, size, shape.latent_frames)

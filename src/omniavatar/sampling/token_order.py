@@ -12,6 +12,7 @@ Shapes: T latent frames, h w token rows and columns, L = T*h*w tokens.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -60,6 +61,16 @@ def tile_order(grid: Grid, section: tuple[int, int] = SECTION) -> TokenOrder:
     run = slab * strips + np.where(slab % 2, strips - 1 - strip, strip)
     along = np.where(run % 2, columns - 1 - column, column)
     return TokenOrder(grid, np.lexsort((row, frame, along, run)))
+
+
+def section_of(block: int) -> tuple[int, int]:
+    """Frames and rows of a cross-section for blocks of `block` tokens, about as wide as they are high.
+
+    (2, 8) for 128 tokens, (2, 4) for 64 and 32, (2, 2) for 16 and 8, (1, 1) for fewer than 8.
+    """
+    if block < 8:
+        return 1, 1
+    return 2, 2 ** int(math.log2(block / 2) / 2)
 
 
 def _parts(size: int, about: int) -> NDArray[np.int64]:

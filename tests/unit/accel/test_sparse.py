@@ -187,7 +187,7 @@ def test_tile_order_and_everything_kept_change_nothing(fused, with_audio):
     order = tile_order(GRID, (2, 3))
     assert not (order.tokens == row_order(GRID).tokens).all()
     lists = [BlockLists.of(table(heads, tokens, 16, 1.0), 16, tokens)] * layers
-    sparse = OrderedBlocks(SparseBlocks(dit, eager_sparse_attention, lists), order, CPU)
+    sparse = OrderedBlocks(SparseBlocks.of(dit, eager_sparse_attention, lists), order, CPU)
     assert relative(forward(dit, sparse, with_audio), plain) < 2e-6
 
 
@@ -198,7 +198,7 @@ def test_a_plan_acts_in_the_layer_it_is_for():
     kept = torch.from_numpy(nearest_blocks(order, 8, 0.4, 2.0)).expand(dit.config.num_heads, -1, -1)
     lists = [None] * dit.config.num_layers
     lists[1] = BlockLists.of(kept, 8, 72)
-    sparse = forward(dit, OrderedBlocks(SparseBlocks(dit, eager_sparse_attention, lists), order, CPU))
+    sparse = forward(dit, OrderedBlocks(SparseBlocks.of(dit, eager_sparse_attention, lists), order, CPU))
 
     places = torch.from_numpy(order.places)
     by_token = kept[0][places[:, None] // 8, places[None] // 8]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from omniavatar.config.identity import NEUTRAL_FIELDS, SWITCHED_OFF, config_hash, flat_values, result_values
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import NEGATIVE_PROMPT, PipelineConfig
+from omniavatar.config.sparsity import SparsityConfig
 from omniavatar.config.syntax import parse_overrides, parse_value
 from omniavatar.config.values import CAUSAL_FIELDS, IGNORED_KEYS
 from omniavatar.errors import ConfigError
@@ -72,7 +73,9 @@ def test_hash_ignores_only_values_that_do_not_change_the_video() -> None:
     for change in ("seed=1", "crf=20", "dtype=fp32", "overlap_frame=5", "negative_prompt=x", "color_match=1"):
         assert config_hash(hp(change)) != base, change
     neutral = NEUTRAL_FIELDS | {f"sampling.{name}" for name in CAUSAL_FIELDS} | set(SWITCHED_OFF)
+    neutral |= {f"sparsity.{name}" for name in SparsityConfig.model_fields}  # attention is dense
     assert set(flat_values(PipelineConfig())) - set(result_values(PipelineConfig())) == neutral
+    assert "sparsity.sparse_density" in result_values(hp("sparse_attention=window"))
 
 
 def test_tokenizer_is_beside_the_text_encoder() -> None:

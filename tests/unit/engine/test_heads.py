@@ -164,7 +164,7 @@ def test_every_refused_setting_has_its_reason(heads_checkpoint, cache):
         "max_tokens": 20000, "overlap_frame": 9, "fps": 16, "guidance_scale": 3.0, "audio_scale": 2.0,
         "guidance_interval": [0.0, 0.5], "step_cache": "magcache", "tea_cache_l1_thresh": 0.1,
         "exp_path": "folder", "input_limits": "limits.json", "sp_size": 2, "cfg_parallel": 2,
-        "audio_proj_path": "projector.pt", "latent_encoder": "taehv",
+        "audio_proj_path": "projector.pt", "latent_encoder": "taehv", "sparse_attention": "window",
     }  # fmt: skip
     for family in FAMILIES:
         for setting, reason in family.refused.items():

@@ -27,6 +27,7 @@ from omniavatar.measure.benchmark.rows import (
     Row,
     Setup,
     SkippedRow,
+    SparseAttention,
     as_dict,
     row_from_json,
 )
@@ -36,6 +37,7 @@ from omniavatar.measure.benchmark.tips import Tip, fewer_tokens, guide_tips
 from omniavatar.measure.benchmark.whole import measure_whole
 from omniavatar.measure.flops import forward_work
 from omniavatar.measure.projection import Counts, StartCosts, Timing, WindowCosts, video_seconds
+from omniavatar.measure.quality import Quality
 from omniavatar.plan.run import plan_run
 from omniavatar.plan.steps import make_step_plan
 from omniavatar.sampling.cache_constants import published_constants
@@ -64,6 +66,29 @@ def test_a_single_window_has_no_hand_over() -> None:
 def test_a_slow_writer_is_waited_for() -> None:
     slow = replace(COSTS, write=100.0)
     assert video_seconds(slow, START, COUNTS) == pytest.approx(1.25 + 24.5 + 4 * 100)
+
+
+def test_sparse_forwards_have_a_time_of_their_own() -> None:
+    costs, counts = replace(COSTS, sparse_forward=0.5), replace(COUNTS, sparse=12)
+    assert video_seconds(COSTS, START, COUNTS) - video_seconds(costs, START, counts) == pytest.approx(
+        4 * 12 * 0.5
+    )
+
+
+@pytest.mark.parametrize(
+    ("quality", "text"),
+    [
+        (Quality(31.25, 0.9876, 5), "first window against dense attention: PSNR 31.2 dB, SSIM 0.9876"),
+        (Quality(None, 1.0, 5), "PSNR equal, SSIM 1.0000"),
+        (None, "what it loses shows with the model's own weights only"),
+    ],
+)
+def test_a_row_says_what_sparse_attention_computes_and_loses(quality, text) -> None:
+    found = SparseAttention(
+        {"attention": "window", "step_shares": [1, 0.4, 0.4], "kept_share": 0.4}, "fa4", quality
+    )
+    assert found.text.startswith("sparse attention window by fa4: 2 steps compute 40.0% of the matrix; ")
+    assert text in found.text
 
 
 def test_timing_keeps_median_and_spread() -> None:

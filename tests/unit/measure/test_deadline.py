@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from omniavatar.accel.attention.sparse_registry import SPARSE, SparseBackend
+from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.cli import app
 from omniavatar.config.change import changed
 from omniavatar.config.load import load_config
 from omniavatar.errors import ConfigError
-from omniavatar.measure.deadline import Candidate, _count, choose, parse_duration, propose
+from omniavatar.measure.benchmark.parts import counts_of
+from omniavatar.measure.deadline import (
+    Candidate,
+    _count,
+    _sparsities,
+    choose,
+    parse_duration,
+    propose,
+)
 from omniavatar.plan.run import plan_run
+from omniavatar.plan.sparsity import plan_sparse_run
 from omniavatar.sampling.step_cache import compute_all
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -82,6 +94,54 @@ def test_what_is_counted() -> None:
         config, sampling={"timesteps": (1000.0, 500.0), "guidance_scale": 1.0, "audio_scale": None}
     )
     assert [each.settings for each in _count(distilled, plan, lambda each: 1.0, 5, "none", "none")] == [{}]
+
+
+def test_sparse_attention_may_be_proposed() -> None:
+    """Where a fast backend takes the model; counted with the steps that stay dense."""
+    config = load_config(CONFIGS / "inference_1.3B_4steps.yaml").config
+    asked: list[tuple[str, float | None]] = []
+
+    def plan(changes, seconds):
+        asked.append((changes.sparsity.sparse_attention, changes.sparsity.sparse_density))
+        dit = scale_spec("1.3B").dit
+        steps = compute_all(changes.sampling.steps)
+        return plan_sparse_run(changes, (400, 720), round(seconds * 16000), dit, steps)
+
+    def seconds(each) -> float:
+        counts = counts_of(each)
+        return counts.computed - counts.sparse * (1 - each.kept_share)
+
+    axis = [({}, 0.0), ({"sparse_attention": "window", "sparse_density": 0.35}, 5.0)]
+    dense, sparse = _count(config, plan, seconds, 5, "none", "none", axis)
+    assert asked == [("dense", None), ("window", 0.35)]
+    assert dense.points == 0 and sparse.points == 5 and sparse.seconds < dense.seconds
+    assert sparse.override == "sparse_attention=window,sparse_density=0.35"
+    again = load_config(CONFIGS / "inference_1.3B_4steps.yaml", [sparse.override]).config
+    assert again.sparsity.density == 0.35
+    assert _sparsities(config) == [({}, 0.0)], "no fast backend on this machine"
+
+
+def registered(backends: list[SparseBackend]) -> None:
+    """Let these be the backends of sparse attention, in this order."""
+    for each in list(SPARSE):
+        SPARSE.unregister(each.name)
+    for each in backends:
+        SPARSE.register(each)
+
+
+def test_a_fast_backend_decides_what_is_proposed() -> None:
+    config = load_config(None, ["weights=random,scale=1.3B,device=cpu,num_steps=4"]).config
+    before = list(SPARSE)
+    registered([replace(each, fast=True) for each in before])
+    try:
+        found = _sparsities(config)
+        causal = changed(config, sparsity={"sparse_attention": "window"})
+        assert _sparsities(causal) == [({}, 0.0)], "a configured plan stays"
+        assert _sparsities(changed(config, sampling={"num_steps": 1})) == [({}, 0.0)]
+    finally:
+        registered(before)
+    assert [settings.get("sparse_density") for settings, _ in found] == [None, 0.5, 0.35, 0.25]
+    assert {settings.get("sparse_attention") for settings, _ in found[1:]} == {"window"}
 
 
 @pytest.mark.slow

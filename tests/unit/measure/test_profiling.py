@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +218,28 @@ def figures(frames: int = 20) -> RequestFigures:
     return RequestFigures(
         "v.mp4", frames, 25, 2.0, (64, 64), windows, 64, 3, "CCs", 2, forwards, forwards // 2
     )
+
+
+def test_sparse_attention_counts_what_it_computed() -> None:
+    recorder = TraceRecorder()
+    record(recorder)
+    spec = scale_spec("nano")
+    models, limits = ModelSizes(spec.dit, spec.vae), Ceilings("d", "fp32", 1.0, 1.0, "s")
+
+    def report(kept: float):
+        request = replace(figures(), kept_share=kept)
+        return build_report(recorder.spans(), recorder.timings(), [request], models, limits, None, 1.0)
+
+    dense, sparse = (
+        next(row.tflop for row in report(kept).work if row.name == "denoise") for kept in (1.0, 0.25)
+    )
+    tokens = 4 * 4 * 4
+    assert figures().as_dict().keys() == replace(figures(), kept_share=0.25).as_dict().keys() - {"kept_share"}
+    saved = 0.75 * 4 * tokens**2 * spec.dit.dim * spec.dit.num_layers * figures().forwards
+    assert (dense - sparse) * 1e12 == pytest.approx(saved)
+    console = Console(record=True, width=200)
+    print_report(report(0.25), PeakMemory(None, 1), console)
+    assert "sparse attention: 25% of the matrix computed" in console.export_text()
 
 
 def test_report_counts_work_and_shares() -> None:

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from omniavatar.accel.apply import AccelConfig, apply_accelerations
 from omniavatar.accel.attention.registry import create_attention
+from omniavatar.accel.attention.sparse import eager_sparse_attention
 from omniavatar.accel.kernels.fused import create_fused
 from omniavatar.accel.residual_cache import ResidualCache
+from omniavatar.accel.sparse_steps import SparseSteps
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.engine.recorder import NullRecorder
@@ -31,6 +33,7 @@ from omniavatar.parallel.weights import apply_shared_weights
 from omniavatar.sampling.guidance import guidance_branches
 from omniavatar.sampling.passes import plan_passes
 from omniavatar.sampling.schedule import make_schedule
+from omniavatar.sampling.sparsity import PlanShape, calibrated_plan
 from omniavatar.sampling.windows import plan_windows
 from omniavatar.types import Conditioning, StepPlan
 from ranks import RankPool
@@ -145,11 +148,18 @@ class HalfVAE:
 
 
 def two_windows(
-    team: Any, layout: Layout, scales: tuple[float, float], computed: str, interval: tuple[float, float]
+    team: Any,
+    layout: Layout,
+    scales: tuple[float, float],
+    computed: str,
+    interval: tuple[float, float],
+    dit: WanDiT | None = None,
+    sparse: SparseSteps | None = None,
 ) -> list[Tensor]:
-    team.arrange(layout)
-    dit = small_dit()
-    team.apply(dit)
+    if dit is None:
+        team.arrange(layout)
+        dit = small_dit()
+        team.apply(dit)
     generator = torch.Generator().manual_seed(2)
     windows = plan_windows(20, 9 + 4, 5)[:2]
     rows = windows[-1].start + windows[-1].length
@@ -163,9 +173,44 @@ def two_windows(
     sampling = WindowSampling(7, make_schedule(len(computed), 5.0, None), passes)
     vae = HalfVAE() if team.leads else None
     made = WindowGenerator(
-        dit, vae, conditioning, sampling, NullRecorder(), make_cache=ResidualCache, team=team
+        dit, vae, conditioning, sampling, NullRecorder(), make_cache=ResidualCache, team=team, sparse=sparse
     )
     return [result.latent for result in made.run(windows)]
+
+
+def sparse_windows(team: Any, layout: Layout, computed: str) -> list[Tensor]:
+    """Two windows whose heads keep other blocks in every layer and step; the first step is dense."""
+    team.arrange(layout)
+    dit = small_dit()
+    team.apply(dit)
+    shape = PlanShape(len(computed), SMALL.num_layers, 4, (4, 3, 5), 7)
+    generator = np.random.default_rng(0)
+
+    def mass(step: int, layer: int) -> np.ndarray:
+        return generator.dirichlet(np.full(shape.blocks, 0.3), (4, shape.blocks))
+
+    plan = calibrated_plan(shape, mass, 0.7, [0])
+    heads = team.own_heads(4)
+    sparse = SparseSteps(
+        dit, plan, eager_sparse_attention, dit.run_blocks, CPU, spread=team.spread, heads=heads
+    )
+    return two_windows(team, layout, (4.5, 3.0), computed, (0.0, 1.0), dit, sparse)
+
+
+@pytest.mark.parametrize(
+    ("size", "guidance", "computed"),
+    [(2, 1, "CCC"), (2, 1, "CCsC"), (2, 2, "CCC"), (4, 1, "CCC"), (4, 2, "CCs")],
+)
+def test_sparse_windows_equal_those_of_one_rank(
+    pools: dict[int, RankPool], size: int, guidance: int, computed: str
+) -> None:
+    expected = sparse_windows(ONE, Layout(1, 1, 4), computed)
+    dense = two_windows(ONE, Layout(1, 1, 4), (4.5, 3.0), computed, (0.0, 1.0))
+    found = pools[size].run(sparse_windows, Layout(guidance, size // guidance, 4), computed)
+    for rank in found:
+        for latent, first, single, plain in zip(rank, found[0], expected, dense, strict=True):
+            assert torch.equal(latent, first)
+            assert differs(latent, single) < 1e-5 < differs(single, plain)
 
 
 @pytest.mark.parametrize(

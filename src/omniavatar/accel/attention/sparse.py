@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 MASK_VALUES = 2**28
 """Entries of the mask of one call of the twin, at most, where a block of queries has fewer."""
+MASS_VALUES = 2**26
+"""Scores that `block_mass` holds at once, where a block of queries of one head has fewer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,20 +96,25 @@ def eager_sparse_attention(
     return torch.cat(parts, 2).transpose(1, 2)
 
 
-def block_mass(q_BLHD: Tensor, k_BLHD: Tensor, block: int) -> Tensor:
+def block_mass(q_BLHD: Tensor, k_BLHD: Tensor, block: int, values: int = MASS_VALUES) -> Tensor:
     """The mean share of each block of queries that the softmax gives each block of keys, (H, Q, K) float32.
 
-    Mean over the batch. Every score is computed, a block of queries at a time.
+    Mean over the batch. Every score is computed, in float32: a block of queries at a time, of as many heads
+    as `values` scores allow. Equal inputs give equal bits.
     """
-    q, k = (each.transpose(1, 2).float() for each in (q_BLHD, k_BLHD))
-    tokens, scale = q.shape[2], q.shape[-1] ** -0.5
-    owner = torch.arange(tokens, device=q.device) // block
-    masses = []
-    for begin in range(0, tokens, block):
-        weights = (q[:, :, begin : begin + block] @ k.mT * scale).softmax(-1).mean((0, 2))
-        mass = weights.new_zeros(len(weights), int(owner[-1]) + 1)
-        masses.append(mass.index_add_(1, owner, weights))
-    return torch.stack(masses, 1)
+    tokens, heads = q_BLHD.shape[1:3]
+    blocks, scale = -(-tokens // block), q_BLHD.shape[-1] ** -0.5
+    some = max(1, values // (len(q_BLHD) * block * tokens))
+    parts = []
+    for first in range(0, heads, some):
+        q, k = (each[:, :, first : first + some].transpose(1, 2).float() for each in (q_BLHD, k_BLHD))
+        rows = []
+        for begin in range(0, tokens, block):
+            weights = (q[:, :, begin : begin + block] * scale @ k.mT).softmax(-1).mean((0, 2))
+            padded = pad(weights, (0, blocks * block - tokens))
+            rows.append(padded.unflatten(-1, (blocks, block)).sum(-1))
+        parts.append(torch.stack(rows, 1))
+    return torch.cat(parts)
 
 
 def check_tokens(q_BLHD: Tensor, k_BLHD: Tensor, lists: BlockLists) -> None:

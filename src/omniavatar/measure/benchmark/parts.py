@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,8 +33,12 @@ from omniavatar.media.h264 import choose_encoder
 from omniavatar.model.sizes import WINDOW_ROWS
 from omniavatar.plan.calibration import find_constants
 from omniavatar.plan.preview import assumed_scale, missing_files, with_family
-from omniavatar.plan.run import RunPlan, plan_run, window_shape
+from omniavatar.plan.run import RunPlan
+from omniavatar.plan.sparsity import plan_sparse_run, sparse_shape
 from omniavatar.sampling.causal import CausalWindow
+
+if TYPE_CHECKING:
+    from omniavatar.model.dit import RunBlocks
 
 AUDIO_SECONDS = 10
 TEXT_WORDS = 64
@@ -83,14 +88,18 @@ class PartTimer:
 
     def _place(self, pipeline: AvatarPipeline) -> None:
         """Decide where the models go, as a run does before it loads them."""
-        pipeline.adopt(window_shape(self._config, self._size, has_audio=True))
+        models = pipeline.models
+        pipeline.adopt(
+            sparse_shape(self._config, self._size, True, models.dit_config, None, models.sparse_limit)
+        )
 
     def plan(self, config: PipelineConfig, audio_seconds: float) -> RunPlan:
         """The plan of a video of `audio_seconds` seconds of audio, its steps decided."""
         video, models = config.video, self._models
         samples = round((audio_seconds + video.silence_duration_s) * video.sample_rate)
         constants = find_constants(config.model, config.sampling, models.dit_config)
-        return plan_run(config, self._size, samples, decide_steps(models, config.sampling, constants))
+        steps = decide_steps(models, config.sampling, constants)
+        return plan_sparse_run(config, self._size, samples, models.dit_config, steps, models.sparse_limit)
 
     def _noise(self, *sizes: int) -> Tensor:
         return torch.randn(
@@ -99,7 +108,10 @@ class PartTimer:
 
     @torch.inference_mode()
     def forward_timings(self, plan: RunPlan) -> dict[str, Timing]:
-        """Times of a computed forward and of a skipped one, for a window of `plan`."""
+        """Times of a computed forward and of a skipped one, for a window of `plan`.
+
+        With sparse attention also of a forward at the last step.
+        """
         if plan.causal is not None:
             timings = self._block_timings(plan, plan.causal)
             return {name: timings[name] for name in ("forward", "skipped_forward")}
@@ -121,10 +133,15 @@ class PartTimer:
                 residual.append(torch.zeros_like(tokens))
             return tokens + residual[0]
 
-        return {
-            "forward": self._timed(lambda: dit(sample, y, timestep, text, audio)),
-            "skipped_forward": self._timed(lambda: dit(sample, y, timestep, text, audio, run_blocks=skip)),
-        }
+        def seconds(run_blocks: RunBlocks | None) -> Timing:
+            return self._timed(lambda: dit(sample, y, timestep, text, audio, run_blocks=run_blocks))
+
+        timings = {"forward": seconds(None), "skipped_forward": seconds(skip)}
+        sparse = self._models.sparse_steps(plan.sparsity)
+        if sparse is not None and plan.sparsity is not None:
+            sparse.step = plan.sparsity.sparse_steps[-1]
+            timings["sparse_forward"] = seconds(sparse.ordered(sparse, always=False))
+        return timings
 
     @torch.inference_mode()
     def _block_timings(self, plan: RunPlan, causal: CausalWindow) -> dict[str, Timing]:
@@ -242,7 +259,9 @@ def counts_of(plan: RunPlan) -> Counts:
     windows = len(plan.windows)
     last = decoded_latents(plan.windows[-1], last=True) / plan.latent_frames
     computed, skipped = plan.forwards // windows, plan.forwards_skipped // windows
-    return Counts(windows, computed, skipped, last, plan.duration_s)
+    steps = () if plan.sparsity is None else plan.sparsity.sparse_steps
+    sparse = sum(each.compute for step in steps for each in plan.passes[step])
+    return Counts(windows, computed, skipped, last, plan.duration_s, sparse)
 
 
 def window_costs(timings: dict[str, Timing]) -> WindowCosts:

@@ -44,13 +44,14 @@ from omniavatar.measure.benchmark.rows import (
     Row,
     Setup,
     SkippedRow,
+    SparseAttention,
     Versions,
     WholeVideo,
     WindowParts,
     as_dict,
 )
 from omniavatar.measure.benchmark.tips import PERSISTENT, Tip, fewer_tokens, guide_tips
-from omniavatar.measure.benchmark.whole import measure_whole
+from omniavatar.measure.benchmark.whole import measure_whole, sparse_quality
 from omniavatar.measure.ceilings import ceilings
 from omniavatar.measure.flops import forward_work
 from omniavatar.measure.machine import free_memory
@@ -210,7 +211,10 @@ class _Measurement:
         )
         whole = self._whole(projector)
         tips = self._tips(projector, plan, timings["forward"], cached, persistent)
-        return replace(row, full=whole, tips=tips, notes=tuple(self.notes))
+        sparse = self._sparse(plan)
+        if sparse is not None:
+            self.notes.append(sparse.text)
+        return replace(row, full=whole, sparse=sparse, tips=tips, notes=tuple(self.notes))
 
     def _shorter_window(self) -> dict[int, WindowCosts]:
         """The costs of the window of `fewer_tokens`; empty, with a note, where it cannot be that short.
@@ -226,6 +230,14 @@ class _Measurement:
         except ConfigError as error:
             self.notes.append(f"no shorter window: {error}")
             return {}
+
+    def _sparse(self, plan: RunPlan) -> SparseAttention | None:
+        backend = self._models.sparse
+        if plan.sparsity is None or backend is None:
+            return None
+        files = self._config.model.weights == "files"
+        quality = sparse_quality(self._parts.pipeline, SPEECH) if files else None
+        return SparseAttention(plan.sparsity.as_dict(), backend.name, quality)
 
     def _whole(self, projector: _Projector) -> WholeVideo | None:
         if not self._options.full:

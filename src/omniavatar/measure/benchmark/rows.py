@@ -67,6 +67,31 @@ class WholeVideo:
     quality: Quality | None
 
 
+@dataclass(frozen=True)
+class SparseAttention:
+    """What a sparsity plan computes, and what the first window loses against dense attention.
+
+    plan: `SparsityPlan.as_dict`. quality: None with random weights.
+    """
+
+    plan: Mapping[str, Any]
+    backend: str
+    quality: Quality | None
+
+    @property
+    def text(self) -> str:
+        """One line."""
+        steps = sum(share < 1 for share in self.plan["step_shares"])
+        line = (
+            f"sparse attention {self.plan['attention']} by {self.backend}: {steps} steps compute "
+            f"{self.plan['kept_share']:.1%} of the matrix"
+        )
+        if self.quality is None:
+            return f"{line}; what it loses shows with the model's own weights only"
+        psnr = "equal" if self.quality.psnr_db is None else f"{self.quality.psnr_db:.1f} dB"
+        return f"{line}; first window against dense attention: PSNR {psnr}, SSIM {self.quality.ssim:.4f}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class FailedRow:
     """A configuration that cannot be used, or whose process ended without a row."""
@@ -105,6 +130,7 @@ class MeasuredRow(Setup):
 
     memory: the plan of `plan.memory`. steps, computed_steps: of a window. branches: forwards a step.
     timings: by part, as `PartTimer` names them. full: only where whole videos were made.
+    sparse: only with sparse attention.
     """
 
     status: Literal["measured"] = "measured"
@@ -127,6 +153,7 @@ class MeasuredRow(Setup):
     projections: tuple[Projection, ...]
     peak_memory: PeakMemory
     full: WholeVideo | None = None
+    sparse: SparseAttention | None = None
     tips: tuple[Tip, ...]
 
     @property
@@ -138,8 +165,9 @@ class MeasuredRow(Setup):
     def as_dict(self) -> dict[str, Any]:
         """The row for JSON."""
         values = {**asdict(self), "tips": [tip.as_dict() for tip in self.tips]}
-        if self.full is None:
-            del values["full"]
+        for name in ("full", "sparse"):
+            if values[name] is None:
+                del values[name]
         return values
 
 

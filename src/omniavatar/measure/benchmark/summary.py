@@ -77,7 +77,8 @@ def _ranking(rows: Sequence[MeasuredRow]) -> list[str]:
 
 def _parts(rows: Sequence[MeasuredRow]) -> list[str]:
     heads = ["config", "tokens", "frames", "forward", "skipped forward", "VAE decode", "VAE encode"]
-    heads += ["video write", "peak GPU memory"]
+    sparse = any("sparse_forward" in row.timings for row in rows)
+    heads += ["video write", *(["sparse forward"] if sparse else []), "peak GPU memory"]
     lines = []
     for row in rows:
         peak = row.peak_memory.peak_gpu_bytes
@@ -87,11 +88,17 @@ def _parts(rows: Sequence[MeasuredRow]) -> list[str]:
                 f"{row.tokens:,}",
                 str(row.window_length),
                 *(_spread(row.timings[name]) for name in PARTS),
+                *([_sparse_forward(row)] if sparse else []),
                 "-" if peak is None else bytes_text(peak),
             ]
         )
     notes = [f"- {row.name}: {note}" for row in rows for note in row.notes]
     return [*table(heads, lines), *([""] if notes else []), *notes]
+
+
+def _sparse_forward(row: MeasuredRow) -> str:
+    timing = row.timings.get("sparse_forward")
+    return "-" if timing is None else _spread(timing)
 
 
 def _whole_videos(rows: Sequence[MeasuredRow]) -> list[str]:

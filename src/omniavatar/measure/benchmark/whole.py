@@ -24,7 +24,7 @@ from omniavatar.measure.quality import Quality, compare
 from omniavatar.media.audio import measure_audio
 from omniavatar.media.image import load_image
 from omniavatar.media.inspect import read_frames
-from omniavatar.plan.run import window_shape
+from omniavatar.plan.sparsity import sparse_shape
 from omniavatar.types import AvatarRequest, LocalAudio, SamplingParams
 
 PROMPT = "A woman in a blue sweater speaks into the camera, soft daylight"
@@ -44,9 +44,12 @@ def measure_whole(
     predicted: projected seconds for a number of seconds of audio.
     """
     config = pipeline.config
-    pipeline.adopt(window_shape(config, config.video.sizes[0], has_audio=True))
+    models = pipeline.models
+    pipeline.adopt(
+        sparse_shape(config, config.video.sizes[0], True, models.dit_config, None, models.sparse_limit)
+    )
     if config.family.text:
-        pipeline.models.prompts.embed([PROMPT, config.sampling.negative_prompt])
+        models.prompts.embed([PROMPT, config.sampling.negative_prompt])
     request = AvatarRequest(PROMPT, packaged_portrait(config.video.sizes[0]), voice)
     audio = measure_audio(voice, config.video.sample_rate, 0.0).samples / config.video.sample_rate
     baseline_seconds: float | None = None
@@ -69,3 +72,16 @@ def measure_whole(
         baseline_seconds=baseline_seconds,
         quality=quality,
     )
+
+
+def sparse_quality(pipeline: AvatarPipeline, voice: LocalAudio) -> Quality:
+    """The first window with sparse attention, compared with the same window with dense attention."""
+    config = pipeline.config
+    request = AvatarRequest(PROMPT, packaged_portrait(config.video.sizes[0]), voice)
+    with pipeline.prepare(request) as ready:
+        made = []
+        for sparsity in (ready.plan.sparsity, None):
+            sampling = replace(ready.window_sampling, sparsity=sparsity)
+            (result,) = pipeline.window_generator(sampling, ready.conditioning).run(ready.plan.windows[:1])
+            made.append(np.concatenate(result.frames))
+    return compare(*made)

@@ -1,0 +1,1 @@
+"""Adapters for `python -m benchmarks peers`: one module an engine."""
