@@ -1,4 +1,4 @@
-"""The list of commands: `omniavatar generate | live | batch | plan | config show | download |
+"""The list of commands: `omniavatar generate | web | live | batch | plan | config show | download |
 make-checkpoint | convert | demo | profile | benchmark | doctor | calibrate | clean | serve |
 verify-provenance`.
 
@@ -30,6 +30,7 @@ from omniavatar.cli import (
     profile,
     serve,
     verify_provenance,
+    web,
 )
 from omniavatar.cli.common import DEBUG_VARIABLE, leave_at_once, print_error
 from omniavatar.cli.layout import CONTEXT, EVERYDAY, MEASURING, MODELS, SERVERS, Command, Groups, examples
@@ -95,6 +96,12 @@ _add(
     "omniavatar demo",
     "omniavatar demo --image me.png --audio me.wav",
     "omniavatar demo -c configs/inference_1.3B.yaml -o demo.mp4",
+)
+_add(
+    EVERYDAY,
+    web.web,
+    "omniavatar web --demo                    # a page in the browser; no GPU, no download",
+    "omniavatar web -c configs/inference_1.3B.yaml",
 )
 _add(
     EVERYDAY,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import socket
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +15,10 @@ import typer
 from omniavatar.cli.common import JsonOption, user_errors
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from omniavatar.config.schema import PipelineConfig
+    from omniavatar.serve.api.models import Catalogue
     from omniavatar.serve.jobs.files import JobFiles
     from omniavatar.serve.jobs.keys import KeyStore
     from omniavatar.serve.jobs.store import JobStore
@@ -61,7 +66,7 @@ def serve(
     context.obj = (config, options)
     if context.invoked_subcommand is None:
         with user_errors():
-            _serve(_settings(context).settings, api_only)
+            run_server(_settings(context).settings, api_only)
 
 
 @app.command("config")
@@ -246,12 +251,29 @@ def _check_signing(configs: dict[str, PipelineConfig]) -> None:
                 logging.getLogger("omniavatar.serve").warning(warning)
 
 
+def local_devices(settings: ServeSettings) -> tuple[str, ...]:
+    """The device of workers that need no Ray: the CPU, or the only GPU where Ray is not installed."""
+    from importlib.util import find_spec
+
+    import torch
+
+    if settings.ray_address:
+        return ()
+    if settings.gpus == "cpu":
+        return ("cpu",)
+    only = settings.gpus == "0" or (settings.gpus == "all" and torch.cuda.device_count() == 1)
+    if only and settings.gpus_per_job == 1 and find_spec("ray") is None and torch.cuda.is_available():
+        return ("cuda:0",)
+    return ()
+
+
 def _workers(
     settings: ServeSettings,
     store: JobStore,
     files: JobFiles,
     configs: dict[str, PipelineConfig],
     on_end: Callable[[str], None] = lambda id: None,
+    lease: float | None = None,
 ) -> Workers:
     from omniavatar.serve.batch.items import Seat
     from omniavatar.serve.jobs.engines import JobEngines, JobGroupWorker
@@ -261,10 +283,11 @@ def _workers(
     engines = JobEngines(configs, log_level=settings.log_level)
 
     def crew() -> Any:
-        if settings.gpus == "cpu" and not settings.ray_address:
+        devices = local_devices(settings)
+        if devices:
             from omniavatar.serve.jobs.process_crew import ProcessCrew
 
-            return ProcessCrew(settings.workers, engines, files, Seat(("cpu",)))
+            return ProcessCrew(settings.workers if devices == ("cpu",) else 1, engines, files, Seat(devices))
         from omniavatar.serve.batch.ray_crew import RayCrew
         from omniavatar.serve.batch.seats import WorkerOptions, plan_workers
         from omniavatar.serve.jobs.worker import JobWorker
@@ -275,6 +298,8 @@ def _workers(
         return RayCrew(plan.seats, plan.workers, factory, files, kinds=(JobWorker, JobGroupWorker))
 
     rules = WorkerRules(keep=settings.keep_seconds)
+    if lease is not None:
+        rules = replace(rules, lease=lease)
     return Workers(store, files, crew, list(configs), rules, on_end, settings.otlp_endpoint)
 
 
@@ -313,7 +338,21 @@ def _drain_at_signals(workers: Workers | None) -> None:
         signal.signal(number, handle)
 
 
-def _serve(settings: ServeSettings, api_only: bool) -> None:
+def run_server(
+    settings: ServeSettings,
+    api_only: bool = False,
+    models: Catalogue | None = None,
+    listening: socket.socket | None = None,
+    dress: Callable[[FastAPI, KeyStore, Workers | None], None] = lambda app, keys, workers: None,
+    lease: float | None = None,
+) -> None:
+    """Serve until a signal.
+
+    models: by default those of the settings.
+    listening: a bound socket, instead of the settings' address.
+    dress: called with the app, the keys and this process's workers, before the app answers.
+    lease: seconds after which the job of a silent worker is given to another.
+    """
     import logging
 
     from omniavatar.serve.api.app import check_binding, create_app
@@ -327,17 +366,18 @@ def _serve(settings: ServeSettings, api_only: bool) -> None:
     with store:
         check_binding(settings, keys)
         configure(settings.log_level, settings.audit_path)
-        models, metrics = Catalogue.load(settings), Metrics(store)
+        models, metrics = models or Catalogue.load(settings), Metrics(store)
 
         workers = None
         if not api_only:
-            workers = _workers(settings, store, files, models.configs, metrics.ended_id)
+            workers = _workers(settings, store, files, models.configs, metrics.ended_id, lease)
 
         def ready() -> bool:
             own = 0 if workers is None else workers.status().ready
             return own > 0 or store.ready_workers() > 0
 
         server_app = create_app(settings, store, files, keys, models, ready=ready, metrics=metrics)
+        dress(server_app, keys, workers)
         server = _server(server_app, settings, settings.port)
         retention = Retention(store, files, settings.keep_seconds, settings.keep_bytes)
         retention.start()
@@ -345,7 +385,7 @@ def _serve(settings: ServeSettings, api_only: bool) -> None:
         if workers is not None:
             workers.start()
         try:
-            server.run()
+            server.run(None if listening is None else [listening])
         finally:
             retention.stop()
             if workers is not None:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 TRANSPORT_BYTES = 16 * 2**20
 """Longer WebSocket messages end their connection before they are read."""
-_TYPES = {"index.html": "text/html", "page.js": "text/javascript", "microphone.js": "text/javascript"}
-_POLICY = "default-src 'self'; media-src 'self' blob:; img-src 'self' data:; frame-ancestors 'none'"
+_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
+_POLICY = "default-src 'self'; media-src 'self' blob:; img-src 'self' data:; frame-ancestors 'self'"
 
 
 def make_app(make: MakeSession, door: Door, limits: ServerLimits) -> Starlette:
@@ -40,7 +40,7 @@ def make_app(make: MakeSession, door: Door, limits: ServerLimits) -> Starlette:
             return Response(f"{refusal}\n", 403, media_type="text/plain")
         text = resources.files("omniavatar.live.page").joinpath(name).read_text("utf-8")
         headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-store"}
-        return Response(text, media_type=_TYPES[name], headers=headers)
+        return Response(text, media_type=_TYPES[name.partition(".")[2]], headers=headers)
 
     def serve_file(name: str) -> Callable[[Request], Response]:
         def serve(request: Request) -> Response:
@@ -67,8 +67,8 @@ def make_app(make: MakeSession, door: Door, limits: ServerLimits) -> Starlette:
             with suppress(WebSocketDisconnect):  # the client was faster
                 await socket.close()
 
-    files = {"/": "index.html", "/page.js": "page.js", "/microphone.js": "microphone.js"}
-    routes = [Route(path, serve_file(name)) for path, name in files.items()]
+    names = {"": "index.html"} | {name: name for name in ("page.js", "microphone.js", "style.css")}
+    routes = [Route(f"/{path}", serve_file(name)) for path, name in names.items()]
     return Starlette(routes=[*routes, WebSocketRoute("/v1/realtime/video", realtime)])
 
 

@@ -28,7 +28,7 @@ from small_pocket import write_config, write_voice
 
 RUN = ("README.md", "docs/install.md", "docs/first_video.md", "docs/troubleshooting.md")
 """Pages whose every command is run or marked."""
-OTHERS = ("which_gpu", "faster", "batches", "many_gpus", "measuring", "pocket", "python_api", "live")
+OTHERS = ("which_gpu", "faster", "batches", "many_gpus", "measuring", "pocket", "python_api", "live", "web")
 READ = (*RUN, *(f"docs/{page}.md" for page in OTHERS), "examples/README.md")
 """Pages whose every command must exist with its options and its files."""
 SMALL = (

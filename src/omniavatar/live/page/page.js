@@ -3,7 +3,7 @@
 
 const at = (id) => document.getElementById(id);
 const query = location.search; // carries the token
-const socketAddress = `${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/v1/realtime/video${query}`;
+const socketAddress = new URL(`v1/realtime/video${query}`, location.href.replace(/^http/, "ws"));
 const MOST_BUFFERED_S = 0.6;
 const live = (window.live = { state: "idle", errors: [], chunks: 0, transport: null });
 let socket, peer, media, source, queue, audio, microphone, pinging;

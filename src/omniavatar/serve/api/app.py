@@ -87,6 +87,7 @@ def create_app(
     app = FastAPI(title="omniavatar", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     if settings.otlp_endpoint:
         trace(app, settings.otlp_endpoint)
+    app.state.service = service
     errors.install(app)
     app.include_router(videos(service))
 

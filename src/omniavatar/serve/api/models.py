@@ -11,7 +11,7 @@ from omniavatar.config.change import effective_sampling
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.encoders.image import choose_bucket
 from omniavatar.errors import ConfigError
-from omniavatar.plan.run import plan_run
+from omniavatar.plan.run import RunPlan, plan_run
 from omniavatar.serve.api.errors import NOT_FOUND, ApiError, field_error
 from omniavatar.serve.jobs.records import JobStatus, Json
 from omniavatar.serve.jobs.store import JobStore
@@ -25,13 +25,14 @@ _FIELDS = {"num_steps": "num_inference_steps", "seed": "seed", "guidance_scale":
 
 @dataclass(frozen=True)
 class Plan:
-    """What a video will be. size: (height, width)."""
+    """What a video will be. size: (height, width). run: all of its windows, steps and passes."""
 
     seconds: float
     frames: int
     windows: int
     steps: int
     size: tuple[int, int]
+    run: RunPlan
 
 
 class Catalogue:
@@ -127,7 +128,7 @@ class Catalogue:
         if seconds is not None:
             samples = round((seconds + video.silence_duration_s) * video.sample_rate)
         plan = plan_run(config, size, samples)
-        return Plan(plan.duration_s, plan.frames, len(plan.windows), plan.steps, size)
+        return Plan(plan.duration_s, plan.frames, len(plan.windows), plan.steps, size, plan)
 
 
 def window_seconds(store: JobStore, model: str) -> float | None:

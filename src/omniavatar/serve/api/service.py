@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from omniavatar.serve.api.checks import PORTRAIT, VOICE, Checker
 from omniavatar.serve.api.errors import SERVER, ApiError, field_error
 from omniavatar.serve.api.load import QueueLoad
 from omniavatar.serve.api.metrics import Metrics
-from omniavatar.serve.api.models import Catalogue, Plan
+from omniavatar.serve.api.models import Catalogue, Plan, window_seconds
 from omniavatar.serve.api.webhooks import Webhooks
 from omniavatar.serve.jobs.errors import QueueFullError, StoreError
 from omniavatar.serve.jobs.extensions import prepare_extension
@@ -35,7 +35,10 @@ MOST_KEY = 255
 
 @dataclass
 class Service:
-    """The parts of a server."""
+    """The parts of a server.
+
+    times: seconds that a model needs for a plan, or None; without it, a median of its last videos.
+    """
 
     settings: ServeSettings
     store: JobStore
@@ -47,6 +50,7 @@ class Service:
     webhooks: Webhooks
     metrics: Metrics
     load: QueueLoad
+    times: Callable[[str, Plan], float | None] | None = None
     _streams: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -89,6 +93,13 @@ class Service:
         """What a request would make, without accepting it. Raises ApiError."""
         with tempfile.TemporaryDirectory(prefix="omniavatar-upload-") as folder:
             return self.checked(body.write(Path(folder)))
+
+    def compute_seconds(self, model: str, plan: Plan) -> float | None:
+        """Seconds that a worker needs for the plan; None while unknown. Raises StoreError."""
+        if self.times is not None:
+            return self.times(model, plan)
+        each = window_seconds(self.store, model)
+        return None if each is None else each * plan.windows
 
     def checked(self, asked: Asked, source: JobRecord | None = None) -> tuple[JobSpec, Plan]:
         """The request, checked whole, without accepting it. Raises ApiError.

@@ -14,7 +14,6 @@ from omniavatar.serve.api.access import READ, WRITE, Caller, audit
 from omniavatar.serve.api.body import ExtensionFields, VideoFields, parsed
 from omniavatar.serve.api.checks import PORTRAIT, VOICE
 from omniavatar.serve.api.errors import NOT_FOUND, SERVER, ApiError, ErrorReply
-from omniavatar.serve.api.models import window_seconds
 from omniavatar.serve.api.replies import Deletion, Estimate, Video, VideoList, size_text, video
 from omniavatar.serve.api.service import Service
 from omniavatar.serve.api.streams import growing, server_sent_events
@@ -84,8 +83,7 @@ def videos(service: Service) -> APIRouter:
         async with parsed(request, VideoFields, settings, service.outside) as body:
             spec, plan = await in_turn(service.planned, body)
         waiting = (await run_in_threadpool(service.store.counts))[JobStatus.queued]
-        each = await run_in_threadpool(window_seconds, service.store, spec.model)
-        own = None if each is None else each * plan.windows
+        own = await run_in_threadpool(service.compute_seconds, spec.model, plan)
         return Estimate(
             model=spec.model,
             seconds=plan.seconds,
