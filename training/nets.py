@@ -31,6 +31,8 @@ from training.scale import POCKET
 
 SHARD_BYTES = 15 * 2**20
 TOKENS = 512
+STATE = "pocket"
+"""Files of a state are `pocket-000k.safetensors`."""
 
 
 @torch.no_grad()
@@ -277,38 +279,52 @@ class Average:
             self.values[name].copy_(held)
 
 
-def save_state(nets: Nets, facts: dict[str, Any], folder: Path) -> None:
-    """Write all weights in float16 to files `pocket-000k.safetensors` of at most 15 MiB, and `facts` as
-    JSON."""
+def save_shards(weights: dict[str, Tensor], folder: Path, name: str) -> None:
+    """Write weights in float16 to files `NAME-000k.safetensors` of at most 15 MiB, in place of older ones."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
     held = 0
-    for prefix, module in nets.modules().items():
-        for name, weight in module.state_dict().items():
-            value = weight.detach().to("cpu", torch.float16).contiguous().clone()
-            if held + value.nbytes > SHARD_BYTES:
-                shards.append({})
-                held = 0
-            shards[-1][f"{prefix}.{name}"] = value
-            held += value.nbytes
-    for old in folder.glob("pocket-*.safetensors"):
+    for key, weight in weights.items():
+        value = weight.detach().to("cpu", torch.float16).contiguous().clone()
+        if held + value.nbytes > SHARD_BYTES:
+            shards.append({})
+            held = 0
+        shards[-1][key] = value
+        held += value.nbytes
+    for old in folder.glob(f"{name}-*.safetensors"):
         old.unlink()
     for number, shard in enumerate(shards):
-        save_file(shard, folder / f"pocket-{number:04d}.safetensors")
+        save_file(shard, folder / f"{name}-{number:04d}.safetensors")
+
+
+def load_shards(folder: Path, name: str) -> dict[str, Tensor]:
+    """The weights that `save_shards` wrote, in float32."""
+    held: dict[str, Tensor] = {}
+    for path in sorted(folder.glob(f"{name}-*.safetensors")):
+        held |= {key: value.float() for key, value in load_file(path).items()}
+    return held
+
+
+def save_state(nets: Nets, facts: dict[str, Any], folder: Path) -> None:
+    """Write all weights in float16 to files `pocket-000k.safetensors` of at most 15 MiB, and `facts` as
+    JSON."""
+    save_shards(
+        {
+            f"{prefix}.{name}": weight
+            for prefix, module in nets.modules().items()
+            for name, weight in module.state_dict().items()
+        },
+        folder,
+        STATE,
+    )
     (folder / "state.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def load_state(nets: Nets, folder: Path) -> dict[str, Any]:
     """Load files written by `save_state` into `nets`; every key must match. Returns the facts."""
-    held: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("pocket-*.safetensors")):
-        held.update(load_file(path))
+    held = load_shards(folder, STATE)
     for prefix, module in nets.modules().items():
-        part = {
-            key.partition(".")[2]: value.float()
-            for key, value in held.items()
-            if key.startswith(prefix + ".")
-        }
+        part = {key.partition(".")[2]: value for key, value in held.items() if key.startswith(prefix + ".")}
         module.load_state_dict(part)
     facts: dict[str, Any] = json.loads((folder / "state.json").read_text())
     return facts

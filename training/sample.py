@@ -84,7 +84,13 @@ def sample(nets: Nets, film: Film, drive: Tensor, steps: int, audio_scale: float
         given = normalised_latents(nets.vae, pixels[:, :, -OVERLAP:])
     made = torch.cat(pieces, 2).transpose(1, 2)
     made = ((made + 1) * 127.5).round().to(torch.uint8)
-    frames = true.shape[1]
+    return compared(made, film)
+
+
+def compared(made: Tensor, film: Film) -> Sampled:
+    """What was made, uint8 (N, F, 3, H, W), beside the film's first F frames."""
+    frames = made.shape[1]
+    true = film.frames[:, :frames]
     error = (made.float() - true.float()).square().mean()
     return Sampled(
         made,

@@ -27,7 +27,7 @@ from training.nets import Nets, load_state, save_state
 from training.ranks import TrainingRanks
 from training.sample import sample, sheet
 from training.scale import WINDOW
-from training.settings import Settings, StageSettings, VaeSettings, read_settings
+from training.settings import LiveSettings, Settings, StageSettings, VaeSettings, read_settings
 from training.speech import SpeechSet, synthesise
 from training.stage_audio import train_audio
 from training.stage_dit import STEPS, drive_of, train_dit
@@ -70,7 +70,7 @@ def check_order(stages: list[tuple[str, float]], trained: bool) -> None:
 
 
 def gather_speech(
-    settings: Settings, session: int, ranks: TrainingRanks, workers: int, folder: Path
+    settings: Settings | LiveSettings, session: int, ranks: TrainingRanks, workers: int, folder: Path
 ) -> SpeechSet:
     """The speech of this session and rank, mapped from files in `folder`; every rank has other sentences."""
     began = time.monotonic()

@@ -51,16 +51,11 @@ class StageSettings:
 
 
 @dataclass(frozen=True)
-class VaeSettings(StageSettings):
+class PictureSettings(StageSettings):
+    """Settings of the stages that make pictures."""
+
     frames: int
     """Video frames of a take."""
-    clip: int
-    """Frames of a take that are kept, from a random position."""
-    still_share: float
-    """Share of the planned minutes, at the start, that trains on single frames: four times as many, and much
-    cheaper."""
-    crop: int
-    kl: float
     gradient: float
     mouth: float
     """Extra weight of the area around the mouth."""
@@ -68,6 +63,17 @@ class VaeSettings(StageSettings):
     """Weight of the difference in local fine structure."""
     steady: float
     """Weight of the change of the error from one frame to the next, against flicker."""
+
+
+@dataclass(frozen=True)
+class VaeSettings(PictureSettings):
+    clip: int
+    """Frames of a take that are kept, from a random position."""
+    still_share: float
+    """Share of the planned minutes, at the start, that trains on single frames: four times as many, and much
+    cheaper."""
+    crop: int
+    kl: float
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,63 @@ class DitSettings(StageSettings):
 
 
 @dataclass(frozen=True)
+class StudentSettings(StageSettings):
+    """Settings of the block-causal student (`training.stage_student`)."""
+
+    frames: int
+    """Video frames of a story, whose latents are a whole number of blocks."""
+    block: int
+    """This and the next two: see `omniavatar.sampling.causal.CausalWindow`."""
+    window: int
+    sink: int
+    timesteps: list[float]
+    """Of the denoising steps, 1000 first."""
+    mouth: float
+    """Extra weight of the area around the mouth."""
+    eyes: float
+    """Extra weight of the areas around the eyes."""
+    steady: float
+    """Weight of the change of the error from one latent frame to the next, against flicker."""
+    true_first: float
+    """Share of the planned minutes, at the start, in which blocks see the film's latents."""
+    true_share: float
+    """Share of examples whose blocks see the film's latents later; the others see rolled-out ones."""
+    corrupt: float
+    """Share of examples with the film's latents that are disturbed."""
+    whole_sound: float
+    """Share of stories whose sound is encoded as a whole; that of the others comes block by block."""
+    rolled: int
+    """Stories that are rolled out together."""
+    roll_every: int
+    """Steps between two roll-outs."""
+    mirror: bool
+    """Whether to use each clip a second time, mirrored and in other light."""
+    compile: bool
+
+
+@dataclass(frozen=True)
+class TinySettings(PictureSettings):
+    """Settings of the small decoder (`training.stage_tiny`)."""
+
+    widths: list[int]
+    """See `omniavatar.model.tiny_decoder.TinyDecoderConfig`."""
+    clip: int
+    """Latents of an example."""
+    corrupt: float
+    """Share of examples whose latents are disturbed."""
+
+
+@dataclass(frozen=True)
+class LiveSettings:
+    """All settings of a training run for live use."""
+
+    seed: int
+    speech: SpeechSettings
+    student: StudentSettings
+    tiny: TinySettings
+
+
+@dataclass(frozen=True)
 class Settings:
     """All settings of a training run."""
 
@@ -129,7 +192,6 @@ class Settings:
 
 def read_settings(path: Path) -> Settings:
     """Raise ValueError if a key is missing or unknown."""
-    table = yaml.safe_load(path.read_text())
     kinds = {
         "speech": SpeechSettings,
         "vae": VaeSettings,
@@ -137,10 +199,21 @@ def read_settings(path: Path) -> Settings:
         "audio": AudioSettings,
         "dit": DitSettings,
     }
-    parts: dict[str, Any] = {
-        name: _build(kind, table.get(name), f"{path}: {name}") for name, kind in kinds.items()
-    }
-    return _build(Settings, {**table, **parts}, str(path))
+    settings: Settings = _read(Settings, kinds, path)
+    return settings
+
+
+def read_live_settings(path: Path) -> LiveSettings:
+    """Raise ValueError if a key is missing or unknown."""
+    kinds = {"speech": SpeechSettings, "student": StudentSettings, "tiny": TinySettings}
+    settings: LiveSettings = _read(LiveSettings, kinds, path)
+    return settings
+
+
+def _read(whole: Any, kinds: dict[str, Any], path: Path) -> Any:
+    table = yaml.safe_load(path.read_text())
+    parts = {name: _build(kind, table.get(name), f"{path}: {name}") for name, kind in kinds.items()}
+    return _build(whole, {**table, **parts}, str(path))
 
 
 def _build(kind: Any, table: Any, where: str) -> Any:

@@ -114,6 +114,23 @@ def draw_starts(count: int, windows: int, frames: int, generator: torch.Generato
     return FRAMES_A_LATENT * starts
 
 
+def face_weight(places: Tensor, mouth: float, eyes: float) -> Tensor:
+    """Extra loss weights (B, W, T, h, w) around places (B, W, N, 3, 2) of mouth and eyes, in latent pixels.
+
+    mouth, eyes: heights of the bumps.
+    """
+    groups = torch.cat([places[:, :, :1].expand(-1, -1, 3, -1, -1), places], 2)
+    centres = groups.unflatten(2, (-1, 4)).mean(3)
+
+    def around(place: Tensor, strength: float, spread: float) -> Tensor:
+        return mouth_weight(place, (SIZE // 8, SIZE // 8), 1 / 8, strength, spread) - 1
+
+    weight = around(centres[..., 0, :], mouth, 20.0)
+    for eye in (1, 2):
+        weight = weight + around(centres[..., eye, :], eyes, EYE_SPREAD)
+    return weight
+
+
 @torch.no_grad()
 def stories_of(
     story: Story, nets: Nets, settings: DitSettings, generator: torch.Generator
@@ -140,15 +157,7 @@ def stories_of(
             parts = clips.split(8 if device.type == "cuda" else 1)
             return torch.cat([normalised_latents(nets.vae, to_pixels(part)).half() for part in parts])
 
-    groups = torch.cat([places[:, :, :1].expand(-1, -1, 3, -1, -1), places], 2)
-    centres = groups.unflatten(2, (LATENTS, 4)).mean(3)
-
-    def around(place: Tensor, strength: float, spread: float) -> Tensor:
-        return mouth_weight(place, (SIZE // 8, SIZE // 8), 1 / 8, strength, spread) - 1
-
-    weight = around(centres[..., 0, :], settings.mouth, 20.0)
-    for eye in (1, 2):
-        weight = weight + around(centres[..., eye, :], settings.eyes, EYE_SPREAD)
+    weight = face_weight(places, settings.mouth, settings.eyes)
     sound = normalise_sound(roughen(film.sound, generator))
     ids, mask = nets.text.tokens(list(film.prompts))
     if ids.shape[1] > PROMPT_TOKENS:

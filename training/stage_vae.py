@@ -12,6 +12,7 @@ whole held-out frames.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from training.nets import (
     vae_decode,
     vae_encode,
 )
-from training.settings import DecoderSettings, VaeSettings
+from training.settings import DecoderSettings, PictureSettings, VaeSettings
 from training.studio import Film, Studio, mouth_weight
 
 BISECTIONS = 6
@@ -53,14 +54,10 @@ def texture(pixels: Tensor) -> Tensor:
     return (torch.nn.functional.avg_pool2d(energy, 8) + 1e-5).sqrt()
 
 
-def vae_loss(
-    vae: WanVAE, pixels: Tensor, weight: Tensor, settings: VaeSettings, decoder_only: bool = False
+def picture_loss(
+    made: Tensor, pixels: Tensor, weight: Tensor, settings: PictureSettings
 ) -> tuple[Tensor, Tensor]:
-    """Loss and mean absolute error of clips (B, 3, T, H, W) with weights (B, T, H, W)."""
-    with torch.set_grad_enabled(not decoder_only):
-        mean, log_variance = vae_encode(vae, pixels)
-    latent = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
-    made = vae_decode(vae, latent)
+    """Loss and mean absolute error of pictures (B, 3, T, H, W) with weights (B, T, H, W)."""
     error = (made - pixels).abs()
     weight = weight[:, None]
     loss = (error * weight).mean()
@@ -72,24 +69,43 @@ def vae_loss(
         loss = loss + settings.steady * (change * weight[:, :, 1:]).mean()
     if settings.detail:
         loss = loss + settings.detail * (texture(made) - texture(pixels)).abs().mean()
+    return loss, error.mean()
+
+
+def vae_loss(
+    vae: WanVAE, pixels: Tensor, weight: Tensor, settings: VaeSettings, decoder_only: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Loss and mean absolute error of clips (B, 3, T, H, W) with weights (B, T, H, W)."""
+    with torch.set_grad_enabled(not decoder_only):
+        mean, log_variance = vae_encode(vae, pixels)
+    latent = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+    made = vae_decode(vae, latent)
+    loss, error = picture_loss(made, pixels, weight, settings)
     std = torch.tensor(LATENT_STD, device=mean.device).view(1, -1, 1, 1, 1)
     variance = log_variance - 2 * std.log()
     kl = 0.5 * (normalise(mean).square() + variance.exp() - variance - 1).mean()
-    return loss + settings.kl * kl, error.mean()
+    return loss + settings.kl * kl, error
 
 
 @torch.no_grad()
 def fidelity(vae: WanVAE, frames: Tensor) -> dict[str, float]:
+    """`measured_fidelity` of the VAE's reconstructions."""
+    return measured_fidelity(lambda pixels: pixels_of(vae, normalised_latents(vae, pixels)), frames)
+
+
+def measured_fidelity(rebuilt: Callable[[Tensor], Tensor], frames: Tensor) -> dict[str, float]:
     """Means over the reconstructions of clips, uint8 (N, T, 3, H, W).
 
     psnr: peak signal-to-noise ratio in dB.
     texture: fine structure relative to the film.
     flicker: mean change from frame to frame where the film has none, in grey levels.
+
+    rebuilt: pixels (1, 3, T, H, W) for pixels.
     """
     ratios, shares, changes = [], [], []
     for clip in frames:
         pixels = to_pixels(clip[None])
-        made = pixels_of(vae, normalised_latents(vae, pixels)).clamp(-1, 1)
+        made = rebuilt(pixels).clamp(-1, 1)
         ratios.append(10 * math.log10(4 / max(float((made - pixels).square().mean()), 1e-9)))
         shares.append(float(texture(made).square().mean() / texture(pixels).square().mean()))
         still = pixels.diff(dim=2) == 0

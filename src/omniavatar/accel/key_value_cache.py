@@ -23,16 +23,23 @@ from omniavatar.sampling.causal import CausalWindow
 
 
 class KeyValueCache:
-    """The buffers of one video: for each layer keys and values (B, S*L, H, D).
+    """The buffers of one video, or of several side by side: for each layer keys and values (B, S*L, H, D).
 
     tokens: L.
+    videos: B.
     """
 
     def __init__(
-        self, dit: WanDiT, window: CausalWindow, tokens: int, dtype: torch.dtype, device: torch.device
+        self,
+        dit: WanDiT,
+        window: CausalWindow,
+        tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        videos: int = 1,
     ) -> None:
         config = dit.config
-        shape = (1, window.slots * tokens, config.num_heads, config.head_dim)
+        shape = (videos, window.slots * tokens, config.num_heads, config.head_dim)
         self.window, self.tokens = window, tokens
         self.keys, self.values = (
             [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]

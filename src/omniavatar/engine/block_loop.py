@@ -30,9 +30,9 @@ CLEAN = 0.0
 
 
 class BlockGenerator:
-    """Makes the blocks of one video in order.
+    """Makes the blocks of one video in order; training makes those of B videos side by side.
 
-    - reference_latent: (1, 16, 1, h, w) float32, the portrait; on the DiT's device.
+    - reference_latent: (B, 16, 1, h, w) float32, the portrait; on the DiT's device. The engine has B = 1.
     - text: from `WanDiT.prepare_text`.
     - dtype: of the cached keys and values.
     - wrap: applied once to each function that runs the DiT's blocks with a full cache, such as
@@ -57,7 +57,8 @@ class BlockGenerator:
         _, patch_height, patch_width = dit.config.patch_size
         height, width = reference_latent.shape[3] // patch_height, reference_latent.shape[4] // patch_width
         self._grid = (window.block, height, width)
-        self.cache = KeyValueCache(dit, window, window.block * height * width, dtype, device)
+        tokens, videos = window.block * height * width, reference_latent.shape[0]
+        self.cache = KeyValueCache(dit, window, tokens, dtype, device, videos)
         self._timesteps = torch.tensor((*schedule.timesteps, CLEAN), dtype=torch.float32, device=device)
 
     def audio_rows(self, block: int) -> int:
@@ -66,9 +67,9 @@ class BlockGenerator:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of a block's latents, (1, 16, T, h, w)."""
+        """Shape of a block's latents, (B, 16, T, h, w)."""
         reference = self._reference.shape
-        return (1, reference[1], self.window.block, *reference[3:])
+        return (*reference[:2], self.window.block, *reference[3:])
 
     @torch.inference_mode()
     def make(

@@ -1,0 +1,188 @@
+"""The block-causal student in training: all blocks of a story in one forward, and roll-outs of the engine.
+
+In the engine a block is denoised from noise while it sees the keys and values that earlier blocks left in the
+cache, when they were finished (`engine.block_loop`). A training step computes all blocks of a story at once:
+the story goes through the model twice side by side, once finished, at timestep 0, and once noisy. Every block
+of both sees the finished ones that `CausalWindow.seen` names, and itself. So the keys that a block leaves for
+later ones are trained too.
+
+Shapes: B stories, T latents of a story, h w latent pixels, L tokens of a story, H heads, E head dim, D audio
+width.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from omniavatar.engine.block_loop import CLEAN, BlockGenerator
+from omniavatar.model.attention import AttentionFn
+from omniavatar.model.dit import RunBlocks, TextState, WanDiT
+from omniavatar.model.layers import BlockInputs
+from omniavatar.sampling.causal import CausalWindow
+from omniavatar.sampling.schedule import Schedule
+from omniavatar.sampling.windows import block_frames
+from training.drive import write
+
+
+def block_causal(window: CausalWindow, tokens: int, blocks: int) -> AttentionFn:
+    """Self-attention (2B, L, H, E) of B finished stories, then the same B noisy.
+
+    tokens: of a block.
+    blocks: of a story.
+    """
+    plan = tuple(groups(window, blocks))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (each.unflatten(1, (blocks, tokens)) for each in (q, k, v))
+        made = []
+        for first, last, seen in plan:
+            keys, values = (with_past(each, first, last, seen) for each in (k, v))
+            alone = q[:, first:last].flatten(0, 1).transpose(1, 2)
+            out = scaled_dot_product_attention(alone, keys, values).transpose(1, 2)
+            made.append(out.unflatten(0, (-1, last - first)))
+        return torch.cat(made, 1).flatten(1, 2)
+
+    return attend
+
+
+Seen = tuple[tuple[int, ...], ...]
+"""For each place in the past of some blocks, the number of the earlier block that each of them sees there."""
+
+
+def groups(window: CausalWindow, blocks: int) -> Iterator[tuple[int, int, Seen]]:
+    """First and last + 1 of the blocks that see equally many others, and these others."""
+    for _, group in itertools.groupby(range(blocks), lambda block: len(window.seen(block))):
+        numbers = list(group)
+        yield numbers[0], numbers[-1] + 1, tuple(zip(*(window.seen(n)[:-1] for n in numbers), strict=True))
+
+
+def with_past(x: Tensor, first: int, last: int, seen: Seen) -> Tensor:
+    """Keys or values (2B*n, H, S, E) for blocks first..last of `x` (2B, blocks, tokens, H, E).
+
+    They are those of the past, which is always finished, and their own.
+    """
+    finished = x[: x.shape[0] // 2]
+    past = [picked(finished, numbers) for numbers in seen]
+    both = [torch.cat([each, each]) for each in past]
+    return torch.cat([*both, x[:, first:last]], 2).flatten(0, 1).transpose(1, 2)
+
+
+def picked(blocks: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Rows (B, n, ...) of `blocks` (B, N, ...): one row n times, or n rows that follow each other."""
+    if len(set(numbers)) == 1:
+        one = blocks[:, numbers[0] : numbers[0] + 1]
+        return one.expand(-1, len(numbers), *one.shape[2:])
+    if list(numbers) != list(range(numbers[0], numbers[-1] + 1)):
+        raise ValueError(f"neither one block nor blocks that follow each other: {numbers}")
+    return blocks[:, numbers[0] : numbers[-1] + 1]
+
+
+def blocks_runner(dit: WanDiT, attend: AttentionFn, compiled: bool) -> RunBlocks:
+    """`WanDiT.run_blocks` with another self-attention."""
+    blocks: list[Callable[..., Tensor]] = [
+        torch.compile(block) if compiled else block for block in dit.blocks
+    ]
+
+    def run_blocks(tokens: Tensor, inputs: BlockInputs) -> Tensor:
+        for block, text, audio in zip(blocks, inputs.text, inputs.audio, strict=True):
+            tokens = block(tokens, inputs.modulation, inputs.rope, text, audio, attend, dit.text_attention)
+        return tokens
+
+    return run_blocks
+
+
+def portrait_condition(reference: Tensor, latents: int) -> Tensor:
+    """y (B, 17, T, h, w): the portrait on every latent; the mask gives only the first one."""
+    wide = reference.expand(-1, -1, latents, -1, -1)
+    mask = torch.ones_like(wide[:, :1])
+    mask[:, :, 0] = 0
+    return torch.cat([wide, mask], 1)
+
+
+def velocity(
+    dit: WanDiT,
+    finished: Tensor,
+    noisy: Tensor,
+    timestep: Tensor,
+    text: TextState,
+    audio: Tensor,
+    run_blocks: RunBlocks,
+) -> Tensor:
+    """Velocity (B, 16, T, h, w) of the blocks of `noisy` (B, 16, T, h, w) after those of `finished`.
+
+    timestep: (B,) of the noisy ones.
+    audio: (B, 4T-3, D), with zeros for the portrait.
+    run_blocks: of `blocks_runner` with `block_causal`.
+    """
+    y = portrait_condition(finished[:, :, :1], finished.shape[2])
+    made = dit(
+        torch.cat([finished, noisy]),
+        torch.cat([y, y]),
+        torch.cat([torch.full_like(timestep, CLEAN), timestep]),
+        tuple((torch.cat([k, k]), torch.cat([v, v])) for k, v in text),
+        tuple(None if part is None else torch.cat([part, part]) for part in dit.prepare_audio(audio)),
+        run_blocks,
+    )
+    return made[len(finished) :]
+
+
+@dataclass(frozen=True, eq=False)
+class RolledOut:
+    """What the model made of B stories, each (B, 16, T, h, w): after all steps, and what the first step saw
+    as finished."""
+
+    latents: Tensor
+    first: Tensor
+
+
+def roll_out(
+    dit: WanDiT,
+    window: CausalWindow,
+    schedule: Schedule,
+    reference: Tensor,
+    text: TextState,
+    audio: Tensor,
+    drive: Tensor,
+    eyes: Tensor,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+) -> RolledOut:
+    """Makes stories block after block from the portrait (B, 16, 1, h, w), as the engine does.
+
+    drive: (B, T, K), carried by the noise that each block starts from; eyes: (B, 2, 2), see `training.drive`.
+    dtype: of the cached keys and values.
+    """
+    firsts: list[Tensor] = []
+    passes = itertools.cycle(range(len(schedule) + 1))
+
+    def note(_: object, inputs: tuple[Tensor, ...], made: Tensor) -> None:
+        if next(passes) == 0:
+            firsts.append(inputs[0] - made * schedule.sigmas[0])
+
+    blocks = BlockGenerator(dit, reference, text, schedule, window, dtype)
+    hook = dit.register_forward_hook(note)
+    made, frame = [], 0
+    try:
+        for block in range(drive.shape[1] // window.block):
+            latents = slice(block * window.block, (block + 1) * window.block)
+            signals = iter([drive[:, latents]])
+
+            def draw(signals: Iterator[Tensor] = signals) -> Tensor:
+                noise = torch.randn(blocks.shape, device=reference.device, generator=generator)
+                carried = next(signals, None)
+                return noise if carried is None else write(noise, carried, eyes)
+
+            length = block_frames(block, window.block)
+            made.append(blocks.make(audio[:, frame : frame + length], draw))
+            frame += length
+    finally:
+        hook.remove()
+    first = torch.cat(firsts, 2)
+    first[:, :, :1] = reference
+    return RolledOut(torch.cat(made, 2).clone(), first.clone())

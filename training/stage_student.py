@@ -1,0 +1,295 @@
+"""The block-causal student of the DiT, for live use: few steps, no guidance, blocks from a cache.
+
+It starts as the packaged DiT and learns the film itself. That is possible because the noise carries what
+happens by chance (`training.drive`): what is left to average over is small, so two steps are enough, and what
+the sampler's seed decides still happens. It learns at the two noise levels it runs at. What it sees of
+earlier blocks are at first the film's latents, later its own: stories are rolled out again and again with the
+engine's loop (`training.causal`), and the film says what should follow (dataset aggregation). The second step
+starts from what its own first step made.
+Sound is encoded block by block, as in a live session: a block hears two frames beyond its end.
+Sources: Self Forcing (arXiv 2506.08009), DAgger (arXiv 1011.0686).
+
+Shapes: B stories, T latent frames, N = 4T-3 video frames, D audio width, K signals, h w latent pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from omniavatar.encoders.live_audio import AHEAD_FRAMES
+from omniavatar.model.dit import RunBlocks, TextState, WanDiT
+from omniavatar.sampling.causal import CausalWindow
+from omniavatar.sampling.schedule import Schedule, make_schedule
+from omniavatar.sampling.windows import block_frames
+from training.augment import roughen
+from training.causal import RolledOut, block_causal, blocks_runner, roll_out, velocity
+from training.drive import write
+from training.loop import Budget, Log, Optimiser, Pool
+from training.nets import AudioTrainer, Nets, PromptEncoder, normalise_sound, normalised_latents, pixels_of
+from training.sample import Sampled, compared
+from training.scale import SIZE
+from training.settings import StudentSettings
+from training.stage_dit import PROMPT_TOKENS, SHIFT, Story, disturb, drive_of, face_weight, mirrored
+from training.stage_vae import to_pixels
+from training.studio import Film, Studio
+from training.supply import Supply
+from training.takes import SAMPLES_A_FRAME, Take
+
+TINT = 0.05
+"""Standard deviation of a constant added to each channel of disturbed latents, which changes colours."""
+TOKENS = (SIZE // 16) ** 2
+"""Of one latent frame."""
+
+
+def window_of(settings: StudentSettings) -> CausalWindow:
+    """The attention window of the student."""
+    return CausalWindow(settings.block, settings.window, settings.sink)
+
+
+def schedule_of(settings: StudentSettings) -> Schedule:
+    """The noise levels of its steps."""
+    return make_schedule(len(settings.timesteps), SHIFT, tuple(settings.timesteps))
+
+
+def mixed(device: torch.device) -> AbstractContextManager[object]:
+    """bfloat16 on CUDA. Weights are converted anew in each use, because roll-outs have no gradients."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
+
+
+def heard_live(audio: AudioTrainer, sound: Tensor, frames: int, block: int) -> Tensor:
+    """Audio vectors (B, N-1, D) of waveforms (B, S), each block encoded from the sound until its end.
+
+    It is what `omniavatar.encoders.live_audio` makes, for stories shorter than its memory.
+
+    frames: N.
+    block: latents of a block.
+    """
+    rows, number = [], 0
+    while (begun := sum(part.shape[1] for part in rows)) < frames - 1:
+        end = begun + block_frames(number, block) - (not number)
+        until = min(end + AHEAD_FRAMES, frames - 1)
+        states = audio.features(normalise_sound(sound[:, : until * SAMPLES_A_FRAME]), until)
+        rows.append(states[:, begun:end])
+        number += 1
+    return torch.cat(rows, 1)
+
+
+@torch.no_grad()
+def told(
+    film: Film, drive: Tensor, nets: Nets, settings: StudentSettings, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The tensors of filmed stories for the pool.
+
+    Latents (B, 16, T, h, w), twice more what a roll-out makes of them (`RolledOut`) and whether it was made
+    (B,), loss weights (B, T, h, w), drive (B, T, K), eyes (B, 2, 2), audio (B, N, D), prompt tokens.
+    """
+    count, frames = film.frames.shape[:2]
+    device = film.frames.device
+    with mixed(device):
+        parts = film.frames.split(2 if device.type == "cuda" else 1)
+        latents = torch.cat([normalised_latents(nets.vae, to_pixels(part)).half() for part in parts])
+    places = torch.cat([film.mouth[:, :, None], film.eyes], 2)[:, None]
+    sound = roughen(film.sound, generator)
+    live = heard_live(nets.audio, sound, frames, settings.block)
+    whole = nets.audio.features(normalise_sound(sound), frames - 1)
+    choice = torch.rand(count, 1, 1, device=device, generator=generator) < settings.whole_sound
+    heard = torch.where(choice, whole, live)
+    ids, mask = nets.text.tokens(list(film.prompts))
+    room = (0, PROMPT_TOKENS - ids.shape[1])
+    return {
+        "latents": latents,
+        "rolled": latents,
+        "first": latents,
+        "made": torch.zeros(count, device=device),
+        "weight": face_weight(places, settings.mouth, settings.eyes)[:, 0].half(),
+        "drive": drive,
+        "eyes": film.eyes[:, 0] / (SIZE / latents.shape[-1]),
+        "audio": torch.cat([torch.zeros_like(heard[:, :1]), heard], 1).half(),
+        "ids": torch.nn.functional.pad(ids, room).to(device),
+        "mask": torch.nn.functional.pad(mask, room).to(device),
+    }
+
+
+def tinted(latents: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Latents (B, 16, T, h, w), most of them disturbed (`disturb`) and in other colours."""
+    batch, channels = latents.shape[:2]
+    hit = torch.rand(batch, 1, 1, 1, 1, device=latents.device, generator=generator) < share
+    colour = torch.randn(batch, channels, 1, 1, 1, device=latents.device, generator=generator)
+    return disturb(latents, share, generator) + TINT * hit * colour
+
+
+def student_batch(
+    stories: dict[str, Tensor],
+    settings: StudentSettings,
+    true_share: float,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """One training example per story, at one of the steps.
+
+    true_share: share of the examples whose blocks see the film's latents, though the story was rolled out.
+    """
+    levels = torch.tensor(schedule_of(settings).sigmas, device=generator.device)
+    true = stories["latents"].float()
+    batch = len(true)
+    luck, which = torch.rand(2, batch, device=true.device, generator=generator)
+    own = ((luck >= true_share) & (stories["made"] > 0)).view(-1, 1, 1, 1, 1)
+    near = tinted(true, settings.corrupt, generator)
+    finished = torch.where(own, stories["rolled"].float(), near)
+    before = torch.where(own, stories["first"].float(), tinted(true, settings.corrupt, generator))
+    step = (which * len(levels)).long().clamp(max=len(levels) - 1)
+    level = levels[step].view(-1, 1, 1, 1, 1)
+    noise = torch.randn(true.shape, device=true.device, generator=generator)
+    start = write(noise, stories["drive"], stories["eyes"])
+    sample = torch.where((step == 0).view(-1, 1, 1, 1, 1), start, (1 - level) * before + level * noise)
+    for each in (finished, sample):
+        each[:, :, :1] = true[:, :, :1]
+    weight = (1 + stories["weight"].float())[:, None].clone()
+    weight[:, :, 0] = 0
+    return {
+        "finished": finished,
+        "sample": sample,
+        "timestep": 1000 * levels[step],
+        "target": (sample - true) / level,
+        "weight": weight / weight.mean(),
+        **{name: stories[name] for name in ("audio", "ids", "mask")},
+    }
+
+
+def student_loss(
+    dit: WanDiT, text: PromptEncoder, batch: dict[str, Tensor], steady: float, run_blocks: RunBlocks
+) -> Tensor:
+    """Weighted squared error of the velocity, and `steady` times that of its change from latent to latent."""
+    with torch.no_grad():
+        embedding = text(batch["ids"], batch["mask"])
+    made = velocity(
+        dit,
+        batch["finished"],
+        batch["sample"],
+        batch["timestep"],
+        dit.prepare_text(embedding),
+        batch["audio"].float(),
+        run_blocks,
+    )
+    error = made - batch["target"]
+    loss = (error.square() * batch["weight"]).mean()
+    both = torch.minimum(batch["weight"][:, :, 1:], batch["weight"][:, :, :-1])
+    return loss + steady * 0.5 * (error.diff(dim=2).square() * both).mean()
+
+
+@torch.no_grad()
+def rolled(
+    nets: Nets, stories: dict[str, Tensor], settings: StudentSettings, generator: torch.Generator
+) -> RolledOut:
+    """What the student makes of stories of the pool."""
+    device = stories["latents"].device
+    with mixed(device):
+        text: TextState = nets.dit.prepare_text(nets.text(stories["ids"], stories["mask"]))
+        return roll_out(
+            nets.dit,
+            window_of(settings),
+            schedule_of(settings),
+            stories["latents"][:, :, :1].float(),
+            text,
+            stories["audio"].float(),
+            stories["drive"],
+            stories["eyes"],
+            generator,
+            text[0][0].dtype,
+        )
+
+
+@torch.no_grad()
+def show(nets: Nets, film: Film, made: RolledOut) -> Sampled:
+    """Frames of rolled-out stories beside the film's."""
+    pixels = torch.cat([pixels_of(nets.vae, row[None]).clamp(-1, 1) for row in made.latents.float()])
+    return compared(((pixels.transpose(1, 2) + 1) * 127.5).round().to(torch.uint8), film)
+
+
+def train_student(
+    nets: Nets,
+    studio: Studio,
+    held_out: Film,
+    takes_held_out: list[Take],
+    settings: StudentSettings,
+    budget: Budget,
+    log: Log,
+    seed: int,
+    keep: Callable[[], None],
+) -> None:
+    """Train `nets.dit` as the student until the budget is over and leave the averaged weights in it.
+
+    keep: called at each measurement, while `nets` hold the averaged weights.
+    """
+    device = studio.device
+    generator, others = (torch.Generator(device).manual_seed(seed + n) for n in (0, 1))
+    for fixed in (nets.vae, nets.audio, nets.text):
+        fixed.eval().requires_grad_(False)
+    blocks = (settings.frames + 3) // 4 // settings.block
+    attend = block_causal(window_of(settings), settings.block * TOKENS, blocks)
+    run_blocks = blocks_runner(nets.dit, attend, settings.compile)
+    optimiser = Optimiser({"dit": nets.dit}, settings, budget)
+    pool = Pool(settings.pool)
+
+    def make(count: int) -> dict[str, Tensor]:
+        takes, people_seed = studio.cast(count)
+        film = studio.film_takes(takes, people_seed)
+        drive = drive_of(takes, device)
+        if settings.mirror:
+            one = Story(film, torch.zeros(count, 1, dtype=torch.long, device=device), drive, None)
+            both = Story.join(one, mirrored(one, others))
+            film, drive = both.film, both.drive
+        return told(film, drive, nets, settings, others)
+
+    def loss_of(batch: dict[str, Tensor]) -> Tensor:
+        with mixed(device):
+            return student_loss(nets.dit, nets.text, batch, settings.steady, run_blocks)
+
+    def roll_some() -> None:
+        rows = torch.randperm(pool.filled, device=device, generator=generator)[: settings.rolled]
+        made = rolled(nets, {name: value[rows] for name, value in pool.tensors.items()}, settings, generator)
+        pool.tensors["rolled"][rows] = made.latents.half()
+        pool.tensors["first"][rows] = made.first.half()
+        pool.tensors["made"][rows] = 1
+
+    def measured_now(**values: float) -> None:
+        optimiser.average.swap()
+        made = rolled(nets, test, settings, torch.Generator(device).manual_seed(5))
+        true = test["latents"].float()
+        weight = 1 + test["weight"].float()[:, None]
+        error = float(((made.latents.float() - true).square() * weight).mean() / weight.mean())
+        tail = float((made.latents.float() - true)[:, :, -settings.block :].square().mean())
+        shown = show(nets, held_out, made)
+        log.add(
+            "student", budget, optimiser.steps, rolled=error, tail=tail, mouth_r=shown.mouth_r,
+            eyes_r=shown.eyes_r, psnr=shown.psnr, clips=pool.filled, **values,
+        )  # fmt: skip
+        keep()
+        optimiser.average.swap()
+
+    pool.fill(make, 4, budget, settings.fill_share)
+    same = torch.Generator(device).manual_seed(6)
+    test = told(held_out, drive_of(takes_held_out, device), nets, settings, same)
+    measured_now()
+    measured, mean = budget.spent, None
+    with Supply(make, settings.fresh, device) if settings.fresh else nullcontext() as supply:
+        while not budget.over:
+            early = budget.progress < settings.true_first
+            if not early and optimiser.steps % settings.roll_every == 0:
+                roll_some()
+            share = 1.0 if early else settings.true_share
+            loss = loss_of(student_batch(pool.draw(settings.batch, generator), settings, share, generator))
+            optimiser.step(loss)
+            loss = loss.detach()
+            mean = loss.clone() if mean is None else mean.lerp_(loss, 0.02)
+            if supply is not None and optimiser.steps % settings.fresh_every == 0:
+                clips = supply.take()
+                if clips is not None:
+                    pool.add(clips)
+            if budget.measuring(measured, settings.measure_seconds, optimiser.steps):
+                measured = budget.spent
+                measured_now(loss=mean.item())
+    optimiser.average.swap()
