@@ -8,6 +8,8 @@ Files lie below --work, default benchmarks/build/pocket:
     python -m benchmarks pocket_quality measure
     python -m benchmarks pocket_quality generate --config configs/pocket.yaml --tradeoff  # better on a GPU
     python -m benchmarks pocket_quality measure --tradeoff
+    python -m benchmarks pocket_quality generate --live          # the path of a live session
+    python -m benchmarks pocket_quality measure --made live
 
 `prepare` needs the synthesisers (`training/fetch_tools.sh`) and renders for some minutes. `generate` runs on
 any machine that runs the engine; it needs only `inputs` of --work. `measure` needs only what `generate` wrote
@@ -28,11 +30,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.pocket import faces, generate, material, quality, tradeoff, viewer
+from benchmarks.pocket import faces, generate, live_path, material, quality, tradeoff, viewer
 from benchmarks.shared.options import make_parser
 
 WORK = Path("benchmarks/build/pocket")
 TRADEOFF_CLIPS = 4
+OFFLINE, LIVE = Path("configs/pocket.yaml"), Path("configs/pocket_live.yaml")
 
 
 def prepare(arguments: argparse.Namespace) -> None:
@@ -85,26 +88,30 @@ def make(arguments: argparse.Namespace) -> None:
         chosen = tradeoff_clips(clips, arguments.clips or TRADEOFF_CLIPS)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         variants = chosen_variants(arguments.variants, device)
-        generate.generate(arguments.config, arguments.work, variants, chosen, arguments.workers)
+        generate.generate(arguments.config or OFFLINE, arguments.work, variants, chosen, arguments.workers)
         return
     if arguments.clips:
         clips = clips[: arguments.clips]
-    print(json.dumps(generate.measure_vae(arguments.config, arguments.work)), flush=True)
-    generate.generate(arguments.config, arguments.work, [generate.DEFAULT], clips, arguments.workers)
+    config = arguments.config or (LIVE if arguments.live else OFFLINE)
+    print(json.dumps(generate.measure_vae(config, arguments.work)), flush=True)
+    if arguments.live:
+        live_path.generate(config, arguments.work, clips, arguments.workers)
+    else:
+        generate.generate(config, arguments.work, [generate.DEFAULT], clips, arguments.workers)
 
 
 def what_is_seen(
-    work: Path, clips: list[material.Clip], truth_only: bool
+    work: Path, clips: list[material.Clip], where: str | None
 ) -> tuple[dict[str, float] | None, dict[str, float]]:
-    """The figures of `viewer` of the made videos, if any, and of the films."""
+    """The figures of `viewer` of the made videos in `where`, if any, and of the films."""
     films = quality.watch(work, "truth", clips)
     portraits = quality.read_portraits(work, clips) if len(clips) > 1 else None
     ceiling = viewer.look(films, films, portraits, whole=False)
-    if truth_only:
+    if where is None:
         return None, ceiling
-    seen = viewer.look(quality.watch(work, "made/default", clips), films, portraits, whole=True)
+    seen = viewer.look(quality.watch(work, where, clips), films, portraits, whole=True)
     silent = [clip for clip in clips if clip.kind == "wordless"]
-    return seen | {"warned": viewer.warned(work, "made/default", silent)}, ceiling
+    return seen | {"warned": viewer.warned(work, where, silent)}, ceiling
 
 
 def without_nan(value: Any) -> Any:
@@ -129,14 +136,17 @@ def measure(arguments: argparse.Namespace) -> None:
     else:
         if arguments.clips:
             clips = clips[: arguments.clips]
-        made = None if arguments.truth_only else quality.main_table(arguments.work, clips, "made/default")
+        where = None if arguments.truth_only else f"made/{arguments.made}"
+        made = None if where is None else quality.main_table(arguments.work, clips, where)
         ceiling = quality.main_table(arguments.work, clips, "truth")
         result |= {"made": made, "truth": ceiling}
         print(quality.markdown(made, ceiling))
-        seen, films = what_is_seen(arguments.work, clips, arguments.truth_only)
+        seen, films = what_is_seen(arguments.work, clips, where)
         result["seen"] = {"made": seen, "truth": films}
         print(viewer.markdown(seen, films))
     name = "tradeoff" if arguments.tradeoff else "truth" if arguments.truth_only else "table"
+    if name == "table" and arguments.made == live_path.NAME:
+        name = "live_table"
     file = arguments.work / f"{name}.json"
     result = without_nan(result)
     file.write_text(json.dumps(result) + "\n")
@@ -175,12 +185,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("--tradeoff", action="store_true", help="the variants instead of the default")
         command.add_argument("--variants", nargs="+", help="only these variants")
         if name == "generate":
-            command.add_argument("--config", type=Path, default=Path("configs/pocket.yaml"))
+            command.add_argument("--config", type=Path, help=f"default: {OFFLINE}; with --live {LIVE}")
+            command.add_argument("--live", action="store_true", help="by the path of a live session")
             command.add_argument(
                 "--workers", type=int, default=1, help=f"processes; this machine: {os.cpu_count()}"
             )
         else:
             command.add_argument("--truth-only", action="store_true", help="only the renderer's films")
+            command.add_argument("--made", choices=("default", live_path.NAME), default="default")
             command.add_argument("--plots", type=Path, help="folder for the plots, such as docs/images")
     options = parser.parse_args(arguments)
     options.run(options)

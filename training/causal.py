@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -132,15 +131,6 @@ def velocity(
     return made[len(finished) :]
 
 
-@dataclass(frozen=True, eq=False)
-class RolledOut:
-    """What the model made of B stories, each (B, 16, T, h, w): after all steps, and what the first step saw
-    as finished."""
-
-    latents: Tensor
-    first: Tensor
-
-
 def roll_out(
     dit: WanDiT,
     window: CausalWindow,
@@ -152,37 +142,24 @@ def roll_out(
     eyes: Tensor,
     generator: torch.Generator,
     dtype: torch.dtype,
-) -> RolledOut:
-    """Makes stories block after block from the portrait (B, 16, 1, h, w), as the engine does.
+) -> Tensor:
+    """Latents (B, 16, T, h, w) made block after block from the portrait (B, 16, 1, h, w), as the engine does.
 
     drive: (B, T, K), carried by the noise that each block starts from; eyes: (B, 2, 2), see `training.drive`.
     dtype: of the cached keys and values.
     """
-    firsts: list[Tensor] = []
-    passes = itertools.cycle(range(len(schedule) + 1))
-
-    def note(_: object, inputs: tuple[Tensor, ...], made: Tensor) -> None:
-        if next(passes) == 0:
-            firsts.append(inputs[0] - made * schedule.sigmas[0])
-
     blocks = BlockGenerator(dit, reference, text, schedule, window, dtype)
-    hook = dit.register_forward_hook(note)
     made, frame = [], 0
-    try:
-        for block in range(drive.shape[1] // window.block):
-            latents = slice(block * window.block, (block + 1) * window.block)
-            signals = iter([drive[:, latents]])
+    for block in range(drive.shape[1] // window.block):
+        latents = slice(block * window.block, (block + 1) * window.block)
+        signals = iter([drive[:, latents]])
 
-            def draw(signals: Iterator[Tensor] = signals) -> Tensor:
-                noise = torch.randn(blocks.shape, device=reference.device, generator=generator)
-                carried = next(signals, None)
-                return noise if carried is None else write(noise, carried, eyes)
+        def draw(signals: Iterator[Tensor] = signals) -> Tensor:
+            noise = torch.randn(blocks.shape, device=reference.device, generator=generator)
+            carried = next(signals, None)
+            return noise if carried is None else write(noise, carried, eyes)
 
-            length = block_frames(block, window.block)
-            made.append(blocks.make(audio[:, frame : frame + length], draw))
-            frame += length
-    finally:
-        hook.remove()
-    first = torch.cat(firsts, 2)
-    first[:, :, :1] = reference
-    return RolledOut(torch.cat(made, 2).clone(), first.clone())
+        length = block_frames(block, window.block)
+        made.append(blocks.make(audio[:, frame : frame + length], draw))
+        frame += length
+    return torch.cat(made, 2)

@@ -111,7 +111,8 @@ class LiveTraining:
                 f"{self.stage}: planned_minutes is {stage.planned_minutes:g}, but earlier calls took "
                 f"{before:.2f} and this one adds {minutes:g}; set it to {before + minutes:.2f} or more"
             )
-        budget = Budget(minutes, stage.planned_minutes, before, self.ranks)
+        skipped = stage.anew_after if self.stage == "student" else 0.0
+        budget = Budget(minutes, stage.planned_minutes - skipped, before - skipped, self.ranks)
         torch.manual_seed(self.seed)
         studio = Studio(self.factory.stream(stage.frames, self.seed), self.seed, self.device)
         film = studio.film_takes(self.held_out, 0)

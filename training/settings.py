@@ -139,18 +139,20 @@ class StudentSettings(StageSettings):
     """Extra weight of the areas around the eyes."""
     steady: float
     """Weight of the change of the error from one latent frame to the next, against flicker."""
-    true_first: float
-    """Share of the planned minutes, at the start, in which blocks see the film's latents."""
+    at_steps: float
+    """Share of examples at the noise levels of the steps; the others are at any level."""
     true_share: float
-    """Share of examples whose blocks see the film's latents later; the others see rolled-out ones."""
+    """Share of finished blocks that are the film's; the others are the student's own."""
     corrupt: float
-    """Share of examples with the film's latents that are disturbed."""
+    """Share of examples whose finished blocks of the film are disturbed."""
     whole_sound: float
     """Share of stories whose sound is encoded as a whole; that of the others comes block by block."""
-    rolled: int
-    """Stories that are rolled out together."""
-    roll_every: int
-    """Steps between two roll-outs."""
+    own: int
+    """Stories whose own blocks are renewed together."""
+    own_every: int
+    """Steps between two renewals."""
+    anew_after: float
+    """Minutes of earlier calls after which the learning rate starts anew."""
     mirror: bool
     """Whether to use each clip a second time, mirrored and in other light."""
     compile: bool

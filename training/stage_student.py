@@ -1,13 +1,18 @@
 """The block-causal student of the DiT, for live use: few steps, no guidance, blocks from a cache.
 
 It starts as the packaged DiT and learns the film itself. That is possible because the noise carries what
-happens by chance (`training.drive`): what is left to average over is small, so two steps are enough, and what
-the sampler's seed decides still happens. It learns at the two noise levels it runs at. What it sees of
-earlier blocks are at first the film's latents, later its own: stories are rolled out again and again with the
-engine's loop (`training.causal`), and the film says what should follow (dataset aggregation). The second step
-starts from what its own first step made.
+happens by chance (`training.drive`): what is left to average over is small, so few steps are enough, and what
+the sampler's seed decides still happens. Only pure noise carries it: later steps add fresh noise, so there
+the model must go by what is left of the picture.
+
+What it sees of earlier blocks is the film's or its own, block by block at random. Its own are made from such
+a mixture again, so errors of several blocks occur, but the film's blocks between them keep what follows in
+step with the film. Whole stories of its own do not: once it has left the film's pose, the film says nothing
+about what should follow, and the mean of all poses is a blurred face, which leads to more blur
+(docs/lab_notes.md). For the same reason later steps start from the noisy film and not from its own first
+step: that teaches them to make a picture sharp, not to average.
 Sound is encoded block by block, as in a live session: a block hears two frames beyond its end.
-Sources: Self Forcing (arXiv 2506.08009), DAgger (arXiv 1011.0686).
+Sources: Self Forcing (arXiv 2506.08009), diffusion forcing (arXiv 2407.01392), DAgger (arXiv 1011.0686).
 
 Shapes: B stories, T latent frames, N = 4T-3 video frames, D audio width, K signals, h w latent pixels.
 """
@@ -23,10 +28,11 @@ from torch import Tensor
 from omniavatar.encoders.live_audio import AHEAD_FRAMES
 from omniavatar.model.dit import RunBlocks, TextState, WanDiT
 from omniavatar.sampling.causal import CausalWindow
+from omniavatar.sampling.denoise import denoise
 from omniavatar.sampling.schedule import Schedule, make_schedule
 from omniavatar.sampling.windows import block_frames
 from training.augment import roughen
-from training.causal import RolledOut, block_causal, blocks_runner, roll_out, velocity
+from training.causal import block_causal, blocks_runner, roll_out, velocity
 from training.drive import write
 from training.loop import Budget, Log, Optimiser, Pool
 from training.nets import AudioTrainer, Nets, PromptEncoder, normalise_sound, normalised_latents, pixels_of
@@ -41,6 +47,8 @@ from training.takes import SAMPLES_A_FRAME, Take
 
 TINT = 0.05
 """Standard deviation of a constant added to each channel of disturbed latents, which changes colours."""
+SOFTEST = 0.6
+"""Most of the mean of its neighbours in a disturbed latent pixel."""
 TOKENS = (SIZE // 16) ** 2
 """Of one latent frame."""
 
@@ -84,8 +92,8 @@ def told(
 ) -> dict[str, Tensor]:
     """The tensors of filmed stories for the pool.
 
-    Latents (B, 16, T, h, w), twice more what a roll-out makes of them (`RolledOut`) and whether it was made
-    (B,), loss weights (B, T, h, w), drive (B, T, K), eyes (B, 2, 2), audio (B, N, D), prompt tokens.
+    Latents (B, 16, T, h, w), what the student makes of them (`own_blocks`) and whether it did (B,), loss
+    weights (B, T, h, w), drive (B, T, K), eyes (B, 2, 2), audio (B, N, D), prompt tokens.
     """
     count, frames = film.frames.shape[:2]
     device = film.frames.device
@@ -102,8 +110,7 @@ def told(
     room = (0, PROMPT_TOKENS - ids.shape[1])
     return {
         "latents": latents,
-        "rolled": latents,
-        "first": latents,
+        "own": latents,
         "made": torch.zeros(count, device=device),
         "weight": face_weight(places, settings.mouth, settings.eyes)[:, 0].half(),
         "drive": drive,
@@ -114,49 +121,81 @@ def told(
     }
 
 
-def tinted(latents: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Latents (B, 16, T, h, w), most of them disturbed (`disturb`) and in other colours."""
+def worn(latents: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Latents (B, 16, T, h, w), most of them disturbed (`disturb`), in other colours and softer."""
     batch, channels = latents.shape[:2]
-    hit = torch.rand(batch, 1, 1, 1, 1, device=latents.device, generator=generator) < share
+    hit, softness = torch.rand(2, batch, 1, 1, 1, 1, device=latents.device, generator=generator)
     colour = torch.randn(batch, channels, 1, 1, 1, device=latents.device, generator=generator)
-    return disturb(latents, share, generator) + TINT * hit * colour
+    soft = torch.nn.functional.avg_pool3d(latents, (1, 3, 3), 1, (0, 1, 1), count_include_pad=False)
+    changed = torch.lerp(latents, soft, SOFTEST * softness) + TINT * colour
+    return disturb(torch.where(hit < share, changed, latents), share, generator)
+
+
+def seen_blocks(stories: dict[str, Tensor], settings: StudentSettings, generator: torch.Generator) -> Tensor:
+    """Finished blocks (B, 16, T, h, w), each the film's or the student's own."""
+    true = stories["latents"].float()
+    batch, latents = true.shape[0], true.shape[2]
+    luck = torch.rand(batch, latents // settings.block, device=true.device, generator=generator)
+    own = (luck >= settings.true_share) & (stories["made"] > 0)[:, None]
+    chosen = own.repeat_interleave(settings.block, 1)[:, None, :, None, None]
+    made = torch.where(chosen, stories["own"].float(), worn(true, settings.corrupt, generator))
+    made[:, :, :1] = true[:, :, :1]
+    return made
 
 
 def student_batch(
-    stories: dict[str, Tensor],
-    settings: StudentSettings,
-    true_share: float,
-    generator: torch.Generator,
+    stories: dict[str, Tensor], settings: StudentSettings, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """One training example per story, at one of the steps.
-
-    true_share: share of the examples whose blocks see the film's latents, though the story was rolled out.
-    """
-    levels = torch.tensor(schedule_of(settings).sigmas, device=generator.device)
+    """One training example per story, at one of the steps or any other noise level."""
     true = stories["latents"].float()
-    batch = len(true)
-    luck, which = torch.rand(2, batch, device=true.device, generator=generator)
-    own = ((luck >= true_share) & (stories["made"] > 0)).view(-1, 1, 1, 1, 1)
-    near = tinted(true, settings.corrupt, generator)
-    finished = torch.where(own, stories["rolled"].float(), near)
-    before = torch.where(own, stories["first"].float(), tinted(true, settings.corrupt, generator))
-    step = (which * len(levels)).long().clamp(max=len(levels) - 1)
-    level = levels[step].view(-1, 1, 1, 1, 1)
-    noise = torch.randn(true.shape, device=true.device, generator=generator)
-    start = write(noise, stories["drive"], stories["eyes"])
-    sample = torch.where((step == 0).view(-1, 1, 1, 1, 1), start, (1 - level) * before + level * noise)
-    for each in (finished, sample):
-        each[:, :, :1] = true[:, :, :1]
+    batch, device = len(true), true.device
+    steps = torch.tensor(schedule_of(settings).sigmas, device=device)
+    u, choice = torch.rand(2, batch, device=device, generator=generator)
+    drawn = torch.randint(len(steps), (batch,), device=device, generator=generator)
+    sigma = torch.where(choice < settings.at_steps, steps[drawn], SHIFT * u / (1 + (SHIFT - 1) * u))
+    level = sigma.view(-1, 1, 1, 1, 1)
+    noise = torch.randn(true.shape, device=device, generator=generator)
+    noise = torch.where(level == 1, write(noise, stories["drive"], stories["eyes"]), noise)
+    sample = (1 - level) * true + level * noise
+    sample[:, :, :1] = true[:, :, :1]
     weight = (1 + stories["weight"].float())[:, None].clone()
     weight[:, :, 0] = 0
     return {
-        "finished": finished,
+        "finished": seen_blocks(stories, settings, generator),
         "sample": sample,
-        "timestep": 1000 * levels[step],
-        "target": (sample - true) / level,
+        "timestep": 1000 * sigma,
+        "target": noise - true,
         "weight": weight / weight.mean(),
         **{name: stories[name] for name in ("audio", "ids", "mask")},
     }
+
+
+@torch.no_grad()
+def own_blocks(
+    nets: Nets,
+    stories: dict[str, Tensor],
+    settings: StudentSettings,
+    generator: torch.Generator,
+    run_blocks: RunBlocks,
+) -> Tensor:
+    """What the student makes of all blocks (B, 16, T, h, w) at once, each after `seen_blocks`."""
+    true = stories["latents"].float()
+    finished, schedule = seen_blocks(stories, settings, generator), schedule_of(settings)
+    signals = iter([stories["drive"]])
+
+    def draw() -> Tensor:
+        noise = torch.randn(true.shape, device=true.device, generator=generator)
+        carried = next(signals, None)
+        return noise if carried is None else write(noise, carried, stories["eyes"])
+
+    with mixed(true.device):
+        text = nets.dit.prepare_text(nets.text(stories["ids"], stories["mask"]))
+
+        def forward(sample: Tensor, step: int) -> Tensor:
+            timestep = torch.full((len(true),), schedule.timesteps[step], device=true.device)
+            return velocity(nets.dit, finished, sample, timestep, text, stories["audio"].float(), run_blocks)
+
+        return denoise(forward, schedule, true[:, :, :1], draw, "causal")
 
 
 def student_loss(
@@ -183,8 +222,8 @@ def student_loss(
 @torch.no_grad()
 def rolled(
     nets: Nets, stories: dict[str, Tensor], settings: StudentSettings, generator: torch.Generator
-) -> RolledOut:
-    """What the student makes of stories of the pool."""
+) -> Tensor:
+    """What the student makes of stories of the pool on its own (B, 16, T, h, w), as in a live session."""
     device = stories["latents"].device
     with mixed(device):
         text: TextState = nets.dit.prepare_text(nets.text(stories["ids"], stories["mask"]))
@@ -202,10 +241,16 @@ def rolled(
         )
 
 
+def roughness(latents: Tensor) -> Tensor:
+    """Mean square difference of neighbours in the last latents of stories; blurred faces have little."""
+    last = latents[:, :, -1].float()
+    return last.diff(dim=-1).square().mean() + last.diff(dim=-2).square().mean()
+
+
 @torch.no_grad()
-def show(nets: Nets, film: Film, made: RolledOut) -> Sampled:
+def show(nets: Nets, film: Film, made: Tensor) -> Sampled:
     """Frames of rolled-out stories beside the film's."""
-    pixels = torch.cat([pixels_of(nets.vae, row[None]).clamp(-1, 1) for row in made.latents.float()])
+    pixels = torch.cat([pixels_of(nets.vae, row[None]).clamp(-1, 1) for row in made.float()])
     return compared(((pixels.transpose(1, 2) + 1) * 127.5).round().to(torch.uint8), film)
 
 
@@ -230,7 +275,8 @@ def train_student(
         fixed.eval().requires_grad_(False)
     blocks = (settings.frames + 3) // 4 // settings.block
     attend = block_causal(window_of(settings), settings.block * TOKENS, blocks)
-    run_blocks = blocks_runner(nets.dit, attend, settings.compile)
+    plain = blocks_runner(nets.dit, attend, False)
+    run_blocks = blocks_runner(nets.dit, attend, True) if settings.compile else plain
     optimiser = Optimiser({"dit": nets.dit}, settings, budget)
     pool = Pool(settings.pool)
 
@@ -248,11 +294,10 @@ def train_student(
         with mixed(device):
             return student_loss(nets.dit, nets.text, batch, settings.steady, run_blocks)
 
-    def roll_some() -> None:
-        rows = torch.randperm(pool.filled, device=device, generator=generator)[: settings.rolled]
-        made = rolled(nets, {name: value[rows] for name, value in pool.tensors.items()}, settings, generator)
-        pool.tensors["rolled"][rows] = made.latents.half()
-        pool.tensors["first"][rows] = made.first.half()
+    def renew_own() -> None:
+        rows = torch.randperm(pool.filled, device=device, generator=generator)[: settings.own]
+        stories = {name: value[rows] for name, value in pool.tensors.items()}
+        pool.tensors["own"][rows] = own_blocks(nets, stories, settings, generator, plain).half()
         pool.tensors["made"][rows] = 1
 
     def measured_now(**values: float) -> None:
@@ -260,11 +305,12 @@ def train_student(
         made = rolled(nets, test, settings, torch.Generator(device).manual_seed(5))
         true = test["latents"].float()
         weight = 1 + test["weight"].float()[:, None]
-        error = float(((made.latents.float() - true).square() * weight).mean() / weight.mean())
-        tail = float((made.latents.float() - true)[:, :, -settings.block :].square().mean())
+        error = float(((made - true).square() * weight).mean() / weight.mean())
+        tail = float((made - true)[:, :, -settings.block :].square().mean())
+        sharp = float(roughness(made) / roughness(true))
         shown = show(nets, held_out, made)
         log.add(
-            "student", budget, optimiser.steps, rolled=error, tail=tail, mouth_r=shown.mouth_r,
+            "student", budget, optimiser.steps, rolled=error, tail=tail, sharp=sharp, mouth_r=shown.mouth_r,
             eyes_r=shown.eyes_r, psnr=shown.psnr, clips=pool.filled, **values,
         )  # fmt: skip
         keep()
@@ -277,11 +323,9 @@ def train_student(
     measured, mean = budget.spent, None
     with Supply(make, settings.fresh, device) if settings.fresh else nullcontext() as supply:
         while not budget.over:
-            early = budget.progress < settings.true_first
-            if not early and optimiser.steps % settings.roll_every == 0:
-                roll_some()
-            share = 1.0 if early else settings.true_share
-            loss = loss_of(student_batch(pool.draw(settings.batch, generator), settings, share, generator))
+            if optimiser.steps % settings.own_every == 0:
+                renew_own()
+            loss = loss_of(student_batch(pool.draw(settings.batch, generator), settings, generator))
             optimiser.step(loss)
             loss = loss.detach()
             mean = loss.clone() if mean is None else mean.lerp_(loss, 0.02)

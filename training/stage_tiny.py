@@ -24,6 +24,8 @@ from training.stage_dit import disturb
 from training.stage_vae import measured_fidelity, picture_loss, to_pixels
 from training.studio import Studio, mouth_weight
 
+BRANCH = 0.1
+"""Scale of the last convolution of residual branches, and of the pictures, before training."""
 UNCOUNTED = 2
 """Latents at the start of an example from the middle of a story."""
 
@@ -54,15 +56,22 @@ def convolved(layers: nn.Sequential, x: Tensor) -> Tensor:
 
 
 def fill_in(tiny: TinyDecoder) -> None:
-    """Start weights: signals keep their scale, residual branches are small, and pictures begin grey."""
-    for name, weight in tiny.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(weight)
-        else:
-            branch = 0.3 if name.endswith("conv.4.weight") else 1.0
-            nn.init.normal_(weight, std=branch * (2 / weight[0].numel()) ** 0.5)
+    """Start weights: signals keep their scale, residual branches are small, and pictures begin grey.
+
+    Without this the first pictures are far beyond black and white, and their gradients kill all channels.
+    """
+    memory = {part for block in tiny.decoder if isinstance(block, MemoryBlock) for part in block.conv}
+    for module in tiny.modules():
+        if isinstance(module, nn.Conv2d):
+            followed = 2.0 if module in memory or module.bias is not None else 1.0
+            nn.init.normal_(module.weight, std=(followed / module.weight[0].numel()) ** 0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for block in tiny.decoder:
+        if isinstance(block, MemoryBlock):
+            cast(nn.Conv2d, block.conv[-1]).weight.data.mul_(BRANCH)
     head = cast(nn.Conv2d, tiny.decoder[-1])
-    nn.init.normal_(head.weight, std=0.02)
+    head.weight.data.mul_(BRANCH)
     nn.init.constant_(cast(Tensor, head.bias), 0.5)
 
 

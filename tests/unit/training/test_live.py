@@ -1,15 +1,16 @@
 """Training for live use: what it computes at once equals what the engine computes block after block."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from training import nets as training_nets
 from training.causal import block_causal, blocks_runner, roll_out, velocity
-from training.drive import SIGNALS
+from training.drive import SIGNALS, read
 from training.scale import POCKET
 from training.settings import read_live_settings
-from training.stage_student import heard_live, schedule_of, student_batch, window_of
+from training.stage_student import heard_live, own_blocks, seen_blocks, student_batch, window_of
 from training.stage_tiny import decode, fill_in
 
 from omniavatar.checkpoint.layout_files import TOKENIZER
@@ -63,7 +64,7 @@ def test_all_blocks_at_once_see_what_the_engines_cache_holds(nets, stories, wind
             assert {float(each[2]) for each in passes} == {timestep}
             at_once = velocity(
                 nets.dit,
-                made.latents,
+                made,
                 torch.cat([each[0] for each in passes], 2),
                 torch.full((2,), timestep),
                 text,
@@ -73,18 +74,7 @@ def test_all_blocks_at_once_see_what_the_engines_cache_holds(nets, stories, wind
             torch.testing.assert_close(
                 at_once, torch.cat([each[3] for each in passes], 2), atol=2e-5, rtol=1e-4
             )
-    torch.testing.assert_close(made.latents[:, :, :1], stories["latents"][:, :, :1])
-
-
-def test_what_the_first_step_saw_is_kept(nets, stories):
-    one = make_schedule(1, 5.0, (1000.0,))
-    with torch.no_grad():
-        text = nets.dit.prepare_text(torch.randn(2, 6, POCKET.text.dim))
-        made = roll_out(
-            nets.dit, CausalWindow(2, 4, 0), one, stories["latents"][:, :, :1], text, stories["audio"],
-            stories["drive"], stories["eyes"], torch.Generator().manual_seed(3), torch.float32,
-        )  # fmt: skip
-    torch.testing.assert_close(made.first, made.latents)
+    torch.testing.assert_close(made[:, :, :1], stories["latents"][:, :, :1])
 
 
 def test_sound_is_heard_as_in_a_live_session(nets):
@@ -104,27 +94,54 @@ class Ears:
         self.model, self.width = model, POCKET.dit.audio_dim
 
 
-def test_examples_at_later_steps_start_from_the_students_own_first_step(stories):
-    settings = read_live_settings(CHECK).student
+@pytest.fixture
+def pooled(stories):
+    """Stories as they lie in the pool; the student's own blocks are all 5."""
     shape = stories["latents"].shape
-    own = {name: torch.full(shape, value) for name, value in (("rolled", 5.0), ("first", 7.0))}
-    batch = student_batch(
-        {
-            **stories, **own, "made": torch.ones(2), "weight": torch.zeros(2, *shape[2:]),
-            "ids": torch.ones(2, 3), "mask": torch.ones(2, 3),
-        },
-        settings, 0.0, torch.Generator().manual_seed(1),
-    )  # fmt: skip
-    assert set(batch["timestep"].tolist()) == {1000.0, 625.0}
-    first = int(batch["timestep"].argmax())
-    assert (batch["finished"][:, :, 1:] == 5).all()
-    torch.testing.assert_close(batch["finished"][:, :, :1], stories["latents"][:, :, :1])
-    level = schedule_of(settings).sigmas[1]
-    assert abs(batch["sample"][1 - first, :, 1:].mean() - (1 - level) * 7) < 0.2
-    assert abs(batch["sample"][first, :, 1:].mean()) < 0.2
-    reached = batch["sample"] - batch["target"] * (batch["timestep"] / 1000).view(-1, 1, 1, 1, 1)
-    torch.testing.assert_close(reached, stories["latents"], atol=1e-5, rtol=1e-4)
-    assert (batch["weight"][:, :, 0] == 0).all()
+    words = {"ids": torch.ones(2, 160, dtype=torch.long), "mask": torch.ones(2, 160, dtype=torch.long)}
+    made = {"own": torch.full(shape, 5.0), "made": torch.ones(2), "weight": torch.zeros(2, *shape[2:])}
+    return {**stories, **words, **made}
+
+
+def test_finished_blocks_are_the_films_or_the_students_own_as_a_whole(pooled):
+    settings = replace(read_live_settings(CHECK).student, corrupt=0.0)
+    finished = seen_blocks(pooled, settings, torch.Generator().manual_seed(1))
+    own = (finished == 5).all(1).all(-1).all(-1)
+    assert not own[:, 0].any()
+    assert (own[:, 2::2] == own[:, 3::2]).all()
+    assert own.any()
+    assert not own[:, 2:].all()
+    true = ~own[:, None, :, None, None]
+    torch.testing.assert_close(finished * true, pooled["latents"] * true)
+    early = seen_blocks({**pooled, "made": torch.zeros(2)}, settings, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(early, pooled["latents"])
+
+
+def test_examples_are_the_noisy_film_and_only_pure_noise_carries_the_drive(pooled):
+    settings = replace(read_live_settings(CHECK).student, at_steps=1.0)
+    generator = torch.Generator().manual_seed(1)
+    levels = set()
+    for _ in range(12):
+        batch = student_batch(pooled, settings, generator)
+        level = (batch["timestep"] / 1000).view(-1, 1, 1, 1, 1)
+        film = batch["sample"] - level * batch["target"]
+        torch.testing.assert_close(film[:, :, 1:], pooled["latents"][:, :, 1:], atol=1e-5, rtol=1e-4)
+        noise = batch["target"] + pooled["latents"]
+        carried = (read(noise, pooled["eyes"]) - pooled["drive"]).abs().amax((1, 2)) < 1e-3
+        assert (carried == (batch["timestep"] == 1000)).all()
+        levels |= set(batch["timestep"].round().tolist())
+        assert (batch["weight"][:, :, 0] == 0).all()
+    assert levels == set(settings.timesteps)
+
+
+def test_own_blocks_begin_with_the_portrait_and_depend_on_the_seed_only(nets, pooled):
+    settings = replace(read_live_settings(CHECK).student, timesteps=[1000], window=2)
+    plain = blocks_runner(nets.dit, block_causal(window_of(settings), TOKENS, 6), False)
+    at_once = own_blocks(nets, pooled, settings, torch.Generator().manual_seed(3), plain)
+    again = own_blocks(nets, pooled, settings, torch.Generator().manual_seed(3), plain)
+    torch.testing.assert_close(at_once, again, atol=0, rtol=0)
+    torch.testing.assert_close(at_once[:, :, :1], pooled["latents"][:, :, :1])
+    assert (at_once[:, :, 1:] - pooled["latents"][:, :, 1:]).abs().mean() > 0.1
 
 
 def test_the_student_sees_whole_blocks_of_the_settings():
