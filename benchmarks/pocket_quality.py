@@ -8,7 +8,7 @@ Files lie below --work, default benchmarks/build/pocket:
     python -m benchmarks pocket_quality measure
     python -m benchmarks pocket_quality generate --config configs/pocket.yaml --tradeoff  # better on a GPU
     python -m benchmarks pocket_quality measure --tradeoff
-    python -m benchmarks pocket_quality generate --live          # the path of a live session
+    python -m benchmarks pocket_quality generate --live --config live.yaml   # the path of a live session
     python -m benchmarks pocket_quality measure --made live
 
 `prepare` needs the synthesisers (`training/fetch_tools.sh`) and renders for some minutes. `generate` runs on
@@ -35,7 +35,6 @@ from benchmarks.shared.options import make_parser
 
 WORK = Path("benchmarks/build/pocket")
 TRADEOFF_CLIPS = 4
-OFFLINE, LIVE = Path("configs/pocket.yaml"), Path("configs/pocket_live.yaml")
 
 
 def prepare(arguments: argparse.Namespace) -> None:
@@ -88,16 +87,15 @@ def make(arguments: argparse.Namespace) -> None:
         chosen = tradeoff_clips(clips, arguments.clips or TRADEOFF_CLIPS)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         variants = chosen_variants(arguments.variants, device)
-        generate.generate(arguments.config or OFFLINE, arguments.work, variants, chosen, arguments.workers)
+        generate.generate(arguments.config, arguments.work, variants, chosen, arguments.workers)
         return
     if arguments.clips:
         clips = clips[: arguments.clips]
-    config = arguments.config or (LIVE if arguments.live else OFFLINE)
-    print(json.dumps(generate.measure_vae(config, arguments.work)), flush=True)
+    print(json.dumps(generate.measure_vae(arguments.config, arguments.work)), flush=True)
     if arguments.live:
-        live_path.generate(config, arguments.work, clips, arguments.workers)
+        live_path.generate(arguments.config, arguments.work, clips, arguments.workers)
     else:
-        generate.generate(config, arguments.work, [generate.DEFAULT], clips, arguments.workers)
+        generate.generate(arguments.config, arguments.work, [generate.DEFAULT], clips, arguments.workers)
 
 
 def what_is_seen(
@@ -185,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("--tradeoff", action="store_true", help="the variants instead of the default")
         command.add_argument("--variants", nargs="+", help="only these variants")
         if name == "generate":
-            command.add_argument("--config", type=Path, help=f"default: {OFFLINE}; with --live {LIVE}")
+            command.add_argument("--config", type=Path, default=Path("configs/pocket.yaml"))
             command.add_argument("--live", action="store_true", help="by the path of a live session")
             command.add_argument(
                 "--workers", type=int, default=1, help=f"processes; this machine: {os.cpu_count()}"

@@ -1,10 +1,11 @@
 """Exports the student and the small decoder to the files that the engine loads beside the packaged model.
 
-`python -m training.export_live STUDENT_DIR TINY_DIR OUT_DIR` reads folders of `training.live` and writes
-`live.safetensors`, the student as differences from the packaged DiT, and `live_decoder.safetensors`
-(bfloat16), and prints the strength for configs/pocket_live.yaml. The differences have the form of a LoRA file
-with whole deltas (`omniavatar.checkpoint.lora`) in float8, because a second DiT in bfloat16 would double the
-package. A factor that is a power of two brings them into float8's range; the strength takes it back.
+`python -m training.export_live STUDENT_DIR TINY_DIR OUT_DIR` reads folders of `training.live` and writes three
+files: `live.safetensors`, the student as differences from the packaged DiT; `live_decoder.safetensors`, in
+bfloat16; and `live.yaml`, the configuration of both for `omniavatar live` and `generate`. The differences have
+the form of a LoRA file with whole deltas (`omniavatar.checkpoint.lora`) in float8, because a second DiT in
+bfloat16 would double the package. A factor that is a power of two brings them into float8's range; the
+strength takes it back.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from training.nets import load_shards
 FLOAT8 = torch.float8_e4m3fn
 HIGHEST = 448.0
 """Of float8 e4m3."""
-STUDENT, DECODER = "live.safetensors", "live_decoder.safetensors"
+STUDENT, DECODER, CONFIG = "live.safetensors", "live_decoder.safetensors", "live.yaml"
+TEMPLATE = Path(__file__).parent / "configs" / "live_engine.yaml"
 
 
 def delta_key(name: str) -> str:
@@ -49,7 +51,7 @@ def differences(student: dict[str, Tensor], base: dict[str, Tensor]) -> tuple[di
 
 
 def export(student: Path, tiny: Path, out: Path, weights: Path = POCKET_WEIGHTS) -> float:
-    """Write both files below `out`; returns the strength of the student's.
+    """Write all files below `out`; returns the strength of the student's differences.
 
     weights: the model that it was trained from.
     """
@@ -58,6 +60,8 @@ def export(student: Path, tiny: Path, out: Path, weights: Path = POCKET_WEIGHTS)
     save_file(changes, out / STUDENT)
     decoder = {name: value.to(torch.bfloat16) for name, value in load_shards(tiny, "tiny").items()}
     save_file(decoder, out / DECODER)
+    text = TEMPLATE.read_text().replace("live:", f"{out.resolve()}/", 2).replace("STRENGTH", repr(strength))
+    (out / CONFIG).write_text(text)
     return strength
 
 

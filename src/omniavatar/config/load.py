@@ -28,10 +28,7 @@ Overrides = Sequence[str] | Mapping[str, Any]
 
 MOST_BYTES = 1_000_000
 """Of a YAML file, and of a checkpoint's config.json."""
-PACKAGED = {
-    "pocket": POCKET_WEIGHTS.parent / "pocket.yaml",
-    "pocket-live": POCKET_WEIGHTS.parent / "pocket_live.yaml",
-}
+PACKAGED = {"pocket": POCKET_WEIGHTS.parent / "pocket.yaml"}
 
 _SECTIONS = {
     name: set(field.annotation.model_fields)
@@ -76,8 +73,7 @@ def load_config(path: str | Path | None, overrides: Overrides = ()) -> LoadedCon
 
     Relative paths in the configuration refer to the current directory, as in the original code.
 
-    path: a YAML file, `pocket` or `pocket-live` for the packaged model (`./pocket` for a file of that name),
-        or None.
+    path: a YAML file, `pocket` for the packaged model (`./pocket` for a file of that name), or None.
     overrides: `--hp` texts, or a mapping of flat or dotted keys to values.
 
     Raises ConfigError with a message of one line.

@@ -3,14 +3,19 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from training.export_live import DECODER, HIGHEST, STUDENT, differences, export
+from training.export_live import CONFIG, DECODER, HIGHEST, STUDENT, TEMPLATE, differences, export
 from training.nets import make_dit, save_shards
+from training.settings import read_live_settings
+from training.stage_student import window_of
 from training.stage_tiny import fill_in
 
 from omniavatar.accel.attention.registry import create_attention
 from omniavatar.checkpoint.dit import DiTFiles, LoraFile, load_dit
 from omniavatar.checkpoint.tiny_decoder import load_tiny_decoder
+from omniavatar.config.load import load_config
 from omniavatar.model.tiny_decoder import TinyDecoder, TinyDecoderConfig
+
+SETTINGS = TEMPLATE.parent / "live.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +55,19 @@ def test_the_decoder_is_a_file_that_the_engine_reads(exported):
     assert read.config.widths == (16, 8, 8, 8)
     for name, value in tiny.state_dict().items():
         torch.testing.assert_close(read.state_dict()[name], value.bfloat16().float(), atol=1e-2, rtol=1e-2)
+
+
+def test_the_configuration_names_the_files_and_the_strength(exported):
+    folder, *_, strength = exported
+    model = load_config(folder / "out" / CONFIG).config.model
+    model.check_files_named()
+    assert model.decoder_path == (folder / "out" / DECODER).resolve()
+    assert [(lora.path, lora.strength) for lora in model.loras] == [
+        ((folder / "out" / STUDENT).resolve(), strength)
+    ]
+    live, trained = load_config(folder / "out" / CONFIG).config.sampling, read_live_settings(SETTINGS).student
+    assert live.causal == window_of(trained)
+    assert list(live.timesteps) == trained.timesteps
 
 
 def test_the_factor_uses_the_range_of_float8_and_never_leaves_it():

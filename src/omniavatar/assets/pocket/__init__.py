@@ -1,8 +1,7 @@
 """The small trained model in the package: weights, configuration and a portrait (docs/pocket.md).
 
-`training/export.py` writes `weights/`, and `training/export_live.py` its files for live use. `pocket.yaml`
-and `pocket_live.yaml` are copies of those in configs/. `portrait.png` is a rendered head outside the training
-data (`training/portraits.py`).
+`training/export.py` writes `weights/`. `pocket.yaml` is a copy of configs/pocket.yaml. `portrait.png` is a
+rendered head outside the training data (`training/portraits.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +10,5 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 CONFIG = FOLDER / "pocket.yaml"
-LIVE_CONFIG = FOLDER / "pocket_live.yaml"
 PORTRAIT = FOLDER / "portrait.png"
 PROMPT = "A person is talking to the camera, smiling, still"
