@@ -1,10 +1,10 @@
 """Exports the student and the small decoder to the files that the engine loads beside the packaged model.
 
-`python -m training.export_live STUDENT_DIR TINY_DIR OUT_DIR` reads folders of `training.live` and writes three
-files: `live.safetensors`, the student as differences from the packaged DiT; `live_decoder.safetensors`, in
-bfloat16; and `live.yaml`, the configuration of both for `omniavatar live` and `generate`. The differences have
-the form of a LoRA file with whole deltas (`omniavatar.checkpoint.lora`) in float8, because a second DiT in
-bfloat16 would double the package. A factor that is a power of two brings them into float8's range; the
+`python -m training.export_live STUDENT_DIR TINY_DIR OUT_DIR` reads folders of `training.live` and writes
+three files: `live.safetensors`, the student as differences from the packaged DiT; `live_decoder.safetensors`,
+in bfloat16; and `live.yaml`, the configuration of both for `omniavatar live` and `generate`. The differences
+have the form of a LoRA file with whole deltas (`omniavatar.checkpoint.lora`) in float8, because a second DiT
+in bfloat16 would double the package. A factor that is a power of two brings them into float8's range; the
 strength takes it back.
 """
 
