@@ -65,6 +65,7 @@ def browser() -> Iterator[Browser]:
 def page(server: WebServer, browser: Browser) -> Iterator[Page]:
     context = browser.new_context(viewport=DESK, permissions=["camera", "microphone"])
     page = context.new_page()
+    page.set_default_timeout(120_000)
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda line: problems.append(line.text) if "Security Policy" in line.text else None)
@@ -89,7 +90,9 @@ def speech(folder: Path) -> Path:
     return small_pocket.write_voice(folder / "talk.wav", 2.5)
 
 
-def test_upload_plan_run_reload_and_play(page: Page, face: Path, speech: Path, folder: Path) -> None:
+def test_upload_plan_run_reload_play_and_use_again(
+    page: Page, face: Path, speech: Path, folder: Path
+) -> None:
     page.set_input_files("#portrait-file", face)
     page.set_input_files("#voice-file", speech)
     until(page, "document.getElementById('plan-facts').childElementCount === 6")
@@ -122,8 +125,7 @@ def test_upload_plan_run_reload_and_play(page: Page, face: Path, speech: Path, f
         page.click("#gallery a")
     assert saved.value.path().read_bytes()[4:8] == b"ftyp"
 
-
-def test_settings_of_a_video_are_used_again(page: Page) -> None:
+    # the settings of a video are used again
     page.fill("#prompt", "something else")
     page.check("[value=best]")
     page.click("#gallery >> text=Use settings")
@@ -177,6 +179,7 @@ def test_cancel_by_keyboard_alone(page: Page, server: WebServer) -> None:
     """From the top of the page to a running video and its end, with Tab, arrows, Space and Enter."""
     page.goto(server.address)
     until(page, READY)
+    kept = page.locator("#gallery li").count()
     reach(page, "portrait-example")
     page.keyboard.press("Enter")
     until(page, "!document.getElementById('portrait-image').hidden")
@@ -197,7 +200,7 @@ def test_cancel_by_keyboard_alone(page: Page, server: WebServer) -> None:
     assert shown(page, "#gallery li:first-child").startswith("Cancelled")
     page.click("#gallery li:first-child >> text=Delete")
     page.click("text=Really delete?")
-    until(page, "document.querySelectorAll('#gallery li').length === 1")
+    until(page, f"document.querySelectorAll('#gallery li').length === {kept}")
 
 
 def reach(page: Page, id: str | None, value: str = "") -> None:
