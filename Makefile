@@ -8,8 +8,8 @@ STAMP := $(VENV)/.installed
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] <= (3,13))' \
 	&& echo $$p && break; done 2>/dev/null)
-# twice the cores that the tests are meant for: many of them wait for a clock or a process
-WORKERS ?= 4
+# one more than the cores that the tests are meant for: many of them wait for a clock or a process
+WORKERS ?= 3
 FUZZ_SECONDS ?= 1800
 
 .PHONY: demo check test test-integrations fuzz stress lint docs format install clean

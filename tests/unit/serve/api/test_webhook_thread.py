@@ -92,7 +92,7 @@ def test_a_slow_receiver_delays_no_other_and_not_the_end(serve: Serve, site: Sit
             server.finish()
         hooks = Webhooks(server.store, Outside(private=True), SECRET, tries=3, seconds=600.0)
         hooks.start()
-        until(lambda: len(site.posts) == 1 and len(taken) == 1)
+        until(lambda: len(site.posts) == 1 and len(taken) == 1 and waiting(server) == 1)
         began = time.monotonic()
         hooks.stop()
         assert time.monotonic() - began < 10
