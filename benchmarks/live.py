@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.shared.options import make_parser, words
+from benchmarks.shared.options import make_parser, size_of, words
 from benchmarks.shared.report import print_result, print_table, spread
-from benchmarks.shared.timing import require_cuda
+from benchmarks.shared.timing import quantile, require_cuda
 from omniavatar.accel.apply import AccelConfig, apply_accelerations, row_dtype
 from omniavatar.accel.attention.registry import ATTENTION, create_attention
 from omniavatar.accel.decoder import apply_decoder
@@ -192,24 +192,19 @@ def summary(times: list[float]) -> list[float]:
     return [statistics.median(times), min(times), max(times)]
 
 
-def quantile(times: list[float], share: float) -> float:
-    return sorted(times)[min(len(times) - 1, int(share * len(times)))]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser(__name__, __doc__)
     parser.add_argument("--scale", default="1.3B")
-    parser.add_argument("--size", default="512x512", help="height x width")
+    parser.add_argument("--size", type=size_of, default="512x512", help="height x width")
     parser.add_argument("--blocks", type=int, default=20, help="timed blocks of each kind")
     parser.add_argument("--variants", type=words, default=list(VARIANTS))
     options = parser.parse_args(arguments)
     require_cuda()
-    height, width = (int(side) for side in options.size.split("x"))
-    rows = measure(options.scale, (height, width), options.blocks, options.variants)
+    rows = measure(options.scale, options.size, options.blocks, options.variants)
     heads = ["layers", "attention", "decoder", "error", "passes, s", "in turn, s", "beside, s", "frames/s",
              "p99/median", "peak GiB"]  # fmt: skip
     print_table(heads, map(cells, rows))
-    print_result("live", scale=options.scale, size=[height, width], blocks=options.blocks, rows=rows)
+    print_result("live", scale=options.scale, size=options.size, blocks=options.blocks, rows=rows)
 
 
 def cells(row: dict[str, Any]) -> list[str]:

@@ -25,8 +25,9 @@ import numpy as np
 import torch
 
 from benchmarks.shared.inputs import RATE, paint_faintly, speech
-from benchmarks.shared.options import add_config, add_hp, make_parser
+from benchmarks.shared.options import add_config, add_hp, make_parser, size_of
 from benchmarks.shared.report import print_result, print_table
+from benchmarks.shared.timing import quantile
 from omniavatar import AvatarPipeline, LiveSession
 from omniavatar.assets import PORTRAIT
 from omniavatar.config.load import load_config
@@ -132,13 +133,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser(__name__, __doc__)
     add_config(parser, "configs/livetalk.yaml")
     parser.add_argument("--scale", default="1.3B")
-    parser.add_argument("--size", default="512x512", help="height x width")
+    parser.add_argument("--size", type=size_of, default="512x512", help="height x width")
     parser.add_argument("--answers", type=int, default=12)
     parser.add_argument("--talk", type=float, default=15.0, help="seconds of sound pushed in real time")
     parser.add_argument("--sessions", type=int, default=2)
     add_hp(parser)
     options = parser.parse_args(arguments)
-    size = [int(side) for side in options.size.split("x")]
+    size = list(options.size)
     values = ["weights=random", f"scale={options.scale}", f"image_sizes_720={[size]}"]
     config = load_config(options.config, [*values, *options.hp]).config
     paint_faintly()
@@ -202,7 +203,3 @@ def measure(config: Any, answers: int, talk_s: float, sessions: int) -> dict[str
 
 def summary(times: Sequence[float]) -> dict[str, float]:
     return dict(median=statistics.median(times), min=min(times), p99=quantile(times, 0.99), max=max(times))
-
-
-def quantile(times: Sequence[float], share: float) -> float:
-    return sorted(times)[min(len(times) - 1, int(share * len(times)))]

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from benchmarks.shared.inputs import RATE, faint_portrait, paint_faintly, speech
-from benchmarks.shared.options import add_config, add_hp, make_parser
+from benchmarks.shared.options import add_config, add_hp, make_parser, size_of
 from benchmarks.shared.report import print_result
 from omniavatar import AvatarPipeline, AvatarRequest
 from omniavatar.assets import PORTRAIT
@@ -73,10 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", required=True)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--windows", type=int, default=0, help="windows to make; 0: all")
-    parser.add_argument("--size", default="400x720", help="height x width")
+    parser.add_argument("--size", type=size_of, default="400x720", help="height x width")
     add_hp(parser)
     options = parser.parse_args(arguments)
-    size = [int(side) for side in options.size.split("x")]
+    size = list(options.size)
     values = ["weights=random", f"scale={options.scale}", f"image_sizes_720={[size]}"]
     config = load_config(options.config, [*values, *options.hp]).config
     lead = config.video.silence_duration_s

@@ -30,11 +30,11 @@ WAIT_S = 180.0
 
 
 @contextmanager
-def chromium() -> Iterator[Browser]:
-    """A browser with a fake camera and a fake microphone."""
+def chromium(*flags: str) -> Iterator[Browser]:
+    """A browser with a fake camera and a fake microphone. flags: further options of the command."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=FLAGS, env=dict(os.environ), timeout=WAIT_S * 1000
+            executable_path=CHROMIUM, args=[*FLAGS, *flags], env=dict(os.environ), timeout=WAIT_S * 1000
         )
         yield browser
         browser.close()

@@ -88,7 +88,7 @@ def head_pipeline(
 
 
 def head_settings(checkpoint: Path, cache: Path, family: str, **changes: Any) -> dict[str, Any]:
-    """Settings of `head_pipeline`; the family is told by the files."""
+    """Settings of `head_pipeline`; the files say which family it is."""
     base, own = checkpoint / "SoulX-FlashHead-1_3B", checkpoint / "LeapTalk"
     values: dict[str, Any] = {
         "dit_path": str(base / "Model_Pro/diffusion_pytorch_model.safetensors"),

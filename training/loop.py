@@ -20,6 +20,15 @@ CHECK_EVERY = 10
 """Steps between two checks with the other ranks whether the time is over; a check waits for the device."""
 
 
+def mixed(device: torch.device, cached: bool = True) -> torch.autocast:
+    """bfloat16 on CUDA.
+
+    - cached: keep converted weights until the context ends. Off for captured steps, and where some parts run
+      without gradients: weights converted there have none, and the other parts would use them.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=cached)
+
+
 @dataclass(eq=False)
 class Budget:
     """Time budget of one stage in this session; `over` becomes true on all ranks in the same step.

@@ -152,7 +152,7 @@ class StudentSettings(StageSettings):
     own_every: int
     """Steps between two renewals."""
     anew_after: float
-    """Minutes of earlier calls after which the learning rate starts anew."""
+    """Minutes of earlier calls after which the learning rate starts again from its beginning."""
     mirror: bool
     """Whether to use each clip a second time, mirrored and in other light."""
     compile: bool

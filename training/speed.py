@@ -17,6 +17,7 @@ from omniavatar.checkpoint.layout_files import TOKENIZER
 from training.drive import SIGNALS
 from training.head import Head
 from training.looks import draw_looks
+from training.loop import mixed
 from training.nets import Nets, channels_last, normalised_latents
 from training.render import Performance, Renderer
 from training.scale import LATENTS, POCKET, SIZE, WINDOW
@@ -78,11 +79,8 @@ def measure(settings: Settings, device: torch.device, repeats: int, profile: boo
     pixels = to_pixels(frames[..., : settings.vae.crop, : settings.vae.crop])
     weight = torch.ones(clips, length, *pixels.shape[-2:], device=device)
 
-    def autocast() -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
     def vae_step() -> None:
-        with autocast():
+        with mixed(device):
             loss, _ = vae_loss(nets.vae, pixels, weight, settings.vae)
         loss.backward()
 
@@ -90,7 +88,7 @@ def measure(settings: Settings, device: torch.device, repeats: int, profile: boo
     window = torch.zeros(min(8, clips), 3, WINDOW, SIZE, SIZE, device=device)
 
     def encode() -> None:
-        with torch.no_grad(), autocast():
+        with torch.no_grad(), mixed(device):
             normalised_latents(nets.vae, window)
 
     timed("VAE encode", "windows", len(window), repeats, encode)
@@ -113,7 +111,7 @@ def measure(settings: Settings, device: torch.device, repeats: int, profile: boo
             continue
 
         def dit_step(run_blocks=run_blocks) -> None:  # type: ignore[no-untyped-def]
-            with autocast():
+            with mixed(device):
                 loss = dit_loss(nets.dit, nets.text, examples, settings.dit.steady, run_blocks)
             loss.backward()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.augment import roughen
-from training.loop import Budget, Log, Optimiser, Pool
+from training.loop import Budget, Log, Optimiser, Pool, mixed
 from training.nets import AudioTrainer, normalise_sound
 from training.phones import ARTICULATORS, frame_phones, smooth_articulate
 from training.settings import AudioSettings
@@ -110,7 +110,7 @@ def train_audio(
     while True:
         clips = pool.draw(settings.batch, generator)
         sound = normalise_sound(roughen(clips["sound"].float() / 32768, generator))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with mixed(device):
             loss, accuracy, square = audio_loss(net, clips, sound, settings.shape)
         optimiser.step(loss)
         if settings.fresh and optimiser.steps % settings.fresh_every == 0:

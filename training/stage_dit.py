@@ -29,7 +29,7 @@ from training.augment import roughen
 from training.drive import FRAMES_A_LATENT, mirrored_drive, windows_of, write
 from training.graphed import GraphedStep
 from training.handover import film_doubles
-from training.loop import Budget, Log, Optimiser, Pool
+from training.loop import Budget, Log, Optimiser, Pool, mixed
 from training.nets import Nets, PromptEncoder, normalise_sound, normalised_latents
 from training.scale import LATENTS, SIZE, WINDOW
 from training.settings import DitSettings
@@ -153,7 +153,7 @@ def stories_of(
         picked[:, -1], places[:, -1] = story.last
 
     def coded(clips: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with mixed(device):
             parts = clips.split(8 if device.type == "cuda" else 1)
             return torch.cat([normalised_latents(nets.vae, to_pixels(part)).half() for part in parts])
 
@@ -289,10 +289,15 @@ def dit_loss(
         run_blocks,
     )
     error = made.float() - batch["target"]
-    loss = (error.square() * batch["weight"]).mean()
+    return weighted_loss(error, batch["weight"], steady)
+
+
+def weighted_loss(error: Tensor, weight: Tensor, steady: float) -> Tensor:
+    """Weighted squared error (B, C, T, h, w), and `steady` times that of its change from latent to latent."""
+    loss = (error.square() * weight).mean()
     if not steady:
         return loss
-    both = torch.minimum(batch["weight"][:, :, 1:], batch["weight"][:, :, :-1])
+    both = torch.minimum(weight[:, :, 1:], weight[:, :, :-1])
     return loss + steady * 0.5 * (error.diff(dim=2).square() * both).mean()
 
 
@@ -308,7 +313,7 @@ def measure(nets: Nets, stories: dict[str, Tensor], settings: DitSettings, devic
     total = 0.0
     for _ in range(4):
         batch = dit_batch(stories, settings, generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with mixed(device):
             total += float(dit_loss(nets.dit, nets.text, batch, 0.0)) / 4
     return total
 
@@ -347,10 +352,7 @@ def train_dit(
         return stories_of(story, nets, settings, others)
 
     def loss_of(batch: dict[str, Tensor]) -> Tensor:
-        mixed = torch.autocast(
-            device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False
-        )
-        with mixed:
+        with mixed(device, cached=False):
             return dit_loss(nets.dit, nets.text, batch, settings.steady, run_blocks)
 
     def draw() -> dict[str, Tensor]:

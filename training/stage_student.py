@@ -20,7 +20,7 @@ Shapes: B stories, T latent frames, N = 4T-3 video frames, D audio width, K sign
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -34,12 +34,21 @@ from omniavatar.sampling.windows import block_frames
 from training.augment import roughen
 from training.causal import block_causal, blocks_runner, roll_out, velocity
 from training.drive import write
-from training.loop import Budget, Log, Optimiser, Pool
+from training.loop import Budget, Log, Optimiser, Pool, mixed
 from training.nets import AudioTrainer, Nets, PromptEncoder, normalise_sound, normalised_latents, pixels_of
 from training.sample import Sampled, compared
 from training.scale import SIZE
 from training.settings import StudentSettings
-from training.stage_dit import PROMPT_TOKENS, SHIFT, Story, disturb, drive_of, face_weight, mirrored
+from training.stage_dit import (
+    PROMPT_TOKENS,
+    SHIFT,
+    Story,
+    disturb,
+    drive_of,
+    face_weight,
+    mirrored,
+    weighted_loss,
+)
 from training.stage_vae import to_pixels
 from training.studio import Film, Studio
 from training.supply import Supply
@@ -61,11 +70,6 @@ def window_of(settings: StudentSettings) -> CausalWindow:
 def schedule_of(settings: StudentSettings) -> Schedule:
     """The noise levels of its steps."""
     return make_schedule(len(settings.timesteps), SHIFT, tuple(settings.timesteps))
-
-
-def mixed(device: torch.device) -> AbstractContextManager[object]:
-    """bfloat16 on CUDA. Weights are converted anew in each use, because roll-outs have no gradients."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
 
 
 def heard_live(audio: AudioTrainer, sound: Tensor, frames: int, block: int) -> Tensor:
@@ -97,7 +101,7 @@ def told(
     """
     count, frames = film.frames.shape[:2]
     device = film.frames.device
-    with mixed(device):
+    with mixed(device, cached=False):
         parts = film.frames.split(2 if device.type == "cuda" else 1)
         latents = torch.cat([normalised_latents(nets.vae, to_pixels(part)).half() for part in parts])
     places = torch.cat([film.mouth[:, :, None], film.eyes], 2)[:, None]
@@ -188,7 +192,7 @@ def own_blocks(
         carried = next(signals, None)
         return noise if carried is None else write(noise, carried, stories["eyes"])
 
-    with mixed(true.device):
+    with mixed(true.device, cached=False):
         text = nets.dit.prepare_text(nets.text(stories["ids"], stories["mask"]))
 
         def forward(sample: Tensor, step: int) -> Tensor:
@@ -214,9 +218,7 @@ def student_loss(
         run_blocks,
     )
     error = made - batch["target"]
-    loss = (error.square() * batch["weight"]).mean()
-    both = torch.minimum(batch["weight"][:, :, 1:], batch["weight"][:, :, :-1])
-    return loss + steady * 0.5 * (error.diff(dim=2).square() * both).mean()
+    return weighted_loss(error, batch["weight"], steady)
 
 
 @torch.no_grad()
@@ -225,7 +227,7 @@ def rolled(
 ) -> Tensor:
     """What the student makes of stories of the pool on its own (B, 16, T, h, w), as in a live session."""
     device = stories["latents"].device
-    with mixed(device):
+    with mixed(device, cached=False):
         text: TextState = nets.dit.prepare_text(nets.text(stories["ids"], stories["mask"]))
         return roll_out(
             nets.dit,
@@ -291,7 +293,7 @@ def train_student(
         return told(film, drive, nets, settings, others)
 
     def loss_of(batch: dict[str, Tensor]) -> Tensor:
-        with mixed(device):
+        with mixed(device, cached=False):
             return student_loss(nets.dit, nets.text, batch, settings.steady, run_blocks)
 
     def renew_own() -> None:

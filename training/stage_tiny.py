@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omniavatar.model.tiny_decoder import FRAMES_A_LATENT, LATENT_LIMIT, MemoryBlock, TinyDecoder
-from training.loop import Budget, Log, Optimiser, Pool
+from training.loop import Budget, Log, Optimiser, Pool, mixed
 from training.nets import Nets, normalised_latents
 from training.settings import TinySettings
 from training.stage_dit import disturb
@@ -79,7 +79,7 @@ def clips_with_latents(nets: Nets, studio: Studio, count: int) -> dict[str, Tens
     """New stories: frames uint8 (B, N, 3, H, W), mouth (B, N, 2) and latents (B, 16, T, h, w)."""
     film = studio.film(count)
     device = film.frames.device
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with torch.no_grad(), mixed(device):
         parts = film.frames.split(2 if device.type == "cuda" else 1)
         latents = torch.cat([normalised_latents(nets.vae, to_pixels(part)) for part in parts])
     return {"frames": film.frames, "mouth": film.mouth, "latents": latents.half()}
@@ -141,7 +141,7 @@ def train_tiny(
     measured = budget.spent
     while not budget.over:
         clips = pool.draw(settings.batch, generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with mixed(device):
             loss, error = tiny_loss(tiny, clips, settings, generator)
         optimiser.step(loss)
         if settings.fresh and optimiser.steps % settings.fresh_every == 0:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from omniavatar.model.vae import LATENT_STD, WanVAE, normalise
-from training.loop import Budget, Log, Optimiser, Pool
+from training.loop import Budget, Log, Optimiser, Pool, mixed
 from training.nets import (
     channels_last,
     normalised_latents,
@@ -205,7 +205,7 @@ def train_vae(
             pixels, weight = pixels.flip(-1), weight.flip(-1)
         if device.type == "cuda":
             pixels = pixels.contiguous(memory_format=torch.channels_last_3d)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with mixed(device):
             loss, error = vae_loss(vae, pixels, weight, settings, alone)
         optimiser.step(loss)
         if settings.fresh and optimiser.steps % settings.fresh_every == 0:

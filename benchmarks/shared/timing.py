@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,11 @@ def timed(run: Callable[[], object], repeats: int, after_warm_up: Callable[[], N
     after_warm_up()
     times = [_seconds(run) for _ in range(repeats)]
     return Times(statistics.median(times), min(times), max(times), warm_up[0])
+
+
+def quantile(times: Sequence[float], share: float) -> float:
+    """The time that `share` of the times are below."""
+    return sorted(times)[min(len(times) - 1, int(share * len(times)))]
 
 
 def synchronize() -> None:

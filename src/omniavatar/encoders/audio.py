@@ -25,9 +25,9 @@ from omniavatar.checkpoint.initial import fill_random
 from omniavatar.checkpoint.outside import fitting, read_table, shown
 from omniavatar.checkpoint.reader import TensorFiles
 from omniavatar.checkpoint.strict import file_sources, load_strict
-from omniavatar.encoders.row_files import ColumnWriter
+from omniavatar.encoders.row_files import ColumnWriter, features_file
 from omniavatar.encoders.wav2vec_spans import FrontEnd, NormalisedWaveform, SpanEncoder, SpanPlan
-from omniavatar.errors import CheckpointError, InputError, OutputError, ResumeError
+from omniavatar.errors import CheckpointError, InputError, ResumeError
 from omniavatar.sampling.windows import frames_for
 
 if TYPE_CHECKING:
@@ -61,6 +61,12 @@ def library_key(key: str) -> str | None:
     return None if name in TRAINING_ONLY else RENAMED.get(name, name)
 
 
+def layers_width(config: Wav2Vec2Config) -> int:
+    """Length of a row that has the outputs of all layers."""
+    width: int = config.num_hidden_layers * config.hidden_size
+    return width
+
+
 class AudioEncoder:
     """wav2vec 2.0 on its device.
 
@@ -71,7 +77,7 @@ class AudioEncoder:
     def __init__(self, model: Wav2Vec2Model) -> None:
         self.model = model
         self.width: int = (model.config.num_hidden_layers + 2) * model.config.hidden_size
-        self.layers_width: int = model.config.num_hidden_layers * model.config.hidden_size
+        self.layers_width = layers_width(model.config)
 
     @classmethod
     def load(
@@ -164,9 +170,8 @@ class AudioEncoder:
             frames=max(1, round(span_seconds * rate)),
             kv_bytes=kv_bytes or (CUDA_KV_BYTES if device.type == "cuda" else CPU_KV_BYTES),
         )
-        partial = out.with_name(out.name + ".partial")
         work = (scratch or out.parent) / (out.name + ".scratch")
-        try:
+        with features_file(out) as partial:
             work.mkdir(parents=True, exist_ok=True)
             try:
                 with torch.inference_mode(), exact_convolutions():
@@ -175,15 +180,8 @@ class AudioEncoder:
                     blocks = config.num_hidden_layers + 2
                     result = ColumnWriter(partial, num_frames, config.hidden_size, blocks)
                     spans.run(result, work, _counter(spans.steps(), on_progress))
-                partial.replace(out)
             finally:
-                partial.unlink(missing_ok=True)
                 work.rmdir()
-        except OSError as error:
-            raise OutputError(
-                f"{error.filename or out}: cannot write the audio features ({error.strerror or error}); "
-                "free some disk space or choose another folder"
-            ) from error
         return open_features(out)
 
 

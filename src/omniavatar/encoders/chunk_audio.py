@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
-from omniavatar.encoders.audio import exact_convolutions
-from omniavatar.errors import OutputError
+from omniavatar.encoders.audio import exact_convolutions, layers_width
+from omniavatar.encoders.row_files import features_file, write_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,8 +41,6 @@ class ChunkEars:
         self.model, self._rule = model, rule
         self._device = next(model.parameters()).device
         self._batch = CUDA_BATCH if self._device.type == "cuda" else 1
-        self.width: int = model.config.num_hidden_layers * model.config.hidden_size
-        """Numbers of a row."""
 
     @torch.inference_mode()
     def encode_buffers(self, buffers: np.ndarray) -> Tensor:
@@ -64,28 +62,10 @@ class ChunkEars:
 
         Raises OutputError if it cannot be written.
         """
-        partial = out.with_name(out.name + ".partial")
-        try:
-            try:
-                with partial.open("wb") as file:
-                    np.lib.format.write_array_header_1_0(
-                        file,
-                        {
-                            "descr": "<f4",
-                            "fortran_order": False,
-                            "shape": (chunks * self._rule.rows, self.width),
-                        },
-                    )
-                    for rows in self.encode(waveform, chunks):
-                        file.write(rows.astype("<f4", copy=False).tobytes())
-                partial.replace(out)
-            finally:
-                partial.unlink(missing_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"{error.filename or out}: cannot write the audio features ({error.strerror or error}); "
-                "free some disk space or choose another folder"
-            ) from error
+        with features_file(out) as partial, partial.open("wb") as file:
+            write_header(file, chunks * self._rule.rows, layers_width(self.model.config))
+            for rows in self.encode(waveform, chunks):
+                file.write(rows.astype("<f4", copy=False).tobytes())
 
 
 def chunk_sound(waveform: np.ndarray, chunk: int, rule: ChunkRule) -> np.ndarray:

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import numpy as np
 import torch
+
+from omniavatar.errors import OutputError
 
 FLOAT_BYTES = 4
 FILL_BYTES = 8 * 2**20
@@ -30,6 +34,32 @@ def release_pages(array: np.ndarray) -> None:
         owner = owner.base
     if isinstance(owner, mmap.mmap):
         owner.madvise(mmap.MADV_DONTNEED)
+
+
+@contextmanager
+def features_file(out: Path) -> Iterator[Path]:
+    """Yield the path to write audio features to. The file becomes `out` after the block, if that succeeds.
+
+    Raises OutputError for an OSError.
+    """
+    partial = out.with_name(out.name + ".partial")
+    try:
+        try:
+            yield partial
+            partial.replace(out)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{error.filename or out}: cannot write the audio features ({error.strerror or error}); "
+            "free some disk space or choose another folder"
+        ) from error
+
+
+def write_header(file: BinaryIO, rows: int, width: int) -> None:
+    """Begin a `.npy` file of float32 (rows, width), whose rows follow."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 class RowFile:
@@ -76,9 +106,8 @@ class ColumnWriter:
         self.path, self.rows, self.width = path, rows, width
         self.row_bytes = width * blocks * FLOAT_BYTES
         zeros = bytes(min(FILL_BYTES, rows * self.row_bytes))
-        header = {"descr": "<f4", "fortran_order": False, "shape": (rows, width * blocks)}
         with path.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
+            write_header(file, rows, width * blocks)
             self._data_start = file.tell()
             for start in range(0, rows * self.row_bytes, FILL_BYTES):
                 file.write(zeros[: rows * self.row_bytes - start])

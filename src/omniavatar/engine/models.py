@@ -160,17 +160,19 @@ class Models:
     @property
     def sparse_limit(self) -> float:
         """The kept share above which a layer runs dense, because that is faster here."""
+        if self.sparse is None:
+            return 1.0
         from omniavatar.accel.attention.sparse_registry import break_even
 
-        return 1.0 if self.sparse is None else break_even(self.sparse.name, self.attention_name)
+        return break_even(self.sparse.name, self.attention_name)
 
     def _choose_sparse(self) -> SparseBackend | None:
         """The backend of sparse attention; None where attention is dense. Raises ResourceError."""
-        from omniavatar.accel.attention.sparse_registry import choose_sparse
-
         wanted, dit = self.config.sparsity, self.dit_config
         if wanted.sparse_attention == "dense":
             return None
+        from omniavatar.accel.attention.sparse_registry import choose_sparse
+
         block, width = wanted.sparse_block_size, dit.dim // dit.num_heads
         return choose_sparse(
             wanted.sparse_backend, self.device, self.dtype, self.attention_name, block, width

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +41,7 @@ class WindowsOrder:
     text_negative: Tensor
     reference_latent: Tensor
     audio_width: int | None
-    windows: tuple[Window, ...]
+    windows: Sequence[Window]
     first: int
     given: Tensor | None
     vae_latents: int
@@ -53,7 +53,7 @@ class WindowsOrder:
         cls,
         sampling: WindowSampling,
         conditioning: Conditioning,
-        windows: tuple[Window, ...],
+        windows: Sequence[Window],
         first: int,
         given: Tensor | None,
         vae_latents: int,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -199,7 +199,7 @@ class Session:
         self,
         sampling: WindowSampling,
         conditioning: Conditioning,
-        windows: tuple[Window, ...],
+        windows: Sequence[Window],
         first: int = 0,
         given: Tensor | None = None,
         should_stop: ShouldStop = never,

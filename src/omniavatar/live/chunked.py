@@ -7,12 +7,12 @@ takes several chunks at once there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from omniavatar.encoders.chunk_audio import ChunkEars
 from omniavatar.engine.memory_inputs import in_files
 from omniavatar.engine.prepare import Planned, condition, read_inputs
 from omniavatar.errors import InputError, ResumeError
+from omniavatar.live.endless import check_origin, make_window, origin
 from omniavatar.plan.run import make_plan
 from omniavatar.types import AvatarRequest, SamplingParams, Window
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from omniavatar.engine.pipeline import AvatarPipeline
-    from omniavatar.engine.window_loop import WindowResult
     from omniavatar.sampling.chunks import ChunkRule
     from omniavatar.types import ImageInput
 
@@ -50,6 +50,7 @@ class ChunkedMaker:
         self._conditioning, self._sampling = ready.conditioning, ready.window_sampling
         self.size = inputs.shape.size
         self._ears = ChunkEars(models.audio_encoder.model, rule)
+        self._window = partial(chunk_window, rule)
         self._heard = np.zeros(rule.buffer_samples, np.float32)
         self._waiting = np.zeros(0, np.float32)
         self._given: Tensor | None = None
@@ -79,13 +80,11 @@ class ChunkedMaker:
         new, self._waiting = self._waiting[: self._samples], self._waiting[self._samples :]
         self._heard = np.concatenate([self._heard[len(new) :], new])
         rows = self._ears.encode_buffers(self._heard[None])[0, -self._rule.rows :].cpu().numpy()
-        windows = tuple(self._window(index) for index in range(self._done + 2))
-        run = self._pipeline.run_windows(
-            self._sampling, replace(self._conditioning, audio=rows), windows, self._done, self._given, stop
+        heard = replace(self._conditioning, audio=rows)
+        result = make_window(
+            self._pipeline, self._sampling, heard, self._window, self._done, self._given, stop
         )
-        with closing(cast("Generator[WindowResult]", run)) as results:
-            result = next(results)
-            pieces, self._given = result.frames, result.next_given
+        pieces, self._given = result.frames, result.next_given
         self._done += 1
         yield from pieces
 
@@ -100,18 +99,13 @@ class ChunkedMaker:
             "heard": torch.from_numpy(self._heard.copy()),
             "waiting": torch.from_numpy(self._waiting.copy()),
             "done": torch.tensor(self._done),
-            "seed": torch.tensor(self._sampling.seed),
-            "reference": self._conditioning.reference_latent.cpu(),
+            **origin(self._sampling, self._conditioning),
         }
         return values if self._given is None else {**values, "given": self._given}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """See `BlockMaker.restore`."""
-        reference = self._conditioning.reference_latent.cpu()
-        for name, mine in (("seed", torch.tensor(self._sampling.seed)), ("reference", reference)):
-            if name not in state or not torch.equal(state[name], mine):
-                what = "portrait, size or model" if name == "reference" else name
-                raise ResumeError(f"was saved with another {what}; give the same one, or start a new session")
+        check_origin(state, self._sampling, self._conditioning)
         if any(name not in state for name in ("heard", "waiting", "done")):
             raise ResumeError("does not fit; open it with the same portrait and settings")
         self._heard, self._waiting = state["heard"].numpy().copy(), state["waiting"].numpy().copy()
@@ -121,8 +115,8 @@ class ChunkedMaker:
         """See `BlockMaker.close`."""
         self._given = None
 
-    def _window(self, index: int) -> Window:
-        """Chunk `index`. All begin where the first does, because the features are of one chunk only."""
-        rule = self._rule
-        given = rule.given if index else 1
-        return Window(index, -rule.given, rule.frames, given, rule.new, rule.given)
+
+def chunk_window(rule: ChunkRule, index: int) -> Window:
+    """Chunk `index`. All begin where the first does, because the features are of one chunk only."""
+    given = rule.given if index else 1
+    return Window(index, -rule.given, rule.frames, given, rule.new, rule.given)

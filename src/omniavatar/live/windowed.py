@@ -7,12 +7,12 @@ then sound waits, and frames come when they are made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ import torch
 from omniavatar.encoders.live_audio import LiveAudioEncoder
 from omniavatar.engine.memory_inputs import in_files
 from omniavatar.engine.prepare import Planned, condition, read_inputs
-from omniavatar.errors import ResumeError
+from omniavatar.live.endless import check_origin, make_window, origin
 from omniavatar.plan.run import make_plan
 from omniavatar.types import AvatarRequest, SamplingParams, Window
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from omniavatar.engine.pipeline import AvatarPipeline
-    from omniavatar.engine.window_loop import WindowResult
     from omniavatar.types import ImageInput
 
 _EARS = "ears."
@@ -50,6 +49,7 @@ class WindowedMaker:
         shape = inputs.shape
         self.size = shape.size
         self._length, self._overlap = shape.window_length, shape.overlap
+        self._window = partial(live_window, self._length, self._overlap)
         self._ears = LiveAudioEncoder(models.audio_encoder, self.fps)
         self._rows = np.zeros((0, self._ears.width), np.float32)
         self._given: Tensor | None = None
@@ -73,13 +73,11 @@ class WindowedMaker:
         """See `BlockMaker.make`."""
         new = self._ears.encode(self.frames)[0].cpu().numpy()
         rows = np.concatenate([self._rows, new])
-        windows = tuple(self._window(index) for index in range(self._done + 2))
-        run = self._pipeline.run_windows(
-            self._sampling, replace(self._conditioning, audio=rows), windows, self._done, self._given, stop
+        heard = replace(self._conditioning, audio=rows)
+        result = make_window(
+            self._pipeline, self._sampling, heard, self._window, self._done, self._given, stop
         )
-        with closing(cast("Generator[WindowResult]", run)) as results:
-            result = next(results)
-            pieces, self._given = result.frames, result.next_given
+        pieces, self._given = result.frames, result.next_given
         first = 0 if self._done else 1
         self._rows, self._done = rows[len(rows) - self._overlap :], self._done + 1
         for piece in pieces:
@@ -97,17 +95,12 @@ class WindowedMaker:
         """See `BlockMaker.state`."""
         values = {_EARS + name: value for name, value in self._ears.state().items()}
         values |= {"rows": torch.from_numpy(self._rows), "done": torch.tensor(self._done)}
-        values |= {"reference": self._conditioning.reference_latent.cpu()}
-        values |= {"seed": torch.tensor(self._sampling.seed)}
+        values |= origin(self._sampling, self._conditioning)
         return values if self._given is None else {**values, "given": self._given}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """See `BlockMaker.restore`."""
-        reference = self._conditioning.reference_latent.cpu()
-        for name, mine in (("seed", torch.tensor(self._sampling.seed)), ("reference", reference)):
-            if name not in state or not torch.equal(state[name], mine):
-                what = "portrait, size or model" if name == "reference" else name
-                raise ResumeError(f"was saved with another {what}; give the same one, or start a new session")
+        check_origin(state, self._sampling, self._conditioning)
         self._ears.restore({k.removeprefix(_EARS): v for k, v in state.items() if k.startswith(_EARS)})
         self._rows, self._done = state["rows"].numpy(), int(state["done"])
         self._given = state.get("given")
@@ -116,7 +109,8 @@ class WindowedMaker:
         """See `BlockMaker.close`."""
         self._given = None
 
-    def _window(self, index: int) -> Window:
-        """Window `index`. All but the first start at frame 1, because frame f takes audio row f - 1."""
-        given = self._overlap if index else 1
-        return Window(index, min(index, 1), self._length, given, self._length - (given if index else 0))
+
+def live_window(length: int, overlap: int, index: int) -> Window:
+    """Window `index`. All but the first start at frame 1, because frame f takes audio row f - 1."""
+    given = overlap if index else 1
+    return Window(index, min(index, 1), length, given, length - (given if index else 0))

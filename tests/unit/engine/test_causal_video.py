@@ -45,11 +45,6 @@ def causal_pipeline(checkpoint: Path, cache: Path, **changes: Any) -> AvatarPipe
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("text-cache")
-
-
-@pytest.fixture(scope="module")
 def pipeline(nano_checkpoint, cache):
     return causal_pipeline(nano_checkpoint, cache)
 

@@ -32,11 +32,6 @@ SECONDS = 2.5
 """63 frames: two whole chunks and a part of a third."""
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("text-cache")
-
-
 @pytest.fixture(scope="module", params=["flashhead", "leaptalk"])
 def pipeline(heads_checkpoint, cache, request) -> AvatarPipeline:
     return head_pipeline(heads_checkpoint, cache, family=request.param)

@@ -6,7 +6,6 @@ import json
 import sys
 import tempfile
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -20,16 +19,6 @@ from omniavatar.engine.recorder import RunRecorder
 from omniavatar.errors import CheckpointError, ConfigError, InputError, OutputError
 from omniavatar.media.inspect import probe_video, read_frames
 from omniavatar.plan.run import make_plan, window_shape
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("text-cache")
-
-
-@pytest.fixture(scope="module")
-def pipeline(nano_checkpoint, cache):
-    return make_pipeline(nano_checkpoint, cache)
 
 
 def blocks(frames: np.ndarray) -> np.ndarray:

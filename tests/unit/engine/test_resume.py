@@ -33,16 +33,6 @@ SECONDS = 2.0
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("text-cache")
-
-
-@pytest.fixture(scope="module")
-def pipeline(nano_checkpoint, cache):
-    return make_pipeline(nano_checkpoint, cache)
-
-
-@pytest.fixture(scope="module")
 def whole(pipeline, tmp_path_factory):
     """The uninterrupted video."""
     output = tmp_path_factory.mktemp("whole") / "out.mp4"

@@ -9,7 +9,6 @@ import tempfile
 import threading
 import wave
 import weakref
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -36,24 +35,6 @@ RANDOM = dict(
     weights="random", scale="nano", dtype="fp32", device="cpu", num_steps=2, guidance_scale=1.0,
     image_sizes_720=[[SIDE, SIDE]], max_tokens=56, overlap_frame=5, seq_len=9, preset="ultrafast",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("text-cache")
-
-
-@pytest.fixture(scope="module")
-def pipeline(nano_checkpoint, cache):
-    return make_pipeline(nano_checkpoint, cache)
-
-
-@pytest.fixture(scope="module")
-def whole(pipeline, tmp_path_factory) -> bytes:
-    """The video of `request(0.7)`, three windows of two steps."""
-    result = pipeline.generate(request(0.7), tmp_path_factory.mktemp("whole") / "x.mp4")
-    assert result.windows == 3
-    return result.output.read_bytes()
 
 
 class StopAfter:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,11 +27,6 @@ from omniavatar.types import StepPlan
 
 WINDOW = {"num_steps": 3, "sparse_attention": "window", "sparse_block_size": 8, "sparse_density": 0.5}
 CALIBRATED = {"num_steps": 3, "sparse_attention": "calibrated", "sparse_block_size": 8}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("text-cache")
 
 
 @pytest.fixture(scope="module")

@@ -6,35 +6,18 @@ import io
 import sys
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from engine import causal_pipeline, make_pipeline, request
+from engine import causal_pipeline, request
 from omniavatar import StoppedError
 from omniavatar.errors import InputError
 
 SHORT = request(0.15)
 """One window of two steps."""
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("text-cache")
-
-
-@pytest.fixture(scope="module")
-def pipeline(nano_checkpoint, cache):
-    return make_pipeline(nano_checkpoint, cache)
-
-
-@pytest.fixture(scope="module")
-def whole(pipeline, tmp_path_factory) -> bytes:
-    """The video of `request(0.7)` without a callback: three windows of two steps."""
-    return pipeline.generate(request(0.7), tmp_path_factory.mktemp("whole") / "x.mp4").output.read_bytes()
 
 
 class Calls:

@@ -12,7 +12,7 @@ import pytest
 from command_line import PORTRAIT, error_lines, run
 from engine import make_pipeline, request
 from omniavatar import AvatarPipeline
-from omniavatar.engine.events import StepFinished
+from omniavatar.engine.events import StepFinished, WindowFinished
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.errors import BusyError, OutputError
 from omniavatar.media.inspect import probe_video
@@ -108,7 +108,7 @@ def test_a_video_that_is_not_as_planned_gets_no_name(pipeline, tmp_path) -> None
     output = tmp_path / "talk.mp4"
 
     def harm(event: object) -> None:
-        if isinstance(event, StepFinished) and event.window == 1:
+        if isinstance(event, WindowFinished) and event.window == 0:  # in the writer's thread, between appends
             partial = bytearray((tmp_path / "talk.partial.mp4").read_bytes())
             (tmp_path / "talk.partial.mp4").write_bytes(partial[: len(partial) // 2])
 

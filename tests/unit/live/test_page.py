@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 
+from browser import NEEDS_CHROMIUM, chromium
 from live_server import Served, served
 
-CHROMIUM = next((path for name in ("chromium", "google-chrome") if (path := shutil.which(name))), None)
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)"),
-]
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--autoplay-policy=no-user-gesture-required",
-    "--use-fake-ui-for-media-stream",
-    "--use-fake-device-for-media-stream",
-    "--disable-features=WebRtcHideLocalIpsWithMdns",
-]
+pytestmark = [pytest.mark.slow, NEEDS_CHROMIUM]
+WEBRTC_ON_LOOPBACK = ("--disable-quic", "--disable-features=WebRtcHideLocalIpsWithMdns")
 WATCH = """async () => {
   const video = document.getElementById("video");
   const canvas = document.createElement("canvas");
@@ -80,12 +63,10 @@ plays, as the browser states them, until three in a row are at most 40. It needs
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Page]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS, env=dict(os.environ))
+    with chromium(*WEBRTC_ON_LOOPBACK) as browser:
         context = browser.new_context(permissions=["microphone"])
         context.add_init_script(KEEP_PEERS)
         yield context.new_page()
-        browser.close()
 
 
 def live(page: Page, name: str) -> Any:

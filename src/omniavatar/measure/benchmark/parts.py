@@ -23,7 +23,13 @@ from omniavatar.config.schema import PipelineConfig
 from omniavatar.encoders.tokens import TEXT_TOKENS
 from omniavatar.engine.host import Host
 from omniavatar.engine.pipeline import AvatarPipeline
-from omniavatar.engine.prepare import block_sampling, decide_steps, fitted_portrait, portrait_clip
+from omniavatar.engine.prepare import (
+    block_sampling,
+    decide_steps,
+    fitted_portrait,
+    portrait_clip,
+    shape_of,
+)
 from omniavatar.engine.window_loop import to_uint8
 from omniavatar.engine.writer import segment_encoder
 from omniavatar.measure.benchmark.whole import PROMPT, packaged_portrait
@@ -34,7 +40,7 @@ from omniavatar.model.sizes import WINDOW_ROWS
 from omniavatar.plan.calibration import find_constants
 from omniavatar.plan.preview import assumed_scale, missing_files, with_family
 from omniavatar.plan.run import RunPlan
-from omniavatar.plan.sparsity import plan_sparse_run, sparse_shape
+from omniavatar.plan.sparsity import plan_sparse_run
 from omniavatar.sampling.causal import CausalWindow
 
 if TYPE_CHECKING:
@@ -88,10 +94,7 @@ class PartTimer:
 
     def _place(self, pipeline: AvatarPipeline) -> None:
         """Decide where the models go, as a run does before it loads them."""
-        models = pipeline.models
-        pipeline.adopt(
-            sparse_shape(self._config, self._size, True, models.dit_config, None, models.sparse_limit)
-        )
+        pipeline.adopt(shape_of(pipeline.models, self._size, True))
 
     def plan(self, config: PipelineConfig, audio_seconds: float) -> RunPlan:
         """The plan of a video of `audio_seconds` seconds of audio, its steps decided."""

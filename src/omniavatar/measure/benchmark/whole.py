@@ -18,13 +18,13 @@ import numpy as np
 from omniavatar.assets import PORTRAIT
 from omniavatar.encoders.image import prepare_image
 from omniavatar.engine.pipeline import AvatarPipeline
+from omniavatar.engine.prepare import shape_of
 from omniavatar.engine.window_loop import to_uint8
 from omniavatar.measure.benchmark.rows import WholeVideo
 from omniavatar.measure.quality import Quality, compare
 from omniavatar.media.audio import measure_audio
 from omniavatar.media.image import load_image
 from omniavatar.media.inspect import read_frames
-from omniavatar.plan.sparsity import sparse_shape
 from omniavatar.types import AvatarRequest, LocalAudio, SamplingParams
 
 PROMPT = "A woman in a blue sweater speaks into the camera, soft daylight"
@@ -45,9 +45,7 @@ def measure_whole(
     """
     config = pipeline.config
     models = pipeline.models
-    pipeline.adopt(
-        sparse_shape(config, config.video.sizes[0], True, models.dit_config, None, models.sparse_limit)
-    )
+    pipeline.adopt(shape_of(models, config.video.sizes[0], True))
     if config.family.text:
         models.prompts.embed([PROMPT, config.sampling.negative_prompt])
     request = AvatarRequest(PROMPT, packaged_portrait(config.video.sizes[0]), voice)
