@@ -85,6 +85,7 @@ class Window:
     given_frames: leading frames that are known already (1 in window 0, later the overlap).
     new_frames: frames the window adds to the video; the last window is cut at the video's end.
     hidden_frames: leading frames that are decoded, but not shown; None: the given ones, none in window 0.
+    anchored: a later window that starts from the portrait, not from what the one before it left.
     """
 
     index: int
@@ -93,6 +94,7 @@ class Window:
     given_frames: int
     new_frames: int
     hidden_frames: int | None = None
+    anchored: bool = False
 
     @property
     def latent_frames(self) -> int:

@@ -55,17 +55,34 @@ def check_sampling(sampling: Mapping[str, Any], defaults: Mapping[str, Any], cac
 
 
 def check_causal(
-    given: Collection[str], color_match: float, runtime: Mapping[str, Any], sparse_attention: str = "dense"
+    given: Collection[str],
+    video: Mapping[str, Any],
+    hand_over: str,
+    runtime: Mapping[str, Any],
+    sparse_attention: str = "dense",
 ) -> None:
-    """Check what `sampler: causal` cannot follow outside the sampling section.
+    """Check what `sampler: causal` cannot follow.
 
     - given: the fields of the video section that the user set.
     """
-    if color_match:
+    if video["color_match"]:
         raise FieldError(
             "sampler: causal hands no pixels over, so matched colours would change nothing but the file; set "
             "color_match to 0",
             "video.color_match",
+            "sampling.sampler",
+        )
+    if video["anchor_every"]:
+        raise FieldError(
+            "sampler: causal makes no windows; every block sees those of the video's start (causal_sink); leave "
+            "anchor_every out",
+            "video.anchor_every",
+            "sampling.sampler",
+        )
+    if hand_over != "pixels":
+        raise FieldError(
+            "sampler: causal hands every block over as it is, through its cache; leave hand_over out",
+            "sampling.hand_over",
             "sampling.sampler",
         )
     if sparse_attention != "dense":
@@ -92,8 +109,26 @@ def check_causal(
             )
 
 
-def check_windows(runtime: Mapping[str, Any]) -> None:
-    """Check what only `sampler: causal` can follow."""
+def check_windows(
+    runtime: Mapping[str, Any], hand_over: str, overlap: int | None, latent_encoder: str
+) -> None:
+    """Check what only `sampler: causal` can follow, and what a window hands over.
+
+    - overlap: frames that windows share; None for chunks.
+    """
+    if hand_over == "clean" and overlap == 1:
+        raise FieldError(
+            "a single frame is handed over, which is encoded again, so no latent would be clean; set "
+            "overlap_frame to 5 or more, or hand_over to pixels",
+            "sampling.hand_over",
+            "video.overlap_frame",
+        )
+    if hand_over == "clean" and latent_encoder == "taehv":
+        raise FieldError(
+            "taehv codes no frame alone, so there is nothing to encode again; set hand_over to latents",
+            "sampling.hand_over",
+            "model.latent_encoder",
+        )
     if runtime["vae_device"] is not None:
         raise FieldError(
             "has no use here: each window needs the pixels of the one before it; leave vae_device out, or "
@@ -183,8 +218,8 @@ def check_family_sampling(family: Family, sampling: Mapping[str, Any]) -> None:
         raise FieldError(text, "sampling.sampler", "model.family")
     if sampling["hand_over"] not in family.hand_overs:
         raise FieldError(
-            f"{name}: hands over {alternatives(family.hand_overs)}, because it was trained with it; leave "
-            "hand_over out",
+            f"{name}: hands over {alternatives(family.hand_overs)}, because the VAE codes the first frame of a "
+            "clip alone, and a latent from the middle of a clip is none; set hand_over to one of these",
             "sampling.hand_over",
             "model.family",
         )

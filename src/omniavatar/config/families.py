@@ -27,7 +27,7 @@ from omniavatar.device import Backend, Registry
 from omniavatar.sampling.chunks import ChunkRule
 
 Levels = Literal["even", "spread", "whole"]
-HandOver = Literal["pixels", "latents"]
+HandOver = Literal["pixels", "clean", "latents"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Family(Backend):
     chunk: ChunkRule | None = None
     samplers: tuple[str, ...] = ()
     levels: Levels = "even"
-    hand_overs: tuple[HandOver, ...] = ("pixels",)
+    hand_overs: tuple[HandOver, ...] = ("pixels", "clean")
     adapter: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
 
@@ -142,7 +142,7 @@ FAMILIES: Registry[Family] = Registry(
         chunk=CHUNKS,
         samplers=("bridge",),
         levels="whole",
-        hand_overs=("pixels", "latents"),
+        hand_overs=("pixels", "clean", "latents"),
         refused=_CHUNKED,
     ),
     words=("auto",),

@@ -48,6 +48,7 @@ SWITCHED_OFF: Mapping[str, Any] = MappingProxyType(
         "model.audio_proj_path": None,
         "sampling.hand_over": "pixels",
         "video.color_match": 0.0,
+        "video.anchor_every": 0,
     }
 )
 """Fields that change nothing with this value, and that older versions lacked: a run that an older version

@@ -78,8 +78,9 @@ class SamplingConfig(Section):
     same in blocks that see a cache of earlier blocks (for block-causal models such as LiveTalk); bridge:
     from the portrait to the clip in one step (LeapTalk)."""
     hand_over: HandOver = "pixels"
-    """What a window leaves for the next one. pixels: its last frames, encoded again. latents: its last
-    latents as they are (leaptalk only)."""
+    """What a window leaves for the next one. pixels: its last frames, encoded again. clean: its last latents
+    as they are, after the latent of a single frame, encoded again, with which the VAE begins a clip. latents:
+    its last latents as they are (leaptalk only)."""
     causal_block: Whole = Field(3, ge=1, le=64)
     """Latents of a block (4 frames each) with sampler: causal; the number the model was trained with."""
     causal_window: Whole = Field(15, ge=1, le=4096)
@@ -165,6 +166,9 @@ class VideoConfig(Section):
     color_match: Real = Field(0.0, ge=0, le=1)
     """Match the colours of every frame to the portrait before it is handed over: 0 not at all, 1 completely.
     Unset: 0 for omniavatar, 1 for flashhead and leaptalk."""
+    anchor_every: Whole = Field(0, ge=0)
+    """Every n-th window starts from the portrait again, so that nothing drifts for longer than n windows. The
+    head jumps there. 0: never."""
     color_profile: Literal["convert", "ignore"] = "convert"
     """convert: turn the colours of the portrait into sRGB by its embedded profile. ignore: use its numbers
     as they are, like the original code."""
@@ -326,12 +330,14 @@ class PipelineConfig(Section):
         if self.sampling.causal is not None:
             check_causal(
                 self.video.model_fields_set,
-                self.video.color_match,
+                vars(self.video),
+                self.sampling.hand_over,
                 vars(self.runtime),
                 self.sparsity.sparse_attention,
             )
         else:
-            check_windows(vars(self.runtime))
+            overlap = self.video.overlap_frame if self.family.chunk is None else None
+            check_windows(vars(self.runtime), self.sampling.hand_over, overlap, self.model.latent_encoder)
         if self.model.family != "auto":
             check_family(self.family, vars(self))
         return self

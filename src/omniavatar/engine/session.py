@@ -171,7 +171,7 @@ class Session:
         """Which hand-over files windows of `shape` start from."""
         causal = shape.causal
         if causal is None:
-            return WindowHandOvers()
+            return WindowHandOvers(shape.anchor_every)
         from omniavatar.sampling.causal import BlockHandOvers
 
         decoded = causal.blocks_of(DECODERS.get(self.config.model.decoder).past_latents)

@@ -6,7 +6,9 @@ waits. So the next window is queued while this one is computed, copied, encoded 
 The hand-over goes through pixels. The last `overlap` frames of a window are clipped to [0, 1], matched to
 the portrait's colours if `color_match` says so, kept as floats and encoded again; they are the next window's
 given latents. A latent from the middle of a clip cannot be used, because the causal VAE codes the first frame
-of a clip alone. LeapTalk may do it nevertheless (`hand_over: latents`).
+of a clip alone. With `hand_over: clean` only the first of these frames is encoded, and the last latents follow
+as they are, without a matched colour. LeapTalk may hand over latents only (`hand_over: latents`). An anchored
+window begins with the portrait, as window 0 does.
 
 Several processes (`parallel.team`) denoise a window together. They share the VAE's work (`parallel.vae`), or
 the leader does it and sends the given latents to the others.
@@ -208,7 +210,7 @@ class WindowGenerator:
 
         `retry` starts a window again, with the same noise, after an allocation failed.
 
-        - given: the given latents of window `first`; None if `first` is 0.
+        - given: the given latents of window `first`; None if it starts from the portrait.
 
         Raises StoppedError, and on the CPU NumbersError; elsewhere reading a result raises that.
         """
@@ -217,12 +219,17 @@ class WindowGenerator:
             for window in windows[first:]:
                 self._recorder.event(WindowStarted(window=window.index, windows=len(windows)))
                 last = window.index == len(windows) - 1
-                overlap = 0 if last else windows[window.index + 1].given_frames
+                following = None if last else windows[window.index + 1]
+                anchors = following is not None and following.anchored
+                overlap = 0 if following is None or anchors else following.given_frames
                 where = f"window {window.index + 1} of {len(windows)}"
                 compute = partial(self._compute, window, current, overlap, where)
                 self._draw_ahead(windows[window.index : window.index + 2])
                 result, handed_over = self._retry(compute)
-                current = current if handed_over is None else handed_over
+                if anchors:
+                    current = self._inputs.first_given
+                elif handed_over is not None:
+                    current = handed_over
                 yield result
         finally:
             self._noise.close()
@@ -247,6 +254,10 @@ class WindowGenerator:
         elif overlap:
             with self._recorder.stage("vae_encode"):
                 encoded = None if self._vae is None or tail is None else self._encode(self._vae, tail)
+                if encoded is not None and self._sampling.hand_over == "clean":
+                    encoded = torch.cat(
+                        [encoded, latent[:, :, latent.shape[2] - (overlap - 1) // 4 :]], dim=2
+                    )
                 shape = (1, latent.shape[1], (overlap + 3) // 4, *latent.shape[3:])
                 handed_over = self._team.share(encoded if self._team.leads else None, shape, self._device)
                 numbers.add("given latents of the next window", handed_over)
@@ -339,7 +350,10 @@ class WindowGenerator:
     def _decode(
         self, vae: VideoVAE, latent: Tensor, window: Window, overlap: int, numbers: WindowNumbers
     ) -> tuple[list[np.ndarray], Tensor | None]:
-        """The window's new frames, converted on the leader only, and its last `overlap` frames as floats."""
+        """The window's new frames, converted on the leader only, and the floats that are encoded again.
+
+        These are its last `overlap` frames, or only the first of them.
+        """
         skip = window.skipped_frames
         stop = skip + window.new_frames
         kept = window.length - overlap
@@ -352,6 +366,8 @@ class WindowGenerator:
             pixels = piece.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
             count = pixels.shape[2]
             low, high = max(skip - done, 0), min(stop - done, count)
+            if self._sampling.hand_over == "clean" and done <= kept < done + count:
+                tail.append(pixels[:, :, kept - done : kept - done + 1].clone())
             used = max(min(skip, kept) - done, 0)
             if self._colours is not None and used < count:
                 pixels[:, :, used:] = self._colours(pixels[:, :, used:])

@@ -1,8 +1,9 @@
 """Writes one video while it is made: a segment for each window, and the growing file.
 
 `VideoWriter` waits for the device, encodes and muxes in its own threads, several windows at a time: with few
-steps, x264 takes longer for a window than the model. The sound is encoded beside the first windows. Windows
-are recorded as done in order, each only after its segment and its hand-over are on disk.
+steps, x264 takes longer for a window than the model. The sound is encoded beside the first windows, which
+wait for it as encoded segments, so that it never holds up the model. Windows are recorded as done in order,
+each only after its segment and its hand-over are on disk.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import safetensors.torch
@@ -27,9 +29,11 @@ from omniavatar.engine.job import Job
 from omniavatar.engine.marks import PREVIEW_MARK
 from omniavatar.errors import ResumeError
 from omniavatar.media.video import GrowingVideo
-from omniavatar.types import LocalAudio, Recorder
+from omniavatar.types import LocalAudio, Recorder, Window
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from omniavatar.config.schema import OutputConfig
     from omniavatar.engine.window_loop import WindowResult
     from omniavatar.plan.run import RunPlan
@@ -38,6 +42,8 @@ ENCODER_THREADS = 4
 """Threads of x264. Fixed, because its output depends on them and a resumed run must give the same video."""
 MOST_WAITING = 2**30
 """Bytes of frames that may wait for their encoder, unless two windows have more."""
+MOST_UNWRITTEN = 256
+"""Windows that may wait, encoded, for the sound; each holds its hand-over, at most a few MB."""
 
 
 def encoders_at_once(host: Host, plan: RunPlan) -> int:
@@ -60,6 +66,20 @@ def segment_encoder(
         threads=ENCODER_THREADS,
         encoder=encoder,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A window whose segment is on disk.
+
+    - given: what it leaves for later windows.
+    - started, arrived: host times at which it was queued, and at which its frames were on the host.
+    """
+
+    window: Window
+    given: Tensor | None
+    started: float
+    arrived: float
 
 
 class VideoWriter:
@@ -87,12 +107,14 @@ class VideoWriter:
                 raise ResumeError(f"{segment} is missing; use --no-resume to start over")
         encoders = encoders_at_once(host, plan)
         self.most_pending = encoders + 1
-        """Most windows handed over and not yet written: those being encoded, and one being computed."""
+        """Most windows handed over and not yet encoded: those being encoded, and one being computed."""
         self._pool = ThreadPoolExecutor(encoders, thread_name_prefix="video-writer")
+        self._in_order = ThreadPoolExecutor(1, thread_name_prefix="video-append")
         self._abandoned = threading.Event()
         self._opening = self._pool.submit(self._open, audio, done)
-        self._pending: deque[Future[bool]] = deque()
-        self._before: Future[bool] | None = None
+        self._encoding: deque[Future[Encoded]] = deque()
+        self._appending: deque[Future[None]] = deque()
+        self._failed = False
         self._arrived = 0.0
 
     def _open(self, audio: LocalAudio | None, done: list[Path]) -> GrowingVideo:
@@ -111,16 +133,17 @@ class VideoWriter:
         return growing
 
     def submit(self, result: WindowResult) -> None:
-        """Queue a window, finished or not; waits while `most_pending` windows are not yet written.
+        """Queue a window, finished or not; waits while `most_pending` windows are not yet encoded.
 
         Raises the error of the sound or of an earlier window. No window is written after one that failed.
         """
         if self._opening.done():
             self._opening.result()
-        while self._pending and (len(self._pending) >= self.most_pending or self._pending[0].done()):
-            self._pending.popleft().result()
-        self._before = self._pool.submit(self._write, result, self._before)
-        self._pending.append(self._before)
+        _wait(self._encoding, self.most_pending)
+        _wait(self._appending, MOST_UNWRITTEN)
+        encoded = self._pool.submit(self._encode_window, result)
+        self._encoding.append(encoded)
+        self._appending.append(self._in_order.submit(self._append, encoded))
 
     def finish(self, sign: Callable[[Path], None] | None = None) -> None:
         """Wait for the last window, check the video against its plan, sign it, and give it its final name.
@@ -129,8 +152,8 @@ class VideoWriter:
 
         Raises OutputError if the written file is not what was planned, and what `sign` raises.
         """
-        while self._pending:
-            self._pending.popleft().result()
+        _wait(self._encoding, 1)
+        _wait(self._appending, 1)
         growing = self._opening.result()
         with self._recorder.stage("video_finish"):
             growing.finish(partial(self._check, sign), self._job.folder)
@@ -154,20 +177,32 @@ class VideoWriter:
         if kind is not None:
             self._abandoned.set()
         self._pool.shutdown(wait=True)
+        self._in_order.shutdown(wait=True)
         if self._opening.exception() is None:
             self._opening.result().close()
 
-    def _write(self, result: WindowResult, before: Future[bool] | None) -> bool:
-        """Encode a window, wait for the one `before`, append it. False if an earlier window failed."""
+    def _encode_window(self, result: WindowResult) -> Encoded:
+        """Wait for a window and encode it; its frames are freed when this returns."""
         frames, given = result.frames, result.next_given
         arrived = time.perf_counter()
-        window = result.window
         with self._recorder.stage("video_write"):
-            self._encode(iter(frames), self._job.segment_path(window.index))
-        if before is not None and (before.exception() is not None or not before.result()):
-            return False
-        seconds = arrived - max(result.started, self._arrived)
-        self._arrived = arrived
+            self._encode(iter(frames), self._job.segment_path(result.window.index))
+        return Encoded(result.window, given, result.started, arrived)
+
+    def _append(self, encoding: Future[Encoded]) -> None:
+        """Record a window as done and append it, in the order of the calls; not after one that failed."""
+        if self._failed:
+            return
+        try:
+            self._append_encoded(encoding.result())
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _append_encoded(self, encoded: Encoded) -> None:
+        window, given = encoded.window, encoded.given
+        seconds = encoded.arrived - max(encoded.started, self._arrived)
+        self._arrived = encoded.arrived
         with self._recorder.stage("video_append"):
             self._job.finish_window(None if given is None else safetensors.torch.save({"given": given}))
             self._opening.result().append(self._job.segment_path(window.index))
@@ -179,4 +214,9 @@ class VideoWriter:
                 seconds=seconds,
             )
         )
-        return True
+
+
+def _wait(futures: deque[Future[Any]], most: int) -> None:
+    """Wait until fewer than `most` are not done; raises the error of one that failed."""
+    while futures and (len(futures) >= most or futures[0].done()):
+        futures.popleft().result()

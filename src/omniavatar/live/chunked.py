@@ -23,6 +23,7 @@ from omniavatar.engine.prepare import Planned, condition, read_inputs
 from omniavatar.errors import InputError, ResumeError
 from omniavatar.live.endless import check_origin, make_window, origin
 from omniavatar.plan.run import make_plan
+from omniavatar.sampling.windows import anchored
 from omniavatar.types import AvatarRequest, SamplingParams, Window
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class ChunkedMaker:
         self._conditioning, self._sampling = ready.conditioning, ready.window_sampling
         self.size = inputs.shape.size
         self._ears = ChunkEars(models.audio_encoder.model, rule)
-        self._window = partial(chunk_window, rule)
+        self._window = partial(chunk_window, rule, anchor_every=inputs.shape.anchor_every)
         self._heard = np.zeros(rule.buffer_samples, np.float32)
         self._waiting = np.zeros(0, np.float32)
         self._given: Tensor | None = None
@@ -116,7 +117,8 @@ class ChunkedMaker:
         self._given = None
 
 
-def chunk_window(rule: ChunkRule, index: int) -> Window:
+def chunk_window(rule: ChunkRule, index: int, anchor_every: int = 0) -> Window:
     """Chunk `index`. All begin where the first does, because the features are of one chunk only."""
     given = rule.given if index else 1
-    return Window(index, -rule.given, rule.frames, given, rule.new, rule.given)
+    (window,) = anchored([Window(index, -rule.given, rule.frames, given, rule.new, rule.given)], anchor_every)
+    return window

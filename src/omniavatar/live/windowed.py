@@ -22,6 +22,7 @@ from omniavatar.engine.memory_inputs import in_files
 from omniavatar.engine.prepare import Planned, condition, read_inputs
 from omniavatar.live.endless import check_origin, make_window, origin
 from omniavatar.plan.run import make_plan
+from omniavatar.sampling.windows import anchored
 from omniavatar.types import AvatarRequest, SamplingParams, Window
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class WindowedMaker:
         shape = inputs.shape
         self.size = shape.size
         self._length, self._overlap = shape.window_length, shape.overlap
-        self._window = partial(live_window, self._length, self._overlap)
+        self._window = partial(live_window, self._length, self._overlap, anchor_every=shape.anchor_every)
         self._ears = LiveAudioEncoder(models.audio_encoder, self.fps)
         self._rows = np.zeros((0, self._ears.width), np.float32)
         self._given: Tensor | None = None
@@ -110,7 +111,10 @@ class WindowedMaker:
         self._given = None
 
 
-def live_window(length: int, overlap: int, index: int) -> Window:
+def live_window(length: int, overlap: int, index: int, anchor_every: int = 0) -> Window:
     """Window `index`. All but the first start at frame 1, because frame f takes audio row f - 1."""
     given = overlap if index else 1
-    return Window(index, min(index, 1), length, given, length - (given if index else 0))
+    (window,) = anchored(
+        [Window(index, min(index, 1), length, given, length - (given if index else 0))], anchor_every
+    )
+    return window

@@ -33,7 +33,7 @@ from omniavatar.model.sizes import VAEConfig
 from omniavatar.plan.preview import model_spec
 from omniavatar.sampling.causal import CausalWindow
 from omniavatar.sampling.chunks import ChunkRule, plan_chunks
-from omniavatar.sampling.windows import plan_blocks, plan_windows
+from omniavatar.sampling.windows import anchored, plan_blocks, plan_windows
 from omniavatar.types import RunResult
 
 FOLDER = "profile"
@@ -132,10 +132,11 @@ def _vae_sizes(model: ModelConfig) -> VAEConfig | None:
 
 def _figures(result: RunResult) -> RequestFigures:
     """The figures of a request, from the sidecar that the pipeline wrote."""
-    plan = json.loads(result.sidecar.read_text(encoding="utf-8"))["plan"]
+    record = json.loads(result.sidecar.read_text(encoding="utf-8"))
+    plan = record["plan"]
     height, width = plan["size"]
     causal = CausalWindow(**plan["causal"]) if "causal" in plan else None
-    after_portrait = plan["frames"] - 1
+    after_portrait, anchor_every = plan["frames"] - 1, plan.get("anchor_every", 0)
     if "chunk" in plan:
         windows = plan_chunks(plan["frames"], ChunkRule(**plan["chunk"]))
     elif causal is None:
@@ -148,7 +149,7 @@ def _figures(result: RunResult) -> RequestFigures:
         fps=plan["fps"],
         seconds=result.seconds,
         size=(height, width),
-        windows=windows,
+        windows=anchored(windows, anchor_every),
         tokens=plan["tokens"],
         steps=plan["steps"],
         pattern=plan["pattern"],
@@ -157,4 +158,5 @@ def _figures(result: RunResult) -> RequestFigures:
         forwards_skipped=plan["forwards_skipped"],
         causal=causal,
         kept_share=plan["sparsity"]["kept_share_of_forwards"] if "sparsity" in plan else 1.0,
+        hand_over=record["config"]["sampling.hand_over"],
     )

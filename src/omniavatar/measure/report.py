@@ -17,6 +17,7 @@ from omniavatar.engine.recorder import StageTime
 from omniavatar.measure.ceilings import Ceilings
 from omniavatar.measure.flops import Grid, Work, decode_work, encode_work, forward_work, skipped_forward_work
 from omniavatar.measure.trace import DENOISE, STEP, Span
+from omniavatar.sampling.windows import frames_encoded
 
 if TYPE_CHECKING:
     from omniavatar.model.sizes import DiTConfig, VAEConfig
@@ -50,7 +51,7 @@ class RequestFigures:
     """One finished request.
 
     tokens: of one forward. branches: forwards a step. causal: of a block-causal model, None for others.
-    kept_share: mean share of the attention matrix that a forward computed.
+    kept_share: mean share of the attention matrix that a forward computed. hand_over: the setting.
     """
 
     output: str
@@ -67,6 +68,7 @@ class RequestFigures:
     forwards_skipped: int
     causal: CausalWindow | None = None
     kept_share: float = 1.0
+    hand_over: str = "pixels"
 
     @property
     def video_seconds(self) -> float:
@@ -77,8 +79,10 @@ class RequestFigures:
         return self.size[0] // 8, self.size[1] // 8
 
     def as_dict(self) -> dict[str, Any]:
-        """The request for JSON; `kept_share` only with sparse attention."""
-        left_out = {"causal"} if self.kept_share < 1 else {"causal", "kept_share"}
+        """The request for JSON; `kept_share` and `hand_over` only where they differ from the ordinary."""
+        left_out = {"causal"}
+        left_out |= set() if self.kept_share < 1 else {"kept_share"}
+        left_out |= {"hand_over"} if self.hand_over == "pixels" else set()
         return {
             **{name: value for name, value in vars(self).items() if name not in left_out},
             "windows": len(self.windows),
@@ -307,8 +311,8 @@ def _work(
         for window, following in zip(request.windows, (*request.windows[1:], None), strict=True):
             clip = (decoded_latents(window, last=following is None), *request.latent_size)
             done[DECODE] += decode_work(models.vae, clip)
-            if following is not None:
-                done[ENCODE] += encode_work(models.vae, following.given_frames, request.size)
+            if encoded := frames_encoded(following, request.hand_over):
+                done[ENCODE] += encode_work(models.vae, encoded, request.size)
     rows = []
     for name, work in done.items():
         spent = timings.get(name, StageTime()).own_seconds

@@ -21,7 +21,7 @@ from omniavatar.sampling.guidance import Branch, guidance_branches
 from omniavatar.sampling.passes import Passes, branch_patterns, count_passes, guided_steps, plan_passes
 from omniavatar.sampling.schedule import Schedule
 from omniavatar.sampling.step_cache import compute_all
-from omniavatar.sampling.windows import frames_for, plan_blocks, plan_windows, window_length
+from omniavatar.sampling.windows import anchored, frames_for, plan_blocks, plan_windows, window_length
 from omniavatar.types import StepCache, StepPlan, Window
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class WindowShape:
     - guidance_interval: beginning and end of the guided steps, as fractions of the steps.
     - step_cache: the policy; a step cache keeps residuals on the device.
     - sparsity: which blocks of attention are computed (`plan.sparsity`); None for all.
+    - anchor_every: every window of such a number starts from the portrait again; 0 for none.
     """
 
     size: tuple[int, int]
@@ -63,6 +64,7 @@ class WindowShape:
     causal: CausalWindow | None
     chunk: ChunkRule | None
     sparsity: SparsityPlan | None = field(default=None, kw_only=True)
+    anchor_every: int = field(default=0, kw_only=True)
 
     @property
     def steps(self) -> int:
@@ -174,6 +176,7 @@ class RunPlan(WindowShape):
             **({} if self.causal is None else {"causal": asdict(self.causal)}),
             **({} if self.chunk is None else {"chunk": asdict(self.chunk)}),
             **({} if self.sparsity is None else self._sparse_values(self.sparsity)),
+            **({"anchor_every": self.anchor_every} if self.anchor_every else {}),
         }
 
     def _sparse_values(self, plan: SparsityPlan) -> dict[str, Any]:
@@ -211,6 +214,7 @@ def window_shape(
         step_cache=sampling.cache_policy,
         causal=causal,
         chunk=chunk,
+        anchor_every=video.anchor_every,
     )
 
 
@@ -220,10 +224,11 @@ def shape_windows(shape: WindowShape, after_portrait: int, begun: int = 0) -> tu
     begun: frames of the finished video that it goes on from.
     """
     if shape.chunk is not None:
-        return plan_chunks(after_portrait, shape.chunk)
+        return anchored(plan_chunks(after_portrait, shape.chunk), shape.anchor_every)
     if shape.causal is not None:
         return plan_blocks(after_portrait, shape.causal.block)
-    return plan_windows(after_portrait, shape.window_length, shape.overlap, begun)
+    windows = plan_windows(after_portrait, shape.window_length, shape.overlap, begun)
+    return anchored(windows, shape.anchor_every)
 
 
 def audio_rows(shape: WindowShape, windows: Sequence[Window]) -> int:

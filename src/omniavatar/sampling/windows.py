@@ -8,7 +8,8 @@ Source: OmniAvatar's inference loop (described in its paper, arXiv 2506.18866, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Protocol
 
@@ -36,10 +37,16 @@ class HandOvers(Protocol):
 
 
 class WindowHandOvers:
-    """A window starts from one file. The last `KEPT` stay, and every 16th of those before."""
+    """A window starts from one file. The last `KEPT` stay, and every 16th of those before.
+
+    anchor_every: every window of such a number starts from the portrait, so from no file; 0 for none.
+    """
+
+    def __init__(self, anchor_every: int = 0) -> None:
+        self._anchor_every = anchor_every
 
     def needed(self, window: int) -> Sequence[int]:
-        return (window,)
+        return () if is_anchor(window, self._anchor_every) else (window,)
 
     def outdated(self, done: int) -> int | None:
         old = done - KEPT
@@ -131,6 +138,32 @@ def plan_blocks(audio_frames: int, latents: int) -> tuple[Window, ...]:
 def block_frames(block: int, latents: int) -> int:
     """Frames of block number `block`."""
     return 4 * latents - (0 if block else 3)
+
+
+def is_anchor(index: int, every: int) -> bool:
+    """Whether window number `index` starts from the portrait again; `every` 0: none does but window 0."""
+    return every > 0 and index > 0 and index % every == 0
+
+
+def anchored(windows: Iterable[Window], every: int) -> tuple[Window, ...]:
+    """`windows`, of which every `every`-th starts from the portrait again, as window 0 does; 0: none.
+
+    Such a window lies where it lay and shows the same frames. It makes the frames that it shares with the
+    window before from the portrait, and hides them: there the head comes from the portrait's pose to speech.
+    """
+    return tuple(
+        replace(each, given_frames=1, hidden_frames=each.skipped_frames, anchored=True)
+        if is_anchor(each.index, every)
+        else each
+        for each in windows
+    )
+
+
+def frames_encoded(following: Window | None, hand_over: str) -> int:
+    """Frames that a window encodes for the one that follows it; `hand_over` is the setting."""
+    if following is None or following.anchored or hand_over == "latents":
+        return 0
+    return 1 if hand_over == "clean" else following.given_frames
 
 
 def _windows_after(begun: int, total: int, length: int, overlap: int) -> tuple[Window, ...]:

@@ -131,6 +131,33 @@ def test_the_model_is_a_few_windows_ahead_of_the_writer(nano_checkpoint, tmp_pat
     assert max(ahead) == most
 
 
+def test_the_model_does_not_wait_for_the_sound(nano_checkpoint, tmp_path) -> None:
+    """Windows are encoded while the sound is; they are appended in order when it is done."""
+    all_handed_over = threading.Event()
+
+    class SlowSound(RunRecorder):
+        def stage(self, name: str):
+            if name == "audio_encode":
+                assert all_handed_over.wait(60), "the model waited for the sound"
+            return super().stage(name)
+
+    class Two(Host):
+        encoders = 2
+
+    class Signalling(AvatarPipeline):
+        def windows(self, *arguments):
+            yield from super().windows(*arguments)
+            all_handed_over.set()
+
+    pipe = make_pipeline(
+        nano_checkpoint, tmp_path / "cache", SlowSound(), host=Two(), kind=Signalling, num_steps=1
+    )
+    result = pipe.generate(request(1.5), tmp_path / "out.mp4")
+    assert result.windows > 4
+    info = probe_video(result.output)
+    assert info.frames == result.frames and info.audio is not None
+
+
 def test_large_windows_are_encoded_two_at_a_time() -> None:
     """Their frames wait in memory."""
 
