@@ -2,6 +2,7 @@
 
     python -m benchmarks live_session [--config configs/livetalk.yaml] [--scale 1.3B] [--size 512x512]
         [--answers 12] [--talk 15] [--sessions 2] [--hp quantize=fp8 decoder=taehv]
+    python -m benchmarks live_session --config configs/leaptalk.yaml --hp quantize=fp8   # or flashhead.yaml
 
 One session first shows a silent face until its cache is full and its passes are captured. Then:
 `first frame`: seconds from the start of a block, whose sound is there, to its first frames on the host.
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.shared.inputs import RATE, paint_faintly, speech
+from benchmarks.shared.inputs import CHUNKS_FIRST, RATE, faint_portrait, paint_faintly, speech
 from benchmarks.shared.options import add_config, add_hp, make_parser, size_of
 from benchmarks.shared.report import print_result, print_table
 from benchmarks.shared.timing import quantile
@@ -65,7 +66,9 @@ class Viewer:
         self.chunks: list[tuple[float, LiveChunk]] = []
 
         def build() -> BlockMaker:
-            self.maker = Timed(maker_of(pipeline, PORTRAIT, PROMPT, seed))
+            config = pipeline.config
+            image = faint_portrait() if config.video.color_match else PORTRAIT
+            self.maker = Timed(maker_of(pipeline, image, PROMPT if config.family.text else "", seed))
             return self.maker
 
         self.session = LiveSession.on(stage_of(pipeline), build, RATE)
@@ -159,8 +162,7 @@ def measure(config: Any, answers: int, talk_s: float, sessions: int) -> dict[str
     with AvatarPipeline.from_config(config) as pipeline:
         first = Viewer(pipeline, 0)
         opened = held()
-        causal = config.sampling.causal
-        first.wait_for_blocks(3 if causal is None else causal.slots + 2 * (causal.rolling + 1))
+        first.wait_for_blocks(blocks_first(config))
         warm, full = len(first.times), held()
         waits, pauses = [], random.Random(0)
         for _ in range(answers):
@@ -199,6 +201,15 @@ def measure(config: Any, answers: int, talk_s: float, sessions: int) -> dict[str
         "attention": attention,
         "bytes": dict(opened=opened, full=full, later=flat, closed=closed, closed_again=closed_again),
     }
+
+
+def blocks_first(config: Any) -> int:
+    """Blocks until a session is as fast as it will be."""
+    causal = config.sampling.causal
+    if causal is not None:
+        blocks: int = causal.slots + 2 * (causal.rolling + 1)
+        return blocks
+    return 3 if config.family.chunk is None else CHUNKS_FIRST
 
 
 def summary(times: Sequence[float]) -> dict[str, float]:

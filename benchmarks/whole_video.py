@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.shared.inputs import RATE, faint_portrait, paint_faintly, speech
+from benchmarks.shared.inputs import CHUNKS_FIRST, RATE, faint_portrait, paint_faintly, speech
 from benchmarks.shared.options import add_config, add_hp, make_parser, size_of
 from benchmarks.shared.report import print_result
 from omniavatar import AvatarPipeline, AvatarRequest
@@ -40,9 +40,6 @@ from omniavatar.engine.recorder import RunRecorder
 from omniavatar.media.inspect import probe_video
 from omniavatar.plan.run import plan_run
 from omniavatar.types import Event
-
-CHUNKS_FIRST = 8
-"""Chunks until a forward is captured (`accel.graphs.FORWARDS_FIRST`), with one step a chunk."""
 
 
 class Windows:
@@ -63,8 +60,13 @@ class Windows:
 
     def held_gib(self) -> list[float]:
         """The most of the second and of the last quarter."""
-        quarter = max(1, len(self.held) // 4)
-        return [max(part) / 2**30 for part in (self.held[quarter : 2 * quarter + 1], self.held[-quarter:])]
+        return [max(part) / 2**30 for part in quarters(self.held)]
+
+
+def quarters(values: list[Any]) -> tuple[list[Any], list[Any]]:
+    """The second and the last quarter."""
+    quarter = max(1, len(values) // 4)
+    return values[quarter : 2 * quarter + 1], values[-quarter:]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -133,6 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         windows_measured=result.windows,
         frames_measured=info.frames,
         window_s={"median": later, "min": min(watch.seconds[1:]), "max": max(watch.seconds[1:])},
+        quarters_s=[statistics.median(part) for part in quarters(watch.seconds)],
         forwards=whole.forwards,
         real_time_factor=total / (options.minutes * 60),
         attention=sidecar["attention"],

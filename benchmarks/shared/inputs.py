@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FAINT_COMMAND = "benchmarks.shared.faint_command"
 RATE = 16000
 CONTRAST = 0.01
+CHUNKS_FIRST = 8
+"""Chunks until a forward is captured (`accel.graphs.FORWARDS_FIRST`), with one step a chunk."""
 
 
 def speech(seconds: float) -> Waveform:

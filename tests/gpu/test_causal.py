@@ -78,3 +78,23 @@ def test_an_interrupted_video_is_resumed_byte_for_byte(nano_checkpoint, cache, t
     result = stopped.generate(request(12.0), tmp_path / "out.mp4")
     assert result.resumed_windows > 15
     assert (tmp_path / "out.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("changes", [{}, {"quantize": "fp8", "decoder": "taehv"}], ids=["full", "fp8-taehv"])
+def test_a_vae_on_another_gpu_makes_the_same_video(nano_checkpoint, cache, tmp_path, changes):
+    """Also as a file, whose frames come from the other GPU while the next block is computed."""
+    asked, before = request(12.0), torch.cuda.memory_allocated(1)
+    one, two = (pipeline(nano_checkpoint, cache, vae_device=device, **changes) for device in (None, "cuda:1"))
+    films = [np.concatenate([chunk.frames for chunk in made.stream(asked)]) for made in (one, two)]
+    assert np.array_equal(*films)
+    assert torch.cuda.memory_allocated(1) > before, "its weights must lie on the other GPU"
+    names = ("one", "two")
+    for made, name in zip((one, two), names, strict=True):
+        made.generate(asked, tmp_path / f"{name}.mp4")
+    written = [(tmp_path / f"{name}.mp4").read_bytes() for name in names]
+    assert written[0] == written[1]
+    two.close()
+    del films
+    torch.cuda.synchronize(1)
+    assert torch.cuda.memory_allocated(1) <= before + 2**20

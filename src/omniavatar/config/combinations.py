@@ -74,8 +74,8 @@ def check_causal(
         )
     if video["anchor_every"]:
         raise FieldError(
-            "sampler: causal makes no windows; every block sees those of the video's start (causal_sink); leave "
-            "anchor_every out",
+            "sampler: causal makes no windows; every block sees those of the video's start (causal_sink); "
+            "leave anchor_every out",
             "video.anchor_every",
             "sampling.sampler",
         )
@@ -218,8 +218,8 @@ def check_family_sampling(family: Family, sampling: Mapping[str, Any]) -> None:
         raise FieldError(text, "sampling.sampler", "model.family")
     if sampling["hand_over"] not in family.hand_overs:
         raise FieldError(
-            f"{name}: hands over {alternatives(family.hand_overs)}, because the VAE codes the first frame of a "
-            "clip alone, and a latent from the middle of a clip is none; set hand_over to one of these",
+            f"{name}: hands over {alternatives(family.hand_overs)}, because the VAE codes the first frame of "
+            "a clip alone, which a latent from the middle of a clip is not; set hand_over to one of these",
             "sampling.hand_over",
             "model.family",
         )

@@ -6,9 +6,9 @@ waits. So the next window is queued while this one is computed, copied, encoded 
 The hand-over goes through pixels. The last `overlap` frames of a window are clipped to [0, 1], matched to
 the portrait's colours if `color_match` says so, kept as floats and encoded again; they are the next window's
 given latents. A latent from the middle of a clip cannot be used, because the causal VAE codes the first frame
-of a clip alone. With `hand_over: clean` only the first of these frames is encoded, and the last latents follow
-as they are, without a matched colour. LeapTalk may hand over latents only (`hand_over: latents`). An anchored
-window begins with the portrait, as window 0 does.
+of a clip alone. With `hand_over: clean` only the first of these frames is encoded, and the last latents
+follow as they are, with the model's own colours. LeapTalk may hand over nothing but latents (`latents`). An
+anchored window begins with the portrait, as window 0 does.
 
 Several processes (`parallel.team`) denoise a window together. They share the VAE's work (`parallel.vae`), or
 the leader does it and sends the given latents to the others.
