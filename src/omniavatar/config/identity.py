@@ -49,6 +49,7 @@ SWITCHED_OFF: Mapping[str, Any] = MappingProxyType(
         "sampling.hand_over": "pixels",
         "video.color_match": 0.0,
         "video.anchor_every": 0,
+        "video.face_crop": False,
     }
 )
 """Fields that change nothing with this value, and that older versions lacked: a run that an older version

@@ -166,6 +166,9 @@ class VideoConfig(Section):
     color_match: Real = Field(0.0, ge=0, le=1)
     """Match the colours of every frame to the portrait before it is handed over: 0 not at all, 1 completely.
     Unset: 0 for omniavatar, 1 for flashhead and leaptalk."""
+    face_crop: Flag = False
+    """Cut the portrait to a square around its head before it is fitted, as flashhead and leaptalk need it if
+    the head is small or at the side. Needs a package: pip install 'omniavatar[face]'."""
     anchor_every: Whole = Field(0, ge=0)
     """Every n-th window starts from the portrait again, so that nothing drifts for longer than n windows. The
     head jumps there. 0: never."""

@@ -138,7 +138,7 @@ def read_inputs(models: Models, request: LocalRequest, has_audio: bool | None = 
         raise InputError("audio: this checkpoint has no audio layers; leave the audio out or set exp_path")
     if family.chunk is not None and not (request.audio is not None if has_audio is None else has_audio):
         raise InputError(f"audio: is missing; {family.name} makes its frames from a voice")
-    image = load_image(request.image, colour_profile=config.video.color_profile)
+    image = _head(models, load_image(request.image, colour_profile=config.video.color_profile))
     height, width = image.shape[:2]
     begun = None
     if request.continues is not None:
@@ -162,10 +162,33 @@ def read_inputs(models: Models, request: LocalRequest, has_audio: bool | None = 
     elif size not in config.video.sizes:
         known = ", ".join(f"{width}x{height}" for height, width in config.video.sizes)
         raise InputError(f"size: {size[1]}x{size[0]} is not configured; choose from {known}")
+    _note_portrait(models, image, size)
     constants = find_constants(config.model, sampling, dit)
     speaks = request.audio is not None if has_audio is None else has_audio
     shape = shape_of(models, size, speaks, sampling)
     return Inputs(request, sampling, image, shape, constants, begun)
+
+
+def _head(models: Models, image: np.ndarray) -> np.ndarray:
+    """The portrait, cut to its head if the configuration says so. Raises InputError, ResourceError."""
+    if not models.config.video.face_crop:
+        return image
+    from omniavatar.encoders.face_crop import crop_to_head
+
+    cropped, notes = crop_to_head(image)
+    for note in notes:
+        models.recorder.event(Message(note, "warning"))
+    return cropped
+
+
+def _note_portrait(models: Models, image: np.ndarray, size: tuple[int, int]) -> None:
+    """Say why a model of heads needs another crop of the portrait, where the detector is installed."""
+    if models.config.family.chunk is None or models.config.video.face_crop:
+        return
+    from omniavatar.encoders.face_crop import detector_available, portrait_notes
+
+    for note in portrait_notes(image, size) if detector_available() else ():
+        models.recorder.event(Message(note, "warning"))
 
 
 def shape_of(
