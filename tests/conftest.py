@@ -7,6 +7,7 @@ without it fails when it starts a Python process, or takes more than `MOST_FAST_
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -30,7 +31,15 @@ MOST_FAST_S = 10.0
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy machine")
 
+gc.disable()  # until all tests are imported: a collection walks through everything that exists
+
 _fast_test: str | None = None
+
+
+def pytest_collection_finish() -> None:
+    """Let later collections pass over the modules and the tests; a pipeline that is closed starts one."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_configure() -> None:
