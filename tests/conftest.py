@@ -19,6 +19,8 @@ import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
+from longest_first import LONGEST_FIRST, UNIT
+
 if TYPE_CHECKING:
     from ranks import RankPool
 
@@ -76,6 +78,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {UNIT / name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
     for item in items:
         if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
