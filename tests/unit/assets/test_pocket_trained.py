@@ -175,13 +175,13 @@ def test_drift_over_a_longer_video_is_small(short_windows, speech, renderer):
     assert late - early < 0.1 * apart
 
 
-def test_words_of_the_prompt_act(pipeline, renderer):
-    silence = np.zeros((WINDOW - 1) * RATE // FPS, np.float32) + 1e-4 * np.random.default_rng(
+def test_words_of_the_prompt_act(short_windows, renderer):
+    silence = np.zeros((SHORT_WINDOW - 1) * RATE // FPS, np.float32) + 1e-4 * np.random.default_rng(
         0
-    ).standard_normal((WINDOW - 1) * RATE // FPS).astype(np.float32)
+    ).standard_normal((SHORT_WINDOW - 1) * RATE // FPS).astype(np.float32)
     talk = "A person is talking to the camera, {}"
     made = {
-        words: streamed(pipeline, talk.format(words), silence, num_steps=2, audio_scale=1.0)
+        words: streamed(short_windows, talk.format(words), silence, num_steps=2, audio_scale=1.0)
         for words in ("neutral, still", "smiling, still", "neutral, lively")
     }
     smile, mouth = rendered(renderer, "smiling", 1.6)
