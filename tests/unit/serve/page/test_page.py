@@ -255,6 +255,8 @@ def test_axe_has_no_serious_finding(
     page.click("#voice-example")
     until(page, "document.getElementById('plan-facts').childElementCount === 6")
     page.click("#advanced > summary")
+    page.click("#fixed > summary")
+    assert "crf" in shown(page, "#fixed-settings") and "--hp" in shown(page, "#fixed")
     page.evaluate("document.getElementById('packaged-note').hidden = false")
     assert page.evaluate("document.documentElement.scrollWidth") <= view["width"]
     assert serious(page) == []
