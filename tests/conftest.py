@@ -7,6 +7,7 @@ without it fails when it starts a Python process, or takes more than `MOST_FAST_
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING
 import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
+
+from longest_first import LONGEST_FIRST, UNIT
 
 if TYPE_CHECKING:
     from ranks import RankPool
@@ -30,7 +33,15 @@ MOST_FAST_S = 10.0
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy machine")
 
+gc.disable()  # until all tests are imported: a collection walks through everything that exists
+
 _fast_test: str | None = None
+
+
+def pytest_collection_finish() -> None:
+    """Let later collections pass over the modules and the tests; a pipeline that is closed starts one."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_configure() -> None:
@@ -67,6 +78,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {UNIT / name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
     for item in items:
         if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)

@@ -2,7 +2,8 @@
 
 It appends windows to a file in the job's `work/` folder and goes on after the last whole one. Each window
 waits while `<notes>/hold` names it or an earlier one. It logs what it does in `<notes>/log`. The first word
-of the prompt selects a failure: `bad`, `bug`, `full`, `die` (the process ends in window 1, each time).
+of the prompt selects a failure: `bad`, `bug`, `full`, `die` (the process ends in window 1, each time); `odd`
+warns of the sound.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from omniavatar.engine.events import RequestStarted, StepFinished, WindowFinished, WindowStarted
+from omniavatar.engine.events import Message, RequestStarted, StepFinished, WindowFinished, WindowStarted
 from omniavatar.errors import BusyError, InputError, OutputError, StoppedError
 from omniavatar.serve.batch.items import Made, Member, Seat
 from omniavatar.serve.jobs.logs import log_as_json
 from omniavatar.types import AvatarRequest, Event
 
 BYTES = 64
+ODD = "audio: it is silent; check that it is the right file"
 STEPS = 4
 
 
@@ -92,6 +94,9 @@ class StubJobEngine:
                 raise RuntimeError("a secret in a trace")
             if trouble == "full":
                 raise OutputError("cannot write x.mp4: the disk is full; free some space")
+            if trouble == "odd":
+                on_event(Message("/secret/key.pem: others may read it", "warning"))
+                on_event(Message(ODD, "warning", "audio"))
             done = len(list(job.glob("segment_*")))
             note(settings.notes, f"begin {id} {done} {os.getpid()}")
             on_event(RequestStarted(0, output.name, settings.windows * 9, settings.windows, STEPS, done))

@@ -1,11 +1,13 @@
 """Makes the pictures of docs/web.md: `PYTHONPATH=src:tests .venv/bin/python -m web_pictures docs/images`.
 
 It starts the page with the packaged model, makes the example video and looks at it. Takes a few minutes.
+A test fails while the pictures are older than the page's files.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import tempfile
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from playwright.sync_api import Browser, Page
 from browser import chromium, until
 from omniavatar.measure.projection import StartCosts, WindowCosts
 from omniavatar.measure.times import PartTimes
+from omniavatar.serve.page.routes import page_files
 from web_server import WebServer
 
 DESK, LOW = {"width": 1280, "height": 960}, {"width": 1280, "height": 760}
@@ -21,10 +24,20 @@ PHONE = {"width": 390, "height": 844}
 READY = "document.body.dataset.ready === 'yes'"
 PLANNED = "document.getElementById('plan-time')?.innerText.includes('≈')"
 LONG_S = 900.0
+PICTURED = Path(__file__).parent / "data" / "pictured_page.sha256"
+"""The page's files when its pictures were made."""
 IDLE = PartTimes(
     WindowCosts(0.763, 0.007, 3.25, 0.221, 0.068), StartCosts(0.061, 0.01), tokens=1584, pixels=1511424
 )
 """Of the packaged model, on one core of an idle machine; the pictures may be made on a busy one."""
+
+
+def page_digest() -> str:
+    """SHA-256 of all files of the page."""
+    digest = hashlib.sha256()
+    for name, content in sorted(page_files().items()):
+        digest.update(name.encode() + hashlib.sha256(content).digest())
+    return digest.hexdigest()
 
 
 def opened(browser: Browser, address: str, view: dict[str, int], scheme: str) -> Page:
@@ -75,6 +88,7 @@ def main() -> None:
         server.start()
         try:
             make_pictures(folder, server, browser)
+            PICTURED.write_text(f"{page_digest()}\n")
         finally:
             server.kill()
 

@@ -15,6 +15,7 @@ import grimp
 import pytest
 
 from command_line import REPOSITORY
+from longest_first import LONGEST_FIRST, UNIT
 
 SOURCE = REPOSITORY / "src"
 PACKAGE = SOURCE / "omniavatar"
@@ -29,6 +30,10 @@ MOST_LOADED = 80
 
 NOT_MODULES = {"omniavatar.family", "omniavatar.form", "omniavatar.num_heads", "omniavatar.sources"}
 """Keys in the headers of weight files."""
+
+
+def test_the_longest_test_files_exist() -> None:
+    assert [name for name in LONGEST_FIRST if not (UNIT / name).is_file()] == []
 
 
 # Imports: those inside functions count; those for type checkers only are looked at separately

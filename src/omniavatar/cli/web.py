@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from omniavatar.cli.choose import CONFIGS, POCKET, best_config
-from omniavatar.cli.common import print_warning, require_one_process, user_errors
+from omniavatar.cli.common import HpOption, print_warning, require_one_process, user_errors
 from omniavatar.text import one_line
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def web(
             "repeated. Default: the best model whose weights are here.",
         ),
     ] = None,
+    hp: HpOption = None,
     demo: Annotated[
         bool,
         typer.Option("--demo", help="Begin with the packaged model, portrait and voice."),
@@ -80,7 +82,7 @@ def web(
     with user_errors(on_interrupt=ENDED):
         require_one_process()
         settings = page_settings(port, data_dir)
-        models = models_of(settings, config or [], demo)
+        models = models_of(settings, config or [], demo, hp or ())
         run(settings, models, demo, price_per_hour, open_browser=not no_browser)
 
 
@@ -89,6 +91,7 @@ def run(
 ) -> None:
     """Serve until Ctrl-C. Raises OmniAvatarError."""
     from omniavatar.cli.serve import run_server
+    from omniavatar.serve.page.inputs import CheckedApart
     from omniavatar.serve.page.routes import PageParts, add_page
     from omniavatar.serve.page.session import PARAMETER, page_key
     from omniavatar.serve.page.times import Times
@@ -98,6 +101,7 @@ def run(
     address = f"http://127.0.0.1:{listening.getsockname()[1]}/"
     over = threading.Event()
     measuring: list[threading.Thread] = []
+    check = CheckedApart()
 
     def dress(app: FastAPI, keys: KeyStore, workers: Workers | None) -> None:
         service = app.state.service
@@ -109,6 +113,7 @@ def run(
             PageParts(
                 times=times,
                 example=demo,
+                check=check,
                 voice=PiperVoice.find(),
                 talk=talk,
                 no_talk=no_talk,
@@ -129,6 +134,7 @@ def run(
             print(ENDED, file=sys.stderr)
         finally:
             over.set()
+            check.close()
             for thread in measuring:
                 thread.join(5.0)
 
@@ -172,8 +178,13 @@ def page_settings(port: int, data_dir: Path | None) -> ServeSettings:
     return settings.model_copy(update=chosen)
 
 
-def models_of(settings: ServeSettings, configs: list[Path], demo: bool) -> Catalogue:
-    """The models by name, the default first. Raises ConfigError, CheckpointError."""
+def models_of(
+    settings: ServeSettings, configs: list[Path], demo: bool, overrides: Sequence[str] = ()
+) -> Catalogue:
+    """The models by name, the default first; `overrides` are for that one.
+
+    Raises ConfigError, CheckpointError.
+    """
     import torch
 
     from omniavatar.config.change import changed
@@ -189,7 +200,7 @@ def models_of(settings: ServeSettings, configs: list[Path], demo: bool) -> Catal
     found: dict[str, PipelineConfig] = {}
     for path in paths:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")[:64] or "model"
-        loaded = load_config(path)
+        loaded = load_config(path, overrides if not found else ())
         loaded.config.model.check_files_named()
         for missing in missing_files(loaded.config.model):
             raise CheckpointError(

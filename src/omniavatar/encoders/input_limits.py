@@ -172,7 +172,8 @@ class InputLimits:
             return []
         return [
             f"image: differs from the portraits this model was trained on: {', '.join(reasons)}. The model "
-            "was trained on rendered heads; with a photograph the face may change or dissolve"
+            "was trained on rendered heads; with a photograph the face may change or dissolve. For "
+            "photographs take a large model: omniavatar download 1.3B"
         ]
 
     def speech_notes(self, features: np.ndarray, samples: np.ndarray | None = None) -> list[str]:
@@ -183,7 +184,7 @@ class InputLimits:
         if share < self.least_speech_share:
             return [
                 f"audio: only {share:.0%} of it is speech; the mouth follows speech, and with music or noise "
-                "it may stay shut or move at random"
+                "it may stay shut or move at random; give a voice alone"
             ]
         pauses = None if samples is None else pauses_db(samples)
         if pauses is None or pauses < LOUDEST_PAUSES_DB:

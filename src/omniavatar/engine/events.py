@@ -12,14 +12,19 @@ _log = logging.getLogger("omniavatar")
 
 Level = Literal["info", "warning"]
 Action = Literal["compute", "reuse"]
+About = Literal["", "image", "audio", "prompt"]
 
 
 @dataclass(frozen=True)
 class Message(Event, kind="message"):
-    """A sentence for the user."""
+    """A sentence for the user.
+
+    - about: the input that it concerns; empty for none.
+    """
 
     text: str
     level: Level = "info"
+    about: About = ""
 
 
 @dataclass(frozen=True)

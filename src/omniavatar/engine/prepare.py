@@ -128,7 +128,8 @@ def read_inputs(models: Models, request: LocalRequest, has_audio: bool | None = 
     config, dit, family = models.config, models.dit_config, models.config.family
     _check_prompt(request.prompt, family.text)
     if not family.text and request.prompt.strip():
-        models.recorder.event(Message(f"the prompt has no effect: {family.name} takes no text", "warning"))
+        text = f"the prompt has no effect: {family.name} takes no text"
+        models.recorder.event(Message(text, "warning", "prompt"))
     sampling = effective_sampling(config.sampling, request.sampling)
     try:
         check_family_sampling(family, vars(sampling))
@@ -229,7 +230,7 @@ def plan_request(models: Models, inputs: Inputs, folder: Path) -> Planned:
         with models.recorder.stage("audio_decode"):
             track = decode_mono(audio, path, video.sample_rate, lead)
         for note in track.notes:
-            models.recorder.event(Message(note, "warning"))
+            models.recorder.event(Message(note, "warning", "audio"))
         waveform = np.memmap(path, dtype=np.float32, mode="r")
     samples = None if waveform is None else len(waveform)
     plan = make_plan(models.config, inputs.shape, samples, 0 if begun is None else begun.frames)
@@ -301,8 +302,8 @@ def encode_person(models: Models, inputs: Inputs) -> tuple[Tensor, Tensor]:
         reference = models.vae.encode(picture.to(models.device)[:, :, None])
     path = models.config.model.input_limits
     if path is not None:
-        for note in _beyond_limits(models, path, picture, reference, None, None):
-            models.recorder.event(Message(note, "warning"))
+        for message in _beyond_limits(models, path, picture, reference, None, None):
+            models.recorder.event(message)
     return text, reference
 
 
@@ -310,14 +311,28 @@ def encode_person(models: Models, inputs: Inputs) -> tuple[Tensor, Tensor]:
 def _encode(models: Models, planned: Planned, should_stop: ShouldStop) -> Conditioning:
     """Encode prompt, portrait and sound."""
     end_if(should_stop(), "before the prompt was encoded")
-    inputs, plan, recorder = planned.inputs, planned.plan, models.recorder
-    picture = fitted_portrait(inputs.image, plan)
+    inputs = planned.inputs
+    picture = fitted_portrait(inputs.image, planned.plan)
     if models.config.family.text:
-        with recorder.stage("text"):
+        with models.recorder.stage("text"):
             prompts = (inputs.request.prompt, inputs.sampling.negative_prompt)
             positive, negative = models.prompts.embed(prompts)
     else:
         positive = negative = NO_TEXT
+    features, reference = encode_inputs(models, planned, picture, should_stop)
+    portrait = picture[:, :, None] if models.config.video.color_match else None
+    return Conditioning(positive, negative, reference, features, portrait)
+
+
+@torch.inference_mode()
+def encode_inputs(
+    models: Models, planned: Planned, picture: Tensor, should_stop: ShouldStop = never
+) -> tuple[np.ndarray | None, Tensor]:
+    """Audio features and portrait latent, with a warning for each input that the model was not trained for.
+
+    - picture: of `fitted_portrait`.
+    """
+    plan, recorder = planned.plan, models.recorder
     features: np.ndarray | None = None
     end_if(should_stop(), "before the sound was encoded")
     if planned.waveform is not None:
@@ -330,11 +345,10 @@ def _encode(models: Models, planned: Planned, should_stop: ShouldStop) -> Condit
         with recorder.stage("input_limits"):
             speech = None if features is None else features[: plan.frames - 1]
             path = models.config.model.input_limits
-            notes = _beyond_limits(models, path, picture, reference, speech, planned.waveform)
-        for text in notes:
-            recorder.event(Message(text, "warning"))
-    portrait = picture[:, :, None] if models.config.video.color_match else None
-    return Conditioning(positive, negative, reference, features, portrait)
+            messages = _beyond_limits(models, path, picture, reference, speech, planned.waveform)
+        for message in messages:
+            recorder.event(message)
+    return features, reference
 
 
 NO_TEXT = torch.empty(1, 0, 0)
@@ -359,11 +373,13 @@ def _beyond_limits(
     reference: Tensor,
     speech: np.ndarray | None,
     waveform: np.ndarray | None,
-) -> list[str]:
-    """How portrait and sound differ from the training data, one sentence each."""
+) -> list[Message]:
+    """How portrait and sound differ from the training data."""
     from omniavatar.encoders.input_limits import InputLimits
 
     limits = InputLimits.load(path)
     decoded = next(iter(models.vae.decode_stream(reference)))[:, :, 0].cpu()
-    notes = limits.portrait_notes(picture, decoded)
-    return notes if speech is None else notes + limits.speech_notes(speech, waveform)
+    found = [Message(text, "warning", "image") for text in limits.portrait_notes(picture, decoded)]
+    if speech is not None:
+        found += [Message(text, "warning", "audio") for text in limits.speech_notes(speech, waveform)]
+    return found

@@ -31,7 +31,7 @@ from omniavatar.media.inspect import read_frames
 
 ROOT = Path(__file__).resolve().parents[3]
 PORTRAIT_SEED = 50_013
-SMALL = {"max_tokens": 504, "num_steps": 1, "preset": "ultrafast"}
+SMALL = {"max_tokens": 396, "num_steps": 1, "preset": "ultrafast"}
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,8 @@ def test_the_demo_begins_with_the_packaged_model_and_a_config_goes_first_without
     assert list(models_of(settings, [small], demo=False).configs) == ["small", "pocket"]
     assert list(models_of(settings, [], demo=True).configs) == ["pocket"]
     assert models_of(settings, [], demo=True).configs["pocket"].runtime.threads is not None
+    changed = models_of(settings, [small], demo=False, overrides=["crf=30"]).configs
+    assert changed["small"].output.crf == 30 != changed["pocket"].output.crf, "settings are of the first one"
 
 
 @pytest.mark.parametrize(

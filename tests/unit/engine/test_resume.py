@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,20 @@ def whole(pipeline, tmp_path_factory):
     output = tmp_path_factory.mktemp("whole") / "out.mp4"
     pipeline.generate(request(SECONDS), output)
     return output
+
+
+@pytest.fixture(scope="module")
+def begun(pipeline, tmp_path_factory):
+    """Copies what an interrupted run left with so many windows done, made once for each number."""
+    made: dict[int, Path] = {}
+
+    def copy(output: Path, windows: int) -> None:
+        if windows not in made:
+            made[windows] = tmp_path_factory.mktemp("begun")
+            interrupt_after(pipeline, made[windows] / output.name, windows)
+        shutil.copytree(made[windows], output.parent, dirs_exist_ok=True)
+
+    return copy
 
 
 def frames_of(path: Path) -> np.ndarray:
@@ -123,9 +138,11 @@ def test_ctrl_c_keeps_finished_windows(pipeline, whole, tmp_path):
         ({"sampling": SamplingParams(num_steps=3)}, "sampling.num_steps: 2 -> 3"),
     ],
 )
-def test_changed_request_is_not_resumed_and_the_error_names_the_change(pipeline, tmp_path, change, named):
+def test_changed_request_is_not_resumed_and_the_error_names_the_change(
+    pipeline, begun, tmp_path, change, named
+):
     output = tmp_path / "out.mp4"
-    interrupt_after(pipeline, output, 1)
+    begun(output, 1)
     with pytest.raises(ResumeError, match=named) as caught:
         pipeline.generate(request(**{"seconds": SECONDS, **change}), output)
     assert "\n" not in str(caught.value) and "--no-resume" in str(caught.value)
@@ -135,16 +152,14 @@ def test_changed_request_is_not_resumed_and_the_error_names_the_change(pipeline,
         assert result.resumed_windows == 0
 
 
-def test_weights_are_known_by_content(pipeline, nano_checkpoint, cache, whole, tmp_path):
+def test_weights_are_known_by_content(begun, nano_checkpoint, cache, whole, tmp_path):
     """A copy of the checkpoint, with other times and in another folder, goes on; other weights do not."""
-    import shutil
-
     moved = tmp_path / "checkpoint"
     shutil.copytree(nano_checkpoint, moved)
     for file in moved.rglob("*"):
         os.utime(file, ns=(1, 1))
     output = tmp_path / "out.mp4"
-    interrupt_after(pipeline, output, 1)
+    begun(output, 1)
     vae = moved / "Wan2.1-T2V-nano" / "Wan2.1_VAE.pth"
     released = vae.read_bytes()
     weights = torch.load(vae)
@@ -175,9 +190,9 @@ def test_finished_video_is_not_made_again(pipeline, tmp_path):
     assert changed.resumed_windows == 0 and changed.seconds > 0
 
 
-def test_a_damaged_record_is_named_and_the_remedy_works(pipeline, whole, tmp_path):
+def test_a_damaged_record_is_named_and_the_remedy_works(pipeline, begun, whole, tmp_path):
     output = tmp_path / "out.mp4"
-    interrupt_after(pipeline, output, 2)
+    begun(output, 3)
     (tmp_path / "out.mp4.job" / "job.json").write_text("{")
     with pytest.raises(ResumeError, match=r"job\.json.*--no-resume"):
         pipeline.generate(request(SECONDS), output)
@@ -220,9 +235,9 @@ def old_form(job: Path) -> None:
         (True, "segment_00002.mp4", cut, 0),
     ],
 )
-def test_goes_on_from_the_last_good_window(pipeline, whole, tmp_path, old, file, damage, window):
+def test_goes_on_from_the_last_good_window(pipeline, begun, whole, tmp_path, old, file, damage, window):
     output = tmp_path / "out.mp4"
-    interrupt_after(pipeline, output, 3)
+    begun(output, 3)
     job = tmp_path / "out.mp4.job"
     if old:
         old_form(job)

@@ -194,7 +194,7 @@ def test_a_killed_process_of_ray_costs_one_line_and_the_batch_goes_on(
 ) -> None:
     """`windows`: made before; with 0 the worker is about to start."""
     prompts = [f"p{i}" for i in range(4)]
-    driver = start_driver(tmp_path, prompts=prompts, engine={"windows": 20, "seconds": 0.1}, workers=1)
+    driver = start_driver(tmp_path, prompts=prompts, engine={"windows": 10, "seconds": 0.1}, workers=1)
     begun: list[psutil.Process] = []
 
     def found() -> bool:
@@ -218,8 +218,8 @@ def test_a_killed_process_of_ray_costs_one_line_and_the_batch_goes_on(
     assert driver.returncode == 0, errors
     last = json.loads(output.splitlines()[-1])
     assert last["event"] == "batch_finished" and last["done"] == 4 and last["failed"] == 0
-    check_videos(tmp_path, prompts, windows=20)
-    assert len(noted(tmp_path / "notes", "window")) <= 4 * 20 + 2, "only the cut windows are made again"
+    check_videos(tmp_path, prompts, windows=10)
+    assert len(noted(tmp_path / "notes", "window")) <= 4 * 10 + 2, "only the cut windows are made again"
     assert not psutil.wait_procs(begun, 10)[1]
 
 
@@ -277,10 +277,12 @@ def test_ctrl_c_keeps_finished_windows(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "00000.mp4.job").stat().st_size >= 3 * 64
 
 
-def test_a_second_driver_of_the_same_folder_is_refused(tmp_path: Path) -> None:
+def test_a_second_driver_of_the_same_folder_is_refused(tmp_path: Path, cluster: str) -> None:
     from omniavatar.errors import OutputError
 
-    driver = start_driver(tmp_path, prompts=["slow p"], engine={"windows": 30, "seconds": 0.1}, workers=1)
+    token = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+    engine = {"windows": 100, "seconds": 0.1}
+    driver = start_driver(tmp_path, token, prompts=["slow p"], engine=engine, workers=1, address=cluster)
     wait_for(lambda: (tmp_path / "run" / "driver.lock").exists() and noted(tmp_path / "notes", "window"))
     with pytest.raises(OutputError, match=f"process {driver.pid} on .* is running this batch"):
         drive(tmp_path, ["slow p"])
@@ -513,9 +515,9 @@ def ray_session(address: str) -> Iterator[None]:
 def pauses_and_use(tmp_path: Path, cluster: str) -> tuple[float, float, int]:
     """Mean pause between items, sum of both utilizations, and difference of the item counts of two workers.
 
-    10,000 items of 0.6 s are queued; the run stops after 30.
+    10,000 items of 0.6 s are queued; the run stops after 20.
     """
-    seconds, enough = 0.6, 30
+    seconds, enough = 0.6, 20
     done: list[str] = []
 
     def listen(event: Event) -> None:

@@ -11,6 +11,13 @@ from omniavatar.serve.api.models import Plan
 from omniavatar.serve.jobs.records import JobRecord
 
 
+class VideoWarning(BaseModel):
+    """What is odd about an input, and what to do. param: the field of the request."""
+
+    message: str
+    param: str | None = None
+
+
 class Video(BaseModel):
     """A video job. seconds: of the video, as text like in the dialect; "0" while unknown."""
 
@@ -32,6 +39,7 @@ class Video(BaseModel):
     step: int = 0
     steps: int = 0
     eta_seconds: float | None = None
+    warnings: list[VideoWarning] = []
 
 
 class VideoList(BaseModel):
@@ -113,4 +121,5 @@ def video(job: JobRecord, plan: Plan | None = None) -> Video:
         step=job.step,
         steps=job.steps or (plan.steps if plan else 0),
         eta_seconds=job.eta_seconds,
+        warnings=[VideoWarning(message=each.message, param=each.param) for each in job.warnings],
     )

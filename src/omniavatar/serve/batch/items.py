@@ -203,10 +203,19 @@ class WorkerInfo:
 
 
 @dataclass(frozen=True)
+class InputWarning:
+    """What is odd about an input, and what to do. about: `image`, `audio` or `prompt`."""
+
+    about: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Progress:
     """Finished windows of the item a worker makes now; `key` is None if it is idle.
 
     step: of `steps` of the window in work. resumed: windows that an earlier attempt finished.
+    warnings: about the inputs.
     """
 
     key: str | None
@@ -216,6 +225,7 @@ class Progress:
     steps: int = 0
     eta_seconds: float | None = None
     resumed: int = 0
+    warnings: tuple[InputWarning, ...] = ()
 
 
 def verdict_of(error: OmniAvatarError) -> Verdict:

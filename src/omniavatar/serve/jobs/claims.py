@@ -24,7 +24,7 @@ from omniavatar.serve.jobs.records import (
     JobResult,
     JobStatus,
 )
-from omniavatar.serve.jobs.rows import change, failed_values, find, queued_values
+from omniavatar.serve.jobs.rows import change, failed_values, find, queued_values, warning_values
 from omniavatar.serve.jobs.tables import jobs, turns, worker_hosts
 
 MOST_FAILURES = 3
@@ -91,6 +91,7 @@ class Claims:
                 steps=progress.steps,
                 eta_seconds=progress.eta_seconds,
                 resumed_windows=progress.resumed_windows,
+                **warning_values(progress.warnings),
             )
             return Heartbeat(cancel=bool(row["cancel_requested"]), lost=False)
 
@@ -116,6 +117,7 @@ class Claims:
                     expires_at=result.expires_at,
                     lease_until=None,
                     worker=None,
+                    **warning_values(result.warnings),
                 )
             return row is not None
 

@@ -51,6 +51,14 @@ class JobError:
 
 
 @dataclass(frozen=True)
+class JobWarning:
+    """What is odd about an input of a job. param: the field of the request."""
+
+    message: str
+    param: str | None = None
+
+
+@dataclass(frozen=True)
 class JobSpec:
     """The request, already checked against the model's configuration.
 
@@ -84,6 +92,7 @@ class JobRecord:
     attempt: how often a worker has begun it.
     resumed_windows: windows that an earlier attempt had finished.
     output: name of the video's file (`output/video.mp4`) once it is completed.
+    warnings: about its inputs, from the worker.
     """
 
     id: str
@@ -110,6 +119,7 @@ class JobRecord:
     size_bytes: int | None = None
     idempotency_key: str | None = None
     cancel_requested: bool = False
+    warnings: tuple[JobWarning, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -157,6 +167,7 @@ class JobProgress:
     steps: int = 0
     eta_seconds: float | None = None
     resumed_windows: int = 0
+    warnings: tuple[JobWarning, ...] = ()
 
     @property
     def percent(self) -> int:
@@ -193,6 +204,7 @@ class JobResult:
     """What a completed job left.
 
     output: name of the video's file. seconds: of the video. expires_at: None for never.
+    warnings: as in `JobRecord`; with none, those that the job has are kept.
     """
 
     output: str
@@ -201,6 +213,7 @@ class JobResult:
     windows: int
     resumed_windows: int = 0
     expires_at: float | None = None
+    warnings: tuple[JobWarning, ...] = ()
 
 
 @dataclass(frozen=True)

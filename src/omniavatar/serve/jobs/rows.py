@@ -16,23 +16,25 @@ from omniavatar.serve.jobs.records import (
     JobRecord,
     JobSpec,
     JobStatus,
+    JobWarning,
     KeyLimits,
 )
 from omniavatar.serve.jobs.tables import events, jobs, turns
 
 MOST_EVENTS = 200
 """Events kept of one job; the oldest are deleted."""
-_PLAIN = [
-    field.name for field in dataclasses.fields(JobRecord) if field.name not in ("spec", "status", "error")
-]
+_MADE = ("spec", "status", "error", "warnings")
+_PLAIN = [field.name for field in dataclasses.fields(JobRecord) if field.name not in _MADE]
 
 
 def job_record(row: sa.RowMapping) -> JobRecord:
     spec = dict(row["spec"])
     spec["size"] = None if spec["size"] is None else tuple(spec["size"])
     error = None if row["error"] is None else JobError(**row["error"])
+    warnings = tuple(JobWarning(**each) for each in row["warnings"] or ())
     values = {name: row[name] for name in _PLAIN}
-    return JobRecord(spec=JobSpec(**spec), status=JobStatus(row["status"]), error=error, **values)
+    status = JobStatus(row["status"])
+    return JobRecord(spec=JobSpec(**spec), status=status, error=error, warnings=warnings, **values)
 
 
 def spec_values(spec: JobSpec) -> dict[str, Any]:
@@ -80,6 +82,11 @@ def add_event(connection: Connection, row: sa.RowMapping, now: float, kind: str,
         old = events.c.sequence <= sequence - MOST_EVENTS
         connection.execute(events.delete().where(events.c.job_id == row["id"], old))
     return sequence
+
+
+def warning_values(warnings: tuple[JobWarning, ...]) -> dict[str, Any]:
+    """What the row of a job with new warnings holds; nothing is changed without them."""
+    return {"warnings": [dataclasses.asdict(each) for each in warnings]} if warnings else {}
 
 
 def failed_values(error: JobError, now: float) -> dict[str, Any]:

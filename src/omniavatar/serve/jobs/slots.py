@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from omniavatar.serve.batch.items import Progress, Stop, WorkerInfo
-from omniavatar.serve.jobs.records import Claim, JobProgress
+from omniavatar.serve.jobs.records import Claim, JobProgress, JobWarning
 from omniavatar.serve.jobs.tracing import OpenSpan, Trace, begin
+
+PARAMS = {"image": "input_reference", "audio": "audio_reference", "prompt": "prompt"}
+"""Fields of a request by what a warning is about."""
 
 
 @dataclass
@@ -32,10 +35,15 @@ class JobSlot:
 
     def progress(self, claim: Claim) -> JobProgress:
         """The latest of the claim's job."""
-        last = self.last
-        if last is None or last.key != claim.job.id or not last.windows:
-            return JobProgress(claim.job.window, claim.job.windows)
-        return JobProgress(last.window, last.windows, last.step, last.steps, last.eta_seconds, last.resumed)
+        last, job = self.last, claim.job
+        if last is None or last.key != job.id:
+            return JobProgress(job.window, job.windows)
+        warnings = tuple(JobWarning(each.text, PARAMS.get(each.about)) for each in last.warnings)
+        if not last.windows:
+            return JobProgress(job.window, job.windows, warnings=warnings)
+        return JobProgress(
+            last.window, last.windows, last.step, last.steps, last.eta_seconds, last.resumed, warnings
+        )
 
     def trace(self, claim: Claim, endpoint: str) -> Trace | None:
         """Begin the span of a job that this worker gets now; returns what spans of the worker go under."""

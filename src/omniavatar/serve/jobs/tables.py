@@ -43,6 +43,7 @@ jobs = sa.Table(
     sa.Column("failures", sa.Integer, nullable=False, server_default="0"),
     sa.Column("claimed_window", sa.Integer, nullable=False, server_default="0"),
     sa.Column("last_event", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("warnings", sa.JSON(none_as_null=True)),
     sa.UniqueConstraint("key_id", "idempotency_key", name="uq_jobs_idempotency"),
     sa.Index("ix_jobs_queue", "status", "key_id", "priority", "created_at"),
     sa.Index("ix_jobs_list", "key_id", "created_at"),

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +20,7 @@ from omniavatar.engine.events import Message, RequestStarted, StepFinished, Wind
 from omniavatar.engine.marks import read_record
 from omniavatar.errors import InputError, ResumeError
 from omniavatar.serve.batch.items import (
+    InputWarning,
     Made,
     Outcome,
     Progress,
@@ -44,6 +45,7 @@ from omniavatar.serve.jobs.records import (
     Json,
 )
 from omniavatar.serve.jobs.tracing import Trace, begin, flush
+from omniavatar.text import one_line
 from omniavatar.types import AvatarRequest, Event, SamplingParams
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
 THUMBNAIL_SIDE = 512
 FLUSH_S = 1.0
 """Longest wait for the collector of traces after a job."""
+MOST_WARNINGS = 10
 _log = logging.getLogger("omniavatar.serve")
 
 
@@ -236,7 +239,7 @@ class _Run:
         old = self.progress
         if isinstance(event, RequestStarted):
             done, windows = event.resumed_windows, event.windows
-            self.progress = Progress(old.key, done, windows, 0, event.steps, None, done)
+            self.progress = Progress(old.key, done, windows, 0, event.steps, None, done, old.warnings)
         elif isinstance(event, WindowStarted):
             self._between_windows = True
         elif isinstance(event, StepFinished):
@@ -252,14 +255,22 @@ class _Run:
             self._save_work()
         elif isinstance(event, Message):
             self._note(event.text, logging.WARNING if event.level == "warning" else logging.INFO)
+            if event.level == "warning" and event.about:
+                self._warn(InputWarning(event.about, one_line(event.text)))
 
     def _report(self, window: int, step: int) -> None:
         old = self.progress
         done = window + (step / old.steps if old.steps else 0.0)
         rate = (done - old.resumed) / max(time.monotonic() - self._began, 1e-6)
         eta = (old.windows - done) / rate if rate > 0 else None
-        self.progress = Progress(old.key, window, old.windows, step, old.steps, eta, old.resumed)
+        self.progress = replace(old, window=window, step=step, eta_seconds=eta)
         self._on_progress(self.progress)
+
+    def _warn(self, warning: InputWarning) -> None:
+        old = self.progress
+        if warning not in old.warnings and len(old.warnings) < MOST_WARNINGS:
+            self.progress = replace(old, warnings=(*old.warnings, warning))
+            self._on_progress(self.progress)
 
     def _save_work(self) -> None:
         """Start to save the finished windows, unless that is under way. Raises what the last time raised."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
 from pydantic import BaseModel
 
 from omniavatar.config.backends import registry
+from omniavatar.config.identity import flat_values
 from omniavatar.config.schema import PipelineConfig, SamplingConfig
 from omniavatar.serve.api.models import REQUEST_KEYS
 from omniavatar.serve.api.replies import size_text
@@ -31,6 +33,14 @@ class PageSetting(BaseModel):
     choices: list[str] | None = None
 
 
+class PageFixed(BaseModel):
+    """A setting that holds for every video of the loaded model. value: as JSON."""
+
+    key: str
+    value: str
+    help: str
+
+
 class PageSize(BaseModel):
     """A size of the model. shape: the nearest of `SHAPES`, or None."""
 
@@ -41,7 +51,7 @@ class PageSize(BaseModel):
 class PageModel(BaseModel):
     """A model. packaged: whether it knows rendered heads only. silence: seconds before the voice.
 
-    words: by group.
+    words: by group. settings: that a request may change. fixed: all others.
     """
 
     id: str
@@ -53,6 +63,7 @@ class PageModel(BaseModel):
     words: dict[str, list[str]]
     intents: dict[str, dict[str, Any]]
     settings: list[PageSetting]
+    fixed: list[PageFixed]
 
 
 class Offer(BaseModel):
@@ -95,6 +106,7 @@ def page_model(name: str, config: PipelineConfig) -> PageModel:
         words={group.key: list(group.words) for group in word_groups(config)},
         intents={key: dict(value) for key, value in intents(config).items()},
         settings=settings_of(config.sampling),
+        fixed=fixed_of(config),
     )
 
 
@@ -112,12 +124,27 @@ def settings_of(sampling: SamplingConfig) -> list[PageSetting]:
         PageSetting(
             key=key,
             kind="choice" if key in choices else _kind(types[key]),
-            help=" ".join((SamplingConfig.model_fields[key].description or "").replace("`", "").split()),
+            help=_help(SamplingConfig, key),
             value=configured[key],
             choices=choices.get(key),
         )
         for key in REQUEST_KEYS
     ]
+
+
+def fixed_of(config: PipelineConfig) -> list[PageFixed]:
+    """Every setting that a request may not change, with its value."""
+    found = []
+    for name, value in flat_values(config).items():
+        section, _, key = name.partition(".")
+        if key not in REQUEST_KEYS:
+            text = json.dumps(value, ensure_ascii=False)
+            found.append(PageFixed(key=key, value=text, help=_help(type(getattr(config, section)), key)))
+    return found
+
+
+def _help(section: type[BaseModel], key: str) -> str:
+    return " ".join((section.model_fields[key].description or "").replace("`", "").split())
 
 
 def _kind(annotation: Any) -> Kind:

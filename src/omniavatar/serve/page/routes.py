@@ -22,17 +22,23 @@ from starlette.types import ASGIApp
 
 from omniavatar import __version__
 from omniavatar.assets import SPEECH, pocket
+from omniavatar.errors import ResourceError
 from omniavatar.serve.api.access import READ, WRITE
-from omniavatar.serve.api.body import Body, ExtensionFields, parsed
-from omniavatar.serve.api.checks import PORTRAIT
-from omniavatar.serve.api.errors import ApiError, field_error
+from omniavatar.serve.api.body import Body, ExtensionFields, VideoFields, parsed
+from omniavatar.serve.api.checks import PORTRAIT, VOICE
+from omniavatar.serve.api.errors import SERVER, ApiError, field_error
+from omniavatar.serve.api.replies import VideoWarning
 from omniavatar.serve.api.service import IMAGE_NAME, SOUND_NAME, Service
+from omniavatar.serve.api.turns import in_turn
 from omniavatar.serve.api.videos import ERRORS, JobId
+from omniavatar.serve.jobs.slots import PARAMS
 from omniavatar.serve.page.info import Offer, PageInfo, page_model
+from omniavatar.serve.page.inputs import InputWarnings
 from omniavatar.serve.page.session import COOKIE, PARAMETER, KeyCookie
 from omniavatar.serve.page.times import Times
 from omniavatar.serve.page.voices import INSTALL, MOST_CHARACTERS, SPEEDS, Voice
 from omniavatar.serve.page.words import intents
+from omniavatar.types import AvatarRequest
 
 TALK = "/talk"
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
@@ -70,11 +76,13 @@ class WorkerState(BaseModel):
 class PageParts:
     """What the page has. example: whether it begins with the packaged portrait and voice.
 
+    check: warns of inputs before a run; None: only the worker warns.
     key: that the page needs on a server with keys. no_talk: why there is no `talk`, and what to do.
     """
 
     times: Times
     example: bool = False
+    check: InputWarnings | None = None
     voice: Voice | None = None
     talk: Talk | None = None
     no_talk: str = ""
@@ -107,6 +115,12 @@ class IntentTimes(BaseModel):
 
     times: dict[str, IntentTime]
     measuring: bool
+
+
+class WarningsReply(BaseModel):
+    """What a run of the request would warn of."""
+
+    warnings: list[VideoWarning]
 
 
 class UsedSettings(BaseModel):
@@ -211,6 +225,28 @@ def _page(service: Service, parts: PageParts) -> APIRouter:
             seconds = service.compute_seconds(model, plan)
             found[name] = IntentTime(windows=plan.windows, steps=plan.steps, compute_seconds=seconds)
         return IntentTimes(times=found, measuring=parts.times.is_measuring(model))
+
+    def warnings_of(body: Body) -> list[VideoWarning]:
+        if parts.check is None:
+            return []
+        with tempfile.TemporaryDirectory(prefix="omniavatar-upload-") as folder:
+            asked = body.write(Path(folder))
+            spec, _ = service.checked(asked)
+            portrait, voice = asked.files[PORTRAIT], asked.files.get(VOICE)
+            request = AvatarRequest(spec.prompt, portrait, voice, size=spec.size)
+            try:
+                found = parts.check(service.models.configs[spec.model], request)
+            except ResourceError as error:
+                text = str(error).replace(f" {folder}/", " ")
+                raise ApiError(503, "not_checked", text, type=SERVER) from None
+        return [VideoWarning(message=each.text, param=PARAMS.get(each.about)) for each in found]
+
+    @router.post("/page/warnings")
+    async def warnings(request: Request) -> WarningsReply:
+        """What the worker would warn of; it takes a few seconds."""
+        await run_in_threadpool(service.access.caller, request, READ)
+        async with parsed(request, VideoFields, service.settings, service.outside) as body:
+            return WarningsReply(warnings=await in_turn(warnings_of, body))
 
     @router.get("/page/videos/{video_id}/settings")
     def used_settings(request: Request, video_id: JobId) -> UsedSettings:

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from omniavatar.serve.jobs.records import (
     JobResult,
     JobSpec,
     JobStatus,
+    JobWarning,
     KeyLimits,
 )
 from omniavatar.serve.jobs.store import JobStore
@@ -142,6 +144,16 @@ def test_a_completed_job_has_its_result(store: JobStore, clock) -> None:
     assert (job.status, job.progress, job.output, job.size_bytes) == ("completed", 100, RESULT.output, 1234)
     assert (job.started_at, job.completed_at, job.expires_at) == (1_000_000.0, 1_000_005.0, 1_000_500.0)
     assert (job.window, job.windows, job.resumed_windows, job.seconds, job.worker) == (4, 4, 1, 2.5, None)
+
+
+def test_warnings_of_a_report_and_of_the_result_are_kept(store: JobStore) -> None:
+    store.submit("key", SPEC)
+    claim, silent = claimed(store), (JobWarning("audio: it is silent", "audio_reference"),)
+    store.heartbeat(claim, JobProgress(0, 4, warnings=silent))
+    store.heartbeat(claim, JobProgress(1, 4))
+    assert store.get(claim.job.id).warnings == silent
+    assert store.complete(claim, replace(RESULT, warnings=(*silent, JobWarning("odd"))))
+    assert store.get(claim.job.id).warnings == (*silent, JobWarning("odd"))
 
 
 def test_a_lease_that_runs_out_gives_the_job_to_another_worker(store: JobStore, clock) -> None:

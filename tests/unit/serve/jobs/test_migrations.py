@@ -15,7 +15,7 @@ from omniavatar.serve.jobs.store import JobStore
 from omniavatar.serve.jobs.tables import jobs, metadata
 
 SPEC = JobSpec("pocket", "a person speaks", "input/a.png", "input/b.wav")
-HEAD = "0004"
+HEAD = "0005"
 
 
 def first_revision(url: str) -> None:

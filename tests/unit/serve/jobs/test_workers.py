@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from job_driver import RULES
-from job_stub import noted
+from job_stub import ODD, noted
 from omniavatar.serve.batch.crew import CrewLost, News
 from omniavatar.serve.jobs.claims import MOST_LOSSES
 from omniavatar.serve.jobs.process_crew import NICENESS, ProcessCrew
@@ -21,6 +21,7 @@ from omniavatar.serve.jobs.records import (
     VIDEO,
     WORKER_LOST,
     JobStatus,
+    JobWarning,
 )
 from omniavatar.serve.jobs.workers import WorkerRules, Workers
 from postgres import PostgresServer, programs
@@ -62,10 +63,13 @@ def test_a_job_is_made_delivered_and_reported(place: Place) -> None:
 
 
 def test_a_killed_worker_goes_on_after_its_last_window(place: Place) -> None:
+    """Its warnings about the inputs are known at once and for good; those about the server are not."""
+    warnings = (JobWarning(ODD, "audio_reference"),)
     place.hold(2)
     with place.workers() as (_, crew):
-        id = place.submit()
+        id = place.submit("odd sound")
         place.until(id, lambda job: job.window == 2)
+        assert place.store.get(id).warnings == warnings
         own = os.getpriority(os.PRIO_PROCESS, 0)
         assert os.getpriority(os.PRIO_PROCESS, crew.pids()[0]) == min(19, own + NICENESS)
         assert os.getsid(crew.pids()[0]) == os.getsid(0), "Linux weighs sessions before niceness"
@@ -73,7 +77,7 @@ def test_a_killed_worker_goes_on_after_its_last_window(place: Place) -> None:
         place.until(id, lambda job: job.attempt == 2)
         place.go()
         job = place.finished(id)
-    assert job.resumed_windows == 2 and job.attempt == 2
+    assert job.resumed_windows == 2 and job.attempt == 2 and job.warnings == warnings
     place.made_once(id)
 
 

@@ -80,7 +80,7 @@ def page(server: WebServer, browser: Browser) -> Iterator[Page]:
 def face(folder: Path) -> Path:
     """A portrait of the person's own, which the packaged model was not made for."""
     with PIL.Image.open(pocket.PORTRAIT) as image:
-        image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT).save(folder / "me.png")
+        image.transpose(PIL.Image.Transpose.FLIP_TOP_BOTTOM).save(folder / "me.png")
     return folder / "me.png"
 
 
@@ -99,6 +99,7 @@ def test_upload_plan_run_reload_play_and_use_again(
     assert "download 1.3B" in shown(page, "#packaged-note") and "photograph" in shown(page, "#packaged-note")
     assert "2.8 s" in shown(page, "#plan-length") and "64 × 64" in shown(page, "#plan-size")
     assert "2 windows × 4 steps" in shown(page, "#plan-work")
+    until(page, "document.getElementById('time-best').innerText !== ''")
     costs = [shown(page, f"#time-{name}") for name in ("preview", "balanced", "best")]
     numbers = [float(each.removeprefix("≈ ").removesuffix(" s")) for each in costs]
     assert numbers == sorted(numbers) and len(set(numbers)) == 3, costs
@@ -110,8 +111,15 @@ def test_upload_plan_run_reload_play_and_use_again(
     page.click("text=lively")
     assert page.input_value("#prompt").endswith("lively") and "still" not in page.input_value("#prompt")
 
+    # what the model was not trained for, before the run and while it goes
+    until(page, "!document.getElementById('voice-warning').hidden")
+    assert "only 0% of it is speech" in shown(page, "#voice-warning")
+    assert "give a voice alone" in shown(page, "#voice-warning")
+    assert "shows no head" in shown(page, "#portrait-warning")
     page.click("#make")
     until(page, "/window [1-9]/.test(document.getElementById('run-detail').innerText)")
+    until(page, "document.getElementById('run-warnings').innerText.includes('give a voice alone')")
+    assert "omniavatar download 1.3B" in shown(page, "#run-warnings")
     until(page, "player.dataset.state === 'growing' && player.currentTime > 0 && player.videoWidth === 112")
     page.reload()
     until(page, READY)
@@ -121,6 +129,7 @@ def test_upload_plan_run_reload_play_and_use_again(
     assert page.evaluate(FRAMES) >= 5
     assert page.evaluate("[player.videoWidth, player.videoHeight]") == [112, 64]
     assert abs(page.evaluate("player.duration") - 2.8) < 0.1
+    assert "give a voice alone" in shown(page, "#gallery li:first-child")
     with page.expect_download() as saved:
         page.click("#gallery a")
     assert saved.value.path().read_bytes()[4:8] == b"ftyp"
@@ -246,6 +255,8 @@ def test_axe_has_no_serious_finding(
     page.click("#voice-example")
     until(page, "document.getElementById('plan-facts').childElementCount === 6")
     page.click("#advanced > summary")
+    page.click("#fixed > summary")
+    assert "crf" in shown(page, "#fixed-settings") and "--hp" in shown(page, "#fixed")
     page.evaluate("document.getElementById('packaged-note').hidden = false")
     assert page.evaluate("document.documentElement.scrollWidth") <= view["width"]
     assert serious(page) == []

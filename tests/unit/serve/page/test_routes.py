@@ -9,11 +9,17 @@ from typing import Any
 import pytest
 
 from omniavatar.assets import SPEECH, pocket
-from omniavatar.errors import InputError
+from omniavatar.config.identity import flat_values
+from omniavatar.config.schema import PipelineConfig
+from omniavatar.errors import InputError, ResourceError
+from omniavatar.serve.batch.items import InputWarning
+from omniavatar.serve.jobs.records import JobProgress, JobWarning
+from omniavatar.serve.page.inputs import CheckedApart
 from omniavatar.serve.page.routes import SECURITY, PageParts, WorkerState, add_page
 from omniavatar.serve.page.session import COOKIE, KEY_FILE, page_key
 from omniavatar.serve.page.times import Times
 from omniavatar.serve.page.voices import PiperVoice
+from omniavatar.types import AvatarRequest
 from serve_api import FILES, MODELS, Serve, Server, portrait
 
 
@@ -28,6 +34,16 @@ class Beep:
             file.setsampwidth(2)
             file.setframerate(16000)
             file.writeframes(b"\x01\x02" * len(text))
+
+
+class Check:
+    """Finds the same in every voice; refuses the model's portrait."""
+
+    def __call__(self, config: PipelineConfig, request: AvatarRequest) -> list[InputWarning]:
+        if request.prompt == "broken":
+            raise ResourceError(f"image {request.image} is too large")
+        assert Path(str(request.image)).is_file() and request.size == (192, 192)
+        return [] if request.audio is None else [InputWarning("audio", "audio: it is silent")]
 
 
 class Stage:
@@ -86,6 +102,45 @@ def test_what_the_page_shows_of_the_server(serve: Serve) -> None:
     assert kinds["sampler"] == ("choice", "euler") and all(each["help"] for each in model["settings"])
     assert info["price_per_hour"] == 2.5 and info["talk"]["remedy"] == "run this"
     assert info["voice"] == {"available": False, "name": "", "remedy": "pip install 'omniavatar[voice]'"}
+
+
+def test_every_setting_is_shown_once(serve: Serve) -> None:
+    (model,) = dressed(serve()).client.get("/page/info").json()["models"]
+    shown = [each["key"] for each in (*model["settings"], *model["fixed"])]
+    assert sorted(shown) == sorted(name.partition(".")[2] for name in flat_values(MODELS.configs["pocket"]))
+    fixed = {each["key"]: each for each in model["fixed"]}
+    assert fixed["fps"]["value"] == "25" and fixed["crf"]["help"]
+
+
+def test_warnings_before_a_run_name_the_field(serve: Serve) -> None:
+    client = dressed(serve(), check=Check()).client
+    asked = {"prompt": "x"}
+    answer = client.post("/page/warnings", data=asked, files=FILES).json()
+    assert answer == {"warnings": [{"message": "audio: it is silent", "param": "audio_reference"}]}
+    portrait_only = {"input_reference": FILES["input_reference"]}
+    assert client.post("/page/warnings", data=asked, files=portrait_only).json() == {"warnings": []}
+    failed = client.post("/page/warnings", data={"prompt": "broken"}, files=FILES)
+    error = failed.json()["error"]
+    assert failed.status_code == 503 and error["message"] == "image portrait is too large"
+    bad = client.post("/page/warnings", data={"prompt": "x"}, files={"input_reference": ("a.png", b"no")})
+    assert bad.status_code == 400 and bad.json()["error"]["param"] == "input_reference"
+
+
+def test_a_video_carries_the_warnings_of_its_worker(serve: Serve) -> None:
+    server = serve()
+    id, claim = server.create().json()["id"], server.claim()
+    warning = JobWarning("audio: it is silent", "audio_reference")
+    server.store.heartbeat(claim, JobProgress(0, 1, warnings=(warning,)))
+    assert server.client.get(f"/v1/videos/{id}").json()["warnings"] == [vars(warning)]
+
+
+@pytest.mark.slow
+def test_a_check_that_takes_too_long_is_one_line_and_the_next_one_starts_again() -> None:
+    check = CheckedApart(seconds=0.05)
+    for _ in range(2):
+        with pytest.raises(ResourceError, match=r"ended by SIGKILL .* the run itself warns too"):
+            check(MODELS.configs["pocket"], AvatarRequest("x", pocket.PORTRAIT, SPEECH))
+    check.close()
 
 
 def test_why_a_video_waits(serve: Serve) -> None:

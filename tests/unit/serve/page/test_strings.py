@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from omniavatar.serve import page
+from web_pictures import PICTURED, page_digest
 
 STATIC = Path(page.__file__).parent / "static"
 STRINGS = (STATIC / "strings.js").read_text()
@@ -50,6 +51,11 @@ def test_scripts_show_no_english_of_their_own(name: str) -> None:
     """What a script writes into the page comes from `t`."""
     texts = re.findall(r'(?:textContent|placeholder|title|alt) = ("[^"]*"|`[^`]*`)', SCRIPTS[name])
     assert [text for text in texts if re.search(r"[A-Za-z]{3,}", re.sub(r"\$\{[^}]*\}", "", text))] == []
+
+
+def test_the_pictures_of_the_docs_show_todays_page() -> None:
+    """If this fails, `python -m web_pictures docs/images` makes them again."""
+    assert PICTURED.read_text().strip() == page_digest()
 
 
 @pytest.mark.parametrize("path", sorted(STATIC.iterdir()), ids=lambda path: path.name)

@@ -79,6 +79,7 @@ export class Choices {
     this.#drawIntents();
     this.#drawShapes();
     this.#drawSettings();
+    this.#drawFixed();
     if (tell) this.#changed();
   }
 
@@ -134,6 +135,11 @@ export class Choices {
       return el("div", { className: "setting" }, el("label", { for: `set-${key}` }, key), field,
         el("p", { className: "hint", id: `help-${key}` }, help), el("p", { className: "problem", id: `problem-${key}`, role: "alert" }));
     }));
+  }
+
+  #drawFixed() {
+    at("fixed-settings").replaceChildren(...this.model.fixed.map(({ key, value, help }) => el("div", { className: "setting" },
+      el("dt", {}, key), el("dd", {}, el("code", {}, value), el("p", { className: "hint" }, help)))));
   }
 
   #toggle(word, group) {

@@ -3,6 +3,7 @@
 import { getJson, remove } from "./api.js";
 import { at, complain, el } from "./dom.js";
 import { duration, t } from "./strings.js";
+import { showWarnings, warningText } from "./warnings.js";
 
 const BUSY_MS = 3000;
 const IDLE_MS = 15000;
@@ -141,6 +142,7 @@ export class Jobs {
     return el("li", { id: video.id, className: "item" }, picture,
       el("div", { className: "about" }, el("p", { className: "item-prompt", title: video.prompt }, prompt), el("p", { className: "hint" }, facts),
         !done && video.error && video.error.code !== "cancelled" ? el("p", { className: "problem" }, video.error.message) : null,
+        ...(video.warnings ?? []).map((each) => el("p", { className: "hint" }, warningText(each))),
         el("div", { className: "row" }, ...[save, again, trash].filter(Boolean))));
   }
 
@@ -196,6 +198,7 @@ export class Jobs {
       this.#listen(video.id);
     }
     this.#progress(video);
+    showWarnings(at("run-warnings"), video.warnings ?? []);
     if (video.status === "queued") this.#askWorker();
   }
 

@@ -2,6 +2,7 @@
 import { Problem, getJson, postForm, postJson, videoForm } from "./api.js";
 import { at, complain, el, later } from "./dom.js";
 import { count, duration, t } from "./strings.js";
+import { Check } from "./warnings.js";
 
 const AGAIN_MS = 2000;
 const FIELDS = { input_reference: ["portrait-problem", "portrait-file"], audio_reference: ["voice-problem", "voice-file"], prompt: ["prompt-problem", "prompt"], size: ["size-problem", null] };
@@ -24,6 +25,7 @@ export function showProblem(problem) {
 export class Plan {
   #running = new AbortController();
   #timer = 0;
+  #check = new Check();
 
   constructor(info, request) {
     this.info = info;
@@ -40,8 +42,11 @@ export class Plan {
     try {
       const found = form.input_reference ? await this.#estimate(form, running.signal) : null;
       await this.#times(choices, found, voice, running.signal);
+      if (found) this.#check.refresh(form);
+      else this.#check.clear();
     } catch (problem) {
       if (problem.name === "AbortError") return;
+      this.#check.clear();
       at("plan-text").textContent = t("plan_waiting");
       at("plan-facts").replaceChildren();
       if (problem instanceof Problem && !problem.offline) showProblem(problem);

@@ -24,6 +24,11 @@ export const STRINGS = {
   no_camera: "The camera cannot be used ({reason}). Allow it in the browser, or choose a file.",
   portrait_missing: "Choose a portrait first: a file, the camera or the example.",
   packaged_note: "This small model knows rendered heads only. A photograph will come out blurred and unlike the person. For photographs, fetch a large model (it needs a GPU), then start the page with it (in a copy of the repository):",
+  warned: "Note: {text}.",
+  warned_portrait: "The portrait: {text}.",
+  warned_voice: "The voice: {text}.",
+  check_running: "Comparing portrait and voice with what the model was trained for …",
+  check_failed: "Portrait and voice were not compared with what the model was trained for: {message}",
   packaged_commands: "omniavatar download 1.3B\nomniavatar web -c configs/inference_1.3B.yaml",
 
   voice: "Voice",
@@ -82,6 +87,9 @@ export const STRINGS = {
   advanced: "Advanced settings",
   advanced_hint: "An empty field keeps the value in grey. Several numbers are separated by commas.",
   advanced_unset: "as configured ({value})",
+  fixed: "Settings of the model, for every video",
+  fixed_hint: "The model is loaded with these. Start the page again to change one, such as:",
+  fixed_command: "omniavatar web --hp seq_len=200,crf=16",
   nothing: "none",
 
   plan: "Before it runs",
