@@ -1,7 +1,7 @@
 """The process that checks inputs for the page: `python -m omniavatar.serve.page.input_process`.
 
 Standard input has pickled pairs of a configuration and a request, standard output a line of JSON for each. It
-ends when nothing is asked for a while, so that its memory is free, and with the process that started it.
+ends after a while without input, so that its memory is free, and with the process that started it.
 """
 
 from __future__ import annotations
