@@ -57,6 +57,13 @@ def _refuse_processes(event: str, arguments: tuple[object, ...]) -> None:
         assert not program.startswith("python"), f"{_fast_test} starts a Python process: mark it slow"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def modules_of_earlier_tests() -> None:
+    """Let collections pass over what earlier files imported and left, after their garbage is gone."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     global _fast_test

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from omniavatar.errors import InputError, OmniAvatarError
 from omniavatar.live.limits import ServerLimits
@@ -33,8 +34,25 @@ if TYPE_CHECKING:
 
     from omniavatar.live.webrtc import RtcPeer
 
+Result = TypeVar("Result")
 MakeSession = Callable[[str | None], LiveSession]
 """A new session for a prompt, or for the server's own (None)."""
+
+
+async def in_thread(work: Callable[..., Result], *arguments: object) -> Result:
+    """What `work` returns, from a thread. A cancelled task ends after the thread.
+
+    So its caller may free what the thread uses: an encoder that is closed while it works ends the process.
+    """
+    running = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        while not running.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait({running})
+        running.exception()  # of a result that nobody waits for
+        raise
 
 
 class LiveConnection:
@@ -111,7 +129,7 @@ class LiveConnection:
             async for chunk in session:
                 first = round(chunk.time * session.exact_fps)
                 skipped, shown = (first - shown if announced else 0), first + len(chunk.frames)
-                data = await asyncio.to_thread(writer.add, chunk.frames, chunk.audio, skipped)
+                data = await in_thread(writer.add, chunk.frames, chunk.audio, skipped)
                 if not announced:
                     announced = True
                     await self._send(start_message(session.size, session.fps, session.rate, writer.mime))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,6 +21,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from live_makers import impulse, tone
 from live_server import Served, served
+from omniavatar.live.connection import in_thread
 from omniavatar.live.limits import Door, ServerLimits, is_loopback
 
 
@@ -171,6 +174,31 @@ def test_a_client_that_leaves_frees_its_session(
         assert gone(server)
     assert server.makers[-1].closed
     assert capfd.readouterr().err == "", "leaving is no error"
+
+
+@pytest.mark.parametrize("cancels", [1, 2])
+def test_a_cancelled_task_ends_after_its_thread(cancels: int) -> None:
+    """The connection closes its encoder then, which must not be at work."""
+    ended = threading.Event()
+
+    def work(begun: threading.Event) -> None:
+        begun.set()
+        time.sleep(0.1)
+        ended.set()
+
+    async def stopped() -> None:
+        begun = threading.Event()
+        task = asyncio.create_task(in_thread(work, begun))
+        while not begun.is_set():
+            await asyncio.sleep(0.01)
+        for _ in range(cancels):
+            task.cancel()
+            await asyncio.sleep(0.01)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert ended.is_set()
+
+    asyncio.run(stopped())
 
 
 def test_limits_of_sessions_and_idle_time() -> None:
