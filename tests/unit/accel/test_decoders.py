@@ -33,7 +33,7 @@ from omniavatar.cli import app
 from omniavatar.config.load import load_config
 from omniavatar.errors import CheckpointError, ConfigError
 from omniavatar.model.sizes import VAEConfig
-from omniavatar.model.tiny_decoder import TinyDecoder, TinyDecoderConfig
+from omniavatar.model.tiny_decoder import TinyDecoder, TinyDecoderConfig, doubled
 from omniavatar.model.vae import LATENT_MEAN, LATENT_STD
 from omniavatar.plan.preview import missing_files
 
@@ -283,3 +283,18 @@ def test_random_decoder_is_finite_and_on_its_device() -> None:
     decoder = random_tiny_decoder(tiny_decoder_config(VAEConfig(dim=8)), seed=3, **PLACE)
     pixels = decoded(decoder, random(1, 16, 3, 4, 6))
     assert pixels.shape == (1, 3, 9, 32, 48) and pixels.isfinite().all() and pixels.std() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("channels", "stride"), [(16, 1), (16, 2), (6, 2), (3, 1)])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_doubling_only_moves_numbers(dtype, channels, stride, memory_format) -> None:
+    """As splitting the channels into frames, then nearest upsampling; gradients too."""
+    values = torch.randn(3, channels, 5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    values = values.contiguous(memory_format=memory_format)
+    frames = values.unflatten(1, (stride, -1)).flatten(0, 1)
+    expected = F.interpolate(frames, scale_factor=2.0, mode="nearest")
+    made = doubled(values, stride)
+    assert torch.equal(made, expected) and made.is_contiguous(memory_format=torch.channels_last)
+    doubled(values.requires_grad_(), stride).sum().backward()
+    assert torch.equal(values.grad, torch.full_like(values, 4.0))
