@@ -38,9 +38,9 @@ from omniavatar.checkpoint.vae import random_vae
 from omniavatar.model.sizes import VAEConfig
 
 TILINGS = {
-    (96, True): ((4, 64, 3), (2, 64, 4), (4, 32, 6)),
-    (96, False): ((4, 32, 6), (2, 32, 6)),
-    (192, False): ((2, 64, 3), (1, 64, 3), (2, 32, 6)),
+    (96, True): ((2, 64, 4), (4, 64, 3), (1, 64, 5)),
+    (96, False): ((2, 32, 6), (4, 32, 6)),
+    (192, False): ((1, 64, 3), (2, 64, 3), (1, 32, 6)),
     (384, False): ((2, 64, 3), (1, 64, 3)),
 }
 """(channels, padded): frames, inner numbers and stages of the tilings that are timed, the usual one first."""

@@ -31,26 +31,33 @@ CHANNEL_MULTIPLE = 16
 class Float8Conv:
     """The weights of one convolution.
 
-    - weight: (N, C, 3, 3, 3) float8. rows: the same as the kernel reads them, see `kernel_rows`.
+    - rows: as the kernel reads them, float8, see `kernel_rows`. inputs, outputs: C and N.
     - scale: (N,) float32, of the sums, that of the input included. bias: (N,) float32.
     - gain: what the input was multiplied by.
     - padded: the window has a column of zeros on either side; see `kernel_rows`.
     """
 
-    weight: Tensor
     rows: Tensor
+    inputs: int
+    outputs: int
     scale: Tensor
     bias: Tensor
     gain: float
     padded: bool
 
-    @property
-    def inputs(self) -> int:
-        return self.weight.shape[1]
-
-    @property
-    def outputs(self) -> int:
-        return self.weight.shape[0]
+    def weight(self) -> Tensor:
+        """(N, C, 3, 3, 3) float8, from the rows."""
+        data = self.rows.view(torch.uint8)
+        if self.padded:
+            taps = data.view(3, 3, self.outputs, 3, self.inputs).permute(2, 4, 0, 1, 3)
+        else:
+            taps = data.view(3, 3, 3, self.outputs, self.inputs).permute(3, 4, 0, 1, 2)
+        order = _row_order(self.outputs).to(data.device)
+        return (
+            torch.empty_like(taps, memory_format=torch.contiguous_format)
+            .index_copy_(0, order, taps)
+            .view(FP8)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +109,9 @@ def quantise_conv(weight: Tensor, bias: Tensor, gain: float, padded: bool) -> Fl
     wide = weight.detach().float()
     scale = (wide.abs().amax((1, 2, 3, 4)) / FP8_MAX).clamp_min(1e-12)
     rounded = (wide / scale.view(-1, 1, 1, 1, 1)).clamp(-FP8_MAX, FP8_MAX).to(FP8)
-    return Float8Conv(
-        rounded, kernel_rows(rounded, padded), scale / gain, bias.detach().float(), gain, padded
-    )
+    outputs, inputs = weight.shape[:2]
+    rows = kernel_rows(rounded, padded)
+    return Float8Conv(rows, inputs, outputs, scale / gain, bias.detach().float(), gain, padded)
 
 
 def halves(outputs: int) -> tuple[int, int]:
@@ -129,17 +136,17 @@ def kernel_rows(weight: Tensor, padded: bool) -> Tensor:
     padded: the three taps of a picture row are one run of 3C numbers in memory, (9N, 3C).
     """
     outputs, inputs = weight.shape[:2]
-    block = [part for part in halves(outputs) if part]
-    order = torch.cat(
-        [
-            start + torch.arange(part).view(4, -1, 2).transpose(0, 1).flatten()
-            for start, part in zip((0, *block), block, strict=False)
-        ]
-    )
-    starts = torch.arange(0, outputs, sum(block)).view(-1, 1)
-    data = weight.view(torch.uint8)[(starts + order).flatten().to(weight.device)]
+    data = weight.view(torch.uint8)[_row_order(outputs).to(weight.device)]
     axes = (2, 3, 0, 4, 1) if padded else (2, 3, 4, 0, 1)
     return data.permute(axes).reshape(-1, 3 * inputs if padded else inputs).contiguous().view(weight.dtype)
+
+
+def _row_order(outputs: int) -> Tensor:
+    """The output channel of each row of a tap."""
+    parts = [part for part in halves(outputs) if part]
+    spread = [torch.arange(part).view(4, -1, 2).transpose(0, 1).flatten() for part in parts]
+    block = torch.cat([spread[0], *(parts[0] + each for each in spread[1:])])
+    return (torch.arange(0, outputs, len(block)).view(-1, 1) + block).flatten()
 
 
 def convolve(
@@ -152,7 +159,7 @@ def convolve(
     norm: NormTo | None,
 ) -> None:
     """See `Convolve`; frame by frame, so that the intermediate results stay small."""
-    weight = conv.weight.float()
+    weight = conv.weight().float()
     padding = (0, int(not border), int(not conv.padded))
     for number in range(len(window) - 2):
         taps = window[number : number + 3].float().permute(3, 0, 1, 2)[None]
