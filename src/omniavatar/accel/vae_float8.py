@@ -80,11 +80,9 @@ class Float8Layers(FrameLayers):
 
     def _add(self, block: ResidualBlock) -> None:
         norm1, _, conv1, norm2, _, _, conv2 = block.residual
-        pairs = ((norm1, conv1), (norm2, conv2))
-        if all(takes_float8(*conv.weight.shape[1::-1]) for _, conv in pairs):
-            first, second = (
-                self._half(cast(ChannelRMSNorm, norm), cast(CausalConv3d, conv)) for norm, conv in pairs
-            )
+        pairs = [(norm, cast(CausalConv3d, conv)) for norm, conv in ((norm1, conv1), (norm2, conv2))]
+        if all(takes_float8(conv.in_channels, conv.out_channels) for _, conv in pairs):
+            first, second = (self._half(cast(ChannelRMSNorm, norm), conv) for norm, conv in pairs)
             self._halves[block] = first, second
 
     def _half(self, norm: ChannelRMSNorm, conv: CausalConv3d) -> _Half:

@@ -54,6 +54,10 @@ def _without_triton(device: torch.device) -> str | None:
     return None if usable else "on a GPU it needs `pip install triton`"
 
 
+def _on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def _without_float8(device: torch.device) -> str | None:
     if device.type == "cuda" and capability(device)[0] != 9:
         return f"{device_name(device)} is no Hopper GPU, which its kernel is written for"
@@ -83,6 +87,7 @@ VAES: Registry[VAERunner] = Registry(
         doc="The fast VAE with float8 convolutions in its residual blocks, 4 % error each.",
         needs="any CPU, or a Hopper GPU with package triton",
         unavailable=_without_float8,
+        suits=_on_gpu,
         passes=(2, 1),
         shares_rows=True,
         coded_bytes=1,

@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from omniavatar.accel.kernels.float8_conv import Float8Conv, NormTo, halves
+from omniavatar.accel.kernels.float8_conv import Float8Conv, NormTo, halves, joins_norm
 
 HIGH = gl.constexpr(8)
 WIDE = gl.constexpr(16)
@@ -305,10 +305,11 @@ class Tiling:
     stages: int
 
 
-def tiling(conv: Float8Conv, frames: int, norm: bool) -> Tiling:
-    """The tiling of a convolution over so many new frames. norm: the norm is joined."""
+def tiling(conv: Float8Conv, frames: int) -> Tiling:
+    """The tiling of a convolution over so many new frames, the same with and without a norm."""
     first, second = halves(conv.outputs)
-    most = max(1, min(4, 2 * (NORMED_SUMS if norm else SUMS) // (first + second)))
+    registers = NORMED_SUMS if joins_norm(conv.outputs) else SUMS
+    most = max(1, min(4, 2 * registers // (first + second)))
     frames = 1 << (min(most, frames).bit_length() - 1)
     run = 3 * conv.inputs if conv.padded else conv.inputs
     inner = 64 if run > 32 and (run % 64 == 0 or conv.padded) else 32
@@ -337,7 +338,7 @@ def convolve(
         raise ValueError(f"convolve: out has not the shape {shape}, or no contiguous rows")
     if not window.is_contiguous() or window.shape[3] != conv.inputs:
         raise ValueError(f"convolve: the window is not contiguous with {conv.inputs} channels")
-    cut = cut or tiling(conv, frames, norm is not None)
+    cut = cut or tiling(conv, frames)
     if norm is not None and first + second != channels:
         raise ValueError(f"convolve: a norm over {channels} channels does not fit a program")
     if conv.padded:  # the three taps of a row are one run of 3C numbers, a pixel apart
