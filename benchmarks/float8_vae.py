@@ -113,7 +113,7 @@ def cases() -> Iterator[tuple[str, Case, tuple[int, int, int] | None, str]]:
 
 def check(share: str) -> list[dict]:
     """Relative L2 of the kernel against its twin."""
-    from omniavatar.accel.kernels import float8_conv_gluon as gluon
+    from omniavatar.accel.kernels import float8_conv_cuda as gluon
 
     torch.backends.cudnn.allow_tf32 = False
     part, of = map(int, share.split("/"))
@@ -157,7 +157,7 @@ def milliseconds(run: Callable[[], object], repeats: int = 7) -> float:
 
 def times() -> list[dict]:
     """One convolution at real sizes."""
-    from omniavatar.accel.kernels import float8_conv_gluon as gluon
+    from omniavatar.accel.kernels import float8_conv_cuda as gluon
 
     rows = []
     for (channels, padded), tilings in TILINGS.items():

@@ -131,7 +131,7 @@ def float8_case(size: tuple[int, int, int], inputs: int, outputs: int, border: b
 )
 def test_float8_convolution_equals_its_twin(size, inputs, outputs, border):
     """With and without a residual, a total and a norm; nothing beyond the picture is written."""
-    from omniavatar.accel.kernels import float8_conv_gluon
+    from omniavatar.accel.kernels import float8_conv_cuda
 
     conv, window, residual = float8_case(size, inputs, outputs, border)
     gamma = torch.rand(outputs, device="cuda") + 0.5
@@ -140,7 +140,7 @@ def test_float8_convolution_equals_its_twin(size, inputs, outputs, border):
         if not (kept or normed):
             continue
         found = []
-        for twin in (float8_conv.convolve, float8_conv_gluon.convolve):
+        for twin in (float8_conv.convolve, float8_conv_cuda.convolve):
             total = torch.full_like(residual, 7.0)
             wide = torch.full((size[0] + 2, size[1] + 2, size[2] + 2, outputs), 9.0, device="cuda").to(FP8)
             twin(

@@ -200,9 +200,9 @@ def _frame_layers(config: FastVAEConfig) -> FrameLayers:
 def _convolve_float8(config: FastVAEConfig) -> Convolve:
     if config.kernels == "eager":
         return float8_conv.convolve
-    from omniavatar.accel.kernels import float8_conv_gluon
+    from omniavatar.accel.kernels import float8_conv_cuda
 
-    return float8_conv_gluon.convolve
+    return float8_conv_cuda.convolve
 
 
 def _kernels(config: FastVAEConfig) -> AddNorm:

@@ -65,7 +65,7 @@ class Float8Layers(FrameLayers):
         self._following: dict[nn.Module, nn.Module] = {}
 
     def prepare(self, vae: WanVAE) -> None:
-        """Also make the float8 weights; the layers' own ones stay for whoever uses the plain VAE."""
+        """Also make the float8 weights; the plain VAE's own weights stay."""
         super().prepare(vae)
         for network in (
             (*vae.encoder.downsamples, *vae.encoder.middle),

@@ -3,7 +3,7 @@
 Weights are rounded to e4m3 with one scale for each output channel. The input is the norm and SiLU of earlier
 layers: a norm bounds its result by sqrt(C) times its largest gain, so one fixed power of two (`input_gain`)
 uses float8's range and nothing is ever cut off or measured at run time. Sums are float32.
-`convolve` is the slow equivalent, in plain PyTorch, of `float8_conv_gluon.convolve`, and defines the result.
+`convolve` is the slow equivalent, in plain PyTorch, of `float8_conv_cuda.convolve`, and defines the result.
 
 Shapes: T frames, H W pixels, C channels in, N channels out. The window (T + 2, H, W, C) holds two past frames
 before the new ones; with `border`, it has a further row of a neighbour above and below. With
