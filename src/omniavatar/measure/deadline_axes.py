@@ -34,7 +34,7 @@ CACHES = ((0.06, 1), (0.12, 2), (0.24, 4))
 INTERVALS = ((0.75, 1), (0.5, 2))
 DENSITIES = ((0.5, 3.0), (0.35, 5.0), (0.25, 8.0))
 WINDOWS = (15_000, 20_000, 30_000)
-"""Tokens of a window that are tried, where there are few steps."""
+"""Tokens of a window that are tried with few steps, if its length is within a factor of two of the usual one."""
 FASTER = (("veryfast", 0.25), ("ultrafast", 0.5))
 HALVING = 6.0
 FLOAT8_VAE = 0.5
@@ -146,7 +146,7 @@ def window_lengths(config: PipelineConfig) -> Axis:
         other = changed(config, video={"max_tokens": tokens})
         try:
             length = window_shape(other, size, audio).latent_frames
-            if length in lengths:
+            if length in lengths or not usual <= 2 * length <= 4 * usual:
                 continue
             plan = plan_run(other, size, config.video.sample_rate * 60)
             if length > usual and estimate_memory(other, plan, device).problem is not None:
