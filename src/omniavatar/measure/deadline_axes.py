@@ -34,7 +34,7 @@ CACHES = ((0.06, 1), (0.12, 2), (0.24, 4))
 INTERVALS = ((0.75, 1), (0.5, 2))
 DENSITIES = ((0.5, 3.0), (0.35, 5.0), (0.25, 8.0))
 WINDOWS = (15_000, 20_000, 30_000)
-"""Tokens of a window that are tried with few steps, if its length is within a factor of two of the usual one."""
+"""Tokens of a window that are tried with few steps, if its length is within twice and half the usual one."""
 FASTER = (("veryfast", 0.25), ("ultrafast", 0.5))
 HALVING = 6.0
 FLOAT8_VAE = 0.5
