@@ -1,11 +1,12 @@
 """Float8 convolutions of the video VAE on one Hopper GPU: against their twin, alone, and in the VAE.
 
-    python -m benchmarks float8_vae [--parts check,times,vae] [--share 1/1] [--repeats 5]
+    python -m benchmarks float8_vae [--parts check,times,vae,pocket] [--share 1/1] [--repeats 5]
 
 check: the kernel against its slow equivalent at odd and real sizes, with all tilings of `times`.
 check: the kernel against its slow equivalent at odd and real sizes, with the tilings of `times`.
 norm. vae: decode of 105 frames and encode of 13 at 400x720, exact and float8, random weights; PSNR (of pixels
 within -1 to 1) and relative L2 of 53 frames against the exact path.
+pocket: the same error with the packaged VAE and a moving piece of the packaged portrait, on any device.
 `--share 2/5` checks the second fifth of the cases, so that five processes compile at once.
 Prints tables, then one line of JSON.
 """
@@ -13,8 +14,11 @@ Prints tables, then one line of JSON.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,7 +38,11 @@ from omniavatar.accel.kernels.float8_conv import (
 )
 from omniavatar.accel.kernels.rows import FP8
 from omniavatar.accel.vae import FastVAE, FastVAEConfig, apply_fast_vae
-from omniavatar.checkpoint.vae import random_vae
+from omniavatar.assets import PORTRAIT
+from omniavatar.assets.pocket import FOLDER
+from omniavatar.checkpoint.vae import load_vae, random_vae
+from omniavatar.device import choose_device
+from omniavatar.media.image import load_image
 from omniavatar.model.sizes import VAEConfig
 
 TILINGS = {
@@ -227,13 +235,35 @@ def vae(repeats: int) -> tuple[list[dict], list[dict]]:
         }
         expected = expected or got
         row["error"] = {key: ((got[key] - expected[key]).norm() / expected[key].norm()).item() for key in got}
-        clamped = (each["decode"].clamp(-1, 1) for each in (got, expected))
-        difference = torch.sub(*clamped).square().mean().item()
-        row["psnr"] = 10 * torch.log10(torch.tensor(4 / max(difference, 1e-12))).item()
+        row["psnr"] = psnr(got["decode"], expected["decode"])
         rows.append(row)
         print(row, flush=True)
         torch.cuda.empty_cache()
     return rows, profile(made["float8"], inputs["decode_105"], 14)
+
+
+def psnr(pixels: Tensor, expected: Tensor) -> float:
+    """dB between pictures that are shown from -1 to 1."""
+    difference = (pixels.clamp(-1, 1) - expected.clamp(-1, 1)).square().mean().item()
+    return 10 * math.log10(4 / max(difference, 1e-12))
+
+
+def pocket() -> dict[str, float]:
+    """dB of the pocket VAE's frames: float8 from exact, and both from the film."""
+    cuda = torch.cuda.is_available()
+    vae = load_vae(FOLDER / "weights" / "vae.safetensors", dtype=torch.float32, device=choose_device("auto"))
+    exact = FastVAEConfig("triton" if cuda else "eager", paired_columns=cuda)
+    picture = torch.from_numpy(np.array(load_image(PORTRAIT))).float() / 127.5 - 1
+    small = F.interpolate(picture.permute(2, 0, 1)[None], (192, 144), mode="area")[0]
+    film = torch.stack([small[:, 8 + step : 168 + step, step : 128 + step] for step in range(9)], 1)[None]
+    film = film.to(vae.conv1.weight.device)
+    latent = apply_fast_vae(vae, exact).encode(film)
+    frames = [apply_fast_vae(vae, replace(exact, float8=on)).decode(latent) for on in (False, True)]
+    return {
+        "float8 from exact": psnr(frames[1], frames[0]),
+        "exact from film": psnr(frames[0], film),
+        "float8 from film": psnr(frames[1], film),
+    }
 
 
 @torch.inference_mode()
@@ -243,8 +273,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", default="check,times,vae")
     parser.add_argument("--share", default="1/1", help="part of the checks, such as 2/5")
     options = parser.parse_args(arguments)
-    require_cuda()
     parts, found = options.parts.split(","), {}
+    if parts != ["pocket"]:
+        require_cuda()
     if "check" in parts:
         found["check"] = check(options.share)
     if "times" in parts:
@@ -274,4 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print_table(
             ["kernel", "calls", "ms"], [(k["kernel"], k["calls"], f"{k['ms']:.1f}") for k in found["kernels"]]
         )
+    if "pocket" in parts:
+        found["pocket"] = pocket()
+        print_table(["pocket VAE", "dB"], [[name, f"{each:.2f}"] for name, each in found["pocket"].items()])
     print_result("float8_vae", repeats=options.repeats, **found)

@@ -167,6 +167,7 @@ def config(**changes: object) -> PipelineConfig:
     [
         ({"sp_size": 2, "cfg_parallel": 2}, "fast", 4),
         ({"sp_size": 2, "decoder": "lightvae"}, "fast", 2),
+        ({"sp_size": 2}, "fp8", 2),
         ({"sp_size": 2, "decoder": "taehv"}, "fast", 1),
         ({"sp_size": 2, "vae_parallel": False}, "fast", 1),
         ({"sp_size": 2}, "plain", 1),
