@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from omniavatar.accel.kernels import float8_conv
+from omniavatar.accel.kernels.float8_conv import NormTo, input_gain, joins_norm, quantise_conv
+from omniavatar.accel.kernels.rows import FP8
 from omniavatar.accel.vae import FastVAEConfig, apply_fast_vae
 from omniavatar.accel.vae_frames import fused_attention, matmul_attention
 from omniavatar.checkpoint.vae import random_vae
@@ -88,3 +93,82 @@ def test_queued_copies_arrive_once_synchronised():
     torch.cuda.synchronize()
     for piece, copied in zip(pixels, frames, strict=True):
         assert (copied == to_uint8(piece.cpu())).all()
+
+
+HOPPER = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+
+
+def float8_case(size: tuple[int, int, int], inputs: int, outputs: int, border: bool):
+    """A convolution, its window as the VAE lays it out, and a residual."""
+    frames, height, width = size
+    gamma = torch.rand(inputs, device="cuda") + 0.5
+    gain, padded = input_gain(gamma), inputs % 64 != 0
+    weight = torch.randn(outputs, inputs, 3, 3, 3, device="cuda") / (27 * inputs) ** 0.5
+    conv = quantise_conv(weight, torch.randn(outputs, device="cuda"), gain, padded)
+    shape = (2 + frames, height + 2 * border, width + 2 * padded, inputs)
+    normed = F.normalize(torch.randn(shape, device="cuda"), dim=-1) * inputs**0.5 * gamma
+    window = (F.silu(normed) * gain).to(FP8)
+    if padded:
+        window.view(torch.uint8)[:, :, :: width + 1] = 0
+    return conv, window, torch.randn(*size, outputs, device="cuda").bfloat16()
+
+
+@HOPPER
+@pytest.mark.parametrize("border", [False, True])
+@pytest.mark.parametrize(
+    ("size", "inputs", "outputs"),
+    [
+        ((5, 21, 45), 96, 96),
+        ((1, 9, 17), 96, 96),
+        ((3, 13, 30), 192, 192),
+        ((4, 10, 16), 192, 384),
+        ((2, 25, 45), 384, 384),
+        ((3, 8, 16), 16, 32),
+        ((3, 8, 16), 48, 48),
+    ],
+)
+def test_float8_convolution_equals_its_twin(size, inputs, outputs, border):
+    """With and without a residual, a total and a norm; nothing beyond the picture is written."""
+    from omniavatar.accel.kernels import float8_conv_cuda
+
+    conv, window, residual = float8_case(size, inputs, outputs, border)
+    gamma = torch.rand(outputs, device="cuda") + 0.5
+    for kept, added, normed in itertools.product((False, True), repeat=3):
+        normed = normed and joins_norm(outputs)
+        if not (kept or normed):
+            continue
+        found = []
+        for twin in (float8_conv.convolve, float8_conv_cuda.convolve):
+            total = torch.full_like(residual, 7.0)
+            wide = torch.full((size[0] + 2, size[1] + 2, size[2] + 2, outputs), 9.0, device="cuda").to(FP8)
+            twin(
+                window,
+                conv,
+                residual if added else None,
+                border=border,
+                total=total if kept else None,
+                norm=NormTo(gamma, wide[2:, 1:-1, 1:-1], input_gain(gamma)) if normed else None,
+            )
+            found.append((total, wide))
+        (total, wide), (kernel_total, kernel_wide) = found
+        assert relative_l2(kernel_total, total) < 5e-3
+        assert relative_l2(kernel_wide, wide) < 1.5e-2
+        edge = torch.ones(wide.shape[:3], dtype=torch.bool, device="cuda")
+        edge[2:, 1:-1, 1:-1] = False
+        assert (kernel_wide.float()[edge] == 9).all()
+
+
+@HOPPER
+def test_float8_vae_equals_its_twin_and_is_near_the_exact_one():
+    half = random_vae(VAEConfig(), dtype=torch.bfloat16, device="cuda", seed=0)
+    latent = torch.randn(1, 16, 4, 10, 18, device="cuda")
+    with torch.inference_mode():
+        exact = apply_fast_vae(half, FastVAEConfig()).decode(latent)
+        kernel = apply_fast_vae(half, FastVAEConfig(float8=True)).decode(latent)
+        eager = apply_fast_vae(half, FastVAEConfig("eager", float8=True)).decode(latent)
+        again = apply_fast_vae(half, FastVAEConfig(float8=True)).decode(latent)
+    assert torch.equal(kernel, again)
+    assert relative_l2(kernel, exact) < 0.08
+    assert relative_l2(kernel, eager) < 0.8 * relative_l2(kernel, exact)

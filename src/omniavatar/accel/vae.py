@@ -28,8 +28,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from omniavatar.accel.kernels import channel_norm
+from omniavatar.accel.kernels import channel_norm, float8_conv
 from omniavatar.accel.kernels.channel_norm import AddNorm
+from omniavatar.accel.kernels.float8_conv import Convolve
 from omniavatar.accel.vae_frames import Clip, FrameLayers, SharedRows, pointwise
 from omniavatar.model.sizes import frames_of_pass
 from omniavatar.model.vae import DecodeMore, Decoder, Encoder, WanVAE, denormalise, normalise
@@ -58,6 +59,10 @@ class FastVAEConfig:
     search_convolutions: bool = False
     """cuDNN chooses kernels by timing them, once for each shape in a process. Two processes may choose
     differently and round differently: a resumed video would not be the same byte for byte."""
+    float8: bool = False
+    """Convolutions of residual blocks in float8, which is lossy (`vae_float8`); triton needs a Hopper GPU."""
+    padded_float8: bool = True
+    """Float8 windows of channels that are no multiple of 64 have a column of zeros on either side."""
     latents_at_once: int = 2
     """Latents in a decoding pass after the first one."""
     frames_at_once: int = 12
@@ -85,9 +90,7 @@ class FastVAE:
             raise ValueError("frames_at_once must be a multiple of 4 and latents_at_once at least 1")
         self.plain = vae
         self.config = config
-        self._layers = FrameLayers(
-            _kernels(config), config.merged_upsample, config.matmul_attention, config.paired_columns
-        )
+        self._layers = _frame_layers(config)
         self._layers.prepare(vae)
 
     def use_pass(self, latents: int) -> None:
@@ -183,6 +186,23 @@ def _passes(frames: Tensor, at_once: int, first_alone: bool) -> list[Tensor]:
     alone = [frames[:1]] if first_alone else []
     rest = frames[len(alone) :]
     return [*alone, *(rest.split(at_once) if len(rest) else ())]
+
+
+def _frame_layers(config: FastVAEConfig) -> FrameLayers:
+    flags = config.merged_upsample, config.matmul_attention, config.paired_columns
+    if not config.float8:
+        return FrameLayers(_kernels(config), *flags)
+    from omniavatar.accel.vae_float8 import Float8Layers
+
+    return Float8Layers(_kernels(config), *flags, _convolve_float8(config), config.padded_float8)
+
+
+def _convolve_float8(config: FastVAEConfig) -> Convolve:
+    if config.kernels == "eager":
+        return float8_conv.convolve
+    from omniavatar.accel.kernels import float8_conv_cuda
+
+    return float8_conv_cuda.convolve
 
 
 def _kernels(config: FastVAEConfig) -> AddNorm:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from omniavatar.accel.kernels.channel_norm import AddNorm, pair_weight, phase_weight
 from omniavatar.model.conv3d import Triple, conv3d
+from omniavatar.model.vae import WanVAE
 from omniavatar.model.vae_layers import (
     CausalConv3d,
     ChannelRMSNorm,
@@ -85,10 +86,12 @@ class Clip:
     """What a pass over a clip leaves for the next pass: the last input frames of every causal layer.
 
     rows: this rank's rows of the picture, None if it has all of them.
+    ready: within a pass, inputs of layers that the layer before has made already.
     """
 
     rows: SharedRows | None = None
     past: dict[nn.Module, Tensor] = field(default_factory=dict)
+    ready: dict[nn.Module, Tensor] = field(default_factory=dict)
     started: bool = False
 
     @property
@@ -118,7 +121,7 @@ class FrameLayers:
         self._derived: dict[nn.Module, Tensor] = {}
         self._paired: dict[nn.Module, Tensor] = {}
 
-    def prepare(self, vae: nn.Module) -> None:
+    def prepare(self, vae: WanVAE) -> None:
         """Make the convolution weights channels-last in place, and derive those of another shape."""
         for module in vae.modules():
             if isinstance(module, nn.Conv3d):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from omniavatar.config.schema import ModelConfig, PipelineConfig
+    from omniavatar.config.schema import PipelineConfig
     from omniavatar.measure.deadline import Proposal
     from omniavatar.plan.estimate import MemoryEstimate
     from omniavatar.plan.run import RunPlan
@@ -87,11 +87,11 @@ def plan(
         if as_json:
             from omniavatar.cli.terminal import say_json
 
-            say_json(plan_report(run_plan, memory, settings.model.decoder))
+            say_json(plan_report(run_plan, memory, settings))
         else:
             length, shape = _decided_by(settings, audio, minutes, image)
             attention = settings.sparsity.sparse_attention
-            _print(run_plan, memory, _coders(settings.model), attention, length, shape)
+            _print(run_plan, memory, _coders(settings), attention, length, shape)
 
 
 def _decided_by(
@@ -244,8 +244,13 @@ def _step_plan(config: PipelineConfig) -> StepPlan | None:
     return make_step_plan(sampling, constants, projections, not config.runtime.reference_numerics)
 
 
-def _coders(model: ModelConfig) -> str:
+def _coders(config: PipelineConfig) -> str:
     """What decodes and encodes pictures."""
+    from omniavatar.accel.vae_runners import VAES
+
+    model, runner = config.model, config.runtime.vae
+    if runner in VAES.names and not VAES.get(runner).exact:
+        return f"the VAE, vae: {runner}, which is not exact, in both directions"
     if model.latent_encoder != "full":
         return f"{model.decoder} (it encodes too)"
     return "the VAE" if model.decoder == "full" else f"{model.decoder} (the VAE encodes)"

@@ -88,7 +88,7 @@ def profile(
             lines = [RequestLine(0, 0, "A woman speaks", PORTRAIT, SPEECH)]
         with make_display("rich", False, sys.stderr) as display:
             run = profile_requests(loaded.config, lines, [display], torch_file)
-        print_report(run.report, run.peak_memory, SafeConsole())
+        print_report(run.report, run.peak_memory, SafeConsole(), run.vae)
         _write_json(json_file, {"config": str(config), **run.as_dict()})
         _write_json(trace_file, run.trace)
         if bad:

@@ -138,6 +138,19 @@ def check_windows(
         )
 
 
+def check_vae(vae: str, decoder: str) -> None:
+    """Check that the VAE's implementation can run the decoder."""
+    runners = registry("runtime.vae")
+    taken = runners.get(vae).decoders if vae in runners.names else ()
+    if taken and decoder not in taken:
+        raise FieldError(
+            f"{vae} runs with decoder: {alternatives(taken)}, not {decoder}; set vae to fast or decoder to "
+            f"{alternatives(taken)}",
+            "runtime.vae",
+            "model.decoder",
+        )
+
+
 def check_runtime(runtime: Mapping[str, Any]) -> None:
     """Check limits of memory, and how several GPUs share a video."""
     limited = runtime["num_persistent_param_in_dit"] is not None

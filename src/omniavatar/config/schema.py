@@ -240,7 +240,8 @@ class RuntimeConfig(Section):
     num_persistent_param_in_dit: Whole | None = Field(None, ge=0)
     """Parameters of the DiT that stay on the device; the others are streamed. Unset: from `memory`."""
     vae: Annotated[str, BeforeValidator(backend_name("runtime.vae"))] = "auto"
-    """Implementation of the video VAE; auto: fast, but plain on CUDA without triton."""
+    """Implementation of the video VAE; auto: fast, but plain on CUDA without triton. fp8 (Hopper) is faster
+    and lossy, in both directions."""
     vae_device: Annotated[str, AfterValidator(device_setting)] | None = None
     """Device of the VAE and its decoder, such as cuda:1; unset: that of the model. Only with
     `sampler: causal`: frames are decoded while the next block is computed. The video is bit-identical."""
@@ -328,8 +329,9 @@ class PipelineConfig(Section):
 
     @model_validator(mode="after")
     def _combined(self) -> PipelineConfig:
-        from omniavatar.config.combinations import check_causal, check_family, check_windows
+        from omniavatar.config.combinations import check_causal, check_family, check_vae, check_windows
 
+        check_vae(self.runtime.vae, self.model.decoder)
         if self.sampling.causal is not None:
             check_causal(
                 self.video.model_fields_set,

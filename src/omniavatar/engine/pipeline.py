@@ -278,7 +278,7 @@ class AvatarPipeline(Session):
         with in_files(request) as local, tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
             plan = plan_request(self.models, read_inputs(self.models, local), Path(folder)).plan
         memory = estimate_memory(self.config, plan, self.models.device)
-        return plan_report(plan, memory, self.config.model.decoder)
+        return plan_report(plan, memory, self.config)
 
     @property
     def interrupt(self) -> bool:

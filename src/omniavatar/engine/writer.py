@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import safetensors.torch
 
-from omniavatar.engine.events import WindowFinished
+from omniavatar.engine.events import Message, WindowFinished
 from omniavatar.engine.host import Host
 from omniavatar.engine.job import Job
 from omniavatar.engine.marks import PREVIEW_MARK
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 ENCODER_THREADS = 4
 """Threads of x264. Fixed, because its output depends on them and a resumed run must give the same video."""
+HELD_SHARE, HELD_WINDOWS = 0.9, 4
+"""The video encoder holds back the model if all its places are busy for this part of the time, over this many
+windows for each place."""
 MOST_WAITING = 2**30
 """Bytes of frames that may wait for their encoder, unless two windows have more."""
 MOST_UNWRITTEN = 256
@@ -115,7 +118,9 @@ class VideoWriter:
         self._encoding: deque[Future[Encoded]] = deque()
         self._appending: deque[Future[None]] = deque()
         self._failed = False
-        self._arrived = 0.0
+        self._first = self._arrived = 0.0
+        self._busy: list[float] = []
+        self._encoders = encoders
 
     def _open(self, audio: LocalAudio | None, done: list[Path]) -> GrowingVideo:
         """The growing file with its sound and the windows of earlier runs."""
@@ -154,9 +159,22 @@ class VideoWriter:
         """
         _wait(self._encoding, 1)
         _wait(self._appending, 1)
+        self._say_if_held()
         growing = self._opening.result()
         with self._recorder.stage("video_finish"):
             growing.finish(partial(self._check, sign), self._job.folder)
+
+    def _say_if_held(self) -> None:
+        """Emit one line if all places of the encoder were busy all the time."""
+        places = self._encoders * (self._arrived - self._first)
+        share = sum(self._busy) / places if places else 0.0
+        if share > HELD_SHARE and len(self._busy) >= HELD_WINDOWS * self._encoders:
+            self._recorder.event(
+                Message(
+                    f"the video encoder was busy {min(share, 1.0):.0%} of the time and holds back the model; "
+                    "set preset to veryfast or ultrafast, or encoder to nvenc on a GPU with an encoder unit"
+                )
+            )
 
     def _check(self, sign: Callable[[Path], None] | None, path: Path) -> None:
         from omniavatar.media.check import check_video
@@ -187,6 +205,7 @@ class VideoWriter:
         arrived = time.perf_counter()
         with self._recorder.stage("video_write"):
             self._encode(iter(frames), self._job.segment_path(result.window.index))
+        self._busy.append(time.perf_counter() - arrived)
         return Encoded(result.window, given, result.started, arrived)
 
     def _append(self, encoding: Future[Encoded]) -> None:
@@ -202,7 +221,7 @@ class VideoWriter:
     def _append_encoded(self, encoded: Encoded) -> None:
         window, given = encoded.window, encoded.given
         seconds = encoded.arrived - max(encoded.started, self._arrived)
-        self._arrived = encoded.arrived
+        self._first, self._arrived = self._first or encoded.arrived, encoded.arrived
         with self._recorder.stage("video_append"):
             self._job.finish_window(None if given is None else safetensors.torch.save({"given": given}))
             self._opening.result().append(self._job.segment_path(window.index))

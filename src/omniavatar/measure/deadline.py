@@ -1,13 +1,12 @@
 """The best-looking configuration that makes a video of some minutes before a deadline, on this device.
 
 The parts of a window are timed with the configured model, in its own precision and in float8 (int8 where
-float8 is not available). Every combination of the settings below is then counted, not run. Which combination
-looks better is an order of preference in points, not a measurement: float8 or int8 layers 1; a step cache 1,
-2 or 4 by its threshold; guidance on three quarters of the steps 1, on half of them 2; sparse attention 3, 5
-or 8 by its density, half of that by a calibrated plan; fewer steps 6 for each halving. Sparse attention is
-proposed only where attention is configured dense and a fast backend takes the model. The combination with the
-fewest points that meets the deadline wins; among equals, the fastest. Sizes, windows, overlap, seed and
-prompts stay as configured, and so do the steps if `timesteps` are given.
+float8 is not available). Every combination of the settings of `deadline_axes` is then counted, not run. The
+combination with the fewest points that meets the deadline wins; among equals, the fastest. Sizes, overlap,
+seed and prompts stay as configured. So do the steps if `timesteps` are given, and the length of the windows
+if they are not. Sparse attention is proposed only where attention is configured dense and a fast backend
+takes the model. The time of a window of another length follows from two timed lengths: attention grows with
+the square.
 """
 
 from __future__ import annotations
@@ -16,33 +15,32 @@ import gc
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from omniavatar.accel.attention.registry import choose_backend
-from omniavatar.accel.attention.sparse_registry import choose_sparse
-from omniavatar.accel.precision import best_quantize
 from omniavatar.config.change import changed
 from omniavatar.config.schema import PipelineConfig
-from omniavatar.device import choose_device, torch_dtype
-from omniavatar.errors import CheckpointError, ConfigError, ResourceError
+from omniavatar.errors import CheckpointError, ConfigError
 from omniavatar.measure.benchmark.parts import PartTimer, counts_of, start_costs, window_costs, with_weights
-from omniavatar.measure.projection import StartCosts, WindowCosts, video_seconds
-from omniavatar.plan.preview import find_dit_config
-from omniavatar.plan.run import RunPlan, window_shape
-from omniavatar.plan.sparsity import find_sparsity
+from omniavatar.measure.deadline_axes import (
+    Axis,
+    faster_presets,
+    guidance_intervals,
+    precisions,
+    sparsities,
+    step_caches,
+    step_counts,
+    vae_runners,
+    window_lengths,
+    with_settings,
+)
+from omniavatar.measure.projection import StartCosts, WindowCosts, held_by_writer, video_seconds
+from omniavatar.plan.run import RunPlan
 
-Axis = list[tuple[dict[str, Any], float]]
-"""Settings by flat key, with their points; the configuration as it is comes first."""
-STEPS = (50, 40, 30, 25, 20, 15, 12, 10, 8)
-CACHES = ((0.06, 1), (0.12, 2), (0.24, 4))
-INTERVALS = ((0.75, 1), (0.5, 2))
-DENSITIES = ((0.5, 3.0), (0.35, 5.0), (0.25, 8.0))
-HALVING = 6.0
 MARGIN = 0.05
 """Part of the deadline that is left free for the error of the prediction."""
 _UNITS = {"h": 3600.0, "min": 60.0, "m": 60.0, "s": 1.0}
@@ -113,47 +111,121 @@ def propose(
     choices: list[Candidate] = []
     loading: dict[str, float] = {}
     embedding = 0.0
-    for quantize in _precisions(config):
+    for quantize in precisions(config):
         timed = changed(config, runtime={"quantize": quantize})
-        sparse = _sparsities(timed)
-        parts = PartTimer(_sparse(timed, {"sparse_attention": "window"}) if sparse[1:] else timed, 2, repeats)
+        axes = Axes.of(timed)
+        sparse = {"sparse_attention": "window"} if axes.sparse[1:] else {}
+        parts = PartTimer(with_settings(timed, sparse), 2, repeats)
         embedding = embedding or parts.embed_prompt()
         loaded = parts.load()
-        plain = changed(timed, sampling={"step_cache": "none"})
-        base = parts.plan(plain, minutes * 60)
-        costs, start = window_costs(parts.window_timings(base)), start_costs(parts.start_timings())
-        shares, times = [1.0], [costs.forward]
-        for settings, _ in sparse[1:]:
-            thinner = parts.plan(_sparse(plain, {**settings, "sparse_attention": "window"}), minutes * 60)
-            found = parts.forward_timings(thinner).get("sparse_forward")
-            if found is not None and thinner.sparsity is not None:
-                shares.append(thinner.sparsity.kept_share)
-                times.append(found.median)
-
+        measured = _measure(parts, changed(timed, sampling={"step_cache": "none"}), axes, minutes)
         this = {"start": started, "prompt": embedding, "models": loaded, "first_runs": parts.warming}
         loading = max(loading, this, key=lambda each: sum(each.values()))
-
-        def seconds(
-            plan: RunPlan,
-            costs: WindowCosts = costs,
-            start: StartCosts = start,
-            shares: list[float] = shares,
-            times: list[float] = times,
-        ) -> float:
-            if plan.sparsity is not None and len(shares) > 1:
-                taken = float(np.interp(plan.sparsity.kept_share, shares[::-1], times[::-1]))
-                costs = replace(costs, sparse_forward=taken)
-            return video_seconds(costs, start, counts_of(plan))
-
-        choices += _count(timed, parts.plan, seconds, minutes, quantize, config.runtime.quantize, sparse)
+        choices += count(timed, parts.plan, measured.costs, measured.start, minutes, axes, config)
         del parts
         gc.collect()
         torch.cuda.empty_cache()
     all_loading = sum(loading.values())
-    choices = [
-        Candidate(each.settings, each.points, each.seconds + all_loading, each.forwards) for each in choices
-    ]
+    choices = [replace(each, seconds=each.seconds + all_loading) for each in choices]
     return choose(choices, minutes, deadline, loading, notes)
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What may be changed.
+
+    - planned: settings that change the plan: each combination is counted. sparse: one of them.
+    - coding: ways to run the VAE. presets: faster ones of the video encoder.
+    """
+
+    planned: tuple[Axis, ...]
+    sparse: Axis
+    coding: Axis
+    presets: Axis
+
+    @classmethod
+    def of(cls, config: PipelineConfig) -> Axes:
+        sparse = sparsities(config)
+        steps = step_counts(config), step_caches(config), guidance_intervals(config)
+        planned = (*steps, sparse, window_lengths(config))
+        return cls(planned, sparse, vae_runners(config), faster_presets(config))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The timed parts of one precision, for windows of any length.
+
+    - window, start: of the configured settings. tokens, frames: of the timed window, and its new frames.
+    - linear: the part of a forward's time that grows with the tokens; attention, with their square.
+    - shares, forwards: kept shares, the largest first, and the seconds of a forward with them.
+    - coding: decode and encode by the VAE's runner. writing: seconds of a window's encoding by preset.
+    """
+
+    window: WindowCosts
+    start: StartCosts
+    tokens: int
+    frames: int
+    linear: float
+    shares: Sequence[float]
+    forwards: Sequence[float]
+    coding: Mapping[str, tuple[float, float]]
+    writing: Mapping[str, float]
+
+    def costs(self, plan: RunPlan, settings: Mapping[str, Any]) -> WindowCosts:
+        """Of a plan's windows with these settings."""
+        window, longer = self.window, plan.tokens / self.tokens
+        decode, encode = self.coding.get(settings.get("vae", ""), (window.decode, window.encode))
+        write = self.writing.get(settings.get("preset", ""), window.write)
+        found = replace(
+            window,
+            forward=self._forward(window.forward, longer),
+            skipped_forward=window.skipped_forward * longer,
+            decode=decode * longer,
+            encode=encode,
+            write=write * ((plan.window_length - plan.overlap) / self.frames),
+        )
+        if plan.sparsity is None or len(self.shares) < 2:
+            return found
+        taken = np.interp(plan.sparsity.kept_share, self.shares[::-1], self.forwards[::-1])
+        return replace(found, sparse_forward=self._forward(float(taken), longer))
+
+    def _forward(self, seconds: float, longer: float) -> float:
+        """Of a window `longer` times as long as the timed one. Sparse attention saves on the second part."""
+        growing = self.window.forward * self.linear
+        return growing * longer + (seconds - growing) * longer**2
+
+
+def _measure(parts: PartTimer, config: PipelineConfig, axes: Axes, minutes: float) -> Measured:
+    """Time everything that the axes need. config: without a step cache."""
+    plan = parts.plan(config, minutes * 60)
+    window, start = window_costs(parts.window_timings(plan), plan), start_costs(parts.start_timings())
+    shares, forwards = [1.0], [window.forward]
+    for settings, _ in axes.sparse[1:]:
+        thinner = parts.plan(with_settings(config, {**settings, "sparse_attention": "window"}), minutes * 60)
+        found = parts.forward_timings(thinner).get("sparse_forward")
+        if found is not None and thinner.sparsity is not None:
+            shares.append(thinner.sparsity.kept_share)
+            forwards.append(found.median)
+    linear, coding, writing = 1.0, {}, {}
+    for settings, _ in axes.planned[-1][1:2]:
+        other = parts.plan(with_settings(config, settings), minutes * 60)
+        linear = linear_part(
+            (plan.tokens, window.forward), (other.tokens, parts.forward_timings(other)["forward"].median)
+        )
+    for settings, _ in axes.coding[1:]:
+        timings = parts.coding_timings(plan, settings["vae"])
+        coding[settings["vae"]] = timings["decode"].median, timings["encode"].median
+    for settings, _ in axes.presets:
+        writing[settings["preset"]] = parts.write_timing(plan, settings["preset"]).median
+    frames = plan.window_length - plan.overlap
+    return Measured(window, start, plan.tokens, frames, linear, shares, forwards, coding, writing)
+
+
+def linear_part(first: tuple[int, float], second: tuple[int, float]) -> float:
+    """The linear part of the first time, if a time is a L + b L^2; from two of (tokens L, seconds)."""
+    (tokens, seconds), (others, taken) = first, second
+    square = (seconds / tokens - taken / others) / (tokens - others)
+    return min(1.0, max(0.0, 1 - square * tokens**2 / seconds))
 
 
 def choose(
@@ -172,98 +244,38 @@ def choose(
     return Proposal(minutes, deadline, total, loading, as_configured, chosen, tuple(others), tuple(notes))
 
 
-def _precisions(config: PipelineConfig) -> list[str]:
-    """The configured precision, and the fastest one of this device if that is another."""
-    configured = config.runtime.quantize
-    best = best_quantize(choose_device(config.runtime.device))
-    return [configured] if best is None or configured == best else [configured, best]
-
-
-def _count(
+def count(
     config: PipelineConfig,
     plan: Callable[[PipelineConfig, float], RunPlan],
-    seconds: Callable[[RunPlan], float],
+    costs: Callable[[RunPlan, Mapping[str, Any]], WindowCosts],
+    start: StartCosts,
     minutes: float,
-    quantize: str,
-    configured: str,
-    sparse: Axis | None = None,
+    axes: Axes,
+    configured: PipelineConfig,
 ) -> Iterator[Candidate]:
-    precision = ({}, 0.0) if quantize == configured else ({"quantize": quantize}, 1.0)
-    axes = (_steps(config), _caches(config), _intervals(config), sparse or [({}, 0.0)])
-    for combination in itertools.product(*axes):
-        settings: dict[str, Any] = dict(precision[0])
-        points = precision[1]
-        for change, cost in combination:
-            settings |= change
-            points += cost
-        thinned = {key: value for key, value in settings.items() if key.startswith("sparse_")}
-        sampling = {key: settings[key] for key in settings if key not in ("quantize", *thinned)}
+    """Every combination, as changes of the `configured` one. config: the same with the timed precision.
+
+    A faster preset of the video encoder is counted only where the model would wait for it.
+    """
+    quantize = config.runtime.quantize
+    other = quantize != configured.runtime.quantize
+    precision: dict[str, Any] = {"quantize": quantize} if other else {}
+    for combination in itertools.product(*axes.planned):
+        changes = {key: value for settings, _ in combination for key, value in settings.items()}
         try:
-            counted = plan(_sparse(changed(config, sampling=sampling), thinned), minutes * 60)
-        except ConfigError:
-            continue
-        yield Candidate(settings, points, seconds(counted), counted.forwards)
-
-
-def _steps(config: PipelineConfig) -> Axis:
-    steps = config.sampling.steps
-    if config.sampling.timesteps is not None:
-        return [({}, 0.0)]
-    fewer = [count for count in STEPS if count < steps]
-    return [({}, 0.0), *(({"num_steps": count}, HALVING * math.log2(steps / count)) for count in fewer)]
-
-
-def _caches(config: PipelineConfig) -> Axis:
-    sampling = config.sampling
-    in_one_size = sampling.causal is not None or config.family.chunk is not None
-    if sampling.cache_policy != "none" or sampling.timesteps is not None or in_one_size:
-        return [({}, 0.0)]
-    return [
-        ({}, 0.0),
-        *(({"step_cache": "magcache", "magcache_thresh": limit}, float(cost)) for limit, cost in CACHES),
-    ]
-
-
-def _intervals(config: PipelineConfig) -> Axis:
-    sampling = config.sampling
-    guided = sampling.guidance_scale != 1 or sampling.effective_audio_scale != 1
-    if not guided or sampling.guidance_interval != (0.0, 1.0):
-        return [({}, 0.0)]
-    return [({}, 0.0), *(({"guidance_interval": (0.0, end)}, float(cost)) for end, cost in INTERVALS)]
-
-
-def _sparsities(config: PipelineConfig) -> Axis:
-    """Sparse attention, where it may be proposed; a calibrated plan where this model has one."""
-    nothing: Axis = [({}, 0.0)]
-    if config.sparsity.sparse_attention != "dense" or config.sampling.causal is not None:
-        return nothing
-    dit, _ = find_dit_config(config.model)
-    device, dtype = choose_device(config.runtime.device), torch_dtype(config.model.dtype)
-    attention, width = config.runtime.attention, dit.dim // dit.num_heads
-    if attention in ("auto", "fastest"):
-        attention = choose_backend(device, dtype)
-    try:
-        block = config.sparsity.sparse_block_size
-        if not choose_sparse("auto", device, dtype, attention, block, width).fast:
-            return nothing
-        shape = window_shape(config, config.video.sizes[0], bool(dit.audio_dim))
-        find_sparsity(_sparse(config, {"sparse_attention": "window"}), shape, dit)
-    except (ResourceError, ConfigError):
-        return nothing
-    name, less = "window", 1.0
-    try:
-        find_sparsity(_sparse(config, {"sparse_attention": "calibrated"}), shape, dit)
-        name, less = "calibrated", 0.5
-    except (ConfigError, CheckpointError):
-        pass  # no file, or of another model, size or schedule
-    return [
-        *nothing,
-        *(({"sparse_attention": name, "sparse_density": each}, cost * less) for each, cost in DENSITIES),
-    ]
-
-
-def _sparse(config: PipelineConfig, values: Mapping[str, Any]) -> PipelineConfig:
-    return changed(config, sparsity=values)
+            counted = plan(with_settings(config, changes), minutes * 60)
+        except (ConfigError, CheckpointError):
+            continue  # a length without a window, or that a calibrated plan is not for
+        counts = counts_of(counted)
+        for runner, cost in axes.coding:
+            settings = {**precision, **changes, **runner}
+            points = float(other) + sum(points for _, points in combination) + cost
+            found = costs(counted, settings)
+            yield Candidate(settings, points, video_seconds(found, start, counts), counted.forwards)
+            for preset, more in axes.presets if held_by_writer(found, counts) else []:
+                faster = {**settings, **preset}
+                seconds = video_seconds(costs(counted, faster), start, counts)
+                yield Candidate(faster, points + more, seconds, counted.forwards)
 
 
 def _text(value: Any) -> str:

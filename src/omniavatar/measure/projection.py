@@ -1,8 +1,8 @@
 """Projects the time of a whole video from the measured parts of one window, by counting.
 
 Windows run one after the other on the model's thread: forwards, decode, encode of the hand-over. The video
-writer works beside it, one window behind. The model waits for it only where it is the slower of the two; its
-work for the last window is added. Loading the models and embedding a new prompt do not count.
+writer works beside it, on several windows at once. The model waits for it only where it is the slower of the
+two; its work for the last window is added. Loading the models and embedding a new prompt do not count.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class WindowCosts:
     """Seconds of one window's parts.
 
     forward, skipped_forward: one each. decode: of the whole window. encode: of the hand-over.
-    write: of the new frames. sparse_forward: one with sparse attention.
+    write: of the new frames. sparse_forward: one with sparse attention. writers: windows written at once.
     """
 
     forward: float
@@ -40,6 +40,7 @@ class WindowCosts:
     encode: float
     write: float
     sparse_forward: float = 0.0
+    writers: int = 1
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ def denoise_seconds(costs: WindowCosts, counts: Counts) -> float:
     return dense + counts.sparse * costs.sparse_forward + counts.skipped * costs.skipped_forward
 
 
+def held_by_writer(costs: WindowCosts, counts: Counts) -> bool:
+    """Whether the model waits for the video encoder."""
+    return costs.write / costs.writers > denoise_seconds(costs, counts) + costs.decode + costs.encode
+
+
 def video_seconds(costs: WindowCosts, start: StartCosts, counts: Counts) -> float:
     """Seconds from audio to finished video, models loaded."""
     denoise = denoise_seconds(costs, counts)
@@ -80,5 +86,6 @@ def video_seconds(costs: WindowCosts, start: StartCosts, counts: Counts) -> floa
     begin = start.portrait + start.audio_per_second * counts.audio_seconds
     if counts.windows == 1:
         return begin + last + costs.write
-    between = (counts.windows - 2) * max(whole, costs.write)
-    return begin + whole + between + max(last, costs.write) + costs.write
+    behind = costs.write / costs.writers
+    between = (counts.windows - 2) * max(whole, behind)
+    return begin + whole + between + max(last, behind) + costs.write

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from omniavatar.accel.vae_runners import VAES
+
 if TYPE_CHECKING:
     from omniavatar.measure.peaks import PeakMemory
     from omniavatar.measure.report import Report, StageRow, StepSpread, WindowRow, WorkRow
@@ -15,8 +17,8 @@ if TYPE_CHECKING:
 SHOWN_WINDOWS = 12
 
 
-def print_report(report: Report, peak: PeakMemory, console: Console) -> None:
-    """Print stages, windows, steps, work, ceilings and overall figures."""
+def print_report(report: Report, peak: PeakMemory, console: Console, vae: str = "fast") -> None:
+    """Print stages, windows, steps, work, ceilings and overall figures. vae: the implementation that ran."""
     console.print(_stages(report.stages, report.overall.seconds))
     console.print(_windows(report.windows))
     if report.steps:
@@ -29,7 +31,8 @@ def print_report(report: Report, peak: PeakMemory, console: Console) -> None:
             f"products, {ceiling.attention:,.4g} attention ({ceiling.source})",
             soft_wrap=True,
         )
-    for line in [*_overall(report), f"peak memory: {peak.text}"]:
+    coders = [] if VAES.get(vae).exact else [f"VAE: {vae}, which is not exact, in both directions"]
+    for line in [*_overall(report), *coders, f"peak memory: {peak.text}"]:
         console.print(line, soft_wrap=True)
 
 

@@ -45,6 +45,7 @@ class PartTimes:
             decode=self.window.decode * larger,
             encode=self.window.encode * larger,
             write=self.window.write * larger,
+            writers=self.window.writers,
         )
         decided = plan if plan.step_plan is not None else plan.decided(compute_all(plan.steps))
         return video_seconds(window, self.start, counts_of(decided))
@@ -72,7 +73,7 @@ def measure_times(config: PipelineConfig) -> PartTimes:
     timer = PartTimer(config, warm_up=1, repeats=2)
     timer.load()
     plan = timer.plan(config, SECONDS)
-    window = window_costs(timer.window_timings(plan))
+    window = window_costs(timer.window_timings(plan), plan)
     return PartTimes(window, start_costs(timer.start_timings()), plan.tokens, _pixels(plan))
 
 

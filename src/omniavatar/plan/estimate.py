@@ -52,10 +52,11 @@ class MemoryEstimate:
         return self.placement.describe() if self.placement else str(self.problem)
 
 
-def plan_report(plan: RunPlan, memory: MemoryEstimate, decoder: str) -> dict[str, Any]:
+def plan_report(plan: RunPlan, memory: MemoryEstimate, config: PipelineConfig) -> dict[str, Any]:
     """Plan and memory for JSON."""
     need = {**asdict(memory), "device_peak": memory.device_peak, "choice": memory.choice}
-    return {**plan.as_dict(), "decoder": decoder, "memory": need}
+    coders = {"decoder": config.model.decoder, "vae": config.runtime.vae}
+    return {**plan.as_dict(), **coders, "memory": need}
 
 
 def estimate_memory(config: PipelineConfig, plan: RunPlan, device: torch.device) -> MemoryEstimate:

@@ -104,7 +104,8 @@ def wants_graphs(
         return False
     if runtime.cuda_graphs is not None:
         return runtime.cuda_graphs
-    return not runtime.use_fsdp and launches_show(dit, tokens, runtime.sp_size, share)
+    quantised = runtime.quantize not in ("none", "auto")
+    return not runtime.use_fsdp and launches_show(dit, tokens, runtime.sp_size, share, quantised)
 
 
 def place(
@@ -188,13 +189,18 @@ def place(
 SMALL_BLOCK = 2.4e12
 """Floating-point operations (4 ms at 600 TFLOP/s) below which a block takes less time than its launches.
 On slower devices such a block takes longer; then a graph neither saves nor costs time."""
+QUANTISED_SPEED = 1.5
+"""How many more operations blocks of 8-bit layers do in that time: a 4-step window of the 1.3B has graphs."""
 
 
-def launches_show(config: DiTConfig, tokens: int, ranks: int = 1, kept: float = 1.0) -> bool:
+def launches_show(
+    config: DiTConfig, tokens: int, ranks: int = 1, kept: float = 1.0, quantised: bool = False
+) -> bool:
     """Whether a block over `tokens`, shared by `ranks`, computes faster than the host launches it.
 
-    - kept: the share of the attention matrix that is computed.
+    - kept: the share of the attention matrix that is computed. quantised: the layers are 8-bit ones.
     """
     own, width = tokens / ranks, config.dim
     products = 2 * own * width * (6 * width + 2 * config.ffn_dim)
-    return products + kept * 4 * own * tokens * width < SMALL_BLOCK
+    limit = SMALL_BLOCK * (QUANTISED_SPEED if quantised else 1)
+    return products + kept * 4 * own * tokens * width < limit

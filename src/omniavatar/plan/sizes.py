@@ -11,10 +11,11 @@ import torch
 
 from omniavatar.accel.decoder import DECODERS, tiny_vae_tensors
 from omniavatar.accel.precision import QUANTIZED
-from omniavatar.accel.vae_runners import pass_sizes
+from omniavatar.accel.vae_runners import VAES, pass_sizes
 from omniavatar.checkpoint.dit_sizes import keep_float32
 from omniavatar.checkpoint.layout import SCALES, Shape, dit_tensors, text_tensors, wav2vec_tensors
 from omniavatar.checkpoint.layout_vae import vae_tensors
+from omniavatar.config.backends import alternatives
 from omniavatar.errors import ConfigError
 from omniavatar.model.sizes import frames_of_pass
 
@@ -187,11 +188,13 @@ def vae_ranks(config: PipelineConfig, vae_name: str) -> int:
     Raises ConfigError if `vae_parallel` is set and they cannot share it.
     """
     runtime = config.runtime
-    can = runtime.processes > 1 and vae_name == "fast" and DECODERS.get(config.model.decoder).shares_rows
+    can = runtime.processes > 1 and VAES.get(vae_name).shares_rows
+    can = can and DECODERS.get(config.model.decoder).shares_rows
     if runtime.vae_parallel and not can:
         decoders = ", ".join(each.name for each in DECODERS if each.shares_rows)
+        runners = alternatives(each.name for each in VAES if each.shares_rows)
         raise ConfigError(
-            f"vae_parallel: needs several processes, vae: fast and one of the decoders {decoders}; "
+            f"vae_parallel: needs several processes, vae: {runners} and one of the decoders {decoders}; "
             f"got {runtime.processes}, {vae_name} and {config.model.decoder}; "
             "leave it out to share the VAE when possible"
         )
@@ -214,10 +217,11 @@ def run_sizes(
     if config.model.latent_encoder == "taehv":
         coders = tensor_bytes(tiny_vae_tensors(spec.vae), size)
     else:
-        coders = tensor_bytes(vae_tensors(spec.vae), size)
+        coders = tensor_bytes(vae_tensors(spec.vae), size + VAES.get(vae_name).coded_bytes)
         coders += tensor_bytes(DECODERS.get(config.model.decoder).tensors(spec.vae), size)
     contexts = {branch.audio if dit.audio_tokens else branch.text for branch in branches}
     encoded = shape.overlap if shape.chunk is None else shape.window_length
+    passes = pass_sizes(vae_name)
     return RunSizes(
         vae=coders,
         audio_encoder=tensor_bytes(wav2vec_tensors(spec.wav2vec), FLOAT),
@@ -228,8 +232,8 @@ def run_sizes(
         denoise=denoise_bytes(dit, shape.tokens, size, fused, len(branches), cached, float8)
         + order_bytes(dit, shape, size),
         coding=tuple(
-            coding_bytes(spec.vae.dim, shape.size, size, latents, encoded, vae_name == "fast", ranks)
-            for latents in pass_sizes(vae_name)
+            coding_bytes(spec.vae.dim, shape.size, size, latents, encoded, len(passes) > 1, ranks)
+            for latents in passes
         ),
     )
 

@@ -18,9 +18,9 @@ from omniavatar.parallel.vae import apply_shared_vae
 CUTS = [(8,), (3, 3, 2), (1,) * 8, (2, 5, 1)]
 
 
-def vae(at_once: int) -> Any:
+def vae(at_once: int, float8: bool = False) -> Any:
     plain = random_vae(VAEConfig(dim=8), dtype=torch.float32, device="cpu", seed=0)
-    return apply_fast_vae(plain, FastVAEConfig("eager", latents_at_once=at_once))
+    return apply_fast_vae(plain, FastVAEConfig("eager", latents_at_once=at_once, float8=float8))
 
 
 def tiny(at_once: int) -> TinyDecoder:
@@ -31,6 +31,7 @@ def tiny(at_once: int) -> TinyDecoder:
 DECODERS = {
     "plain": lambda _: random_vae(VAEConfig(dim=8), dtype=torch.float32, device="cpu", seed=0),
     "fast": vae,
+    "fp8": lambda at_once: vae(at_once, float8=True),
     "tiny": tiny,
     "other": lambda at_once: apply_decoder(vae(at_once), tiny(at_once)),
     "shared": lambda at_once: apply_shared_vae(vae(at_once), lambda rows: None),

@@ -128,6 +128,7 @@ def test_launches_show_where_a_block_is_short() -> None:
     small, large = scale_spec("1.3B").dit, scale_spec("14B").dit
     assert launches_show(small, 15750, 2) and launches_show(small, 30375, 4)
     assert not launches_show(small, 15750) and not launches_show(small, 30375, 2)
+    assert launches_show(small, 15750, quantised=True) and not launches_show(small, 20000, quantised=True)
     assert not launches_show(large, 15750, 2)
     assert SMALL_BLOCK < 5e12
 

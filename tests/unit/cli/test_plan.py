@@ -72,6 +72,17 @@ def test_plan_table_is_readable() -> None:
     assert "not on this disk" in result.stdout
 
 
+def test_plan_says_which_vae_runs() -> None:
+    plain = ("--config", config("inference_1.3B_4steps"), "--minutes", "1")
+    float8 = (*plain, "--hp", "vae=fp8")
+    assert (plan(*plain)["vae"], plan(*float8)["vae"]) == ("auto", "fp8")
+    assert "vae: fp8, which is not exact" in " ".join(run("plan", *float8).stdout.split())
+    more = plan(*float8)["memory"]["vae"] / plan(*plain)["memory"]["vae"]
+    assert more == 1.5, "a byte more for each weight in bf16"
+    other = run("plan", *float8, "--hp", "decoder=taehv,decoder_path=x.pth")
+    assert other.exit_code == 2 and "fp8 runs with decoder: full, not taehv" in error_lines(other)[0]
+
+
 def test_plan_bad_input() -> None:
     missing = run("plan", "--config", NANO, "--audio", "none.mp3")
     assert missing.exit_code == 3 and "none.mp3" in error_lines(missing)[0]

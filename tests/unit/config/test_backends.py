@@ -184,7 +184,9 @@ def test_fakes_of_the_other_settings_are_chosen_by_auto(register: Register) -> N
 
     register(VAES, VAERunner(name="fake", create=run, exact=True, doc="A fake.", rank=9))
     assert choose_vae("auto", CPU) == "fake" and doctor()["vae"] == "fake"
-    with pytest.raises(ResourceError, match="vae: 'fats' is not known; use one of: auto, plain, fast, fake"):
+    with pytest.raises(
+        ResourceError, match="vae: 'fats' is not known; use one of: auto, plain, fast, fp8, fake"
+    ):
         choose_vae("fats", CPU)
     register(PRECISIONS, Backend(name="fake", create=lambda: None, exact=False, doc="A fake.", rank=9))
     assert best_quantize(CPU) == "fake"

@@ -14,7 +14,7 @@ from engine import make_pipeline, request, voice
 from omniavatar import AvatarPipeline
 from omniavatar.config.load import load_config
 from omniavatar.device import arrival, download, upload
-from omniavatar.engine.events import WindowFinished
+from omniavatar.engine.events import Message, WindowFinished
 from omniavatar.engine.host import Host
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.engine.window_loop import WindowResult
@@ -156,6 +156,24 @@ def test_the_model_does_not_wait_for_the_sound(nano_checkpoint, tmp_path) -> Non
     assert result.windows > 4
     info = probe_video(result.output)
     assert info.frames == result.frames and info.audio is not None
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_an_encoder_that_holds_back_the_model_is_said(nano_checkpoint, tmp_path, slow: bool) -> None:
+    class Busy(Host):
+        encoders = 1
+
+        def encode_segment(self, *arguments, **keywords):
+            time.sleep(0.4 if slow else 0)
+            return super().encode_segment(*arguments, **keywords)
+
+    heard: list[str] = []
+    recorder = RunRecorder([lambda event: heard.append(event.text) if isinstance(event, Message) else None])
+    pipe = make_pipeline(nano_checkpoint, tmp_path / "cache", recorder, host=Busy())
+    assert pipe.generate(request(2.9), tmp_path / "out.mp4").windows >= 8
+    said = [text for text in heard if text.startswith("the video encoder was busy")]
+    assert len(said) == slow
+    assert all("holds back the model; set preset to veryfast" in text for text in said)
 
 
 def test_large_windows_are_encoded_two_at_a_time() -> None:

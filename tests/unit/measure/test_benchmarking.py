@@ -36,7 +36,14 @@ from omniavatar.measure.benchmark.summary import markdown
 from omniavatar.measure.benchmark.tips import Tip, fewer_tokens, guide_tips
 from omniavatar.measure.benchmark.whole import measure_whole
 from omniavatar.measure.flops import forward_work
-from omniavatar.measure.projection import Counts, StartCosts, Timing, WindowCosts, video_seconds
+from omniavatar.measure.projection import (
+    Counts,
+    StartCosts,
+    Timing,
+    WindowCosts,
+    held_by_writer,
+    video_seconds,
+)
 from omniavatar.measure.quality import Quality
 from omniavatar.plan.run import plan_run
 from omniavatar.plan.steps import make_step_plan
@@ -66,6 +73,14 @@ def test_a_single_window_has_no_hand_over() -> None:
 def test_a_slow_writer_is_waited_for() -> None:
     slow = replace(COSTS, write=100.0)
     assert video_seconds(slow, START, COUNTS) == pytest.approx(1.25 + 24.5 + 4 * 100)
+
+
+def test_several_windows_are_written_at_once() -> None:
+    slow = replace(COSTS, write=100.0, writers=5)
+    assert video_seconds(slow, START, COUNTS) == pytest.approx(1.25 + 3 * 24.5 + 22.5 + 100)
+    slower = replace(slow, writers=2)
+    assert video_seconds(slower, START, COUNTS) == pytest.approx(1.25 + 24.5 + 3 * 50 + 100)
+    assert held_by_writer(slower, COUNTS) and not held_by_writer(slow, COUNTS)
 
 
 def test_sparse_forwards_have_a_time_of_their_own() -> None:

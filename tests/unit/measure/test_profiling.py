@@ -267,7 +267,9 @@ def test_report_counts_work_and_shares() -> None:
     print_report(report, PeakMemory(None, 2_340_000_000), console)
     text = console.export_text()
     assert "peak memory: 2.34 GB on the host" in text and "real-time factor 2.5" in text
-    assert "denoising" in text
+    assert "denoising" in text and "not exact" not in text
+    print_report(report, PeakMemory(None, 1), console, vae="fp8")
+    assert "VAE: fp8, which is not exact, in both directions" in console.export_text()
     assert [sorted(row) for row in report.as_dict()["windows"]] == [
         ["denoise", "request", "steps", "vae_decode", "window"]
     ] * 2

@@ -35,6 +35,7 @@ class AddNorm(Protocol):
         out: Tensor | None,
         activate: bool,
         phases: bool,
+        gain: float = 1.0,
     ) -> None: ...
 
 
@@ -48,8 +49,11 @@ def add_norm(
     out: Tensor | None,
     activate: bool,
     phases: bool,
+    gain: float = 1.0,
 ) -> None:
     """Write value + bias + residual to `total` and its norm (then SiLU if `activate`) to `out`.
+
+    gain: multiplies what goes to `out`, for float8.
 
     It works frame by frame, so that the intermediate results stay in a CPU's caches.
     """
@@ -65,7 +69,8 @@ def add_norm(
             length = torch.linalg.vecdot(added, added).sqrt_().clamp_min_(1e-12)
             normed = added * (added.shape[-1] ** 0.5 / length)[..., None]
             normed *= gamma.flatten().float()
-            out[number].copy_(F.silu(normed, inplace=True) if activate else normed)
+            normed = F.silu(normed, inplace=True) if activate else normed
+            out[number].copy_(normed if gain == 1 else normed * gain)
 
 
 def phase_weight(weight: Tensor) -> Tensor:

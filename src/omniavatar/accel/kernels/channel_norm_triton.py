@@ -25,8 +25,9 @@ def add_norm(
     out: Tensor | None,
     activate: bool,
     phases: bool,
+    gain: float = 1.0,
 ) -> None:
-    """Write value + bias + residual to `total` and its norm (then SiLU if `activate`) to `out`."""
+    """Write value + bias + residual to `total`, and `gain` times its norm (SiLU if `activate`) to `out`."""
     target = out if out is not None else total
     if target is None:
         raise ValueError("add_norm: total or out must be given")
@@ -63,6 +64,7 @@ def add_norm(
             ACTIVATE=activate,
             PHASES=phases,
             WHOLE=out is None or out.is_contiguous(),
+            GAIN=gain,
             num_warps=4,
         )
 
@@ -86,6 +88,7 @@ def _add_norm_kernel(
     ACTIVATE: tl.constexpr,
     PHASES: tl.constexpr,
     WHOLE: tl.constexpr,
+    GAIN: tl.constexpr,
 ):
     pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     channel = tl.arange(0, BLOCK_C)
@@ -114,6 +117,8 @@ def _add_norm_kernel(
         normed = added / length[:, None] * scale * gain[None, :]
         if ACTIVATE:
             normed = normed * tl.sigmoid(normed)
+        if GAIN != 1:
+            normed = normed * GAIN
         if not WHOLE:
             target = pixel // (height * width) * frame_pixels + pixel // width % height * row_pixels
             target = (target + pixel % width).to(tl.int64)

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from omniavatar.accel.short_text import prepare_text
+from omniavatar.accel.vae import FastVAE
+from omniavatar.accel.vae_runners import create_vae
 from omniavatar.config.change import changed
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.encoders.tokens import TEXT_TOKENS
@@ -31,12 +33,13 @@ from omniavatar.engine.prepare import (
     shape_of,
 )
 from omniavatar.engine.window_loop import to_uint8
-from omniavatar.engine.writer import segment_encoder
+from omniavatar.engine.writer import encoders_at_once, segment_encoder
 from omniavatar.measure.benchmark.whole import PROMPT, packaged_portrait
 from omniavatar.measure.projection import Counts, StartCosts, Timing, WindowCosts
 from omniavatar.measure.report import decoded_latents
 from omniavatar.media.h264 import choose_encoder
 from omniavatar.model.sizes import WINDOW_ROWS
+from omniavatar.model.vae import WanVAE
 from omniavatar.plan.calibration import find_constants
 from omniavatar.plan.preview import assumed_scale, missing_files, with_family
 from omniavatar.plan.run import RunPlan
@@ -178,30 +181,39 @@ class PartTimer:
     @torch.inference_mode()
     def window_timings(self, plan: RunPlan) -> dict[str, Timing]:
         """Times of forward, skipped forward, decode, encode and write, for a window of `plan`."""
-        vae, noise = self._models.vae, self._noise
-        sample = noise(1, 16, *latent_shape(plan))
-        frames = _moving_portrait(plan.size, plan.window_length - plan.overlap)
-        tail = noise(1, 3, max(1, plan.overlap), *plan.size).clamp_(-1, 1)
+        write = {"write": self.write_timing(plan)}
+        if plan.causal is not None:
+            return {**self._block_timings(plan, plan.causal), **write}
+        return {**self.forward_timings(plan), **self.coding_timings(plan), **write}
+
+    @torch.inference_mode()
+    def coding_timings(self, plan: RunPlan, runner: str | None = None) -> dict[str, Timing]:
+        """Times of decode and encode. runner: another way to run the VAE than the configured one."""
+        vae, warming = self._models.vae, self.warming
+        if runner is not None:
+            plain = vae.plain if isinstance(vae, FastVAE) else vae
+            assert isinstance(plain, WanVAE)
+            vae = create_vae(runner, plain, self._device)
+        sample = self._noise(1, 16, *latent_shape(plan))
+        tail = self._noise(1, 3, max(1, plan.overlap), *plan.size).clamp_(-1, 1)
 
         def decode() -> None:
             for piece in vae.decode_stream(sample):
                 to_uint8(piece.add_(1.0).div_(2.0).clamp_(0.0, 1.0))
 
+        timings = {"decode": self._timed(decode), "encode": self._timed(lambda: vae.encode(tail))}
+        if runner is not None:
+            self.warming = warming
+        return timings
+
+    def write_timing(self, plan: RunPlan, preset: str | None = None) -> Timing:
+        """Time of encoding a window's new frames. preset: another one than the configured one."""
+        config = self._config if preset is None else changed(self._config, output={"preset": preset})
+        output = config.output
+        frames = _moving_portrait(plan.size, plan.window_length - plan.overlap)
+        encode = segment_encoder(Host(), output, plan, choose_encoder(output.encoder, plan.size))
         with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
-            output = self._config.output
-            encode = segment_encoder(Host(), output, plan, choose_encoder(output.encoder, plan.size))
-
-            def write() -> None:
-                encode(iter([frames]), Path(folder) / "segment.mp4")
-
-            if plan.causal is not None:
-                return {**self._block_timings(plan, plan.causal), "write": self._timed(write)}
-            return {
-                **self.forward_timings(plan),
-                "decode": self._timed(decode),
-                "encode": self._timed(lambda: vae.encode(tail)),
-                "write": self._timed(write),
-            }
+            return self._timed(lambda: encode(iter([frames]), Path(folder) / "segment.mp4"))
 
     @torch.inference_mode()
     def start_timings(self) -> dict[str, Timing]:
@@ -267,9 +279,10 @@ def counts_of(plan: RunPlan) -> Counts:
     return Counts(windows, computed, skipped, last, plan.duration_s, sparse)
 
 
-def window_costs(timings: dict[str, Timing]) -> WindowCosts:
-    """Medians of `PartTimer.window_timings`."""
-    return WindowCosts(**{name: timing.median for name, timing in timings.items()})
+def window_costs(timings: dict[str, Timing], plan: RunPlan) -> WindowCosts:
+    """Medians of `PartTimer.window_timings` of a plan."""
+    medians = {name: timing.median for name, timing in timings.items()}
+    return WindowCosts(**medians, writers=max(1, min(Host().encoders, encoders_at_once(Host(), plan))))
 
 
 def start_costs(timings: dict[str, Timing]) -> StartCosts:
