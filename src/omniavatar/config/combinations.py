@@ -38,7 +38,7 @@ def check_sampling(sampling: Mapping[str, Any], defaults: Mapping[str, Any], cac
     from omniavatar.sampling.causal import CausalWindow
 
     try:
-        CausalWindow(*(sampling[name] for name in CAUSAL_FIELDS))
+        CausalWindow(sampling["causal_block"], sampling["causal_window"], sampling["causal_sink"])
     except ConfigError as error:
         name, _, text = str(error).partition("=")
         raise FieldError(text.partition(": ")[2], name) from error

@@ -78,7 +78,7 @@ class BlockVideo:
             dit, reference_latent, state, sampling.schedule, self.window, dtype, wrap
         )
         draws = noises_drawn(sampling.schedule, sampling.sampler)
-        self._noise = NoiseAhead(sampling.seed, self.device, draws)
+        self._noise = NoiseAhead(sampling.seed, self.device, draws, sampling.noise_span)
         self.past_blocks = self.window.blocks_of(past_latents)
         self._decoder = None if decoder is None else PieceDecoder(decoder, self.past_blocks)
         self._numbers: WindowNumbers | None = None

@@ -99,6 +99,7 @@ class Prepared(Planned):
             sampling.hand_over,
             self.color_match,
             plan.sparsity,
+            sampling.noise_span,
         )
 
     def given_shape(self, window: int) -> tuple[int, ...]:
@@ -115,7 +116,14 @@ class Prepared(Planned):
 
 def block_sampling(sampling: SamplingConfig, shape: WindowShape) -> WindowSampling:
     """How the blocks of a block-causal model are sampled."""
-    return WindowSampling(sampling.seed, shape.schedule, (), sampling.sampler, shape.causal)
+    return WindowSampling(
+        sampling.seed,
+        shape.schedule,
+        (),
+        sampling.sampler,
+        shape.causal,
+        noise_span=sampling.noise_span,
+    )
 
 
 def read_inputs(models: Models, request: LocalRequest, has_audio: bool | None = None) -> Inputs:
