@@ -6,8 +6,8 @@ the run goes through the model twice side by side, once finished, at timestep 0,
 of both sees the finished ones that `CausalWindow.seen` names, and itself. So the keys that a block leaves for
 later ones are trained too.
 
-Shapes: B stories, T latents of a story, R of a run of its blocks, h w latent pixels, L tokens of a story, H heads, E head dim, D audio
-width.
+Shapes: B stories, T latents of a story, R of a run of its blocks, h w latent pixels, L tokens of a story, H
+heads, E head dim, D audio width.
 """
 
 from __future__ import annotations

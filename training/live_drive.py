@@ -88,9 +88,7 @@ def smooth(white: Tensor, span: int) -> Tensor:
     return made
 
 
-def carried_noise(
-    drive: Tensor, eyes: Tensor, height: int, width: int, generator: torch.Generator
-) -> Tensor:
+def carried_noise(drive: Tensor, eyes: Tensor, height: int, width: int, generator: torch.Generator) -> Tensor:
     """Noise (B, 16, L, h, w) as the engine draws it, which carries a drive (B, L, K)."""
     batch, latents = drive.shape[:2]
     shape = (batch, 16, latents + SPAN - 1, height, width)

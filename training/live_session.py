@@ -32,7 +32,7 @@ from training.settings import LiveSettings, read_live_settings
 from training.speech import SpeechSet
 from training.stage_student import train_student
 from training.stage_tiny import fill_in, train_tiny
-from training.studio import HELD_OUT_SEEDS, Film, Studio
+from training.studio import HELD_OUT_SEEDS, Studio
 from training.takes import Take, TakeFactory, make_take
 
 FOLDER = Path(__file__).parent
@@ -53,7 +53,7 @@ def tiny_of(settings: LiveSettings) -> TinyDecoder:
 
 
 def workers_of_a_process() -> int:
-    """Processes that make takes for one training process; a call for a student runs beside one for a decoder."""
+    """Processes that make takes for one training process; a decoder is trained beside a student."""
     cores = os.cpu_count() or 2
     if not torch.cuda.is_available():
         return max(1, cores - 1)

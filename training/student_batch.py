@@ -113,7 +113,7 @@ def worn(latents: Tensor, share: float, generator: torch.Generator) -> Tensor:
 def seen_blocks(stories: dict[str, Tensor], settings: StudentSettings, generator: torch.Generator) -> Tensor:
     """Finished blocks (B, 16, R, h, w) of runs.
 
-    They are the student's own, the film's, both mixed, or (few) only noise, so that it recovers from anything.
+    They are the student's own, the film's, both mixed, or (few) only noise, from which it must recover.
     """
     true = stories["latents"].float()
     batch, latents = true.shape[0], true.shape[2]
@@ -131,7 +131,9 @@ def seen_blocks(stories: dict[str, Tensor], settings: StudentSettings, generator
     return seen
 
 
-def cut(stories: dict[str, Tensor], settings: StudentSettings, generator: torch.Generator) -> dict[str, Tensor]:
+def cut(
+    stories: dict[str, Tensor], settings: StudentSettings, generator: torch.Generator
+) -> dict[str, Tensor]:
     """A run of `settings.run` latents of each story.
 
     Adds the portrait (B, 16, 1, h, w) and whether the run begins with it (B,). Audio: (B, 4R, D).
@@ -211,7 +213,9 @@ def robust_loss(error: Tensor, weight: Tensor, settings: StudentSettings) -> Ten
     size = (squares.mean(1, keepdim=True) + limit**2).sqrt() - limit
     loss = (2 * limit * size * weight).mean()
     for dim in (3, 4):
-        both = torch.minimum(weight.narrow(dim, 1, weight.shape[dim] - 1), weight.narrow(dim, 0, weight.shape[dim] - 1))
+        both = torch.minimum(
+            weight.narrow(dim, 1, weight.shape[dim] - 1), weight.narrow(dim, 0, weight.shape[dim] - 1)
+        )
         loss = loss + settings.edges * 0.25 * (error.diff(dim=dim).square() * both).mean()
     both = torch.minimum(weight[:, :, 1:], weight[:, :, :-1])
     return loss + settings.steady * 0.5 * (error.diff(dim=2).square() * both).mean()

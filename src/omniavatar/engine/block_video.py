@@ -69,6 +69,7 @@ class BlockVideo:
             raise ValueError("the sampling has no window of a block-causal model")
         self._dit, self._embed, self._arrival, self._remedy = dit, embed, arrival, remedy
         self.window, self.seed, self.fps = sampling.causal, sampling.seed, fps
+        self.noise_span = sampling.noise_span
         self.device = reference_latent.device
         height, width = reference_latent.shape[3:]
         self.size = (8 * height, 8 * width)
@@ -194,7 +195,8 @@ class BlockVideo:
         if self._decoder is not None and self._decoder.past:
             names.append(("past", torch.cat(tuple(self._decoder.past), dim=2)))
         values = {name: tensor.cpu().clone() for name, tensor in names}
-        return {**values, "done": torch.tensor(self.done), "seed": torch.tensor(self.seed)}
+        values |= {"done": torch.tensor(self.done), "seed": torch.tensor(self.seed)}
+        return values if self.noise_span == 1 else {**values, "noise_span": torch.tensor(self.noise_span)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state` returned. Raises InputError if it belongs to another video."""
@@ -213,6 +215,8 @@ class BlockVideo:
             raise InputError(f"state: done is missing or is no number of blocks; {remedy}")
         if seed is None or seed.numel() != 1 or int(seed) != self.seed:
             raise InputError(f"state: seed is missing or differs; {remedy}")
+        if int(state.get("noise_span", torch.tensor(1))) != self.noise_span:
+            raise InputError(f"state: noise_span differs; {remedy}")
         if past is not None:
             of_block = torch.Size(self.generator.shape)
             if past.dim() != 5 or past.shape[2] % block or past[:, :, :block].shape != of_block:

@@ -12,8 +12,8 @@ from training.live_drive import SPAN, carried_noise
 from training.scale import POCKET
 from training.settings import read_live_settings
 from training.stage_student import rolled
-from training.student_batch import cut, heard_live, robust_loss, seen_blocks, student_batch, window_of
 from training.stage_tiny import decode, fill_in
+from training.student_batch import cut, heard_live, robust_loss, seen_blocks, student_batch, window_of
 
 from omniavatar.checkpoint.layout_files import TOKENIZER
 from omniavatar.encoders.live_audio import LiveAudioEncoder
