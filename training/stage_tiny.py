@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omniavatar.model.tiny_decoder import FRAMES_A_LATENT, LATENT_LIMIT, MemoryBlock, TinyDecoder
+from omniavatar.model.tiny_decoder import FRAMES_A_LATENT, LATENT_LIMIT, Grow, MemoryBlock, TinyDecoder
 from training.loop import Budget, Log, Optimiser, Pool, mixed
 from training.nets import Nets, normalised_latents
 from training.settings import TinySettings
@@ -56,9 +56,11 @@ def convolved(layers: nn.Sequential, x: Tensor) -> Tensor:
 
 
 def fill_in(tiny: TinyDecoder) -> None:
-    """Start weights: signals keep their scale, residual branches are small, and pictures begin grey.
+    """Start weights: signals keep their scale, residual branches are small, pictures begin grey, and the
+    frames of a latent begin equal.
 
-    Without this the first pictures are far beyond black and white, and their gradients kill all channels.
+    Without the first three the first pictures are far beyond black and white, and their gradients kill all
+    channels. Without the last, any contrast flickers, and the loss against flicker keeps all pictures grey.
     """
     memory = {part for block in tiny.decoder if isinstance(block, MemoryBlock) for part in block.conv}
     for module in tiny.modules():
@@ -70,6 +72,9 @@ def fill_in(tiny: TinyDecoder) -> None:
     for block in tiny.decoder:
         if isinstance(block, MemoryBlock):
             cast(nn.Conv2d, block.conv[-1]).weight.data.mul_(BRANCH)
+        elif isinstance(block, Grow):
+            each = block.conv.weight.data.unflatten(0, (block.stride, -1))
+            each.copy_(each[:1].clone().expand_as(each))
     head = cast(nn.Conv2d, tiny.decoder[-1])
     head.weight.data.mul_(BRANCH)
     nn.init.constant_(cast(Tensor, head.bias), 0.5)

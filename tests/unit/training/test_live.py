@@ -12,7 +12,7 @@ from training.live_drive import SPAN, carried_noise
 from training.scale import POCKET
 from training.settings import read_live_settings
 from training.stage_student import rolled
-from training.stage_tiny import decode, fill_in
+from training.stage_tiny import decode, fill_in, tiny_loss
 from training.student_batch import cut, heard_live, robust_loss, seen_blocks, student_batch, window_of
 
 from omniavatar.checkpoint.layout_files import TOKENIZER
@@ -226,3 +226,27 @@ def test_the_small_decoder_trains_as_it_streams():
         more = tiny.begin_clip()
         streamed = [torch.cat(list(more(part)), 2) for part in latents.split(2, 2)]
     torch.testing.assert_close(torch.cat(streamed, 2), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_the_small_decoder_learns_with_the_loss_against_flicker():
+    """Its frames begin equal. Frames that differ at the start flicker, so that loss keeps pictures grey."""
+    torch.manual_seed(0)
+    tiny = TinyDecoder(TinyDecoderConfig((16, 8, 8, 8)))
+    fill_in(tiny)
+    latents = torch.randn(1, 16, 4, 4, 4)
+    with torch.no_grad():
+        last = decode(tiny, latents)[0, :, -4:]
+    assert last.diff(dim=1).abs().mean() < 0.1 * last.std(), "memory makes a little difference"
+    bright = (latents[:, :1].repeat_interleave(8, 3).repeat_interleave(8, 4) > 0).float() * 200 + 20
+    frames = bright.expand(-1, 3, -1, -1, -1).repeat_interleave(4, 2)[:, :, 3:].transpose(1, 2)
+    clips = {"latents": latents, "frames": frames.to(torch.uint8), "mouth": torch.full((1, 13, 2), 16.0)}
+    settings = replace(read_live_settings(CHECK).tiny, clip=4, steady=2.0, corrupt=0.0)
+    optimiser = torch.optim.Adam(tiny.parameters(), 0.003)
+    generator, errors = torch.Generator().manual_seed(1), []
+    for _ in range(40):
+        loss, error = tiny_loss(tiny, clips, settings, generator)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        errors.append(float(error.detach()))
+    assert errors[-1] < 0.6 * errors[0]
