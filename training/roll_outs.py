@@ -25,7 +25,7 @@ from training.studio import Film, Studio
 from training.takes import Take, make_take
 
 SECONDS = 20
-FRAMES = {"cuda": SECONDS * FPS + 5, "cpu": 2 * FPS + 3}
+FRAMES = {"cuda": SECONDS * FPS + 1, "cpu": 2 * FPS + 3}
 """The portrait and whole blocks."""
 AT = {"1 s": (0, 2), "5 s": (4, 6), "20 s": (SECONDS - 2, SECONDS)}
 """Seconds in which each time is measured."""

@@ -79,6 +79,7 @@ def rolled(
 ) -> Tensor:
     """What the student makes of stories of the pool on its own (B, 16, T, h, w), as in a live session."""
     latents = stories["latents"]
+    noise = carried_noise(stories["drive"], stories["eyes"], *latents.shape[3:], generator)
     with mixed(latents.device, cached=False):
         text: TextState = nets.dit.prepare_text(nets.text(stories["ids"], stories["mask"]))
         return roll_out(
@@ -88,7 +89,7 @@ def rolled(
             latents[:, :, :1].float(),
             text,
             stories["audio"].float(),
-            carried_noise(stories["drive"], stories["eyes"], *latents.shape[3:], generator),
+            noise,
             generator,
             text[0][0].dtype,
         )
