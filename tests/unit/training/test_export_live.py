@@ -7,8 +7,8 @@ from training.export_live import CONFIG, DECODER, HIGHEST, STUDENT, TEMPLATE, di
 from training.live_drive import SPAN
 from training.nets import make_dit, save_shards
 from training.settings import read_live_settings
-from training.student_batch import window_of
 from training.stage_tiny import fill_in
+from training.student_batch import window_of
 
 from omniavatar.accel.attention.registry import create_attention
 from omniavatar.checkpoint.dit import DiTFiles, LoraFile, load_dit
