@@ -145,6 +145,8 @@ class StudentSettings(StageSettings):
     """Extra weight of the area around the mouth."""
     eyes: float
     """Extra weight of the areas around the eyes."""
+    blinks: float
+    """More of it in latents with a blink."""
     steady: float
     """Weight of the change of the error from one latent frame to the next, against flicker."""
     edges: float

@@ -153,6 +153,7 @@ def train_student(
     def measured_now(**values: float) -> None:
         optimiser.average.swap()
         true, weight = test["latents"].float(), 1 + test["weight"].float()[:, None]
+        lids = (test["weight"] > settings.blinks / 2).float()[:, None]
         reached = {}
         for steps in range(1, len(settings.timesteps) + 1):
             made = rolled(nets, test, settings, steps, torch.Generator(device).manual_seed(5))
@@ -160,6 +161,7 @@ def train_student(
             last = slice(-settings.block, None)
             reached |= {
                 f"rolled{steps}": float(error),
+                f"blinks{steps}": float(((made - true).square() * lids).mean() / lids.mean()),
                 f"tail{steps}": float((made - true)[:, :, last].square().mean()),
                 f"sharp{steps}": float(roughness(made[:, :, last]) / roughness(true[:, :, last])),
             }

@@ -20,7 +20,7 @@ from omniavatar.sampling.schedule import Schedule, make_schedule
 from omniavatar.sampling.windows import block_frames
 from training.augment import roughen
 from training.drive import FRAMES_A_LATENT
-from training.live_drive import carried_noise
+from training.live_drive import blinking, carried_noise
 from training.loop import mixed
 from training.nets import AudioTrainer, Nets, normalise_sound, normalised_latents
 from training.phones import FPS
@@ -86,12 +86,15 @@ def told(
     choice = torch.rand(count, 1, 1, device=device, generator=generator) < settings.whole_sound
     heard = torch.where(choice, whole, live)
     ids, mask = nets.text.tokens(list(film.prompts))
+    weight = face_weight(places, settings.mouth, settings.eyes)[:, 0]
+    lids = face_weight(places, 0.0, settings.blinks)[:, 0]
+    weight = weight + lids * blinking(drive)[:, : lids.shape[1], None, None]
     room = (0, PROMPT_TOKENS - ids.shape[1])
     return {
         "latents": latents,
         "own": latents,
         "made": torch.zeros(count, device=device),
-        "weight": face_weight(places, settings.mouth, settings.eyes)[:, 0].half(),
+        "weight": weight.half(),
         "drive": drive,
         "eyes": film.eyes[:, 0] / (SIZE / latents.shape[-1]),
         "audio": torch.cat([torch.zeros_like(heard[:, :1]), heard], 1).half(),

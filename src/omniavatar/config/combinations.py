@@ -42,6 +42,8 @@ def check_sampling(sampling: Mapping[str, Any], defaults: Mapping[str, Any], cac
     except ConfigError as error:
         name, _, text = str(error).partition("=")
         raise FieldError(text.partition(": ")[2], name) from error
+    if sampling["noise_white"] and sampling["noise_span"] == 1:
+        raise FieldError("has no effect with noise_span: 1; leave it out", "noise_white")
     what = "sampler: causal runs one pass a step, without guidance"
     if sampling["guidance_scale"] != 1:
         raise FieldError(f"{what}; set guidance_scale to 1", "guidance_scale", "sampler")

@@ -100,6 +100,7 @@ class Prepared(Planned):
             self.color_match,
             plan.sparsity,
             sampling.noise_span,
+            sampling.noise_white,
         )
 
     def given_shape(self, window: int) -> tuple[int, ...]:
@@ -123,6 +124,7 @@ def block_sampling(sampling: SamplingConfig, shape: WindowShape) -> WindowSampli
         sampling.sampler,
         shape.causal,
         noise_span=sampling.noise_span,
+        noise_white=sampling.noise_white,
     )
 
 

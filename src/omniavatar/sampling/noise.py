@@ -5,8 +5,8 @@ noise is drawn first, then the fresh noises of a re-noising sampler, so a window
 
 A block-causal model may have been trained with a *span*: the noise of a latent is then a weighted sum of
 independent noises of its own and of the latents before it, so it changes slowly from latent to latent, and
-each latent alone is still standard normal (progressive and mixed noise, arXiv 2305.10474). The noises of
-earlier windows are drawn again from their seeds, so a window can still be repeated alone. Only the initial
+each latent alone is still standard normal (progressive and mixed noise, arXiv 2305.10474). Its first channels
+may stay independent from latent to latent, for what happens at once. The noises of earlier windows are drawn again from their seeds, so a window can still be repeated alone. Only the initial
 noise has a span: later noises are fresh, which is what re-noising corrects a sample with.
 
 Drawing a million values takes 18 ms, in which the thread that launches the model's kernels would launch
@@ -67,12 +67,15 @@ class SpanNoise(WindowNoise):
     """Noise whose first tensor of a window, (B, C, T, h, w), goes on smoothly from the window before.
 
     All windows have as many latents T, and none is given to two windows.
+
+    white: channels, from the first, that stay independent.
     """
 
     def __init__(
-        self, seed: int, window: int, shape: tuple[int, ...], device: torch.device, span: int
+        self, seed: int, window: int, shape: tuple[int, ...], device: torch.device, span: int, white: int = 0
     ) -> None:
         super().__init__(seed, window, shape, device)
+        self._white = white
         self._weights: np.ndarray | None = span_weights(span)
         earlier = -(-(span - 1) // shape[2])
         self._past = [stream(seed, number) for number in range(window - earlier, window)]
@@ -87,6 +90,7 @@ class SpanNoise(WindowNoise):
         mixed = np.zeros_like(values)
         for age, weight in enumerate(weights):
             mixed += weight * whole[:, :, first - age : first - age + self.shape[2]]
+        mixed[:, : self._white] = values[:, : self._white]
         return mixed
 
 
@@ -95,10 +99,11 @@ class NoiseAhead:
 
     - draws: tensors of a window that are drawn before it starts.
     - span: latents that share noise, see the module; 1 for independent noise.
+    - white: channels that have no span.
     """
 
-    def __init__(self, seed: int, device: torch.device, draws: int, span: int = 1) -> None:
-        self._seed, self._device, self._draws, self._span = seed, device, draws, span
+    def __init__(self, seed: int, device: torch.device, draws: int, span: int = 1, white: int = 0) -> None:
+        self._seed, self._device, self._draws, self._span, self._white = seed, device, draws, span, white
         self._drawing = ThreadPoolExecutor(1, thread_name_prefix="noise")
         self._prepared: dict[int, WindowNoise] = {}
 
@@ -124,6 +129,6 @@ class NoiseAhead:
         if self._span == 1:
             noise = WindowNoise(self._seed, window, shape, self._device)
         else:
-            noise = SpanNoise(self._seed, window, shape, self._device, self._span)
+            noise = SpanNoise(self._seed, window, shape, self._device, self._span, self._white)
         noise.draw_ahead(self._draws, self._drawing)
         return noise

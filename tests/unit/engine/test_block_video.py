@@ -253,6 +253,8 @@ def test_a_saved_state_goes_on_to_the_bit(dit: WanDiT, span: int) -> None:
         ({"past": torch.zeros(1, 16, 2, 1, 1)}, "past"),
         ({"past": torch.zeros(3)}, "past"),
         ({"done": torch.tensor([1, 2])}, "done"),
+        ({"noise_span": torch.tensor([5, 0])}, "noise_span"),
+        ({"noise_span": torch.tensor([1, 1])}, "noise_span"),
         ({"noise_span": torch.tensor(5)}, "noise_span"),
         ({"keys.2": torch.full((1, 4 * 4, 2, 24), float("nan"))}, "keys.2"),
     ],

@@ -227,6 +227,8 @@ def test_a_merged_checkpoint_runs_and_warms_up(cache, tmp_path):
         ({"causal_block": 0}, "causal_block", "greater than or equal to 1"),
         ({"noise_span": 0}, "noise_span", "greater than or equal to 1"),
         ({"noise_span": 65}, "noise_span", "less than or equal to 64"),
+        ({"noise_span": 8, "noise_white": -1}, "noise_white", "greater than or equal to 0"),
+        ({"noise_white": 1}, "noise_white", "has no effect with noise_span: 1; leave it out"),
         ({"sampler": "euler"}, "causal_block", "leave it out or set sampler to causal"),
     ],
 )
@@ -247,12 +249,12 @@ def test_a_span_of_the_noise_is_refused_with_another_sampler(tmp_path):
 
 def test_a_span_of_the_noise_makes_another_video_and_one_is_none(pipeline, nano_checkpoint, cache):
     latents = {}
-    for span in (None, 1, 8):
-        changes = {} if span is None else {"noise_span": span}
+    forms = {None: {}, 1: {"noise_span": 1}, 8: {"noise_span": 8}, 81: {"noise_span": 8, "noise_white": 1}}
+    for span, changes in forms.items():
         pipe = causal_pipeline(nano_checkpoint, cache, **changes)
         latents[span] = np.concatenate([chunk.frames for chunk in pipe.stream(request(0.8))])
     assert np.array_equal(latents[None], latents[1])
-    assert not np.array_equal(latents[1], latents[8])
+    assert not np.array_equal(latents[1], latents[8]) and not np.array_equal(latents[8], latents[81])
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,13 @@ def test_noise_with_a_span_is_normal_and_goes_on_from_window_to_window(span):
         assert found.tolist() == pytest.approx([shared] * len(found), abs=0.09)
 
 
+def test_some_channels_have_no_span():
+    shape = (1, 4, 2, 3, 3)
+    plain, slow, mixed = (NoiseAhead(42, CPU, 1, *form).of(5, shape)() for form in ((1,), (8,), (8, 1)))
+    assert torch.equal(mixed[:, :1], plain[:, :1]) and torch.equal(mixed[:, 1:], slow[:, 1:])
+    assert not torch.equal(plain[:, 1:], slow[:, 1:])
+
+
 def test_noise_with_a_span_depends_on_seed_and_window_alone():
     """A resumed run begins at any window; the noises of later steps are fresh."""
     shape = (1, 2, 2, 4, 5)
