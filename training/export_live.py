@@ -4,9 +4,9 @@
 three files: `live.safetensors`, the student as differences from the packaged DiT; `live_decoder.safetensors`,
 in bfloat16; and `live.yaml`, the configuration of both for `omniavatar live` and `generate`. If OUT_DIR is
 the folder of the packaged weights, the configuration is `pocket_live.yaml` beside it, and in `configs/`.
-The differences have the form of a LoRA file with whole deltas (`omniavatar.checkpoint.lora`) in float8, because a second DiT
-in bfloat16 would double the package. A factor that is a power of two brings them into float8's range; the
-strength takes it back.
+The differences have the form of a LoRA file with whole deltas (`omniavatar.checkpoint.lora`) in float8,
+because a second DiT in bfloat16 would double the package. A factor that is a power of two brings them into
+float8's range; the strength takes it back.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ WHITE = 1
 BLINK_ABOVE = 1.28
 """About 18 blinks a minute."""
 SURE = 0.08
-"""A blink is as complete as its number is above the level, over this; so nothing depends on the last digit."""
+"""A blink is as complete as its number is above the level, over this: nothing depends on the last digit."""
 CENTRE, EDGE, FAR = 0.8, 1.05, 1.3
 """The gaze is towards the camera below the first number, and this far aside above the second."""
 

@@ -6,8 +6,9 @@ noise is drawn first, then the fresh noises of a re-noising sampler, so a window
 A block-causal model may have been trained with a *span*: the noise of a latent is then a weighted sum of
 independent noises of its own and of the latents before it, so it changes slowly from latent to latent, and
 each latent alone is still standard normal (progressive and mixed noise, arXiv 2305.10474). Its first channels
-may stay independent from latent to latent, for what happens at once. The noises of earlier windows are drawn again from their seeds, so a window can still be repeated alone. Only the initial
-noise has a span: later noises are fresh, which is what re-noising corrects a sample with.
+may stay independent from latent to latent, for what happens at once. The noises of earlier windows are drawn
+again from their seeds, so a window can still be repeated alone. Only the initial noise has a span: later
+noises are fresh, which is what re-noising corrects a sample with.
 
 Drawing a million values takes 18 ms, in which the thread that launches the model's kernels would launch
 nothing. numpy releases the interpreter lock meanwhile, so another thread draws ahead (`NoiseAhead`).
