@@ -154,6 +154,7 @@ def train_student(
         optimiser.average.swap()
         true, weight = test["latents"].float(), 1 + test["weight"].float()[:, None]
         lids = (test["weight"] > settings.blinks / 2).float()[:, None]
+        unmoved = ((true - true.roll(settings.block, 2)).square() * lids).sum()
         reached = {}
         for steps in range(1, len(settings.timesteps) + 1):
             made = rolled(nets, test, settings, steps, torch.Generator(device).manual_seed(5))
@@ -161,7 +162,7 @@ def train_student(
             last = slice(-settings.block, None)
             reached |= {
                 f"rolled{steps}": float(error),
-                f"blinks{steps}": float(((made - true).square() * lids).mean() / lids.mean()),
+                f"blinks{steps}": float(((made - true).square() * lids).sum() / unmoved),
                 f"tail{steps}": float((made - true)[:, :, last].square().mean()),
                 f"sharp{steps}": float(roughness(made[:, :, last]) / roughness(true[:, :, last])),
             }
