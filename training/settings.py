@@ -182,6 +182,8 @@ class TinySettings(PictureSettings):
     """See `omniavatar.model.tiny_decoder.TinyDecoderConfig`."""
     clip: int
     """Latents of an example."""
+    eyes: float
+    """Extra weight of the areas of the irises."""
     corrupt: float
     """Share of examples whose latents are disturbed."""
 

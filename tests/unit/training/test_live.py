@@ -240,6 +240,7 @@ def test_the_small_decoder_learns_with_the_loss_against_flicker():
     bright = (latents[:, :1].repeat_interleave(8, 3).repeat_interleave(8, 4) > 0).float() * 200 + 20
     frames = bright.expand(-1, 3, -1, -1, -1).repeat_interleave(4, 2)[:, :, 3:].transpose(1, 2)
     clips = {"latents": latents, "frames": frames.to(torch.uint8), "mouth": torch.full((1, 13, 2), 16.0)}
+    clips["eyes"] = torch.full((1, 13, 2, 2), 9.0)
     settings = replace(read_live_settings(CHECK).tiny, clip=4, steady=2.0, corrupt=0.0)
     optimiser = torch.optim.Adam(tiny.parameters(), 0.003)
     generator, errors = torch.Generator().manual_seed(1), []
