@@ -1,13 +1,13 @@
 """The block-causal student in training: all blocks of a story in one forward, and roll-outs of the engine.
 
 In the engine a block is denoised from noise while it sees the keys and values that earlier blocks left in the
-cache, when they were finished (`engine.block_loop`). A training step computes all blocks of a story at once:
-the story goes through the model twice side by side, once finished, at timestep 0, and once noisy. Every block
+cache, when they were finished (`engine.block_loop`). A training step computes all blocks of a run at once:
+the run goes through the model twice side by side, once finished, at timestep 0, and once noisy. Every block
 of both sees the finished ones that `CausalWindow.seen` names, and itself. So the keys that a block leaves for
 later ones are trained too.
 
-Shapes: B stories, T latents of a story, h w latent pixels, L tokens of a story, H heads, E head dim, D audio
-width.
+Shapes: B stories, T latents of a story, R of a run of its blocks, h w latent pixels, L tokens of a story, H
+heads, E head dim, D audio width.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from omniavatar.model.layers import BlockInputs
 from omniavatar.sampling.causal import CausalWindow
 from omniavatar.sampling.schedule import Schedule
 from omniavatar.sampling.windows import block_frames
-from training.drive import write
 
 
 def block_causal(window: CausalWindow, tokens: int, blocks: int) -> AttentionFn:
@@ -96,11 +95,14 @@ def blocks_runner(dit: WanDiT, attend: AttentionFn, compiled: bool) -> RunBlocks
     return run_blocks
 
 
-def portrait_condition(reference: Tensor, latents: int) -> Tensor:
-    """y (B, 17, T, h, w): the portrait on every latent; the mask gives only the first one."""
-    wide = reference.expand(-1, -1, latents, -1, -1)
+def portrait_condition(portrait: Tensor, first: Tensor, latents: int) -> Tensor:
+    """y (B, 17, R, h, w): the portrait on every latent; the mask gives only the video's first one.
+
+    first: (B,), whether the run begins with it.
+    """
+    wide = portrait.expand(-1, -1, latents, -1, -1)
     mask = torch.ones_like(wide[:, :1])
-    mask[:, :, 0] = 0
+    mask[:, :, 0] = 1 - first.to(mask.dtype).view(-1, 1, 1, 1)
     return torch.cat([wide, mask], 1)
 
 
@@ -108,24 +110,30 @@ def velocity(
     dit: WanDiT,
     finished: Tensor,
     noisy: Tensor,
+    portrait: Tensor,
+    first: Tensor,
     timestep: Tensor,
     text: TextState,
     audio: Tensor,
     run_blocks: RunBlocks,
 ) -> Tensor:
-    """Velocity (B, 16, T, h, w) of the blocks of `noisy` (B, 16, T, h, w) after those of `finished`.
+    """Velocity (B, 16, R, h, w) of the blocks of `noisy` (B, 16, R, h, w) after those of `finished`.
 
+    portrait: (B, 16, 1, h, w); first: (B,), whether a run begins with it.
     timestep: (B,) of the noisy ones.
-    audio: (B, 4T-3, D), with zeros for the portrait.
+    audio: (B, 4R, D), with zeros for the portrait's latent.
     run_blocks: of `blocks_runner` with `block_causal`.
     """
-    y = portrait_condition(finished[:, :, :1], finished.shape[2])
+    y = portrait_condition(portrait, first, finished.shape[2])
     made = dit(
         torch.cat([finished, noisy]),
         torch.cat([y, y]),
         torch.cat([torch.full_like(timestep, CLEAN), timestep]),
         tuple((torch.cat([k, k]), torch.cat([v, v])) for k, v in text),
-        tuple(None if part is None else torch.cat([part, part]) for part in dit.prepare_audio(audio)),
+        tuple(
+            None if part is None else torch.cat([part, part])
+            for part in dit.prepare_audio(audio, continued=True)
+        ),
         run_blocks,
     )
     return made[len(finished) :]
@@ -135,29 +143,29 @@ def roll_out(
     dit: WanDiT,
     window: CausalWindow,
     schedule: Schedule,
-    reference: Tensor,
+    portrait: Tensor,
     text: TextState,
     audio: Tensor,
-    drive: Tensor,
-    eyes: Tensor,
+    noise: Tensor,
     generator: torch.Generator,
     dtype: torch.dtype,
 ) -> Tensor:
     """Latents (B, 16, T, h, w) made block after block from the portrait (B, 16, 1, h, w), as the engine does.
 
-    drive: (B, T, K), carried by the noise that each block starts from; eyes: (B, 2, 2), see `training.drive`.
+    audio: (B, 4T-3, D).
+    noise: (B, 16, T, h, w), which the blocks start from; see `training.live_drive`.
     dtype: of the cached keys and values.
     """
-    blocks = BlockGenerator(dit, reference, text, schedule, window, dtype)
+    blocks = BlockGenerator(dit, portrait, text, schedule, window, dtype)
     made, frame = [], 0
-    for block in range(drive.shape[1] // window.block):
-        latents = slice(block * window.block, (block + 1) * window.block)
-        signals = iter([drive[:, latents]])
+    for block in range(noise.shape[2] // window.block):
+        initial = iter([noise[:, :, block * window.block : (block + 1) * window.block].clone()])
 
-        def draw(signals: Iterator[Tensor] = signals) -> Tensor:
-            noise = torch.randn(blocks.shape, device=reference.device, generator=generator)
-            carried = next(signals, None)
-            return noise if carried is None else write(noise, carried, eyes)
+        def draw(initial: Iterator[Tensor] = initial) -> Tensor:
+            first = next(initial, None)
+            if first is not None:
+                return first
+            return torch.randn(blocks.shape, device=noise.device, generator=generator)
 
         length = block_frames(block, window.block)
         made.append(blocks.make(audio[:, frame : frame + length], draw))

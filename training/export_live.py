@@ -2,10 +2,11 @@
 
 `python -m training.export_live STUDENT_DIR TINY_DIR OUT_DIR` reads folders of `training.live` and writes
 three files: `live.safetensors`, the student as differences from the packaged DiT; `live_decoder.safetensors`,
-in bfloat16; and `live.yaml`, the configuration of both for `omniavatar live` and `generate`. The differences
-have the form of a LoRA file with whole deltas (`omniavatar.checkpoint.lora`) in float8, because a second DiT
-in bfloat16 would double the package. A factor that is a power of two brings them into float8's range; the
-strength takes it back.
+in bfloat16; and `live.yaml`, the configuration of both for `omniavatar live` and `generate`. If OUT_DIR is
+the folder of the packaged weights, the configuration is `pocket_live.yaml` beside it, and in `configs/`.
+The differences have the form of a LoRA file with whole deltas (`omniavatar.checkpoint.lora`) in float8,
+because a second DiT in bfloat16 would double the package. A factor that is a power of two brings them into
+float8's range; the strength takes it back.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ HIGHEST = 448.0
 """Of float8 e4m3."""
 STUDENT, DECODER, CONFIG = "live.safetensors", "live_decoder.safetensors", "live.yaml"
 TEMPLATE = Path(__file__).parent / "configs" / "live_engine.yaml"
+PACKAGED_CONFIGS = (
+    POCKET_WEIGHTS.parent / "pocket_live.yaml",
+    TEMPLATE.parents[2] / "configs" / "pocket_live.yaml",
+)
 
 
 def delta_key(name: str) -> str:
@@ -60,9 +65,15 @@ def export(student: Path, tiny: Path, out: Path, weights: Path = POCKET_WEIGHTS)
     save_file(changes, out / STUDENT)
     decoder = {name: value.to(torch.bfloat16) for name, value in load_shards(tiny, "tiny").items()}
     save_file(decoder, out / DECODER)
-    text = TEMPLATE.read_text().replace("live:", f"{out.resolve()}/", 2).replace("STRENGTH", repr(strength))
-    (out / CONFIG).write_text(text)
+    packaged = out.resolve() == POCKET_WEIGHTS.resolve()
+    for path in PACKAGED_CONFIGS if packaged else (out / CONFIG,):
+        path.write_text(config_text("pocket:" if packaged else f"{out.resolve()}/", strength))
     return strength
+
+
+def config_text(place: str, strength: float) -> str:
+    """The configuration for files at `place`, with a slash or a colon at its end."""
+    return TEMPLATE.read_text().replace("live:", place, 2).replace("STRENGTH", repr(strength))
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """One call of `training.live`: the block-causal student or the small decoder, beside the packaged model.
 
 The folder of the result gets `student-000k.safetensors` (below 16 MiB each) or `tiny-0000.safetensors`, in
-float16, and `live.json` (minutes and log), from which `--resume` continues; the student also a sheet of
-roll-outs, generated above true. Under torchrun, all GPUs train one student.
+float16, and `live.json` (minutes and log), from which `--resume` continues; the student also what
+`training.roll_outs` writes. Under torchrun, all GPUs train one student.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,13 @@ from training.head import Head
 from training.loop import Budget, Log
 from training.nets import Nets, load_shards, save_shards
 from training.ranks import TrainingRanks
-from training.sample import sheet
+from training.roll_outs import long_roll_outs, long_takes
 from training.session import OVERSHOOT, gather_speech, resume_from
 from training.settings import LiveSettings, read_live_settings
 from training.speech import SpeechSet
-from training.stage_dit import drive_of
-from training.stage_student import rolled, show, told, train_student
+from training.stage_student import train_student
 from training.stage_tiny import fill_in, train_tiny
-from training.studio import HELD_OUT_SEEDS, Film, Studio
+from training.studio import HELD_OUT_SEEDS, Studio
 from training.takes import Take, TakeFactory, make_take
 
 FOLDER = Path(__file__).parent
@@ -52,6 +50,14 @@ def tiny_of(settings: LiveSettings) -> TinyDecoder:
         tiny = TinyDecoder(TinyDecoderConfig((first, second, third, last)))
         fill_in(tiny)
     return tiny
+
+
+def workers_of_a_process() -> int:
+    """Processes that make takes for one training process; a decoder is trained beside a student."""
+    cores = os.cpu_count() or 2
+    if not torch.cuda.is_available():
+        return max(1, cores - 1)
+    return max(1, cores // (1 + int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) - 2)
 
 
 class LiveTraining:
@@ -82,18 +88,21 @@ class LiveTraining:
         self.nets.to(device)
         self.tiny.to(device)
         self.log = Log(self.facts["log"])
-        workers = max(1, (os.cpu_count() or 2) // (2 if torch.cuda.is_available() else 1) - 1)
+        workers = workers_of_a_process()
         first = 100 * (1 + self.facts["calls"]) + 50 * STAGES.index(stage)
         speech = gather_speech(settings, first, ranks, workers, folder)
         names = Head("cpu").names
-        self.factory = TakeFactory(folder, names, workers)
+        self.factory = TakeFactory(folder, names, workers, live=True)
         elsewhere = settings.speech.held_out
         spoken = SpeechSet.load(Path(elsewhere)) if elsewhere else speech
         stage_settings = getattr(settings, stage)
         self.held_out: list[Take] = [
-            make_take(spoken, names, stage_settings.frames, seed, speech_alone=True)
+            make_take(spoken, names, stage_settings.frames, seed, speech_alone=True, live=True)
             for seed in range(HELD_OUT_CLIPS[device.type])
         ]
+        self.long: list[Take] = []
+        if stage == "student" and ranks.leads:
+            self.long = long_takes(spoken, names, HELD_OUT_CLIPS[device.type])
         each = itertools.count(SEED_OF_LIVE + 20 * first * HELD_OUT_SEEDS // 100, HELD_OUT_SEEDS)
         self.seed = next(itertools.islice(each, ranks.index, None))
 
@@ -111,8 +120,7 @@ class LiveTraining:
                 f"{self.stage}: planned_minutes is {stage.planned_minutes:g}, but earlier calls took "
                 f"{before:.2f} and this one adds {minutes:g}; set it to {before + minutes:.2f} or more"
             )
-        skipped = stage.anew_after if self.stage == "student" else 0.0
-        budget = Budget(minutes, stage.planned_minutes - skipped, before - skipped, self.ranks)
+        budget = Budget(minutes, stage.planned_minutes, before, self.ranks)
         torch.manual_seed(self.seed)
         studio = Studio(self.factory.stream(stage.frames, self.seed), self.seed, self.device)
         film = studio.film_takes(self.held_out, 0)
@@ -128,7 +136,7 @@ class LiveTraining:
         if self.ranks.leads:
             self.write(self.facts)
             if self.stage == "student":
-                self.draw(film)
+                long_roll_outs(self.nets, studio, self.long, stage, self.out)
 
     def keep(self, budget: Budget) -> None:
         """Write the state in the middle of a stage, so that an interrupted call loses only a minute."""
@@ -141,19 +149,6 @@ class LiveTraining:
         weights = {name: value.contiguous() for name, value in self.trained.state_dict().items()}
         save_shards(weights, self.out, self.stage)
         (self.out / "live.json").write_text(json.dumps(facts, indent=1) + "\n")
-
-    def draw(self, film: Film) -> None:
-        """The sheet of the held-out stories."""
-        generator = torch.Generator(self.device).manual_seed(7)
-        live = replace(self.settings.student, whole_sound=0.0)
-        drive = drive_of(self.held_out, self.device)
-        stories = told(film, drive, self.nets, live, generator)
-        sampled = show(self.nets, film, rolled(self.nets, stories, live, generator))
-        print(
-            f"roll-outs: mouth_r {sampled.mouth_r:.3f}, eyes_r {sampled.eyes_r:.3f}, {sampled.psnr:.2f} dB",
-            flush=True,
-        )
-        sheet(sampled, 6).save(self.out / "sheet_student.jpg", quality=80)
 
     def close(self) -> None:
         """End the workers and disconnect from the other ranks."""

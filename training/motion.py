@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from training.drive import draw_drive, follow
+from training.live_drive import draw_live_drive, follow_live
 from training.phones import FPS, Phone, mouth_coefficients, smooth_articulate
 
 EXPRESSIONS = {
@@ -67,6 +68,13 @@ def _ease(frames: int, seconds: float = 1.0) -> np.ndarray:
     return t * t * (3 - 2 * t)
 
 
+def _nodding(jaw: np.ndarray, live: bool) -> np.ndarray:
+    """The head's share in an open jaw (T,): smoothed around each frame, or live over the frames before it."""
+    frames = 9 if live else 13
+    kernel = np.hanning(frames) / np.hanning(frames).sum()
+    return np.convolve(jaw, kernel)[: len(jaw)] if live else np.convolve(jaw, kernel, "same")
+
+
 def perform(
     names: list[str],
     phones: list[Phone],
@@ -75,6 +83,7 @@ def perform(
     rng: np.random.Generator,
     drive: np.ndarray | None = None,
     pose: tuple[float, float, float] | None = None,
+    live: bool = False,
 ) -> dict[str, np.ndarray]:
     """Tracks of one performance: the fields of `render.Performance` as arrays (T, n).
 
@@ -83,9 +92,11 @@ def perform(
     frames: number of video frames; frame 0 is the portrait.
     drive: see `training.drive`; without one, it is drawn from `rng`.
     pose: yaw, pitch and roll of the head in frame 0; without one, they are drawn from `rng`.
+    live: the drive is one of `training.live_drive`, and a nod follows the sound before it, not after.
     """
     strength = STRENGTH[manner.motion]
-    chance = follow(draw_drive(rng, frames) if drive is None else drive, frames)
+    draw, follows = (draw_live_drive, follow_live) if live else (draw_drive, follow)
+    chance = follows(draw(rng, frames) if drive is None else drive, frames)
     begin = rng.uniform(0.7, 1.0) if rng.random() < 0.4 else 0.0
     end = 0.85 if manner.expression == "smiling" else 0.0
     smile = begin + (end - begin) * _ease(frames, 0.6)
@@ -106,7 +117,7 @@ def perform(
     amount = np.array((0.10, 0.065, 0.045)) * strength
     moving = np.stack([chance["yaw"], chance["pitch"], chance["roll"]], 1)
     nod = shape[:, 0] - shape[0, 0]
-    moving[:, 1] += 1.2 * np.convolve(nod, np.hanning(13) / np.hanning(13).sum(), "same") * _ease(frames)
+    moving[:, 1] += 1.2 * _nodding(nod, live) * _ease(frames)
     head = base + moving * amount
     glance = chance["gaze"] * (0.12, 0.06) * min(1.0, 0.4 + strength)
     gaze = glance - 0.75 * head[:, :2] * (1, -1)

@@ -127,35 +127,51 @@ class StudentSettings(StageSettings):
 
     frames: int
     """Video frames of a story, whose latents are a whole number of blocks."""
+    run: int
+    """Latents of a story that an example has."""
+    begins: float
+    """Share of examples that certainly begin with the portrait; the others begin anywhere."""
     block: int
     """This and the next two: see `omniavatar.sampling.causal.CausalWindow`."""
     window: int
     sink: int
     timesteps: list[float]
     """Of the denoising steps, 1000 first."""
+    at_first: float
+    """Share of examples at the first of them; the others are at the later ones."""
+    from_own: float
+    """Share of examples at the later ones that begin with the student's own blocks, not with the film."""
     mouth: float
     """Extra weight of the area around the mouth."""
     eyes: float
     """Extra weight of the areas around the eyes."""
+    blinks: float
+    """More of it in latents with a blink."""
     steady: float
     """Weight of the change of the error from one latent frame to the next, against flicker."""
-    at_steps: float
-    """Share of examples at the noise levels of the steps; the others are at any level."""
-    true_share: float
-    """Share of finished blocks that are the film's; the others are the student's own."""
+    edges: float
+    """Weight of the change of the error from one latent pixel to the next."""
+    robust: float
+    """Error of a latent pixel above which its size counts, not its square."""
+    own_share: float
+    """Share of examples that see the student's own blocks as the past."""
+    mixed_share: float
+    """Share of examples that see blocks of the film and of its own."""
+    lost_share: float
+    """Share of examples that see noise as the past."""
     corrupt: float
     """Share of examples whose finished blocks of the film are disturbed."""
     whole_sound: float
     """Share of stories whose sound is encoded as a whole; that of the others comes block by block."""
     own: int
-    """Stories whose own blocks are renewed together."""
+    """Stories that are rolled out together, for the past of examples."""
     own_every: int
-    """Steps between two renewals."""
-    anew_after: float
-    """Minutes of earlier calls after which the learning rate starts again from its beginning."""
+    """Steps between two roll-outs."""
     mirror: bool
     """Whether to use each clip a second time, mirrored and in other light."""
     compile: bool
+    graph: bool
+    """Whether to replay each step as a CUDA graph; CUDA only."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +182,8 @@ class TinySettings(PictureSettings):
     """See `omniavatar.model.tiny_decoder.TinyDecoderConfig`."""
     clip: int
     """Latents of an example."""
+    eyes: float
+    """Extra weight of the areas of the irises."""
     corrupt: float
     """Share of examples whose latents are disturbed."""
 

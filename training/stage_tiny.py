@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omniavatar.model.tiny_decoder import FRAMES_A_LATENT, LATENT_LIMIT, MemoryBlock, TinyDecoder
+from omniavatar.model.tiny_decoder import FRAMES_A_LATENT, LATENT_LIMIT, Grow, MemoryBlock, TinyDecoder
 from training.loop import Budget, Log, Optimiser, Pool, mixed
 from training.nets import Nets, normalised_latents
 from training.settings import TinySettings
@@ -28,6 +28,8 @@ BRANCH = 0.1
 """Scale of the last convolution of residual branches, and of the pictures, before training."""
 UNCOUNTED = 2
 """Latents at the start of an example from the middle of a story."""
+IRIS = 5.0
+"""Radius in pixels of the extra weight around an eye: it is the colour of the iris that gets lost."""
 
 
 def decode(tiny: TinyDecoder, latents: Tensor) -> Tensor:
@@ -56,9 +58,11 @@ def convolved(layers: nn.Sequential, x: Tensor) -> Tensor:
 
 
 def fill_in(tiny: TinyDecoder) -> None:
-    """Start weights: signals keep their scale, residual branches are small, and pictures begin grey.
+    """Start weights: signals keep their scale, residual branches are small, pictures begin grey, and the
+    frames of a latent begin equal.
 
-    Without this the first pictures are far beyond black and white, and their gradients kill all channels.
+    Without the first three the first pictures are far beyond black and white, and their gradients kill all
+    channels. Without the last, any contrast flickers, and the loss against flicker keeps all pictures grey.
     """
     memory = {part for block in tiny.decoder if isinstance(block, MemoryBlock) for part in block.conv}
     for module in tiny.modules():
@@ -70,19 +74,23 @@ def fill_in(tiny: TinyDecoder) -> None:
     for block in tiny.decoder:
         if isinstance(block, MemoryBlock):
             cast(nn.Conv2d, block.conv[-1]).weight.data.mul_(BRANCH)
+        elif isinstance(block, Grow):
+            each = block.conv.weight.data.unflatten(0, (block.stride, -1))
+            each.copy_(each[:1].clone().expand_as(each))
     head = cast(nn.Conv2d, tiny.decoder[-1])
     head.weight.data.mul_(BRANCH)
     nn.init.constant_(cast(Tensor, head.bias), 0.5)
 
 
 def clips_with_latents(nets: Nets, studio: Studio, count: int) -> dict[str, Tensor]:
-    """New stories: frames uint8 (B, N, 3, H, W), mouth (B, N, 2) and latents (B, 16, T, h, w)."""
+    """New stories: frames uint8 (B, N, 3, H, W), mouth (B, N, 2), eyes (B, N, 2, 2), and latents
+    (B, 16, T, h, w)."""
     film = studio.film(count)
     device = film.frames.device
     with torch.no_grad(), mixed(device):
         parts = film.frames.split(2 if device.type == "cuda" else 1)
         latents = torch.cat([normalised_latents(nets.vae, to_pixels(part)) for part in parts])
-    return {"frames": film.frames, "mouth": film.mouth, "latents": latents.half()}
+    return {"frames": film.frames, "mouth": film.mouth, "eyes": film.eyes, "latents": latents.half()}
 
 
 def tiny_loss(
@@ -98,7 +106,10 @@ def tiny_loss(
     made = decode(tiny, given)[:, :, FRAMES_A_LATENT - 1 :]
     frames = slice(FRAMES_A_LATENT * start, FRAMES_A_LATENT * (last - 1) + 1)
     pixels = to_pixels(clips["frames"][:, frames])
-    weight = mouth_weight(clips["mouth"][:, frames], pixels.shape[-2:], 1.0, settings.mouth, 18.0)
+    size = (pixels.shape[-2], pixels.shape[-1])
+    weight = mouth_weight(clips["mouth"][:, frames], size, 1.0, settings.mouth, 18.0)
+    for eye in (0, 1):
+        weight = weight + mouth_weight(clips["eyes"][:, frames, eye], size, 1.0, settings.eyes, IRIS) - 1
     counted = 0 if start == 0 else FRAMES_A_LATENT * UNCOUNTED - (FRAMES_A_LATENT - 1)
     return picture_loss(made[:, :, counted:], pixels[:, :, counted:], weight[:, counted:], settings)
 

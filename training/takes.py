@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from training.drive import draw_drive
+from training.live_drive import draw_live_drive
 from training.motion import Manner, draw_manner, perform
 from training.music import music
 from training.phones import FPS, Phone, frame_phones, smooth_articulate
@@ -40,7 +41,7 @@ class Take:
     phones: (T,), index in PHONES.
     shape: (T, A), articulators.
     tracks: from `perform`.
-    drive: (L, K), see `training.drive`.
+    drive: (L, K), see `training.drive` and `training.live_drive`.
     """
 
     sound: np.ndarray
@@ -52,12 +53,18 @@ class Take:
 
 
 def make_take(
-    speech: SpeechSet, names: list[str], frames: int, seed: int, speech_alone: bool = False
+    speech: SpeechSet,
+    names: list[str],
+    frames: int,
+    seed: int,
+    speech_alone: bool = False,
+    live: bool = False,
 ) -> Take:
     """The take with this `seed`, of `frames` video frames.
 
     names: the ARKit shapes, in order.
     speech_alone: no take without speech, and no music.
+    live: motion as of `training.live_drive`.
     """
     rng = np.random.default_rng((seed, 77))
     total = (frames - 1) * SAMPLES_A_FRAME
@@ -69,13 +76,13 @@ def make_take(
         if with_band and not speech_alone:
             sound = with_music(sound, np.random.default_rng((seed, 78)))
     manner = draw_manner(rng)
-    drive = draw_drive(rng, frames)
+    drive = draw_live_drive(rng, frames) if live else draw_drive(rng, frames)
     return Take(
         sound=sound,
         phones=frame_phones(phones, frames),
         shape=smooth_articulate(phones, frames).astype(np.float32),
         manner=manner,
-        tracks=perform(names, phones, frames, manner, rng, drive),
+        tracks=perform(names, phones, frames, manner, rng, drive, live=live),
         drive=drive,
     )
 
@@ -148,16 +155,19 @@ def _open_speech(folder: Path) -> SpeechSet:
     return SpeechSet.open(folder)
 
 
-def _work(folder: Path, names: list[str], frames: int, seeds: list[int]) -> list[Take]:
+def _work(folder: Path, names: list[str], frames: int, live: bool, seeds: list[int]) -> list[Take]:
     speech = _open_speech(folder)
-    return [make_take(speech, names, frames, seed) for seed in seeds]
+    return [make_take(speech, names, frames, seed, live=live) for seed in seeds]
 
 
 class TakeFactory:
-    """Takes in the order of their seeds; `workers` processes make them ahead from the speech in `folder`."""
+    """Takes in the order of their seeds; `workers` processes make them ahead from the speech in `folder`.
 
-    def __init__(self, folder: Path, names: list[str], workers: int) -> None:
-        self.folder, self.names, self.workers = folder, names, workers
+    live: see `make_take`.
+    """
+
+    def __init__(self, folder: Path, names: list[str], workers: int, live: bool = False) -> None:
+        self.folder, self.names, self.workers, self.live = folder, names, workers, live
         self.pool = ProcessPoolExecutor(workers, get_context("spawn"))
 
     def stream(self, frames: int, first_seed: int, chunk: int = 8) -> Iterator[Take]:
@@ -167,7 +177,7 @@ class TakeFactory:
         while True:
             while len(waiting) < 2 * self.workers:
                 seeds = list(range(seed, seed + chunk))
-                waiting.append(self.pool.submit(_work, self.folder, self.names, frames, seeds))
+                waiting.append(self.pool.submit(_work, self.folder, self.names, frames, self.live, seeds))
                 seed += chunk
             yield from waiting.pop(0).result()
 

@@ -38,10 +38,12 @@ def check_sampling(sampling: Mapping[str, Any], defaults: Mapping[str, Any], cac
     from omniavatar.sampling.causal import CausalWindow
 
     try:
-        CausalWindow(*(sampling[name] for name in CAUSAL_FIELDS))
+        CausalWindow(sampling["causal_block"], sampling["causal_window"], sampling["causal_sink"])
     except ConfigError as error:
         name, _, text = str(error).partition("=")
         raise FieldError(text.partition(": ")[2], name) from error
+    if sampling["noise_white"] and sampling["noise_span"] == 1:
+        raise FieldError("has no effect with noise_span: 1; leave it out", "noise_white")
     what = "sampler: causal runs one pass a step, without guidance"
     if sampling["guidance_scale"] != 1:
         raise FieldError(f"{what}; set guidance_scale to 1", "guidance_scale", "sampler")

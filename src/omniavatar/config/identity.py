@@ -47,6 +47,8 @@ SWITCHED_OFF: Mapping[str, Any] = MappingProxyType(
         "model.latent_encoder": "full",
         "model.audio_proj_path": None,
         "sampling.hand_over": "pixels",
+        "sampling.noise_span": 1,
+        "sampling.noise_white": 0,
         "video.color_match": 0.0,
         "video.anchor_every": 0,
         "video.face_crop": False,

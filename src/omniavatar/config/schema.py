@@ -87,6 +87,11 @@ class SamplingConfig(Section):
     """Latents that a block attends to with sampler: causal: the sink, the newest earlier ones, its own."""
     causal_sink: Whole = Field(9, ge=0, le=4096)
     """Latents from the video's start that every block attends to with sampler: causal."""
+    noise_span: Whole = Field(1, ge=1, le=64)
+    """Latents over which the initial noise changes with sampler: causal, for models that were trained with
+    such noise; 1: independent noise for each latent."""
+    noise_white: Whole = Field(0, ge=0, le=64)
+    """Channels, from the first, whose noise stays independent with noise_span, as in the model's training."""
     negative_prompt: Annotated[str, BeforeValidator(prompt_text)] = NEGATIVE_PROMPT
     """Text that describes what the video must not show."""
     step_cache: StepCache | None = None

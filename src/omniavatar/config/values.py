@@ -60,7 +60,7 @@ class FieldError(ValueError):
         self.fields = fields
 
 
-CAUSAL_FIELDS = ("causal_block", "causal_window", "causal_sink")
+CAUSAL_FIELDS = ("causal_block", "causal_window", "causal_sink", "noise_span", "noise_white")
 """Fields of the sampling section that only `sampler: causal` reads."""
 WINDOW_FIELDS = ("overlap_frame", "max_tokens")
 """Fields of the video section that only the other samplers read."""

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 Past = Mapping[int, Tensor]
 """Latents (1, 16, T, h, w) of earlier blocks by their number."""
+INDEPENDENT = (1, 0)
+"""`noise_span` and `noise_white` of noise that is independent from latent to latent."""
 
 
 class BlockVideo:
@@ -69,6 +71,7 @@ class BlockVideo:
             raise ValueError("the sampling has no window of a block-causal model")
         self._dit, self._embed, self._arrival, self._remedy = dit, embed, arrival, remedy
         self.window, self.seed, self.fps = sampling.causal, sampling.seed, fps
+        self.noise_form = (sampling.noise_span, sampling.noise_white)
         self.device = reference_latent.device
         height, width = reference_latent.shape[3:]
         self.size = (8 * height, 8 * width)
@@ -78,7 +81,7 @@ class BlockVideo:
             dit, reference_latent, state, sampling.schedule, self.window, dtype, wrap
         )
         draws = noises_drawn(sampling.schedule, sampling.sampler)
-        self._noise = NoiseAhead(sampling.seed, self.device, draws)
+        self._noise = NoiseAhead(sampling.seed, self.device, draws, *self.noise_form)
         self.past_blocks = self.window.blocks_of(past_latents)
         self._decoder = None if decoder is None else PieceDecoder(decoder, self.past_blocks)
         self._numbers: WindowNumbers | None = None
@@ -194,7 +197,10 @@ class BlockVideo:
         if self._decoder is not None and self._decoder.past:
             names.append(("past", torch.cat(tuple(self._decoder.past), dim=2)))
         values = {name: tensor.cpu().clone() for name, tensor in names}
-        return {**values, "done": torch.tensor(self.done), "seed": torch.tensor(self.seed)}
+        values |= {"done": torch.tensor(self.done), "seed": torch.tensor(self.seed)}
+        if self.noise_form != INDEPENDENT:
+            values |= {"noise_span": torch.tensor(self.noise_form)}
+        return values
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state` returned. Raises InputError if it belongs to another video."""
@@ -213,6 +219,8 @@ class BlockVideo:
             raise InputError(f"state: done is missing or is no number of blocks; {remedy}")
         if seed is None or seed.numel() != 1 or int(seed) != self.seed:
             raise InputError(f"state: seed is missing or differs; {remedy}")
+        if tuple(state.get("noise_span", torch.tensor(INDEPENDENT)).flatten().tolist()) != self.noise_form:
+            raise InputError(f"state: noise_span differs; {remedy}")
         if past is not None:
             of_block = torch.Size(self.generator.shape)
             if past.dim() != 5 or past.shape[2] % block or past[:, :, :block].shape != of_block:

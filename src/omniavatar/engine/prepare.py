@@ -99,6 +99,8 @@ class Prepared(Planned):
             sampling.hand_over,
             self.color_match,
             plan.sparsity,
+            sampling.noise_span,
+            sampling.noise_white,
         )
 
     def given_shape(self, window: int) -> tuple[int, ...]:
@@ -115,7 +117,15 @@ class Prepared(Planned):
 
 def block_sampling(sampling: SamplingConfig, shape: WindowShape) -> WindowSampling:
     """How the blocks of a block-causal model are sampled."""
-    return WindowSampling(sampling.seed, shape.schedule, (), sampling.sampler, shape.causal)
+    return WindowSampling(
+        sampling.seed,
+        shape.schedule,
+        (),
+        sampling.sampler,
+        shape.causal,
+        noise_span=sampling.noise_span,
+        noise_white=sampling.noise_white,
+    )
 
 
 def read_inputs(models: Models, request: LocalRequest, has_audio: bool | None = None) -> Inputs:

@@ -79,6 +79,7 @@ class WindowSampling:
     - passes: the forwards of each step (`plan_passes`).
     - causal: the window of a block-causal model, whose windows are blocks (`engine.block_windows`).
     - chunk: of a model that works in chunks.
+    - noise_span, noise_white: see `sampling.noise`; more than 1 and 0 only with `causal`.
     - hand_over, color_match: see the settings.
     - sparsity: which blocks of attention are computed; None for all.
     """
@@ -92,6 +93,8 @@ class WindowSampling:
     hand_over: HandOver = "pixels"
     color_match: float = 0.0
     sparsity: SparsityPlan | None = None
+    noise_span: int = 1
+    noise_white: int = 0
 
 
 class WindowResult:

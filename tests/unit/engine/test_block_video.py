@@ -67,9 +67,10 @@ def video(
     past: int = 0,
     window: CausalWindow = WINDOW,
     steps: int = 2,
+    span: int = 1,
     **options: Any,
 ) -> BlockVideo:
-    sampling = WindowSampling(3, make_schedule(steps, 5.0), (), "causal", window)
+    sampling = WindowSampling(3, make_schedule(steps, 5.0), (), "causal", window, noise_span=span)
     portrait = random(1, 16, 1, 2, 4, seed=1)
     text = random(1, 7, 16, seed=2)
     return BlockVideo(dit, decoder, text, portrait, sampling, 16, past, torch.float32, **options)
@@ -91,17 +92,17 @@ def gone_on(dit: WanDiT, latents: list[Tensor], done: int, **options: Any) -> Bl
     return made
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_a_video_goes_on_from_the_latents_of_few_blocks_to_the_bit(dit: WanDiT, name: str) -> None:
+@pytest.mark.parametrize(("name", "span"), [("full", 1), ("small", 1), ("small", 5)])
+def test_a_video_goes_on_from_the_latents_of_few_blocks_to_the_bit(dit: WanDiT, name: str, span: int) -> None:
     """Cache and decoder are those of the uninterrupted video, though most of its blocks are not given."""
     create, past = DECODERS[name]
     decoder = create()
-    whole, latents, frames = video(dit, decoder, past), [], []
+    whole, latents, frames = video(dit, decoder, past, span=span), [], []
     for _ in range(26):
         latents.append(make(whole))
         frames.append(np.concatenate(whole.frames(latents[-1])))
     for done in (1, 2, 5, 12, 23):
-        resumed = gone_on(dit, latents, done, decoder=decoder, past=past)
+        resumed = gone_on(dit, latents, done, decoder=decoder, past=past, span=span)
         for block in range(done, min(done + 3, 26)):
             latent = make(resumed)
             assert torch.equal(latent, latents[block]), (done, block)
@@ -227,13 +228,14 @@ def test_captured_passes_make_the_same_video(dit: WanDiT) -> None:
     assert capture.replayed == (blocks - WINDOW.slots + 1) * passes - slots * FORWARDS_FIRST > 0
 
 
-def test_a_saved_state_goes_on_to_the_bit(dit: WanDiT) -> None:
+@pytest.mark.parametrize("span", [1, 5])
+def test_a_saved_state_goes_on_to_the_bit(dit: WanDiT, span: int) -> None:
     decoder = small()
-    whole = video(dit, decoder, TINY_PAST)
+    whole = video(dit, decoder, TINY_PAST, span=span)
     for _ in range(6):
         whole.frames(make(whole))
     state = whole.state()
-    other = video(dit, decoder, TINY_PAST)
+    other = video(dit, decoder, TINY_PAST, span=span)
     other.restore(state)
     for _ in range(3):
         expected, latent = make(whole), make(other)
@@ -251,6 +253,9 @@ def test_a_saved_state_goes_on_to_the_bit(dit: WanDiT) -> None:
         ({"past": torch.zeros(1, 16, 2, 1, 1)}, "past"),
         ({"past": torch.zeros(3)}, "past"),
         ({"done": torch.tensor([1, 2])}, "done"),
+        ({"noise_span": torch.tensor([5, 0])}, "noise_span"),
+        ({"noise_span": torch.tensor([1, 1])}, "noise_span"),
+        ({"noise_span": torch.tensor(5)}, "noise_span"),
         ({"keys.2": torch.full((1, 4 * 4, 2, 24), float("nan"))}, "keys.2"),
     ],
 )

@@ -225,6 +225,10 @@ def test_a_merged_checkpoint_runs_and_warms_up(cache, tmp_path):
         ({"causal_sink": 6}, "causal_window", "raise it to at least 8"),
         ({"causal_sink": 3}, "causal_sink", "multiple of causal_block=2; use 4"),
         ({"causal_block": 0}, "causal_block", "greater than or equal to 1"),
+        ({"noise_span": 0}, "noise_span", "greater than or equal to 1"),
+        ({"noise_span": 65}, "noise_span", "less than or equal to 64"),
+        ({"noise_span": 8, "noise_white": -1}, "noise_white", "greater than or equal to 0"),
+        ({"noise_white": 1}, "noise_white", "has no effect with noise_span: 1; leave it out"),
         ({"sampler": "euler"}, "causal_block", "leave it out or set sampler to causal"),
     ],
 )
@@ -236,6 +240,21 @@ def test_settings_that_make_no_sense_are_refused_at_load(tmp_path, changes, fiel
         load_config(None, values | changes)
     text = str(caught.value)
     assert text.startswith(f"overrides: {field}: ") and remedy in text and "\n" not in text
+
+
+def test_a_span_of_the_noise_is_refused_with_another_sampler(tmp_path):
+    with pytest.raises(ConfigError, match="noise_span: has no effect with sampler: euler"):
+        load_config(None, {**overrides(tmp_path, tmp_path), "noise_span": 8})
+
+
+def test_a_span_of_the_noise_makes_another_video_and_one_is_none(pipeline, nano_checkpoint, cache):
+    latents = {}
+    forms = {None: {}, 1: {"noise_span": 1}, 8: {"noise_span": 8}, 81: {"noise_span": 8, "noise_white": 1}}
+    for span, changes in forms.items():
+        pipe = causal_pipeline(nano_checkpoint, cache, **changes)
+        latents[span] = np.concatenate([chunk.frames for chunk in pipe.stream(request(0.8))])
+    assert np.array_equal(latents[None], latents[1])
+    assert not np.array_equal(latents[1], latents[8]) and not np.array_equal(latents[8], latents[81])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from omniavatar.errors import ConfigError
 from omniavatar.sampling.denoise import denoise, noises_drawn
-from omniavatar.sampling.noise import NoiseAhead, WindowNoise
+from omniavatar.sampling.noise import NoiseAhead, WindowNoise, span_weights
 from omniavatar.sampling.samplers import euler_step, renoise_step
 from omniavatar.sampling.schedule import make_schedule
 
@@ -123,3 +123,40 @@ def test_noise_depends_on_seed_and_window_alone():
     for other in (WindowNoise(43, 3, shape, CPU), WindowNoise(42, 4, shape, CPU)):
         assert not torch.equal(a, other.draw())
     assert abs(a.mean()) < 0.3 and abs(a.std() - 1) < 0.2
+
+
+@pytest.mark.parametrize("span", [2, 5, 8])
+def test_noise_with_a_span_is_normal_and_goes_on_from_window_to_window(span):
+    shape = (1, 4, 2, 24, 24)
+    ahead = NoiseAhead(42, CPU, 1, span)
+    noise = torch.cat([ahead.of(window, shape)() for window in range(12)], 2)
+    weights = torch.from_numpy(span_weights(span))
+    assert weights.square().sum() == pytest.approx(1)
+    for latent in (0, 1, 11):
+        assert noise[:, :, latent].std() == pytest.approx(1, abs=0.05)
+    for apart in range(1, span + 1):
+        shared = float((weights[apart:] * weights[: span - apart]).sum())
+        found = (noise[:, :, apart:] * noise[:, :, :-apart]).mean((0, 1, 3, 4))
+        assert found.tolist() == pytest.approx([shared] * len(found), abs=0.09)
+
+
+def test_some_channels_have_no_span():
+    shape = (1, 4, 2, 3, 3)
+    plain, slow, mixed = (NoiseAhead(42, CPU, 1, *form).of(5, shape)() for form in ((1,), (8,), (8, 1)))
+    assert torch.equal(mixed[:, :1], plain[:, :1]) and torch.equal(mixed[:, 1:], slow[:, 1:])
+    assert not torch.equal(plain[:, 1:], slow[:, 1:])
+
+
+def test_noise_with_a_span_depends_on_seed_and_window_alone():
+    """A resumed run begins at any window; the noises of later steps are fresh."""
+    shape = (1, 2, 2, 4, 5)
+    ahead = NoiseAhead(42, CPU, 2, 5)
+    for window in (3, 0, 1, 1):
+        ahead.prepare(window + 1, shape)
+        draw = ahead.of(window, shape)
+        again = NoiseAhead(42, CPU, 1, 5).of(window, shape)
+        assert torch.equal(draw(), again())
+        plain = WindowNoise(42, window, shape, CPU)
+        plain.draw()
+        assert torch.equal(draw(), plain.draw())
+    assert not torch.equal(NoiseAhead(43, CPU, 1, 5).of(0, shape)(), NoiseAhead(42, CPU, 1, 5).of(0, shape)())

@@ -4,10 +4,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from training.export_live import CONFIG, DECODER, HIGHEST, STUDENT, TEMPLATE, differences, export
+from training.live_drive import SPAN, WHITE
 from training.nets import make_dit, save_shards
 from training.settings import read_live_settings
-from training.stage_student import window_of
 from training.stage_tiny import fill_in
+from training.student_batch import window_of
 
 from omniavatar.accel.attention.registry import create_attention
 from omniavatar.checkpoint.dit import DiTFiles, LoraFile, load_dit
@@ -67,7 +68,8 @@ def test_the_configuration_names_the_files_and_the_strength(exported):
     ]
     live, trained = load_config(folder / "out" / CONFIG).config.sampling, read_live_settings(SETTINGS).student
     assert live.causal == window_of(trained)
-    assert list(live.timesteps) == trained.timesteps
+    assert list(live.timesteps) == trained.timesteps[:1]
+    assert (live.noise_span, live.noise_white) == (SPAN, WHITE)
 
 
 def test_the_factor_uses_the_range_of_float8_and_never_leaves_it():
