@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from omniavatar.serve.jobs.workers import Workers
     from omniavatar.serve.settings import LoadedSettings, ServeSettings
 
+SWITCH_S = 0.001
+"""How long a thread of a server keeps the interpreter from one that has just got its answer of the disk."""
+
 app = typer.Typer(
     help="Serve videos by an API like OpenAI's, with a queue that survives restarts.", rich_markup_mode=None
 )
@@ -41,6 +45,10 @@ DatabaseOption = Annotated[str | None, typer.Option(help="URL of the job databas
 InsecureOption = Annotated[
     bool | None, typer.Option("--insecure", help="Listen on any address without API keys.")
 ]
+RayOption = Annotated[
+    str | None,
+    typer.Option("--ray-address", metavar="ADDRESS", help="Ray cluster whose GPUs make the videos."),
+]
 NameArgument = Annotated[str, typer.Argument(help="Name of the key.")]
 
 
@@ -53,6 +61,7 @@ def serve(
     data_dir: DataOption = None,
     database: DatabaseOption = None,
     insecure: InsecureOption = None,
+    ray_address: RayOption = None,
     api_only: Annotated[
         bool, typer.Option("--api-only", help="Start no workers; `omniavatar serve worker` makes the videos.")
     ] = False,
@@ -62,9 +71,19 @@ def serve(
     Settings come from --config, the environment (OMNIAVATAR_SERVE_...) and the options; `serve config` lists
     them. SIGTERM finishes the running windows and keeps their jobs.
     """
-    options = {"host": host, "port": port, "data_dir": data_dir, "database": database, "insecure": insecure}
+    options = {
+        "host": host,
+        "port": port,
+        "data_dir": data_dir,
+        "database": database,
+        "insecure": insecure,
+        "ray_address": ray_address,
+    }
     context.obj = (config, options)
     if context.invoked_subcommand is None:
+        from omniavatar.serve.api.reader_processes import begin_readers
+
+        begin_readers()
         with user_errors():
             run_server(_settings(context).settings, api_only)
 
@@ -220,6 +239,7 @@ def _settings(context: typer.Context) -> LoadedSettings:
 
 def _open(settings: ServeSettings) -> tuple[JobStore, JobFiles, KeyStore]:
     from omniavatar.media.atomic import check_writable
+    from omniavatar.media.temporary import remove_abandoned
     from omniavatar.serve.jobs.files import JobFiles
     from omniavatar.serve.jobs.keys import KeyStore
     from omniavatar.serve.jobs.store import JobStore
@@ -228,6 +248,7 @@ def _open(settings: ServeSettings) -> tuple[JobStore, JobFiles, KeyStore]:
     check_writable(settings.data_dir)
     files = JobFiles(settings.files_place, settings.data_dir / "staging")
     files.check()
+    remove_abandoned()
     store = JobStore.open(settings.database_url)
     return store, files, KeyStore(store.database)
 
@@ -314,6 +335,7 @@ def _server(app: Any, settings: ServeSettings, port: int) -> Any:
             port=port,
             log_config=None,
             access_log=False,
+            http="h11",  # which has the limit below
             server_header=False,
             timeout_graceful_shutdown=5,
             h11_max_incomplete_event_size=65536,
@@ -381,6 +403,7 @@ def run_server(
         server = _server(server_app, settings, settings.port)
         retention = Retention(store, files, settings.keep_seconds, settings.keep_bytes)
         retention.start()
+        sys.setswitchinterval(SWITCH_S)
         _drain_at_signals(workers)
         if workers is not None:
             workers.start()

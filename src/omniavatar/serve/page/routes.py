@@ -229,8 +229,8 @@ def _page(service: Service, parts: PageParts) -> APIRouter:
     def warnings_of(body: Body) -> list[VideoWarning]:
         if parts.check is None:
             return []
-        with tempfile.TemporaryDirectory(prefix="omniavatar-upload-") as folder:
-            asked = body.write(Path(folder))
+        with temporary_folder("upload") as folder:
+            asked = body.write(folder)
             spec, _ = service.checked(asked)
             portrait, voice = asked.files[PORTRAIT], asked.files.get(VOICE)
             request = AvatarRequest(spec.prompt, portrait, voice, size=spec.size)
