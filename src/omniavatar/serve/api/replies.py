@@ -105,6 +105,14 @@ def size_text(size: tuple[int, int]) -> str:
     return f"{size[1]}x{size[0]}"
 
 
+def _by_fields(job: JobRecord, text: str) -> str:
+    """The text with fields of the request in place of the paths of its files."""
+    for name, field in ((job.spec.image, PORTRAIT), (job.spec.audio, VOICE), (SOURCE_VIDEO, "video")):
+        if name is not None:
+            text = re.sub(rf"\S*/{job.id}/{re.escape(name)}(?![\w.])", field, text)
+    return text
+
+
 def job_error(job: JobRecord) -> ErrorBody | None:
     """Why a job failed, for its client: its files by their fields, and no path or address of the server."""
     error = job.error
@@ -113,9 +121,7 @@ def job_error(job: JobRecord) -> ErrorBody | None:
     kind, text = _KINDS.get(error.code, OmniAvatarError), error.message
     if error.code == WORKER_LOST:  # Ray names its nodes
         text = "the processes that made this video died again and again; the server's log says why"
-    for name, field in ((job.spec.image, PORTRAIT), (job.spec.audio, VOICE), (SOURCE_VIDEO, "video")):
-        if name is not None:
-            text = re.sub(rf"\S*/{job.id}/{re.escape(name)}(?![\w.])", field, text)
+    text = _by_fields(job, text)
     return ErrorBody(code=error.code, message=for_clients(kind, text), type=error.type, param=error.param)
 
 
@@ -141,5 +147,7 @@ def video(job: JobRecord, plan: Plan | None = None) -> Video:
         step=job.step,
         steps=job.steps or (plan.steps if plan else 0),
         eta_seconds=job.eta_seconds,
-        warnings=[VideoWarning(message=each.message, param=each.param) for each in job.warnings],
+        warnings=[
+            VideoWarning(message=_by_fields(job, each.message), param=each.param) for each in job.warnings
+        ],
     )
