@@ -6,7 +6,6 @@ That one imports nothing of the API, and neither does this module, so it can sta
 from __future__ import annotations
 
 import multiprocessing
-from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 
 READERS = ["omniavatar.serve.api.decoding", "omniavatar.media.audio_source"]
@@ -24,4 +23,6 @@ def reader_context() -> BaseContext:
 def begin_readers() -> None:
     """Start the process to fork from now, so that it imports the readers while this one imports the API."""
     if reader_context().get_start_method() == "forkserver":
+        from multiprocessing import forkserver
+
         forkserver.ensure_running()
