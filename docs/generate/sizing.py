@@ -28,6 +28,7 @@ GPUS = (1, 8)
 LOAD = 10
 """Times the capacity, in the second table."""
 QUEUE = re.compile(r"(?P<date>[\d-]+)_cpu_queue_load\.json")
+CLIENTS = re.compile(r"(?P<date>[\d-]+)_cpu_stress_clients\.json")
 
 
 @dataclass(frozen=True)
@@ -198,9 +199,46 @@ def measured() -> str:
     return f"{_table(['', 'measured', 'by arithmetic'], [list(each) for each in values])}\n\n{note}\n"
 
 
+def clients() -> str:
+    """The table of the stress with many clients (`python -m stress clients`)."""
+    path = max(path for path in RESULTS.iterdir() if CLIENTS.fullmatch(path.name))
+    (row,) = _rows(path)
+    kills, cpu = row["kills"], row["cpu_s"]
+    values = [
+        ("clients, seconds", f"{row['clients']}, {row['seconds']:.0f}"),
+        (
+            "kills",
+            f"{kills['workers'] - kills['hosts']} of a worker, {kills['hosts']} of all workers with their "
+            f"host, {kills['server']} of the server",
+        ),
+        ("down by a kill of the server, until it answers", " and ".join(f"{s:.1f} s" for s in row["down_s"])),
+        (
+            "accepted, completed, lost, made twice",
+            f"{row['accepted']:,}, {row['ended']['completed']:,}, {row['lost']}, {row['completed_twice']}",
+        ),
+        ("time to accept, median and p99", _milliseconds(row["accept_p50_s"], row["accept_p99_s"])),
+        (
+            "the same with tries while the server is down, p99",
+            _milliseconds(row["accept_with_retries_p99_s"]),
+        ),
+        ("time of a poll, p99", _milliseconds(row["poll_p99_s"])),
+        (
+            "processor time of server, workers, clients",
+            ", ".join(f"{cpu[name]:.0f} s" for name in ("server", "workers", "clients")),
+        ),
+    ]
+    note = f"From `{path.name}`, {row['device']}, which server, workers and clients shared."
+    return f"{_table(['', 'measured'], [list(each) for each in values])}\n\n{note}\n"
+
+
+def _milliseconds(*seconds: float) -> str:
+    return " and ".join(f"{1000 * each:.0f}" for each in seconds) + " ms"
+
+
 def page(text: str) -> str:
     """The page with its tables in place, between `<!-- NAME: made -->` and `<!-- end -->`."""
-    for name, table in (("capacity", capacity), ("overload", overload), ("measured", measured)):
+    tables = {"capacity": capacity, "overload": overload, "measured": measured, "clients": clients}
+    for name, table in tables.items():
         begin, end = f"<!-- {name}: made by python -m docs.generate -->\n", "<!-- end -->"
         before, found, rest = text.partition(begin)
         if not found or end not in rest:

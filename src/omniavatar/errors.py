@@ -78,6 +78,26 @@ class StoppedError(OmniAvatarError):
     exit_code = 130
 
 
+_FOR_CLIENTS: dict[type[OmniAvatarError], str] = {
+    CheckpointError: "the weights of this model cannot be used; choose another model, or tell who runs it",
+    OutputError: "the server cannot store it now; try again later",
+    ResourceError: "the server lacks a device or memory for it; try again later, or ask for a smaller one",
+}
+"""What clients of a server read in place of messages that name its paths and addresses."""
+_UNKNOWN_TO_CLIENTS = "the server cannot do it; try again later, or tell who runs it (the log says more)"
+
+
+def for_clients(kind: type[OmniAvatarError], text: str) -> str:
+    """The message of an error for a client of a server: it names no path or address of the server.
+
+    A message about the client's own input or settings stays, unless it names a path.
+    """
+    for private, message in _FOR_CLIENTS.items():
+        if issubclass(kind, private):
+            return message
+    return _UNKNOWN_TO_CLIENTS if "/" in text or "\\" in text else text
+
+
 OF_ONE_LINE = (InputError, ResumeError, TargetError, NumbersError)
 """Errors of one line of an input file; the other lines still run."""
 

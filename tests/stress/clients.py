@@ -1,105 +1,35 @@
 """Many clients at the same time, while workers and the server are killed.
 
-Every client has one video in the server at any time: it creates one, polls as `openai-poll-after-ms` says,
-downloads it, and creates the next at once. So the rate of new videos is what the stub engine makes, and the
+The clients are those of `stress.crowd`. So the rate of new videos is what the stub engine makes, and the
 queue is always as long as there are clients. The clients arrive one after another in the first seconds.
-A request that gets no answer, since the server was killed, is sent again; for a new video with the same
-`Idempotency-Key`. The time of accepting is that of each answered `POST`, as the client sees it.
+The time of accepting is that of each answered `POST`, from the client's send to its answer.
+`accept_with_retries` counts from the first of the tries that got no answer since the server was killed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import platform
 import random
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import httpx
 
 from job_stub import noted
 from omniavatar.serve.jobs.store import JobStore
 from omniavatar.serve.settings import ServeSettings
 from postgres import PostgresServer
-from serve_api import portrait, voice
+from stress.crowd import Plan, Seen, Took, crowd
 from stress.programs import Served, lines, wait_until_up, working
 
 AFTER_S = 10.0
-RAMP_S, PATIENCE_S, HOST_EVERY = 30.0, 300.0, 12
-"""Seconds in which the clients arrive; seconds for the last videos to end; each 12th kill is of the host."""
-
-
-@dataclass(frozen=True)
-class Took:
-    """When a request began, by the monotonic clock, and how long its answer took."""
-
-    began: float
-    seconds: float
-
-
-@dataclass
-class Seen:
-    """What the clients saw of each answered request. ends: last status by job."""
-
-    posts: list[Took] = field(default_factory=list)
-    polls: list[Took] = field(default_factory=list)
-    accepted: list[str] = field(default_factory=list)
-    ends: dict[str, str] = field(default_factory=dict)
-    refused: Counter[int] = field(default_factory=Counter)
-    unanswered: int = 0
-    wrong_files: int = 0
-
-
-class Client:
-    """One client on a connection of its own."""
-
-    def __init__(self, http: httpx.AsyncClient, body: httpx.Request, video: bytes, seen: Seen) -> None:
-        self._http, self._body, self._video, self._seen = http, body, video, seen
-
-    async def run(self, starts: float, ends: float) -> None:
-        await asyncio.sleep(max(0.0, starts - time.monotonic()))
-        while time.monotonic() < ends:
-            key = f"{random.getrandbits(96):x}"
-            headers = {"Idempotency-Key": key, "Content-Type": self._body.headers["Content-Type"]}
-            reply = await self._answer("POST", "/v1/videos", self._seen.posts, self._body.content, headers)
-            if reply.status_code != 200:  # such as while the database is away
-                self._seen.refused[reply.status_code] += 1
-                await asyncio.sleep(float(reply.headers.get("retry-after", "1")))
-                continue
-            id = reply.json()["id"]
-            self._seen.accepted.append(id)
-            await self._follow(id, reply, ends + PATIENCE_S)
-
-    async def _follow(self, id: str, reply: httpx.Response, ends: float) -> None:
-        while time.monotonic() < ends:
-            await asyncio.sleep(int(reply.headers.get("openai-poll-after-ms", "1000")) / 1000)
-            reply = await self._answer("GET", f"/v1/videos/{id}", self._seen.polls)
-            if reply.status_code == 503:
-                continue
-            status = reply.json()["status"] if reply.status_code == 200 else f"status {reply.status_code}"
-            if status not in ("queued", "in_progress"):
-                self._seen.ends[id] = status
-                if status == "completed":
-                    content = await self._answer("GET", f"/v1/videos/{id}/content", [])
-                    self._seen.wrong_files += content.content != self._video
-                return
-
-    async def _answer(self, method: str, path: str, took: list[Took], *body: Any) -> httpx.Response:
-        """The answer, however often the request must be sent."""
-        content, headers = body or (None, None)
-        while True:
-            began = time.monotonic()
-            try:
-                reply = await self._http.request(method, path, content=content, headers=headers)
-            except httpx.TransportError:
-                self._seen.unanswered += 1
-                await asyncio.sleep(random.uniform(0.5, 1.5))
-                continue
-            took.append(Took(began, time.monotonic() - began))
-            return reply
+RAMP_S, HOST_EVERY = 30.0, 12
+"""Seconds in which the clients arrive; each 12th kill is of the host."""
+START_S, PROCESSES = 4.0, 2
+"""Time for the processes of the clients to start, and their number."""
 
 
 async def kills(
@@ -132,9 +62,9 @@ async def kills(
     return done, restarts
 
 
-def share(took: list[Took], part: float) -> float | None:
-    """The seconds that this part of the requests does not exceed."""
-    values = sorted(each.seconds for each in took)
+def share(seconds: list[float], part: float) -> float | None:
+    """The seconds that this part of them does not exceed."""
+    values = sorted(seconds)
     return round(values[min(len(values) - 1, int(len(values) * part))], 4) if values else None
 
 
@@ -149,37 +79,35 @@ async def clients(
     count: int, seconds: float, kill_every: float, workers: int, postgres: PostgresServer | None = None
 ) -> dict[str, Any]:
     """postgres: holds the queue instead of SQLite, and is killed instead of the server."""
-    seen = Seen()
     database = postgres.empty_database() if postgres else ""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with working(folder, workers, database=database) as all:
-            files = {"input_reference": portrait(), "audio_reference": voice()}
-            body = httpx.Request("POST", all.address, data={"prompt": "x"}, files=files)
-            body.read()
-            limits = httpx.Limits(max_connections=count, keepalive_expiry=3.0)
-            async with httpx.AsyncClient(base_url=all.address, timeout=60, limits=limits) as http:
-                began = time.monotonic()
-                ends, ramp = began + seconds, min(RAMP_S, seconds / 3)
-                video, starts = (
-                    all.made.read_bytes(),
-                    [began + ramp * number / count for number in range(count)],
-                )
-                runs = [Client(http, body, video, seen).run(start, ends) for start in starts]
-                killing = kills(all, ends, seconds, kill_every, postgres)
-                (killed, restarts), *_ = await asyncio.gather(killing, *runs)
-                wall = time.monotonic() - began
+            began = time.monotonic() + START_S
+            ramp = min(RAMP_S, seconds / 3)
+            starts = [began + ramp * number / count for number in range(count)]
+            plan = Plan(all.address, all.made.read_bytes(), starts, began + seconds)
+            killing = kills(all, plan.ends, seconds, kill_every, postgres)
+            seen, (killed, restarts) = await asyncio.gather(
+                asyncio.to_thread(crowd, plan, PROCESSES), killing
+            )
+            wall = time.monotonic() - began
             wait_until_up(all.address)
             all.server.count_cpu()
             all.workers.count_cpu()
             cpu = {"server": round(all.server.cpu_s, 1), "workers": round(all.workers.cpu_s, 1)}
-            cpu["clients"] = round(time.process_time(), 1)
+            cpu["clients"] = round(seen.cpu_s, 1)
         problems = check(folder, database, seen)
         bugs = lines(folder / "server.log", "a bug in this server")
+    posts = [each.seconds for each in seen.posts]
+    whole = [each.whole for each in seen.posts]
     return {
         "clients": count,
+        "seconds": seconds,
+        "device": f"{platform.machine()}, {os.cpu_count()} cores",
         "database": "postgresql" if postgres else "sqlite",
         "kills": dict(killed),
+        "down_s": [round(up - down, 2) for down, up in restarts],
         "accepted": len(seen.accepted),
         "ended": dict(Counter(seen.ends.values())),
         "refused": dict(seen.refused),
@@ -187,11 +115,15 @@ async def clients(
         "wrong_files": seen.wrong_files,
         **problems,
         "server_bugs": bugs,
-        "accept_p50_s": share(seen.posts, 0.5),
-        "accept_p99_s": share(seen.posts, 0.99),
-        "accept_max_s": share(seen.posts, 1.0),
+        "accept_p50_s": share(posts, 0.5),
+        "accept_p99_s": share(posts, 0.99),
+        "accept_max_s": share(posts, 1.0),
+        "accept_with_retries_p99_s": share(whole, 0.99),
+        "accept_with_retries_max_s": share(whole, 1.0),
         "accepts_of_0.2_s": slow(seen.posts, 0.2, restarts),
-        "poll_p99_s": share(seen.polls, 0.99),
+        "poll_p99_s": share([each.seconds for each in seen.polls], 0.99),
+        "client_lag_p99_s": share(seen.lags, 0.99),
+        "client_lag_max_s": share(seen.lags, 1.0),
         "wall_s": round(wall, 1),
         "cpu_s": cpu,
         "broken": bool(

@@ -43,6 +43,7 @@ class Child:
 
     def _start(self) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **self._environment}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package has its bytecode
         with self._log.open("ab") as log:
             return subprocess.Popen([sys.executable, *self._arguments], env=environment, stderr=log)
 
@@ -120,12 +121,13 @@ def working(folder: Path, workers: int = 2, **settings: object) -> Iterator[Serv
 
 def wait_until_up(address: str) -> None:
     ends = time.monotonic() + 60
-    while time.monotonic() < ends:
-        try:
-            httpx.get(f"{address}/health")
-            return
-        except httpx.TransportError:
-            time.sleep(0.1)
+    with httpx.Client() as client:
+        while time.monotonic() < ends:
+            try:
+                client.get(f"{address}/health")
+                return
+            except httpx.TransportError:
+                time.sleep(0.1)
     raise SystemExit("error: the server did not start within 60 s")
 
 

@@ -268,6 +268,7 @@ def serve_page(
     from omniavatar.live.messages import slow_note
     from omniavatar.live.server import make_app, serve
     from omniavatar.live.session import LiveSession
+    from omniavatar.media.temporary import remove_abandoned
 
     def make(prompt: str | None) -> LiveSession:
         return LiveSession(pipeline, **{**chosen, "prompt": prompt or chosen["prompt"]})
@@ -285,4 +286,5 @@ def serve_page(
         shown = f"[{host}]" if ":" in host else host
         message(f"open http://{shown}:{at}/{query} in a browser; Ctrl-C ends the server")
 
+    remove_abandoned()
     serve(make_app(make, door, limits), host, port, ready)

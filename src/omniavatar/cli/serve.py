@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from omniavatar.cli.common import JsonOption, user_errors
+from omniavatar.cli.serve_keys import keys_app
+from omniavatar.cli.serve_store import open_store, settings_of
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -23,12 +26,14 @@ if TYPE_CHECKING:
     from omniavatar.serve.jobs.keys import KeyStore
     from omniavatar.serve.jobs.store import JobStore
     from omniavatar.serve.jobs.workers import Workers
-    from omniavatar.serve.settings import LoadedSettings, ServeSettings
+    from omniavatar.serve.settings import ServeSettings
+
+SWITCH_S = 0.001
+"""How long a thread of a server keeps the interpreter from one that has just got its answer of the disk."""
 
 app = typer.Typer(
     help="Serve videos by an API like OpenAI's, with a queue that survives restarts.", rich_markup_mode=None
 )
-keys_app = typer.Typer(no_args_is_help=True, help="API keys.", rich_markup_mode=None)
 app.add_typer(keys_app, name="keys")
 
 FileOption = Annotated[
@@ -41,7 +46,10 @@ DatabaseOption = Annotated[str | None, typer.Option(help="URL of the job databas
 InsecureOption = Annotated[
     bool | None, typer.Option("--insecure", help="Listen on any address without API keys.")
 ]
-NameArgument = Annotated[str, typer.Argument(help="Name of the key.")]
+RayOption = Annotated[
+    str | None,
+    typer.Option("--ray-address", metavar="ADDRESS", help="Ray cluster whose GPUs make the videos."),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -53,6 +61,7 @@ def serve(
     data_dir: DataOption = None,
     database: DatabaseOption = None,
     insecure: InsecureOption = None,
+    ray_address: RayOption = None,
     api_only: Annotated[
         bool, typer.Option("--api-only", help="Start no workers; `omniavatar serve worker` makes the videos.")
     ] = False,
@@ -62,18 +71,28 @@ def serve(
     Settings come from --config, the environment (OMNIAVATAR_SERVE_...) and the options; `serve config` lists
     them. SIGTERM finishes the running windows and keeps their jobs.
     """
-    options = {"host": host, "port": port, "data_dir": data_dir, "database": database, "insecure": insecure}
+    options = {
+        "host": host,
+        "port": port,
+        "data_dir": data_dir,
+        "database": database,
+        "insecure": insecure,
+        "ray_address": ray_address,
+    }
     context.obj = (config, options)
     if context.invoked_subcommand is None:
+        from omniavatar.serve.api.reader_processes import begin_readers
+
+        begin_readers()
         with user_errors():
-            run_server(_settings(context).settings, api_only)
+            run_server(settings_of(context).settings, api_only)
 
 
 @app.command("config")
 def show_config(context: typer.Context, as_json: JsonOption = False) -> None:
     """Print every setting, its value and its origin."""
     with user_errors():
-        loaded = _settings(context)
+        loaded = settings_of(context)
         from omniavatar.cli.terminal import SafeConsole, say_json
 
         rows = list(loaded.rows())
@@ -95,14 +114,14 @@ def show_config(context: typer.Context, as_json: JsonOption = False) -> None:
 def worker(context: typer.Context) -> None:
     """Make videos of the queue without an API, on this or another machine."""
     with user_errors():
-        settings = _settings(context).settings
+        settings = settings_of(context).settings
         from omniavatar.serve.api.app import check_binding
         from omniavatar.serve.api.metrics import Metrics
         from omniavatar.serve.jobs.logs import log_as_json
         from omniavatar.serve.jobs.tracing import flush
         from omniavatar.serve.settings import load_configs
 
-        store, files, keys = _open(settings)
+        store, files, keys = open_store(settings)
         with store:
             if settings.metrics_port:
                 check_binding(settings, keys)
@@ -122,121 +141,6 @@ def worker(context: typer.Context) -> None:
                 workers.run()
             finally:
                 flush(5.0)
-
-
-@keys_app.command("add")
-def add(
-    context: typer.Context,
-    name: NameArgument,
-    scopes: Annotated[
-        str, typer.Option(help="Comma-separated: videos:read, videos:write, admin.")
-    ] = "videos:read,videos:write",
-    unfinished: Annotated[int | None, typer.Option(min=1, help="Most jobs that wait or run.")] = None,
-    running: Annotated[int | None, typer.Option(min=1, help="Most jobs at the same time.")] = None,
-    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Most requests.")] = None,
-) -> None:
-    """Make a key and print it. It is shown only once."""
-    from omniavatar.serve.jobs.records import KeyLimits
-
-    limits = KeyLimits(unfinished, running, requests_per_minute)
-    chosen = [scope.strip() for scope in scopes.split(",") if scope.strip()]
-    _with_keys(context, lambda keys: typer.echo(keys.add(name, chosen, limits)))
-
-
-@keys_app.command("list")
-def list_keys(context: typer.Context, as_json: JsonOption = False) -> None:
-    """List keys, their scopes and limits. Secrets cannot be shown."""
-
-    def show(keys: KeyStore) -> None:
-        from omniavatar.cli.terminal import say_json
-
-        found = keys.list()
-        if as_json:
-            rows = [{**vars(key), "scopes": sorted(key.scopes), "limits": vars(key.limits)} for key in found]
-            say_json(rows)
-            return
-        for key in found:
-            state = "valid" if key.revoked_at is None else "revoked"
-            typer.echo(f"{key.name}  {key.id}  {state}  {','.join(sorted(key.scopes))}")
-
-    _with_keys(context, show)
-
-
-@keys_app.command("revoke")
-def revoke(context: typer.Context, name: NameArgument) -> None:
-    """Make a key void at once."""
-    _with_keys(context, lambda keys: keys.revoke(name))
-
-
-@keys_app.command("rotate")
-def rotate(
-    context: typer.Context,
-    name: NameArgument,
-    keep_seconds: Annotated[float, typer.Option(min=0, help="How long the old secret stays valid.")] = 0.0,
-) -> None:
-    """Give a key a new secret and print it."""
-    _with_keys(context, lambda keys: typer.echo(keys.rotate(name, keep_seconds)))
-
-
-@keys_app.command("webhook-secret")
-def webhook_secret(
-    context: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="Name of the key; none without keys.")] = None,
-) -> None:
-    """Print the secret with which a key's webhooks are verified."""
-    from omniavatar.errors import ConfigError
-    from omniavatar.serve.jobs.records import LOCAL_KEY
-
-    def show(keys: KeyStore) -> None:
-        from omniavatar.serve.api.webhooks import secret_of
-
-        secret = _settings(context).settings.webhook_secret
-        if not secret:
-            raise ConfigError("webhook_secret: is not set; set it to 32 or more random characters")
-        ids = {key.name: key.id for key in keys.list()}
-        if name is not None and name not in ids:
-            raise ConfigError(f"key {name}: no key has this name; list the keys")
-        typer.echo(secret_of(secret, LOCAL_KEY if name is None else ids[name]))
-
-    _with_keys(context, show)
-
-
-def _settings(context: typer.Context) -> LoadedSettings:
-    from omniavatar.errors import ResourceError
-
-    found: Any = context
-    while not isinstance(found.obj, tuple):
-        found = found.parent
-    path, options = found.obj
-    try:
-        import omniavatar.serve.api.app  # noqa: F401
-        from omniavatar.serve.settings import load_settings
-    except ImportError as error:
-        raise ResourceError(
-            f"serve: the package {error.name} is missing; pip install 'omniavatar[serve]'"
-        ) from None
-    return load_settings(path, options)
-
-
-def _open(settings: ServeSettings) -> tuple[JobStore, JobFiles, KeyStore]:
-    from omniavatar.media.atomic import check_writable
-    from omniavatar.serve.jobs.files import JobFiles
-    from omniavatar.serve.jobs.keys import KeyStore
-    from omniavatar.serve.jobs.store import JobStore
-
-    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    check_writable(settings.data_dir)
-    files = JobFiles(settings.files_place, settings.data_dir / "staging")
-    files.check()
-    store = JobStore.open(settings.database_url)
-    return store, files, KeyStore(store.database)
-
-
-def _with_keys(context: typer.Context, action: Callable[[KeyStore], Any]) -> None:
-    with user_errors():
-        store, _, keys = _open(_settings(context).settings)
-        with store:
-            action(keys)
 
 
 def _check_signing(configs: dict[str, PipelineConfig]) -> None:
@@ -314,6 +218,7 @@ def _server(app: Any, settings: ServeSettings, port: int) -> Any:
             port=port,
             log_config=None,
             access_log=False,
+            http="h11",  # which has the limit below
             server_header=False,
             timeout_graceful_shutdown=5,
             h11_max_incomplete_event_size=65536,
@@ -362,7 +267,7 @@ def run_server(
     from omniavatar.serve.jobs.retention import Retention
     from omniavatar.serve.jobs.tracing import flush
 
-    store, files, keys = _open(settings)
+    store, files, keys = open_store(settings)
     with store:
         check_binding(settings, keys)
         configure(settings.log_level, settings.audit_path)
@@ -381,6 +286,7 @@ def run_server(
         server = _server(server_app, settings, settings.port)
         retention = Retention(store, files, settings.keep_seconds, settings.keep_bytes)
         retention.start()
+        sys.setswitchinterval(SWITCH_S)
         _drain_at_signals(workers)
         if workers is not None:
             workers.start()

@@ -79,8 +79,11 @@ def web(
     The page needs neither a GPU nor a download. Videos, settings and the queue stay in the folder
     --data-dir, and unfinished videos go on when the page starts again.
     """
+    from omniavatar.serve.api.reader_processes import begin_readers
+
     with user_errors(on_interrupt=ENDED):
         require_one_process()
+        begin_readers()
         settings = page_settings(port, data_dir)
         models = models_of(settings, config or [], demo, hp or ())
         run(settings, models, demo, price_per_hour, open_browser=not no_browser)

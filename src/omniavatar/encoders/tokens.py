@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
 
 from omniavatar.checkpoint.outside import read_bounded, read_table, reason_of, shown
 from omniavatar.errors import CheckpointError, OmniAvatarError
+from omniavatar.media.temporary import temporary_folder
 
 TEXT_TOKENS = 512
 PAD_TOKEN, END_TOKEN, FIRST_BYTE_TOKEN = 0, 1, 3
@@ -81,10 +81,10 @@ class FolderTokenizer:
                 f"{folder}: tokenizer folder not found; it comes with the base model (google/umt5-xxl)"
             )
         self._folder = folder
-        with _unusable(folder), TemporaryDirectory(prefix="omniavatar-tokenizer-") as copy:
-            name = _copy_data(folder, Path(copy))
+        with _unusable(folder), temporary_folder("tokenizer") as copy:
+            name = _copy_data(folder, copy)
             self._tokenizer: Any = _class(folder, name).from_pretrained(
-                copy, local_files_only=True, trust_remote_code=False, padding_side="right"
+                str(copy), local_files_only=True, trust_remote_code=False, padding_side="right"
             )
 
     def __call__(self, texts: Sequence[str], length: int) -> Tokens:

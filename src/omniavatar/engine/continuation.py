@@ -10,7 +10,6 @@ frame that a viewer has seen already would change a little, and the last window 
 
 from __future__ import annotations
 
-import tempfile
 import wave
 from collections import deque
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from omniavatar.media.atomic import atomic_path
 from omniavatar.media.audio_source import open_audio
 from omniavatar.media.inspect import encoding, probe_video, read_frames
 from omniavatar.media.resample import resample, silence
+from omniavatar.media.temporary import temporary_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -100,8 +100,8 @@ def begin(job: Job, models: Models, begun: Begun, overlap: int, encode: Callable
 
     Raises InputError, OutputError.
     """
-    with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
-        sample = Path(folder) / "sample.mp4"
+    with temporary_folder() as folder:
+        sample = folder / "sample.mp4"
         encode(iter([np.stack(list(islice(read_frames(begun.path), 2)))]), sample)
         if encoding(sample) != encoding(begun.path):
             raise InputError(

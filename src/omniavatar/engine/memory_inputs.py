@@ -6,7 +6,6 @@ A file object is read once, from its position to its end; the caller closes it.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import PIL.Image
 
 from omniavatar.errors import InputError
 from omniavatar.media.atomic import translate_os_error
+from omniavatar.media.temporary import temporary_folder
 from omniavatar.types import AvatarRequest, Waveform
 
 if TYPE_CHECKING:
@@ -64,9 +64,7 @@ def _in_file(name: str, value: Any, known: tuple[type, ...], stack: ExitStack) -
     if isinstance(value, known):
         return value
     blocks = _blocks(name, value, known)
-    folder = Path(tempfile.gettempdir())
-    with translate_os_error(folder):
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="omniavatar-inputs-")))
+    folder = stack.enter_context(temporary_folder("inputs"))
     path = folder / f"{name} in memory"
     with path.open("wb") as out:
         for block in blocks:

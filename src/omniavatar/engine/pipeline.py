@@ -9,7 +9,6 @@ If several processes make one video, the leader runs `stream` or `generate`, and
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from omniavatar.engine.prepare import condition, plan_request, read_inputs
 from omniavatar.engine.recorder import Elapsed, RunRecorder
 from omniavatar.engine.session import Session
 from omniavatar.engine.window_loop import ShouldStop, end_if, never
+from omniavatar.media.temporary import temporary_folder
 from omniavatar.parallel.team import ONE, Team
 from omniavatar.plan.placement import IDENTITY_FIELDS
 from omniavatar.plan.run import RunPlan
@@ -275,8 +275,8 @@ class AvatarPipeline(Session):
         from omniavatar.engine.memory_inputs import in_files
         from omniavatar.plan.estimate import estimate_memory, plan_report
 
-        with in_files(request) as local, tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
-            plan = plan_request(self.models, read_inputs(self.models, local), Path(folder)).plan
+        with in_files(request) as local, temporary_folder() as folder:
+            plan = plan_request(self.models, read_inputs(self.models, local), folder).plan
         memory = estimate_memory(self.config, plan, self.models.device)
         return plan_report(plan, memory, self.config)
 

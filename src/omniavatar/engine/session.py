@@ -6,11 +6,9 @@ processes make one video, the leader does this, and the others run `follow`.
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
@@ -37,6 +35,7 @@ from omniavatar.engine.window_loop import (
     never,
 )
 from omniavatar.errors import StoppedError
+from omniavatar.media.temporary import temporary_folder
 from omniavatar.parallel.team import ONE, Team, check_size
 from omniavatar.plan.placement import Placement
 from omniavatar.plan.preview import with_family
@@ -142,10 +141,10 @@ class Session:
         """Read, plan and encode a request for the caller, who runs its windows inside the body."""
         from omniavatar.engine.memory_inputs import in_files
 
-        with in_files(request) as local, tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
+        with in_files(request) as local, temporary_folder() as folder:
             inputs = read_inputs(self.models, local)
             self.adopt(inputs.shape)
-            yield condition(self.models, plan_request(self.models, inputs, Path(folder)), should_stop)
+            yield condition(self.models, plan_request(self.models, inputs, folder), should_stop)
 
     def windows(
         self,

@@ -6,11 +6,12 @@ A wrong message is answered by `error`, and the session goes on. The end of the 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from omniavatar.errors import InputError, OmniAvatarError
+from omniavatar.errors import InputError, OmniAvatarError, for_clients
 from omniavatar.live.limits import ServerLimits
 from omniavatar.live.messages import (
     Audio,
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from omniavatar.live.webrtc import RtcPeer
 
 Result = TypeVar("Result")
+_log = logging.getLogger("omniavatar.live")
+
 MakeSession = Callable[[str | None], LiveSession]
 """A new session for a prompt, or for the server's own (None)."""
 
@@ -218,8 +221,12 @@ class LiveConnection:
             self._noted = True
             await self._send({"type": "session.note", "text": text})
 
-    async def _error(self, error: Exception) -> None:
-        await self._send({"type": "error", "message": one_line(str(error))})
+    async def _error(self, error: OmniAvatarError) -> None:
+        text = str(error)
+        shown = for_clients(type(error), text)
+        if shown != text:
+            _log.error("%s", text)
+        await self._send({"type": "error", "message": one_line(shown)})
 
     async def _send(self, values: dict[str, Any]) -> None:
         async with self._sending:

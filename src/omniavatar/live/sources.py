@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from omniavatar.errors import InputError, ResourceError
 from omniavatar.live.sound import check_rate
+from omniavatar.media.temporary import temporary_folder
 
 if TYPE_CHECKING:
     from omniavatar.live.session import LiveSession
@@ -68,8 +68,8 @@ class FileSound(SoundSource):
         """See `SoundSource.open`. Raises InputError."""
         from omniavatar.media.audio import decode_mono
 
-        with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
-            decoded = Path(folder) / "sound.f32"
+        with temporary_folder() as folder:
+            decoded = folder / "sound.f32"
             decode_mono(self._path, decoded, self.session.rate, 0.0)
             self._sound = np.memmap(decoded, np.float32, "r")  # stays readable without its name
 

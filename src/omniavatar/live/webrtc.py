@@ -97,7 +97,7 @@ class RtcPeer:
     - on_error: called with an error of the peer's sound.
     """
 
-    def __init__(self, session: LiveSession, on_error: Callable[[Exception], object]) -> None:
+    def __init__(self, session: LiveSession, on_error: Callable[[InputError], object]) -> None:
         self._session, self._on_error = session, on_error
         self.output = RtcOutput(session.rate)
         self._connection = RTCPeerConnection(RTCConfiguration(iceServers=[]))

@@ -84,13 +84,18 @@ if sys.platform != "win32":
     os.register_at_fork(after_in_child=_forget_all)
 
 
-def try_lease(path: Path) -> Lease | None:
+def try_lease(path: Path, create: bool = True) -> Lease | None:
     """The lease on `path`, or None if another holder has it.
+
+    create: make the file if it is missing; otherwise that is None too.
 
     Raises OutputError, and TargetError if `path` is a file that is no lock of this package.
     """
     for _ in range(_MOST_TRIES):
-        handle = _open(path)
+        try:
+            handle = _open(path, create)
+        except FileNotFoundError:
+            return None
         try:
             _lock(handle)
         except OSError as error:
@@ -197,14 +202,15 @@ def _lock(handle: int) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _open(path: Path) -> int:
-    """A handle of the lock file, which is made with its folder if missing. A link is not followed."""
-    flags = os.O_RDWR | os.O_CREAT | sum(getattr(os, flag, 0) for flag in _FLAGS)
+def _open(path: Path, create: bool) -> int:
+    """A handle of the lock file. A link is not followed. create: make it and its folder if missing."""
+    flags = os.O_RDWR | (os.O_CREAT if create else 0) | sum(getattr(os, flag, 0) for flag in _FLAGS)
     for _ in range(_MOST_TRIES):
         try:
             return os.open(path, flags, 0o644)
         except (FileNotFoundError, NotADirectoryError):  # rare: the folder does not exist yet, or is a file
-            pass
+            if not create:
+                raise FileNotFoundError(path) from None
         except OSError as error:
             if error.errno in _NO_FILE:
                 raise TargetError(f"{path}: {_FOREIGN}") from None

@@ -9,12 +9,11 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from omniavatar.errors import ResourceError
+from omniavatar.media.temporary import temporary_folder
 
 POLL_S = 0.1
 INTERRUPT_S = 30.0
@@ -32,8 +31,8 @@ def launch(command: Sequence[str], names: Sequence[str]) -> int:
 
     Raises ResourceError if a process is killed by a signal.
     """
-    with tempfile.TemporaryDirectory(prefix="omniavatar-ranks-") as folder:
-        shared = {"WORLD_SIZE": str(len(names)), "OMNIAVATAR_STORE": str(Path(folder) / "store")}
+    with temporary_folder("ranks") as folder:
+        shared = {"WORLD_SIZE": str(len(names)), "OMNIAVATAR_STORE": str(folder / "store")}
         processes: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(len(names)):

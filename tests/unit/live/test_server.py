@@ -16,13 +16,17 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from starlette.testclient import TestClient
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from live_makers import impulse, tone
 from live_server import Served, served
+from omniavatar.errors import CheckpointError, ConfigError, InputError, OmniAvatarError, ResourceError
+from omniavatar.live import LiveSession
 from omniavatar.live.connection import in_thread
 from omniavatar.live.limits import Door, ServerLimits, is_loopback
+from omniavatar.live.server import make_app
 
 
 @pytest.fixture(scope="module")
@@ -254,3 +258,27 @@ def test_a_slow_model_is_announced() -> None:
         client.send(pcm(tone(1.0)))
         note = until(client, "session.note")[-1]
         assert isinstance(note, dict) and "s of video a second" in note["text"]
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (CheckpointError("/models/dit.pt: not found; fetch it"), "weights"),
+        (ResourceError("cuda:0 on 10.1.2.3 has too little memory"), "memory"),
+        (ConfigError("configs/live.yaml:3: dtype: is wrong"), "tell who runs it"),
+        (InputError("prompt: is empty; describe the person"), "prompt: is empty; describe the person"),
+    ],
+)
+def test_a_client_reads_no_path_of_the_server(
+    error: OmniAvatarError, shown: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(prompt: str | None) -> LiveSession:
+        raise error
+
+    app = make_app(fail, Door(True, None), ServerLimits())
+    with TestClient(app).websocket_connect("/v1/realtime/video", headers={"host": "localhost"}) as client:
+        client.send_json({"type": "session.start", "format": "m4s"})
+        message = client.receive_json()
+    assert message["type"] == "error" and shown in message["message"]
+    assert not {"/models", "10.1.2.3", "configs/"} & set(message["message"].replace(":", " ").split())
+    assert ("omniavatar.live" in {each.name for each in caplog.records}) != isinstance(error, InputError)

@@ -150,13 +150,22 @@ class Outside:
 
     def __init__(self, private: bool = False, resolver: Resolver = resolve) -> None:
         self._over = threading.Event()
-        backend = _Guarded(private, resolver, self._over)
-        self._pool = httpcore.ConnectionPool(
-            ssl_context=ssl.create_default_context(),
-            network_backend=backend,
-            max_keepalive_connections=0,
-            retries=0,
-        )
+        self._backend = _Guarded(private, resolver, self._over)
+        self._making = threading.Lock()
+        self._made: httpcore.ConnectionPool | None = None
+
+    @property
+    def _pool(self) -> httpcore.ConnectionPool:
+        """Made when it is first needed, since it reads all certificates of the system."""
+        with self._making:
+            if self._made is None:
+                self._made = httpcore.ConnectionPool(
+                    ssl_context=ssl.create_default_context(),
+                    network_backend=self._backend,
+                    max_keepalive_connections=0,
+                    retries=0,
+                )
+            return self._made
 
     def interrupt(self) -> None:
         """End the requests that run, and all later ones."""
@@ -164,7 +173,8 @@ class Outside:
 
     def close(self) -> None:
         self.interrupt()
-        self._pool.close()
+        if self._made is not None:
+            self._made.close()
 
     def fetch(self, url: str, target: Path, most_bytes: int, seconds: float) -> int:
         """Write what `url` holds to `target`, following a few redirects; returns its bytes.

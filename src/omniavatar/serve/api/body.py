@@ -33,7 +33,7 @@ FILES = (PORTRAIT, VOICE)
 NAMES = {PORTRAIT: "portrait", VOICE: "voice"}
 """Names of the files of a request."""
 _ALIASES = {PORTRAIT: ("image_url", "url"), VOICE: ("audio_url", "url")}
-MOST_FIELD = 1_000_000
+MOST_FIELD, MOST_PRIORITY = 1_000_000, 100
 
 
 class Fields(BaseModel):
@@ -51,6 +51,7 @@ class Fields(BaseModel):
     extra_params: dict[str, Any] = {}
     webhook_url: str | None = None
     provenance: bool = False
+    priority: Annotated[int, Field(ge=-MOST_PRIORITY, le=MOST_PRIORITY)] = 0
 
     @field_validator("prompt")
     @classmethod
@@ -117,7 +118,10 @@ class Body:
                     shutil.copyfileobj(value, file, 2**20)
             with path.open("rb") as file:
                 hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-        text = json.dumps([self.values.model_dump(mode="json"), hashes], sort_keys=True)
+        values = self.values.model_dump(mode="json")
+        if not self.values.priority:  # so requests of versions without it keep their digest
+            del values["priority"]
+        text = json.dumps([values, hashes], sort_keys=True)
         asked.digest = hashlib.sha256(text.encode()).hexdigest()
         return asked
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
-import multiprocessing
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any, Protocol, TypeVar
 import pebble
 
 from omniavatar.errors import OmniAvatarError
-from omniavatar.serve.api import decoding
 from omniavatar.serve.api.decoding import bound, portrait_size, voice_seconds, warm_up
 from omniavatar.serve.api.errors import ApiError, field_error
+from omniavatar.serve.api.reader_processes import reader_context
 
 _log = logging.getLogger("omniavatar.serve")
 
@@ -97,10 +96,7 @@ class ProcessChecker:
     def _started(self) -> pebble.ProcessPool:
         with self._lock:
             if self._pool is None:
-                methods = multiprocessing.get_all_start_methods()
-                context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-                context.set_forkserver_preload([decoding.__name__])  # each process begins with it
-                self._pool = pebble.ProcessPool(self._processes, initializer=bound, context=context)
+                self._pool = pebble.ProcessPool(self._processes, initializer=bound, context=reader_context())
             return self._pool
 
 

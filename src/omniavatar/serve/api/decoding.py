@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from omniavatar import assets
 from omniavatar.errors import InputError
-from omniavatar.media.audio_source import open_audio
 from omniavatar.media.image import Reduction, load_image
 
 _MEMORY = 6 * 2**30
@@ -32,6 +31,8 @@ def portrait_size(path: str, most_pixels: int) -> tuple[int, int]:
 
 def voice_seconds(path: str, most_seconds: float) -> float:
     """Seconds of a voice, decoded whole, but no further than the limit. Raises InputError."""
+    from omniavatar.media.audio_source import open_audio  # the server's own process needs no FFmpeg
+
     with open_audio(path) as audio:
         samples = 0
         for block in audio.blocks:

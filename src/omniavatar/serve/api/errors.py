@@ -24,6 +24,7 @@ from omniavatar.errors import (
     OmniAvatarError,
     OutputError,
     ResourceError,
+    for_clients,
     translated,
 )
 from omniavatar.serve.jobs.errors import (
@@ -61,6 +62,8 @@ KINDS: tuple[tuple[type[OmniAvatarError], int, str, str], ...] = (
 """Class, status, code and type; the first class that fits counts."""
 _PRIVATE = (StoreError, OutputError, ResourceError, CheckpointError)
 """Errors whose messages name paths and addresses of the server; only the log has them."""
+_OWN = (InputError, ConfigError)
+"""Errors of the client's own values; one that names a path is the server's."""
 
 
 class ErrorBody(BaseModel):
@@ -115,7 +118,9 @@ def as_api_error(error: Exception) -> ApiError:
     for kind, status, code, type in KINDS:
         if isinstance(known, kind):
             text = str(known)
-            if isinstance(known, _PRIVATE):
+            if isinstance(known, _OWN) and for_clients(kind, text) != text:
+                status, code, type = 503, "unavailable", SERVER
+            if isinstance(known, _PRIVATE) or code == "unavailable":
                 _log.error("%s: %s", code, known)
                 text = f"the server cannot do this now ({code}); try again later"
             headers = {"Retry-After": "10"} if status in (429, 503) else {}

@@ -28,7 +28,8 @@ class QueueLoad:
     ) -> None:
         self._store, self._least_ms, self._polls, self._clock = store, least_ms, polls_per_second, clock
         self._counting = threading.Lock()
-        self._unfinished, self._until = 0, float("-inf")
+        self._unfinished, self._until, self._turn = 0, float("-inf"), 0.0
+        self._turning = threading.Lock()
 
     def refreshed(self) -> int:
         """Unfinished jobs, not older than `FRESH_S` but for the time that counting takes; it blocks.
@@ -44,6 +45,18 @@ class QueueLoad:
         return self._unfinished
 
     def poll_after_ms(self) -> int:
-        """When a client should ask again; it grows with the queue. It does not block."""
-        paced = round(1000 * self._unfinished / self._polls)
-        return max(self._least_ms, min(paced, LONGEST_POLL_MS))
+        """When a client should ask again; it grows with the queue. It waits for no database.
+
+        In a long queue, each answer gets the next turn. So clients that came at the same time, as after a
+        restart, come back one after another.
+        """
+        paced = self._unfinished / self._polls
+        if 1000 * paced <= self._least_ms:
+            return self._least_ms
+        with self._turning:
+            now = self._clock()
+            earliest, latest = now + paced / 2, now + paced * 1.5
+            turn = self._turn + 1 / self._polls
+            self._turn = turn if earliest <= turn <= latest else earliest
+            after = round(1000 * (self._turn - now))
+        return max(self._least_ms, min(after, LONGEST_POLL_MS))

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import BaseModel
 
+from omniavatar.errors import OmniAvatarError, for_clients
+from omniavatar.serve.api.checks import PORTRAIT, VOICE
 from omniavatar.serve.api.errors import ErrorBody
 from omniavatar.serve.api.models import Plan
-from omniavatar.serve.jobs.records import JobRecord
+from omniavatar.serve.batch.items import ERRORS
+from omniavatar.serve.jobs.records import SOURCE_VIDEO, WORKER_LOST, JobRecord
+from omniavatar.serve.jobs.worker import code_of
+
+_KINDS = {code_of(kind.__name__): kind for kind in ERRORS}
 
 
 class VideoWarning(BaseModel):
@@ -98,11 +105,30 @@ def size_text(size: tuple[int, int]) -> str:
     return f"{size[1]}x{size[0]}"
 
 
+def _by_fields(job: JobRecord, text: str) -> str:
+    """The text with fields of the request in place of the paths of its files."""
+    for name, field in ((job.spec.image, PORTRAIT), (job.spec.audio, VOICE), (SOURCE_VIDEO, "video")):
+        if name is not None:
+            text = re.sub(rf"\S*/{job.id}/{re.escape(name)}(?![\w.])", field, text)
+    return text
+
+
+def job_error(job: JobRecord) -> ErrorBody | None:
+    """Why a job failed, for its client: its files by their fields, and no path or address of the server."""
+    error = job.error
+    if error is None:
+        return None
+    kind, text = _KINDS.get(error.code, OmniAvatarError), error.message
+    if error.code == WORKER_LOST:  # Ray names its nodes
+        text = "the processes that made this video died again and again; the server's log says why"
+    text = _by_fields(job, text)
+    return ErrorBody(code=error.code, message=for_clients(kind, text), type=error.type, param=error.param)
+
+
 def video(job: JobRecord, plan: Plan | None = None) -> Video:
     """The job as clients see it. plan: of its request, for what is not known before it runs."""
     seconds = job.seconds if job.seconds is not None else plan.seconds if plan else 0.0
     size = job.spec.size or (plan.size if plan else (0, 0))
-    error = job.error
     return Video(
         id=job.id,
         model=job.spec.model,
@@ -114,12 +140,14 @@ def video(job: JobRecord, plan: Plan | None = None) -> Video:
         expires_at=None if job.expires_at is None else int(job.expires_at),
         seconds=f"{seconds:g}",
         size=size_text(size),
-        error=error and ErrorBody(code=error.code, message=error.message, type=error.type, param=error.param),
+        error=job_error(job),
         remixed_from_video_id=job.spec.extends,
         window=job.window,
         windows=job.windows or (plan.windows if plan else 0),
         step=job.step,
         steps=job.steps or (plan.steps if plan else 0),
         eta_seconds=job.eta_seconds,
-        warnings=[VideoWarning(message=each.message, param=each.param) for each in job.warnings],
+        warnings=[
+            VideoWarning(message=_by_fields(job, each.message), param=each.param) for each in job.warnings
+        ],
     )

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from starlette.requests import Request
 
+from omniavatar.media.temporary import temporary_folder
 from omniavatar.serve.api.access import WRITE, Access, Caller, audit
 from omniavatar.serve.api.addresses import AddressError, Outside, checked_url
 from omniavatar.serve.api.body import NAMES, Asked, Body
@@ -91,8 +90,8 @@ class Service:
 
     def planned(self, body: Body) -> tuple[JobSpec, Plan]:
         """What a request would make, without accepting it. Raises ApiError."""
-        with tempfile.TemporaryDirectory(prefix="omniavatar-upload-") as folder:
-            return self.checked(body.write(Path(folder)))
+        with temporary_folder("upload") as folder:
+            return self.checked(body.write(folder))
 
     def compute_seconds(self, model: str, plan: Plan) -> float | None:
         """Seconds that a worker needs for the plan; None while unknown. Raises StoreError."""
@@ -181,6 +180,7 @@ class Service:
                     caller.key_id,
                     spec,
                     id=id,
+                    priority=body.values.priority,
                     idempotency_key=key,
                     request_digest=digest,
                     limits=caller.limits,

@@ -11,10 +11,10 @@ from fastapi.responses import FileResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from omniavatar.serve.api.access import READ, WRITE, Caller, audit
-from omniavatar.serve.api.body import ExtensionFields, VideoFields, parsed
+from omniavatar.serve.api.body import MOST_PRIORITY, ExtensionFields, VideoFields, parsed
 from omniavatar.serve.api.checks import PORTRAIT, VOICE
 from omniavatar.serve.api.errors import NOT_FOUND, SERVER, ApiError, ErrorReply
-from omniavatar.serve.api.replies import Deletion, Estimate, Video, VideoList, size_text, video
+from omniavatar.serve.api.replies import Deletion, Estimate, Video, VideoList, job_error, size_text, video
 from omniavatar.serve.api.service import Service
 from omniavatar.serve.api.streams import growing, server_sent_events
 from omniavatar.serve.api.turns import in_turn
@@ -37,6 +37,7 @@ _THROUGH_FORM = {
     "guidance_scale": {"type": "number"},
     "webhook_url": {"type": "string"},
     "provenance": {"type": "boolean"},
+    "priority": {"type": "integer", "minimum": -MOST_PRIORITY, "maximum": MOST_PRIORITY},
 }
 
 
@@ -119,7 +120,7 @@ def videos(service: Service) -> APIRouter:
 
     def finished(job: JobRecord, headers: dict[str, str] | None = None) -> FileResponse:
         if job.status is JobStatus.failed:
-            error = job.error
+            error = job_error(job)
             assert error is not None
             status = 422 if error.type != SERVER else 500
             raise ApiError(status, error.code, f"the video failed: {error.message}", error.param, error.type)

@@ -18,6 +18,8 @@ from typing import Any
 import psutil
 
 from omniavatar.errors import ResourceError
+from omniavatar.media.lease import try_lease
+from omniavatar.media.temporary import LOCK, RAY, remove_abandoned
 from omniavatar.serve.batch.crew import CrewLost
 
 SERVICES = ("raylet", "gcs_server")
@@ -41,8 +43,12 @@ class LocalRay:
 
     def __init__(self, ray: Any, gpus: Sequence[str], cpus: int) -> None:
         self._ray = ray
-        folder = tempfile.gettempdir()
-        self._folder = tempfile.mkdtemp(prefix="oa-", dir=folder if len(folder) < _MAX_TEMP_PATH else "/tmp")
+        root = Path(tempfile.gettempdir())
+        if len(str(root)) >= _MAX_TEMP_PATH:
+            root = Path("/tmp")
+        remove_abandoned(root)
+        self._folder = tempfile.mkdtemp(prefix=RAY, dir=root)
+        self._lease = try_lease(Path(self._folder) / LOCK)
         self._before = {child.pid for child in psutil.Process().children()}
         self._begun: dict[int, psutil.Process] = {}
         self._ended: str | None = None
@@ -105,3 +111,5 @@ class LocalRay:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
+        if self._lease is not None:
+            self._lease.release()

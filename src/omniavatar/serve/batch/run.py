@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omniavatar.media.temporary import remove_abandoned
 from omniavatar.serve.batch.crew import Crew
 from omniavatar.serve.batch.destination import Destination
 from omniavatar.serve.batch.events import BatchFinished
@@ -44,6 +45,7 @@ def run_batch(
 
     Raises OutputError if another driver runs the same folder, or a folder cannot be written.
     """
+    remove_abandoned()
     run = RunFolder(folder)
     with run.own():
         with destination.prepared():

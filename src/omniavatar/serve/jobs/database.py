@@ -6,6 +6,7 @@ it never fails half-way for a lock. PostgreSQL takes an advisory lock where two 
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,12 +24,15 @@ from omniavatar.media.atomic import check_writable
 from omniavatar.serve.jobs.errors import StoreError
 from omniavatar.serve.jobs.tables import metadata
 
-BUSY_S = 30.0
-"""How long a transaction waits for another process that writes."""
+BUSY_S, LOOK_S = 30.0, 0.002
+"""How long a transaction waits for another process that writes; how often it looks."""
 CONNECT_S = 10
 MIGRATE, SUBMIT, CLAIM, RATES = 0x6F61_0001, 0x6F61_0002, 0x6F61_0003, 0x6F61_0004
 """Advisory locks of PostgreSQL: one process at a time does this."""
+HEAD = "0005"
+"""Revision of the tables of this version: the last of `migrations/versions`."""
 _FOLDER = Path(__file__).parent / "migrations"
+_REVISIONS = sa.table("alembic_version", sa.column("version_num", sa.String))
 
 
 class Database:
@@ -88,16 +92,13 @@ class Database:
 
     def revision(self) -> str | None:
         """The revision of the tables; None for an empty database."""
-        from alembic.runtime.migration import MigrationContext
-
         with self.reading() as connection:
-            return MigrationContext.configure(connection).get_current_revision()
+            if not sa.inspect(connection).has_table(_REVISIONS.name):
+                return None
+            return connection.execute(sa.select(_REVISIONS.c.version_num)).scalar()
 
     def _migrate(self) -> None:
-        from alembic.script import ScriptDirectory
-
-        script = ScriptDirectory(str(_FOLDER))
-        if self.revision() != script.get_current_head():
+        if self.revision() != HEAD:
             with self.writing(MIGRATE) as connection:
                 migrate(connection, self.name)
 
@@ -171,10 +172,34 @@ def _sqlite(url: sa.URL) -> Engine:
 
     @sa.event.listens_for(engine, "begin")
     def begun(connection: Connection) -> None:
-        reads = connection.get_execution_options().get("omniavatar_reads", False)
-        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+        if connection.get_execution_options().get("omniavatar_reads", False):
+            connection.exec_driver_sql("BEGIN")
+        else:
+            _begin_writing(connection)
 
     return engine
+
+
+def _begin_writing(connection: Connection) -> None:
+    """Take SQLite's lock for writing. Raises SQLAlchemyError after `BUSY_S`.
+
+    SQLite itself waits in pauses that grow to 100 ms, in which other processes overtake again and again.
+    """
+    raw: Any = connection.connection.dbapi_connection
+    raw.execute("PRAGMA busy_timeout=0")
+    try:
+        ends = time.monotonic() + BUSY_S
+        while time.monotonic() < ends:
+            try:
+                raw.execute("BEGIN IMMEDIATE")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                    break
+            time.sleep(LOOK_S)
+        connection.exec_driver_sql("BEGIN IMMEDIATE")  # raises the error as SQLAlchemy has it
+    finally:
+        raw.execute(f"PRAGMA busy_timeout={BUSY_S * 1000:.0f}")
 
 
 def _postgresql(url: sa.URL) -> Engine:

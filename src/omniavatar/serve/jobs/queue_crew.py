@@ -39,6 +39,7 @@ from omniavatar.serve.jobs.records import (
     new_job_id,
 )
 from omniavatar.serve.jobs.store import JobStore
+from omniavatar.serve.jobs.worker import code_of
 
 _log = logging.getLogger("omniavatar.serve")
 
@@ -206,13 +207,9 @@ class QueueCrew:
 def _failed(job: JobRecord, began: float) -> Outcome:
     """The outcome of a job that failed. The queue has tried it again already."""
     assert job.error is not None
-    classes: dict[str, str] = {_code(kind.__name__): kind.__name__ for kind in ERRORS}
+    classes: dict[str, str] = {code_of(kind.__name__): kind.__name__ for kind in ERRORS}
     name = classes.get(job.error.code, "OmniAvatarError")
     return Outcome(Verdict.failed, began, time.time(), error=job.error.message, error_class=name)
-
-
-def _code(name: str) -> str:
-    return name.removesuffix("Error").lower()
 
 
 def _suffix(path: Path) -> str:

@@ -21,6 +21,7 @@ from omniavatar.serve.jobs.errors import (
     KeyLimitError,
     QueueFullError,
 )
+from omniavatar.serve.jobs.group_commit import GroupCommit
 from omniavatar.serve.jobs.records import (
     UNFINISHED,
     Deleted,
@@ -51,6 +52,10 @@ NO_LIMITS = KeyLimits()
 
 class JobStore(Claims):
     """Jobs of all keys. Close it at the end, or use it as a context manager."""
+
+    def __init__(self, database: Database) -> None:
+        super().__init__(database)
+        self._submits: GroupCommit[tuple[JobRecord, bool]] = GroupCommit(database, SUBMIT)
 
     @classmethod
     def open(cls, url: str, clock: Callable[[], float] | None = None) -> Self:
@@ -99,7 +104,19 @@ class JobStore(Claims):
         Raises IdempotencyConflictError, KeyLimitError, QueueFullError, StoreError.
         """
         digest = request_digest or spec_digest(spec)
-        with self.database.writing(SUBMIT) as connection:
+        values = {
+            "id": id or new_job_id(),
+            "key_id": key_id,
+            "model": spec.model,
+            "spec": spec_values(spec),
+            "status": JobStatus.queued,
+            "priority": priority,
+            "idempotency_key": idempotency_key,
+            "request_digest": digest,
+            "last_event": 1,
+        }
+
+        def write(connection: Connection) -> tuple[JobRecord, bool]:
             if idempotency_key is not None:
                 found = _idempotent(connection, key_id, idempotency_key, digest)
                 if found is not None:
@@ -112,19 +129,7 @@ class JobStore(Claims):
                 raise QueueFullError(f"the queue is full ({most_unfinished} jobs); try again later")
             note_limits(connection, key_id, limits)
             now = self.database.now(connection)
-            values = {
-                "id": id or new_job_id(),
-                "key_id": key_id,
-                "model": spec.model,
-                "spec": spec_values(spec),
-                "status": JobStatus.queued,
-                "priority": priority,
-                "created_at": now,
-                "idempotency_key": idempotency_key,
-                "request_digest": digest,
-                "last_event": 1,
-            }
-            connection.execute(jobs.insert().values(**values))
+            connection.execute(jobs.insert().values(**values, created_at=now))
             data = {"status": str(JobStatus.queued), "attempt": 0}
             connection.execute(
                 events.insert().values(job_id=values["id"], sequence=1, at=now, kind="status", data=data)
@@ -139,6 +144,8 @@ class JobStore(Claims):
                 idempotency_key=idempotency_key,
             )
             return job, True
+
+        return self._submits.write(write)
 
     def find_idempotent(self, key_id: str, idempotency_key: str, request_digest: str) -> JobRecord | None:
         """The job that this idempotency key has made. Raises IdempotencyConflictError, StoreError."""

@@ -309,10 +309,14 @@ def write_thumbnail(video: Path, path: Path) -> None:
 
 
 def job_error(outcome: Outcome) -> JobError:
-    """What a client reads of a failed attempt. Bugs show no trace."""
+    """What is kept of a failed attempt. Bugs show no trace."""
     name = outcome.error_class
     if outcome.verdict is Verdict.broken or is_bug(name):
         return JobError(SERVER_ERROR, "the server met a bug in this job; its log says more", "server_error")
     kinds = {"InputError": "invalid_request_error", "NumbersError": "server_error"}
-    code = name.removesuffix("Error").lower() or SERVER_ERROR
-    return JobError(code, outcome.error, kinds.get(name, "server_error"))
+    return JobError(code_of(name) or SERVER_ERROR, outcome.error, kinds.get(name, "server_error"))
+
+
+def code_of(error_class: str) -> str:
+    """The code of a job's error, by the name of its class."""
+    return error_class.removesuffix("Error").lower()

@@ -7,7 +7,6 @@ is not this server's own.
 from __future__ import annotations
 
 import hmac
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -23,6 +22,7 @@ from starlette.types import ASGIApp
 from omniavatar import __version__
 from omniavatar.assets import SPEECH, pocket
 from omniavatar.errors import ResourceError
+from omniavatar.media.temporary import temporary_folder
 from omniavatar.serve.api.access import READ, WRITE
 from omniavatar.serve.api.body import Body, ExtensionFields, VideoFields, parsed
 from omniavatar.serve.api.checks import PORTRAIT, VOICE
@@ -229,8 +229,8 @@ def _page(service: Service, parts: PageParts) -> APIRouter:
     def warnings_of(body: Body) -> list[VideoWarning]:
         if parts.check is None:
             return []
-        with tempfile.TemporaryDirectory(prefix="omniavatar-upload-") as folder:
-            asked = body.write(Path(folder))
+        with temporary_folder("upload") as folder:
+            asked = body.write(folder)
             spec, _ = service.checked(asked)
             portrait, voice = asked.files[PORTRAIT], asked.files.get(VOICE)
             request = AvatarRequest(spec.prompt, portrait, voice, size=spec.size)
@@ -285,14 +285,14 @@ def _page(service: Service, parts: PageParts) -> APIRouter:
             )
         if asked.voice not in (None, voice.name):
             raise field_error("voice", f"is not available; the voice here is {voice.name}")
-        with tempfile.TemporaryDirectory(prefix="omniavatar-speech-") as folder:
-            path = Path(folder) / "speech.wav"
+        with temporary_folder("speech") as folder:
+            path = folder / "speech.wav"
             voice.speak(asked.input, path, asked.speed)
             return Response(path.read_bytes(), media_type="audio/wav")
 
     def use_portrait(talk: Talk, body: Body) -> None:
-        with tempfile.TemporaryDirectory(prefix="omniavatar-upload-") as folder:
-            files = body.write(Path(folder)).files
+        with temporary_folder("upload") as folder:
+            files = body.write(folder).files
             if PORTRAIT not in files:
                 raise field_error(PORTRAIT, "is missing; choose a portrait", "missing_field")
             service.checker.check(files[PORTRAIT], None)

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 
 from omniavatar.serve.api.checks import ProcessChecker
 from omniavatar.serve.api.errors import ApiError
+from omniavatar.serve.api.reader_processes import begin_readers
 from serve_api import MP4, Serve, portrait, voice
 from serve_server import listening
 
@@ -125,6 +126,24 @@ def wait_busy(processes: list[psutil.Process]) -> list[psutil.Process]:
         if found := [each for each in processes if sum(each.cpu_times()[:2]) > used[each] + 0.1]:
             return found
         time.sleep(0.02)
+
+
+def test_the_process_to_fork_from_starts_before_the_first_check(tmp_path: Path) -> None:
+    def forked_from() -> list[int]:
+        children = psutil.Process().children()
+        return [each.pid for each in children if "multiprocessing.forkserver" in " ".join(each.cmdline())]
+
+    begin_readers()
+    before = forked_from()
+    assert len(before) == 1
+    sound = tmp_path / "sound"
+    sound.write_bytes(voice())
+    checker = ProcessChecker(1, 20.0, 10**6, 60.0)
+    try:
+        assert checker.check(None, sound) == (None, pytest.approx(0.5))
+    finally:
+        checker.close()
+    assert forked_from() == before
 
 
 def test_a_file_that_meets_a_bug_of_its_reader_is_refused_and_logged(

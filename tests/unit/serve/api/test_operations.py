@@ -95,18 +95,21 @@ def test_one_trace_goes_from_the_request_to_the_windows_in_another_process(
 
 
 @pytest.mark.slow
-def test_nothing_of_opentelemetry_is_imported_unless_it_is_configured() -> None:
+def test_a_server_imports_what_it_needs_and_nothing_of_opentelemetry(empty_database: Path) -> None:
     program = (
         "import sys, omniavatar.serve.jobs.workers, omniavatar.serve.jobs.process\n"
         "assert not any(name.startswith('opentelemetry') for name in sys.modules)\n"
         "import omniavatar.serve.api.app  # FastAPI looks for the API of OpenTelemetry by itself\n"
+        "omniavatar.serve.api.app.JobStore.open(sys.argv[1]).close()\n"
+        "assert not {'av', 'alembic', 'torch'} & set(sys.modules), 'a restart would wait for them'\n"
         "parts = ('opentelemetry.sdk', 'opentelemetry.exporter', 'opentelemetry.instrumentation')\n"
         "assert not [name for name in sys.modules if name.startswith(parts)]\n"
         "from omniavatar.serve.jobs.tracing import provider_of\n"
         "provider_of('http://127.0.0.1:9')\n"
         "assert 'opentelemetry.sdk.trace' in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", program, f"sqlite:///{empty_database}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -121,6 +121,14 @@ def test_an_idempotency_key_gives_the_same_job(serve: Serve) -> None:
     assert len(server.folders) == 1
 
 
+def test_the_priority_orders_the_videos_of_a_key(serve: Serve) -> None:
+    server = serve()
+    ids = [server.create(**fields).json()["id"] for fields in ({}, {"priority": "7"}, {"priority": "-1"})]
+    assert [server.claim().job.id for _ in ids] == [ids[1], ids[0], ids[2]]
+    refused = server.create(priority="101")
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "priority"
+
+
 def test_an_estimate_accepts_nothing(serve: Serve) -> None:
     server = serve()
     server.create()

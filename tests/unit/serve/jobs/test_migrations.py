@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
-from omniavatar.serve.jobs.database import Database, migrate
+from omniavatar.serve.jobs import database as module
+from omniavatar.serve.jobs.database import HEAD, Database, migrate
 from omniavatar.serve.jobs.errors import StoreError
 from omniavatar.serve.jobs.keys import KeyStore
 from omniavatar.serve.jobs.records import JobSpec
@@ -15,7 +17,13 @@ from omniavatar.serve.jobs.store import JobStore
 from omniavatar.serve.jobs.tables import jobs, metadata
 
 SPEC = JobSpec("pocket", "a person speaks", "input/a.png", "input/b.wav")
-HEAD = "0005"
+
+
+def test_the_named_revision_is_the_last_one() -> None:
+    from alembic.script import ScriptDirectory
+
+    script = ScriptDirectory(str(Path(module.__file__).parent / "migrations"))
+    assert script.get_heads() == [HEAD]
 
 
 def first_revision(url: str) -> None:
