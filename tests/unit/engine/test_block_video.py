@@ -133,7 +133,7 @@ def test_a_decoder_reaches_back_as_far_as_stated(name: str) -> None:
         return torch.equal(torch.cat(list(later(latents[-1])), dim=2), pixels[-1])
 
     assert after(past)
-    assert not after(past // 2)
+    assert not after(past // 4)  # what is further back may fade below rounding
 
 
 def test_a_block_that_was_decoded_in_part_is_decoded_again(dit: WanDiT) -> None:
