@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.shared.options import add_device, add_repeats, make_parser, size_of
 from benchmarks.shared.report import print_result, print_table, spread
+from benchmarks.shared.timing import synchronize
 from omniavatar import AvatarPipeline, AvatarRequest
 from omniavatar.config.load import load_config
 from omniavatar.device import choose_device
@@ -97,9 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def timed(pipe: AvatarPipeline, request: AvatarRequest, way: Mapping[str, Any]) -> tuple[float, np.ndarray]:
     """Seconds until all frames of the request are on the host, and the frames."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()
+    synchronize()
     begun = time.perf_counter()
     frames = np.concatenate([chunk.frames for chunk in pipe.stream(request, **way)])
-    wait()
+    synchronize()
     return time.perf_counter() - begun, frames

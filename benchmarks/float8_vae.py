@@ -2,9 +2,10 @@
 
     python -m benchmarks float8_vae [--parts check,times,vae,pocket] [--share 1/1] [--repeats 5]
 
-check: the kernel against its slow equivalent at odd and real sizes, with all tilings of `times`.
 check: the kernel against its slow equivalent at odd and real sizes, with the tilings of `times`.
-norm. vae: decode of 105 frames and encode of 13 at 400x720, exact and float8, random weights; PSNR (of pixels
+times: one convolution at real sizes beside cuDNN's in bf16: its sum, and where a program has all channels its
+norm.
+vae: decode of 105 frames and encode of 13 at 400x720, exact and float8, random weights; PSNR (of pixels
 within -1 to 1) and relative L2 of 53 frames against the exact path.
 pocket: the same error with the packaged VAE and a moving piece of the packaged portrait, on any device.
 `--share 2/5` checks the second fifth of the cases, so that five processes compile at once.

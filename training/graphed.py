@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from training.loop import Optimiser
 from training.nets import forget_gradients
 
 WARM_UP = 3
@@ -50,3 +51,27 @@ class GraphedStep:
             self.batch[name].copy_(value)
         self.graph.replay()
         return self.loss
+
+
+def stepper(
+    loss_of: Callable[[dict[str, Tensor]], Tensor],
+    draw: Callable[[], dict[str, Tensor]],
+    optimiser: Optimiser,
+    graph: bool,
+) -> Callable[[], Tensor]:
+    """A function that makes one training step on a batch of `draw` and returns its loss, without gradients.
+
+    graph: replay the step as a CUDA graph; the next step overwrites the loss then.
+    """
+    graphed = GraphedStep(loss_of, draw(), optimiser.parameters) if graph else None
+
+    def step() -> Tensor:
+        if graphed is None:
+            loss = loss_of(draw())
+            optimiser.step(loss)
+        else:
+            loss = graphed(draw())
+            optimiser.update()
+        return loss.detach()
+
+    return step

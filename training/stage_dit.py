@@ -27,7 +27,7 @@ from omniavatar.model.layers import BlockInputs
 from omniavatar.sampling.schedule import make_schedule
 from training.augment import roughen
 from training.drive import FRAMES_A_LATENT, mirrored_drive, windows_of, write
-from training.graphed import GraphedStep
+from training.graphed import stepper
 from training.handover import film_doubles
 from training.loop import Budget, Log, Optimiser, Pool, mixed
 from training.nets import Nets, PromptEncoder, normalise_sound, normalised_latents
@@ -295,10 +295,14 @@ def dit_loss(
 def weighted_loss(error: Tensor, weight: Tensor, steady: float) -> Tensor:
     """Weighted squared error (B, C, T, h, w), and `steady` times that of its change from latent to latent."""
     loss = (error.square() * weight).mean()
-    if not steady:
-        return loss
-    both = torch.minimum(weight[:, :, 1:], weight[:, :, :-1])
-    return loss + steady * 0.5 * (error.diff(dim=2).square() * both).mean()
+    return loss + steady * 0.5 * unsteadiness(error, weight, 2) if steady else loss
+
+
+def unsteadiness(error: Tensor, weight: Tensor, dim: int) -> Tensor:
+    """Weighted square of the change of an error (B, C, T, h, w) between neighbours along `dim`."""
+    count = weight.shape[dim] - 1
+    both = torch.minimum(weight.narrow(dim, 1, count), weight.narrow(dim, 0, count))
+    return (error.diff(dim=dim).square() * both).mean()
 
 
 def drive_of(takes: list[Take], device: torch.device) -> Tensor:
@@ -371,17 +375,11 @@ def train_dit(
     told = Story(held_out, starts, drive_of(takes_held_out, device), None)
     test = stories_of(told, nets, settings, same)
     measured_now()
-    graphed = GraphedStep(loss_of, draw(), optimiser.parameters) if settings.graph else None
+    step = stepper(loss_of, draw, optimiser, settings.graph)
     measured, mean = budget.spent, None
     with Supply(make, settings.fresh, device) if settings.fresh else nullcontext() as supply:
         while not budget.over:
-            if graphed is not None:
-                loss = graphed(draw())
-                optimiser.update()
-            else:
-                loss = loss_of(draw())
-                optimiser.step(loss)
-            loss = loss.detach()
+            loss = step()
             mean = loss.clone() if mean is None else mean.lerp_(loss, 0.02)
             if supply is not None and optimiser.steps % settings.fresh_every == 0:
                 clips = supply.take()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from omniavatar.model.dit import RunBlocks, TextState, WanDiT
 from training.causal import block_causal, blocks_runner, roll_out, velocity
-from training.graphed import GraphedStep
+from training.graphed import stepper
 from training.live_drive import carried_noise
 from training.loop import Budget, Log, Optimiser, Pool, mixed
 from training.nets import Nets, PromptEncoder, pixels_of
@@ -178,19 +178,13 @@ def train_student(
     test = told(held_out, drive_of(takes_held_out, device), nets, settings, same)
     if budget.ranks.leads:
         measured_now()
-    graphed = GraphedStep(loss_of, draw(), optimiser.parameters) if settings.graph else None
+    step = stepper(loss_of, draw, optimiser, settings.graph)
     measured, mean = budget.spent, None
     with Supply(make, settings.fresh, device) if settings.fresh else nullcontext() as supply:
         while not budget.over:
             if optimiser.steps % settings.own_every == 0 and optimiser.steps:
                 renew_own()
-            if graphed is None:
-                loss = loss_of(draw())
-                optimiser.step(loss)
-            else:
-                loss = graphed(draw())
-                optimiser.update()
-            loss = loss.detach()
+            loss = step()
             mean = loss.clone() if mean is None else mean.lerp_(loss, 0.02)
             if supply is not None and optimiser.steps % settings.fresh_every == 0:
                 clips = supply.take()

@@ -26,7 +26,7 @@ from training.nets import AudioTrainer, Nets, normalise_sound, normalised_latent
 from training.phones import FPS
 from training.scale import SIZE
 from training.settings import StudentSettings
-from training.stage_dit import PROMPT_TOKENS, SHIFT, disturb, face_weight
+from training.stage_dit import PROMPT_TOKENS, SHIFT, disturb, face_weight, unsteadiness
 from training.stage_vae import to_pixels
 from training.studio import Film
 from training.takes import SAMPLES_A_FRAME
@@ -216,12 +216,8 @@ def robust_loss(error: Tensor, weight: Tensor, settings: StudentSettings) -> Ten
     size = (squares.mean(1, keepdim=True) + limit**2).sqrt() - limit
     loss = (2 * limit * size * weight).mean()
     for dim in (3, 4):
-        both = torch.minimum(
-            weight.narrow(dim, 1, weight.shape[dim] - 1), weight.narrow(dim, 0, weight.shape[dim] - 1)
-        )
-        loss = loss + settings.edges * 0.25 * (error.diff(dim=dim).square() * both).mean()
-    both = torch.minimum(weight[:, :, 1:], weight[:, :, :-1])
-    return loss + settings.steady * 0.5 * (error.diff(dim=2).square() * both).mean()
+        loss = loss + settings.edges * 0.25 * unsteadiness(error, weight, dim)
+    return loss + settings.steady * 0.5 * unsteadiness(error, weight, 2)
 
 
 def roughness(latents: Tensor) -> Tensor:

@@ -103,14 +103,11 @@ class Float8Layers(FrameLayers):
         between = self._float8_window(second, clip, (*x.shape[:3], first.conv.outputs))
         self._finish(first, window, None, None, second, between, clip)
         short = pointwise(block.shortcut, total) if isinstance(block.shortcut, CausalConv3d) else total
-        following = self._following.get(block)
-        if following is None:
-            self._finish(second, between, short, short, None, None, clip)
-        else:
-            after = self._halves[following][0]
-            ready = self._float8_window(after, clip, short.shape)
-            self._finish(second, between, short, short, after, ready, clip)
-            clip.ready[after.module] = ready
+        after = ready = None
+        if block in self._following:
+            after = self._halves[self._following[block]][0]
+            ready = clip.ready[after.module] = self._float8_window(after, clip, short.shape)
+        self._finish(second, between, short, short, after, ready, clip)
         return PendingSum(short)
 
     def _finish(
@@ -128,23 +125,17 @@ class Float8Layers(FrameLayers):
         if clip.rows is not None:
             clip.rows.border(window[2:])
         clip.past[half.module] = window[-2:].clone()
-        if after is None or target is None:
-            self._convolve_float8(
-                window.view(FP8), half.conv, residual, border=border, total=total, norm=None
-            )
-        elif joins_norm(half.conv.outputs):
-            norm = NormTo(after.gamma, self._new_frames(after, target, clip), after.conv.gain)
-            self._convolve_float8(
-                window.view(FP8), half.conv, residual, border=border, total=total, norm=norm
-            )
-        else:
-            if total is None:
-                inside = self._new_frames(after, target, clip)
-                total = half.module.weight.new_empty(inside.shape)
-            self._convolve_float8(
-                window.view(FP8), half.conv, residual, border=border, total=total, norm=None
-            )
-            self._normed_into(after, target, PendingSum(total), None, clip)
+        norm, pending = None, None
+        if after is not None and target is not None:
+            inside = self._new_frames(after, target, clip)
+            if joins_norm(half.conv.outputs):
+                norm = NormTo(after.gamma, inside, after.conv.gain)
+            else:
+                total = half.module.weight.new_empty(inside.shape) if total is None else total
+                pending = PendingSum(total)
+        self._convolve_float8(window.view(FP8), half.conv, residual, border=border, total=total, norm=norm)
+        if pending is not None and after is not None and target is not None:
+            self._normed_into(after, target, pending, None, clip)
 
     def _normed_into(
         self, half: _Half, window: Tensor, x: PendingSum, total: Tensor | None, clip: Clip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from omniavatar.engine.prepare import (
     read_inputs,
 )
 from omniavatar.engine.recorder import RunRecorder
+from omniavatar.media.temporary import temporary_folder
 from omniavatar.plan.preview import with_family
 from omniavatar.types import AvatarRequest, Event
 
@@ -39,11 +39,11 @@ class InputCheck:
         Raises InputError, ConfigError, CheckpointError.
         """
         self._found.clear()
-        with in_files(request) as local, tempfile.TemporaryDirectory(prefix="omniavatar-check-") as folder:
+        with in_files(request) as local, temporary_folder("check") as folder:
             if self._config.model.input_limits is None:
-                return self._of_sound(local, Path(folder))
+                return self._of_sound(local, folder)
             models = self._models
-            planned = plan_request(models, read_inputs(models, local), Path(folder))
+            planned = plan_request(models, read_inputs(models, local), folder)
             encode_inputs(models, planned, fitted_portrait(planned.inputs.image, planned.plan))
         return list(self._found)
 

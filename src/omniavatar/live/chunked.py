@@ -23,7 +23,7 @@ from omniavatar.engine.prepare import Planned, condition, read_inputs
 from omniavatar.errors import InputError, ResumeError
 from omniavatar.live.endless import check_origin, make_window, origin
 from omniavatar.plan.run import make_plan
-from omniavatar.sampling.windows import anchored
+from omniavatar.sampling.windows import anchor
 from omniavatar.types import AvatarRequest, SamplingParams, Window
 
 if TYPE_CHECKING:
@@ -120,5 +120,4 @@ class ChunkedMaker:
 def chunk_window(rule: ChunkRule, index: int, anchor_every: int = 0) -> Window:
     """Chunk `index`. All begin where the first does, because the features are of one chunk only."""
     given = rule.given if index else 1
-    (window,) = anchored([Window(index, -rule.given, rule.frames, given, rule.new, rule.given)], anchor_every)
-    return window
+    return anchor(Window(index, -rule.given, rule.frames, given, rule.new, rule.given), anchor_every)

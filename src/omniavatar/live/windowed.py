@@ -22,7 +22,7 @@ from omniavatar.engine.memory_inputs import in_files
 from omniavatar.engine.prepare import Planned, condition, read_inputs
 from omniavatar.live.endless import check_origin, make_window, origin
 from omniavatar.plan.run import make_plan
-from omniavatar.sampling.windows import anchored
+from omniavatar.sampling.windows import anchor
 from omniavatar.types import AvatarRequest, SamplingParams, Window
 
 if TYPE_CHECKING:
@@ -114,7 +114,5 @@ class WindowedMaker:
 def live_window(length: int, overlap: int, index: int, anchor_every: int = 0) -> Window:
     """Window `index`. All but the first start at frame 1, because frame f takes audio row f - 1."""
     given = overlap if index else 1
-    (window,) = anchored(
-        [Window(index, min(index, 1), length, given, length - (given if index else 0))], anchor_every
-    )
-    return window
+    new = length - (given if index else 0)
+    return anchor(Window(index, min(index, 1), length, given, new), anchor_every)

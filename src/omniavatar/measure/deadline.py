@@ -134,21 +134,21 @@ def propose(
 class Axes:
     """What may be changed.
 
-    - planned: settings that change the plan: each combination is counted. sparse: one of them.
+    - planned: settings that change the plan: each combination is counted. sparse, lengths: two of them.
     - coding: ways to run the VAE. presets: faster ones of the video encoder.
     """
 
     planned: tuple[Axis, ...]
     sparse: Axis
+    lengths: Axis
     coding: Axis
     presets: Axis
 
     @classmethod
     def of(cls, config: PipelineConfig) -> Axes:
-        sparse = sparsities(config)
-        steps = step_counts(config), step_caches(config), guidance_intervals(config)
-        planned = (*steps, sparse, window_lengths(config))
-        return cls(planned, sparse, vae_runners(config), faster_presets(config))
+        sparse, lengths = sparsities(config), window_lengths(config)
+        planned = step_counts(config), step_caches(config), guidance_intervals(config), sparse, lengths
+        return cls(planned, sparse, lengths, vae_runners(config), faster_presets(config))
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _measure(parts: PartTimer, config: PipelineConfig, axes: Axes, minutes: floa
             shares.append(thinner.sparsity.kept_share)
             forwards.append(found.median)
     linear, coding, writing = 1.0, {}, {}
-    for settings, _ in axes.planned[-1][1:2]:
+    for settings, _ in axes.lengths[1:2]:
         other = parts.plan(with_settings(config, settings), minutes * 60)
         linear = linear_part(
             (plan.tokens, window.forward), (other.tokens, parts.forward_timings(other)["forward"].median)

@@ -145,18 +145,20 @@ def is_anchor(index: int, every: int) -> bool:
     return every > 0 and index > 0 and index % every == 0
 
 
-def anchored(windows: Iterable[Window], every: int) -> tuple[Window, ...]:
-    """`windows`, of which every `every`-th starts from the portrait again, as window 0 does; 0: none.
+def anchor(window: Window, every: int) -> Window:
+    """`window`; every `every`-th starts from the portrait again, as window 0 does; 0: none.
 
     Such a window lies where it lay and shows the same frames. It makes the frames that it shares with the
     window before from the portrait, and hides them: there the head comes from the portrait's pose to speech.
     """
-    return tuple(
-        replace(each, given_frames=1, hidden_frames=each.skipped_frames, anchored=True)
-        if is_anchor(each.index, every)
-        else each
-        for each in windows
-    )
+    if not is_anchor(window.index, every):
+        return window
+    return replace(window, given_frames=1, hidden_frames=window.skipped_frames, anchored=True)
+
+
+def anchored(windows: Iterable[Window], every: int) -> tuple[Window, ...]:
+    """`windows`, each as of `anchor`."""
+    return tuple(anchor(each, every) for each in windows)
 
 
 def frames_encoded(following: Window | None, hand_over: str) -> int:

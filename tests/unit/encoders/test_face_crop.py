@@ -1,4 +1,4 @@
-"""Faces of portraits, the square around a head, and what a user is told about a portrait."""
+"""Faces of portraits, the square around a head, and what a user reads about a portrait."""
 
 from __future__ import annotations
 

@@ -6,10 +6,8 @@ portrait.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,6 +36,7 @@ from omniavatar.measure.benchmark.whole import PROMPT, packaged_portrait
 from omniavatar.measure.projection import Counts, StartCosts, Timing, WindowCosts
 from omniavatar.measure.report import decoded_latents
 from omniavatar.media.h264 import choose_encoder
+from omniavatar.media.temporary import temporary_folder
 from omniavatar.model.sizes import WINDOW_ROWS
 from omniavatar.model.vae import WanVAE
 from omniavatar.plan.calibration import find_constants
@@ -85,10 +84,8 @@ class PartTimer:
         """Embed a prompt that no cache holds. Returns seconds, most of them for loading the encoder."""
         if not self._config.family.text:
             return 0.0
-        with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
-            fresh = AvatarPipeline.from_config(
-                changed(self._config, runtime={"text_cache_dir": Path(folder)})
-            )
+        with temporary_folder() as folder:
+            fresh = AvatarPipeline.from_config(changed(self._config, runtime={"text_cache_dir": folder}))
             self._place(fresh)
             begun = time.perf_counter()
             fresh.models.prompts.embed([PROMPT])
@@ -212,8 +209,8 @@ class PartTimer:
         output = config.output
         frames = _moving_portrait(plan.size, plan.window_length - plan.overlap)
         encode = segment_encoder(Host(), output, plan, choose_encoder(output.encoder, plan.size))
-        with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
-            return self._timed(lambda: encode(iter([frames]), Path(folder) / "segment.mp4"))
+        with temporary_folder() as folder:
+            return self._timed(lambda: encode(iter([frames]), folder / "segment.mp4"))
 
     @torch.inference_mode()
     def start_timings(self) -> dict[str, Timing]:
@@ -222,8 +219,8 @@ class PartTimer:
         plan = self.plan(self._config, AUDIO_SECONDS)
         pixels = portrait_clip(fitted_portrait(packaged_portrait(self._size), plan).to(self._device), plan)
         wave = np.random.default_rng(0).standard_normal(AUDIO_SECONDS * video.sample_rate).astype(np.float32)
-        with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
-            out = Path(folder) / "features.npy"
+        with temporary_folder() as folder:
+            out = folder / "features.npy"
 
             def features() -> None:
                 out.unlink(missing_ok=True)
@@ -282,7 +279,8 @@ def counts_of(plan: RunPlan) -> Counts:
 def window_costs(timings: dict[str, Timing], plan: RunPlan) -> WindowCosts:
     """Medians of `PartTimer.window_timings` of a plan."""
     medians = {name: timing.median for name, timing in timings.items()}
-    return WindowCosts(**medians, writers=max(1, min(Host().encoders, encoders_at_once(Host(), plan))))
+    host = Host()
+    return WindowCosts(**medians, writers=min(host.encoders, encoders_at_once(host, plan)))
 
 
 def start_costs(timings: dict[str, Timing]) -> StartCosts:

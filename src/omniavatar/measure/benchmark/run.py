@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 from omniavatar.errors import ConfigError
 from omniavatar.measure.benchmark.row import Options
 from omniavatar.measure.benchmark.rows import FailedRow, MeasuredRow, Row, row_from_json
+from omniavatar.media.temporary import temporary_folder
 
 
 def find_configs(places: Sequence[Path]) -> list[Path]:
@@ -33,10 +33,10 @@ def find_configs(places: Sequence[Path]) -> list[Path]:
 def measure_all(configs: Sequence[Path], options: Options, report: Callable[[str], None]) -> tuple[Row, ...]:
     """A row for each configuration. report: called with each line of progress."""
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
+    with temporary_folder() as folder:
         for number, config in enumerate(configs):
             report(f"{number + 1} of {len(configs)}: {config}")
-            result = Path(folder) / f"{number}.json"
+            result = folder / f"{number}.json"
             row = _measure(replace(options, config=str(config), result=str(result)))
             if not isinstance(row, MeasuredRow):
                 report(f"  {row.status}: {row.reason}")

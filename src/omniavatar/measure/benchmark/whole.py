@@ -8,10 +8,8 @@ weights make noise, whose PSNR says nothing about faces.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -25,6 +23,7 @@ from omniavatar.measure.quality import Quality, compare
 from omniavatar.media.audio import measure_audio
 from omniavatar.media.image import load_image
 from omniavatar.media.inspect import read_frames
+from omniavatar.media.temporary import temporary_folder
 from omniavatar.types import AvatarRequest, LocalAudio, SamplingParams
 
 PROMPT = "A woman in a blue sweater speaks into the camera, soft daylight"
@@ -52,11 +51,11 @@ def measure_whole(
     audio = measure_audio(voice, config.video.sample_rate, 0.0).samples / config.video.sample_rate
     baseline_seconds: float | None = None
     quality: Quality | None = None
-    with tempfile.TemporaryDirectory(prefix="omniavatar-") as folder:
-        result = pipeline.generate(request, Path(folder) / "video.mp4", resume=False)
+    with temporary_folder() as folder:
+        result = pipeline.generate(request, folder / "video.mp4", resume=False)
         if config.sampling.cache_policy != "none":
             plain = replace(request, sampling=SamplingParams(step_cache="none"))
-            reference = pipeline.generate(plain, Path(folder) / "baseline.mp4", resume=False)
+            reference = pipeline.generate(plain, folder / "baseline.mp4", resume=False)
             baseline_seconds = reference.seconds
             if config.model.weights == "files":
                 quality = compare(read_frames(result.output), read_frames(reference.output))

@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -284,8 +284,8 @@ class Workers:
         made, rules = outcome.made, self._rules
         if outcome.verdict is Verdict.done and made is not None:
             expires = None if rules.keep is None else time.time() + rules.keep
-            result = JobResult(VIDEO, outcome.size, made.video_seconds, made.windows, made.resumed_windows)
-            result = replace(result, expires_at=expires, warnings=last.warnings)
+            facts = outcome.size, made.video_seconds, made.windows, made.resumed_windows
+            result = JobResult(VIDEO, *facts, expires_at=expires, warnings=last.warnings)
             self._later(lambda: self._complete(claim, result))
         elif outcome.error_class == StoppedError.__name__:
             self._later(lambda: self._release(claim, last, 0.0))
