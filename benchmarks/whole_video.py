@@ -9,9 +9,10 @@
 
 The packaged speech, repeated to `--minutes`, drives the packaged portrait. A video of two windows (of a
 block-causal model: until its cache is full and its passes are captured; of FlashHead and LeapTalk: eight)
-first loads the models and compiles the kernels (`ready_s`, not counted). Counted are reading the audio,
-wav2vec 2.0, every window, encoding and writing, until the file has its final name. With `--windows N` only N
-windows are made; the projection adds the median of the windows after the first for each window left out.
+first loads the models and compiles the kernels (`ready_s`, not counted), in two steps where their number
+can be chosen. Counted are reading the audio, wav2vec 2.0, every window, encoding and writing, until the file
+has its final name. With `--windows N` only N windows are made; the projection adds the median of the windows
+after the first for each window left out.
 The file is checked: number of frames, length of both streams. Pictures are faint (`shared/inputs.py` says
 why). Prints the result, then one line of JSON.
 """
@@ -39,7 +40,11 @@ from omniavatar.engine.events import WindowFinished
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.media.inspect import probe_video
 from omniavatar.plan.run import plan_run
-from omniavatar.types import Event
+from omniavatar.types import Event, SamplingParams
+
+WARM_STEPS = (
+    2  # of the first video where the steps can be chosen: a dense and a sparse one compile every kernel
+)
 
 
 class Windows:
@@ -99,8 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pipeline = AvatarPipeline.from_config(config, recorder=RunRecorder([watch]))
     with tempfile.TemporaryDirectory() as name:
 
-        def make(seconds: float) -> tuple[float, Any]:
-            request = AvatarRequest(prompt, image, speech(seconds))
+        def make(seconds: float, sampling: SamplingParams) -> tuple[float, Any]:
+            request = AvatarRequest(prompt, image, speech(seconds), sampling)
             watch.clear()
             begun = time.perf_counter()
             result = pipeline.generate(request, Path(name) / "video.mp4", resume=False)
@@ -108,9 +113,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         causal = whole.causal
         warming = 2 if causal is None else causal.slots + causal.rolling + 1
-        ready, _ = make(seconds_of(warming if whole.chunk is None else CHUNKS_FIRST))
+        quick = SamplingParams(
+            num_steps=None if config.sampling.timesteps else min(config.sampling.num_steps, WARM_STEPS)
+        )
+        ready, _ = make(seconds_of(warming if whole.chunk is None else CHUNKS_FIRST), quick)
         length = seconds_of(options.windows) if options.windows else options.minutes * 60
-        taken, result = make(length)
+        taken, result = make(length, SamplingParams())
         sidecar = json.loads(result.sidecar.read_text())
         info = probe_video(result.output)
     expected = math.ceil(round((length + lead) * config.video.fps, 6)) + portrait
