@@ -45,7 +45,11 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_configure() -> None:
-    """One token for every Ray instance of this process, because Ray reads it only once."""
+    """One thread for each process, and one token for every Ray instance, because Ray reads it only once.
+
+    The last bits of sums depend on the number of threads, and on a busy machine that number is not constant.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", "5eed" * 16)
     sys.addaudithook(_refuse_processes)
