@@ -200,7 +200,7 @@ def test_cancel_by_keyboard_alone(page: Page, server: WebServer, folder: Path) -
     reach(page, "voice-example")
     page.keyboard.press("Space")
     page.set_input_files("#voice-file", small_pocket.write_voice(folder / "long.wav", 40))
-    until(page, "document.getElementById('plan-length').innerText.includes('40')")
+    until(page, "document.getElementById('plan-length')?.innerText.includes('40')")
     reach(page, None, "preview")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
