@@ -33,6 +33,7 @@ MOST_FAST_S = 10.0
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy machine")
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded; last bits of sums depend on it
 gc.disable()  # until all tests are imported: a collection walks through everything that exists
 
 _fast_test: str | None = None
@@ -45,11 +46,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_configure() -> None:
-    """One thread for each process, and one token for every Ray instance, because Ray reads it only once.
-
-    The last bits of sums depend on the number of threads, and on a busy machine that number is not constant.
-    """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    """One token for every Ray instance of this process, because Ray reads it only once."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", "5eed" * 16)
     sys.addaudithook(_refuse_processes)
