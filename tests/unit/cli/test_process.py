@@ -40,23 +40,6 @@ def test_input_file_end_to_end(nano_checkpoint: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_imports_neither_models_of_transformers_nor_the_compiler(tmp_path: Path) -> None:
-    """Each would cost every start one to three seconds of processor time."""
-    hp = "weights=random,scale=nano,num_steps=1,image_sizes_720=[[32,32]],max_tokens=40,overlap_frame=1"
-    video = str(tmp_path / "x.mp4")
-    code = (
-        "import sys\nfrom omniavatar.cli import main\n"
-        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"
-        "heavy = {'transformers.modeling_utils', 'torch._dynamo', 'torch._inductor', 'sympy'}\n"
-        "assert 'torch' in sys.modules and not heavy & set(sys.modules), heavy & set(sys.modules)\n"
-    )
-    arguments = ["generate", "--prompt", "p", "--image", PORTRAIT, "--output", video]
-    hp += f",device=cpu,seq_len=10,text_cache_dir={tmp_path / 'cache'}"
-    _, done = timed(sys.executable, "-c", code, *arguments, f"--hp={hp}")
-    assert done.returncode == 0 and Path(video).is_file(), done.stderr
-
-
-@pytest.mark.slow
 def test_ctrl_c_keeps_finished_windows_and_the_same_command_resumes(
     nano_checkpoint: Path, tmp_path: Path
 ) -> None:
