@@ -33,6 +33,7 @@ MOST_FAST_S = 10.0
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy machine")
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded; last bits of sums depend on it
 gc.disable()  # until all tests are imported: a collection walks through everything that exists
 
 _fast_test: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,16 @@ class Served:
 
     def page(self, query: str = "") -> str:
         return f"http://127.0.0.1:{self.port}/{query}"
+
+
+def gone(server: Served) -> bool:
+    """Whether all sessions end within a second, counted in naps: a busy machine delays them and the server,
+    which is in the same process, alike."""
+    for _ in range(50):
+        if not server.stage.sessions:
+            return True
+        time.sleep(0.02)
+    return False
 
 
 @contextmanager

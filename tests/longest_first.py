@@ -18,6 +18,8 @@ LONGEST_FIRST = (
     "live/test_command.py",
     "engine/test_pipeline.py",
     "cli/test_process.py",
+    "serve/jobs/test_nano_jobs.py",
+    "media/test_sound_matrix.py",
     "benchmarks/test_starting.py",
     "measure/test_calibrate.py",
     "live/test_session.py",
@@ -28,7 +30,13 @@ LONGEST_FIRST = (
     "assets/test_pocket_package.py",
     "accel/test_offload.py",
     "engine/test_service.py",
-    "serve/jobs/test_nano_jobs.py",
+    "measure/test_deadline.py",
+    "cli/test_edge.py",
+    "docs/test_notebook.py",
+    "training/test_nets.py",
+    "cli/test_few_steps.py",
+    "serve/jobs/test_claims.py",
+    "docs/test_examples.py",
 )
 """Files that take longest, by processor time and waiting. A worker gets whole files, and these ones first, so
 that none of them runs alone at the end."""

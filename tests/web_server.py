@@ -7,13 +7,18 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 import small_pocket
 from omniavatar.config.change import changed
 from omniavatar.config.load import load_config
 from omniavatar.measure.projection import StartCosts, WindowCosts
 from omniavatar.measure.times import PartTimes, times_name
+from omniavatar.serve.jobs.process_crew import PROCESS as WORKER
 
 SIZES = "[[64, 64], [64, 112], [112, 64]]"
 TIMES = PartTimes(WindowCosts(0.1, 0.01, 0.4, 0.1, 0.01), StartCosts(0.01, 0.01), 164, 64 * 64 * 41)
@@ -62,6 +67,18 @@ class WebServer:
             assert self._process.poll() is None and time.monotonic() < ends, log.read_text()
             time.sleep(0.1)
         self.address, self._port = found[1], found[2]
+
+    @contextmanager
+    def stopped_worker(self) -> Iterator[None]:
+        """Let no video go on inside, however busy the machine is; its worker stops at the running step."""
+        assert self._process is not None
+        children = psutil.Process(self._process.pid).children()
+        (worker,) = [child for child in children if WORKER in child.cmdline()]
+        worker.suspend()
+        try:
+            yield
+        finally:
+            worker.resume()
 
     def kill(self) -> None:
         """End it at once, as a crash or a power cut does."""

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page
 
-from browser import NEEDS_CHROMIUM, chromium
-from live_server import Served, served
+from browser import NEEDS_CHROMIUM, WAIT_S, chromium
+from live_server import gone, served
 
 pytestmark = [pytest.mark.slow, NEEDS_CHROMIUM]
 WEBRTC_ON_LOOPBACK = ("--disable-quic", "--disable-features=WebRtcHideLocalIpsWithMdns")
@@ -75,7 +75,7 @@ def live(page: Page, name: str) -> Any:
 
 def wait(page: Page, condition: str) -> None:
     """Wait for a condition; the page's policy forbids Playwright's own way."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + WAIT_S
     while not page.evaluate(condition):
         assert time.monotonic() < end, (condition, page.text_content("#status"), live(page, "errors"))
         page.wait_for_timeout(50)
@@ -120,13 +120,6 @@ def test_the_microphone_goes_in_and_frames_with_sound_come_back(page: Page, tran
         page.reload()
         assert gone(server), "a reload frees the session"
         assert live(page, "state") == "idle"
-
-
-def gone(server: Served) -> bool:
-    end = time.monotonic() + 1.0
-    while time.monotonic() < end and server.stage.sessions:
-        time.sleep(0.02)
-    return server.stage.sessions == 0
 
 
 def test_stop_ends_the_session_and_start_begins_again(page: Page) -> None:

@@ -21,7 +21,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from live_makers import impulse, tone
-from live_server import Served, served
+from live_server import Served, gone, served
 from omniavatar.errors import CheckpointError, ConfigError, InputError, OmniAvatarError, ResourceError
 from omniavatar.live import LiveSession
 from omniavatar.live.connection import in_thread
@@ -43,7 +43,7 @@ def say(client: ClientConnection, kind: str, **values: Any) -> None:
     client.send(json.dumps({"type": kind, **values}))
 
 
-def until(client: ClientConnection, kind: str, timeout: float = 5.0) -> list[dict[str, Any] | bytes]:
+def until(client: ClientConnection, kind: str, timeout: float = 60.0) -> list[dict[str, Any] | bytes]:
     """Messages up to the first one of type `kind`."""
     received: list[dict[str, Any] | bytes] = []
     end = time.monotonic() + timeout
@@ -53,13 +53,6 @@ def until(client: ClientConnection, kind: str, timeout: float = 5.0) -> list[dic
         if isinstance(last := received[-1], dict) and last["type"] == kind:
             return received
     raise AssertionError(f"no {kind} in {timeout} s")
-
-
-def gone(server: Served, seconds: float = 1.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and server.stage.sessions:
-        time.sleep(0.02)
-    return server.stage.sessions == 0
 
 
 def test_sound_goes_in_and_video_in_sync_comes_out(server: Served) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, Route
 
 import small_pocket
 from browser import NEEDS_CHROMIUM, WAIT_S, chromium, serious, shown, until
@@ -91,7 +91,7 @@ def speech(folder: Path) -> Path:
 
 
 def test_upload_plan_run_reload_play_and_use_again(
-    page: Page, face: Path, speech: Path, folder: Path
+    page: Page, server: WebServer, face: Path, speech: Path
 ) -> None:
     page.set_input_files("#portrait-file", face)
     page.set_input_files("#voice-file", speech)
@@ -118,13 +118,15 @@ def test_upload_plan_run_reload_play_and_use_again(
     assert "shows no head" in shown(page, "#portrait-warning")
     page.click("#make")
     until(page, "/window [1-9]/.test(document.getElementById('run-detail').innerText)")
-    until(page, "document.getElementById('run-warnings').innerText.includes('give a voice alone')")
-    assert "omniavatar download 1.3B" in shown(page, "#run-warnings")
-    until(page, "player.dataset.state === 'growing' && player.currentTime > 0 && player.videoWidth === 112")
-    page.reload()
-    until(page, READY)
-    assert page.is_visible("#run") and "window" in shown(page, "#run-detail"), "the run is found again"
-    assert page.input_value("#prompt").endswith("lively"), "the form is kept"
+    with server.stopped_worker():
+        until(page, "document.getElementById('run-warnings').innerText.includes('give a voice alone')")
+        assert "omniavatar download 1.3B" in shown(page, "#run-warnings")
+        until(page, "player.dataset.state === 'growing' && player.currentTime > 0")
+        until(page, "player.videoWidth === 112")
+        page.reload()
+        until(page, READY)
+        assert page.is_visible("#run") and "window" in shown(page, "#run-detail"), "the run is found again"
+        assert page.input_value("#prompt").endswith("lively"), "the form is kept"
     until(page, "player.dataset.state === 'done' && player.readyState === 4")
     assert page.evaluate(FRAMES) >= 5
     assert page.evaluate("[player.videoWidth, player.videoHeight]") == [112, 64]
@@ -172,7 +174,7 @@ def test_camera_microphone_and_text(page: Page) -> None:
     until(page, "document.getElementById('portrait-name').innerText.startsWith('camera.png')")
     page.check("[name=voice-from][value=record]")
     page.click("#record")
-    page.wait_for_timeout(1500)
+    until(page, "document.getElementById('record-time').innerText === '0:02'")
     page.click("#record")
     until(page, "document.getElementById('voice-name').innerText.startsWith('recording.webm')")
     until(page, "document.getElementById('plan-facts').childElementCount === 6")
@@ -184,8 +186,11 @@ def test_camera_microphone_and_text(page: Page) -> None:
     until(page, "Math.abs(document.getElementById('voice-audio').duration - 1.2) < 0.9")
 
 
-def test_cancel_by_keyboard_alone(page: Page, server: WebServer) -> None:
-    """From the top of the page to a running video and its end, with Tab, arrows, Space and Enter."""
+def test_cancel_by_keyboard_alone(page: Page, server: WebServer, folder: Path) -> None:
+    """From the top of the page to a running video and its end, with Tab, arrows, Space and Enter.
+
+    The video is long, and waits while the queue is tried, so that it is not finished before it is cancelled.
+    """
     page.goto(server.address)
     until(page, READY)
     kept = page.locator("#gallery li").count()
@@ -194,6 +199,8 @@ def test_cancel_by_keyboard_alone(page: Page, server: WebServer) -> None:
     until(page, "!document.getElementById('portrait-image').hidden")
     reach(page, "voice-example")
     page.keyboard.press("Space")
+    page.set_input_files("#voice-file", small_pocket.write_voice(folder / "long.wav", 40))
+    until(page, "document.getElementById('plan-length')?.innerText.includes('40')")
     reach(page, None, "preview")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
@@ -203,17 +210,19 @@ def test_cancel_by_keyboard_alone(page: Page, server: WebServer) -> None:
     page.keyboard.press("Enter")
     until(page, "document.activeElement.id === 'stage-title'")
     until(page, "document.getElementById('run-detail').innerText.includes('step')")
-    page.focus("#make")
-    page.keyboard.press("Enter")
-    until(page, "document.querySelectorAll('#queue li').length === 1")
-    assert "number 1 in the queue" in shown(page, "#queue")
-    page.focus("#queue button")
-    page.keyboard.press("Enter")
-    until(page, "document.getElementById('queue-card').hidden")
-    assert page.is_visible("#run"), "the first one goes on"
-    page.focus("#stage-title")
-    reach(page, "run-cancel")
-    page.keyboard.press("Enter")
+    with server.stopped_worker():
+        page.focus("#make")
+        page.keyboard.press("Enter")
+        until(page, "document.activeElement.id === 'stage-title'")
+        until(page, "document.getElementById('queue').innerText.includes('number 1 in the queue')")
+        page.focus("#queue button")
+        page.keyboard.press("Enter")
+        until(page, "document.activeElement.id === 'stage-title'")
+        until(page, "document.getElementById('queue-card').hidden")
+        assert page.is_visible("#run"), "the first one goes on"
+        reach(page, "run-cancel")
+        page.keyboard.press("Enter")
+        until(page, "document.getElementById('run-text').innerText.startsWith('Cancelling')")
     until(page, "document.getElementById('stage-problem').innerText === 'Cancelled'")
     assert shown(page, "#gallery li:first-child").startswith("Cancelled")
     page.click("#gallery li:first-child >> text=Delete")
@@ -249,6 +258,45 @@ def test_a_worker_that_does_not_start_is_shown(browser: Browser, server: WebServ
     until(page, "document.getElementById('stage-problem').innerText.includes('close something')")
     assert shown(page, "#run-text") == "The worker is starting"
     context.close()
+
+
+def test_the_focus_stays_where_a_person_put_it(browser: Browser, server: WebServer) -> None:
+    """While lists are drawn again, and when an answer comes late."""
+    page = browser.new_context().new_page()
+    common = {"progress": 1, "windows": 0, "created_at": 0, "seconds": "1", "size": "64x64"}
+    states = {"second": "queued", "first": "queued", "now": "in_progress", "old": "completed"}
+    videos = [
+        {"id": f"video_{name}", "prompt": name, "status": state, **common} for name, state in states.items()
+    ]
+    page.route("**/v1/videos?limit=*", lambda route: route.fulfill(json={"data": videos}))
+    page.route("**/events", lambda route: route.abort())
+    late: list[Route] = []
+    page.route("**/v1/videos/video_second", lambda route: late.append(route))
+    refresh = "dispatchEvent(new Event('online'))"
+    name = "document.activeElement.getAttribute('aria-label')"
+    page.goto(server.address)
+    until(page, "document.querySelectorAll('#queue li').length === 2")
+    page.focus("#queue li:nth-child(2) button")
+    assert "second" in page.evaluate(name)
+    del videos[1]
+    page.evaluate(refresh)
+    until(page, "document.getElementById('queue').innerText.includes('second number 1')")
+    assert "second" in page.evaluate(name)
+    page.keyboard.press("Enter")
+    while not late:
+        page.wait_for_timeout(20)
+    page.focus("#prompt")
+    del videos[0]
+    late[0].fulfill(json={"id": "video_second", "deleted": True})
+    until(page, "document.getElementById('queue-card').hidden")
+    assert page.evaluate("document.activeElement.id") == "prompt"
+
+    page.click("#video_old .danger")
+    assert shown(page, "#video_old .danger") == "Really delete?" and page.evaluate(name) is None
+    page.focus("#prompt")
+    assert shown(page, "#video_old .danger") == "Delete"
+    assert "old" in (page.get_attribute("#video_old .danger", "aria-label") or "")
+    page.context.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -22,6 +22,28 @@ export function complain(id, text = "", field = null) {
   else field.removeAttribute("aria-invalid");
 }
 
+// Shows one element for each value, in this order. Elements that were shown before stay, so they keep the focus.
+// elements: a map from the id of a value to its element. make: makes the element of a new value.
+export function arrange(list, elements, values, make) {
+  const kept = new Set(values.map(({ id }) => id));
+  for (const [id, element] of elements) {
+    if (kept.has(id)) continue;
+    element.remove();
+    elements.delete(id);
+  }
+  values.forEach((value, place) => {
+    if (!elements.has(value.id)) elements.set(value.id, make(value));
+    const element = elements.get(value.id);
+    if (list.children[place] !== element) list.insertBefore(element, list.children[place] ?? null);
+  });
+}
+
+// Moves the focus from a control that has done its work, unless it was moved elsewhere meanwhile.
+export function passFocus(from, to) {
+  const active = document.activeElement;
+  if (!active || active === document.body || active === from) to.focus();
+}
+
 // Calls `use` with the file that is dropped on an element.
 export function onDrop(item, use) {
   const over = (event) => {

@@ -1,7 +1,7 @@
 // The server's videos: the one on the stage, the queue, and the gallery. The server knows them all, so a reload,
 // a crash or a closed laptop changes nothing.
 import { getJson, remove } from "./api.js";
-import { at, complain, el } from "./dom.js";
+import { arrange, at, complain, el, passFocus } from "./dom.js";
 import { duration, t } from "./strings.js";
 import { showWarnings, warningText } from "./warnings.js";
 
@@ -20,6 +20,7 @@ export class Jobs {
   #said = -1;
   #cancelling = new Set();
   #cards = new Map();
+  #rows = new Map();
   #limit = PAGE;
   #made = 0; // finished windows of the followed video
   online = true;
@@ -98,30 +99,19 @@ export class Jobs {
     else if (!followed) this.#unfollow();
     const rest = waiting.filter(({ id }) => id !== this.#followed);
     at("queue-card").hidden = !rest.length;
-    at("queue").replaceChildren(...rest.map((video, place) => this.#queued(video, place + 1 + (running ? 0 : 1))));
-    this.#gallery(videos.filter((video) => !isOpen(video)));
+    arrange(at("queue"), this.#rows, rest, (video) => this.#queued(video));
+    rest.forEach(({ id }, place) => {
+      this.#rows.get(id).querySelector(".hint").textContent = ` ${t("queue_place", { place: place + 1 + (running ? 0 : 1) })}`;
+    });
+    const closed = videos.filter((video) => !isOpen(video));
+    arrange(at("gallery"), this.#cards, closed, (video) => this.#card(video));
+    at("gallery-empty").hidden = closed.length > 0;
     at("more").hidden = !more;
   }
 
-  #queued(video, place) {
-    return el("li", {}, el("span", {}, short(video.prompt), el("span", { className: "hint" }, ` ${t("queue_place", { place })}`)),
+  #queued(video) {
+    return el("li", {}, el("span", {}, short(video.prompt), el("span", { className: "hint" })),
       el("button", { type: "button", "aria-label": t("cancel_named", { prompt: short(video.prompt) }), onclick: () => this.#cancel(video.id) }, t("cancel")));
-  }
-
-  #gallery(videos) {
-    const kept = new Set(videos.map(({ id }) => id));
-    for (const [id, card] of this.#cards) {
-      if (kept.has(id)) continue;
-      card.remove();
-      this.#cards.delete(id);
-    }
-    const list = at("gallery");
-    videos.forEach((video, place) => {
-      if (!this.#cards.has(video.id)) this.#cards.set(video.id, this.#card(video));
-      const card = this.#cards.get(video.id);
-      if (list.children[place] !== card) list.insertBefore(card, list.children[place] ?? null);
-    });
-    at("gallery-empty").hidden = videos.length > 0;
   }
 
   #card(video) {
@@ -154,18 +144,21 @@ export class Jobs {
 
   async #delete(id, button) {
     if (button.dataset.sure !== "yes") {
+      const name = button.getAttribute("aria-label");
       button.dataset.sure = "yes";
       button.textContent = t("delete_sure");
       button.removeAttribute("aria-label");
-      setTimeout(() => {
+      button.focus(); // some browsers do not focus a button that is clicked
+      button.onblur = () => {
         button.dataset.sure = "";
         button.textContent = t("delete");
-      }, 4000);
+        button.setAttribute("aria-label", name);
+      };
       return;
     }
     try {
       await remove(id);
-      at("gallery-title").focus();
+      passFocus(button, at("gallery-title"));
       if (at("player").dataset.id === id) this.#clearScreen();
     } catch (problem) {
       complain("stage-problem", problem.message);
@@ -174,6 +167,7 @@ export class Jobs {
   }
 
   async #cancel(id) {
+    const from = document.activeElement;
     this.#cancelling.add(id);
     try {
       const { deleted } = await remove(id);
@@ -185,7 +179,7 @@ export class Jobs {
       this.#cancelling.delete(id);
       complain("stage-problem", problem.message);
     }
-    at("stage-title").focus();
+    passFocus(from, at("stage-title"));
     this.refresh();
   }
 

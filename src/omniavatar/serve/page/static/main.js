@@ -1,7 +1,7 @@
 // Puts the page together.
 import { Problem, getFile, getJson, postForm, videoForm } from "./api.js";
 import { Choices } from "./choices.js";
-import { at, complain, el } from "./dom.js";
+import { at, complain, el, passFocus } from "./dom.js";
 import { Jobs } from "./jobs.js";
 import { Plan, loadInfo, showProblem } from "./plan.js";
 import { Portrait } from "./portrait.js";
@@ -55,6 +55,7 @@ async function make(event) {
     return;
   }
   const button = at("make");
+  const from = document.activeElement;
   button.disabled = true;
   button.textContent = t("making");
   request ??= crypto.randomUUID();
@@ -63,7 +64,7 @@ async function make(event) {
     request = null;
     parts.jobs.show(video);
     await parts.jobs.refresh();
-    at("stage-title").focus();
+    passFocus(from, at("stage-title"));
   } catch (problem) {
     if (!(problem instanceof Problem)) throw problem;
     showProblem(problem).focus();
