@@ -183,6 +183,18 @@ def test_weights_of_another_family(heads_checkpoint, nano_checkpoint, cache, nam
         with_family(load_config(None, {**values, "family": name}).config)
 
 
+def test_families_with_equal_keys_are_told_by_projector_and_header(heads_checkpoint, cache, tmp_path):
+    plain = head_settings(heads_checkpoint, cache, "flashhead")
+    with pytest.raises(ConfigError, match=r"family: .* is FlashHead's.*set audio_proj_path and loras"):
+        with_family(load_config(None, {**plain, "family": "leaptalk"}).config)
+    whole = load_config(None, head_settings(heads_checkpoint, cache, "leaptalk")).config
+    merged = str(convert_checkpoint(whole, tmp_path / "merged.safetensors").path)
+    with pytest.raises(CheckpointError, match=r"merged.*has the header of leaptalk, but family is flashhead"):
+        with_family(load_config(None, {**plain, "dit_path": merged, "family": "flashhead"}).config)
+    named = load_config(None, {**plain, "dit_path": merged, "family": "leaptalk"}).config
+    assert with_family(named).family.name == "leaptalk"
+
+
 def test_settings_that_the_keys_contradict(heads_checkpoint, cache):
     settings = head_settings(heads_checkpoint, cache, "flashhead", sampler="euler")
     with pytest.raises(ConfigError, match="sampler: flashhead: its weights follow renoise"):
