@@ -7,7 +7,7 @@ Files lie below --work, default benchmarks/build/pocket:
     python -m benchmarks pocket_quality generate --config configs/pocket.yaml --workers 2
     python -m benchmarks pocket_quality measure
     python -m benchmarks pocket_quality generate --config configs/pocket.yaml --tradeoff  # better on a GPU
-    python -m benchmarks pocket_quality measure --tradeoff
+    python -m benchmarks pocket_quality measure --tradeoff      # with --minute on the clips of a minute
     python -m benchmarks pocket_quality generate --live --config live.yaml   # the path of a live session
     python -m benchmarks pocket_quality measure --made live
 
@@ -140,7 +140,9 @@ def measure(arguments: argparse.Namespace) -> None:
     if arguments.tradeoff:
         chosen = compared_clips(clips, arguments)
         device = "cuda" if (arguments.work / "made" / "bf16").exists() else "cpu"  # where `generate` ran
-        rows = tradeoff.measure(arguments.work, chosen, chosen_variants(arguments.variants, device))
+        portraits = quality.read_portraits(arguments.work, clips) if arguments.minute else None
+        variants = chosen_variants(arguments.variants, device)
+        rows = tradeoff.measure(arguments.work, chosen, variants, portraits)
         front, choice = tradeoff.pareto(rows), tradeoff.recommended(rows)
         result["tradeoff"] = {"rows": rows, "front": front, "recommended": choice}
         print(tradeoff.markdown(rows))
@@ -196,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("--tradeoff", action="store_true", help="the variants instead of the default")
         command.add_argument("--variants", nargs="+", help="only these variants")
         command.add_argument(
-            "--minute", action="store_true", help="variants on the clips of a minute: identity, not lip sync"
+            "--minute", action="store_true", help="variants on the clips of a minute: also identity"
         )
         if name == "generate":
             command.add_argument("--config", type=Path, default=Path("configs/pocket.yaml"))

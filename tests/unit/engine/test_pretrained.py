@@ -13,7 +13,7 @@ from command_line import REPOSITORY
 from engine import portrait, voice
 from omniavatar import AvatarPipeline, AvatarRequest
 from omniavatar.checkpoint.layout import TOKEN_FAMILIES, checkpoint_spec
-from omniavatar.checkpoint.layout_families import side_files
+from omniavatar.checkpoint.layout_families import PRO_CONFIG, side_files
 from omniavatar.checkpoint.layout_files import checkpoint_layout, dit_paths
 from omniavatar.checkpoint.synthetic import make_checkpoint
 from omniavatar.config.identity import flat_values
@@ -35,9 +35,10 @@ def lay_out(root: Path, name: str) -> Path:
     """Empty files where the weights of a checkpoint lie."""
     spec = checkpoint_spec(name)
     if spec.family in TOKEN_FAMILIES:
-        files = [layout.path for layout in checkpoint_layout(spec)]
-        for path, content in {**dict.fromkeys(files, {}), **side_files(spec)}.items():
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
+        for layout in checkpoint_layout(spec):
+            (root / layout.path).parent.mkdir(parents=True, exist_ok=True)
+            (root / layout.path).touch()
+        for path, content in side_files(spec).items():
             (root / path).write_text(json.dumps(content))
         (root / "wav2vec2-base-960h/config.json").write_text("{}")
         return root
@@ -145,9 +146,7 @@ MISSING = [
         "flashhead lacks SoulX-FlashHead-1_3B/VAE_Wan/Wan2.1_VAE.pth; `omniavatar download flashhead --root",
     ),
     (
-        lambda root: (
-            lay_out(root, "leaptalk-nano") / "SoulX-FlashHead-1_3B/Model_Pro/config.json"
-        ).write_text("{"),
+        lambda root: (lay_out(root, "leaptalk-nano") / PRO_CONFIG).write_text("{"),
         "SoulX-FlashHead-1_3B/Model_Pro/config.json: is not valid JSON",
     ),
     (
