@@ -7,24 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omniavatar.checkpoint.layout import (
-    FLASHHEAD,
-    MERGED,
-    SCALES,
-    TOKEN_FAMILIES,
-    ScaleSpec,
-    checkpoint_spec,
-)
-from omniavatar.checkpoint.layout_families import (
-    LEAPTALK,
-    LORA,
-    LORA_CONFIG,
-    PRO_CONFIG,
-    PRO_DIT,
-    PRO_VAE,
-    PROJECTOR,
-    TINY,
-)
+from omniavatar.checkpoint.layout import MERGED, SCALES, TOKEN_FAMILIES, ScaleSpec, checkpoint_spec
+from omniavatar.checkpoint.layout_families import BUILT_ON, CONFIG_PATHS, NEEDED, OWN, PRO_CONFIG
 from omniavatar.checkpoint.layout_files import (
     ADAPTER,
     DIT_STEM,
@@ -164,9 +148,8 @@ def _chosen(root: Path, scale: str | None) -> str:
     """The checkpoint to use. Raises ConfigError if several are complete, CheckpointError if none is."""
     missing = {name: _missing(root, checkpoint_spec(name)) for name in ([scale] if scale else _names(root))}
     whole = [name for name, files in missing.items() if not files]
-    for name in [each for each in whole if each.startswith("leaptalk")]:
-        # LeapTalk's files include FlashHead's
-        whole = [each for each in whole if each != name.replace("leaptalk", "flashhead")]
+    included = {BUILT_ON.get(checkpoint_spec(name).family) for name in whole}
+    whole = [name for name in whole if checkpoint_spec(name).family not in included]
     if len(whole) == 1:
         return whole[0]
     if whole:
@@ -198,14 +181,14 @@ def _names(root: Path) -> list[str]:
 
 
 def _folders(spec: ScaleSpec) -> tuple[str, ...]:
-    if spec.family in TOKEN_FAMILIES:
-        return (FLASHHEAD, LEAPTALK)
+    if spec.family in OWN:
+        return (OWN[spec.family],)
     return (base_folder(spec), adapter_folder(spec), WAV2VEC, *([spec.merged] if spec.merged else []))
 
 
 def _has_dit(root: Path, spec: ScaleSpec) -> bool:
-    if spec.family in TOKEN_FAMILIES:
-        return (root / (PRO_DIT if spec.family == "flashhead" else LEAPTALK)).exists()
+    if spec.family in OWN:
+        return (root / OWN[spec.family]).is_dir()
     return bool(_dit_files(root, spec)) or (not spec.merged and (root / adapter_folder(spec)).is_dir())
 
 
@@ -218,9 +201,8 @@ def _dit_files(root: Path, spec: ScaleSpec) -> list[Path]:
 def _missing(root: Path, spec: ScaleSpec) -> list[str]:
     """Files and folders of a checkpoint that `root` lacks, relative to it."""
     speech = [f"{WAV2VEC}/model.safetensors", f"{WAV2VEC}/config.json"]
-    if spec.family in TOKEN_FAMILIES:
-        own = [PRO_VAE] if spec.family == "flashhead" else [LORA, LORA_CONFIG, PROJECTOR, TINY]
-        return [name for name in (PRO_DIT, PRO_CONFIG, *own, *speech) if not (root / name).exists()]
+    if spec.family in NEEDED:
+        return [name for name in (*NEEDED[spec.family], *speech) if not (root / name).exists()]
     base, dit = base_folder(spec), _dit_files(root, spec)
     needed = [
         *(f"{base}/{name}" for name in (TEXT_ENCODER, VAE, TOKENIZER)),
@@ -238,16 +220,8 @@ def _missing(root: Path, spec: ScaleSpec) -> list[str]:
 
 
 def _paths(root: Path, spec: ScaleSpec) -> dict[str, Any]:
-    if spec.family in TOKEN_FAMILIES:
-        heads = {"dit_path": str(root / PRO_DIT), "wav2vec_path": str(root / WAV2VEC)}
-        if spec.family == "flashhead":
-            return {**heads, "vae_path": str(root / PRO_VAE)}
-        return {
-            **heads,
-            "loras": [{"path": str(root / LORA), "strength": 1.0}],
-            "audio_proj_path": str(root / PROJECTOR),
-            "decoder_path": str(root / TINY),
-        }
+    if spec.family in CONFIG_PATHS:
+        return {name: _below(root, value) for name, value in CONFIG_PATHS[spec.family].items()}
     base = root / base_folder(spec)
     return {
         "dit_path": [str(path) for path in _dit_files(root, spec)],
@@ -256,3 +230,10 @@ def _paths(root: Path, spec: ScaleSpec) -> dict[str, Any]:
         "wav2vec_path": str(root / WAV2VEC),
         **({} if spec.merged else {"exp_path": str(root / adapter_folder(spec))}),
     }
+
+
+def _below(root: Path, value: Any) -> Any:
+    """A path below `root`, or LoRAs with such paths."""
+    if isinstance(value, str):
+        return str(root / value)
+    return [{**lora, "path": str(root / lora["path"])} for lora in value]

@@ -81,12 +81,13 @@ def with_family(config: PipelineConfig) -> PipelineConfig:
         found = model.family
     if model.family != "auto" and model.family != found:
         same_keys = {model.family, found} == set(TOKEN_FAMILIES)
-        if not same_keys or (found == "leaptalk" and stated == found):
+        told_by = "header" if same_keys else "keys"
+        if not same_keys or (stated == found and model.audio_proj_path is None):
             raise CheckpointError(
-                f"{model.dit_path[0]}: has the {'header' if same_keys else 'keys'} of {found}, but family is "
-                f"{model.family}; leave family out"
+                f"{model.dit_path[0]}: has the {told_by} of {found}, but family is {model.family}; "
+                "leave family out"
             )
-        if found == "flashhead" and model.audio_proj_path is None:
+        if model.audio_proj_path is None:
             raise ConfigError(
                 f"family: {model.dit_path[0]} is FlashHead's, and LeapTalk's projector and LoRA are not "
                 "given; set audio_proj_path and loras, or leave family out"
