@@ -7,7 +7,7 @@ Files lie below --work, default benchmarks/build/pocket:
     python -m benchmarks pocket_quality generate --config configs/pocket.yaml --workers 2
     python -m benchmarks pocket_quality measure
     python -m benchmarks pocket_quality generate --config configs/pocket.yaml --tradeoff  # better on a GPU
-    python -m benchmarks pocket_quality measure --tradeoff
+    python -m benchmarks pocket_quality measure --tradeoff      # with --minute on the clips of a minute
     python -m benchmarks pocket_quality generate --live --config live.yaml   # the path of a live session
     python -m benchmarks pocket_quality measure --made live
 
@@ -69,6 +69,19 @@ def tradeoff_clips(clips: list[material.Clip], count: int) -> list[material.Clip
     return mixed[:count]
 
 
+def compared_clips(clips: list[material.Clip], arguments: argparse.Namespace) -> list[material.Clip]:
+    """The clips on which variants are compared: short ones, or those of a minute for identity.
+
+    Raises SystemExit where `prepare` wrote none of a minute.
+    """
+    if not arguments.minute:
+        return tradeoff_clips(clips, arguments.clips or TRADEOFF_CLIPS)
+    long = [clip for clip in clips if clip.kind == "long"][: arguments.clips]
+    if not long:
+        raise SystemExit(f"error: {arguments.work}: no clips of a minute; run `prepare` with --long-clips")
+    return long
+
+
 def chosen_variants(names: list[str] | None, device: str) -> list[generate.Variant]:
     """The variants called `names`, or all variants for a device (cpu or cuda).
 
@@ -84,7 +97,7 @@ def chosen_variants(names: list[str] | None, device: str) -> list[generate.Varia
 def make(arguments: argparse.Namespace) -> None:
     clips = material.read_clips(arguments.work)
     if arguments.tradeoff:
-        chosen = tradeoff_clips(clips, arguments.clips or TRADEOFF_CLIPS)
+        chosen = compared_clips(clips, arguments)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         variants = chosen_variants(arguments.variants, device)
         generate.generate(arguments.config, arguments.work, variants, chosen, arguments.workers)
@@ -125,9 +138,11 @@ def measure(arguments: argparse.Namespace) -> None:
     clips = material.read_clips(arguments.work)
     result: dict[str, Any] = {"benchmark": "pocket_quality", "seeds": generate.seeds_used()}
     if arguments.tradeoff:
-        chosen = tradeoff_clips(clips, arguments.clips or TRADEOFF_CLIPS)
+        chosen = compared_clips(clips, arguments)
         device = "cuda" if (arguments.work / "made" / "bf16").exists() else "cpu"  # where `generate` ran
-        rows = tradeoff.measure(arguments.work, chosen, chosen_variants(arguments.variants, device))
+        portraits = quality.read_portraits(arguments.work, clips) if arguments.minute else None
+        variants = chosen_variants(arguments.variants, device)
+        rows = tradeoff.measure(arguments.work, chosen, variants, portraits)
         front, choice = tradeoff.pareto(rows), tradeoff.recommended(rows)
         result["tradeoff"] = {"rows": rows, "front": front, "recommended": choice}
         print(tradeoff.markdown(rows))
@@ -182,6 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         command.add_argument("--tradeoff", action="store_true", help="the variants instead of the default")
         command.add_argument("--variants", nargs="+", help="only these variants")
+        command.add_argument(
+            "--minute", action="store_true", help="variants on the clips of a minute: also identity"
+        )
         if name == "generate":
             command.add_argument("--config", type=Path, default=Path("configs/pocket.yaml"))
             command.add_argument("--live", action="store_true", help="by the path of a live session")

@@ -18,7 +18,14 @@ import numpy as np
 from benchmarks.pocket.generate import DEFAULT, Variant
 from benchmarks.pocket.material import Clip
 from benchmarks.pocket.measures import psnr
-from benchmarks.pocket.quality import lip_sync, sharpness_ratio, watch
+from benchmarks.pocket.quality import (
+    Portraits,
+    identity_curve,
+    lip_sync,
+    medians,
+    sharpness_ratio,
+    watch,
+)
 from benchmarks.pocket.video_files import read_video
 
 NEAR = 0.01
@@ -95,14 +102,21 @@ def _tokens(frames: int) -> int:
     return -(-frames * 192 * 192 // 1024)
 
 
-def measure(folder: Path, clips: list[Clip], chosen: list[Variant]) -> list[dict[str, Any]]:
-    """One row for each variant, all on the same clips."""
+def measure(
+    folder: Path, clips: list[Clip], chosen: list[Variant], portraits: Portraits | None = None
+) -> list[dict[str, Any]]:
+    """One row for each variant, all on the same clips.
+
+    portraits: given for clips of a minute; rows then say how far the person drifts from its first second to
+    its last.
+    """
     true = watch(folder, "truth", clips)
     rows = []
     for variant in chosen:
         where = f"made/{variant.name}"
         watched = watch(folder, where, clips)
         sync = lip_sync(watched)
+        drifts = [] if portraits is None else [identity_curve(each, portraits)["drift"] for each in watched]
         cars = [json.loads((folder / where / f"{clip.name}.json").read_text()) for clip in clips]
         seconds = [sum(car["stages"][stage] for stage in STAGES if stage in car["stages"]) for car in cars]
         rows.append(
@@ -124,6 +138,7 @@ def measure(folder: Path, clips: list[Clip], chosen: list[Variant]) -> list[dict
                 "psnr_db": likeness(folder, variant, clips),
                 "kept_share": float(np.mean([_kept(car["plan"]) for car in cars])),
                 "device": cars[0]["device"],
+                **({"drift": medians(drifts)} if drifts else {}),
             }
         )
     return rows
@@ -165,16 +180,19 @@ def recommended(rows: list[dict[str, Any]]) -> str:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table of all rows, with the front marked, and the recommendation."""
     front, choice = pareto(rows), recommended(rows)
+    drifts = list(rows[0].get("drift", ()))
+    more = "".join(f" drift of the {name.replace('_', ' ')} |" for name in drifts)
     head = (
         "| variant | forwards a window | s a second of video | correlation | lag | at rest | sharpness "
-        "| PSNR to the exact one, dB | front |\n"
-        "|---|---|---|---|---|---|---|---|---|"
+        f"| PSNR to the exact one, dB | front |{more}\n"
+        f"|---|---|---|---|---|---|---|---|---|{'---|' * len(drifts)}"
     )
     lines = [
         f"| {row['variant']} | {row['forwards_a_window']:.1f} | {row['seconds_a_second']:.3f} "
         f"| {row['correlation']:.3f} | {row['lag_frames']:g} | {row['rest_ratio']:.3f} "
         f"| {row['sharpness']:.3f} | {'' if row['psnr_db'] is None else format(row['psnr_db'], '.1f')} "
         f"| {'yes' if row['variant'] in front else ''} |"
+        + "".join(f" {row['drift'][name]:.3f} |" for name in drifts)
         for row in rows
     ]
     device = rows[0]["device"]

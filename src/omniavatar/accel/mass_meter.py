@@ -17,6 +17,7 @@ from torch import Tensor
 from omniavatar.accel.attention.sparse import block_mass
 from omniavatar.accel.residual_cache import PassRunner
 from omniavatar.accel.sparse_blocks import OrderedBlocks, SparseBlocks
+from omniavatar.errors import NumbersError
 from omniavatar.model.attention import AttentionFn
 from omniavatar.model.dit import RunBlocks, WanDiT
 from omniavatar.sampling.passes import Pass
@@ -51,8 +52,20 @@ class MassMeter:
         """Keep the masses of the last window."""
         self._sums += self._begun
 
+    @property
+    def sums(self) -> Sums:
+        """The masses of all kept windows."""
+        return self._sums
+
+    def restore(self, sums: Sums) -> None:
+        """Go on from the `sums` of an earlier meter of the same model and plan."""
+        assert sums.shape == self._sums.shape and sums.dtype == self._sums.dtype
+        self._sums = sums
+
     def levels(self) -> MassLevels:
-        """The levels of the mean masses of all kept windows."""
+        """The levels of the mean masses of all kept windows. Raises NumbersError if one is not a mass."""
+        if not (self._sums.sum(-1) > 0).all():  # NaN is not above 0 either
+            raise NumbersError("block masses of a layer are not finite, or zero; check the weight files")
         levels = np.empty(self._sums.shape, np.uint8)
         for group, layer in np.ndindex(self._sums.shape[:2]):
             levels[group, layer] = mass_levels(self._sums[group, layer])

@@ -251,7 +251,10 @@ def empty_dit(config: DiTConfig, attention: AttentionFn, dtype: torch.dtype) -> 
 def _projector_sources(
     files: TensorFiles, shapes: Mapping[str, tuple[int, ...]], load: Callable[[TensorFiles, str], Tensor]
 ) -> dict[str, TensorSource]:
-    """Sources of all weights of the audio projector. Raises CheckpointError if one is missing or unknown."""
+    """Sources of all weights of the audio projector.
+
+    Raises CheckpointError if one is missing, unknown or of another shape.
+    """
     sources = file_sources(files, lambda key: PROJECTOR + key.removeprefix(PROJECTOR), load=load)
     expected = {key for key in shapes if key.startswith(PROJECTOR)}
     problems = [
@@ -259,6 +262,9 @@ def _projector_sources(
         for kind, names in (("missing", expected - set(sources)), ("unexpected", set(sources) - expected))
         if names
     ]
+    misshaped = [key for key in sorted(expected & set(sources)) if sources[key].shape != shapes[key]]
+    if misshaped:
+        problems.append(f"of another shape: {abbreviated(misshaped)}")
     if problems or not expected:
         raise CheckpointError(
             f"{files.origin}: does not replace the model's audio projector ({'; '.join(problems)}); use "

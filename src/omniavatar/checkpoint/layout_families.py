@@ -10,7 +10,8 @@ wav2vec2-base-960h/     as for OmniAvatar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from omniavatar.checkpoint.tiny_decoder import (
 )
 
 LEAPTALK = "LeapTalk"
+SPEECH = "wav2vec2-base-960h"
 PRO_DIT = f"{FLASHHEAD}/Model_Pro/diffusion_pytorch_model.safetensors"
 PRO_CONFIG = f"{FLASHHEAD}/Model_Pro/config.json"
 PRO_VAE = f"{FLASHHEAD}/VAE_Wan/Wan2.1_VAE.pth"
@@ -40,6 +42,32 @@ LORA = f"{LEAPTALK}/lora/adapter_model.safetensors"
 LORA_CONFIG = f"{LEAPTALK}/lora/adapter_config.json"
 PROJECTOR = f"{LEAPTALK}/audio_proj_step_10400.pt"
 TINY = f"{LEAPTALK}/taew2_1.pth"
+
+
+_SHARED_PATHS: Mapping[str, Any] = {"dit_path": PRO_DIT, "wav2vec_path": SPEECH}
+CONFIG_PATHS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "flashhead": {**_SHARED_PATHS, "vae_path": PRO_VAE},
+        "leaptalk": {
+            **_SHARED_PATHS,
+            "loras": [{"path": LORA, "strength": 1.0}],
+            "audio_proj_path": PROJECTOR,
+            "decoder_path": TINY,
+        },
+    }
+)
+"""Settings of a family that name files, below the root."""
+NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "flashhead": (PRO_DIT, PRO_CONFIG, PRO_VAE),
+        "leaptalk": (PRO_DIT, PRO_CONFIG, LORA, LORA_CONFIG, PROJECTOR, TINY),
+    }
+)
+"""Files that a family's configuration reads, without those of wav2vec 2.0."""
+OWN: Mapping[str, str] = MappingProxyType({"flashhead": FLASHHEAD, "leaptalk": LEAPTALK})
+"""The folder that only this family and those built on it have."""
+BUILT_ON: Mapping[str, str] = MappingProxyType({"leaptalk": "flashhead"})
+"""A family whose files include those of another one."""
 
 
 def family_layout(spec: ScaleSpec) -> tuple[FileLayout, ...]:

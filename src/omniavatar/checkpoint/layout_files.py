@@ -30,7 +30,7 @@ from omniavatar.checkpoint.layout import (
     text_tensors,
     wav2vec_tensors,
 )
-from omniavatar.checkpoint.layout_families import family_layout
+from omniavatar.checkpoint.layout_families import SPEECH, family_layout
 from omniavatar.checkpoint.layout_vae import vae_tensors
 
 DIT_STEM = "diffusion_pytorch_model"
@@ -39,7 +39,7 @@ ADAPTER = "pytorch_model.pt"
 TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 VAE = "Wan2.1_VAE.pth"
 TOKENIZER = "google/umt5-xxl"
-WAV2VEC = "wav2vec2-base-960h"
+WAV2VEC = SPEECH
 
 
 def base_folder(spec: ScaleSpec) -> str:

@@ -169,7 +169,10 @@ def _pair(
         return []
     for half in ("down", "up"):
         if half not in roles:
-            raise CheckpointError(f"{files.origin}: {roles[present[0]]} has no {half} weight to pair with")
+            raise CheckpointError(
+                f"{files.origin}: {roles[present[0]]} has no {half} weight to pair with; download the file "
+                "again"
+            )
     target = names.target(layer, "down")
     down, up = roles["down"], roles["up"]
     if target is None:

@@ -82,11 +82,12 @@ def load_strict(
         matched = _matched(module, slots, sources, origin)
         for slot_name, name in matched.items():
             tensor = sources[name].load()
-            slots[slot_name].check_kind(name, tensor, origin)
+            parts = sources[name].parts
+            slots[slot_name].check_kind(name, tensor, parts[0][0].origin if parts else origin)
             if tensor.is_floating_point():
                 tensor = tensor.to(dtype if isinstance(dtype, torch.dtype) else dtype(slot_name))
             moved = tensor.to(device(slot_name) if callable(device) else device)
-            check.add(name, tensor if moved.device.type == "cpu" else moved, sources[name].parts)
+            check.add(name, tensor if moved.device.type == "cpu" else moved, parts)
             slots[slot_name].put(module, moved)
         tensors = module.state_dict()
         check.finish({name: tensors[slot_name] for slot_name, name in matched.items()})
@@ -124,7 +125,8 @@ def _matched(
             for kind, items in (("missing", missing), ("unexpected", unexpected), ("misshaped", misshaped))
             if items
         ]
-        raise CheckpointError(f"{origin}: does not fit {type(module).__name__}: {'; '.join(problems)}")
+        found = f"does not fit {type(module).__name__} ({'; '.join(problems)})"
+        raise CheckpointError(f"{origin}: {found}; use the released files, or download them again")
     return filled
 
 

@@ -29,7 +29,7 @@ def clean(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """List unfinished jobs, previews, lock files and old cached prompts in one place, with their sizes.
+    """List unfinished jobs and calibrations, previews, lock files and old cached prompts, with their sizes.
 
     The place is a folder with the folders inside it, or one video's output; without it, this folder and the
     cache of prompts.

@@ -184,12 +184,18 @@ def check_kinds(image: Path | None, audio: Path | None) -> None:
 
 
 def silent_videos(loaded: LoadedConfig, lines: Sequence[RequestLine | BadLine]) -> list[str]:
-    """A warning if requests have no voice, unless `seq_len` was set, which is the length of such videos."""
+    """A warning if requests have no voice, unless `seq_len` was set, which is the length of such videos.
+
+    A family that makes its frames from a voice refuses such requests, so there is nothing to add.
+    """
     from omniavatar.engine.requests_file import RequestLine
+    from omniavatar.plan.preview import with_family
 
     usable = [line for line in lines if isinstance(line, RequestLine)]
     silent = sum(line.audio is None for line in usable)
     if not silent or loaded.origins["video.seq_len"] == "--hp":
+        return []
+    if with_family(loaded.config).family.chunk is not None:
         return []
     video = loaded.config.video
     seconds = f"{video.seq_len / video.fps:g} s"

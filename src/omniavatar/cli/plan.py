@@ -130,9 +130,10 @@ def _propose(config: Path, hp: list[str] | None, minutes: float, deadline: str, 
         _print_proposal(found)
     if found.chosen is None:
         fastest = found.others[0]
+        settings = f"--hp {fastest.override}" if fastest.settings else "those of the configuration"
         raise ResourceError(
             f"deadline: {minutes:g} minutes of video cannot be made in {_duration(seconds)} on this machine; "
-            f"the fastest settings take {_duration(fastest.seconds)}: --hp {fastest.override}"
+            f"the fastest settings take {_duration(fastest.seconds)}: {settings}"
         )
 
 

@@ -15,6 +15,7 @@ from omniavatar.cli.common import (
     HpOption,
     print_error,
     print_warning,
+    prompt_for,
     require_one_process,
     user_errors,
 )
@@ -33,8 +34,8 @@ def profile(
     prompt: Annotated[
         str | None, typer.Option(help="One request instead of a file: what the video shows.")
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="Portrait for --prompt.")] = None,
-    audio: Annotated[Path | None, typer.Option(help="Voice for --prompt.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Portrait of the request.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="Voice of the request.")] = None,
     hp: HpOption = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the whole report as JSON.")
@@ -56,13 +57,15 @@ def profile(
 ) -> None:
     """Make videos and report where the time went: stages, windows, steps, TFLOP/s, memory.
 
-    Without --input_file and --prompt it takes the packaged portrait and voice. Videos go to
+    Without --input_file and --image it takes the packaged portrait and voice. Videos go to
     <output_dir>/profile and are always made from the start. Unreadable lines are reported and skipped.
     """
-    if prompt is not None and (input_file is not None or image is None):
+    if (input_file is not None and (prompt is not None or image is not None)) or (
+        prompt is not None and image is None
+    ):
         raise typer.BadParameter("give --input_file, or --prompt with --image, or neither")
-    if prompt is None and (image is not None or audio is not None):
-        raise typer.BadParameter("--image and --audio belong to --prompt")
+    if image is None and audio is not None:
+        raise typer.BadParameter("--audio belongs to --image")
     with user_errors():
         require_one_process()
         from omniavatar.cli.progress import make_display
@@ -72,6 +75,7 @@ def profile(
         from omniavatar.measure.profile import profile_requests
         from omniavatar.measure.report_table import print_report
         from omniavatar.media.atomic import check_writable
+        from omniavatar.plan.preview import with_family
 
         for path in (json_file, trace_file, torch_file):
             if path is not None:
@@ -82,8 +86,9 @@ def profile(
         bad = 0
         if input_file is not None:
             lines, bad = _lines(input_file, loaded.config)
-        elif prompt is not None and image is not None:
-            lines = [RequestLine(0, 0, prompt, image, audio)]
+        elif image is not None:
+            family = with_family(loaded.config).family
+            lines = [RequestLine(0, 0, prompt_for(family, prompt), image, audio)]
         else:
             lines = [RequestLine(0, 0, "A woman speaks", PORTRAIT, SPEECH)]
         with make_display("rich", False, sys.stderr) as display:

@@ -1,4 +1,4 @@
-"""What runs left on disk: unfinished jobs, previews, lock files, and cached prompt embeddings.
+"""What runs left on disk: unfinished jobs and calibrations, previews, lock files, cached prompt embeddings.
 
 Only what carries our mark (`engine.marks`) is found, and nothing that a living process holds is deleted.
 """
@@ -18,6 +18,8 @@ from omniavatar.engine.marks import OWNER, STATE, is_job_folder, is_preview, job
 from omniavatar.errors import BusyError, InputError, OutputError
 from omniavatar.media.atomic import translate_os_error
 from omniavatar.media.lease import holder_of, is_held, is_lock, lease_for, remove_stale
+from omniavatar.plan.sparse_progress import SUFFIX as PART
+from omniavatar.plan.sparse_progress import is_progress_file
 
 DAY_S = 86400
 _TEMPORARY = re.compile(r"\.(?P<name>.*)\.[0-9a-f]{8}\.tmp", re.DOTALL)
@@ -27,7 +29,7 @@ _TEMPORARY = re.compile(r"\.(?P<name>.*)\.[0-9a-f]{8}\.tmp", re.DOTALL)
 class Leftover:
     """Something that can be deleted.
 
-    kind: unfinished job, preview, lock, temporary file, cached prompt.
+    kind: unfinished job, unfinished calibration, preview, lock, temporary file, cached prompt.
     paths: what is deleted; of a job folder, only the files that are ours.
     holder: the living process that uses it; it is then kept.
     """
@@ -70,6 +72,8 @@ def delete(leftover: Leftover) -> bool:
                     folder.rmdir()
         elif leftover.kind == "lock":
             return remove_stale(leftover.paths[0])
+        elif leftover.kind == "unfinished calibration" and is_held(leftover.paths[0].with_suffix(".lock")):
+            return False
         else:
             with translate_os_error(leftover.paths[0]):
                 leftover.paths[0].unlink(missing_ok=True)
@@ -102,8 +106,8 @@ def _in_folder(folder: Path, cache_days: float) -> Iterator[Leftover]:
     for path in paths:
         kind = None if path in taken or path.is_symlink() or not path.is_file() else _kind(path, cache_days)
         if kind is not None:
-            held = kind == "lock" and _holder(path)
-            yield Leftover(kind, (path,), path.stat().st_size, held or None)
+            lock = {"lock": path, "unfinished calibration": path.with_suffix(".lock")}.get(kind)
+            yield Leftover(kind, (path,), path.stat().st_size, _holder(lock) if lock is not None else None)
 
 
 def _job(folder: Path, preview: Path) -> Leftover | None:
@@ -125,6 +129,8 @@ def _kind(path: Path, cache_days: float) -> str | None:
     try:
         if name.endswith(".lock"):
             return "lock" if is_lock(path) else None
+        if name.endswith(PART):
+            return "unfinished calibration" if is_progress_file(path) else None
         if name.endswith(".mp4"):
             return "preview" if is_preview(path) else None
         if name.endswith(SUFFIX):

@@ -102,7 +102,8 @@ class AvatarPipeline(Session):
         has its settings there, with paths relative to the folder. `pocket` is the packaged model.
 
         - overrides: settings that replace them, such as `{"num_steps": 15}`, or texts as of `--hp`.
-        - scale: 14B, 1.3B, livetalk, nano or livetalk-nano, if the folder holds several.
+        - scale: 14B, 1.3B, livetalk, flashhead, leaptalk, or nano, livetalk-nano, flashhead-nano or
+          leaptalk-nano, if the folder holds several.
         - on_event: as for `from_config`.
 
         Raises ConfigError, CheckpointError with the files that are missing, ResourceError.

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omniavatar.checkpoint.layout import MERGED, SCALES, ScaleSpec, checkpoint_spec
+from omniavatar.checkpoint.layout import MERGED, SCALES, TOKEN_FAMILIES, ScaleSpec, checkpoint_spec
+from omniavatar.checkpoint.layout_families import BUILT_ON, CONFIG_PATHS, NEEDED, OWN, PRO_CONFIG
 from omniavatar.checkpoint.layout_files import (
     ADAPTER,
     DIT_STEM,
@@ -19,6 +20,7 @@ from omniavatar.checkpoint.layout_files import (
     adapter_folder,
     base_folder,
 )
+from omniavatar.checkpoint.outside import read_table
 from omniavatar.config.load import PACKAGED, Overrides, load_config
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.config.syntax import parse_overrides, read_yaml
@@ -26,7 +28,12 @@ from omniavatar.config.values import POCKET
 from omniavatar.errors import CheckpointError, ConfigError
 from omniavatar.text import quoted, read_text
 
-NAMES = (*(spec.name for spec in reversed(SCALES)), *MERGED)
+_SMALL = "-nano"
+NAMES = (
+    *(spec.name for spec in reversed(SCALES)),
+    *MERGED,
+    *(f"{family}{size}" for size in ("", _SMALL) for family in TOKEN_FAMILIES),
+)
 """Checkpoints with a known layout; without a nearer clue, the first names what is missing."""
 _LIVETALK = {
     "sampler": "causal",
@@ -46,6 +53,8 @@ _NANO = {
     "overlap_frame": 5,
     "seq_len": 50,
 }
+_HEADS_NANO = {"dtype": "fp32", "scale": "nano", "image_sizes_720": [[96, 96]]}
+_TINY_VAE = {"decoder": "taehv", "latent_encoder": "taehv"}
 _SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "14B": {},
     "1.3B": {},
@@ -57,11 +66,15 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "scale": "nano",
         "image_sizes_720": [[96, 160], [144, 144], [160, 96]],
     },
+    "flashhead": {"family": "flashhead"},
+    "leaptalk": {"family": "leaptalk", **_TINY_VAE},
+    "flashhead-nano": {"family": "flashhead", **_HEADS_NANO},
+    "leaptalk-nano": {"family": "leaptalk", **_TINY_VAE, **_HEADS_NANO},
 }
 """Settings of a checkpoint that differ from the defaults, as in `configs/`."""
 _PATHS = (
     *("vae_path", "decoder_path", "text_encoder_path", "tokenizer_path", "wav2vec_path", "exp_path"),
-    *("input_limits", "step_cache_file"),
+    *("audio_proj_path", "input_limits", "step_cache_file", "sparse_file"),
 )
 _WORDS = ("auto", "none")
 """Values of a path's key that are no paths."""
@@ -133,8 +146,10 @@ def _beside(file: Path, value: str) -> str:
 
 def _chosen(root: Path, scale: str | None) -> str:
     """The checkpoint to use. Raises ConfigError if several are complete, CheckpointError if none is."""
-    missing = {name: _missing(root, checkpoint_spec(name)) for name in ([scale] if scale else NAMES)}
+    missing = {name: _missing(root, checkpoint_spec(name)) for name in ([scale] if scale else _names(root))}
     whole = [name for name, files in missing.items() if not files]
+    included = {BUILT_ON.get(checkpoint_spec(name).family) for name in whole}
+    whole = [name for name in whole if checkpoint_spec(name).family not in included]
     if len(whole) == 1:
         return whole[0]
     if whole:
@@ -149,18 +164,31 @@ def _chosen(root: Path, scale: str | None) -> str:
             f"{root}: holds no weights of {', '.join(NAMES)}, nor a configuration; "
             f"`omniavatar download 1.3B --root {root}` fetches some"
         )
-    made = "nano" in nearest
+    made = nearest.endswith("nano")
     command = f"make-checkpoint --scale {nearest} --out" if made else f"download {nearest} --root"
     raise CheckpointError(
         f"{root}: {nearest} lacks {', '.join(missing[nearest])}; `omniavatar {command} {root}` writes them"
     )
 
 
+def _names(root: Path) -> list[str]:
+    """The checkpoints that `root` may hold: the files of heads have the same names in every size."""
+    path = root / PRO_CONFIG
+    dim = read_table(path).get("dim") if path.is_file() else None
+    small = dim == checkpoint_spec(f"flashhead{_SMALL}").dit.dim
+    other = {f"{family}{'' if small else _SMALL}" for family in TOKEN_FAMILIES}
+    return [name for name in NAMES if name not in other]
+
+
 def _folders(spec: ScaleSpec) -> tuple[str, ...]:
+    if spec.family in OWN:
+        return (OWN[spec.family],)
     return (base_folder(spec), adapter_folder(spec), WAV2VEC, *([spec.merged] if spec.merged else []))
 
 
 def _has_dit(root: Path, spec: ScaleSpec) -> bool:
+    if spec.family in OWN:
+        return (root / OWN[spec.family]).is_dir()
     return bool(_dit_files(root, spec)) or (not spec.merged and (root / adapter_folder(spec)).is_dir())
 
 
@@ -172,11 +200,13 @@ def _dit_files(root: Path, spec: ScaleSpec) -> list[Path]:
 
 def _missing(root: Path, spec: ScaleSpec) -> list[str]:
     """Files and folders of a checkpoint that `root` lacks, relative to it."""
+    speech = [f"{WAV2VEC}/model.safetensors", f"{WAV2VEC}/config.json"]
+    if spec.family in NEEDED:
+        return [name for name in (*NEEDED[spec.family], *speech) if not (root / name).exists()]
     base, dit = base_folder(spec), _dit_files(root, spec)
     needed = [
         *(f"{base}/{name}" for name in (TEXT_ENCODER, VAE, TOKENIZER)),
-        f"{WAV2VEC}/model.safetensors",
-        f"{WAV2VEC}/config.json",
+        *speech,
     ]
     if not spec.merged:
         needed += [f"{adapter_folder(spec)}/{name}" for name in (ADAPTER, "config.json")]
@@ -190,6 +220,8 @@ def _missing(root: Path, spec: ScaleSpec) -> list[str]:
 
 
 def _paths(root: Path, spec: ScaleSpec) -> dict[str, Any]:
+    if spec.family in CONFIG_PATHS:
+        return {name: _below(root, value) for name, value in CONFIG_PATHS[spec.family].items()}
     base = root / base_folder(spec)
     return {
         "dit_path": [str(path) for path in _dit_files(root, spec)],
@@ -198,3 +230,10 @@ def _paths(root: Path, spec: ScaleSpec) -> dict[str, Any]:
         "wav2vec_path": str(root / WAV2VEC),
         **({} if spec.merged else {"exp_path": str(root / adapter_folder(spec))}),
     }
+
+
+def _below(root: Path, value: Any) -> Any:
+    """A path below `root`, or LoRAs with such paths."""
+    if isinstance(value, str):
+        return str(root / value)
+    return [{**lora, "path": str(root / lora["path"])} for lora in value]

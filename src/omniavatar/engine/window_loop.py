@@ -118,6 +118,10 @@ class WindowResult:
         self.window, self.latent, self.started = window, latent, started
         self._frames, self._next_given, self._wait = frames, next_given, wait
 
+    def wait(self) -> None:
+        """Wait for the window. Raises NumbersError."""
+        self._wait()
+
     @property
     def frames(self) -> list[np.ndarray]:
         """The new frames only, as `convert` returned them."""

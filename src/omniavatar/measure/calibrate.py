@@ -153,8 +153,6 @@ def calibrate(
     Raises ConfigError for fewer than two steps, OutputError, and what `AvatarPipeline` raises.
     """
     started = time.perf_counter()
-    if config.sampling.steps < 2:
-        raise ConfigError("num_steps: calibration compares steps with each other; use at least 2")
     if config.sampling.causal is not None:
         raise ConfigError("sampler: causal computes every step, so there is no step cache to calibrate")
     family = with_family(config).family
@@ -162,6 +160,8 @@ def calibrate(
         raise ConfigError(
             f"{family.name}: {reason.partition(';')[0]}, so there is no step cache to calibrate"
         )
+    if config.sampling.steps < 2:
+        raise ConfigError("num_steps: calibration compares steps with each other; use at least 2")
     path = calibration_output(config, output)
     with lease_for(beside(path, ".", path.name, ".lock"), path):
         return _calibrate(config, request, path, windows, verify, listeners, started)
@@ -184,7 +184,8 @@ def _calibrate(
         meter = ResidualMeter()
         sampling = ready.window_sampling
         generator = pipeline.window_generator(sampling, ready.conditioning, meter.window)
-        for _ in generator.run(chosen):
+        for result in generator.run(chosen):
+            result.wait()
             meter.keep()
         changes = meter.changes()
         distances = relative_changes(pipeline.models.time_projections(ready.plan.schedule.timesteps))

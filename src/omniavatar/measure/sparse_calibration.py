@@ -1,7 +1,8 @@
 """`omniavatar calibrate --mode sparse`: measures block masses on a few windows and writes them to a file.
 
 The windows run as in any other run, with every step computed, guidance at every step, and dense attention. A
-later run makes its plan from the file. Verification runs the first window again with another seed: densely,
+later run makes its plan from the file. A killed calibration goes on after its last finished window
+(`plan.sparse_progress`). Verification runs the first window again with another seed: densely,
 by calibrated plans and by windows of several densities.
 """
 
@@ -21,8 +22,10 @@ from omniavatar import __version__
 from omniavatar.accel.mass_meter import MassMeter
 from omniavatar.config.change import changed
 from omniavatar.config.schema import PipelineConfig
-from omniavatar.config.sparsity import SPARSE_NAME
+from omniavatar.config.sparsity import SPARSE_NAME, SparsityConfig
 from omniavatar.device import device_name
+from omniavatar.engine.events import Message
+from omniavatar.engine.identity import request_identity
 from omniavatar.engine.pipeline import AvatarPipeline
 from omniavatar.engine.prepare import Prepared
 from omniavatar.engine.recorder import Listener, RunRecorder, stage_seconds
@@ -33,6 +36,8 @@ from omniavatar.measure.quality import compare
 from omniavatar.media.atomic import beside
 from omniavatar.media.lease import lease_for
 from omniavatar.plan.calibration import measured_schedule, model_identity
+from omniavatar.plan.preview import with_family
+from omniavatar.plan.sparse_progress import MeasuredWindows, SparseProgress
 from omniavatar.plan.sparsity import SparseHeader, is_sparse_file, plan_shape, write_levels
 from omniavatar.sampling.sparsity import MassLevels, SparsityPlan, mass_of, window_plan
 from omniavatar.types import AvatarRequest, Window
@@ -95,12 +100,21 @@ def calibrate_sparse(
     - output: default `sparse_attention.safetensors` beside the checkpoint.
     - groups: groups of consecutive sparse steps, each of which gets its own plan.
 
-    Raises ConfigError where nothing is sparse, OutputError, and what `AvatarPipeline` raises.
+    Raises ConfigError where nothing is sparse, NumbersError for masses that are not finite, OutputError, and
+    what `AvatarPipeline` raises.
     """
     started = time.perf_counter()
     steps, dense = config.sampling.steps, config.sparsity.dense_steps(config.sampling.steps)
     if config.sampling.causal is not None:
         raise ConfigError("sampler: causal attends to a cache of earlier blocks, which no plan covers")
+    family = with_family(config).family
+    if reason := family.refused.get("sparsity.sparse_attention"):
+        raise ConfigError(f"sparse_attention: {family.name}: {reason.partition(';')[0]}; nothing to measure")
+    if dense >= steps:
+        raise ConfigError(
+            f"sparse_dense_steps: {dense} of {steps} steps stay dense, so there is nothing to measure; lower "
+            "it, or use more steps"
+        )
     if not 1 <= groups <= steps - dense:
         raise ConfigError(
             f"--step-groups {groups}: {steps - dense} of {steps} steps are not dense, so use at most "
@@ -122,27 +136,74 @@ def calibrate_sparse(
         pipeline = AvatarPipeline.from_config(plain, recorder=recorder)
         with pipeline.prepare(request) as ready:
             chosen = ready.plan.windows[:windows]
-            levels = _measure(pipeline, ready, chosen, dense, groups)
+            progress = SparseProgress(path, _identity(pipeline, ready, dense, groups))
+            levels = _measure(pipeline, ready, chosen, dense, groups, progress)
             header = write_levels(path, _header(pipeline, ready, len(chosen), dense), levels.levels)
             plans = tuple(_kept(levels, steps, dense))
             verified: tuple[VerifiedPlan, ...] = ()
             if verify:
                 bench = _SparseBench(pipeline, recorder, ready, chosen[0])
                 verified = tuple(bench.verify(levels, dense))
+            progress.remove()
     return SparseCalibrationRun(path, header, plans, verified, time.perf_counter() - started)
 
 
 def _measure(
-    pipeline: AvatarPipeline, ready: Prepared, windows: Sequence[Window], dense: int, groups: int
+    pipeline: AvatarPipeline,
+    ready: Prepared,
+    windows: Sequence[Window],
+    dense: int,
+    groups: int,
+    progress: SparseProgress,
 ) -> MassLevels:
     models = pipeline.models
     models.load_for_windows()
     shape = plan_shape(pipeline.config, ready.plan, models.dit_config)
     meter = MassMeter(models.dit, shape, dense, groups, models.device)
     sampling = replace(ready.window_sampling, sparsity=None)
-    for _ in pipeline.window_generator(sampling, ready.conditioning, meter.window).run(windows):
+    done = _finished(pipeline, progress, len(windows))
+    first, given = 0, None
+    if done is not None:
+        meter.restore(done.sums)
+        first, given = done.windows, None if done.given is None else torch.from_numpy(done.given)
+    generator = pipeline.window_generator(sampling, ready.conditioning, meter.window)
+    for result in generator.run(windows, first, given):
+        given = result.next_given  # waits, and raises NumbersError
         meter.keep()
+        progress.write(
+            MeasuredWindows(
+                result.window.index + 1, meter.sums, None if given is None else given.contiguous().numpy()
+            )
+        )
     return meter.levels()
+
+
+def _finished(pipeline: AvatarPipeline, progress: SparseProgress, windows: int) -> MeasuredWindows | None:
+    """What an interrupted calibration measured of the first `windows` windows."""
+    done = progress.read()
+    if done is None:
+        return None
+    if isinstance(done, MeasuredWindows) and (
+        done.windows > windows or (done.windows < windows and done.given is None)
+    ):
+        done = f"they are {done.windows} of another number of windows"
+    if isinstance(done, str):
+        text = f"{progress.path}: the finished windows in it are dropped, because {done}"
+        pipeline.models.recorder.event(Message(text))
+        return None
+    text = f"continuing after window {done.windows} of {windows}, from {progress.path}"
+    pipeline.models.recorder.event(Message(text))
+    return done
+
+
+def _identity(pipeline: AvatarPipeline, ready: Prepared, dense: int, groups: int) -> dict[str, str]:
+    """What decides the masses: that of a dense run of the request, and what is measured of it."""
+    models, config = pipeline.models, pipeline.config
+    plain = changed(config, sparsity=SparsityConfig().model_dump())
+    inputs = replace(ready.inputs, shape=replace(ready.inputs.shape, sparsity=None))
+    shape = plan_shape(config, ready.plan, models.dit_config)
+    identity = request_identity(plain, inputs, "none", models.residency.placement, models)
+    return {**identity, "measured": f"{shape}, {dense} dense steps, {groups} groups"}
 
 
 def _header(pipeline: AvatarPipeline, ready: Prepared, windows: int, dense: int) -> SparseHeader:

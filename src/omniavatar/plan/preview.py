@@ -11,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omniavatar.checkpoint.dit_sizes import family_name, inspect_dit
+from omniavatar.checkpoint.dit_sizes import FAMILY_KEY, family_name, inspect_dit
 from omniavatar.checkpoint.layout import FLASHHEAD, TOKEN_FAMILIES, ScaleSpec, scale_spec
 from omniavatar.checkpoint.reader import TensorFiles
 from omniavatar.config.change import with_family as changed_family
 from omniavatar.config.families import family_of
 from omniavatar.config.schema import ModelConfig, PipelineConfig
-from omniavatar.errors import CheckpointError
+from omniavatar.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,20 +70,27 @@ def with_family(config: PipelineConfig) -> PipelineConfig:
     one or broken.
     """
     model = config.model
-    found = "omniavatar"
+    found, stated = "omniavatar", None
     if files_exist(model):
         with TensorFiles(model.dit_path) as files:
             found = family_name(files, model.audio_proj_path is not None)
+            stated = files.metadata.get(FAMILY_KEY)
     elif model.weights == "files" and any(FLASHHEAD in path.parts for path in model.dit_path):
         found = "flashhead" if model.audio_proj_path is None else "leaptalk"
     elif model.family != "auto":
         found = model.family
     if model.family != "auto" and model.family != found:
         same_keys = {model.family, found} == set(TOKEN_FAMILIES)
-        if not same_keys:
+        told_by = "header" if same_keys else "keys"
+        if not same_keys or (stated == found and model.audio_proj_path is None):
             raise CheckpointError(
-                f"{model.dit_path[0]}: has the keys of {found}, but family is {model.family}; "
+                f"{model.dit_path[0]}: has the {told_by} of {found}, but family is {model.family}; "
                 "leave family out"
+            )
+        if model.audio_proj_path is None:
+            raise ConfigError(
+                f"family: {model.dit_path[0]} is FlashHead's, and LeapTalk's projector and LoRA are not "
+                "given; set audio_proj_path and loras, or leave family out"
             )
         found = model.family
     return changed_family(config, found)

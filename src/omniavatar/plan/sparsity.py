@@ -77,14 +77,13 @@ def write_levels(path: Path, header: SparseHeader, levels: NDArray[np.uint8]) ->
 def read_levels(path: Path) -> tuple[SparseHeader, NDArray[np.uint8]]:
     """Header and levels of the file, by themselves sound.
 
-    Raises ConfigError if it is missing, CheckpointError if it is damaged.
+    Raises ConfigError if it is missing or no file, CheckpointError if it is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
     if not os.path.isfile(path):
-        raise ConfigError(
-            f"sparse_file: {path} does not exist; make it with `omniavatar calibrate --mode sparse`"
-        )
+        what = "is a folder" if os.path.isdir(path) else "does not exist"
+        raise ConfigError(f"sparse_file: {path} {what}; make it with `omniavatar calibrate --mode sparse`")
     try:
         with safe_open(path, "np") as file:
             found = (file.metadata() or {}).get(HEADER)

@@ -13,11 +13,12 @@ from omniavatar.accel.attention.sparse import BlockLists, eager_sparse_attention
 from omniavatar.accel.attention.sparse_flex import FlexSparseAttention, block_mask
 from omniavatar.accel.attention.sparse_registry import SPARSE, break_even, choose_sparse
 from omniavatar.accel.graphs import FORWARDS_FIRST, GraphedBlocks
+from omniavatar.accel.mass_meter import MassMeter
 from omniavatar.accel.offload import OffloadConfig, apply_offload
 from omniavatar.accel.sparse_steps import SparseSteps, list_bytes
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
-from omniavatar.errors import ResourceError
+from omniavatar.errors import NumbersError, ResourceError
 from omniavatar.model.dit import WanDiT
 from omniavatar.sampling.sparsity import (
     DENSE,
@@ -244,3 +245,15 @@ def test_every_table_is_dense_where_a_layer_keeps_too_much():
     shape = PlanShape(2, 3, 1, (1, 8, 8), 16)
     plan = window_plan(shape, shape.order, 0.75, [0]).dense_above(0.7)
     assert (plan.table_of == DENSE).all() and plan.sparse_steps == () and plan.kept_share == 1.0
+
+
+@pytest.mark.parametrize("spoil", [float("nan"), 0.0])
+def test_masses_that_are_none_make_no_levels(spoil):
+    dit = nano()
+    meter = MassMeter(dit, shape_of(dit), 1, 1, CPU)
+    sums = np.full_like(meter.sums, 0.5)
+    meter.restore(sums)
+    assert meter.levels().levels.shape == sums.shape
+    sums[0, 2, 1, 3] = spoil
+    with pytest.raises(NumbersError, match="block masses of a layer are not finite, or zero"):
+        meter.levels()

@@ -1,5 +1,6 @@
 """The quality benchmark's numbers on tracks, faces and pictures whose answers are known."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -190,7 +191,25 @@ def test_front_and_recommendation():
     ]  # fmt: skip
     assert tradeoff.pareto(rows) == ["fast", "middle", "slow"]
     assert tradeoff.recommended(rows) == "middle"
-    assert "Recommended: `middle`" in tradeoff.markdown(rows)
+    text = tradeoff.markdown(rows)
+    assert "Recommended: `middle`" in text and "drift" not in text
+    drifting = [{**each, "drift": {"face_colour": 0.0625}} for each in rows]
+    head, line, *cells = tradeoff.markdown(drifting).splitlines()
+    assert head.endswith(" drift of the face colour |") and head.count("|") == line.count("|")
+    assert all(each.endswith(" 0.062 |") for each in cells[: len(rows)])
+
+
+def test_variants_are_compared_on_short_clips_or_on_those_of_a_minute(tmp_path):
+    clips = [
+        material.Clip(name, kind, "", "", (), ())
+        for name, kind in (("a", "synthetic"), ("b", "recorded"), ("c", "recorded"), ("d", "long"))
+    ]
+    given = argparse.Namespace(minute=False, clips=2, work=tmp_path)
+    assert [clip.name for clip in pocket_quality.compared_clips(clips, given)] == ["a", "b"]
+    given.minute, given.clips = True, None
+    assert [clip.name for clip in pocket_quality.compared_clips(clips, given)] == ["d"]
+    with pytest.raises(SystemExit, match="no clips of a minute; run `prepare` with --long-clips"):
+        pocket_quality.compared_clips(clips[:3], given)
 
 
 def test_likeness_is_measured_against_the_exact_variant(tmp_path):

@@ -183,6 +183,18 @@ def test_weights_of_another_family(heads_checkpoint, nano_checkpoint, cache, nam
         with_family(load_config(None, {**values, "family": name}).config)
 
 
+def test_families_with_equal_keys_are_told_by_projector_and_header(heads_checkpoint, cache, tmp_path):
+    plain = head_settings(heads_checkpoint, cache, "flashhead")
+    with pytest.raises(ConfigError, match=r"family: .* is FlashHead's.*set audio_proj_path and loras"):
+        with_family(load_config(None, {**plain, "family": "leaptalk"}).config)
+    whole = load_config(None, head_settings(heads_checkpoint, cache, "leaptalk")).config
+    merged = str(convert_checkpoint(whole, tmp_path / "merged.safetensors").path)
+    with pytest.raises(CheckpointError, match=r"merged.*has the header of leaptalk, but family is flashhead"):
+        with_family(load_config(None, {**plain, "dit_path": merged, "family": "flashhead"}).config)
+    named = load_config(None, {**plain, "dit_path": merged, "family": "leaptalk"}).config
+    assert with_family(named).family.name == "leaptalk"
+
+
 def test_settings_that_the_keys_contradict(heads_checkpoint, cache):
     settings = head_settings(heads_checkpoint, cache, "flashhead", sampler="euler")
     with pytest.raises(ConfigError, match="sampler: flashhead: its weights follow renoise"):
@@ -211,17 +223,25 @@ def test_only_the_released_unused_layers_may_be_left_over(heads_checkpoint, cach
 
 def test_a_projector_replaces_all_ten_weights_or_none(heads_checkpoint, cache, tmp_path):
     settings = head_settings(heads_checkpoint, cache, "leaptalk")
-    stored = torch.load(settings["audio_proj_path"])
-    assert len(stored) == 10 and not any("audio_proj" in key for key in stored)
-    del stored["norm.bias"]
-    torch.save({**stored, "proj4.weight": torch.zeros(1)}, tmp_path / "projector.pt")
-    changes = {"audio_proj_path": str(tmp_path / "projector.pt")}
-    made = head_pipeline(heads_checkpoint, cache, family="leaptalk", **changes)
+    released = torch.load(settings["audio_proj_path"])
+    assert len(released) == 10 and not any("audio_proj" in key for key in released)
+    less = {key: value for key, value in released.items() if key != "norm.bias"}
+    path = tmp_path / "projector.pt"
+    made = head_pipeline(heads_checkpoint, cache, family="leaptalk", audio_proj_path=str(path))
     made.adopt(plan_run(made.config, (32, 32), 16000))
-    with pytest.raises(
-        CheckpointError, match=r"missing: audio_proj\.norm\.bias; unexpected: audio_proj\.proj4"
+    whole = released["norm.bias"].to(torch.int64)
+    for stored, text in (
+        (
+            {**less, "proj4.weight": torch.zeros(1)},
+            r"missing: audio_proj\.norm\.bias; unexpected: audio_proj\.proj4",
+        ),
+        ({**released, "norm.bias": torch.zeros(3)}, r"of another shape: audio_proj\.norm\.bias"),
+        ({**released, "norm.bias": whole}, r"audio_proj\.norm\.bias holds numbers of torch.int64"),
     ):
-        made.models.dit  # noqa: B018
+        torch.save(stored, path)
+        with pytest.raises(CheckpointError, match=text) as error:
+            made.models.dit  # noqa: B018
+        assert str(error.value).startswith(f"{path}: ")
 
 
 def test_a_converted_leaptalk_stays_one(heads_checkpoint, cache, tmp_path):

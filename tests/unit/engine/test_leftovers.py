@@ -8,7 +8,9 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from begun_jobs import begun
 from command_line import error_lines, run
@@ -17,6 +19,7 @@ from omniavatar.engine.job import Job
 from omniavatar.engine.marks import PREVIEW_MARK
 from omniavatar.media.lease import try_lease
 from omniavatar.media.video import GrowingVideo
+from omniavatar.plan.sparse_progress import MeasuredWindows, SparseProgress
 
 
 def embedding(path: Path, days: float) -> None:
@@ -39,6 +42,9 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / ".his.mp4.lock").write_text("mine")
     (tmp_path / ".a.mp4.0123abcd.tmp").write_bytes(b"half")
     (tmp_path / ".his.mp4.0123abcd.tmp").write_bytes(b"half")
+    sums = np.ones((1, 1, 1, 2, 2), np.float32)
+    SparseProgress(tmp_path / "masses.safetensors", {}).write(MeasuredWindows(1, sums, None))
+    save_file({"sums": sums}, tmp_path / ".his.safetensors.part")
     embedding(tmp_path / "old.embedding", 40)
     embedding(tmp_path / "new.embedding", 2)
     (tmp_path / "his.embedding").write_bytes(b"x" * 100)
@@ -58,6 +64,7 @@ OURS = {
     "c.partial.mp4",
     ".d.mp4.lock",
     ".a.mp4.0123abcd.tmp",
+    ".masses.safetensors.part",
     "old.embedding",
 }
 
@@ -81,6 +88,7 @@ def test_lists_ours_and_deletes_with_yes_only(folder: Path) -> None:
     assert listed(folder, "--yes") == dict.fromkeys(OURS, True)
     assert files(folder) == {
         *("his.partial.mp4", ".his.mp4.lock", ".his.mp4.0123abcd.tmp", "his.embedding", "new.embedding"),
+        ".his.safetensors.part",
         *("his.mp4.job/job.json", "sounds.mp4.job/sound.mp4", "a.mp4.job/notes.txt"),
     }
     assert not (folder / "deep" / "er" / "b.mp4.job").exists()
@@ -93,12 +101,13 @@ def test_one_output(folder: Path) -> None:
 
 
 def test_what_is_in_use_is_kept(folder: Path) -> None:
-    lease = try_lease(folder / ".d.mp4.lock")
-    assert lease is not None
-    with Job(folder / "a.mp4").owned(), lease:
+    lease, other = try_lease(folder / ".d.mp4.lock"), try_lease(folder / ".masses.safetensors.lock")
+    assert lease is not None and other is not None
+    with Job(folder / "a.mp4").owned(), lease, other:
         before = files(folder)
         deleted = listed(folder, "--yes")
         assert not deleted["a.mp4.job"] and not deleted[".d.mp4.lock"] and deleted["b.mp4.job"]
+        assert not deleted[".masses.safetensors.part"] and (folder / ".masses.safetensors.part").exists()
         assert {name for name in before if name.startswith(("a.mp4.job", "a.partial"))} <= files(folder)
         text = run("clean", str(folder)).stdout
         assert f"kept: process {os.getpid()} on " in text

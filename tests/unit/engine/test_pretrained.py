@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from command_line import REPOSITORY
-from engine import portrait
+from engine import portrait, voice
 from omniavatar import AvatarPipeline, AvatarRequest
-from omniavatar.checkpoint.layout import checkpoint_spec
-from omniavatar.checkpoint.layout_files import dit_paths
+from omniavatar.checkpoint.layout import TOKEN_FAMILIES, checkpoint_spec
+from omniavatar.checkpoint.layout_families import PRO_CONFIG, side_files
+from omniavatar.checkpoint.layout_files import checkpoint_layout, dit_paths
 from omniavatar.checkpoint.synthetic import make_checkpoint
 from omniavatar.config.identity import flat_values
 from omniavatar.config.load import load_config
@@ -32,6 +34,14 @@ ADAPTER = ("OmniAvatar-{}/pytorch_model.pt", "OmniAvatar-{}/config.json")
 def lay_out(root: Path, name: str) -> Path:
     """Empty files where the weights of a checkpoint lie."""
     spec = checkpoint_spec(name)
+    if spec.family in TOKEN_FAMILIES:
+        for layout in checkpoint_layout(spec):
+            (root / layout.path).parent.mkdir(parents=True, exist_ok=True)
+            (root / layout.path).touch()
+        for path, content in side_files(spec).items():
+            (root / path).write_text(json.dumps(content))
+        (root / "wav2vec2-base-960h/config.json").write_text("{}")
+        return root
     files = [*ENCODERS, *(() if spec.merged else ADAPTER)]
     for file in [*dit_paths(spec), *(file.format(spec.name) for file in files)]:
         path = root / file
@@ -47,6 +57,8 @@ def lay_out(root: Path, name: str) -> Path:
         ("14B", "inference.yaml"),
         ("livetalk", "livetalk.yaml"),
         ("nano", "nano.yaml"),
+        ("flashhead", "flashhead.yaml"),
+        ("leaptalk", "leaptalk.yaml"),
     ],
 )
 def test_the_derived_settings_are_those_of_the_configuration(tmp_path, name, file):
@@ -55,7 +67,7 @@ def test_the_derived_settings_are_those_of_the_configuration(tmp_path, name, fil
     given = flat_values(load_config(REPOSITORY / "configs" / file).config)
     below = f"pretrained_models/{name}" if name == "nano" else "pretrained_models"
     for key, value in given.items():
-        expected = str(value).replace(below, str(root)) if "path" in key else str(value)
+        expected = str(value).replace(below, str(root)) if "path" in str(value) + key else str(value)
         assert " ".join(str(derived[key]).split()) == " ".join(expected.split()), key
 
 
@@ -73,6 +85,24 @@ def test_a_made_livetalk_is_found(tmp_path):
     config = pretrained_config(make_checkpoint("livetalk-nano", tmp_path))
     assert config.sampling.sampler == "causal" and config.model.dtype == "fp32"
     AvatarPipeline.from_config(config).close()
+
+
+@pytest.mark.parametrize(("scale", "family"), [(None, "leaptalk"), ("flashhead-nano", "flashhead")])
+def test_a_made_leaptalk_holds_flashhead_too(heads_checkpoint, cache, tmp_path, scale, family):
+    changes = {"image_sizes_720": [[32, 32]], "device": "cpu", "text_cache_dir": str(cache)}
+    with AvatarPipeline.from_pretrained(heads_checkpoint, changes, scale) as pipe:
+        assert pipe.config.family.name == family and pipe.config.model.dtype == "fp32"
+        made = pipe.generate(AvatarRequest("", portrait(), voice(0.5)), tmp_path / "x.mp4")
+    assert made.frames == 13
+
+
+def test_models_of_heads_beside_others_need_a_choice(tmp_path):
+    root = lay_out(lay_out(tmp_path, "1.3B"), "flashhead")
+    with pytest.raises(ConfigError, match=r"holds 1.3B, flashhead; choose one with scale='1.3B'"):
+        pretrained_config(root)
+    assert pretrained_config(root, scale="flashhead").model.family == "flashhead"
+    (root / "SoulX-FlashHead-1_3B/VAE_Wan/Wan2.1_VAE.pth").unlink()
+    assert pretrained_config(root).model.family == "auto"
 
 
 def test_the_packaged_model():
@@ -112,6 +142,14 @@ MISSING = [
         "14B lacks Wan2.1-T2V-14B/diffusion_pytorch_model-00002-of-00006.safetensors;",
     ),
     (
+        lambda root: (lay_out(root, "flashhead") / "SoulX-FlashHead-1_3B/VAE_Wan/Wan2.1_VAE.pth").unlink(),
+        "flashhead lacks SoulX-FlashHead-1_3B/VAE_Wan/Wan2.1_VAE.pth; `omniavatar download flashhead --root",
+    ),
+    (
+        lambda root: (lay_out(root, "leaptalk-nano") / PRO_CONFIG).write_text("{"),
+        "SoulX-FlashHead-1_3B/Model_Pro/config.json: is not valid JSON",
+    ),
+    (
         lambda root: shutil.rmtree(lay_out(root, "nano") / "wav2vec2-base-960h"),
         "`omniavatar make-checkpoint --scale nano --out",
     ),
@@ -124,7 +162,7 @@ def test_what_is_missing_is_named(tmp_path, prepare, text):
     prepare(root)
     with pytest.raises(CheckpointError) as caught:
         AvatarPipeline.from_pretrained(root)
-    assert str(caught.value).startswith(f"{root}: ") and text in str(caught.value)
+    assert str(caught.value).startswith(str(root)) and text in str(caught.value)
 
 
 def test_one_part_of_a_model_leads_to_the_folder_above(tmp_path):

@@ -16,12 +16,14 @@ from engine import make_pipeline, overrides, request
 from omniavatar import AvatarPipeline
 from omniavatar.config.change import changed
 from omniavatar.config.load import load_config
-from omniavatar.engine.events import Message, WindowFinished
+from omniavatar.engine.events import Message, WindowFinished, WindowStarted
 from omniavatar.engine.identity import request_identity
+from omniavatar.engine.leftovers import find_leftovers
 from omniavatar.engine.prepare import Prepared, read_inputs
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.errors import ConfigError, ResumeError
 from omniavatar.measure.sparse_calibration import SparseCalibrationRun, calibrate_sparse
+from omniavatar.plan.sparse_progress import MeasuredWindows, SparseProgress, progress_path
 from omniavatar.plan.sparsity import find_sparsity, read_levels
 from omniavatar.types import StepPlan
 
@@ -35,6 +37,14 @@ def measured(nano_checkpoint, cache, tmp_path_factory) -> SparseCalibrationRun:
     config = load_config(None, overrides(nano_checkpoint, cache, **CALIBRATED)).config
     output = tmp_path_factory.mktemp("masses") / "masses.safetensors"
     return calibrate_sparse(config, request(0.3), output, windows=1, groups=2, verify=True)
+
+
+@pytest.fixture(scope="module")
+def two_windows(nano_checkpoint, cache, tmp_path_factory) -> np.ndarray:
+    """The levels of a measurement of two windows."""
+    config = load_config(None, overrides(nano_checkpoint, cache, **CALIBRATED)).config
+    output = tmp_path_factory.mktemp("masses") / "masses.safetensors"
+    return read_levels(calibrate_sparse(config, request(1.0), output).output)[1]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +107,67 @@ def test_measuring_is_repeatable_and_verifies(measured, nano_checkpoint, cache, 
     assert names == ["calibrated", "window"] * 4
     errors = [row.error for row in measured.verified if row.attention == "calibrated"]
     assert 0 < errors[0] < errors[-1] < 1 and all(row.psnr_db for row in measured.verified)
+
+
+@pytest.mark.parametrize(("killed_in", "seed", "kept"), [(1, 42, True), (1, 7, False), (None, 42, True)])
+def test_a_killed_measurement_goes_on(two_windows, nano_checkpoint, cache, tmp_path, killed_in, seed, kept):
+    """It ends with the bytes of an uninterrupted one. killed_in: a window; None: in the verification."""
+    config = load_config(None, overrides(nano_checkpoint, cache, **CALIBRATED)).config
+    asked, output = request(1.0), tmp_path / "masses.safetensors"
+
+    class Killed(Exception):
+        pass
+
+    begun: list[int] = []
+
+    def kill(event: Any) -> None:
+        if isinstance(event, WindowStarted):
+            begun.append(event.window)
+            if event.window == killed_in or (killed_in is None and len(begun) == 3):
+                raise Killed
+
+    with pytest.raises(Killed):
+        calibrate_sparse(config, asked, output, verify=killed_in is None, listeners=[kill])
+    assert output.exists() == (killed_in is None)
+    part = progress_path(output)
+    (found,) = find_leftovers(tmp_path, 0)
+    assert found.kind == "unfinished calibration" and found.paths == (part,)
+    told: list[str] = []
+    windows: list[int] = []
+
+    def listen(event: Any) -> None:
+        if isinstance(event, Message):
+            told.append(event.text)
+        if isinstance(event, WindowStarted):
+            windows.append(event.window)
+
+    other = changed(config, sampling={"seed": seed})
+    again = calibrate_sparse(other, asked, output, listeners=[listen])
+    told = [text for text in told if str(part) in text]
+    if kept:
+        assert windows == ([1] if killed_in == 1 else []) and "continuing after window" in told[0]
+        assert np.array_equal(read_levels(again.output)[1], two_windows)
+    else:
+        assert windows == [0, 1] and "they belong to another measurement" in told[0]
+    assert not part.exists()
+
+
+def test_unfinished_windows_are_read_strictly(tmp_path):
+    progress = SparseProgress(tmp_path / "masses.safetensors", {"seed": "1"})
+    assert progress.read() is None
+    sums = np.ones((1, 2, 2, 3, 3), np.float32)
+    progress.write(MeasuredWindows(1, sums, np.zeros((1, 16, 1, 2, 2), np.float32)))
+    found = progress.read()
+    assert isinstance(found, MeasuredWindows) and np.array_equal(found.sums, sums) and found.windows == 1
+    assert SparseProgress(tmp_path / "masses.safetensors", {"seed": "2"}).read() == (
+        "they belong to another measurement"
+    )
+    data = progress.path.read_bytes()
+    for broken in (data[:-20], data[:-1] + b"\x01", b"", b"text"):
+        progress.path.write_bytes(broken)
+        assert progress.read() == "the file is damaged"
+    progress.remove()
+    assert progress.read() is None
 
 
 def test_a_resumed_run_needs_the_same_plan(measured, nano_checkpoint, cache, tmp_path):

@@ -267,6 +267,9 @@ def test_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missed.exit_code == 7
     line = " ".join(missed.output.split())
     assert "cannot be made in 0.0 s on this machine; the fastest settings take" in line
+    fixed = "timesteps=[1000,500],sampler=renoise,guidance_scale=1"
+    bound = run.invoke(app, [*base, "--hp", fixed, "--deadline", "0.01s"])
+    assert bound.exit_code == 7 and bound.stderr.rstrip().endswith(": those of the configuration")
     assert run.invoke(app, [*base[:-2], "--deadline", "5h"]).exit_code == 2
     wrong = run.invoke(app, [*base, "--deadline", "soon"])
     assert wrong.exit_code == 2 and "is not a duration" in wrong.output

@@ -9,6 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from command_line import PORTRAIT, SPEECH
 from omniavatar.checkpoint.layout import checkpoint_spec, dit_tensors, scale_spec
 from omniavatar.checkpoint.layout_families import LORA, PRO_DIT, PROJECTOR, TINY, family_layout
 from omniavatar.cli.main import app
@@ -21,6 +22,7 @@ from omniavatar.measure.benchmark.rows import MeasuredRow
 from omniavatar.measure.benchmark.tips import guide_tips
 from omniavatar.measure.calibrate import calibrate
 from omniavatar.measure.deadline import propose
+from omniavatar.measure.sparse_calibration import calibrate_sparse
 from omniavatar.plan.estimate import estimate_memory
 from omniavatar.plan.run import plan_run
 from omniavatar.plan.sharing import shared_among
@@ -87,9 +89,27 @@ def test_what_it_cannot_follow_is_one_line(name: str) -> None:
     made = config(name)
     with pytest.raises(ConfigError, match=f"--gpus: .*{name}: a video is made on one GPU"):
         shared_among(made, 2, "--gpus: lists 2 GPUs")
-    with pytest.raises(ConfigError, match=r"num_steps|no step cache to calibrate"):
+    with pytest.raises(ConfigError, match=f"{name}: .*no step cache to calibrate"):
         calibrate(made, AvatarRequest("", "none.png", "none.wav"))
+    with pytest.raises(ConfigError, match=f"sparse_attention: {name}: each latent frame attends"):
+        calibrate_sparse(made, AvatarRequest("", "none.png", "none.wav"))
     assert [tip.tip for tip in guide_tips(made, lambda changed: 1.0)] == ["few persistent parameters"]
+
+
+@pytest.mark.slow
+def test_profiling_needs_no_prompt_and_silence_is_refused_in_one_line(tmp_path: Path) -> None:
+    given = ["-c", str(CONFIGS / "leaptalk.yaml"), "--hp", NANO, "--image", PORTRAIT]
+    to = ["--hp", f"output_dir={tmp_path}"]
+    done = CliRunner().invoke(app, ["profile", *given, "--audio", SPEECH, *to])
+    assert done.exit_code == 0, done.output
+    assert "forwards: 6 computed" in done.output
+    omni = ["-c", "pocket", "--image", PORTRAIT, *to]
+    refused = CliRunner().invoke(app, ["profile", *omni])
+    assert refused.exit_code == 2 and "--prompt is missing" in refused.stderr
+    silent = CliRunner().invoke(app, ["generate", *given, "--output", str(tmp_path / "out.mp4")])
+    assert silent.exit_code == 3
+    assert "audio: is missing; leaptalk makes its frames from a voice" in silent.stderr
+    assert "the video is silent" not in silent.stderr
 
 
 @pytest.mark.slow

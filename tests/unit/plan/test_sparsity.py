@@ -211,9 +211,11 @@ def test_a_file_of_another_model_is_refused(file):
         find_sparsity(other, shape, DIT)
 
 
-def test_a_missing_file_names_the_command():
+def test_a_missing_file_names_the_command(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere.safetensors does not exist; make it with"):
         plan_of(**CALIBRATED, sparse_file="nowhere.safetensors")
+    with pytest.raises(ConfigError, match=f"{tmp_path} is a folder; make it with"):
+        plan_of(**CALIBRATED, sparse_file=str(tmp_path))
     with pytest.raises(ConfigError, match="random weights have no folder; name the file, or use window"):
         plan_of(**CALIBRATED)
 
