@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from omniavatar.errors import InputError, OmniAvatarError, for_clients
@@ -98,6 +99,7 @@ class LiveConnection:
         while (received := await self._receive()) is not None:
             text = received.get("text")
             try:
+                self._check_size(received)
                 message = parse(text) if text is not None else None
                 if isinstance(message, Start):
                     return message
@@ -158,6 +160,7 @@ class LiveConnection:
                 if peer.connected:
                     peer.output.add(chunk)
                 stats = session.stats()
+                stats = replace(stats, dropped=stats.dropped + peer.output.video.dropped)
                 await self._send(chunk_message(chunk, stats, None))
                 await self._note(slow_note(stats))
         finally:
@@ -184,10 +187,7 @@ class LiveConnection:
     async def _carry_out(self, session: LiveSession, received: dict[str, Any]) -> str | None:
         """Why the session ends; None if it goes on."""
         data, text = received.get("bytes"), received.get("text")
-        size = len(data) if data is not None else len(text or "")
-        if size > self._limits.message_bytes:
-            most = self._limits.message_bytes
-            raise InputError(f"message: has {size:,} bytes, the most is {most:,}; send smaller ones")
+        self._check_size(received)
         if data is not None:
             session.push_audio(data, self._rate)
             return None
@@ -210,6 +210,12 @@ class LiveConnection:
                 return "stopped"
             session.end()
         return None
+
+    def _check_size(self, received: dict[str, Any]) -> None:
+        """Raise InputError for a message that is too long."""
+        size, most = len(received.get("bytes") or received.get("text") or ""), self._limits.message_bytes
+        if size > most:
+            raise InputError(f"message: has {size:,} bytes, the most is {most:,}; send smaller ones")
 
     async def _receive(self) -> dict[str, Any] | None:
         """The next message; None if the client has gone."""

@@ -64,7 +64,9 @@ class GrowingOutput:
 
     def _write(self, data: bytes) -> None:
         try:
-            self._target.write(data)
+            rest = memoryview(data)
+            while rest:  # a file without a buffer may take a part only, as on a disk that fills up
+                rest = rest[self._target.write(rest) :]
             self._target.flush()
         except OSError as error:
             gone = error.errno == errno.EPIPE

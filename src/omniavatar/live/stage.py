@@ -127,7 +127,7 @@ class LiveStage:
         """A job, or the player whose block is to be begun, or the seconds until then."""
         if self._jobs:
             return self._jobs.popleft(), None, 0.0
-        if self._opening and all(player.share is not None or player.error for player in self._players):
+        if self._opening and all(player.judged for player in self._players):
             return self._opening.popleft(), None, 0.0
         now = self._clock()
         starts = [(player.start_at(now), player) for player in self._players]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -122,6 +123,11 @@ def test_the_server_says_where_it_is(folder: Path) -> None:
     [
         ((), 2, "give --output for a video, or --serve"),
         (("-o", "x.mp4", "--serve"), 2, "give one of them"),
+        (("--serve", "--audio", "talk.wav"), 2, "--audio has no effect with --serve"),
+        (("--serve", "--seconds", "3"), 2, "--seconds has no effect with --serve"),
+        (("-o", "x.mp4", "--token", "abc"), 2, "--token has no effect with --output"),
+        (("--serve", "--host", "0.0.0.0", "--token", ""), 2, "--token is empty"),
+        (("-o", "x.mp4", "--audio", "-", "--rate", "0"), 3, "rate: 0 samples a second cannot be used"),
         (("-o", "x.avi"), 5, "must end in .mp4 or .ts"),
         (("-o", "no/such/folder/x.mp4"), 5, "no/such/folder"),
         (("-o", "x.mp4", "--audio", "missing.wav"), 3, "missing.wav: is not a file"),
@@ -136,6 +142,20 @@ def test_wrong_options(
     result = run(*options(folder, *more))
     assert (result.exit_code, text in result.stderr) == (code, True), result.stderr
     assert not list(folder.glob("x.*")), "nothing is left"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("closed", "more"),
+    [("<&-", "--audio - -o x.mp4"), (">&-", "-o -")],
+)
+def test_closed_standard_streams_are_one_error(folder: Path, closed: str, more: str) -> None:
+    command = shlex.join([sys.executable, "-m", "omniavatar.cli", *options(folder)])
+    done = subprocess.run(
+        f"{command} {more} {closed}", shell=True, cwd=folder, stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert done.returncode in (3, 5) and "is closed; give it a pipe or a file" in done.stderr
+    assert not (folder / "x.mp4").exists()
 
 
 def test_what_must_be_given() -> None:
