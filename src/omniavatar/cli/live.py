@@ -247,8 +247,6 @@ def check_output(output: str) -> None:
 
     path = Path(output)
     if output == "-":
-        if sys.stdout is None:
-            raise OutputError("--output -: standard output is closed; give it a pipe or a file")
         return
     if output.endswith("/") or path.is_dir():
         if (path / LIST).exists():
@@ -271,7 +269,9 @@ def opened(output: str, session: LiveSession) -> Iterator[LiveOutput]:
     writer = partial(StreamWriter, session.size, session.exact_fps, session.rate)
     path = Path(output)
     if output == "-":
-        yield GrowingOutput(sys.stdout.buffer, "standard output", writer("mpegts"))
+        # not sys.stdout, which hides that its reader has gone
+        with open(1, "wb", buffering=0, closefd=False) as stream:
+            yield GrowingOutput(stream, "standard output", writer("mpegts"))
     elif output.endswith("/") or path.is_dir():
         yield HlsOutput(path, writer)
     else:

@@ -7,6 +7,7 @@ Source: RFC 8216.
 from __future__ import annotations
 
 import errno
+import select
 from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
@@ -65,8 +66,12 @@ class GrowingOutput:
     def _write(self, data: bytes) -> None:
         try:
             rest = memoryview(data)
-            while rest:  # a file without a buffer may take a part only, as on a disk that fills up
-                rest = rest[self._target.write(rest) :]
+            while rest:  # a target without a buffer may take a part only, as a disk that fills up
+                written = self._target.write(rest)
+                if written is None:  # it does not block, and is full
+                    select.select([], [self._target], [])
+                else:
+                    rest = rest[written:]
             self._target.flush()
         except OSError as error:
             gone = error.errno == errno.EPIPE
