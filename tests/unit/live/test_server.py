@@ -29,6 +29,7 @@ from omniavatar.live import LiveSession
 from omniavatar.live.connection import in_thread
 from omniavatar.live.limits import Door, ServerLimits, is_loopback
 from omniavatar.live.server import make_app
+from omniavatar.live.stage import SessionsFullError
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +283,7 @@ def test_a_slow_model_is_announced() -> None:
     [
         (CheckpointError("/models/dit.pt: not found; fetch it"), "weights"),
         (ResourceError("cuda:0 on 10.1.2.3 has too little memory"), "memory"),
+        (SessionsFullError("live: the open sessions take 74%; close one"), "open sessions leave no time"),
         (ConfigError("configs/live.yaml:3: dtype: is wrong"), "tell who runs it"),
         (InputError("prompt: is empty; describe the person"), "prompt: is empty; describe the person"),
     ],

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from live_makers import LoudnessMaker, impulse, tone
-from omniavatar.errors import InputError, NumbersError, ResourceError, ResumeError
+from omniavatar.errors import InputError, NumbersError, ResourceError, ResumeError, StoppedError
 from omniavatar.live import LiveChunk, LiveSession, LiveStage
 from omniavatar.live.chunk import LiveStats
 from omniavatar.live.player import Player
@@ -119,6 +120,63 @@ def test_interrupt_drops_what_waits_and_listens_again() -> None:
     assert after[0].time == pytest.approx(before[-1].time + before[-1].seconds), "the clock has no gap"
     speaking = next(chunk.time for chunk in answer if chunk.speaking)
     assert speaking - (after[-1].time + after[-1].seconds) <= 2 * 0.16
+
+
+class TimedMaker(LoudnessMaker):
+    """Makes a block in `seconds` of a clock that it moves itself.
+
+    on_step: called at each of its five steps.
+    """
+
+    def __init__(self, seconds: float, on_step: Callable[[], None]) -> None:
+        super().__init__(block=12)
+        self.needs, self.now, self.on_step = seconds, 0.0, on_step
+
+    def make(self, stop: Callable[[], bool]) -> Iterator[np.ndarray]:
+        frames = list(super().make(stop))
+        for _ in range(5):
+            self.now += self.needs / 5
+            self.on_step()
+            if stop():
+                raise StoppedError("stopped")
+        yield from frames
+
+
+@pytest.mark.parametrize(("speaking", "most"), [(True, 0.0), (False, 0.48)])
+@pytest.mark.parametrize("seconds", [0.1, 0.4])
+def test_an_answer_after_an_interruption_at_any_moment(speaking: bool, most: float, seconds: float) -> None:
+    """Speech gives way at the next step; a silent face listens at most one block (0.48 s) later."""
+
+    def wait(moment: float) -> float:
+        """Seconds from the interruption and the answer's arrival to its first frame."""
+        asked = heard = None
+
+        def look() -> None:
+            nonlocal asked, heard
+            while isinstance(chunk := player.take(), LiveChunk):
+                if asked is not None and heard is None and chunk.speaking:
+                    heard = maker.now
+            if asked is None and maker.now >= moment:
+                asked = maker.now
+                player.interrupt()
+                player.push(tone(3.0), 16000)
+
+        maker = TimedMaker(seconds, look)
+        player = Player(maker, threading.Condition(), 16000, lambda: maker.now)
+        if speaking:
+            player.push(tone(20.0), 16000)
+        while heard is None:
+            look()
+            if (start := player.start_at(maker.now)) <= maker.now:
+                player.perform()
+            else:
+                maker.now = min(start, maker.now + 0.02)
+        assert asked is not None
+        return heard - asked
+
+    waits = [wait(2 + index * 0.083) for index in range(7)]
+    handed_over, step = 0.16, seconds / 5
+    assert max(waits) <= most + max(seconds + step, handed_over) + 0.03 and min(waits) > 0
 
 
 def test_an_interrupted_block_stops_at_its_next_step() -> None:
