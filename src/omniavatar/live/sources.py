@@ -22,7 +22,7 @@ PIECE_S = 0.02
 MOST_AHEAD_S = 5.0
 """Seconds of a file or pipe that wait in the session; the rest waits where it is."""
 MOST_SPOKEN_S = 100.0
-"""Seconds of a microphone that wait in the session; what is said beyond them is left out."""
+"""Seconds of a microphone that wait in the session; speech beyond them is left out."""
 _log = logging.getLogger("omniavatar.live")
 
 
@@ -151,7 +151,7 @@ class MicrophoneSound(SoundSource):
             self.session.push_audio(samples, rate)
         elif not self._left_out:
             _log.warning(
-                "microphone: %.0f s of sound wait for their frames; what is said now is left out until "
+                "microphone: %.0f s of sound wait for their frames; speech is left out until "
                 "fewer wait; use a faster configuration",
                 MOST_SPOKEN_S,
             )
