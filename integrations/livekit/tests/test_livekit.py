@@ -123,7 +123,34 @@ async def test_in_an_avatar_runner() -> None:
     }
 
 
-async def test_bad_sound_is_refused() -> None:
+async def test_bad_sound_is_one_error_and_later_sound_is_heard(caplog: pytest.LogCaptureFixture) -> None:
+    """An exception would end the runner's reading task."""
     async with new_session() as session:
-        with pytest.raises(Exception, match="rate: 0"):
-            await OmniAvatarGenerator(session).push_audio(rtc.AudioFrame(b"\0\0", 0, 1, 1))
+        generator = OmniAvatarGenerator(session)
+        for _ in range(3):
+            await generator.push_audio(rtc.AudioFrame(b"\0\0", 0, 1, 1))
+        await generator.push_audio(sound(0.2))
+        assert heard(await read(generator, 0.8)).any()
+    errors = [each.getMessage() for each in caplog.records if each.levelname == "ERROR"]
+    assert len(errors) == 1 and "rate: 0" in errors[0]
+
+
+async def test_a_long_answer_waits_for_room_until_it_is_cleared() -> None:
+    """An agent sends minutes of speech at once; a session takes two."""
+    async with new_session() as session:
+        generator = OmniAvatarGenerator(session)
+
+        async def agent() -> None:
+            for _ in range(15):
+                await generator.push_audio(sound(10.0))
+
+        speaking = asyncio.create_task(agent())
+        await asyncio.sleep(0.5)
+        assert not speaking.done() and session.stats().waiting > 60
+        speaking.cancel()
+        late = asyncio.create_task(generator.push_audio(sound(1.0)))
+        await asyncio.sleep(0.2)
+        assert not late.done()
+        generator.clear_buffer()
+        await asyncio.wait_for(late, 5)
+        assert session.stats().waiting == 0, "what waited to be pushed was cleared too"

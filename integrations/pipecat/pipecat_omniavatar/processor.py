@@ -20,6 +20,9 @@ from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
 
 from omniavatar.live import LiveChunk, LiveSession
 
+MOST_WAITING_S = 60.0
+"""Seconds of sound that may wait in the session, whose own limit is two minutes."""
+
 
 class OmniAvatarProcessor(FrameProcessor):
     """Speech in, pictures with their sound out, in play order.
@@ -38,6 +41,8 @@ class OmniAvatarProcessor(FrameProcessor):
         if isinstance(frame, TTSAudioRawFrame):
             samples = np.frombuffer(frame.audio, np.int16).reshape(-1, frame.num_channels)
             try:
+                while self._session.stats().waiting > MOST_WAITING_S:  # an interruption ends this task
+                    await asyncio.sleep(0.1)
                 await self._session.push_audio(samples, frame.sample_rate)
             except Exception as error:  # the pipeline goes on
                 await self.push_error(error_msg=f"omniavatar: {error}", exception=error)

@@ -68,3 +68,13 @@ async def test_bad_sound_is_an_error_of_that_frame() -> None:
     errors = [each for each in up if isinstance(each, ErrorFrame)]
     assert len(errors) == 1 and "rate: 0" in errors[0].error
     assert heard(down).any()
+
+
+async def test_a_long_answer_waits_for_room_until_it_is_interrupted() -> None:
+    """Two and a half minutes of speech at once; a session takes two."""
+    down, up = await sent(
+        *(speech(10.0) for _ in range(15)), SleepFrame(1.0), InterruptionFrame(), SleepFrame(0.5)
+    )
+    assert not [each for each in up if isinstance(each, ErrorFrame)]
+    at = next(index for index, each in enumerate(down) if isinstance(each, InterruptionFrame))
+    assert heard(down[:at]).any() and not heard(down[at:]).any()

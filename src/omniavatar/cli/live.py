@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from urllib.parse import quote
 
 import typer
 
@@ -31,9 +32,13 @@ if TYPE_CHECKING:
     from omniavatar.live.sources import SoundSource
 
 MICROPHONE = "microphone"
+OF_OUTPUT = ("audio", "rate", "channels", "seconds")
+OF_SERVE = ("host", "port", "token", "origin", "sessions")
+"""Options that only `--output` and only `--serve` use."""
 
 
 def live(
+    context: typer.Context,
     config: ConfigChoice = None,
     demo: Annotated[
         bool, typer.Option("--demo", help="Use the packaged model and portrait; it needs no GPU or download.")
@@ -91,10 +96,21 @@ def live(
         from omniavatar.engine.events import Message
         from omniavatar.engine.pipeline import AvatarPipeline
         from omniavatar.errors import InputError
+        from omniavatar.live.sound import check_rate
         from omniavatar.plan.preview import with_family
 
         serve = serve or (demo and output is None)
         check_choices(image, output, serve, demo)
+        if serve:
+            refuse_unused(context, OF_OUTPUT, "--serve", "give --output for a video")
+        else:
+            refuse_unused(context, OF_SERVE, "--output", "give --serve for a page")
+        if token == "":
+            raise typer.BadParameter("--token is empty; give some text, or leave it out")
+        if audio == "-":
+            check_rate(rate)
+            if sys.stdin is None:
+                raise InputError("--audio -: standard input is closed; give it a pipe or a file")
         if output is not None:
             check_output(output)
         if audio not in (None, "-", MICROPHONE) and not Path(audio or "").is_file():
@@ -136,6 +152,14 @@ def check_choices(image: Path | None, output: str | None, serve: bool, demo: boo
         raise typer.BadParameter("give --output for a video, or --serve for a page, or --demo")
     if not demo and image is None:
         raise typer.BadParameter("--image is missing; give a portrait, or --demo")
+
+
+def refuse_unused(context: typer.Context, names: tuple[str, ...], mode: str, remedy: str) -> None:
+    """Raise BadParameter for a given option that a mode does not use."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"--{name} has no effect with {mode}; leave it out, or {remedy}")
 
 
 def door_of(host: str, token: str | None, origins: list[str]) -> Door:
@@ -209,6 +233,7 @@ def source_of(session: LiveSession, audio: str | None, rate: int, channels: int)
     if audio is None:
         return None
     if audio == "-":
+        assert sys.stdin is not None
         return PipeSound(session, sys.stdin.buffer, rate, channels)
     if audio == MICROPHONE:
         return MicrophoneSound(session)
@@ -244,7 +269,9 @@ def opened(output: str, session: LiveSession) -> Iterator[LiveOutput]:
     writer = partial(StreamWriter, session.size, session.exact_fps, session.rate)
     path = Path(output)
     if output == "-":
-        yield GrowingOutput(sys.stdout.buffer, "standard output", writer("mpegts"))
+        # not sys.stdout, which hides that its reader has gone
+        with open(1, "wb", buffering=0, closefd=False) as stream:
+            yield GrowingOutput(stream, "standard output", writer("mpegts"))
     elif output.endswith("/") or path.is_dir():
         yield HlsOutput(path, writer)
     else:
@@ -282,7 +309,7 @@ def serve_page(
         message(note, "warning")
 
     def ready(at: int, stop: object) -> None:
-        query = "" if door.token is None else f"?token={door.token}"
+        query = "" if door.token is None else f"?token={quote(door.token, safe='')}"
         shown = f"[{host}]" if ":" in host else host
         message(f"open http://{shown}:{at}/{query} in a browser; Ctrl-C ends the server")
 

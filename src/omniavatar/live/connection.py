@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from omniavatar.errors import InputError, OmniAvatarError, for_clients
@@ -27,6 +28,7 @@ from omniavatar.live.messages import (
     start_message,
 )
 from omniavatar.live.session import LiveSession, check_prompt
+from omniavatar.live.stage import SessionsFullError
 from omniavatar.media.streamed import StreamWriter
 from omniavatar.text import json_text, one_line
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from omniavatar.live.webrtc import RtcPeer
 
 Result = TypeVar("Result")
+_FULL = "server: its open sessions leave no time or memory for another one; try again when one has ended"
 _log = logging.getLogger("omniavatar.live")
 
 MakeSession = Callable[[str | None], LiveSession]
@@ -98,6 +101,7 @@ class LiveConnection:
         while (received := await self._receive()) is not None:
             text = received.get("text")
             try:
+                self._check_size(received)
                 message = parse(text) if text is not None else None
                 if isinstance(message, Start):
                     return message
@@ -158,6 +162,7 @@ class LiveConnection:
                 if peer.connected:
                     peer.output.add(chunk)
                 stats = session.stats()
+                stats = replace(stats, dropped=stats.dropped + peer.output.video.dropped)
                 await self._send(chunk_message(chunk, stats, None))
                 await self._note(slow_note(stats))
         finally:
@@ -184,10 +189,7 @@ class LiveConnection:
     async def _carry_out(self, session: LiveSession, received: dict[str, Any]) -> str | None:
         """Why the session ends; None if it goes on."""
         data, text = received.get("bytes"), received.get("text")
-        size = len(data) if data is not None else len(text or "")
-        if size > self._limits.message_bytes:
-            most = self._limits.message_bytes
-            raise InputError(f"message: has {size:,} bytes, the most is {most:,}; send smaller ones")
+        self._check_size(received)
         if data is not None:
             session.push_audio(data, self._rate)
             return None
@@ -211,6 +213,12 @@ class LiveConnection:
             session.end()
         return None
 
+    def _check_size(self, received: dict[str, Any]) -> None:
+        """Raise InputError for a message that is too long."""
+        size, most = len(received.get("bytes") or received.get("text") or ""), self._limits.message_bytes
+        if size > most:
+            raise InputError(f"message: has {size:,} bytes, the most is {most:,}; send smaller ones")
+
     async def _receive(self) -> dict[str, Any] | None:
         """The next message; None if the client has gone."""
         received = await self._socket.receive()
@@ -223,7 +231,7 @@ class LiveConnection:
 
     async def _error(self, error: OmniAvatarError) -> None:
         text = str(error)
-        shown = for_clients(type(error), text)
+        shown = _FULL if isinstance(error, SessionsFullError) else for_clients(type(error), text)
         if shown != text:
             _log.error("%s", text)
         await self._send({"type": "error", "message": one_line(shown)})

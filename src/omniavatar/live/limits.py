@@ -35,6 +35,22 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def _host(origin: str) -> str | None:
+    """Host and port of an `Origin`; None if it has none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
+
+
+def _host_name(host: str) -> str:
+    """The name in a `Host` header; empty if it has none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
 @dataclass(frozen=True)
 class Door:
     """Decides which requests are let in.
@@ -52,11 +68,10 @@ class Door:
     def refusal(self, headers: Mapping[str, str], query: Mapping[str, str]) -> str | None:
         """Why a request is refused, in one line; None if it may enter."""
         host = headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname or ""
-        if self.loopback and not is_loopback(name):
+        if self.loopback and not is_loopback(_host_name(host)):
             return "host: this server is for this machine only; use http://127.0.0.1"
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host and origin not in self.origins:
+        if origin is not None and _host(origin) != host and origin not in self.origins:
             return "origin: a page of another server may not connect; allow it with --origin"
         if self.token is None:
             return None

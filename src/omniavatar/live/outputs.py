@@ -7,6 +7,7 @@ Source: RFC 8216.
 from __future__ import annotations
 
 import errno
+import select
 from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
@@ -64,7 +65,13 @@ class GrowingOutput:
 
     def _write(self, data: bytes) -> None:
         try:
-            self._target.write(data)
+            rest = memoryview(data)
+            while rest:  # a target without a buffer may take a part only, as a disk that fills up
+                written = self._target.write(rest)
+                if written is None:  # it does not block, and is full
+                    select.select([], [self._target], [])
+                else:
+                    rest = rest[written:]
             self._target.flush()
         except OSError as error:
             gone = error.errno == errno.EPIPE

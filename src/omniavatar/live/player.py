@@ -141,9 +141,18 @@ class Player:
         usual = self.timeline.usual
         return None if usual is None else usual / self.timeline.period
 
+    @property
+    def judged(self) -> bool:
+        """Whether `share` is final for now: it is measured, or no block follows. The condition is held."""
+        return self.share is not None or self._finished
+
+    @property
+    def _finished(self) -> bool:
+        return self.closed or self.error is not None or (self._ending and self.timeline.idle)
+
     def start_at(self, now: float) -> float:
         """When the next block is to be begun. The condition is held."""
-        if self.closed or self.error is not None or (self._ending and self.timeline.idle):
+        if self._finished:
             return inf
         return self.timeline.start_at(now, self.maker.frames, self.maker.missing)
 
@@ -181,6 +190,14 @@ class Player:
             with self._condition:
                 self._busy = False
                 self._wake()
+
+    def settle(self) -> None:
+        """Give the model what the resampler held back, between two blocks.
+
+        So a session that is saved here goes on as this one does.
+        """
+        self.maker.push(self._to_model.finish())
+        self._to_model = Resampler(self.rate, MODEL_RATE)
 
     def clock_state(self) -> dict[str, Any]:
         """See `Timeline.state`; the rate is in it."""

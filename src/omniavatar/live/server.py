@@ -6,10 +6,12 @@ portrait and one pipeline.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import resources
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from omniavatar.errors import ResourceError
 from omniavatar.live.connection import LiveConnection, MakeSession
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 TRANSPORT_BYTES = 16 * 2**20
 """Longer WebSocket messages end their connection before they are read."""
+_LINK = re.compile(r'((?:src|href)="[a-z]+\.(?:js|css))"')
 _TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
 _POLICY = "default-src 'self'; media-src 'self' blob:; img-src 'self' data:; frame-ancestors 'self'"
 
@@ -39,6 +42,8 @@ def make_app(make: MakeSession, door: Door, limits: ServerLimits) -> Starlette:
         if refusal := door.refusal(request.headers, request.query_params):
             return Response(f"{refusal}\n", 403, media_type="text/plain")
         text = resources.files("omniavatar.live.page").joinpath(name).read_text("utf-8")
+        if door.token is not None:
+            text = with_token(text, door.token)
         headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-store"}
         return Response(text, media_type=_TYPES[name.partition(".")[2]], headers=headers)
 
@@ -70,6 +75,11 @@ def make_app(make: MakeSession, door: Door, limits: ServerLimits) -> Starlette:
     names = {"": "index.html"} | {name: name for name in ("page.js", "microphone.js", "style.css")}
     routes = [Route(f"/{path}", serve_file(name)) for path, name in names.items()]
     return Starlette(routes=[*routes, WebSocketRoute("/v1/realtime/video", realtime)])
+
+
+def with_token(page: str, token: str) -> str:
+    """`page` whose links to its own scripts and styles carry the token, without which they are refused."""
+    return _LINK.sub(rf'\1?token={quote(token, safe="")}"', page)
 
 
 Ready = Callable[[int, Callable[[], None]], None]

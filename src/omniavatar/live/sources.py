@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -17,6 +19,11 @@ if TYPE_CHECKING:
     from omniavatar.live.session import LiveSession
 
 PIECE_S = 0.02
+MOST_AHEAD_S = 5.0
+"""Seconds of a file or pipe that wait in the session; the rest waits where it is."""
+MOST_SPOKEN_S = 100.0
+"""Seconds of a microphone that wait in the session; speech beyond them is left out."""
+_log = logging.getLogger("omniavatar.live")
 
 
 class SoundSource:
@@ -55,13 +62,21 @@ class SoundSource:
         """Push sound until it ends or `stop` is set."""
         raise NotImplementedError
 
+    def await_room(self, stop: threading.Event) -> None:
+        """Wait while the session is `MOST_AHEAD_S` behind, as with a model that is too slow."""
+        while self.session.stats().waiting > MOST_AHEAD_S and not stop.wait(0.1):
+            continue
+
 
 class FileSound(SoundSource):
-    """A sound file, played at the pace of real time."""
+    """A sound file, played at the pace of real time.
 
-    def __init__(self, session: LiveSession, path: Path) -> None:
+    clock: seconds, as `time.monotonic`.
+    """
+
+    def __init__(self, session: LiveSession, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(session)
-        self._path = path
+        self._path, self._clock = path, clock
         self._sound = np.zeros(0, np.float32)
 
     def open(self) -> None:
@@ -76,10 +91,11 @@ class FileSound(SoundSource):
     def push_all(self, stop: threading.Event) -> None:
         """See `SoundSource.push_all`."""
         rate, sound = self.session.rate, self._sound
-        count, begun = round(PIECE_S * rate), time.monotonic()
+        count, begun = round(PIECE_S * rate), self._clock()
         for start in range(0, len(sound), count):
+            self.await_room(stop)
             self.session.push_audio(np.array(sound[start : start + count]), rate)
-            ahead = begun + (start + count) / rate - time.monotonic()
+            ahead = begun + (start + count) / rate - self._clock()
             if stop.wait(max(0.0, ahead)):
                 return
 
@@ -101,8 +117,7 @@ class PipeSound(SoundSource):
             whole = len(data) - len(data) % width
             rest = data[whole:]
             samples = np.frombuffer(data[:whole], "<i2").reshape(-1, self._channels)
-            while self.session.stats().waiting > 5 and not stop.wait(0.1):
-                continue  # the pipe is faster than real time: let it wait
+            self.await_room(stop)
             self.session.push_audio(samples, self._rate)
         if rest:
             raise InputError(f"--audio -: ends within a sample; send int16 of {self._channels} channels")
@@ -110,6 +125,8 @@ class PipeSound(SoundSource):
 
 class MicrophoneSound(SoundSource):
     """The machine's microphone, by the package sounddevice."""
+
+    _left_out = False
 
     def open(self) -> None:
         """See `SoundSource.open`. Raises ResourceError."""
@@ -127,9 +144,22 @@ class MicrophoneSound(SoundSource):
         except (sounddevice.PortAudioError, ValueError) as error:
             raise ResourceError(f"microphone: cannot be opened ({error}); use a file") from None
 
+    def hear(self, samples: np.ndarray, rate: int) -> None:
+        """Push a piece, or leave it out if too much waits, and say so once."""
+        left_out = self.session.stats().waiting > MOST_SPOKEN_S
+        if not left_out:
+            self.session.push_audio(samples, rate)
+        elif not self._left_out:
+            _log.warning(
+                "microphone: %.0f s of sound wait for their frames; speech is left out until "
+                "fewer wait; use a faster configuration",
+                MOST_SPOKEN_S,
+            )
+        self._left_out = left_out
+
     def push_all(self, stop: threading.Event) -> None:
         """See `SoundSource.push_all`."""
         with self._stream as stream:
             while not stop.is_set():
                 samples, _ = stream.read(round(self._rate * PIECE_S))
-                self.session.push_audio(samples, self._rate)
+                self.hear(samples, self._rate)

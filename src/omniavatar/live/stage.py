@@ -26,6 +26,10 @@ ROOM = 1.2
 T = TypeVar("T")
 
 
+class SessionsFullError(ResourceError):
+    """The open sessions leave no time or memory for another one."""
+
+
 def unknown_memory() -> int | None:
     """The free memory of a device that is not measured."""
     return None
@@ -127,7 +131,7 @@ class LiveStage:
         """A job, or the player whose block is to be begun, or the seconds until then."""
         if self._jobs:
             return self._jobs.popleft(), None, 0.0
-        if self._opening and all(player.share is not None or player.error for player in self._players):
+        if self._opening and all(player.judged for player in self._players):
             return self._opening.popleft(), None, 0.0
         now = self._clock()
         starts = [(player.start_at(now), player) for player in self._players]
@@ -164,7 +168,7 @@ class LiveStage:
         free = self._free_memory()
         largest = max((player.memory or 0 for player in self._players), default=0)
         if free is not None and free < ROOM * largest:
-            raise ResourceError(
+            raise SessionsFullError(
                 f"live: {len(self._players)} sessions leave {free / 1e9:.1f} GB of GPU memory free "
                 f"and another one takes {largest / 1e9:.1f} GB; close one"
             )
@@ -178,7 +182,7 @@ class LiveStage:
             shares += share
             most = max(most, share * pixels / (height * width))
         if self._players and shares + most > MOST_SHARE:
-            raise ResourceError(
+            raise SessionsFullError(
                 f"live: the open sessions take {shares:.0%} of this machine's time and another one needs "
                 f"{most:.0%}, the most is {MOST_SHARE:.0%}; close one, or use fewer steps or a smaller size"
             )

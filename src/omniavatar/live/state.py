@@ -41,6 +41,7 @@ def save_state(player: Player, path: Path) -> None:
 
     from omniavatar.media.atomic import atomic_write_bytes
 
+    player.settle()
     clock = player.clock_state()
     tensors = {_MAKER + name: value.contiguous() for name, value in player.maker.state().items()}
     tensors["fed"] = torch.from_numpy(clock.pop("fed"))

@@ -8,6 +8,7 @@ takes a stretch of the sound, and its frames leave with exactly this stretch.
   time flows on without gaps.
 - While sound flows, a block waits `GRACE_S` for a late piece. Then silence follows.
 - A block that is late moves the clock: the picture stands still for that long, and nothing is lost.
+- A model that is too slow for real time gives up a block of silence as soon as sound arrives.
 """
 
 from __future__ import annotations
@@ -76,6 +77,8 @@ class Timeline:
         """Append sound (n,) int16 at `rate`."""
         self.queue.append(samples, now)
         self._last_push, self._ended = now, False
+        if self._is_slow(self._period) and not self._sounding:
+            self._discarding = True
 
     def end_speech(self) -> None:
         """No block waits for more sound until some is pushed."""
@@ -99,7 +102,7 @@ class Timeline:
     # Blocks
 
     def start_at(self, now: float, frames: int, missing: int) -> float:
-        """When the next block, of `frames` frames, is to be begun; infinity: not before sound arrives.
+        """When the next block, of `frames` frames, is to be begun.
 
         missing: model samples that the block still needs.
         """
@@ -108,12 +111,9 @@ class Timeline:
         hopes = lacks and not self._ended and now < self._last_push + GRACE_S
         if self._origin is None:
             return now
-        if self._is_slow(period):
-            if not self.queue and not self._sounding:
-                return inf
-            return self._last_push + GRACE_S if hopes else now
         begin = self.due - min(self.longest + MARGIN_S, period)
-        return max(begin, self._last_push + GRACE_S) if hopes and self._flowing else begin
+        waits = hopes and (self._flowing or self._is_slow(period))
+        return max(begin, self._last_push + GRACE_S) if waits else begin
 
     @property
     def due(self) -> float:

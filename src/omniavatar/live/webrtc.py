@@ -8,8 +8,10 @@ addresses that the two machines have themselves.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import av
@@ -19,6 +21,7 @@ from aiortc.mediastreams import MediaStreamError
 
 from omniavatar.errors import InputError
 from omniavatar.live.session import LiveSession
+from omniavatar.live.timeline import LATE_S
 
 if TYPE_CHECKING:
     from omniavatar.live.chunk import LiveChunk
@@ -35,23 +38,25 @@ class PacedTrack(MediaStreamTrack):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        self._frames: asyncio.Queue[tuple[float, av.VideoFrame | av.AudioFrame] | None] = asyncio.Queue()
+        self._frames: deque[tuple[float, av.VideoFrame | av.AudioFrame]] = deque()
+        self._changed = asyncio.Event()
+        self.dropped = 0
 
     def add(self, when: float, frame: av.VideoFrame | av.AudioFrame) -> None:
-        """Let `frame` leave at `when` of the event loop's clock."""
-        self._frames.put_nowait((when, frame))
-
-    def end(self) -> None:
-        """End the track after its last frame."""
-        self._frames.put_nowait(None)
+        """Let `frame` leave at `when` of the event loop's clock. Much too late ones are dropped."""
+        oldest = asyncio.get_running_loop().time() - LATE_S
+        while self._frames and self._frames[0][0] < oldest:
+            self._frames.popleft()
+            self.dropped += 1
+        self._frames.append((when, frame))
+        self._changed.set()
 
     async def recv(self) -> av.VideoFrame | av.AudioFrame:
         """The next frame at its time, for aiortc."""
-        found = await self._frames.get()
-        if found is None:
-            self.stop()
-            raise MediaStreamError
-        when, frame = found
+        while not self._frames:
+            self._changed.clear()
+            await self._changed.wait()
+        when, frame = self._frames.popleft()
         await asyncio.sleep(max(0.0, when - asyncio.get_running_loop().time()))
         return frame
 
@@ -65,7 +70,7 @@ class RtcOutput:
         self._origin: float | None = None
         self._first = 0.0
         self._sound = np.zeros(0, np.int16)
-        self._sound_time = 0.0
+        self._sound_time = -inf
 
     def add(self, chunk: LiveChunk) -> None:
         """Queue the frames and the sound of a chunk that has come at its time."""
@@ -79,8 +84,9 @@ class RtcOutput:
             picture.pts = round((at - self._first) * _VIDEO_CLOCK)
             picture.time_base = Fraction(1, _VIDEO_CLOCK)
             self.video.add(at, picture)
-        if not len(self._sound):
-            self._sound_time = self._origin + chunk.time
+        begins = self._origin + chunk.time - len(self._sound) / self._rate
+        if abs(begins - self._sound_time) > 1e-3:  # the clock was moved
+            self._sound_time = begins
         self._sound = np.concatenate([self._sound, chunk.audio])
         while len(self._sound) >= self._packet:
             piece, self._sound = self._sound[: self._packet], self._sound[self._packet :]
@@ -120,10 +126,11 @@ class RtcPeer:
 
     def _on_track(self, track: Any) -> None:
         if track.kind == "audio":
-            self._listening.append(asyncio.create_task(self._listen(track)))
+            self._listening.append(asyncio.create_task(self.listen(track)))
 
-    async def _listen(self, track: Any) -> None:
-        """Push the peer's sound."""
+    async def listen(self, track: Any) -> None:
+        """Push the peer's sound until it ends. Refused pieces in a row are one error."""
+        refused = False
         while True:
             try:
                 frame = await track.recv()
@@ -132,9 +139,11 @@ class RtcPeer:
             channels = len(frame.layout.channels)
             try:
                 self._session.push_audio(frame.to_ndarray().reshape(-1, channels), frame.sample_rate)
+                refused = False
             except InputError as error:
-                self._on_error(error)
-                return
+                if not refused:
+                    self._on_error(error)
+                refused = True
 
     @property
     def connected(self) -> bool:

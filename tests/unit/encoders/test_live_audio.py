@@ -91,7 +91,7 @@ def test_a_block_waits_for_its_sound_and_the_look_ahead(encoder: AudioEncoder) -
     assert live.needed(12) == 12 * 640
 
 
-def test_an_hour_of_sound_keeps_a_few_seconds(encoder: AudioEncoder) -> None:
+def test_a_minute_of_sound_keeps_a_few_seconds(encoder: AudioEncoder) -> None:
     live = LiveAudioEncoder(encoder, 25, past_seconds=1.0)
     second = sound(1)
     for _ in range(60):

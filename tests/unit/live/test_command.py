@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -122,6 +123,11 @@ def test_the_server_says_where_it_is(folder: Path) -> None:
     [
         ((), 2, "give --output for a video, or --serve"),
         (("-o", "x.mp4", "--serve"), 2, "give one of them"),
+        (("--serve", "--audio", "talk.wav"), 2, "--audio has no effect with --serve"),
+        (("--serve", "--seconds", "3"), 2, "--seconds has no effect with --serve"),
+        (("-o", "x.mp4", "--token", "abc"), 2, "--token has no effect with --output"),
+        (("--serve", "--host", "0.0.0.0", "--token", ""), 2, "--token is empty"),
+        (("-o", "x.mp4", "--audio", "-", "--rate", "0"), 3, "rate: 0 samples a second cannot be used"),
         (("-o", "x.avi"), 5, "must end in .mp4 or .ts"),
         (("-o", "no/such/folder/x.mp4"), 5, "no/such/folder"),
         (("-o", "x.mp4", "--audio", "missing.wav"), 3, "missing.wav: is not a file"),
@@ -136,6 +142,27 @@ def test_wrong_options(
     result = run(*options(folder, *more))
     assert (result.exit_code, text in result.stderr) == (code, True), result.stderr
     assert not list(folder.glob("x.*")), "nothing is left"
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_ends_the_video(folder: Path) -> None:
+    command = [sys.executable, "-m", "omniavatar.cli", *options(folder, "-o", "-")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert len(process.stdout.read(10_000)) == 10_000
+        process.stdout.close()
+        assert process.wait(30) == 5
+        assert b"standard output: cannot be written: its reader has gone" in process.stderr.read()
+
+
+@pytest.mark.slow
+def test_a_closed_standard_input_is_one_error(folder: Path) -> None:
+    command = [sys.executable, "-m", "omniavatar.cli", *options(folder, "--audio", "-", "-o", "x.mp4")]
+    done = subprocess.run(
+        f"{shlex.join(command)} <&-", shell=True, cwd=folder, stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert done.returncode == 3 and "standard input is closed; give it a pipe or a file" in done.stderr
+    assert not (folder / "x.mp4").exists()
 
 
 def test_what_must_be_given() -> None:

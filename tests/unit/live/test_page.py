@@ -5,13 +5,17 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import Page
 
 from browser import NEEDS_CHROMIUM, WAIT_S, chromium
+from live_makers import tone
 from live_server import gone, served
+from media_files import write_audio
+from omniavatar.live.limits import Door
 
 pytestmark = [pytest.mark.slow, NEEDS_CHROMIUM]
 WEBRTC_ON_LOOPBACK = ("--disable-quic", "--disable-features=WebRtcHideLocalIpsWithMdns")
@@ -134,3 +138,22 @@ def test_stop_ends_the_session_and_start_begins_again(page: Page) -> None:
             wait(page, "window.live.state == 'done'")
             assert gone(server)
         assert "stopped" in str(page.text_content("#status"))
+
+
+def test_a_long_file_follows_as_it_is_shown_and_an_interruption_ends_it(page: Page, tmp_path: Path) -> None:
+    """The server, here one with a token, takes two minutes of sound at most; the file has three."""
+    write_audio(tmp_path / "talk.wav", tone(180.0, 8000)[None], 8000, "pcm_s16le", "mono")
+    with served(size=64, door=Door(True, "a secret")) as server:
+        page.goto(server.page("?token=a%20secret"))
+        page.uncheck("#microphone")
+        page.select_option("#transport", "m4s")
+        page.click("#start")
+        wait(page, "window.live.state == 'running'")
+        page.set_input_files("#file", tmp_path / "talk.wav")
+        wait(page, "window.live.last && window.live.last.waiting > 15")
+        page.wait_for_timeout(1000)
+        assert not live(page, "errors") and live(page, "last.waiting") < 30
+        page.click("#interrupt")
+        wait(page, "window.live.last.waiting == 0 && !window.live.last.speaking")
+        page.wait_for_timeout(500)
+        assert live(page, "last.waiting") == 0, "the rest of the file is not sent"

@@ -6,12 +6,14 @@ import asyncio
 import base64
 import io
 import json
+import re
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import quote, urljoin
 
 import av
 import numpy as np
@@ -27,6 +29,7 @@ from omniavatar.live import LiveSession
 from omniavatar.live.connection import in_thread
 from omniavatar.live.limits import Door, ServerLimits, is_loopback
 from omniavatar.live.server import make_app
+from omniavatar.live.stage import SessionsFullError
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +231,8 @@ def test_origin_host_and_token() -> None:
         local.refusal({"host": "127.0.0.1:80"}, {}) is None and local.refusal({"host": "[::1]:8"}, {}) is None
     )
     assert "host" in str(local.refusal({"host": "evil.example"}, {})), "another name that leads here"
+    assert "host" in str(local.refusal({"host": "["}, {})), "what is no host name"
+    assert "origin" in str(refusal("http://[")) and "origin" in str(refusal("null"))
     assert is_loopback("localhost") and not is_loopback("0.0.0.0") and not is_loopback("example.org")
 
 
@@ -245,6 +250,26 @@ def test_the_door_guards_page_and_socket() -> None:
             assert "origin" in until(client, "error")[-1]["message"]  # type: ignore[index, call-overload]
 
 
+@pytest.mark.parametrize("token", ["secret", 'a b&c=ü"<'])
+def test_the_page_of_a_server_with_a_token_has_its_scripts_and_styles(token: str) -> None:
+    with served(door=Door(True, token)) as server:
+        address = server.page(f"?token={quote(token)}")
+        links = re.findall(r'(?:src|href)="([^"]+)"', urllib.request.urlopen(address).read().decode())
+        assert {link.partition("?")[0] for link in links} == {"page.js", "style.css"}
+        for link in links:
+            assert urllib.request.urlopen(urljoin(address, link)).status == 200
+
+
+def test_a_start_has_the_limit_of_a_message_too(server: Served) -> None:
+    with connect(server.address()) as client:
+        say(client, "session.start", format="webrtc", sdp="v=0\n" * 500_000)
+        error = until(client, "error")[-1]
+        assert isinstance(error, dict) and "the most is 1,048,576" in error["message"]
+        say(client, "session.start")
+        until(client, "video.start")
+    assert gone(server)
+
+
 def test_a_slow_model_is_announced() -> None:
     with served(seconds=0.3) as server, connect(server.address()) as client:
         say(client, "session.start")
@@ -258,6 +283,7 @@ def test_a_slow_model_is_announced() -> None:
     [
         (CheckpointError("/models/dit.pt: not found; fetch it"), "weights"),
         (ResourceError("cuda:0 on 10.1.2.3 has too little memory"), "memory"),
+        (SessionsFullError("live: the open sessions take 74%; close one"), "open sessions leave no time"),
         (ConfigError("configs/live.yaml:3: dtype: is wrong"), "tell who runs it"),
         (InputError("prompt: is empty; describe the person"), "prompt: is empty; describe the person"),
     ],

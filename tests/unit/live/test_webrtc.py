@@ -11,10 +11,14 @@ import av
 import numpy as np
 import pytest
 from aiortc import MediaStreamTrack, RTCConfiguration, RTCPeerConnection, RTCSessionDescription
+from aiortc.mediastreams import MediaStreamError
 from websockets.asyncio.client import connect
 
 from live_makers import tone
 from live_server import Served, served
+from omniavatar.errors import InputError
+from omniavatar.live.chunk import LiveChunk
+from omniavatar.live.webrtc import PacedTrack, RtcOutput, RtcPeer
 
 
 class Voice(MediaStreamTrack):
@@ -89,8 +93,6 @@ def test_voice_goes_in_and_frames_with_sound_come_back() -> None:
 
 def test_stamps_of_both_tracks_are_one_clock() -> None:
     """What the receiver synchronises by."""
-    from omniavatar.live.chunk import LiveChunk
-    from omniavatar.live.webrtc import RtcOutput
 
     async def stamps() -> tuple[list[float], list[float]]:
         output = RtcOutput(48000)
@@ -106,3 +108,69 @@ def test_stamps_of_both_tracks_are_one_clock() -> None:
     assert pictures[0] == sounds[0] == 0
     assert abs(pictures[8] - sounds[16]) < 0.021, "the late chunk is late on both"
     assert pictures[8] > 0.32
+
+
+def test_a_late_chunk_moves_sound_and_picture_though_a_packet_was_begun() -> None:
+    """At 16 frames a second a chunk of four frames ends in the middle of a packet of sound."""
+
+    async def stamps() -> tuple[list[float], list[float]]:
+        output, frames = RtcOutput(48000), np.zeros((4, 16, 16, 3), np.uint8)
+        for index in range(2):
+            output.add(LiveChunk(frames, np.zeros(12000, np.int16), index * 0.25, Fraction(16), 48000, False))
+            await asyncio.sleep(0.6)
+        pictures = [await output.video.recv() for _ in range(8)]
+        sounds = [await output.audio.recv() for _ in range(25)]
+        return [float(f.pts * f.time_base) for f in pictures], [float(f.pts * f.time_base) for f in sounds]
+
+    pictures, sounds = asyncio.run(stamps())
+    assert pictures[4] > 0.5
+    assert abs(pictures[4] - (sounds[12] + 0.01)) < 0.001, "half a packet of the first chunk, then the second"
+
+
+def test_a_track_that_nobody_reads_keeps_a_second() -> None:
+    """A peer whose encoder is too slow gets frames dropped."""
+
+    async def fill() -> tuple[PacedTrack, int]:
+        track, now = PacedTrack("video"), asyncio.get_running_loop().time()
+        picture = av.VideoFrame(16, 16, "rgb24")
+        for index in range(1000):
+            track.add(now - 100 + index / 10, picture)
+        kept = 0
+        while kept + track.dropped < 1000:
+            await track.recv()
+            kept += 1
+        return track, kept
+
+    track, kept = asyncio.run(fill())
+    assert track.dropped > 900 and 5 <= kept <= 1000 - track.dropped
+
+
+def test_a_peers_sound_that_is_refused_for_a_while_is_heard_again() -> None:
+    """A slow model refuses sound while two minutes of it wait."""
+    errors: list[InputError] = []
+    pushed: list[int] = []
+
+    class Session:
+        rate = 48000
+
+        def push_audio(self, pcm: np.ndarray, rate: int) -> None:
+            pushed.append(len(pcm))
+            if 2 < len(pushed) < 6:
+                raise InputError("sound: 121 s would wait to be shown")
+
+    class Track:
+        kind = "audio"
+
+        async def recv(self) -> av.AudioFrame:
+            if len(pushed) == 9:
+                raise MediaStreamError
+            frame = av.AudioFrame("s16", "stereo", 960)
+            frame.sample_rate = 48000
+            return frame
+
+    async def listen() -> None:
+        session: Any = Session()
+        await RtcPeer(session, errors.append).listen(Track())
+
+    asyncio.run(listen())
+    assert pushed == [960] * 9 and len(errors) == 1

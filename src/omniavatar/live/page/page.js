@@ -5,7 +5,9 @@ const at = (id) => document.getElementById(id);
 const query = location.search; // carries the token
 const socketAddress = new URL(`v1/realtime/video${query}`, location.href.replace(/^http/, "ws"));
 const MOST_BUFFERED_S = 0.6;
+const MOST_SENT_S = 20;
 const live = (window.live = { state: "idle", errors: [], chunks: 0, transport: null });
+let speaking = 0; // counts files and interruptions; a file ends where the next one begins
 let socket, peer, media, source, queue, audio, microphone, pinging;
 
 function show(text) { at("status").textContent = text; }
@@ -53,7 +55,10 @@ function base64(whole) {
   return btoa(text);
 }
 
+// A long file follows as its sound is shown: the server takes two minutes at most.
 async function sendFile(file) {
+  if (live.state !== "running") { show("press Start first, then choose the file"); return; }
+  const mine = ++speaking;
   const rate = 24000;
   const context = new OfflineAudioContext(1, 1, rate);
   const sound = await context.decodeAudioData(await file.arrayBuffer());
@@ -61,7 +66,13 @@ async function sendFile(file) {
   const piece = rate * 2;
   for (let i = 0; i < whole.length; i += piece) {
     const last = i + piece >= whole.length;
+    const seen = live.chunks;
+    const far = i / rate > MOST_SENT_S;
     send({ type: "session.audio", rate, audio: base64(whole.subarray(i, i + piece)), last });
+    do {
+      if (speaking !== mine || live.state !== "running") return;
+      if (far) await new Promise((done) => setTimeout(done, 50));
+    } while (far && (live.chunks === seen || live.last.waiting > MOST_SENT_S / 2));
   }
 }
 
@@ -216,6 +227,10 @@ function end() {
 
 at("start").onclick = begin;
 at("stop").onclick = () => { send({ type: "session.stop" }); };
-at("interrupt").onclick = () => { send({ type: "session.interrupt" }); };
+at("interrupt").onclick = () => { speaking++; send({ type: "session.interrupt" }); };
 at("change").onclick = () => { send({ type: "session.interaction", event: { prompt: at("prompt").value } }); };
-at("file").onchange = () => { if (at("file").files.length) sendFile(at("file").files[0]); };
+at("file").onchange = () => {
+  const chosen = at("file").files[0];
+  at("file").value = ""; // so that the same file can be chosen again
+  if (chosen) sendFile(chosen).catch((error) => show(`error: ${chosen.name} is no sound that this browser reads (${error.message})`));
+};
