@@ -192,3 +192,9 @@ def test_odd_inputs_are_warned_of_and_make_a_video_all_the_same(weights, limits,
     assert result.frames == len(list(read_frames(result.output)))
     warned = [text for text in said if text.startswith(("image: differs", "audio: only 0% of it is speech"))]
     assert len(warned) == 2
+
+
+def test_all_packaged_weights_stay_small():
+    files = [path for path in POCKET_WEIGHTS.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"dit.safetensors", "live.safetensors"}
+    assert sum(path.stat().st_size for path in files) <= 40 * 2**20
