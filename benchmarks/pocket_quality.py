@@ -8,8 +8,8 @@ Files lie below --work, default benchmarks/build/pocket:
     python -m benchmarks pocket_quality measure
     python -m benchmarks pocket_quality generate --config configs/pocket.yaml --tradeoff  # better on a GPU
     python -m benchmarks pocket_quality measure --tradeoff      # with --minute on the clips of a minute
-    python -m benchmarks pocket_quality generate --live --config live.yaml   # the path of a live session
-    python -m benchmarks pocket_quality measure --made live
+    python -m benchmarks pocket_quality generate --live --config pocket-live  # the path of a live session
+    python -m benchmarks pocket_quality measure --made live --config pocket-live
 
 `prepare` needs the synthesisers (`training/fetch_tools.sh`) and renders for some minutes. `generate` runs on
 any machine that runs the engine; it needs only `inputs` of --work. `measure` needs only what `generate` wrote
@@ -25,13 +25,15 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.pocket import faces, generate, live_path, material, quality, tradeoff, viewer
+from benchmarks.pocket import faces, generate, live_path, material, quality, steadiness, tradeoff, viewer
 from benchmarks.shared.options import make_parser
+from omniavatar.config.load import load_config
 
 WORK = Path("benchmarks/build/pocket")
 TRADEOFF_CLIPS = 4
@@ -112,15 +114,16 @@ def make(arguments: argparse.Namespace) -> None:
 
 
 def what_is_seen(
-    work: Path, clips: list[material.Clip], where: str | None
+    work: Path, clips: list[material.Clip], where: str | None, config: Path
 ) -> tuple[dict[str, float] | None, dict[str, float]]:
-    """The figures of `viewer` of the made videos in `where`, if any, and of the films."""
+    """The figures of `viewer` of the videos in `where` that `config` made, if any, and of the films."""
     films = quality.watch(work, "truth", clips)
     portraits = quality.read_portraits(work, clips) if len(clips) > 1 else None
-    ceiling = viewer.look(films, films, portraits, whole=False)
+    ceiling = viewer.look(films, films, portraits, None)
     if where is None:
         return None, ceiling
-    seen = viewer.look(quality.watch(work, where, clips), films, portraits, whole=True)
+    seams = partial(steadiness.seam_frames, load_config(config).config)
+    seen = viewer.look(quality.watch(work, where, clips), films, portraits, seams)
     silent = [clip for clip in clips if clip.kind == "wordless"]
     return seen | {"warned": viewer.warned(work, where, silent)}, ceiling
 
@@ -154,7 +157,7 @@ def measure(arguments: argparse.Namespace) -> None:
         ceiling = quality.main_table(arguments.work, clips, "truth")
         result |= {"made": made, "truth": ceiling}
         print(quality.markdown(made, ceiling))
-        seen, films = what_is_seen(arguments.work, clips, where)
+        seen, films = what_is_seen(arguments.work, clips, where, arguments.config)
         result["seen"] = {"made": seen, "truth": films}
         print(viewer.markdown(seen, films))
     name = "tradeoff" if arguments.tradeoff else "truth" if arguments.truth_only else "table"
@@ -200,8 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument(
             "--minute", action="store_true", help="variants on the clips of a minute: also identity"
         )
+        command.add_argument("--config", type=Path, default=Path("configs/pocket.yaml"))
         if name == "generate":
-            command.add_argument("--config", type=Path, default=Path("configs/pocket.yaml"))
             command.add_argument("--live", action="store_true", help="by the path of a live session")
             command.add_argument(
                 "--workers", type=int, default=1, help=f"processes; this machine: {os.cpu_count()}"

@@ -5,8 +5,13 @@ Shapes: T frames uint8 (T, H, W, 3), H W pixels; landmarks (T, 478, 3), nan wher
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from training.scale import OVERLAP, WINDOW
+
+from omniavatar.config.schema import PipelineConfig
+from omniavatar.sampling.windows import block_frames
 
 STATIC = 2
 """Grey levels by which a background pixel of the film may move."""
@@ -19,20 +24,34 @@ EXCESS = 1.3
 
 
 def first_new_frames(frames: int) -> list[int]:
-    """The first new frame of each window after the first."""
+    """The first new frame of each window after the first, of the packaged model."""
     return list(range(WINDOW, frames, WINDOW - OVERLAP))
 
 
-def seam_ratio(frames: np.ndarray) -> float:
-    """Median over windows of the frame difference at their first new frame, over the median of all; nan for
-    one window or a picture that stands still."""
+def first_of_blocks(frames: int, latents: int) -> list[int]:
+    """The first frame of each block of `latents` latents after the first."""
+    return list(range(block_frames(0, latents), frames, block_frames(1, latents)))
+
+
+def seam_frames(config: PipelineConfig, frames: int) -> list[int]:
+    """The frames at which a video that `config` makes may jump."""
+    causal = config.sampling.causal
+    return first_of_blocks(frames, causal.block) if causal else first_new_frames(frames)
+
+
+def seam_ratio(frames: np.ndarray, firsts: Sequence[int]) -> float:
+    """Median over windows or blocks of the frame difference at their first new frame, over the median of all;
+    nan for one window or a picture that stands still.
+
+    firsts: those frames.
+    """
     steps = np.array(
         [
             np.abs(one.astype(np.float32) - other).mean()
             for one, other in zip(frames[1:], frames, strict=False)
         ]
     )
-    seams = [frame - 1 for frame in first_new_frames(len(frames))]
+    seams = [frame - 1 for frame in firsts]
     usual = float(np.median(steps))
     return float(np.median(steps[seams]) / usual) if seams and usual > 0 else float("nan")
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from omniavatar.media.atomic import atomic_path
+
 FPS = 25
 CRF = 10
 PRESET = "medium"
@@ -15,7 +17,7 @@ PRESET = "medium"
 def write_video(path: Path, frames: np.ndarray) -> None:
     """Write frames, uint8 (T, H, W, 3), without sound, coded like the engine's videos of this benchmark."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
+    with atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"

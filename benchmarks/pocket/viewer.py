@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ FIGURES = {
     "gaze_apart": ("eyes look apart, share of an eye's width", "<= 0.1"),
     "iris_blue_minus_red": ("blue minus red of the irises, last second", "as the films"),
     "iris_colour_lost": ("colour of the irises lost at the end, share", "<= 0.25"),
-    "seam_ratio": ("frame difference at a window's first new frame over the median", "<= 1.5"),
+    "seam_ratio": ("frame difference at the first new frame of a window or block, over the median", "<= 1.5"),
     "flicker": ("flicker of the background, grey levels", "<= 0.3"),
     "torn_edges": ("frames with torn colours at the lips, share", "<= 0.02"),
     "torn_lips": ("frames with torn lips, share", "<= 0.02"),
@@ -69,11 +69,15 @@ def warned(folder: Path, where: str, clips: list[Clip]) -> float:
 
 
 def look(
-    made: list[Watched], true: list[Watched], portraits: Portraits | None, whole: bool
+    made: list[Watched],
+    true: list[Watched],
+    portraits: Portraits | None,
+    seams: Callable[[int], list[int]] | None,
 ) -> dict[str, float]:
     """The figures of `made` videos beside their films `true`, in the same order.
 
-    whole: whether the videos of a minute are whole; of their films only the two ends are kept.
+    seams: the frames at which a video of so many frames may jump. None for films, of which only the two ends
+        of a minute are kept.
     """
     gaps = [eyes.lid_gaps(each.landmarks) for each in made]
     found = [eyes.blinks(each) for each in gaps]
@@ -89,7 +93,9 @@ def look(
         ),
         "iris_blue_minus_red": mean(eyes.blue_minus_red(each[-measures.FPS :]) for each in irises),
         "iris_colour_lost": median(map(eyes.colour_loss, irises)),
-        "seam_ratio": median(steadiness.seam_ratio(each.frames) for each, _ in long if whole),
+        "seam_ratio": median(
+            steadiness.seam_ratio(each.frames, seams(len(each.frames))) for each, _ in long if seams
+        ),
         "flicker": mean(
             steadiness.flicker(one.frames, steadiness.background(other.frames))
             for one, other in zip(made, true, strict=True)

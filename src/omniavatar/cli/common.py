@@ -41,7 +41,8 @@ ConfigOption = Annotated[
         "--config",
         "-c",
         metavar="YAML",
-        help="Configuration file, such as configs/inference.yaml, or `pocket` for the packaged model.",
+        help="Configuration file, such as configs/inference.yaml, or `pocket` or `pocket-live` for the "
+        "packaged models.",
     ),
 ]
 ConfigChoice = Annotated[

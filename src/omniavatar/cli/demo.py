@@ -64,7 +64,7 @@ def demo(
         from omniavatar.engine.events import Message
         from omniavatar.engine.requests_file import RequestLine
 
-        loaded = load_config(config or pocket.CONFIG, hp or ())
+        loaded = load_config(config or pocket.LIVE_CONFIG, hp or ())
         request = RequestLine(0, 0, prompt or pocket.PROMPT, image or pocket.PORTRAIT, audio or SPEECH)
         own = image or audio
         output = output or Path("demo_out") / f"{own.stem if own else 'demo'}.mp4"

@@ -117,7 +117,7 @@ def live(
             raise InputError(f"--audio {audio}: is not a file; give a sound file, - or {MICROPHONE}")
         if demo:
             config, image, prompt = (
-                config or Path("pocket"),
+                config or Path("pocket-live"),
                 image or pocket.PORTRAIT,
                 prompt or pocket.PROMPT,
             )

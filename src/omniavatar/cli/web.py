@@ -320,8 +320,17 @@ def _talk(settings: ServeSettings, models: Catalogue, key: str | None) -> tuple[
         import websockets  # noqa: F401
     except ImportError as error:
         return None, f"the package {error.name} is missing; pip install 'omniavatar[live]' and start again"
-    name = next(iter(models.configs))
-    return PageTalk(models.configs[name], settings.data_dir / "talk-portrait", key), ""
+    config = live_form(next(iter(models.configs.values())))
+    return PageTalk(config, settings.data_dir / "talk-portrait", key), ""
+
+
+def live_form(config: PipelineConfig) -> PipelineConfig:
+    """The packaged student with the same `runtime` for the packaged model; another model itself."""
+    from omniavatar.config.load import load_config
+
+    if config.model != load_config("pocket").config.model:
+        return config
+    return load_config("pocket-live").config.model_copy(update={"runtime": config.runtime})
 
 
 class PageTalk:

@@ -28,7 +28,11 @@ Overrides = Sequence[str] | Mapping[str, Any]
 
 MOST_BYTES = 1_000_000
 """Of a YAML file, and of a checkpoint's config.json."""
-PACKAGED = {"pocket": POCKET_WEIGHTS.parent / "pocket.yaml"}
+PACKAGED = {
+    "pocket": POCKET_WEIGHTS.parent / "pocket.yaml",
+    "pocket-live": POCKET_WEIGHTS.parent / "pocket_live.yaml",
+}
+"""Configurations by the names that find them from any folder."""
 
 _SECTIONS = {
     name: set(field.annotation.model_fields)
@@ -73,7 +77,8 @@ def load_config(path: str | Path | None, overrides: Overrides = ()) -> LoadedCon
 
     Relative paths in the configuration refer to the current directory, as in the original code.
 
-    path: a YAML file, `pocket` for the packaged model (`./pocket` for a file of that name), or None.
+    path: a YAML file, `pocket` or `pocket-live` for the packaged models (`./pocket` for a file of that
+        name), or None.
     overrides: `--hp` texts, or a mapping of flat or dotted keys to values.
 
     Raises ConfigError with a message of one line.
@@ -100,7 +105,9 @@ def load_config(path: str | Path | None, overrides: Overrides = ()) -> LoadedCon
 
 
 def _text(path: str | Path) -> str:
-    missing = "config file not found; choose one in configs/, or use pocket for the packaged model"
+    missing = (
+        "config file not found; choose one in configs/, or use pocket or pocket-live for the packaged models"
+    )
     return read_text(path, MOST_BYTES, ConfigError, missing)
 
 

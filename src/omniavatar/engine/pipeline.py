@@ -99,7 +99,8 @@ class AvatarPipeline(Session):
         """A pipeline from a folder of weights, as `omniavatar download` or `make-checkpoint` leaves it.
 
         The settings are those of the configuration that belongs to these weights. A folder with one YAML file
-        has its settings there, with paths relative to the folder. `pocket` is the packaged model.
+        has its settings there, with paths relative to the folder. `pocket` and `pocket-live` are the packaged
+        models.
 
         - overrides: settings that replace them, such as `{"num_steps": 15}`, or texts as of `--hp`.
         - scale: 14B, 1.3B, livetalk, flashhead, leaptalk, or nano, livetalk-nano, flashhead-nano or

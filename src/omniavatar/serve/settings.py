@@ -63,7 +63,8 @@ class ServeSettings(BaseModel):
     cors_origins: tuple[str, ...] = ()
     """Origins (https://page.example) whose browser pages may use the API; none by default."""
     models: Annotated[Mapping[str, str], AfterValidator(_names)] = {"pocket": "pocket"}
-    """Models by the name that clients use: a configuration file each, or pocket. The first is the default."""
+    """Models by the name that clients use: a configuration file each, pocket or pocket-live. The first is
+    the default."""
     data_dir: Path = Path("omniavatar_serve")
     """Folder of the job database, the files and the audit log, unless they are set."""
     database: str = ""

@@ -1,21 +1,25 @@
 """The packaged model's place: names that find it anywhere, its portrait, its demo, warnings of odd inputs."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 from training import export as exporting
 from training import input_limits
+from training.export_live import CONFIG as LIVE
+from training.export_live import TEMPLATE, export
 from training.head import Head
+from training.live_session import tiny_of
 from training.looks import draw_looks
-from training.nets import Nets
+from training.nets import Nets, save_shards
 from training.portraits import portrait
 from training.render import Renderer
 from training.scale import SIZE
+from training.settings import read_live_settings
 
 from engine import voice
 from omniavatar import AvatarPipeline, AvatarRequest
@@ -43,11 +47,24 @@ def weights(tmp_path_factory):
     return folder
 
 
-def test_config_is_found_by_name_from_anywhere(tmp_path, monkeypatch):
-    assert pocket.CONFIG.read_bytes() == (ROOT / "configs" / "pocket.yaml").read_bytes()
+@pytest.fixture(scope="module")
+def live_config(tmp_path_factory):
+    """The configuration of a student that is the packaged DiT, with a fresh small decoder."""
+    folder = tmp_path_factory.mktemp("live")
+    dit = load_file(POCKET_WEIGHTS / "dit.safetensors")
+    save_shards({name: value.float() for name, value in dit.items()}, folder, "student")
+    save_shards(tiny_of(read_live_settings(TEMPLATE.parent / "live.yaml")).state_dict(), folder, "tiny")
+    export(folder, folder, folder / "files")
+    return folder / "files" / LIVE
+
+
+@pytest.mark.parametrize(("name", "file"), [("pocket", "pocket.yaml"), ("pocket-live", "pocket_live.yaml")])
+def test_config_is_found_by_name_from_anywhere(tmp_path, monkeypatch, name, file):
+    assert (pocket.FOLDER / file).read_bytes() == (ROOT / "configs" / file).read_bytes()
     monkeypatch.chdir(tmp_path)
-    named, file = load_config("pocket").config, load_config(ROOT / "configs" / "pocket.yaml").config
-    assert named == file
+    named, read = load_config(name).config, load_config(ROOT / "configs" / file).config
+    assert named == read
+    named.model.check_files_named()
     assert named.model.vae_path == pocket.FOLDER / "weights" / "vae.safetensors"
     assert POCKET_WEIGHTS == pocket.FOLDER / "weights"
     assert named.video.sizes == ((SIZE, SIZE),)
@@ -78,15 +95,10 @@ def test_packaged_portrait_is_the_held_out_render():
 
 
 @pytest.mark.slow
-def test_demo_describes_its_model_and_names_the_video(weights, tmp_path, monkeypatch, capsys):
-    packaged = tmp_path / "pocket"
-    packaged.mkdir()
-    shutil.copy(weights / "config.yaml", packaged / "pocket.yaml")
-    (packaged / "weights").symlink_to(weights)
-    monkeypatch.setattr(pocket, "FOLDER", packaged)
-    monkeypatch.setattr(pocket, "CONFIG", packaged / "pocket.yaml")
+def test_demo_describes_its_model_and_names_the_video(live_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pocket, "LIVE_CONFIG", live_config)
     output = tmp_path / "demo.mp4"
-    settings = "num_steps=1,preset=ultrafast,image_sizes_720=[[64,64]],max_tokens=164"
+    settings = "preset=ultrafast,image_sizes_720=[[64,64]]"
     with pytest.raises(SystemExit) as ended:
         main(["demo", "-o", str(output), "--hp", f"{settings},text_cache_dir={tmp_path / 'cache'}"])
     assert ended.value.code == 0
@@ -180,3 +192,9 @@ def test_odd_inputs_are_warned_of_and_make_a_video_all_the_same(weights, limits,
     assert result.frames == len(list(read_frames(result.output)))
     warned = [text for text in said if text.startswith(("image: differs", "audio: only 0% of it is speech"))]
     assert len(warned) == 2
+
+
+def test_all_packaged_weights_stay_small():
+    files = [path for path in POCKET_WEIGHTS.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"dit.safetensors", "live.safetensors"}
+    assert sum(path.stat().st_size for path in files) <= 40 * 2**20

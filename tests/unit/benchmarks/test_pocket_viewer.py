@@ -12,6 +12,7 @@ from benchmarks.pocket.material import Clip
 from training.scale import OVERLAP, WINDOW
 
 from omniavatar.assets import pocket
+from omniavatar.config.load import load_config
 
 SECOND = measures.FPS
 
@@ -94,15 +95,15 @@ def test_irises_keep_or_lose_their_colour():
     assert np.isnan(unseen[1:]).all() and np.isnan(eyes.colour_loss(unseen))
 
 
-def test_a_pulse_at_each_window_is_its_ratio():
+@pytest.mark.parametrize(("config", "firsts"), [("pocket", [41, 77]), ("pocket-live", [*range(5, 113, 8)])])
+def test_a_pulse_at_each_window_or_block_is_its_ratio(config, firsts):
     steps = np.full(WINDOW + 2 * (WINDOW - OVERLAP), 2.0)
-    for frame in steadiness.first_new_frames(len(steps)):
-        steps[frame] = 6.0
+    steps[firsts] = 6.0
     levels = (np.cumsum(steps * np.where(np.arange(len(steps)) % 2, 1, -1)) + 60).round().astype(np.uint8)
     frames = np.broadcast_to(levels[:, None, None, None], (len(steps), 8, 8, 3))
-    assert steadiness.first_new_frames(len(steps)) == [41, 77]
-    assert steadiness.seam_ratio(frames) == pytest.approx(3)
-    assert np.isnan(steadiness.seam_ratio(frames[:41])), "one window has no seam"
+    assert steadiness.seam_frames(load_config(config).config, len(steps)) == firsts
+    assert steadiness.seam_ratio(frames, firsts) == pytest.approx(3)
+    assert np.isnan(steadiness.seam_ratio(frames[: firsts[0]], [])), "one window has no seam"
 
 
 def test_flicker_is_read_only_where_the_film_stands_still():
@@ -166,7 +167,7 @@ def test_the_table_has_a_row_for_each_figure():
     frames[:, 40:60, 100] = 10
     short = Clip("one", "synthetic", "", "Someone talks, lively", (), ())
     watched = [quality.Watched(short, frames, marks)]
-    result = viewer.look(watched, watched, None, whole=True)
+    result = viewer.look(watched, watched, None, steadiness.first_new_frames)
     assert result["blinks_a_minute"] == pytest.approx(3 * 60 * SECOND / len(marks), rel=0.01)
     assert result["blinks_complete"] == 1 and result["flicker"] < 1e-3 and result["lively_sharpness"] == 1
     assert np.isnan(result["seam_ratio"]) and np.isnan(result["still_sharpness"])

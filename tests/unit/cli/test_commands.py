@@ -85,7 +85,9 @@ def test_script_takes_the_originals_arguments_from_any_folder(tmp_path: Path) ->
         cwd=tmp_path,
     )
     assert done.returncode == 2
-    expected = "config file not found; choose one in configs/, or use pocket for the packaged model"
+    expected = (
+        "config file not found; choose one in configs/, or use pocket or pocket-live for the packaged models"
+    )
     assert done.stderr == f"error: configs/none.yaml: {expected}\n"
 
 

@@ -17,7 +17,7 @@ import processes
 import small_pocket
 from command_line import error_lines, run
 from omniavatar.cli.serve import local_devices
-from omniavatar.cli.web import ENDED, KEPT_S, models_of, page_settings
+from omniavatar.cli.web import ENDED, KEPT_S, live_form, models_of, page_settings
 from omniavatar.config.load import load_config
 from omniavatar.measure.times import PartTimes, measure_times, times_name
 from omniavatar.plan.run import plan_run
@@ -74,6 +74,16 @@ def test_the_demo_begins_with_the_packaged_model_and_a_config_goes_first_without
     assert models_of(settings, [], demo=True).configs["pocket"].runtime.threads is not None
     changed = models_of(settings, [small], demo=False, overrides=["crf=30"]).configs
     assert changed["small"].output.crf == 30 != changed["pocket"].output.crf, "settings are of the first one"
+
+
+def test_talk_takes_the_packaged_student_for_the_packaged_model_only(tmp_path: Path) -> None:
+    packaged = load_config("pocket", ["threads=1", "device=cpu"]).config
+    live = live_form(packaged)
+    assert live.sampling.causal and live.runtime == packaged.runtime
+    assert live.model == load_config("pocket-live").config.model
+    tuned = load_config("pocket", {"loras": [{"path": tmp_path / "mine.safetensors"}]}).config
+    assert live_form(tuned) is tuned
+    assert live_form(live) is live
 
 
 @pytest.mark.parametrize(

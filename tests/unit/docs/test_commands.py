@@ -35,7 +35,8 @@ SMALL = (
     "num_steps=1,image_sizes_720=[[64,64]],max_tokens=164,seq_len=20,preset=ultrafast,device=cpu,"
     "text_cache_dir=text_cache"
 )
-SETTINGS = {"generate": SMALL, "demo": SMALL}
+SMALL_BLOCKS = "image_sizes_720=[[64,64]],preset=ultrafast,device=cpu,text_cache_dir=text_cache"
+SETTINGS = {"generate": SMALL, "demo": SMALL_BLOCKS}
 """Command -> what is put before the page's own `--hp`: 64x64 pixels and one step; the page's values win."""
 CONFIG = ("pocket", "small.yaml")
 """What `--config` of a program of examples/ is replaced by: the same settings in a file."""

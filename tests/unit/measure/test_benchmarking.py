@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from engine import make_pipeline, voice
+from omniavatar.assets import pocket
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.config.load import load_config
 from omniavatar.config.schema import PipelineConfig
@@ -191,6 +192,7 @@ def test_configs_of_a_folder_in_order() -> None:
     assert names == sorted(names) and "nano" in names
     with pytest.raises(ConfigError, match="no YAML config"):
         find_configs([CONFIGS / "none.yaml"])
+    assert find_configs([Path("pocket"), Path("pocket-live")]) == [pocket.CONFIG, pocket.LIVE_CONFIG]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The small trained model in the package: weights, configuration and a portrait (docs/pocket.md).
 
-`training/export.py` writes `weights/`. `pocket.yaml` is a copy of configs/pocket.yaml. `portrait.png` is a
+`training/export.py` writes `weights/`, and `training/export_live.py` the files of live use beside them.
+`pocket.yaml` and `pocket_live.yaml` are copies of those in configs/. `portrait.png` is a
 rendered head outside the training data (`training/portraits.py`).
 """
 
@@ -10,5 +11,6 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 CONFIG = FOLDER / "pocket.yaml"
+LIVE_CONFIG = FOLDER / "pocket_live.yaml"
 PORTRAIT = FOLDER / "portrait.png"
 PROMPT = "A person is talking to the camera, smiling, still"

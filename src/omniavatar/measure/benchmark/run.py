@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from omniavatar.config.load import PACKAGED
 from omniavatar.errors import ConfigError
 from omniavatar.measure.benchmark.row import Options
 from omniavatar.measure.benchmark.rows import FailedRow, MeasuredRow, Row, row_from_json
@@ -20,12 +21,17 @@ from omniavatar.media.temporary import temporary_folder
 
 
 def find_configs(places: Sequence[Path]) -> list[Path]:
-    """YAML files among `places`, those of a folder sorted by name. Raises ConfigError."""
+    """YAML files among `places`, those of a folder sorted by name. Raises ConfigError.
+
+    places: files, folders, `pocket` or `pocket-live`.
+    """
     found: list[Path] = []
-    for place in places:
+    for place in (PACKAGED.get(str(each), each) for each in places):
         inside = sorted(place.glob("*.yaml")) if place.is_dir() else [place]
         if not inside or not inside[0].is_file():
-            raise ConfigError(f"{place}: no YAML config there; name a config file or a folder of them")
+            raise ConfigError(
+                f"{place}: no YAML config there; name a config file, a folder of them, pocket or pocket-live"
+            )
         found += inside
     return found
 

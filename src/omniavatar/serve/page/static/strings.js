@@ -154,7 +154,6 @@ export const STRINGS = {
   talk_start: "Open",
   talk_with: "Portrait: {name}",
   talk_default: "Portrait: the packaged one",
-  talk_slow: "The packaged model on a CPU is slower than real time: sound waits and the picture pauses.",
   talk_none: "Talking is not available: {remedy}",
   talk_frame: "The live page",
 

@@ -6,8 +6,8 @@ import { t } from "./strings.js";
 export function setUpTalk(info, portrait) {
   const offer = info.talk;
   at("talk-start").disabled = !offer.available;
-  at("talk-note").hidden = offer.available && !info.models[0].packaged;
-  at("talk-note").textContent = offer.available ? t("talk_slow") : t("talk_none", { remedy: offer.remedy });
+  at("talk-note").hidden = offer.available;
+  at("talk-note").textContent = offer.available ? "" : t("talk_none", { remedy: offer.remedy });
   at("talk-start").onclick = async () => {
     complain("talk-problem");
     try {
