@@ -92,21 +92,23 @@ def join_sounds(begun: Begun, fps: float, sound: LocalAudio, path: Path) -> Path
     return path
 
 
-def begin(job: Job, models: Models, begun: Begun, overlap: int, encode: Callable[..., int]) -> None:
+def begin(
+    job: Job, models: Models, begun: Begun, overlap: int, encode: Callable[[list[np.ndarray], Path], None]
+) -> None:
     """Record the finished video as the first window of the job.
 
     overlap: frames that the next window is given.
-    encode: writes frames as a segment, with the settings of the job (`media.video.encode_segment`).
+    encode: writes frames as a segment, with the settings of the job.
 
     Raises InputError, OutputError.
     """
     with temporary_folder() as folder:
         sample = folder / "sample.mp4"
-        encode(iter([np.stack(list(islice(read_frames(begun.path), 2)))]), sample)
+        encode([np.stack(list(islice(read_frames(begun.path), 2)))], sample)
         if encoding(sample) != encoding(begun.path):
             raise InputError(
-                f"video {begun.path}: was encoded with other settings; set crf, preset and encoder as it "
-                "was made"
+                f"video {begun.path}: was encoded with other settings; set crf, preset, encoder and "
+                "key_frame_s as it was made (key_frame_s to 0 for a video of an earlier version)"
             )
     with atomic_path(job.segment_path(0)) as temporary:
         temporary.write_bytes(begun.path.read_bytes())

@@ -258,6 +258,10 @@ class Job:
     def segment_path(self, window: int) -> Path:
         return self.folder / f"segment_{window:05d}.mp4"
 
+    def frames_path(self, window: int) -> Path:
+        """The pictures of a window without loss (`engine.segments`)."""
+        return self.folder / f"frames_{window:05d}.mp4"
+
     def given_path(self, window: int) -> Path:
         """The hand-over file that is written before `window` begins."""
         return self.folder / f"given_{window:05d}.safetensors"
