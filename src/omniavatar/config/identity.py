@@ -51,6 +51,7 @@ SWITCHED_OFF: Mapping[str, Any] = MappingProxyType(
         "sampling.noise_white": 0,
         "video.color_match": 0.0,
         "video.anchor_every": 0,
+        "video.blend_frames": 0,
         "video.face_crop": False,
         "output.key_frame_s": 10.0,
     }

@@ -177,6 +177,9 @@ class VideoConfig(Section):
     anchor_every: Whole = Field(0, ge=0)
     """Every n-th window starts from the portrait again, so that nothing drifts for longer than n windows. The
     head jumps there. 0: never."""
+    blend_frames: Whole = Field(0, ge=0, le=1000)
+    """Frames over which a window's pictures go over from the last one shown to its own, so that the change of
+    sharpness and light at its start is not a jump. 0: at once, as in the original code."""
     color_profile: Literal["convert", "ignore"] = "convert"
     """convert: turn the colours of the portrait into sRGB by its embedded profile. ignore: use its numbers
     as they are, like the original code."""

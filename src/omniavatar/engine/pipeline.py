@@ -220,7 +220,8 @@ class AvatarPipeline(Session):
                     if job.done < len(made.plan.windows):
                         made = ready = condition(self.models, made, should_stop)
                         given = job.given(ready.given_shape(job.done))
-                        for window in self.windows(ready, job.done, given, should_stop):
+                        shown = job.shown(made.plan.size) if ready.blend_frames else None
+                        for window in self.windows(ready, job.done, given, should_stop, shown):
                             job.amend(fingerprint(self.models.residency.placement.identity()))
                             writer.submit(window)
                     writer.finish(None if signing is None else signing.of(inputs, job.output))
@@ -253,13 +254,14 @@ class AvatarPipeline(Session):
             self._watching(callback_on_step_end, callback_on_step_end_tensor_inputs, should_stop) as ends,
             self.prepare(request, ends) as ready,
         ):
-            first, given = 0, None
+            first, given, shown = 0, None, None
             if ready.inputs.begun is not None:
-                from omniavatar.engine.continuation import last_latents
+                from omniavatar.engine.continuation import last_frames, latents_of
 
-                first = 1
-                given = {first: last_latents(self.models, ready.inputs.begun, ready.plan.overlap)}
-            for result in self.windows(ready, first, given, ends):
+                frames = last_frames(ready.inputs.begun, ready.plan.overlap)
+                first, given = 1, {1: latents_of(self.models, frames)}
+                shown = frames[:, :, -1:] if ready.blend_frames else None
+            for result in self.windows(ready, first, given, ends, shown):
                 yield VideoChunk(
                     np.concatenate(result.frames),
                     result.window.first_new_frame,

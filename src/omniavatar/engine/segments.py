@@ -7,7 +7,7 @@ same encoder. Windows are encoded in order, one at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -48,25 +48,38 @@ def encoders(output: OutputConfig, plan: RunPlan, encoder: str, host: Host) -> i
     return 1 if goes_on(output, encoder) else encoders_at_once(host, plan)
 
 
-def encode_once(
-    frames: np.ndarray, folder: Path, output: OutputConfig, plan: RunPlan, encoder: str, host: Host
-) -> None:
-    """Encode a window's frames (n, H, W, 3) as `Segments` does, into files in `folder`, for a timing."""
-    fps = Fraction(plan.fps)
-    if goes_on(output, encoder):
-        running = _running(fps, plan.size, output.crf, output.preset, encoder)
-        host.encode_segment(iter([frames]), folder / "segment.mp4", running, folder / "frames.mp4")
-        return
-    host.encode_segment(
-        iter([frames]),
-        folder / "segment.mp4",
-        fps=fps,
+def closed_segments(
+    host: Host, output: OutputConfig, plan: RunPlan, encoder: str
+) -> Callable[[Iterator[np.ndarray], Path], int]:
+    """Encodes blocks of frames as one closed segment of the plan's video."""
+    return partial(
+        host.encode_segment,
+        fps=Fraction(plan.fps),
         size=plan.size,
         crf=output.crf,
         preset=output.preset,
         threads=ENCODER_THREADS,
         encoder=encoder,
     )
+
+
+def encode_once(
+    frames: np.ndarray, folder: Path, output: OutputConfig, plan: RunPlan, encoder: str, host: Host
+) -> None:
+    """Encode a window's frames (n, H, W, 3) as `Segments` does, into files in `folder`, for a timing."""
+    path = folder / "segment.mp4"
+    if goes_on(output, encoder):
+        running = new_encoder(output, plan, encoder)
+        host.encode_segment(iter([frames]), path, running=running, kept=folder / "frames.mp4")
+    else:
+        closed_segments(host, output, plan, encoder)(iter([frames]), path)
+
+
+def new_encoder(output: OutputConfig, plan: RunPlan, encoder: str) -> RunningEncoder:
+    """An encoder that has encoded nothing yet."""
+    from omniavatar.media.running import RunningEncoder
+
+    return RunningEncoder(Fraction(plan.fps), plan.size, output.crf, output.preset, encoder)
 
 
 def key_windows(windows: Sequence[Window], fps: Fraction, seconds: float, begun: bool) -> frozenset[int]:
@@ -96,21 +109,13 @@ class Segments:
         self, job: Job, plan: RunPlan, output: OutputConfig, encoder: str, host: Host, begun: bool = False
     ) -> None:
         self._job, self._plan = job, plan
-        fps = Fraction(plan.fps)
-        settings = {
-            "fps": fps,
-            "size": plan.size,
-            "crf": output.crf,
-            "preset": output.preset,
-            "encoder": encoder,
-        }
-        self._closed = partial(host.encode_segment, threads=ENCODER_THREADS, **settings)
+        self._closed = closed_segments(host, output, plan, encoder)
         self._continued = host.encode_segment
+        self._new = partial(new_encoder, output, plan, encoder)
         self._shared = goes_on(output, encoder)
-        self._keys = key_windows(plan.windows, fps, output.key_frame_s, begun)
+        self._keys = key_windows(plan.windows, Fraction(plan.fps), output.key_frame_s, begun)
         self.waiting = encoders_at_once(host, plan)
         self.places = encoders(output, plan, encoder, host)
-        self._new = partial(_running, fps, plan.size, output.crf, output.preset, encoder)
         self._encoder: RunningEncoder | None = None
 
     @property
@@ -171,9 +176,3 @@ class Segments:
             self._continued(iter(frames), path, running=self._new())
         else:
             self._closed(iter(frames), path)
-
-
-def _running(fps: Fraction, size: tuple[int, int], crf: float, preset: str, encoder: str) -> RunningEncoder:
-    from omniavatar.media.running import RunningEncoder
-
-    return RunningEncoder(fps, size, crf, preset, encoder)

@@ -31,9 +31,11 @@ from torch import Tensor
 
 from omniavatar.accel.residual_cache import PassRunner, ResidualCache
 from omniavatar.device import arrival, download
+from omniavatar.engine.blend import SeamBlend, bytes_of, to_unit
 from omniavatar.engine.events import StepFinished, WindowStarted
 from omniavatar.engine.numbers import WindowNumbers
 from omniavatar.engine.retry import Retry, no_retry
+from omniavatar.engine.window_result import WindowResult, to_uint8
 from omniavatar.errors import StoppedError
 from omniavatar.parallel.team import ONE, Team
 from omniavatar.sampling.denoise import denoise as denoise_window
@@ -80,7 +82,7 @@ class WindowSampling:
     - causal: the window of a block-causal model, whose windows are blocks (`engine.block_windows`).
     - chunk: of a model that works in chunks.
     - noise_span, noise_white: see `sampling.noise`; more than 1 and 0 only with `causal`.
-    - hand_over, color_match: see the settings.
+    - hand_over, color_match, blend_frames: see the settings.
     - sparsity: which blocks of attention are computed; None for all.
     """
 
@@ -95,52 +97,7 @@ class WindowSampling:
     sparsity: SparsityPlan | None = None
     noise_span: int = 1
     noise_white: int = 0
-
-
-class WindowResult:
-    """One window, queued or finished. Reading `frames` or `next_given` waits for it, in any thread.
-
-    Reading also raises NumbersError if the window's numbers are not finite.
-
-    - latent: (1, 16, T, h, w) float32 on the device.
-    - started: host time (`time.perf_counter`) at which the window was queued.
-    """
-
-    def __init__(
-        self,
-        window: Window,
-        latent: Tensor,
-        frames: list[np.ndarray],
-        next_given: Tensor | None,
-        wait: Callable[[], None],
-        started: float,
-    ) -> None:
-        self.window, self.latent, self.started = window, latent, started
-        self._frames, self._next_given, self._wait = frames, next_given, wait
-
-    def wait(self) -> None:
-        """Wait for the window. Raises NumbersError."""
-        self._wait()
-
-    @property
-    def frames(self) -> list[np.ndarray]:
-        """The new frames only, as `convert` returned them."""
-        self._wait()
-        return self._frames
-
-    @property
-    def next_given(self) -> Tensor | None:
-        """The next window's given latents (1, 16, G, h, w) float32 on the host; None after the last."""
-        self._wait()
-        return self._next_given
-
-
-def to_uint8(pixels: Tensor) -> np.ndarray:
-    """Convert pixels (1, 3, N, H, W) in [0, 1] to (N, H, W, 3) uint8 on the CPU, rounded, not truncated.
-
-    The copy from a CUDA device is only queued (`device.download`).
-    """
-    return download((pixels[0].permute(1, 2, 3, 0) * 255.0).round_().to(torch.uint8).contiguous()).numpy()
+    blend_frames: int = 0
 
 
 def _arrived(wait: Callable[[], None], numbers: WindowNumbers) -> None:
@@ -211,17 +168,23 @@ class WindowGenerator:
             self._colours = ColourMatch.to(unit, sampling.color_match)
 
     def run(
-        self, windows: Sequence[Window], first: int = 0, given: Tensor | None = None
+        self,
+        windows: Sequence[Window],
+        first: int = 0,
+        given: Tensor | None = None,
+        shown: Tensor | None = None,
     ) -> Iterator[WindowResult]:
         """Yield the results of `windows[first:]`.
 
         `retry` starts a window again, with the same noise, after an allocation failed.
 
         - given: the given latents of window `first`; None if it starts from the portrait.
+        - shown: the frame before window `first`, as a result's `shown`.
 
         Raises StoppedError, and on the CPU NumbersError; elsewhere reading a result raises that.
         """
         current = self._inputs.first_given if given is None else given.to(self._device)
+        before = None if shown is None else to_unit(shown, self._device)
         try:
             for window in windows[first:]:
                 self._recorder.event(WindowStarted(window=window.index, windows=len(windows)))
@@ -230,9 +193,9 @@ class WindowGenerator:
                 anchors = following is not None and following.anchored
                 overlap = 0 if following is None or anchors else following.given_frames
                 where = f"window {window.index + 1} of {len(windows)}"
-                compute = partial(self._compute, window, current, overlap, where)
+                compute = partial(self._compute, window, current, overlap, where, before)
                 self._draw_ahead(windows[window.index : window.index + 2])
-                result, handed_over = self._retry(compute)
+                result, handed_over, before = self._retry(compute)
                 if anchors:
                     current = self._inputs.first_given
                 elif handed_over is not None:
@@ -242,19 +205,20 @@ class WindowGenerator:
             self._noise.close()
 
     def _compute(
-        self, window: Window, given: Tensor, overlap: int, where: str
-    ) -> tuple[WindowResult, Tensor | None]:
-        """One window, and the given latents of the next one on the device."""
+        self, window: Window, given: Tensor, overlap: int, where: str, before: Tensor | None
+    ) -> tuple[WindowResult, Tensor | None, Tensor | None]:
+        """One window, and on the device the given latents of the next one and the frame shown before it."""
         started = time.perf_counter()
         numbers = WindowNumbers(where, self._remedy, self._device)
         with self._recorder.stage("denoise"):
             latent = self.denoise(window, given, where)
             numbers.add("latents", latent)
         frames: list[np.ndarray] = []
-        handed_over = next_given = tail = None
+        handed_over = next_given = tail = shown = None
         if self._vae is not None:
+            blend = self._blend(window, overlap, before)
             with self._recorder.stage("vae_decode"):
-                frames, tail = self._decode(self._vae, latent, window, overlap, numbers)
+                frames, tail, shown = self._decode(self._vae, latent, window, overlap, numbers, blend)
         if overlap and self._sampling.hand_over == "latents":
             handed_over = latent[:, :, -((overlap + 3) // 4) :].clone()
             next_given = download(handed_over)
@@ -271,7 +235,17 @@ class WindowGenerator:
                 next_given = download(handed_over)
         numbers.send()
         wait = partial(_arrived, self._arrival(self._device), numbers)
-        return WindowResult(window, latent, frames, next_given, wait, started), handed_over
+        kept = None if shown is None else download(shown)
+        result = WindowResult(window, latent, frames, next_given, wait, started, kept)
+        return result, handed_over, None if shown is None else to_unit(shown, self._device)
+
+    def _blend(self, window: Window, overlap: int, before: Tensor | None) -> SeamBlend | None:
+        """What changes the first new frames of `window`; the frames that are handed over stay as they are."""
+        skip = window.skipped_frames
+        frames = min(self._sampling.blend_frames, window.length - overlap - skip)
+        if before is None or window.anchored or not skip or frames < 1:
+            return None
+        return SeamBlend(before, skip, frames)
 
     def _draw_ahead(self, windows: Sequence[Window]) -> None:
         """Draw this window's noises, and the next window's in the background while this one is computed."""
@@ -355,17 +329,26 @@ class WindowGenerator:
 
     @torch.inference_mode()
     def _decode(
-        self, vae: VideoVAE, latent: Tensor, window: Window, overlap: int, numbers: WindowNumbers
-    ) -> tuple[list[np.ndarray], Tensor | None]:
-        """The window's new frames, converted on the leader only, and the floats that are encoded again.
+        self,
+        vae: VideoVAE,
+        latent: Tensor,
+        window: Window,
+        overlap: int,
+        numbers: WindowNumbers,
+        blend: SeamBlend | None,
+    ) -> tuple[list[np.ndarray], Tensor | None, Tensor | None]:
+        """The window's new frames, converted on the leader only, what is encoded again, and the last frame.
 
-        These are its last `overlap` frames, or only the first of them.
+        Its last `overlap` frames are encoded again as floats, or only the first of them. The last frame
+        (1, 3, 1, H, W) uint8 is for the next window's blend, if there is one.
         """
         skip = window.skipped_frames
         stop = skip + window.new_frames
         kept = window.length - overlap
         frames: list[np.ndarray] = []
         tail: list[Tensor] = []
+        shown: Tensor | None = None
+        first_used = skip if blend is None else skip - 1
         done = 0
         for piece in vae.decode_stream(latent):
             if self._team.leads:
@@ -375,17 +358,21 @@ class WindowGenerator:
             low, high = max(skip - done, 0), min(stop - done, count)
             if self._sampling.hand_over == "clean" and done <= kept < done + count:
                 tail.append(pixels[:, :, kept - done : kept - done + 1].clone())
-            used = max(min(skip, kept) - done, 0)
+            used = max(min(first_used, kept) - done, 0)
             if self._colours is not None and used < count:
                 pixels[:, :, used:] = self._colours(pixels[:, :, used:])
+            if blend is not None:
+                blend.apply(pixels, done)
             if low < high and self._team.leads:
                 frames.append(self._convert(pixels[:, :, low:high]))
+                if overlap and self._sampling.blend_frames and done + high == stop:
+                    shown = bytes_of(pixels[:, :, high - 1 : high])
             if self._sampling.hand_over == "pixels" and done + count > kept:
                 tail.append(pixels[:, :, max(kept - done, 0) :].clone())
             done += count
             if not overlap and done >= stop:
                 break
-        return frames, torch.cat(tail, dim=2) if tail else None
+        return frames, torch.cat(tail, dim=2) if tail else None, shown
 
     @torch.inference_mode()
     def _encode(self, vae: VideoVAE, tail: Tensor) -> Tensor:

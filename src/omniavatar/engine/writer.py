@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from omniavatar.engine.segments import Segments
-    from omniavatar.engine.window_loop import WindowResult
+    from omniavatar.engine.window_result import WindowResult
     from omniavatar.plan.run import RunPlan
 
 HELD_SHARE, HELD_WINDOWS = 0.9, 4
@@ -47,12 +47,12 @@ MOST_UNWRITTEN = 256
 class Encoded:
     """A window whose segment is on disk.
 
-    - given: what it leaves for later windows.
+    - left: what it leaves for later windows, by name; None after the last.
     - started, arrived: host times at which it was queued, and at which its frames were on the host.
     """
 
     window: Window
-    given: Tensor | None
+    left: dict[str, Tensor] | None
     started: float
     arrived: float
 
@@ -172,12 +172,12 @@ class VideoWriter:
 
     def _encode_window(self, result: WindowResult) -> Encoded:
         """Wait for a window and encode it; its frames are freed when this returns."""
-        frames, given = result.frames, result.next_given
+        frames, left = result.frames, left_by(result)
         arrived = time.perf_counter()
         with self._recorder.stage("video_write"):
             self._segments.write(result.window.index, frames)
         self._busy.append(time.perf_counter() - arrived)
-        return Encoded(result.window, given, result.started, arrived)
+        return Encoded(result.window, left, result.started, arrived)
 
     def _append(self, encoding: Future[Encoded]) -> None:
         """Record a window as done and append it, in the order of the calls; not after one that failed."""
@@ -190,11 +190,11 @@ class VideoWriter:
             raise
 
     def _append_encoded(self, encoded: Encoded) -> None:
-        window, given = encoded.window, encoded.given
+        window, left = encoded.window, encoded.left
         seconds = encoded.arrived - max(encoded.started, self._arrived)
         self._first, self._arrived = self._first or encoded.arrived, encoded.arrived
         with self._recorder.stage("video_append"):
-            self._job.finish_window(None if given is None else safetensors.torch.save({"given": given}))
+            self._job.finish_window(None if left is None else safetensors.torch.save(left))
             self._segments.appended(window.index)
             self._opening.result().append(self._job.segment_path(window.index))
         self._recorder.event(
@@ -205,6 +205,14 @@ class VideoWriter:
                 seconds=seconds,
             )
         )
+
+
+def left_by(result: WindowResult) -> dict[str, Tensor] | None:
+    """What a window leaves for later ones, by the names of its hand-over file."""
+    if result.next_given is None:
+        return None
+    left = {"given": result.next_given}
+    return left if result.shown is None else {**left, "shown": result.shown}
 
 
 def _wait(futures: deque[Future[Any]], most: int) -> None:
