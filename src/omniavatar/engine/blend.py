@@ -24,7 +24,7 @@ AROUND = 9
 
 def bytes_of(pixels: Tensor) -> Tensor:
     """Pixels in [0, 1] as uint8, rounded; what `to_unit` reads."""
-    return (pixels * 255.0).round_().to(torch.uint8)
+    return (pixels * 255.0).round_().to(torch.uint8).contiguous()
 
 
 def to_unit(shown: Tensor, device: torch.device) -> Tensor:

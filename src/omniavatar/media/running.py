@@ -108,3 +108,9 @@ def begins_with_key_frame(segment: Path) -> bool:
     with own_video(segment) as container:
         packet = next(iter(container.demux(video=0)), None)
         return packet is not None and bool(packet.is_keyframe)
+
+
+def packet_count(segment: Path) -> int:
+    """Frames of a segment, without decoding them. Raises OSError and FFmpeg's errors."""
+    with own_video(segment) as container:
+        return sum(packet.size > 0 for packet in container.demux(video=0))
