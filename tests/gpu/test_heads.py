@@ -23,7 +23,7 @@ from omniavatar.encoders.audio import AudioEncoder
 from omniavatar.encoders.chunk_audio import ChunkEars
 from omniavatar.engine.events import StepFinished
 from omniavatar.engine.recorder import RunRecorder
-from omniavatar.engine.window_result import WindowResult
+from omniavatar.engine.window_loop import WindowResult
 from omniavatar.model.colour import ColourMatch
 from omniavatar.model.dit import WanDiT
 from omniavatar.sampling.chunks import ChunkRule

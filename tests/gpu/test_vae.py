@@ -16,7 +16,7 @@ from omniavatar.accel.kernels.rows import FP8
 from omniavatar.accel.vae import FastVAEConfig, apply_fast_vae
 from omniavatar.accel.vae_frames import fused_attention, matmul_attention
 from omniavatar.checkpoint.vae import random_vae
-from omniavatar.engine.window_result import to_uint8
+from omniavatar.engine.window_loop import to_uint8
 from omniavatar.model.sizes import VAEConfig
 
 pytestmark = pytest.mark.gpu

@@ -13,8 +13,7 @@ from omniavatar.engine.block_video import BlockVideo, Past
 from omniavatar.engine.block_windows import BlockWindows
 from omniavatar.engine.memory_inputs import in_files
 from omniavatar.engine.prepare import block_sampling, encode_person, read_inputs
-from omniavatar.engine.window_loop import ShouldStop, WatchStep, WindowSampling, never
-from omniavatar.engine.window_result import WindowResult
+from omniavatar.engine.window_loop import ShouldStop, WatchStep, WindowResult, WindowSampling, never
 from omniavatar.errors import ConfigError
 from omniavatar.types import AvatarRequest, Conditioning, Window
 

@@ -21,7 +21,7 @@ from omniavatar.device import arrival
 from omniavatar.engine.block_loop import BlockGenerator
 from omniavatar.engine.numbers import WindowNumbers
 from omniavatar.engine.piece_decoder import PieceDecoder
-from omniavatar.engine.window_result import to_uint8
+from omniavatar.engine.window_loop import to_uint8
 from omniavatar.errors import InputError
 from omniavatar.sampling.denoise import noises_drawn
 from omniavatar.sampling.noise import NoiseAhead

@@ -20,8 +20,7 @@ from omniavatar.engine.events import StepFinished, WindowStarted
 from omniavatar.engine.numbers import WindowNumbers
 from omniavatar.engine.retry import Retry, no_retry
 from omniavatar.engine.window_inputs import audio_slice
-from omniavatar.engine.window_loop import WatchStep, end_if
-from omniavatar.engine.window_result import WindowResult, to_uint8
+from omniavatar.engine.window_loop import WatchStep, WindowResult, end_if, to_uint8
 from omniavatar.types import Recorder, Window
 
 

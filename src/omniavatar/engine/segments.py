@@ -1,6 +1,6 @@
 """The segments of a job: a closed one for each window, or several windows by one encoder that goes on.
 
-With `key_frame_s`, windows share an encoder (`media.running`) until so many seconds have passed. Then the
+With `key_frame_s`, windows share an encoder (`media.running`) until that time has passed. Then the
 pictures since the last key frame lie beside the segments as `frames_0000k.mp4`, so that a resumed run has the
 same encoder. Windows are encoded in order, one at a time.
 """
@@ -85,7 +85,7 @@ def new_encoder(output: OutputConfig, plan: RunPlan, encoder: str) -> RunningEnc
 def key_windows(windows: Sequence[Window], fps: Fraction, seconds: float, begun: bool) -> frozenset[int]:
     """Numbers of the windows that begin with a key frame.
 
-    - begun: window 0 is a finished video, so window 1 has an encoder of its own.
+    - begun: window 0 is a finished video, so the first encoder begins with window 1.
     """
     found = {0}
     since = 0

@@ -26,8 +26,14 @@ from omniavatar.engine.orders import EndOrder, PlaceOrder, WindowsOrder
 from omniavatar.engine.prepare import Prepared, condition, plan_request, read_inputs
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.engine.retry import no_retry
-from omniavatar.engine.window_loop import ShouldStop, WatchStep, WindowGenerator, WindowSampling, never
-from omniavatar.engine.window_result import WindowResult
+from omniavatar.engine.window_loop import (
+    ShouldStop,
+    WatchStep,
+    WindowGenerator,
+    WindowResult,
+    WindowSampling,
+    never,
+)
 from omniavatar.errors import StoppedError
 from omniavatar.media.temporary import temporary_folder
 from omniavatar.parallel.team import ONE, Team, check_size

@@ -31,11 +31,9 @@ from torch import Tensor
 
 from omniavatar.accel.residual_cache import PassRunner, ResidualCache
 from omniavatar.device import arrival, download
-from omniavatar.engine.blend import SeamBlend, bytes_of, to_unit
 from omniavatar.engine.events import StepFinished, WindowStarted
 from omniavatar.engine.numbers import WindowNumbers
 from omniavatar.engine.retry import Retry, no_retry
-from omniavatar.engine.window_result import WindowResult, to_uint8
 from omniavatar.errors import StoppedError
 from omniavatar.parallel.team import ONE, Team
 from omniavatar.sampling.denoise import denoise as denoise_window
@@ -49,7 +47,6 @@ from omniavatar.types import Conditioning, Recorder, Window
 if TYPE_CHECKING:
     from omniavatar.accel.sparse_steps import SparseSteps
     from omniavatar.config.families import HandOver
-    from omniavatar.model.colour import ColourMatch
     from omniavatar.model.dit import RunBlocks, WanDiT
     from omniavatar.model.vae import VideoVAE
     from omniavatar.sampling.causal import CausalWindow
@@ -100,6 +97,60 @@ class WindowSampling:
     blend_frames: int = 0
 
 
+class WindowResult:
+    """One window, queued or finished. Reading `frames` or `next_given` waits for it, in any thread.
+
+    Reading also raises NumbersError if the window's numbers are not finite.
+
+    - latent: (1, 16, T, h, w) float32 on the device.
+    - started: host time (`time.perf_counter`) at which the window was queued.
+    """
+
+    def __init__(
+        self,
+        window: Window,
+        latent: Tensor,
+        frames: list[np.ndarray],
+        next_given: Tensor | None,
+        wait: Callable[[], None],
+        started: float,
+        shown: Tensor | None = None,
+    ) -> None:
+        self.window, self.latent, self.started = window, latent, started
+        self._shown = shown
+        self._frames, self._next_given, self._wait = frames, next_given, wait
+
+    def wait(self) -> None:
+        """Wait for the window. Raises NumbersError."""
+        self._wait()
+
+    @property
+    def frames(self) -> list[np.ndarray]:
+        """The new frames only, as `convert` returned them."""
+        self._wait()
+        return self._frames
+
+    @property
+    def next_given(self) -> Tensor | None:
+        """The next window's given latents (1, 16, G, h, w) float32 on the host; None after the last."""
+        self._wait()
+        return self._next_given
+
+    @property
+    def shown(self) -> Tensor | None:
+        """The last new frame (1, 3, 1, H, W) uint8 on the host, if the next window is blended with it."""
+        self._wait()
+        return self._shown
+
+
+def to_uint8(pixels: Tensor) -> np.ndarray:
+    """Convert pixels (1, 3, N, H, W) in [0, 1] to (N, H, W, 3) uint8 on the CPU, rounded, not truncated.
+
+    The copy from a CUDA device is only queued (`device.download`).
+    """
+    return download((pixels[0].permute(1, 2, 3, 0) * 255.0).round_().to(torch.uint8).contiguous()).numpy()
+
+
 def _arrived(wait: Callable[[], None], numbers: WindowNumbers) -> None:
     wait()
     numbers.check()
@@ -141,8 +192,8 @@ class WindowGenerator:
         self._run_blocks, self._arrival = sparse or run_blocks or dit.run_blocks, arrival
         self._sparse = sparse
         self._stop, self._remedy, self._watch = stop, remedy, watch
-        self._dit, self._vae = dit, vae
-        self._sampling, self._recorder, self._convert = sampling, recorder, convert
+        self._dit = dit
+        self._sampling, self._recorder = sampling, recorder
         self._device = conditioning.reference_latent.device
         self._noise = NoiseAhead(
             sampling.seed, self._device, noises_drawn(sampling.schedule, sampling.sampler)
@@ -159,13 +210,11 @@ class WindowGenerator:
 
         branches = {each.branch for row in self._passes for each in row}
         self._inputs = window_inputs(dit, conditioning, branches, team, sampling.chunk)
-        self._colours: ColourMatch | None = None
-        if sampling.color_match and vae is not None:
-            from omniavatar.model.colour import ColourMatch
+        self._pixels: WindowPixels | None = None
+        if vae is not None:
+            from omniavatar.engine.window_pixels import WindowPixels
 
-            assert conditioning.portrait is not None
-            unit = (conditioning.portrait.to(self._device) + 1.0) / 2.0
-            self._colours = ColourMatch.to(unit, sampling.color_match)
+            self._pixels = WindowPixels(vae, sampling, conditioning, self._device, team.leads, convert)
 
     def run(
         self,
@@ -184,7 +233,7 @@ class WindowGenerator:
         Raises StoppedError, and on the CPU NumbersError; elsewhere reading a result raises that.
         """
         current = self._inputs.first_given if given is None else given.to(self._device)
-        before = None if shown is None else to_unit(shown, self._device)
+        before = shown
         try:
             for window in windows[first:]:
                 self._recorder.event(WindowStarted(window=window.index, windows=len(windows)))
@@ -215,16 +264,15 @@ class WindowGenerator:
             numbers.add("latents", latent)
         frames: list[np.ndarray] = []
         handed_over = next_given = tail = shown = None
-        if self._vae is not None:
-            blend = self._blend(window, overlap, before)
+        if self._pixels is not None:
             with self._recorder.stage("vae_decode"):
-                frames, tail, shown = self._decode(self._vae, latent, window, overlap, numbers, blend)
+                frames, tail, shown = self._pixels.decode(latent, window, overlap, numbers, before)
         if overlap and self._sampling.hand_over == "latents":
             handed_over = latent[:, :, -((overlap + 3) // 4) :].clone()
             next_given = download(handed_over)
         elif overlap:
             with self._recorder.stage("vae_encode"):
-                encoded = None if self._vae is None or tail is None else self._encode(self._vae, tail)
+                encoded = None if self._pixels is None or tail is None else self._pixels.encode(tail)
                 if encoded is not None and self._sampling.hand_over == "clean":
                     encoded = torch.cat(
                         [encoded, latent[:, :, latent.shape[2] - (overlap - 1) // 4 :]], dim=2
@@ -237,15 +285,7 @@ class WindowGenerator:
         wait = partial(_arrived, self._arrival(self._device), numbers)
         kept = None if shown is None else download(shown)
         result = WindowResult(window, latent, frames, next_given, wait, started, kept)
-        return result, handed_over, None if shown is None else to_unit(shown, self._device)
-
-    def _blend(self, window: Window, overlap: int, before: Tensor | None) -> SeamBlend | None:
-        """What changes the first new frames of `window`; the frames that are handed over stay as they are."""
-        skip = window.skipped_frames
-        frames = min(self._sampling.blend_frames, window.length - overlap - skip)
-        if before is None or window.anchored or not skip or frames < 1:
-            return None
-        return SeamBlend(before, skip, frames)
+        return result, handed_over, shown
 
     def _draw_ahead(self, windows: Sequence[Window]) -> None:
         """Draw this window's noises, and the next window's in the background while this one is computed."""
@@ -326,54 +366,3 @@ class WindowGenerator:
             on_step,
             self._inputs.start(window, given) if from_portrait else None,
         )
-
-    @torch.inference_mode()
-    def _decode(
-        self,
-        vae: VideoVAE,
-        latent: Tensor,
-        window: Window,
-        overlap: int,
-        numbers: WindowNumbers,
-        blend: SeamBlend | None,
-    ) -> tuple[list[np.ndarray], Tensor | None, Tensor | None]:
-        """The window's new frames, converted on the leader only, what is encoded again, and the last frame.
-
-        Its last `overlap` frames are encoded again as floats, or only the first of them. The last frame
-        (1, 3, 1, H, W) uint8 is for the next window's blend, if there is one.
-        """
-        skip = window.skipped_frames
-        stop = skip + window.new_frames
-        kept = window.length - overlap
-        frames: list[np.ndarray] = []
-        tail: list[Tensor] = []
-        shown: Tensor | None = None
-        first_used = skip if blend is None else skip - 1
-        done = 0
-        for piece in vae.decode_stream(latent):
-            if self._team.leads:
-                numbers.add("pixels", piece)
-            pixels = piece.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
-            count = pixels.shape[2]
-            low, high = max(skip - done, 0), min(stop - done, count)
-            if self._sampling.hand_over == "clean" and done <= kept < done + count:
-                tail.append(pixels[:, :, kept - done : kept - done + 1].clone())
-            used = max(min(first_used, kept) - done, 0)
-            if self._colours is not None and used < count:
-                pixels[:, :, used:] = self._colours(pixels[:, :, used:])
-            if blend is not None:
-                blend.apply(pixels, done)
-            if low < high and self._team.leads:
-                frames.append(self._convert(pixels[:, :, low:high]))
-                if overlap and self._sampling.blend_frames and done + high == stop:
-                    shown = bytes_of(pixels[:, :, high - 1 : high])
-            if self._sampling.hand_over == "pixels" and done + count > kept:
-                tail.append(pixels[:, :, max(kept - done, 0) :].clone())
-            done += count
-            if not overlap and done >= stop:
-                break
-        return frames, torch.cat(tail, dim=2) if tail else None, shown
-
-    @torch.inference_mode()
-    def _encode(self, vae: VideoVAE, tail: Tensor) -> Tensor:
-        return vae.encode(tail * 2.0 - 1.0)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from omniavatar.engine.segments import Segments
-    from omniavatar.engine.window_result import WindowResult
+    from omniavatar.engine.window_loop import WindowResult
     from omniavatar.plan.run import RunPlan
 
 HELD_SHARE, HELD_WINDOWS = 0.9, 4

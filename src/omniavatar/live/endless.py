@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from omniavatar.engine.pipeline import AvatarPipeline
-    from omniavatar.engine.window_loop import WindowSampling
-    from omniavatar.engine.window_result import WindowResult
+    from omniavatar.engine.window_loop import WindowResult, WindowSampling
     from omniavatar.types import Conditioning, Window
 
 

@@ -11,7 +11,7 @@ from omniavatar.accel.attention.registry import create_attention
 from omniavatar.checkpoint.dit import random_dit
 from omniavatar.checkpoint.layout import scale_spec
 from omniavatar.engine.window_inputs import audio_slice, image_condition
-from omniavatar.engine.window_result import to_uint8
+from omniavatar.engine.window_loop import to_uint8
 from omniavatar.media.inspect import probe_video
 from omniavatar.model.audio_adapter import AudioPack
 from omniavatar.model.sizes import audio_block_indices

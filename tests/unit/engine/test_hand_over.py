@@ -14,7 +14,7 @@ from omniavatar import AvatarPipeline
 from omniavatar.config.load import load_config
 from omniavatar.engine.events import StepFinished
 from omniavatar.engine.recorder import RunRecorder
-from omniavatar.engine.window_result import WindowResult
+from omniavatar.engine.window_loop import WindowResult
 from omniavatar.errors import ConfigError
 from omniavatar.live.makers import maker_of
 from omniavatar.sampling.windows import anchored, frames_encoded, plan_windows

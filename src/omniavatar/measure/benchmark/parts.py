@@ -31,7 +31,7 @@ from omniavatar.engine.prepare import (
     shape_of,
 )
 from omniavatar.engine.segments import encode_once, encoders
-from omniavatar.engine.window_result import to_uint8
+from omniavatar.engine.window_loop import to_uint8
 from omniavatar.measure.benchmark.whole import PROMPT, packaged_portrait
 from omniavatar.measure.projection import Counts, StartCosts, Timing, WindowCosts
 from omniavatar.measure.report import decoded_latents

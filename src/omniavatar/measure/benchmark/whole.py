@@ -17,7 +17,7 @@ from omniavatar.assets import PORTRAIT
 from omniavatar.encoders.image import prepare_image
 from omniavatar.engine.pipeline import AvatarPipeline
 from omniavatar.engine.prepare import shape_of
-from omniavatar.engine.window_result import to_uint8
+from omniavatar.engine.window_loop import to_uint8
 from omniavatar.measure.benchmark.rows import WholeVideo
 from omniavatar.measure.quality import Quality, compare
 from omniavatar.media.audio import measure_audio
