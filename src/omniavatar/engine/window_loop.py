@@ -214,7 +214,16 @@ class WindowGenerator:
         if vae is not None:
             from omniavatar.engine.window_pixels import WindowPixels
 
-            self._pixels = WindowPixels(vae, sampling, conditioning, self._device, team.leads, convert)
+            self._pixels = WindowPixels(
+                vae,
+                sampling.hand_over,
+                sampling.color_match,
+                sampling.blend_frames,
+                conditioning.portrait,
+                self._device,
+                team.leads,
+                convert,
+            )
 
     def run(
         self,

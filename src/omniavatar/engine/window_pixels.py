@@ -12,37 +12,42 @@ from torch import Tensor
 from omniavatar.engine.blend import SeamBlend, bytes_of, to_unit
 
 if TYPE_CHECKING:
+    from omniavatar.config.families import HandOver
     from omniavatar.engine.numbers import WindowNumbers
-    from omniavatar.engine.window_loop import WindowSampling
     from omniavatar.model.colour import ColourMatch
     from omniavatar.model.vae import VideoVAE
-    from omniavatar.types import Conditioning, Window
+    from omniavatar.types import Window
 
 
 class WindowPixels:
     """Decodes and encodes the windows of one request.
 
+    - hand_over, color_match, blend_frames: see the settings.
+    - portrait: as in `types.Conditioning`.
     - leads: only then are frames converted and blended.
     """
 
     def __init__(
         self,
         vae: VideoVAE,
-        sampling: WindowSampling,
-        conditioning: Conditioning,
+        hand_over: HandOver,
+        color_match: float,
+        blend_frames: int,
+        portrait: Tensor | None,
         device: torch.device,
         leads: bool,
         convert: Callable[[Tensor], np.ndarray],
     ) -> None:
-        self._vae, self._sampling, self._device = vae, sampling, device
+        self._vae, self._device = vae, device
+        self._hand_over, self._blend_frames = hand_over, blend_frames
         self._leads, self._convert = leads, convert
         self._colours: ColourMatch | None = None
-        if sampling.color_match:
+        if color_match:
             from omniavatar.model.colour import ColourMatch
 
-            assert conditioning.portrait is not None
-            unit = (conditioning.portrait.to(device) + 1.0) / 2.0
-            self._colours = ColourMatch.to(unit, sampling.color_match)
+            assert portrait is not None
+            unit = (portrait.to(device) + 1.0) / 2.0
+            self._colours = ColourMatch.to(unit, color_match)
 
     @torch.inference_mode()
     def decode(
@@ -75,7 +80,7 @@ class WindowPixels:
             pixels = piece.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
             count = pixels.shape[2]
             low, high = max(skip - done, 0), min(stop - done, count)
-            if self._sampling.hand_over == "clean" and done <= kept < done + count:
+            if self._hand_over == "clean" and done <= kept < done + count:
                 tail.append(pixels[:, :, kept - done : kept - done + 1].clone())
             used = max(min(first_used, kept) - done, 0)
             if self._colours is not None and used < count:
@@ -84,9 +89,9 @@ class WindowPixels:
                 blend.apply(pixels, done)
             if low < high and self._leads:
                 frames.append(self._convert(pixels[:, :, low:high]))
-                if overlap and self._sampling.blend_frames and done + high == stop:
+                if overlap and self._blend_frames and done + high == stop:
                     shown = bytes_of(pixels[:, :, high - 1 : high])
-            if self._sampling.hand_over == "pixels" and done + count > kept:
+            if self._hand_over == "pixels" and done + count > kept:
                 tail.append(pixels[:, :, max(kept - done, 0) :].clone())
             done += count
             if not overlap and done >= stop:
@@ -101,7 +106,7 @@ class WindowPixels:
     def _blend(self, window: Window, overlap: int, before: Tensor | None) -> SeamBlend | None:
         """What changes the first new frames of `window`; the frames that are handed over stay as they are."""
         skip = window.skipped_frames
-        frames = min(self._sampling.blend_frames, window.length - overlap - skip)
+        frames = min(self._blend_frames, window.length - overlap - skip)
         if before is None or window.anchored or not skip or frames < 1:
             return None
         return SeamBlend(to_unit(before, self._device), skip, frames)
