@@ -81,6 +81,12 @@ def check_causal(
             "video.anchor_every",
             "sampling.sampler",
         )
+    if video["blend_frames"]:
+        raise FieldError(
+            "sampler: causal makes no windows, so nothing jumps at their start; leave blend_frames out",
+            "video.blend_frames",
+            "sampling.sampler",
+        )
     if hand_over != "pixels":
         raise FieldError(
             "sampler: causal hands every block over as it is, through its cache; leave hand_over out",

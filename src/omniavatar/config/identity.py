@@ -51,11 +51,13 @@ SWITCHED_OFF: Mapping[str, Any] = MappingProxyType(
         "sampling.noise_white": 0,
         "video.color_match": 0.0,
         "video.anchor_every": 0,
+        "video.blend_frames": 0,
         "video.face_crop": False,
+        "output.key_frame_s": 10.0,
     }
 )
-"""Fields that change nothing with this value, and that older versions lacked: a run that an older version
-began has the same identity without them."""
+"""Fields that older versions lacked, with their default: a run that an older version began has the same
+identity without them."""
 
 
 def flat_values(config: PipelineConfig) -> dict[str, Any]:

@@ -177,6 +177,9 @@ class VideoConfig(Section):
     anchor_every: Whole = Field(0, ge=0)
     """Every n-th window starts from the portrait again, so that nothing drifts for longer than n windows. The
     head jumps there. 0: never."""
+    blend_frames: Whole = Field(0, ge=0, le=1000)
+    """Frames over which a window's pictures go over from the last one shown to its own, so that the change of
+    sharpness and light at its start is not a jump. 0: at once, as in the original code."""
     color_profile: Literal["convert", "ignore"] = "convert"
     """convert: turn the colours of the portrait into sRGB by its embedded profile. ignore: use its numbers
     as they are, like the original code."""
@@ -219,6 +222,9 @@ class OutputConfig(ProvenanceSettings):
         "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"
     ] = "medium"
     """Speed of the H.264 encoder, in x264's names; mapped to p1 to p7 for NVENC."""
+    key_frame_s: Real = Field(10.0, ge=0, le=600)
+    """Seconds between two key frames, in whole windows; a key frame is a small visible step. 0: every window
+    begins with one; windows are encoded side by side, and lively videos are smaller. NVENC always does so."""
     resume: Flag = True
     """Continue an interrupted run after its last finished window."""
     keep_job: Flag = False

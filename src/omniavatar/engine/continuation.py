@@ -92,33 +92,43 @@ def join_sounds(begun: Begun, fps: float, sound: LocalAudio, path: Path) -> Path
     return path
 
 
-def begin(job: Job, models: Models, begun: Begun, overlap: int, encode: Callable[..., int]) -> None:
+def begin(
+    job: Job, models: Models, begun: Begun, overlap: int, encode: Callable[[list[np.ndarray], Path], None]
+) -> None:
     """Record the finished video as the first window of the job.
 
     overlap: frames that the next window is given.
-    encode: writes frames as a segment, with the settings of the job (`media.video.encode_segment`).
+    encode: writes frames as a segment, with the settings of the job.
 
     Raises InputError, OutputError.
     """
     with temporary_folder() as folder:
         sample = folder / "sample.mp4"
-        encode(iter([np.stack(list(islice(read_frames(begun.path), 2)))]), sample)
+        encode([np.stack(list(islice(read_frames(begun.path), 2)))], sample)
         if encoding(sample) != encoding(begun.path):
             raise InputError(
-                f"video {begun.path}: was encoded with other settings; set crf, preset and encoder as it "
-                "was made"
+                f"video {begun.path}: was encoded with other settings; set crf, preset, encoder and "
+                "key_frame_s as it was made (key_frame_s to 0 for a video of an earlier version)"
             )
     with atomic_path(job.segment_path(0)) as temporary:
         temporary.write_bytes(begun.path.read_bytes())
-    given = models.residency.retry(lambda: last_latents(models, begun, overlap))
-    job.finish_window(safetensors.torch.save({"given": given.cpu()}))
+    frames = last_frames(begun, overlap)
+    left = {"given": models.residency.retry(lambda: latents_of(models, frames)).cpu()}
+    if models.config.video.blend_frames:
+        left["shown"] = frames[:, :, -1:].contiguous()
+    job.finish_window(safetensors.torch.save(left))
+
+
+def last_frames(begun: Begun, overlap: int) -> Tensor:
+    """The last frames of the finished video, (1, 3, overlap, H, W) uint8."""
+    frames = np.stack(deque(read_frames(begun.path), maxlen=overlap))
+    return torch.from_numpy(frames).permute(3, 0, 1, 2)[None]
 
 
 @torch.inference_mode()
-def last_latents(models: Models, begun: Begun, overlap: int) -> Tensor:
-    """The last frames of the finished video as given latents (1, 16, G, h, w) float32."""
-    frames = np.stack(deque(read_frames(begun.path), maxlen=overlap))
-    pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].to(models.device, torch.float32)
+def latents_of(models: Models, frames: Tensor) -> Tensor:
+    """Frames (1, 3, n, H, W) uint8 as given latents (1, 16, G, h, w) float32."""
+    pixels = frames.to(models.device, torch.float32)
     with models.recorder.stage("vae_encode"):
         return models.vae.encode(pixels / 127.5 - 1.0).float()
 

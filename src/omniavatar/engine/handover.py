@@ -33,15 +33,26 @@ def load_given(path: Path, shape: Sequence[int]) -> Tensor:
     return given
 
 
-def read_given(path: Path) -> Tensor:
-    """The given latents in `path`, finite, of any shape and dtype. Raises ResumeError."""
+def load_shown(path: Path, size: tuple[int, int]) -> Tensor:
+    """The last frame of the window before, (1, 3, 1, H, W) uint8; size: (H, W). Raises ResumeError."""
+    shown = _tensors(path).get("shown")
+    if shown is None or shown.dtype != torch.uint8 or shown.shape != torch.Size((1, 3, 1, *size)):
+        raise ResumeError(f"{path} has no last frame of {size[1]}x{size[0]} pixels; {REMEDY}")
+    return shown
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ResumeError(f"{path} is missing; {REMEDY}")
     try:
-        tensors = safetensors.torch.load_file(path)
+        return safetensors.torch.load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise ResumeError(f"{path} is damaged ({error}); {REMEDY}") from None
-    given = tensors.get("given")
+
+
+def read_given(path: Path) -> Tensor:
+    """The given latents in `path`, finite, of any shape and dtype. Raises ResumeError."""
+    given = _tensors(path).get("given")
     if given is None:
         raise ResumeError(f"{path} is damaged (it has no tensor `given`); {REMEDY}")
     if not torch.isfinite(given).all():

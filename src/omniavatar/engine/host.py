@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from omniavatar.config.schema import RuntimeConfig
+    from omniavatar.media.running import RunningEncoder
 
 
 class Host:
@@ -42,8 +43,22 @@ class Host:
         """How many windows x264 may encode at once; a window keeps about two cores busy."""
         return min(8, usable_cores() // 2)
 
-    def encode_segment(self, frames: Any, path: Path, **options: Any) -> int:
-        """Encode one window's frames into `path` (`media.video.encode_segment`)."""
+    def encode_segment(
+        self,
+        frames: Any,
+        path: Path,
+        running: RunningEncoder | None = None,
+        kept: Path | None = None,
+        **options: Any,
+    ) -> int:
+        """Encode one window's frames into `path`; returns their number.
+
+        - running: the encoder of the windows before, with its settings (`media.running`); None for a closed
+          file by the settings in `options` (`media.video.encode_segment`).
+        - kept: see `RunningEncoder.write`.
+        """
+        if running is not None:
+            return running.write(frames, path, kept)
         from omniavatar.media.video import encode_segment
 
         return encode_segment(frames, path, **options)

@@ -258,6 +258,10 @@ class Job:
     def segment_path(self, window: int) -> Path:
         return self.folder / f"segment_{window:05d}.mp4"
 
+    def frames_path(self, window: int) -> Path:
+        """The pictures of a window without loss (`engine.segments`)."""
+        return self.folder / f"frames_{window:05d}.mp4"
+
     def given_path(self, window: int) -> Path:
         """The hand-over file that is written before `window` begins."""
         return self.folder / f"given_{window:05d}.safetensors"
@@ -304,6 +308,16 @@ class Job:
 
         needed = self.hand_overs.needed(self.done) if self.done else ()
         return {number: load_given(self.given_path(number), shape) for number in needed}
+
+    def shown(self, size: tuple[int, int]) -> Tensor | None:
+        """The last frame of the window before the next one; None if that starts from the portrait.
+
+        Raises ResumeError.
+        """
+        from omniavatar.engine.handover import load_shown
+
+        needed = self.hand_overs.needed(self.done) if self.done else ()
+        return next((load_shown(self.given_path(number), size) for number in needed), None)
 
     def finished(self, values: dict[str, str]) -> RunResult | None:
         """The result of a finished video that was made from exactly these values; None if there is none."""

@@ -24,6 +24,7 @@ _NAMES = (
     re.escape(OWNER),
     r"segment_\d{5,}\.mp4",
     r"given_\d{5,}\.safetensors",
+    r"frames_\d{5,}\.mp4",
     r"audio_16k\.f32",
     r"audio_features\.npy(\.partial)?",
     r"sound\.mp4",
@@ -31,7 +32,7 @@ _NAMES = (
     r"\..*\.[0-9a-f]{8}\.tmp",
 )
 _JOB_FILE = re.compile("|".join(_NAMES), re.DOTALL)
-_WINDOW = re.compile(r"(segment|given)_\d{5,}\.")
+_WINDOW = re.compile(r"(segment|given|frames)_\d{5,}\.")
 _FIRST_STATE = re.compile(rf"\.{re.escape(STATE)}\.[0-9a-f]{{8}}\.tmp")
 _HEAD_BYTES = 2**16
 

@@ -170,9 +170,10 @@ class AvatarPipeline(Session):
         self, request: LocalRequest, target: Target, resume: bool | None, index: int, should_stop: ShouldStop
     ) -> RunResult:
         from omniavatar.engine.room import check_room, least_bytes
+        from omniavatar.engine.segments import Segments
         from omniavatar.engine.sidecar import sidecar_values
         from omniavatar.engine.targets import Identified
-        from omniavatar.engine.writer import VideoWriter, segment_encoder
+        from omniavatar.engine.writer import VideoWriter
 
         resume = self.config.output.resume if resume is None else resume
         signing = self._signing(request)
@@ -204,28 +205,30 @@ class AvatarPipeline(Session):
                 job.hand_overs = self.hand_overs(made.plan)
                 if job.done:
                     self._go_back(job, made.plan)
-                needed = least_bytes(made.plan, self.config.output.crf, job.done)
+                output, begun = self.config.output, inputs.begun
+                segments = Segments(job, made.plan, output, encoder, self._host, begun is not None)
+                needed = least_bytes(made.plan, output.crf, job.done, segments.kept_frames)
                 check_room(job.output, needed, self._host.free_disk(job.folder))
-                if inputs.begun is not None and not job.done:
+                if begun is not None and not job.done:
                     from omniavatar.engine.continuation import begin
 
-                    encode = segment_encoder(self._host, self.config.output, made.plan, encoder)
-                    begin(job, self.models, inputs.begun, made.plan.overlap, encode)
+                    begin(job, self.models, begun, made.plan.overlap, segments.write_alone)
                 self._announce(job, made.plan, index)
-                with VideoWriter(
-                    job, made.plan, self.config.output, made.sound, self._recorder, encoder, self._host
-                ) as writer:
+                if note := segments.resume():
+                    self._message(note)
+                with VideoWriter(job, made.plan, segments, made.sound, self._recorder) as writer:
                     if job.done < len(made.plan.windows):
                         made = ready = condition(self.models, made, should_stop)
                         given = job.given(ready.given_shape(job.done))
-                        for window in self.windows(ready, job.done, given, should_stop):
+                        shown = job.shown(made.plan.size) if ready.blend_frames else None
+                        for window in self.windows(ready, job.done, given, should_stop, shown):
                             job.amend(fingerprint(self.models.residency.placement.identity()))
                             writer.submit(window)
                     writer.finish(None if signing is None else signing.of(inputs, job.output))
                 values = sidecar_values(job, made, self.models, self.config, encoder, elapsed)
                 if signing is not None:
                     values["provenance"] = signing.record
-                result = job.close(values, self.config.output.keep_job)
+                result = job.close(values, output.keep_job)
         self._recorder.event(RequestFinished(str(job.output), result.seconds, result.frames))
         return result
 
@@ -251,13 +254,14 @@ class AvatarPipeline(Session):
             self._watching(callback_on_step_end, callback_on_step_end_tensor_inputs, should_stop) as ends,
             self.prepare(request, ends) as ready,
         ):
-            first, given = 0, None
+            first, given, shown = 0, None, None
             if ready.inputs.begun is not None:
-                from omniavatar.engine.continuation import last_latents
+                from omniavatar.engine.continuation import last_frames, latents_of
 
-                first = 1
-                given = {first: last_latents(self.models, ready.inputs.begun, ready.plan.overlap)}
-            for result in self.windows(ready, first, given, ends):
+                frames = last_frames(ready.inputs.begun, ready.plan.overlap)
+                first, given = 1, {1: latents_of(self.models, frames)}
+                shown = frames[:, :, -1:] if ready.blend_frames else None
+            for result in self.windows(ready, first, given, ends, shown):
                 yield VideoChunk(
                     np.concatenate(result.frames),
                     result.window.first_new_frame,

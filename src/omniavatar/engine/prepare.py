@@ -84,6 +84,7 @@ class Prepared(Planned):
 
     conditioning: Conditioning
     color_match: float = 0.0
+    blend_frames: int = 0
 
     @property
     def window_sampling(self) -> WindowSampling:
@@ -101,6 +102,7 @@ class Prepared(Planned):
             plan.sparsity,
             sampling.noise_span,
             sampling.noise_white,
+            self.blend_frames,
         )
 
     def given_shape(self, window: int) -> tuple[int, ...]:
@@ -266,6 +268,7 @@ def condition(models: Models, planned: Planned, should_stop: ShouldStop = never)
         planned.folder,
         conditioning,
         models.config.video.color_match,
+        models.config.video.blend_frames,
     )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import av.error
+
 from omniavatar.engine.handover import read_given
 from omniavatar.errors import InputError, ResumeError
-from omniavatar.media.inspect import read_frames
+from omniavatar.media.running import packet_count
 
 if TYPE_CHECKING:
     from omniavatar.engine.job import Job
@@ -46,8 +48,8 @@ def _segment_good(job: Job, plan: RunPlan, index: int) -> bool:
     if intact is not None:
         return intact
     try:  # the folder was written before checksums were
-        return sum(1 for _ in read_frames(path)) == plan.windows[index].new_frames
-    except InputError:
+        return packet_count(path) == plan.windows[index].new_frames
+    except (av.error.FFmpegError, OSError, InputError):
         return False
 
 

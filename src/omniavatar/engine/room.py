@@ -17,14 +17,20 @@ COPIES = 2
 """While a video grows, its segments lie beside it."""
 SOUND_BYTES = 24_000
 """Of a second of stereo."""
+KEPT_BITS = 0.5
+"""Of a pixel kept without loss; a talking face needs two to four times this."""
 
 
-def least_bytes(plan: RunPlan, crf: int, done: int = 0) -> int:
-    """Bytes that the windows from number `done` on take at the very least while the video is made."""
+def least_bytes(plan: RunPlan, crf: int, done: int = 0, kept_frames: int = 0) -> int:
+    """Bytes that the windows from number `done` on take at the very least while the video is made.
+
+    kept_frames: how many frames lie beside them without loss.
+    """
     height, width = plan.size
     frames = sum(window.new_frames for window in plan.windows[done:])
     picture = frames * height * width * LEAST_BITS / 8 / 2 ** ((crf - 18) / 6)
-    return round(COPIES * picture + SOUND_BYTES * frames / plan.fps)
+    kept = min(kept_frames, frames) * height * width * KEPT_BITS / 8
+    return round(COPIES * picture + kept + SOUND_BYTES * frames / plan.fps)
 
 
 def check_room(output: Path, needed: int, free: int) -> None:

@@ -152,17 +152,21 @@ class Session:
         first: int = 0,
         given: Mapping[int, Tensor] | None = None,
         should_stop: ShouldStop = never,
+        shown: Tensor | None = None,
     ) -> Iterator[WindowResult]:
         """Results of the request's windows from `first` on, made by all processes together.
 
         - given: what window `first` starts from, by the numbers of `hand_overs`; None if `first` is 0.
+        - shown: the frame before window `first` (`WindowResult.shown`); None without `blend_frames`.
         """
         sampling, conditioning, windows = ready.window_sampling, ready.conditioning, ready.plan.windows
         given = given or {}
         if self._watch is not None:
             self._watch.begin(ready.plan, first)
         if sampling.causal is None:
-            return self.run_windows(sampling, conditioning, windows, first, given.get(first), should_stop)
+            return self.run_windows(
+                sampling, conditioning, windows, first, given.get(first), should_stop, shown
+            )
         past = {number - 1: latent for number, latent in given.items()}
         return self.block_session().run(sampling, conditioning, windows, first, past, should_stop)
 
@@ -202,6 +206,7 @@ class Session:
         first: int = 0,
         given: Tensor | None = None,
         should_stop: ShouldStop = never,
+        shown: Tensor | None = None,
     ) -> Iterator[WindowResult]:
         """`windows`, for a plan that no request has."""
         self.models.load_for_windows()
@@ -209,7 +214,7 @@ class Session:
         self.team.order(WindowsOrder.of(sampling, conditioning, windows, first, given, latents, stoppable))
         self.team.meet()
         stop = (lambda: self.team.stops(should_stop())) if stoppable else None
-        return self.window_generator(sampling, conditioning, stop=stop).run(windows, first, given)
+        return self.window_generator(sampling, conditioning, stop=stop).run(windows, first, given, shown)
 
     def window_generator(
         self,

@@ -47,7 +47,6 @@ from omniavatar.types import Conditioning, Recorder, Window
 if TYPE_CHECKING:
     from omniavatar.accel.sparse_steps import SparseSteps
     from omniavatar.config.families import HandOver
-    from omniavatar.model.colour import ColourMatch
     from omniavatar.model.dit import RunBlocks, WanDiT
     from omniavatar.model.vae import VideoVAE
     from omniavatar.sampling.causal import CausalWindow
@@ -80,7 +79,7 @@ class WindowSampling:
     - causal: the window of a block-causal model, whose windows are blocks (`engine.block_windows`).
     - chunk: of a model that works in chunks.
     - noise_span, noise_white: see `sampling.noise`; more than 1 and 0 only with `causal`.
-    - hand_over, color_match: see the settings.
+    - hand_over, color_match, blend_frames: see the settings.
     - sparsity: which blocks of attention are computed; None for all.
     """
 
@@ -95,6 +94,7 @@ class WindowSampling:
     sparsity: SparsityPlan | None = None
     noise_span: int = 1
     noise_white: int = 0
+    blend_frames: int = 0
 
 
 class WindowResult:
@@ -114,8 +114,10 @@ class WindowResult:
         next_given: Tensor | None,
         wait: Callable[[], None],
         started: float,
+        shown: Tensor | None = None,
     ) -> None:
         self.window, self.latent, self.started = window, latent, started
+        self._shown = shown
         self._frames, self._next_given, self._wait = frames, next_given, wait
 
     def wait(self) -> None:
@@ -133,6 +135,12 @@ class WindowResult:
         """The next window's given latents (1, 16, G, h, w) float32 on the host; None after the last."""
         self._wait()
         return self._next_given
+
+    @property
+    def shown(self) -> Tensor | None:
+        """The last new frame (1, 3, 1, H, W) uint8 on the host, if the next window is blended with it."""
+        self._wait()
+        return self._shown
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:
@@ -184,8 +192,8 @@ class WindowGenerator:
         self._run_blocks, self._arrival = sparse or run_blocks or dit.run_blocks, arrival
         self._sparse = sparse
         self._stop, self._remedy, self._watch = stop, remedy, watch
-        self._dit, self._vae = dit, vae
-        self._sampling, self._recorder, self._convert = sampling, recorder, convert
+        self._dit = dit
+        self._sampling, self._recorder = sampling, recorder
         self._device = conditioning.reference_latent.device
         self._noise = NoiseAhead(
             sampling.seed, self._device, noises_drawn(sampling.schedule, sampling.sampler)
@@ -202,26 +210,39 @@ class WindowGenerator:
 
         branches = {each.branch for row in self._passes for each in row}
         self._inputs = window_inputs(dit, conditioning, branches, team, sampling.chunk)
-        self._colours: ColourMatch | None = None
-        if sampling.color_match and vae is not None:
-            from omniavatar.model.colour import ColourMatch
+        self._pixels: WindowPixels | None = None
+        if vae is not None:
+            from omniavatar.engine.window_pixels import WindowPixels
 
-            assert conditioning.portrait is not None
-            unit = (conditioning.portrait.to(self._device) + 1.0) / 2.0
-            self._colours = ColourMatch.to(unit, sampling.color_match)
+            self._pixels = WindowPixels(
+                vae,
+                sampling.hand_over,
+                sampling.color_match,
+                sampling.blend_frames,
+                conditioning.portrait,
+                self._device,
+                team.leads,
+                convert,
+            )
 
     def run(
-        self, windows: Sequence[Window], first: int = 0, given: Tensor | None = None
+        self,
+        windows: Sequence[Window],
+        first: int = 0,
+        given: Tensor | None = None,
+        shown: Tensor | None = None,
     ) -> Iterator[WindowResult]:
         """Yield the results of `windows[first:]`.
 
         `retry` starts a window again, with the same noise, after an allocation failed.
 
         - given: the given latents of window `first`; None if it starts from the portrait.
+        - shown: the frame before window `first`, as a result's `shown`.
 
         Raises StoppedError, and on the CPU NumbersError; elsewhere reading a result raises that.
         """
         current = self._inputs.first_given if given is None else given.to(self._device)
+        before = shown
         try:
             for window in windows[first:]:
                 self._recorder.event(WindowStarted(window=window.index, windows=len(windows)))
@@ -230,9 +251,9 @@ class WindowGenerator:
                 anchors = following is not None and following.anchored
                 overlap = 0 if following is None or anchors else following.given_frames
                 where = f"window {window.index + 1} of {len(windows)}"
-                compute = partial(self._compute, window, current, overlap, where)
+                compute = partial(self._compute, window, current, overlap, where, before)
                 self._draw_ahead(windows[window.index : window.index + 2])
-                result, handed_over = self._retry(compute)
+                result, handed_over, before = self._retry(compute)
                 if anchors:
                     current = self._inputs.first_given
                 elif handed_over is not None:
@@ -242,25 +263,25 @@ class WindowGenerator:
             self._noise.close()
 
     def _compute(
-        self, window: Window, given: Tensor, overlap: int, where: str
-    ) -> tuple[WindowResult, Tensor | None]:
-        """One window, and the given latents of the next one on the device."""
+        self, window: Window, given: Tensor, overlap: int, where: str, before: Tensor | None
+    ) -> tuple[WindowResult, Tensor | None, Tensor | None]:
+        """One window, and on the device the given latents of the next one and the frame shown before it."""
         started = time.perf_counter()
         numbers = WindowNumbers(where, self._remedy, self._device)
         with self._recorder.stage("denoise"):
             latent = self.denoise(window, given, where)
             numbers.add("latents", latent)
         frames: list[np.ndarray] = []
-        handed_over = next_given = tail = None
-        if self._vae is not None:
+        handed_over = next_given = tail = shown = None
+        if self._pixels is not None:
             with self._recorder.stage("vae_decode"):
-                frames, tail = self._decode(self._vae, latent, window, overlap, numbers)
+                frames, tail, shown = self._pixels.decode(latent, window, overlap, numbers, before)
         if overlap and self._sampling.hand_over == "latents":
             handed_over = latent[:, :, -((overlap + 3) // 4) :].clone()
             next_given = download(handed_over)
         elif overlap:
             with self._recorder.stage("vae_encode"):
-                encoded = None if self._vae is None or tail is None else self._encode(self._vae, tail)
+                encoded = None if self._pixels is None or tail is None else self._pixels.encode(tail)
                 if encoded is not None and self._sampling.hand_over == "clean":
                     encoded = torch.cat(
                         [encoded, latent[:, :, latent.shape[2] - (overlap - 1) // 4 :]], dim=2
@@ -271,7 +292,9 @@ class WindowGenerator:
                 next_given = download(handed_over)
         numbers.send()
         wait = partial(_arrived, self._arrival(self._device), numbers)
-        return WindowResult(window, latent, frames, next_given, wait, started), handed_over
+        kept = None if shown is None else download(shown)
+        result = WindowResult(window, latent, frames, next_given, wait, started, kept)
+        return result, handed_over, shown
 
     def _draw_ahead(self, windows: Sequence[Window]) -> None:
         """Draw this window's noises, and the next window's in the background while this one is computed."""
@@ -352,41 +375,3 @@ class WindowGenerator:
             on_step,
             self._inputs.start(window, given) if from_portrait else None,
         )
-
-    @torch.inference_mode()
-    def _decode(
-        self, vae: VideoVAE, latent: Tensor, window: Window, overlap: int, numbers: WindowNumbers
-    ) -> tuple[list[np.ndarray], Tensor | None]:
-        """The window's new frames, converted on the leader only, and the floats that are encoded again.
-
-        These are its last `overlap` frames, or only the first of them.
-        """
-        skip = window.skipped_frames
-        stop = skip + window.new_frames
-        kept = window.length - overlap
-        frames: list[np.ndarray] = []
-        tail: list[Tensor] = []
-        done = 0
-        for piece in vae.decode_stream(latent):
-            if self._team.leads:
-                numbers.add("pixels", piece)
-            pixels = piece.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
-            count = pixels.shape[2]
-            low, high = max(skip - done, 0), min(stop - done, count)
-            if self._sampling.hand_over == "clean" and done <= kept < done + count:
-                tail.append(pixels[:, :, kept - done : kept - done + 1].clone())
-            used = max(min(skip, kept) - done, 0)
-            if self._colours is not None and used < count:
-                pixels[:, :, used:] = self._colours(pixels[:, :, used:])
-            if low < high and self._team.leads:
-                frames.append(self._convert(pixels[:, :, low:high]))
-            if self._sampling.hand_over == "pixels" and done + count > kept:
-                tail.append(pixels[:, :, max(kept - done, 0) :].clone())
-            done += count
-            if not overlap and done >= stop:
-                break
-        return frames, torch.cat(tail, dim=2) if tail else None
-
-    @torch.inference_mode()
-    def _encode(self, vae: VideoVAE, tail: Tensor) -> Tensor:
-        return vae.encode(tail * 2.0 - 1.0)

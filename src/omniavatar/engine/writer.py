@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,11 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
 import safetensors.torch
 
 from omniavatar.engine.events import Message, WindowFinished
-from omniavatar.engine.host import Host
 from omniavatar.engine.job import Job
 from omniavatar.engine.marks import PREVIEW_MARK
 from omniavatar.errors import ResumeError
@@ -34,53 +32,27 @@ from omniavatar.types import LocalAudio, Recorder, Window
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from omniavatar.config.schema import OutputConfig
+    from omniavatar.engine.segments import Segments
     from omniavatar.engine.window_loop import WindowResult
     from omniavatar.plan.run import RunPlan
 
-ENCODER_THREADS = 4
-"""Threads of x264. Fixed, because its output depends on them and a resumed run must give the same video."""
 HELD_SHARE, HELD_WINDOWS = 0.9, 4
 """The video encoder holds back the model if all its places are busy for this part of the time, over this many
 windows for each place."""
-MOST_WAITING = 2**30
-"""Bytes of frames that may wait for their encoder, unless two windows have more."""
 MOST_UNWRITTEN = 256
 """Windows that may wait, encoded, for the sound; each holds its hand-over, at most a few MB."""
-
-
-def encoders_at_once(host: Host, plan: RunPlan) -> int:
-    """Windows encoded at the same time. Each is a separate file, so this number does not change the bytes."""
-    height, width = plan.size
-    largest = max(window.new_frames for window in plan.windows) * height * width * 3
-    return max(2, min(host.encoders, MOST_WAITING // largest))
-
-
-def segment_encoder(
-    host: Host, output: OutputConfig, plan: RunPlan, encoder: str
-) -> Callable[[Iterator[np.ndarray], Path], int]:
-    """Encodes blocks of frames as one segment of the plan's video."""
-    return partial(
-        host.encode_segment,
-        fps=Fraction(plan.fps),
-        size=plan.size,
-        crf=output.crf,
-        preset=output.preset,
-        threads=ENCODER_THREADS,
-        encoder=encoder,
-    )
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
     """A window whose segment is on disk.
 
-    - given: what it leaves for later windows.
+    - left: what it leaves for later windows, by name; None after the last.
     - started, arrived: host times at which it was queued, and at which its frames were on the host.
     """
 
     window: Window
-    given: Tensor | None
+    left: dict[str, Tensor] | None
     started: float
     arrived: float
 
@@ -95,32 +67,29 @@ class VideoWriter:
         self,
         job: Job,
         plan: RunPlan,
-        output: OutputConfig,
+        segments: Segments,
         audio: LocalAudio | None,
         recorder: Recorder,
-        encoder: str,
-        host: Host,
     ) -> None:
-        self._encode, self._has_sound = segment_encoder(host, output, plan, encoder), audio is not None
+        self._segments, self._has_sound = segments, audio is not None
         self._job, self._plan, self._recorder = job, plan, recorder
         self._fps = Fraction(plan.fps)
         done = [job.segment_path(index) for index in range(job.done)]
         for segment in done:
             if not segment.is_file():
                 raise ResumeError(f"{segment} is missing; use --no-resume to start over")
-        encoders = encoders_at_once(host, plan)
-        self.most_pending = encoders + 1
+        self.most_pending = segments.waiting + 1
         """Most windows handed over and not yet encoded: those being encoded, and one being computed."""
-        self._pool = ThreadPoolExecutor(encoders, thread_name_prefix="video-writer")
+        self._pool = ThreadPoolExecutor(segments.places, thread_name_prefix="video-writer")
+        self._open_first = ThreadPoolExecutor(1, thread_name_prefix="video-open")
         self._in_order = ThreadPoolExecutor(1, thread_name_prefix="video-append")
         self._abandoned = threading.Event()
-        self._opening = self._pool.submit(self._open, audio, done)
+        self._opening = self._open_first.submit(self._open, audio, done)
         self._encoding: deque[Future[Encoded]] = deque()
         self._appending: deque[Future[None]] = deque()
         self._failed = False
         self._first = self._arrived = 0.0
         self._busy: list[float] = []
-        self._encoders = encoders
 
     def _open(self, audio: LocalAudio | None, done: list[Path]) -> GrowingVideo:
         """The growing file with its sound and the windows of earlier runs."""
@@ -166,13 +135,14 @@ class VideoWriter:
 
     def _say_if_held(self) -> None:
         """Emit one line if all places of the encoder were busy all the time."""
-        places = self._encoders * (self._arrived - self._first)
+        places = self._segments.places * (self._arrived - self._first)
         share = sum(self._busy) / places if places else 0.0
-        if share > HELD_SHARE and len(self._busy) >= HELD_WINDOWS * self._encoders:
+        if share > HELD_SHARE and len(self._busy) >= HELD_WINDOWS * self._segments.places:
             self._recorder.event(
                 Message(
                     f"the video encoder was busy {min(share, 1.0):.0%} of the time and holds back the model; "
-                    "set preset to veryfast or ultrafast, or encoder to nvenc on a GPU with an encoder unit"
+                    "set preset to veryfast or ultrafast, key_frame_s to 0, or encoder to nvenc on a GPU "
+                    "with an encoder unit"
                 )
             )
 
@@ -195,18 +165,19 @@ class VideoWriter:
         if kind is not None:
             self._abandoned.set()
         self._pool.shutdown(wait=True)
+        self._open_first.shutdown(wait=True)
         self._in_order.shutdown(wait=True)
         if self._opening.exception() is None:
             self._opening.result().close()
 
     def _encode_window(self, result: WindowResult) -> Encoded:
         """Wait for a window and encode it; its frames are freed when this returns."""
-        frames, given = result.frames, result.next_given
+        frames, left = result.frames, left_by(result)
         arrived = time.perf_counter()
         with self._recorder.stage("video_write"):
-            self._encode(iter(frames), self._job.segment_path(result.window.index))
+            self._segments.write(result.window.index, frames)
         self._busy.append(time.perf_counter() - arrived)
-        return Encoded(result.window, given, result.started, arrived)
+        return Encoded(result.window, left, result.started, arrived)
 
     def _append(self, encoding: Future[Encoded]) -> None:
         """Record a window as done and append it, in the order of the calls; not after one that failed."""
@@ -219,11 +190,12 @@ class VideoWriter:
             raise
 
     def _append_encoded(self, encoded: Encoded) -> None:
-        window, given = encoded.window, encoded.given
+        window, left = encoded.window, encoded.left
         seconds = encoded.arrived - max(encoded.started, self._arrived)
         self._first, self._arrived = self._first or encoded.arrived, encoded.arrived
         with self._recorder.stage("video_append"):
-            self._job.finish_window(None if given is None else safetensors.torch.save({"given": given}))
+            self._job.finish_window(None if left is None else safetensors.torch.save(left))
+            self._segments.appended(window.index)
             self._opening.result().append(self._job.segment_path(window.index))
         self._recorder.event(
             WindowFinished(
@@ -233,6 +205,14 @@ class VideoWriter:
                 seconds=seconds,
             )
         )
+
+
+def left_by(result: WindowResult) -> dict[str, Tensor] | None:
+    """What a window leaves for later ones, by the names of its hand-over file."""
+    if result.next_given is None:
+        return None
+    left = {"given": result.next_given}
+    return left if result.shown is None else {**left, "shown": result.shown}
 
 
 def _wait(futures: deque[Future[Any]], most: int) -> None:

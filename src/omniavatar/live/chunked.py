@@ -21,7 +21,7 @@ from omniavatar.encoders.chunk_audio import ChunkEars
 from omniavatar.engine.memory_inputs import in_files
 from omniavatar.engine.prepare import Planned, condition, read_inputs
 from omniavatar.errors import InputError, ResumeError
-from omniavatar.live.endless import check_origin, make_window, origin
+from omniavatar.live.endless import check_origin, left, make_window, origin
 from omniavatar.plan.run import make_plan
 from omniavatar.sampling.windows import anchor
 from omniavatar.types import AvatarRequest, SamplingParams, Window
@@ -55,6 +55,7 @@ class ChunkedMaker:
         self._heard = np.zeros(rule.buffer_samples, np.float32)
         self._waiting = np.zeros(0, np.float32)
         self._given: Tensor | None = None
+        self._shown: Tensor | None = None
         self._done = 0
 
     @property
@@ -83,9 +84,9 @@ class ChunkedMaker:
         rows = self._ears.encode_buffers(self._heard[None])[0, -self._rule.rows :].cpu().numpy()
         heard = replace(self._conditioning, audio=rows)
         result = make_window(
-            self._pipeline, self._sampling, heard, self._window, self._done, self._given, stop
+            self._pipeline, self._sampling, heard, self._window, self._done, self._given, stop, self._shown
         )
-        pieces, self._given = result.frames, result.next_given
+        pieces, self._given, self._shown = result.frames, result.next_given, result.shown
         self._done += 1
         yield from pieces
 
@@ -96,13 +97,13 @@ class ChunkedMaker:
 
     def state(self) -> dict[str, Tensor]:
         """See `BlockMaker.state`."""
-        values = {
+        values: dict[str, Tensor] = {
             "heard": torch.from_numpy(self._heard.copy()),
             "waiting": torch.from_numpy(self._waiting.copy()),
             "done": torch.tensor(self._done),
             **origin(self._sampling, self._conditioning),
         }
-        return values if self._given is None else {**values, "given": self._given}
+        return values | left(self._given, self._shown)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """See `BlockMaker.restore`."""
@@ -110,7 +111,7 @@ class ChunkedMaker:
         if any(name not in state for name in ("heard", "waiting", "done")):
             raise ResumeError("does not fit; open it with the same portrait and settings")
         self._heard, self._waiting = state["heard"].numpy().copy(), state["waiting"].numpy().copy()
-        self._done, self._given = int(state["done"]), state.get("given")
+        self._done, self._given, self._shown = int(state["done"]), state.get("given"), state.get("shown")
 
     def close(self) -> None:
         """See `BlockMaker.close`."""

@@ -49,12 +49,21 @@ def make_window(
     number: int,
     given: Tensor | None,
     stop: Callable[[], bool],
+    shown: Tensor | None,
 ) -> WindowResult:
-    """Window `number`, which starts from the latents `given` by the one before it. Raises StoppedError."""
+    """Window `number`, which starts from the latents `given` by the one before it, after the frame `shown`.
+
+    Raises StoppedError.
+    """
     windows = WindowsUntil(window_of, number + 2)  # with the next one, for which latents are handed over
-    run = pipeline.run_windows(sampling, conditioning, windows, number, given, stop)
+    run = pipeline.run_windows(sampling, conditioning, windows, number, given, stop, shown)
     with closing(cast("Generator[WindowResult]", run)) as results:
         return next(results)
+
+
+def left(given: Tensor | None, shown: Tensor | None) -> dict[str, Tensor]:
+    """The entries of a state that the last window left for the next one."""
+    return {name: value for name, value in (("given", given), ("shown", shown)) if value is not None}
 
 
 def origin(sampling: WindowSampling, conditioning: Conditioning) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ import torch
 from omniavatar.encoders.live_audio import LiveAudioEncoder
 from omniavatar.engine.memory_inputs import in_files
 from omniavatar.engine.prepare import Planned, condition, read_inputs
-from omniavatar.live.endless import check_origin, make_window, origin
+from omniavatar.live.endless import check_origin, left, make_window, origin
 from omniavatar.plan.run import make_plan
 from omniavatar.sampling.windows import anchor
 from omniavatar.types import AvatarRequest, SamplingParams, Window
@@ -54,6 +54,7 @@ class WindowedMaker:
         self._ears = LiveAudioEncoder(models.audio_encoder, self.fps)
         self._rows = np.zeros((0, self._ears.width), np.float32)
         self._given: Tensor | None = None
+        self._shown: Tensor | None = None
         self._done = 0
 
     @property
@@ -76,9 +77,9 @@ class WindowedMaker:
         rows = np.concatenate([self._rows, new])
         heard = replace(self._conditioning, audio=rows)
         result = make_window(
-            self._pipeline, self._sampling, heard, self._window, self._done, self._given, stop
+            self._pipeline, self._sampling, heard, self._window, self._done, self._given, stop, self._shown
         )
-        pieces, self._given = result.frames, result.next_given
+        pieces, self._given, self._shown = result.frames, result.next_given, result.shown
         first = 0 if self._done else 1
         self._rows, self._done = rows[len(rows) - self._overlap :], self._done + 1
         for piece in pieces:
@@ -97,14 +98,14 @@ class WindowedMaker:
         values = {_EARS + name: value for name, value in self._ears.state().items()}
         values |= {"rows": torch.from_numpy(self._rows), "done": torch.tensor(self._done)}
         values |= origin(self._sampling, self._conditioning)
-        return values if self._given is None else {**values, "given": self._given}
+        return values | left(self._given, self._shown)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """See `BlockMaker.restore`."""
         check_origin(state, self._sampling, self._conditioning)
         self._ears.restore({k.removeprefix(_EARS): v for k, v in state.items() if k.startswith(_EARS)})
         self._rows, self._done = state["rows"].numpy(), int(state["done"])
-        self._given = state.get("given")
+        self._given, self._shown = state.get("given"), state.get("shown")
 
     def close(self) -> None:
         """See `BlockMaker.close`."""

@@ -198,7 +198,8 @@ class Measured:
 def _measure(parts: PartTimer, config: PipelineConfig, axes: Axes, minutes: float) -> Measured:
     """Time everything that the axes need. config: without a step cache."""
     plan = parts.plan(config, minutes * 60)
-    window, start = window_costs(parts.window_timings(plan), plan), start_costs(parts.start_timings())
+    window = window_costs(parts.window_timings(plan), plan, config.output)
+    start = start_costs(parts.start_timings())
     shares, forwards = [1.0], [window.forward]
     for settings, _ in axes.sparse[1:]:
         thinner = parts.plan(with_settings(config, {**settings, "sparse_attention": "window"}), minutes * 60)

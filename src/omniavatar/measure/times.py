@@ -73,7 +73,7 @@ def measure_times(config: PipelineConfig) -> PartTimes:
     timer = PartTimer(config, warm_up=1, repeats=2)
     timer.load()
     plan = timer.plan(config, SECONDS)
-    window = window_costs(timer.window_timings(plan), plan)
+    window = window_costs(timer.window_timings(plan), plan, config.output)
     return PartTimes(window, start_costs(timer.start_timings()), plan.tokens, _pixels(plan))
 
 

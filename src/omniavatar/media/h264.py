@@ -42,10 +42,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class H264Encoder(Backend):
-    """An encoder. codec: its name in FFmpeg. threads: it uses the number of threads that the run sets."""
+    """An encoder.
+
+    - codec: its name in FFmpeg.
+    - threads: it uses the number of threads that the run sets.
+    - goes_on: options, besides `create`'s, with which it gives each frame's packet before it takes the next
+      frame, so that one encoder can write several segments; None if it cannot.
+    """
 
     codec: str
     threads: bool = False
+    goes_on: Mapping[str, str] | None = None
 
 
 def _x264_options(crf: float, preset: str) -> dict[str, str]:
@@ -93,6 +100,13 @@ ENCODERS: Registry[H264Encoder] = Registry(
         rank=1,
         codec="libx264",
         threads=True,
+        goes_on=MappingProxyType(
+            {
+                "bf": "0",
+                "x264-params": "keyint=infinite:scenecut=0:force-cfr=1:rc-lookahead=0:sync-lookahead=0"
+                ":sliced-threads=1",
+            }
+        ),
     ),
     H264Encoder(
         name="nvenc",

@@ -62,36 +62,75 @@ def encode_segment(
     is safe to call from any thread. The encoded segment is in memory until it is written (some MB a window).
     Raises OutputError, and ConfigError for a bad crf or preset.
     """
-    height, width = size
-    if height % 2 or width % 2:
-        raise ValueError(f"H.264 in yuv420p needs even sizes, not {width}x{height}")
-    backend, options = ENCODERS.get(encoder), encoder_options(encoder, crf, preset)
+    pictures = (yuv_picture(rgb) for rgb in rgb_frames(frames, size))
+    data, count = encoded_file(pictures, fps, size, encoder_options(encoder, crf, preset), threads, encoder)
+    atomic_write_bytes(path, data)
+    return count
+
+
+def encoded_file(
+    pictures: Iterable[av.VideoFrame],
+    fps: Fraction,
+    size: tuple[int, int],
+    options: dict[str, str],
+    threads: int,
+    encoder: str = "x264",
+) -> tuple[bytes, int]:
+    """The bytes of a closed H.264 file of yuv420p pictures, and their number."""
     buffer = io.BytesIO()
     count = 0
     with new_media(buffer) as container:
-        stream = cast(av.VideoStream, container.add_stream(backend.codec, rate=fps))
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        context = stream.codec_context
-        context.time_base = 1 / fps
-        if backend.threads:
-            context.thread_count = threads
-        tag_colours(context)
-        context.options = options
-        for block in frames:
-            if block.dtype != np.uint8 or block.shape[1:] != (height, width, 3):
-                raise ValueError(
-                    f"frames are {block.dtype} {block.shape}, not uint8 (n, {height}, {width}, 3)"
-                )
-            for rgb in block:
-                picture = yuv_picture(rgb)
-                picture.pts, picture.time_base = count, 1 / fps
-                container.mux(stream.encode(picture))
-                count += 1
+        stream = h264_stream(container, fps, size, options, threads, encoder)
+        for picture in pictures:
+            picture.pts, picture.time_base = count, 1 / fps
+            container.mux(stream.encode(picture))
+            count += 1
         if not count:
             raise ValueError("a segment needs at least one frame")
         container.mux(stream.encode(None))
-    atomic_write_bytes(path, buffer.getvalue())
-    return count
+    return buffer.getvalue(), count
+
+
+def rgb_frames(blocks: Iterable[np.ndarray], size: tuple[int, int]) -> Iterator[np.ndarray]:
+    """The single frames of blocks (n, H, W, 3) uint8. Raises ValueError for another size than (H, W)."""
+    height, width = size
+    if height % 2 or width % 2:
+        raise ValueError(f"H.264 in yuv420p needs even sizes, not {width}x{height}")
+    for block in blocks:
+        if block.dtype != np.uint8 or block.shape[1:] != (height, width, 3):
+            raise ValueError(f"frames are {block.dtype} {block.shape}, not uint8 (n, {height}, {width}, 3)")
+        yield from block
+
+
+def h264_stream(
+    container: av.container.OutputContainer,
+    fps: Fraction,
+    size: tuple[int, int],
+    options: dict[str, str],
+    threads: int,
+    encoder: str = "x264",
+) -> av.VideoStream:
+    """A new stream of `container` with an encoder of these settings."""
+    backend = ENCODERS.get(encoder)
+    stream = cast(av.VideoStream, container.add_stream(backend.codec, rate=fps))
+    set_up(stream.codec_context, fps, size, options, threads if backend.threads else None)
+    return stream
+
+
+def set_up(
+    context: av.VideoCodecContext,
+    fps: Fraction,
+    size: tuple[int, int],
+    options: dict[str, str],
+    threads: int | None,
+) -> None:
+    """Give an encoder its size (H, W), rate, colours and options; threads None: it has its own."""
+    context.height, context.width = size
+    context.pix_fmt, context.time_base = "yuv420p", 1 / fps
+    if threads is not None:
+        context.thread_count = threads
+    tag_colours(context)
+    context.options = options
 
 
 def tag_colours(context: av.VideoCodecContext) -> None:

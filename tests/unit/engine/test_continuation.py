@@ -150,7 +150,7 @@ def test_what_cannot_be_continued_is_one_line(
         ({"fps": 20}, "frames a second"),
         ({"image_sizes_720": [[64, 80]]}, "is 64x64; go on with a configuration of that size"),
         ({"overlap_frame": 41, "max_tokens": 200}, "fewer than overlap_frame=41"),
-        ({"crf": 30}, "was encoded with other settings; set crf, preset and encoder"),
+        ({"crf": 30}, "was encoded with other settings; set crf, preset, encoder and key_frame_s"),
     ]:
         with (
             make_pipeline(nano_checkpoint, tmp_path / "cache", **changes) as other,

@@ -17,8 +17,8 @@ from omniavatar.device import arrival, download, upload
 from omniavatar.engine.events import Message, WindowFinished
 from omniavatar.engine.host import Host
 from omniavatar.engine.recorder import RunRecorder
+from omniavatar.engine.segments import encoders_at_once
 from omniavatar.engine.window_loop import WindowResult
-from omniavatar.engine.writer import encoders_at_once
 from omniavatar.errors import OutputError, StoppedError
 from omniavatar.media.audio import encode_aac_track
 from omniavatar.media.inspect import probe_video

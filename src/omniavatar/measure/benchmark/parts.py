@@ -30,8 +30,8 @@ from omniavatar.engine.prepare import (
     portrait_clip,
     shape_of,
 )
+from omniavatar.engine.segments import encode_once, encoders
 from omniavatar.engine.window_loop import to_uint8
-from omniavatar.engine.writer import encoders_at_once, segment_encoder
 from omniavatar.measure.benchmark.whole import PROMPT, packaged_portrait
 from omniavatar.measure.projection import Counts, StartCosts, Timing, WindowCosts
 from omniavatar.measure.report import decoded_latents
@@ -46,6 +46,7 @@ from omniavatar.plan.sparsity import plan_sparse_run
 from omniavatar.sampling.causal import CausalWindow
 
 if TYPE_CHECKING:
+    from omniavatar.config.schema import OutputConfig
     from omniavatar.model.dit import RunBlocks
 
 AUDIO_SECONDS = 10
@@ -208,9 +209,9 @@ class PartTimer:
         config = self._config if preset is None else changed(self._config, output={"preset": preset})
         output = config.output
         frames = _moving_portrait(plan.size, plan.window_length - plan.overlap)
-        encode = segment_encoder(Host(), output, plan, choose_encoder(output.encoder, plan.size))
+        encoder = choose_encoder(output.encoder, plan.size)
         with temporary_folder() as folder:
-            return self._timed(lambda: encode(iter([frames]), folder / "segment.mp4"))
+            return self._timed(lambda: encode_once(frames, folder, output, plan, encoder, Host()))
 
     @torch.inference_mode()
     def start_timings(self) -> dict[str, Timing]:
@@ -276,11 +277,12 @@ def counts_of(plan: RunPlan) -> Counts:
     return Counts(windows, computed, skipped, last, plan.duration_s, sparse)
 
 
-def window_costs(timings: dict[str, Timing], plan: RunPlan) -> WindowCosts:
+def window_costs(timings: dict[str, Timing], plan: RunPlan, output: OutputConfig) -> WindowCosts:
     """Medians of `PartTimer.window_timings` of a plan."""
     medians = {name: timing.median for name, timing in timings.items()}
     host = Host()
-    return WindowCosts(**medians, writers=min(host.encoders, encoders_at_once(host, plan)))
+    at_once = encoders(output, plan, choose_encoder(output.encoder, plan.size), host)
+    return WindowCosts(**medians, writers=min(host.encoders, at_once))
 
 
 def start_costs(timings: dict[str, Timing]) -> StartCosts:

@@ -181,7 +181,7 @@ class _Measurement:
         if plan.step_plan.source:
             self.notes.append(f"step cache by constants {plan.step_plan.source}")
         timings = self._parts.window_timings(plan)
-        costs = window_costs(timings, plan)
+        costs = window_costs(timings, plan, config.output)
         by_tokens = {config.video.max_tokens: costs, **self._shorter_window()}
         start_timings = self._parts.start_timings()
         projector = _Projector(self._parts, by_tokens, start_costs(start_timings))
@@ -226,7 +226,8 @@ class _Measurement:
         shorter = changed(self._config, video={"max_tokens": fewer_tokens(self._config)})
         try:
             plan = self._parts.plan(shorter, 60.0)
-            return {shorter.video.max_tokens: window_costs(self._parts.window_timings(plan), plan)}
+            costs = window_costs(self._parts.window_timings(plan), plan, shorter.output)
+            return {shorter.video.max_tokens: costs}
         except ConfigError as error:
             self.notes.append(f"no shorter window: {error}")
             return {}
