@@ -97,7 +97,11 @@ def _flashhead() -> dict[str, dict[str, Any]]:
 
 def _leaptalk() -> dict[str, dict[str, Any]]:
     settings = _flashhead()
-    return {**settings, "sampling": {**settings["sampling"], "sampler": "bridge", "num_steps": 1}}
+    return {
+        **settings,
+        "sampling": {**settings["sampling"], "sampler": "bridge", "num_steps": 1},
+        "output": {"key_frame_s": 0.0},
+    }
 
 
 FAMILIES: Registry[Family] = Registry(
