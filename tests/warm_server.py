@@ -1,7 +1,8 @@
 """The process behind `warm_start`: loads modules once, then forks for each request.
 
-`python warm_server.py FOLDER OWNER MODULE...` listens on FOLDER/socket and ends with the process OWNER. A request
-is one message: a JSON object, and the descriptors 0 to 2. It is answered by the process id, then the exit code.
+`python warm_server.py FOLDER OWNER MODULE...` listens on FOLDER/socket and ends with the process OWNER. A
+request is one message: a JSON object, and three descriptors for the standard streams. The answers are the
+process id, then the exit code.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def become(request: dict[str, Any], streams: list[int], libraries: list[str]) ->
 def standard_stream(number: int, mode: str, like: io.TextIOWrapper) -> io.TextIOWrapper:
     """What Python makes of a descriptor when it starts; `like` has what the environment decides."""
     buffered = not isinstance(like.buffer, io.FileIO)  # PYTHONUNBUFFERED
-    buffer: Any = open(number, mode, buffering=-1 if buffered else 0, closefd=False)
+    buffer: Any = open(number, mode, buffering=-1 if buffered else 0, closefd=False)  # noqa: SIM115
     return io.TextIOWrapper(
         buffer,
         encoding=like.encoding,

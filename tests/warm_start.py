@@ -1,12 +1,12 @@
-"""Python processes for tests that start in milliseconds: a process that has loaded the libraries forks.
+"""Python processes for tests that start at once: a process that has loaded the libraries forks.
 
-`started` and `finished` stand in for `subprocess.Popen` and `subprocess.run` with `[sys.executable, "-m", MODULE]`,
-`[sys.executable, "-c", CODE]` or `[sys.executable, SCRIPT]` and arguments. All workers of a test run share the
-loaded process, which has one thread and ends with the run.
+`started` and `finished` stand in for `subprocess.Popen` and `subprocess.run` with `sys.executable` and a
+module (`-m`), code (`-c`) or a script. All workers of a test run share the loaded process. It has one thread,
+and ends with the run.
 
-Use `subprocess` where the start is what a test checks: imports, entry points, launchers, options of Python, limits
-of memory, process groups, closed streams, variables that a library reads when it is loaded. Keep one test of each
-command that starts it really.
+Use `subprocess` where the start is what a test checks: imports, entry points, launchers, options of Python,
+limits of memory, process groups, closed streams, variables that a library reads when it is loaded. For each
+command, one test starts it that way.
 """
 
 from __future__ import annotations
@@ -31,11 +31,25 @@ import warm_server
 from warm_server import MOST_BYTES
 
 LOADED = (
-    "numpy.random",
+    "av",
+    "ftfy",
+    "numpy.typing",
+    "omniavatar.accel.apply",
     "omniavatar.cli.main",
+    "omniavatar.cli.progress",
+    "omniavatar.encoders.audio",
+    "omniavatar.encoders.text",
+    "omniavatar.engine.loading",
     "omniavatar.engine.pipeline",
-    "transformers.models.wav2vec2.modeling_wav2vec2",
+    "omniavatar.engine.writer",
+    "omniavatar.serve.api.app",
+    "omniavatar.serve.jobs.process_crew",
+    "omniavatar.serve.jobs.workers",
+    "PIL.JpegImagePlugin",
+    "PIL.PngImagePlugin",
+    "transformers.models.t5.tokenization_t5",
     "transformers.models.umt5.modeling_umt5",
+    "transformers.models.wav2vec2.modeling_wav2vec2",
 )
 FOLDER = "OMNIAVATAR_WARM_START"
 """Environment variable with the folder of the loaded process, so that processes of tests find it too."""
@@ -123,18 +137,18 @@ def started(
     stderr: Any = None,
     text: bool = False,
     start_new_session: bool = False,
-) -> Process | subprocess.Popen[Any]:
+) -> Process:
     """Like `subprocess.Popen`, whose arguments they are. SIGINT has its default action in the process.
 
     Raises ValueError if a fork cannot be like a new process with this command or environment.
     """
     python, *arguments = map(os.fsdecode, command)  # type: ignore[arg-type]
     assert python == sys.executable
-    variables = dict(os.environ if env is None else env)
     if sys.platform != "linux":  # elsewhere libraries do not survive a fork
-        streams = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
-        session = {"start_new_session": start_new_session}
-        return subprocess.Popen([python, *arguments], cwd=cwd, env=variables, text=text, **streams, **session)
+        options = {"stdin": stdin, "stdout": stdout, "stderr": stderr, "start_new_session": start_new_session}
+        return subprocess.Popen([python, *arguments], cwd=cwd, env=env, text=text, **options)  # type: ignore
+    place = f"{loaded()}/socket"
+    variables = dict(os.environ if env is None else env)
     sys.audit("subprocess.Popen", python, command, cwd, variables)
     theirs: list[int] = []
     ours: list[IO[Any] | None] = []
@@ -148,7 +162,7 @@ def started(
         message = json.dumps({**request, "new_session": start_new_session}).encode()
         server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MOST_BYTES)
-        server.connect(f"{loaded()}/socket")
+        server.connect(place)
         socket.send_fds(server, [message], theirs)
     finally:
         for descriptor in theirs:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-import warm_start
 from warm_start import FOLDER, finished, launch, started
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")]
@@ -93,8 +92,8 @@ def test_a_process_sees_what_a_new_one_sees(kind: str, session: bool, tmp_path: 
         "import atexit; atexit.register(print, 'at exit'); print('printed')",
         "import threading, time; threading.Thread(target=lambda: (time.sleep(0.1), print('late'))).start()",
         "import os; os.close(1); os.open('/dev/full', os.O_WRONLY); print('lost')",
-        "import multiprocessing, os; p = multiprocessing.get_context('fork').Process(target=print, args=('x',));"
-        "p.start(); p.join(); print(p.exitcode)",
+        "import multiprocessing as m; p = m.get_context('fork').Process(target=print, args=(1,)); p.start();"
+        "p.join(); print(p.exitcode)",
     ],
 )
 def test_a_process_ends_as_a_new_one_ends(code: str) -> None:
@@ -129,7 +128,9 @@ def test_the_streams_are_those_that_are_given(tmp_path: Path) -> None:
         assert finished([sys.executable, "-c", code], **both).returncode == 0
     assert sorted((tmp_path / "log").read_text().split()) == ["problem"]
     left = subprocess.PIPE, subprocess.DEVNULL
-    done = finished([sys.executable, "-c", code], input="x" * 300_000, text=True, stdout=left[0], stderr=left[1])
+    done = finished(
+        [sys.executable, "-c", code], input="x" * 300_000, text=True, stdout=left[0], stderr=left[1]
+    )
     assert done.stdout == "x" * 300_000 + "\n" and done.stderr is None
 
 
@@ -158,20 +159,21 @@ def test_what_a_fork_cannot_do_is_refused(
         started([sys.executable, *arguments], env={**os.environ, **variables})
 
 
-def test_nothing_outlives_the_test_run(tmp_path: Path) -> None:
+def test_nothing_outlives_the_test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process ends when its `Process` is dropped, and all of them end with the owner."""
     code = "import time; print(1, flush=True); time.sleep(60)"
     process = started([sys.executable, "-c", code])
     pid = process.pid
     del process
     assert gone(pid)
+    folder = tmp_path / "s"
+    folder.mkdir()
     with subprocess.Popen(["sleep", "60"]) as owner:
-        server = launch(tmp_path / "s", owner.pid, []) if (tmp_path / "s").mkdir() is None else None
-        os.environ[FOLDER] = str(tmp_path / "s")
+        server = launch(folder, owner.pid, [])
+        monkeypatch.setenv(FOLDER, str(folder))
         process = started([sys.executable, "-c", code])
         owner.kill()
-    assert server is not None and server.wait(20) == 0 and gone(process.pid)
-    assert not (tmp_path / "s").exists()
+    assert server.wait(20) == 0 and gone(process.pid) and not folder.exists()
     with pytest.raises(ValueError, match="the loaded process has ended"):
         process.wait(20)
 
@@ -186,6 +188,6 @@ def gone(pid: int) -> bool:
 def test_a_fast_test_may_not_start_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The audit hook of conftest.py counts them with the other Python processes."""
     heard: list[object] = []
-    monkeypatch.setattr(warm_start.sys, "audit", lambda *event: heard.append(event[:2]))
+    monkeypatch.setattr(sys, "audit", lambda *event: heard.append(event[:2]))
     finished([sys.executable, "-c", ""])
     assert heard == [("subprocess.Popen", sys.executable)]

@@ -15,6 +15,7 @@ import pytest
 
 import processes
 from command_line import NANO, PORTRAIT, REPOSITORY, SPEECH, timed
+from warm_start import finished
 
 
 @pytest.mark.slow
@@ -68,7 +69,7 @@ def test_ctrl_c_keeps_finished_windows_and_the_same_command_resumes(
     assert state["done"] == int(found[1])
     assert shlex.split(found[2]) == ["omniavatar", *command[3:]]
     assert not (tmp_path / "x.mp4").exists()
-    _, done = timed(*command, cwd=tmp_path)
+    done = finished(command, cwd=tmp_path, capture_output=True, text=True)
     events = [json.loads(line) for line in done.stderr.splitlines()]
     started = next(event for event in events if event["event"] == "request_started")
     assert done.returncode == 0 and started["resumed_windows"] >= 1
