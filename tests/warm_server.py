@@ -1,12 +1,13 @@
 """The process behind `warm_start`: loads modules once, then forks for each request.
 
 `python warm_server.py FOLDER OWNER MODULE...` listens on FOLDER/socket and ends with the process OWNER. A
-request is one message: a JSON object, and three descriptors for the standard streams. The answers are the
-process id, then the exit code.
+request is one message: a JSON object, and the descriptors of the standard streams and of `pass_fds`. The
+answers are the process id, then the exit code.
 """
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import importlib
 import io
@@ -26,7 +27,7 @@ from typing import Any
 READ_AT_START = {"LANG", "LC_ALL", "LD_LIBRARY_PATH", "LD_PRELOAD", "OMP_NUM_THREADS", "MKL_NUM_THREADS"}
 READ_AT_START |= {"HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TORCH_LOGS", "TRITON_INTERPRET"}
 """Variables that Python or a library reads only once. So are all that begin with PYTHON, but PYTHONPATH."""
-MOST_BYTES = 1 << 20
+MOST_BYTES, MOST_PASSED = 1 << 20, 250
 FROM_HERE = selectors.EVENT_READ
 
 
@@ -41,13 +42,13 @@ def main(folder: Path, owner: int, modules: list[str]) -> None:
     gc.freeze()  # or each collection of a child copies all of it
     given = serve(folder, owner)
     if given is not None:
-        request, streams = given
-        become(request, streams, libraries)
+        request, passed = given
+        become(request, passed, libraries)
         run(request["arguments"])
 
 
 def serve(folder: Path, owner: int) -> tuple[dict[str, Any], list[int]] | None:
-    """In a forked process, the request and its streams; None when the owner has ended."""
+    """In a forked process, the request and its descriptors; None when the owner has ended."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(str(folder / "socket"))
     listener.listen(64)
@@ -61,7 +62,7 @@ def serve(folder: Path, owner: int) -> tuple[dict[str, Any], list[int]] | None:
         for key, _ in selector.select():
             if key.fileobj is listener:
                 client, _ = listener.accept()
-                message, streams, _, _ = socket.recv_fds(client, MOST_BYTES, 3)
+                message, passed, _, _ = socket.recv_fds(client, MOST_BYTES, MOST_PASSED)
                 if not message:  # it was killed meanwhile
                     client.close()
                     continue
@@ -73,8 +74,8 @@ def serve(folder: Path, owner: int) -> tuple[dict[str, Any], list[int]] | None:
                         each.close()
                     for descriptor in (life, *ends):
                         os.close(descriptor)
-                    return request, streams
-                for descriptor in streams:
+                    return request, passed
+                for descriptor in passed:
                     os.close(descriptor)
                 client.send(json.dumps(problem or pid).encode())
                 if problem:
@@ -117,9 +118,12 @@ def refusal(request: dict[str, Any]) -> str | None:
     return None
 
 
-def become(request: dict[str, Any], streams: list[int], libraries: list[str]) -> None:
-    """Streams, folder, environment and module path of the request."""
-    for number, descriptor in enumerate(streams):
+def become(request: dict[str, Any], passed: list[int], libraries: list[str]) -> None:
+    """Descriptors, folder, environment and module path of the request."""
+    apart = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 500) for descriptor in passed]
+    for descriptor in passed:
+        os.close(descriptor)
+    for number, descriptor in zip((0, 1, 2, *request["pass_fds"]), apart, strict=True):
         os.dup2(descriptor, number)
         os.close(descriptor)
     if request["new_session"]:

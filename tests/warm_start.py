@@ -5,8 +5,8 @@ module (`-m`), code (`-c`) or a script. All workers of a test run share the load
 and ends with the run.
 
 Use `subprocess` where the start is what a test checks: imports, entry points, launchers, options of Python,
-limits of memory, process groups, closed streams, variables that a library reads when it is loaded. For each
-command, one test starts it that way.
+limits of memory, process groups, closed streams, GPUs, variables that a library reads when it is loaded. One
+test of each command starts it that way.
 """
 
 from __future__ import annotations
@@ -137,6 +137,7 @@ def started(
     stderr: Any = None,
     text: bool = False,
     start_new_session: bool = False,
+    pass_fds: Sequence[int] = (),
 ) -> Process:
     """Like `subprocess.Popen`, whose arguments they are. SIGINT has its default action in the process.
 
@@ -145,8 +146,9 @@ def started(
     python, *arguments = map(os.fsdecode, command)  # type: ignore[arg-type]
     assert python == sys.executable
     if sys.platform != "linux":  # elsewhere libraries do not survive a fork
-        options = {"stdin": stdin, "stdout": stdout, "stderr": stderr, "start_new_session": start_new_session}
-        return subprocess.Popen([python, *arguments], cwd=cwd, env=env, text=text, **options)  # type: ignore
+        options = {"stdin": stdin, "stdout": stdout, "stderr": stderr, "text": text}
+        options |= {"start_new_session": start_new_session, "pass_fds": pass_fds}
+        return subprocess.Popen([python, *arguments], cwd=cwd, env=env, **options)  # type: ignore[return-value]
     place = f"{loaded()}/socket"
     variables = dict(os.environ if env is None else env)
     sys.audit("subprocess.Popen", python, command, cwd, variables)
@@ -158,12 +160,12 @@ def started(
             theirs.append(pair[0])
             ours.append(pair[1])
         folder = os.path.abspath(cwd or os.getcwd())
-        request = {"arguments": arguments, "environment": variables, "folder": folder}
-        message = json.dumps({**request, "new_session": start_new_session}).encode()
+        request: dict[str, Any] = {"arguments": arguments, "environment": variables, "folder": folder}
+        request |= {"new_session": start_new_session, "pass_fds": list(pass_fds)}
         server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MOST_BYTES)
         server.connect(place)
-        socket.send_fds(server, [message], theirs)
+        socket.send_fds(server, [json.dumps(request).encode()], [*theirs, *pass_fds])
     finally:
         for descriptor in theirs:
             os.close(descriptor)

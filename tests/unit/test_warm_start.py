@@ -134,6 +134,16 @@ def test_the_streams_are_those_that_are_given(tmp_path: Path) -> None:
     assert done.stdout == "x" * 300_000 + "\n" and done.stderr is None
 
 
+def test_descriptors_are_passed_with_their_numbers() -> None:
+    reading, writing = os.pipe()
+    code = f"import os; os.write({writing}, b'passed'); os.get_inheritable({writing}) or os.abort()"
+    for run in (subprocess.run, finished):
+        assert run([sys.executable, "-c", code], pass_fds=[writing]).returncode == 0
+        assert os.read(reading, 100) == b"passed"
+    os.close(writing)
+    os.close(reading)
+
+
 def test_an_error_and_a_limit_of_time_are_those_of_subprocess() -> None:
     with pytest.raises(subprocess.CalledProcessError) as failed:
         finished([sys.executable, "-c", "import sys; sys.exit(4)"], check=True)
