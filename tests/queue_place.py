@@ -58,7 +58,7 @@ class Place:
     @contextmanager
     def workers(self, count: int = 1, **rules: Any) -> Iterator[tuple[Workers, ProcessCrew]]:
         """Workers in a thread of this process."""
-        crew = ProcessCrew(count, self.engines, self.files)
+        crew = ProcessCrew(count, self.engines, self.files, start=started)
         ended: list[str] = []
         made = Workers(
             self.store,

@@ -128,6 +128,8 @@ def become(request: dict[str, Any], passed: list[int], libraries: list[str]) -> 
         os.close(descriptor)
     if request["new_session"]:
         os.setsid()
+    if request["group"] is not None:
+        os.setpgid(0, request["group"])
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])

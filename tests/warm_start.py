@@ -137,6 +137,7 @@ def started(
     stderr: Any = None,
     text: bool = False,
     start_new_session: bool = False,
+    process_group: int | None = None,
     pass_fds: Sequence[int] = (),
 ) -> Process:
     """Like `subprocess.Popen`, whose arguments they are. SIGINT has its default action in the process.
@@ -147,7 +148,8 @@ def started(
     assert python == sys.executable
     if sys.platform != "linux":  # elsewhere libraries do not survive a fork
         options = {"stdin": stdin, "stdout": stdout, "stderr": stderr, "text": text}
-        options |= {"start_new_session": start_new_session, "pass_fds": pass_fds}
+        options |= {"start_new_session": start_new_session, "process_group": process_group}
+        options["pass_fds"] = pass_fds
         return subprocess.Popen([python, *arguments], cwd=cwd, env=env, **options)  # type: ignore[return-value]
     place = f"{loaded()}/socket"
     variables = dict(os.environ if env is None else env)
@@ -161,7 +163,7 @@ def started(
             ours.append(pair[1])
         folder = os.path.abspath(cwd or os.getcwd())
         request: dict[str, Any] = {"arguments": arguments, "environment": variables, "folder": folder}
-        request |= {"new_session": start_new_session, "pass_fds": list(pass_fds)}
+        request |= {"new_session": start_new_session, "group": process_group, "pass_fds": list(pass_fds)}
         server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MOST_BYTES)
         server.connect(place)

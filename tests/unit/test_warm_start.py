@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,8 @@ print(json.dumps({
     "limits": [resource.getrlimit(kind) for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_AS)],
     "streams": [[s.encoding, s.errors, s.line_buffering, s.seekable(), s.fileno()] for s in streams],
     "same": [sys.stdin is sys.__stdin__, sys.stdout is sys.__stdout__, sys.stderr is sys.__stderr__],
-    "session": os.getsid(0) == os.getpid(), "umask": os.umask(0o22), "input": sys.stdin.read(),
+    "session": os.getsid(0) == os.getpid(), "group": os.getpgid(0) == os.getpid(),
+    "umask": os.umask(0o22), "input": sys.stdin.read(),
 }))
 """
 
@@ -55,9 +57,9 @@ def use_light(light: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FOLDER, str(light))
 
 
-@pytest.mark.parametrize("session", [False, True])
+@pytest.mark.parametrize("apart", [{}, {"start_new_session": True}, {"process_group": 0}])
 @pytest.mark.parametrize("kind", ["-c", "-m", "script"])
-def test_a_process_sees_what_a_new_one_sees(kind: str, session: bool, tmp_path: Path) -> None:
+def test_a_process_sees_what_a_new_one_sees(kind: str, apart: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "seen").mkdir()
     script = tmp_path / "seen" / "__main__.py"
     script.write_text(SEEN)
@@ -72,7 +74,7 @@ def test_a_process_sees_what_a_new_one_sees(kind: str, session: bool, tmp_path: 
             text=True,
             cwd=tmp_path,
             env=variables,
-            start_new_session=session,
+            **apart,
         )
         assert (done.returncode, done.stderr) == (0, "")
         seen.append(json.loads(done.stdout))
