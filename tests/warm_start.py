@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +64,7 @@ class Process:
         self.args, self._server = list(args), server
         self.stdin, self.stdout, self.stderr = pipes
         self.returncode: int | None = None
+        self._one_waits = threading.Lock()
         self.pid = self._answer()
 
     def _answer(self) -> int:
@@ -72,13 +74,18 @@ class Process:
         return int(answer)
 
     def wait(self, timeout: float | None = None) -> int:
-        if self.returncode is None:
-            self._server.settimeout(timeout)
-            try:
+        late = subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        if not self._one_waits.acquire(timeout=-1 if timeout is None else timeout):
+            raise late
+        try:
+            if self.returncode is None:
+                self._server.settimeout(timeout)
                 self.returncode = self._answer()
-            except (TimeoutError, BlockingIOError):
-                raise subprocess.TimeoutExpired(self.args, timeout or 0.0) from None
-            self._server.close()
+                self._server.close()
+        except (TimeoutError, BlockingIOError):
+            raise late from None
+        finally:
+            self._one_waits.release()
         return self.returncode
 
     def poll(self) -> int | None:
@@ -235,7 +242,7 @@ def launch(folder: Path, owner: int, modules: Sequence[str]) -> subprocess.Popen
     """Start a process that loads `modules`, forks for requests, and ends with the process `owner`."""
     command = [sys.executable, warm_server.__file__, str(folder), str(owner), *modules]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
-    process = subprocess.Popen(command, text=True, start_new_session=True, cwd=folder, **pipes)
+    process = subprocess.Popen(command, text=True, process_group=0, cwd=folder, **pipes)
     assert process.stdout is not None and process.stdout.readline() == "ready\n", "see its error above"
     _keep.append(process)
     return process

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from warm_start import FOLDER, finished, launch, started
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")]
 
+TESTS = Path(__file__).parents[1]
 SEEN = """
 import json, os, resource, signal, sys, threading
 main = sys.modules["__main__"]
@@ -123,6 +125,12 @@ def test_a_signal_ends_it(number: signal.Signals) -> None:
         process.kill()  # it has ended: no other process gets the signal
 
 
+def test_several_threads_may_wait_for_it() -> None:
+    process = started([sys.executable, "-c", "import sys, time; time.sleep(0.2); sys.exit(3)"])
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda _: process.wait(20), range(4))) == [3] * 4
+
+
 def test_the_streams_are_those_that_are_given(tmp_path: Path) -> None:
     code = "import sys; print(sys.stdin.read()); print('problem', file=sys.stderr)"
     with (tmp_path / "log").open("w") as log:
@@ -188,6 +196,29 @@ def test_nothing_outlives_the_test_run(tmp_path: Path, monkeypatch: pytest.Monke
     assert server.wait(20) == 0 and gone(process.pid) and not folder.exists()
     with pytest.raises(ValueError, match="the loaded process has ended"):
         process.wait(20)
+
+
+WORKER = """
+import sys; sys.path.insert(0, sys.argv[1])
+import warm_start
+warm_start.LOADED = ("json",)
+warm_start.finished([sys.executable, "-c", "import os; print(os.getppid())"])
+"""
+RUN = """
+import subprocess, sys
+workers = [subprocess.Popen([sys.executable, "-c", *sys.argv[1:]]) for _ in range(3)]
+sys.exit(any([worker.wait() for worker in workers]))
+"""
+
+
+def test_the_workers_of_a_run_share_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FOLDER)
+    variables = {**os.environ, "PYTEST_XDIST_TESTRUNUID": "a run", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", RUN, WORKER, str(TESTS)]
+    run = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    first, *others = map(int, run.stdout.split())
+    assert others == [first, first] and gone(first) and not list(tmp_path.iterdir())
 
 
 def gone(pid: int) -> bool:
