@@ -148,7 +148,7 @@ def test_wrong_options(
 @pytest.mark.slow
 def test_a_reader_that_goes_ends_the_video(folder: Path) -> None:
     command = [sys.executable, "-m", "omniavatar.cli", *options(folder, "-o", "-")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         assert len(process.stdout.read(10_000)) == 10_000
         process.stdout.close()
