@@ -35,13 +35,22 @@ class JobCrew(Crew, Protocol):
 
 
 class ProcessCrew:
-    """A `JobCrew`. factory: makes the engine of a worker; it and `files` are pickled."""
+    """A `JobCrew`.
+
+    factory: makes the engine of a worker; it and `files` are pickled.
+    start: starts the process of a worker; called as `subprocess.Popen` is.
+    """
 
     def __init__(
-        self, workers: int, factory: Callable[[Seat], JobEngine], files: JobFiles, seat: Seat | None = None
+        self,
+        workers: int,
+        factory: Callable[[Seat], JobEngine],
+        files: JobFiles,
+        seat: Seat | None = None,
+        start: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen,
     ) -> None:
         self._workers, self._factory, self._files = workers, factory, files
-        self._seat = seat or Seat(("cpu",))
+        self._seat, self._start = seat or Seat(("cpu",)), start
         self._hired: dict[int, _Hired] = {}
         self._news: SimpleQueue[tuple[_Hired, News]] = SimpleQueue()
 
@@ -52,7 +61,7 @@ class ProcessCrew:
     def hire(self, slot: int) -> None:
         ours, theirs = Pipe()
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        process = subprocess.Popen(
+        process = self._start(
             [sys.executable, "-m", PROCESS, str(theirs.fileno())],
             pass_fds=(theirs.fileno(),),
             env=environment,
