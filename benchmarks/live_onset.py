@@ -1,12 +1,12 @@
-"""Frame differences where speech begins in a live session, against those of silence, speech and block borders.
+"""Frame differences where speech begins in a live session, against those of silence, speech and blocks.
 
     python -m benchmarks live_onset [--config pocket-live] [--times 8] [--silence 5] [--talk 3]
 
-A session hears silence and speech in turn; speech is pushed in pieces of 20 ms, as a microphone does. Its player
-runs on a clock that waits for every block, so a slow machine changes nothing.
+A session hears silence and speech in turn; speech is pushed in pieces of 20 ms, as a microphone does. Its
+player runs on a clock that waits for every block, so a slow machine changes nothing.
 A frame difference is the mean over pixels and colours of |frame - frame before|, in grey levels of 255.
-`where speech begins`: the largest of the frames from 2 before the first one that has speech (the look-ahead of
-its features) to 4 after it. The rows of silence and speech have the largest of as many frames in a row too.
+`where speech begins`: the largest of the frames from 2 before the first one that has speech (the look-ahead
+of its features) to 4 after it. Silence and speech have a row for the largest of as many frames too.
 Prints the table, then one line of JSON.
 """
 
@@ -40,7 +40,7 @@ BEFORE, AFTER = 2, 4
 
 @dataclass
 class Watched:
-    """What a session showed. borders: first frames of blocks; spoken: frame by frame, whether it has speech."""
+    """What a session showed. borders: first frames of blocks; spoken: whether each frame has speech."""
 
     steps: list[float] = field(default_factory=list)
     borders: set[int] = field(default_factory=set)

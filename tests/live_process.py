@@ -1,6 +1,6 @@
 """A live session on the nano checkpoint that is saved, and one that goes on from it in a process of its own.
 
-`python live_process.py CHECKPOINT FOLDER` goes on from FOLDER/state and writes what it shows to FOLDER/shown.npz.
+`python live_process.py CHECKPOINT FOLDER` continues FOLDER/state and writes its frames to FOLDER/shown.npz.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ TINY = {
 
 
 def place(folder: Path) -> None:
-    """What the program finds in its folder: configs/livetalk.yaml with random tiny weights, and a portrait."""
+    """Write what the program finds in its folder: configs/livetalk.yaml, made tiny, and a portrait."""
     settings = yaml.safe_load((REPOSITORY / "configs/livetalk.yaml").read_text())
     settings = {name: value for name, value in settings.items() if not name.endswith("_path")}
     (folder / "configs").mkdir()
@@ -35,7 +35,10 @@ def place(folder: Path) -> None:
 
 
 async def run(readme: Path, then: str, **names: Any) -> None:
-    """Run the README's only Python, and `then` in the block that it ends with. names: what it takes as given."""
+    """Run the README's only Python, and `then` in the block that it ends with.
+
+    names: what it takes as given.
+    """
     (code,) = re.findall(r"```python\n(.*?)```", readme.read_text(), re.S)
     program = f"async def program():\n{textwrap.indent(code, '    ')}        {then}\n"
     exec(compile(program, str(readme), "exec"), names)

@@ -148,9 +148,7 @@ def live(
                 from omniavatar.live.server import listen
 
                 listening = opened_here.enter_context(listen(host, port))
-            pipeline = opened_here.enter_context(
-                AvatarPipeline.from_config(loaded.config, recorder=recorder)
-            )
+            pipeline = opened_here.enter_context(AvatarPipeline.from_config(loaded.config, recorder=recorder))
             chosen = {"image": image, "prompt": prompt, "seed": seed}
             if listening is not None:
                 from omniavatar.live.limits import ServerLimits
@@ -178,7 +176,9 @@ def refuse_unused(context: typer.Context, names: tuple[str, ...], mode: str, rem
     for name in names:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            raise typer.BadParameter(f"--{name.replace('_', '-')} has no effect with {mode}; leave it out, or {remedy}")
+            raise typer.BadParameter(
+                f"--{name.replace('_', '-')} has no effect with {mode}; leave it out, or {remedy}"
+            )
 
 
 def door_of(host: str, token: str | None, origins: list[str]) -> Door:

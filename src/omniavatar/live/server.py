@@ -92,7 +92,12 @@ Ready = Callable[[int, Callable[[], None]], None]
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens. port: 0 chooses a free one. Raises ResourceError if the address cannot be used."""
+    """A socket that listens.
+
+    port: 0 chooses a free one.
+
+    Raises ResourceError if the address cannot be used.
+    """
     import socket
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -112,7 +117,7 @@ def listen(host: str, port: int) -> socket.socket:
 def websocket_settings(limits: ServerLimits) -> dict[str, Any]:
     """Arguments of `uvicorn.Config` that limit messages, and end connections whose client has gone.
 
-    None where uvicorn finds no package for WebSockets.
+    Empty where uvicorn finds no package for WebSockets.
     """
     from uvicorn.protocols.websockets.auto import AutoWebSocketsProtocol
 

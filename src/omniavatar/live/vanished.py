@@ -1,8 +1,8 @@
 """Notices that a client's machine has vanished from the network: what was sent to it is not acknowledged.
 
-A client that is slow, or has stopped reading, still acknowledges, because its system does. So it is told apart
-from one that has vanished, which a WebSocket's ping tells much later. The system's `TCP_USER_TIMEOUT` would end
-both. Linux only: elsewhere there is the ping.
+A client that is slow, or has stopped reading, still acknowledges, because its system does. A WebSocket's ping
+cannot tell the two apart, and waits behind the video that a slow client has not read. The system's
+`TCP_USER_TIMEOUT` would end both. Linux only: on other systems the ping ends them later.
 Source: `struct tcp_info` of linux/tcp.h.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 LOOK_S = 0.1
 CLOSING_S = 2.0
-"""Seconds until what is not sent yet is dropped at a close. A client that reads nothing would never let it end."""
+"""Seconds until a close drops what is not sent yet. A client that reads nothing would keep it open."""
 RTTS = 2
 """Round trips of the connection that are added to the time of silence, so that a long way is no silence."""
 _NUMBERS = struct.Struct("8x16I")
@@ -66,7 +66,7 @@ class Silence:
 
 
 async def end_vanished(transport: asyncio.Transport, most_s: float) -> None:
-    """Cut the connection when its other machine owes an answer for `most_s` seconds, or does not let it close."""
+    """Cut the connection when its client owes an answer for `most_s` seconds, or does not let it close."""
     connection, silence, closing = transport.get_extra_info("socket"), Silence(), 0.0
     while closing < CLOSING_S:
         await asyncio.sleep(LOOK_S)
@@ -77,7 +77,7 @@ async def end_vanished(transport: asyncio.Transport, most_s: float) -> None:
     transport.abort()
 
 
-def watching(protocol: type[Any], most_s: float) -> type[Any]:
+def watching(protocol: Any, most_s: float) -> type[Any]:
     """A protocol of WebSockets, such as uvicorn's, whose connections end as `end_vanished` says."""
 
     class Watching(protocol):  # type: ignore[misc]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from benchmarks.live_onset import kinds, speech_and_silence, watch
+
 from live_makers import LoudnessMaker, tone
 
 RATE = 16000

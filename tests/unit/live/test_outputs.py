@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -32,9 +33,7 @@ def hls(folder: Path, chunks: list[LiveChunk]) -> list[tuple[float, Path]]:
     output.finish()
     lines = (folder / LIST).read_text().splitlines()
     return [
-        (float(line[8:-1]), folder / after)
-        for line, after in zip(lines, lines[1:], strict=False)
-        if line.startswith("#EXTINF")
+        (float(line[8:-1]), folder / after) for line, after in pairwise(lines) if line.startswith("#EXTINF")
     ]
 
 
@@ -43,7 +42,9 @@ def pictures_of(folder: Path, segment: Path) -> list[tuple[float, float]]:
     whole = folder / "one.mp4"
     whole.write_bytes((folder / HEAD).read_bytes() + segment.read_bytes())
     with av.open(str(whole)) as container:
-        return [(float(each.time), each.to_ndarray(format="gray").mean()) for each in container.decode(video=0)]
+        return [
+            (float(each.time), each.to_ndarray(format="gray").mean()) for each in container.decode(video=0)
+        ]
 
 
 @pytest.mark.parametrize("gap", [1, 5, 100])

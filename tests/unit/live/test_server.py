@@ -192,16 +192,20 @@ def handshake(server: Served, read_buffer: int | None = None) -> socket.socket:
     )
     text = b'{"type": "session.start"}'
     received = b""
-    for waited, answer in ((b"\r\n\r\n", bytes([0x81, 0x80 | len(text), 0, 0, 0, 0]) + text), (b"delay", b"")):
+    for waited, answer in (
+        (b"\r\n\r\n", bytes([0x81, 0x80 | len(text), 0, 0, 0, 0]) + text),
+        (b"delay", b""),
+    ):
         while waited not in received:
-            assert (more := client.recv(1000)), received
+            more = client.recv(1000)
+            assert more, received
             received += more
         client.sendall(answer)
     return client
 
 
 def drop_what_comes(client: socket.socket) -> object:
-    """Let the client's system neither receive nor acknowledge anything, as if it were off. Keep the result."""
+    """Let the client's system neither receive nor acknowledge, as if it were off. Keep the result."""
     program = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0))  # "return 0 bytes"
     pointer = struct.pack("HxxxxxxP", 1, ctypes.addressof(program))
     client.setsockopt(socket.SOL_SOCKET, 26, pointer)  # SO_ATTACH_FILTER

@@ -48,7 +48,9 @@ def test_a_block_causal_model_is_served_and_sigterm_ends_it_without_an_error(tmp
         address = f"http://127.0.0.1:{port}"
         wait_until_up(address)
         with httpx.Client(base_url=address) as client:
-            asked = client.post("/v1/videos", data={"model": "livetalk", "prompt": "A man talks"}, files=FILES)
+            asked = client.post(
+                "/v1/videos", data={"model": "livetalk", "prompt": "A man talks"}, files=FILES
+            )
             job = finished(client, asked.json()["id"])
             assert job["status"] == "completed" and job["windows"] > 1, job
             (tmp_path / "out.mp4").write_bytes(client.get(f"/v1/videos/{job['id']}/content").content)
