@@ -59,7 +59,9 @@ COMFYUI := .venv-comfyui
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 test-integrations: $(STAMP)
 	test -x $(INTEGRATIONS)/bin/python || $(BIN)/python -m venv $(INTEGRATIONS)
+	rm -f $(INTEGRATIONS)/lib/python*/site-packages/of_venv.pth
 	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check -r integrations/requirements.txt
+	$(BIN)/python -c '$(SITE)' > "$$($(INTEGRATIONS)/bin/python -c '$(SITE)')/of_venv.pth"
 	cd integrations/livekit && ../../$(INTEGRATIONS)/bin/python -m pytest -q
 	cd integrations/pipecat && ../../$(INTEGRATIONS)/bin/python -m pytest -q
 	test -x $(COMFYUI)/bin/python || $(BIN)/python -m venv $(COMFYUI)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from live_makers import LoudnessMaker
 from omniavatar.live import LiveSession, LiveStage
 from omniavatar.live.limits import Door, ServerLimits
-from omniavatar.live.server import make_app, serve
+from omniavatar.live.server import listen, make_app, serve
 
 
 @dataclass
@@ -41,9 +42,16 @@ def gone(server: Served) -> bool:
 
 @contextmanager
 def served(
-    limits: ServerLimits | None = None, door: Door | None = None, seconds: float = 0.0, size: int = 16
+    limits: ServerLimits | None = None,
+    door: Door | None = None,
+    seconds: float = 0.0,
+    size: int = 16,
+    send_buffer: int | None = None,
 ) -> Iterator[Served]:
-    """A server on a free port; `seconds` to make a block, frames of `size`."""
+    """A server on a free port; `seconds` to make a block, frames of `size`.
+
+    send_buffer: bytes that the system keeps for a client that does not read.
+    """
     stage, started = LiveStage(), threading.Event()
     found = Served(0, stage)
     stops = []
@@ -58,8 +66,11 @@ def served(
         stops.append(stop)
         started.set()
 
-    app = make_app(make, door or Door(True, None), limits or ServerLimits())
-    thread = threading.Thread(target=serve, args=(app, "127.0.0.1", 0, ready))
+    limits, listening = limits or ServerLimits(), listen("127.0.0.1", 0)
+    if send_buffer is not None:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    app = make_app(make, door or Door(True, None), limits)
+    thread = threading.Thread(target=serve, args=(app, listening, ready, limits))
     thread.start()
     assert started.wait(20)
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,12 @@ from livekit import rtc
 from livekit.agents.voice.avatar import AudioSegmentEnd, AvatarOptions, AvatarRunner, QueueAudioOutput
 from livekit.plugins.omniavatar import OmniAvatarGenerator
 
+import readme_programs
 from live_makers import LoudnessMaker, tone
 from omniavatar.live import LiveSession, LiveStage
 
 RATE = 24000
+README = Path(__file__).parents[1] / "README.md"
 
 
 def new_session() -> LiveSession:
@@ -154,3 +158,23 @@ async def test_a_long_answer_waits_for_room_until_it_is_cleared() -> None:
         generator.clear_buffer()
         await asyncio.wait_for(late, 5)
         assert session.stats().waiting == 0, "what waited to be pushed was cleared too"
+
+
+async def test_the_program_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent speaks through it to the room's end of a sound."""
+    readme_programs.place(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    room, agent_session = Room(), SimpleNamespace(output=SimpleNamespace(audio=None))
+
+    async def speak(runner: AvatarRunner) -> None:
+        finished, output = asyncio.Event(), agent_session.output.audio
+        output.on("playback_finished", lambda event: finished.set())
+        await output.capture_frame(sound(0.3))
+        output.flush()
+        await asyncio.wait_for(finished.wait(), 60)
+        await runner.aclose()
+
+    await readme_programs.run(
+        README, "await speak(runner)", room=room, agent_session=agent_session, speak=speak
+    )
+    assert len(room.local_participant.tracks) == 2

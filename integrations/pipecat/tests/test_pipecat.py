@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
+import pytest
 from pipecat.frames.frames import (
     ErrorFrame,
     Frame,
@@ -13,13 +15,18 @@ from pipecat.frames.frames import (
     TTSAudioRawFrame,
     TTSStoppedFrame,
 )
+from pipecat.pipeline.pipeline import Pipeline
+from pipecat.processors.filters.identity_filter import IdentityFilter
 from pipecat.tests.utils import SleepFrame, run_test
+from pipecat.transports.base_transport import TransportParams
 from pipecat_omniavatar import OmniAvatarProcessor
 
+import readme_programs
 from live_makers import LoudnessMaker, tone
 from omniavatar.live import LiveSession, LiveStage
 
 RATE = 24000
+README = Path(__file__).parents[1] / "README.md"
 
 
 def speech(seconds: float, rate: int = RATE) -> TTSAudioRawFrame:
@@ -78,3 +85,28 @@ async def test_a_long_answer_waits_for_room_until_it_is_interrupted() -> None:
     assert not [each for each in up if isinstance(each, ErrorFrame)]
     at = next(index for index, each in enumerate(down) if isinstance(each, InterruptionFrame))
     assert heard(down[:at]).any() and not heard(down[at:]).any()
+
+
+class Output:
+    """What the README uses of a transport."""
+
+    def output(self) -> IdentityFilter:
+        return IdentityFilter()
+
+
+async def test_the_program_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme_programs.place(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    shown: list[Frame] = []
+
+    async def speak(pipeline: Pipeline, params: TransportParams) -> None:
+        down, _ = await run_test(pipeline, frames_to_send=[speech(0.3), TTSStoppedFrame(), SleepFrame(1.0)])
+        shown.extend(down)
+        pictures = [each for each in down if isinstance(each, OutputImageRawFrame)]
+        assert {each.size for each in pictures} == {(params.video_out_width, params.video_out_height)}
+        assert params.video_out_framerate == 16
+
+    await readme_programs.run(
+        README, "await speak(pipeline, params)", tts=IdentityFilter(), transport=Output(), speak=speak
+    )
+    assert heard(shown).any()

@@ -25,6 +25,8 @@ from omniavatar.cli.common import (
 )
 
 if TYPE_CHECKING:
+    import socket
+
     from omniavatar.engine.pipeline import AvatarPipeline
     from omniavatar.live.limits import Door, ServerLimits
     from omniavatar.live.outputs import LiveOutput
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 MICROPHONE = "microphone"
 OF_OUTPUT = ("audio", "rate", "channels", "seconds")
-OF_SERVE = ("host", "port", "token", "origin", "sessions")
+OF_SERVE = ("host", "port", "token", "origin", "sessions", "gone_after")
 """Options that only `--output` and only `--serve` use."""
 
 
@@ -80,6 +82,14 @@ def live(
         list[str] | None, typer.Option(help="Page of another server that may connect. May be repeated.")
     ] = None,
     sessions: Annotated[int, typer.Option(min=1, help="Most visitors at a time.")] = 4,
+    gone_after: Annotated[
+        float,
+        typer.Option(
+            "--gone-after",
+            min=0.2,
+            help="End a visit whose network is silent for this many seconds; more for a network that pauses.",
+        ),
+    ] = 0.8,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise; default: the config's value.")] = None,
     hp: HpOption = None,
     log_format: LogOption = LogFormat.rich,
@@ -132,13 +142,20 @@ def live(
         def message(text: str, level: str = "info") -> None:
             recorder.event(Message(text, level))  # type: ignore[arg-type]
 
-        with AvatarPipeline.from_config(loaded.config, recorder=recorder) as pipeline:
+        with ExitStack() as opened_here:
+            listening = None
+            if serve:  # before the models are loaded, which takes long
+                from omniavatar.live.server import listen
+
+                listening = opened_here.enter_context(listen(host, port))
+            pipeline = opened_here.enter_context(AvatarPipeline.from_config(loaded.config, recorder=recorder))
             chosen = {"image": image, "prompt": prompt, "seed": seed}
-            if serve:
+            if listening is not None:
                 from omniavatar.live.limits import ServerLimits
 
-                limits = ServerLimits(sessions=sessions)
-                serve_page(pipeline, chosen, host, port, door_of(host, token, origin or []), limits, message)
+                limits = ServerLimits(sessions=sessions, gone_s=gone_after)
+                door = door_of(host, token, origin or [])
+                serve_page(pipeline, chosen, listening, host, door, limits, message)
                 return
             assert output is not None
             record(pipeline, chosen, audio, (rate, channels), output, seconds, message)
@@ -159,7 +176,9 @@ def refuse_unused(context: typer.Context, names: tuple[str, ...], mode: str, rem
     for name in names:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            raise typer.BadParameter(f"--{name} has no effect with {mode}; leave it out, or {remedy}")
+            raise typer.BadParameter(
+                f"--{name.replace('_', '-')} has no effect with {mode}; leave it out, or {remedy}"
+            )
 
 
 def door_of(host: str, token: str | None, origins: list[str]) -> Door:
@@ -285,8 +304,8 @@ def opened(output: str, session: LiveSession) -> Iterator[LiveOutput]:
 def serve_page(
     pipeline: AvatarPipeline,
     chosen: dict[str, Any],
+    listening: socket.socket,
     host: str,
-    port: int,
     door: Door,
     limits: ServerLimits,
     message: Any,
@@ -314,4 +333,4 @@ def serve_page(
         message(f"open http://{shown}:{at}/{query} in a browser; Ctrl-C ends the server")
 
     remove_abandoned()
-    serve(make_app(make, door, limits), host, port, ready)
+    serve(make_app(make, door, limits), listening, ready, limits)

@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -207,8 +207,8 @@ def _workers(
     return Workers(store, files, crew, list(configs), rules, on_end, settings.otlp_endpoint)
 
 
-def _server(app: Any, settings: ServeSettings, port: int) -> Any:
-    """A uvicorn server of an app."""
+def _server(app: Any, settings: ServeSettings, port: int, **more: Any) -> Any:
+    """A uvicorn server of an app. more: further arguments of `uvicorn.Config`."""
     import uvicorn
 
     return uvicorn.Server(
@@ -222,6 +222,7 @@ def _server(app: Any, settings: ServeSettings, port: int) -> Any:
             server_header=False,
             timeout_graceful_shutdown=5,
             h11_max_incomplete_event_size=65536,
+            **more,
         )
     )
 
@@ -250,6 +251,7 @@ def run_server(
     listening: socket.socket | None = None,
     dress: Callable[[FastAPI, KeyStore, Workers | None], None] = lambda app, keys, workers: None,
     lease: float | None = None,
+    websockets: Mapping[str, Any] | None = None,
 ) -> None:
     """Serve until a signal.
 
@@ -257,6 +259,7 @@ def run_server(
     listening: a bound socket, instead of the settings' address.
     dress: called with the app, the keys and this process's workers, before the app answers.
     lease: seconds after which the job of a silent worker is given to another.
+    websockets: arguments of `uvicorn.Config` for an app that has them.
     """
     import logging
 
@@ -283,7 +286,7 @@ def run_server(
 
         server_app = create_app(settings, store, files, keys, models, ready=ready, metrics=metrics)
         dress(server_app, keys, workers)
-        server = _server(server_app, settings, settings.port)
+        server = _server(server_app, settings, settings.port, **(websockets or {}))
         retention = Retention(store, files, settings.keep_seconds, settings.keep_bytes)
         retention.start()
         sys.setswitchinterval(SWITCH_S)

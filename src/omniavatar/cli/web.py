@@ -94,6 +94,8 @@ def run(
 ) -> None:
     """Serve until Ctrl-C. Raises OmniAvatarError."""
     from omniavatar.cli.serve import run_server
+    from omniavatar.live.limits import ServerLimits
+    from omniavatar.live.server import websocket_settings
     from omniavatar.serve.page.inputs import CheckedApart
     from omniavatar.serve.page.routes import PageParts, add_page
     from omniavatar.serve.page.session import PARAMETER, page_key
@@ -133,7 +135,14 @@ def run(
     with listening:
         try:
             with suppress(KeyboardInterrupt):  # the ordinary end, which run_server has tidied up for
-                run_server(settings, models=models, listening=listening, dress=dress, lease=LEASE_S)
+                run_server(
+                    settings,
+                    models=models,
+                    listening=listening,
+                    dress=dress,
+                    lease=LEASE_S,
+                    websockets=websocket_settings(ServerLimits()),
+                )
             print(ENDED, file=sys.stderr)
         finally:
             over.set()

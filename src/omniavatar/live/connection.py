@@ -248,6 +248,8 @@ class LiveConnection:
             await self._socket.send_text(json_text(values))
             if data is not None:
                 await self._socket.send_bytes(data)
-        except (WebSocketDisconnect, RuntimeError) as error:  # RuntimeError: the connection is closed
-            if self._socket.client_state.name == "CONNECTED" and isinstance(error, RuntimeError):
+        except WebSocketDisconnect:
+            return
+        except RuntimeError as error:  # the connection is closed, perhaps by a ping without an answer
+            if self._socket.client_state.name == "CONNECTED" and "websocket.close" not in str(error):
                 raise

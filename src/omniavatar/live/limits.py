@@ -17,12 +17,16 @@ class ServerLimits:
     - message_bytes: of one message.
     - idle_s: seconds without a message from the client after which its session ends.
     - start_s: seconds that a connection may take until `session.start`.
+    - gone_s: seconds without a sign of the client's machine, while it owes one, that end its connection.
+    - hung_s: seconds without an answer of the client's program to a ping that end its connection.
     """
 
     sessions: int = 4
     message_bytes: int = 2**20
     idle_s: float = 60.0
     start_s: float = 20.0
+    gone_s: float = 0.8
+    hung_s: float = 5.0
 
 
 def is_loopback(host: str) -> bool:

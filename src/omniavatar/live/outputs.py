@@ -11,8 +11,11 @@ import select
 from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
+from math import ceil
 from pathlib import Path
 from typing import BinaryIO, Protocol
+
+import numpy as np
 
 from omniavatar.errors import OutputError
 from omniavatar.live.chunk import LiveChunk
@@ -80,7 +83,7 @@ class GrowingOutput:
 
 
 class HlsOutput:
-    """A folder for HLS.
+    """A folder for HLS. The last frame stands where frames were left out, so every segment has its length.
 
     make_writer: called with `key_s` and `fragment_s`.
 
@@ -96,24 +99,41 @@ class HlsOutput:
         self._segments: deque[tuple[int, Fraction]] = deque()
         self._count = self._added = self._done = 0
         self._fps = self._writer.fps
+        self._newest: np.ndarray | None = None
 
     def add(self, chunk: LiveChunk) -> None:
         """Add a chunk; a segment appears when the next one begins."""
-        skipped = self._frames.skipped(chunk)
-        self._added += skipped + len(chunk.frames)
-        self._take(self._writer.add(chunk.frames, chunk.audio, skipped), ended=False)
+        self._stand(self._frames.skipped(chunk))
+        self._append(chunk.frames, chunk.audio)
+        self._newest = chunk.frames[-1].copy()
 
     def finish(self) -> None:
         """Write the last segment, and mark the list as ended."""
         self._take(self._writer.finish(), ended=True)
         self._write_list(ended=True)
 
+    def _stand(self, frames: int) -> None:
+        """Add the last frame, with silence, that many times."""
+        rate, second = self._writer.rate, ceil(self._fps)
+        for count in (min(second, frames - done) for done in range(0, frames, second)):
+            assert self._newest is not None
+            sounds = [int((self._added + more) * rate / self._fps) for more in (0, count)]
+            still = np.broadcast_to(self._newest, (count, *self._newest.shape))
+            self._append(still, np.zeros(sounds[1] - sounds[0], np.int16))
+
+    def _append(self, frames: np.ndarray, sound: np.ndarray) -> None:
+        self._added += len(frames)
+        self._take(self._writer.add(frames, sound), ended=False)
+
     def _take(self, data: bytes, ended: bool) -> None:
-        for fragment in self._splitter.add(data):
+        fragments = self._splitter.add(data)
+        for number, fragment in enumerate(fragments, 1):
             if not self._count:
                 atomic_write_bytes(self._folder / HEAD, self._splitter.head)
             atomic_write_bytes(self._segment(self._count), fragment)
-            frames = self._added - self._done if ended else min(self._added - self._done, self._per_segment)
+            frames = self._added - self._done
+            if not ended or number < len(fragments):
+                frames = min(frames, self._per_segment)
             self._segments.append((self._count, Fraction(frames) / self._fps))
             self._count, self._done = self._count + 1, self._done + frames
             while len(self._segments) > KEPT:

@@ -10,17 +10,22 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import resources
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from omniavatar.errors import ResourceError
 from omniavatar.live.connection import LiveConnection, MakeSession
 from omniavatar.live.limits import Door, ServerLimits
+from omniavatar.live.vanished import watching
 from omniavatar.text import json_text, one_line
 
 if TYPE_CHECKING:
+    import socket
+
     from starlette.applications import Starlette
 
+PING_S = 1.0
+"""Seconds between two pings."""
 TRANSPORT_BYTES = 16 * 2**20
 """Longer WebSocket messages end their connection before they are read."""
 _LINK = re.compile(r'((?:src|href)="[a-z]+\.(?:js|css))"')
@@ -86,34 +91,56 @@ Ready = Callable[[int, Callable[[], None]], None]
 """Called with the port of a server that listens, and a function that stops it."""
 
 
-def serve(app: Starlette, host: str, port: int, ready: Ready) -> None:
-    """Run the server until it is interrupted.
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
 
     port: 0 chooses a free one.
 
     Raises ResourceError if the address cannot be used.
     """
-    import asyncio
     import socket
-
-    import uvicorn
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen()
     except OSError as error:
         listening.close()
         raise ResourceError(
             f"{host}:{port} cannot be used: {error.strerror}; choose another --host or --port"
         ) from None
+    return listening
+
+
+def websocket_settings(limits: ServerLimits) -> dict[str, Any]:
+    """Arguments of `uvicorn.Config` that limit messages, and end connections whose client has gone.
+
+    Empty where uvicorn finds no package for WebSockets.
+    """
+    from uvicorn.protocols.websockets.auto import AutoWebSocketsProtocol
+
+    if AutoWebSocketsProtocol is None:
+        return {}
+    return {
+        "ws": watching(AutoWebSocketsProtocol, limits.gone_s),
+        "ws_max_size": TRANSPORT_BYTES,
+        "ws_ping_interval": min(PING_S, limits.hung_s),
+        "ws_ping_timeout": limits.hung_s,
+    }
+
+
+def serve(app: Starlette, listening: socket.socket, ready: Ready, limits: ServerLimits) -> None:
+    """Run the server on a socket of `listen` until it is interrupted, and close the socket."""
+    import asyncio
+
+    import uvicorn
+
     config = uvicorn.Config(
         app,
+        **websocket_settings(limits),
         log_level="warning",
-        ws_max_size=TRANSPORT_BYTES,
-        ws_ping_interval=5,
-        ws_ping_timeout=5,
         timeout_graceful_shutdown=2,
         lifespan="off",
     )

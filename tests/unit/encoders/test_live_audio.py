@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+import statistics
+import time
 from pathlib import Path
 
 import numpy as np
@@ -91,15 +94,32 @@ def test_a_block_waits_for_its_sound_and_the_look_ahead(encoder: AudioEncoder) -
     assert live.needed(12) == 12 * 640
 
 
-def test_a_minute_of_sound_keeps_a_few_seconds(encoder: AudioEncoder) -> None:
-    live = LiveAudioEncoder(encoder, 25, past_seconds=1.0)
-    second = sound(1)
-    for _ in range(60):
-        live.push(second)
-        while live.ready(12):
-            block = live.encode(12)
-    assert torch.isfinite(block).all() and live.frames > 1450
-    assert live.samples == 60 * RATE and len(live._kept) < 3 * RATE
+@pytest.mark.slow
+def test_an_hour_of_sound_takes_no_more_memory_or_time_a_block() -> None:
+    """The same 9.6 s, 375 times: what is heard in the last one is what was heard before."""
+    smallest = AudioEncoder.random(
+        hidden=8, layers=1, heads=1, intermediate=8, conv_dim=2, pos_kernel=4, pos_groups=2,
+        device="cpu", seed=0,
+    )  # fmt: skip
+    live, piece, frames = LiveAudioEncoder(smallest, 25, past_seconds=1.0), sound(9.6), 240
+    times, held, kept = [], [], []
+    for block in range(376):  # the last one is the look-ahead
+        begun = time.process_time()
+        live.push(piece)
+        if live.ready(frames):
+            heard = live.encode(frames)
+        times.append(time.process_time() - begun)
+        held.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        kept.append(sum(each.numel() * each.element_size() for each in live.state().values()))
+        if block == 60:
+            early = heard
+    assert live.frames == 3600 * 25 and live.samples == 376 * len(piece)
+    assert len(set(kept[1:])) == 1 and kept[-1] < 4 * RATE * (9.6 + 1.2) + 1000
+    grown = (held[-1] - held[40]) * 1024
+    assert grown < 4e6, f"{grown / 1e6:.1f} MB more after an hour"
+    first, last = statistics.median(times[5:45]), statistics.median(times[-40:])
+    assert last < 1.5 * first, (first, last)
+    assert (heard - early).abs().max() < 2e-3 * early.std()
 
 
 def test_silence_has_features(encoder: AudioEncoder) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -119,6 +120,17 @@ def test_the_server_says_where_it_is(folder: Path) -> None:
     assert process.returncode in (0, 130)
 
 
+def test_a_taken_port_is_one_line_before_anything_is_loaded(folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        result = run(*options(folder, "--serve", "--port", port))
+    assert result.exit_code == 7 and "loading the models" not in result.stderr
+    (line,) = error_lines(result)
+    assert f"127.0.0.1:{port} cannot be used: Address already in use; choose another --host or --port" in line
+
+
 @pytest.mark.parametrize(
     ("more", "code", "text"),
     [
@@ -126,6 +138,7 @@ def test_the_server_says_where_it_is(folder: Path) -> None:
         (("-o", "x.mp4", "--serve"), 2, "give one of them"),
         (("--serve", "--audio", "talk.wav"), 2, "--audio has no effect with --serve"),
         (("--serve", "--seconds", "3"), 2, "--seconds has no effect with --serve"),
+        (("-o", "x.mp4", "--gone-after", "2"), 2, "--gone-after has no effect with --output"),
         (("-o", "x.mp4", "--token", "abc"), 2, "--token has no effect with --output"),
         (("--serve", "--host", "0.0.0.0", "--token", ""), 2, "--token is empty"),
         (("-o", "x.mp4", "--audio", "-", "--rate", "0"), 3, "rate: 0 samples a second cannot be used"),

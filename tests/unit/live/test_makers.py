@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import live_process
 from engine import causal_pipeline, head_pipeline, make_pipeline, portrait, voice
 from omniavatar import AvatarPipeline
 from omniavatar.errors import ResumeError
@@ -81,3 +85,20 @@ def test_a_closed_pipeline_ends_its_sessions(nano_checkpoint: Path, tmp_path: Pa
         assert stage.sessions == 0
         for _ in session:
             pass
+
+
+def test_a_saved_session_goes_on_with_the_same_frames_in_another_process(
+    nano_checkpoint: Path, tmp_path: Path
+) -> None:
+    """As if it had not been stopped: speech, silence, then speech again."""
+    expected = live_process.not_stopped(nano_checkpoint, tmp_path)
+    command = [sys.executable, live_process.__file__, str(nano_checkpoint), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(command, check=True, env=environment, timeout=300)
+    with np.load(tmp_path / "shown.npz") as shown:
+        resumed = {int(number): shown[number] for number in shown.files}
+    assert len(resumed) >= 16 and min(resumed) > min(expected) + 12 and max(resumed) == max(expected)
+    common = sorted(set(resumed) & set(expected))
+    assert len(common) >= 16
+    assert all(np.array_equal(resumed[number], expected[number]) for number in common)
+    assert not np.array_equal(expected[common[0]], expected[common[-1]])

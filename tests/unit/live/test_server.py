@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import ctypes
 import io
 import json
 import re
+import socket
+import struct
+import sys
 import threading
 import time
 import urllib.error
@@ -174,6 +178,81 @@ def test_a_client_that_leaves_frees_its_session(
         assert gone(server)
     assert server.makers[-1].closed
     assert capfd.readouterr().err == "", "leaving is no error"
+
+
+def handshake(server: Served, read_buffer: int | None = None) -> socket.socket:
+    """A client without a library: its WebSocket is open, and it has started a session."""
+    client = socket.socket()
+    if read_buffer is not None:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, read_buffer)
+    client.connect(("127.0.0.1", server.port))
+    client.sendall(
+        b"GET /v1/realtime/video HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n"
+    )
+    text = b'{"type": "session.start"}'
+    received = b""
+    for waited, answer in (
+        (b"\r\n\r\n", bytes([0x81, 0x80 | len(text), 0, 0, 0, 0]) + text),
+        (b"delay", b""),
+    ):
+        while waited not in received:
+            more = client.recv(1000)
+            assert more, received
+            received += more
+        client.sendall(answer)
+    return client
+
+
+def drop_what_comes(client: socket.socket) -> object:
+    """Let the client's system neither receive nor acknowledge, as if it were off. Keep the result."""
+    program = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0))  # "return 0 bytes"
+    pointer = struct.pack("HxxxxxxP", 1, ctypes.addressof(program))
+    client.setsockopt(socket.SOL_SOCKET, 26, pointer)  # SO_ATTACH_FILTER
+    return program
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the numbers of a connection are Linux's")
+
+
+@linux
+def test_a_machine_that_vanishes_frees_its_session_within_a_second(server: Served) -> None:
+    with handshake(server) as client:
+        assert server.stage.sessions == 1
+        program = drop_what_comes(client)
+        assert gone(server)
+        del program
+
+
+@linux
+@pytest.mark.slow
+def test_a_client_that_stops_reading_has_not_vanished() -> None:
+    """Its system answers, though what is sent no longer fits: frames are dropped, and it may go on."""
+    with served(ServerLimits(gone_s=0.5, hung_s=30), send_buffer=4096) as server:
+        with handshake(server, read_buffer=2048) as client:
+            time.sleep(3)
+            assert server.stage.sessions == 1
+            client.settimeout(5)
+            assert client.recv(1000), "it goes on"
+        assert gone(server)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [False, True], ids=["room", "full"])
+def test_a_client_that_answers_no_ping_frees_its_session(
+    full: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also when so much waits for it that its connection cannot be closed in good order."""
+    limits, buffers = ServerLimits(hung_s=2.0 if full else 0.5), {"send_buffer": 4096} if full else {}
+    with served(limits, **buffers) as server, handshake(server, 2048 if full else None) as client:
+        assert server.stage.sessions == 1
+        noise = np.random.default_rng(0).integers(-9999, 9999, 32000).astype("<i2").tobytes()
+        client.sendall(struct.pack(">BBHI", 0x82, 0x80 | 126, len(noise), 0) + noise)
+        begun = time.monotonic()
+        while server.stage.sessions:
+            assert time.monotonic() < begun + 20
+            time.sleep(0.02)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("cancels", [1, 2])
