@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 WORKERS ?= 3
 FUZZ_SECONDS ?= 1800
 
-.PHONY: demo check chromium test tests test-integrations fuzz stress lint docs format install clean
+.PHONY: demo check chromium test test-integrations fuzz stress lint docs format install clean
 
 install: $(STAMP)
 
@@ -46,10 +46,7 @@ chromium:
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { test "$$(id -u)" = 0 && { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1; } || echo "warning: Chromium is missing and cannot be installed here, so the tests of the page are skipped; run \`apt-get install chromium\` as root"
 
 # before you hand over, and in the continuous integration: every test
-test: $(STAMP) chromium
-	$(MAKE) --no-print-directory -j 2 lint tests
-
-tests: $(STAMP)
+test: lint chromium
 	$(PYTEST)
 
 # The packages for LiveKit and Pipecat have an environment of their own, without a model and torch. The nodes for
