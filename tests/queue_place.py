@@ -23,7 +23,7 @@ from omniavatar.serve.jobs.process_crew import ProcessCrew
 from omniavatar.serve.jobs.records import VIDEO, JobRecord, JobSpec, JobStatus, new_job_id
 from omniavatar.serve.jobs.store import JobStore
 from omniavatar.serve.jobs.workers import WorkerRules, Workers
-from warm_start import Process, started
+from processes import start as start_process
 
 WAIT_S = 60.0
 
@@ -58,7 +58,7 @@ class Place:
     @contextmanager
     def workers(self, count: int = 1, **rules: Any) -> Iterator[tuple[Workers, ProcessCrew]]:
         """Workers in a thread of this process."""
-        crew = ProcessCrew(count, self.engines, self.files, start=started)
+        crew = ProcessCrew(count, self.engines, self.files)
         ended: list[str] = []
         made = Workers(
             self.store,
@@ -77,13 +77,13 @@ class Place:
             assert made.join(WAIT_S)
 
     @contextmanager
-    def driver(self, **options: Any) -> Iterator[Process]:
+    def driver(self, **options: Any) -> Iterator[subprocess.Popen[str]]:
         """Workers in a process, as on another machine."""
         values = {"url": self.url, "files": self.files.place, **options}
         values["engines"] = {"notes": str(self.notes), "video": str(self.video)}
         command = [sys.executable, job_driver.__file__, json.dumps(values)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        process = started(command, stdout=subprocess.PIPE, env=environment, text=True)
+        process = start_process(command, stdout=subprocess.PIPE, env=environment)
         assert process.stdout is not None and process.stdout.readline() == "running\n"
         threading.Thread(target=process.stdout.read, daemon=True).start()
         try:

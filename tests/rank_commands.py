@@ -12,7 +12,6 @@ import PIL.Image
 import yaml
 
 from engine import overrides, portrait
-from warm_start import finished
 
 FAULTS = {
     "memory": (
@@ -35,10 +34,8 @@ def generate_command(checkpoint: Path, folder: Path, **changes: Any) -> list[str
     return ["generate", *inputs, "--prompt", "a"]
 
 
-def ended_by_fault(fault: str, command: list[str], folder: Path, warm: bool) -> tuple[float, int, str]:
+def ended_by_fault(fault: str, command: list[str], folder: Path) -> tuple[float, int, str]:
     """Run two processes; rank 1 fails in its fourth forward, while rank 0 waits in an exchange with it.
-
-    warm: whether to start them with `warm_start`.
 
     Returns the seconds from the fault to the end of all processes, the exit code, and standard error.
     """
@@ -56,20 +53,18 @@ def ended_by_fault(fault: str, command: list[str], folder: Path, warm: bool) -> 
     arguments = [*command, "--output", str(folder / "x.mp4"), "--hp=sp_size=2"]
     program = [sys.executable, str(worker), *arguments]
     launcher = (
-        f"import subprocess, sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        f"{'from warm_start import started as start' if warm else 'start = subprocess.Popen'}\n"
+        "import sys\n"
         "from omniavatar.cli.common import user_errors\n"
         "from omniavatar.parallel.launch import launch\n"
-        f"with user_errors():\n    sys.exit(launch({program!r}, ['rank 0', 'rank 1'], start))"
+        f"with user_errors():\n    sys.exit(launch({program!r}, ['rank 0', 'rank 1']))"
     )
-    run = finished if warm else subprocess.run
-    ended = run([sys.executable, "-c", launcher], capture_output=True, text=True, timeout=600)
+    ended = subprocess.run([sys.executable, "-c", launcher], capture_output=True, text=True, timeout=600)
     return time.time() - mark.stat().st_mtime, ended.returncode, ended.stderr
 
 
-def check_fault(fault: str, command: list[str], folder: Path, warm: bool = False) -> None:
+def check_fault(fault: str, command: list[str], folder: Path) -> None:
     """Assert that all processes end in time, report the fault's message and write no video."""
-    seconds, code, errors_text = ended_by_fault(fault, command, folder, warm)
+    seconds, code, errors_text = ended_by_fault(fault, command, folder)
     assert seconds < MOST_TO_END_S
     _, message = FAULTS[fault]
     if fault == "memory":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +19,6 @@ from omniavatar.config.load import load_config
 from omniavatar.measure.projection import StartCosts, WindowCosts
 from omniavatar.measure.times import PartTimes, times_name
 from omniavatar.serve.jobs.process_crew import PROCESS as WORKER
-from warm_start import Process, started
 
 SIZES = "[[64, 64], [64, 112], [112, 64]]"
 TIMES = PartTimes(WindowCosts(0.1, 0.01, 0.4, 0.1, 0.01), StartCosts(0.01, 0.01), 164, 64 * 64 * 41)
@@ -39,7 +39,7 @@ class WebServer:
 
     def __init__(self, folder: Path, *options: str) -> None:
         self.folder, self.address, self._port = folder, "", "0"
-        self._process: Process | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         (folder / "data").mkdir()
         self._options = options
 
@@ -61,7 +61,7 @@ class WebServer:
             "CUDA_VISIBLE_DEVICES": "",
         }
         with log.open("wb") as output:
-            self._process = started(command, stdout=output, stderr=output, env=environment)
+            self._process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
         ends = time.monotonic() + START_S
         while not (found := re.search(r"page is at (http://127\.0\.0\.1:(\d+)/)", log.read_text())):
             assert self._process.poll() is None and time.monotonic() < ends, log.read_text()

@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from omniavatar.errors import ResourceError
 from omniavatar.media.temporary import temporary_folder
@@ -22,17 +22,12 @@ after the leader has ended."""
 TERM_S = 5.0
 
 
-def launch(
-    command: Sequence[str],
-    names: Sequence[str],
-    start: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen,
-) -> int:
+def launch(command: Sequence[str], names: Sequence[str]) -> int:
     """Run `command` once per name; returns the exit code of the first process that fails, or 0.
 
     Each process reads its rank from RANK, LOCAL_RANK and WORLD_SIZE.
 
     names: names of the processes in errors.
-    start: starts one process; called with `command` and `env`.
 
     Raises ResourceError if a process is killed by a signal.
     """
@@ -42,7 +37,7 @@ def launch(
         try:
             for rank in range(len(names)):
                 ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                processes.append(start(command, env={**os.environ, **shared, **ranks}))
+                processes.append(subprocess.Popen(command, env={**os.environ, **shared, **ranks}))
             return _supervise(processes, names)
         except KeyboardInterrupt:
             _wait(processes[:1], INTERRUPT_S)

@@ -10,7 +10,6 @@ import pytest
 from benchmarks.__main__ import FOLDER, descriptions, main
 
 from omniavatar.errors import InputError
-from warm_start import finished
 
 ROOT = FOLDER.parent
 SMALL = ["weights=random", "scale=nano", "device=cpu", "max_tokens=56", "image_sizes_720=[[64,64]]"]
@@ -79,7 +78,7 @@ def test_a_whole_video_runs_and_is_projected() -> None:
     """As a process, since it replaces the random decoder for good."""
     options = ["--config", "configs/nano.yaml", "--scale", "nano", "--minutes", "0.05", "--windows", "3"]
     command = [sys.executable, "-m", "benchmarks", "whole_video", *options, "--hp", *SMALL, "num_steps=1"]
-    done = finished(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     found = result_line(done.stdout)
     assert found["projected"] and found["windows_measured"] == 3 < found["windows"]
     left_out = found["windows"] - found["windows_measured"]

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import processes
 from command_line import NANO, PORTRAIT, REPOSITORY, SPEECH, timed
-from warm_start import finished, started
 
 
 @pytest.mark.slow
@@ -51,7 +51,7 @@ def test_ctrl_c_keeps_finished_windows_and_the_same_command_resumes(
         *("--prompt", "p", "--image", PORTRAIT, "--output", "x.mp4"),
         f"--hp={hp},seq_len=400,text_cache_dir={tmp_path / 'cache'}",
     ]
-    with started(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+    with processes.start(command, cwd=tmp_path, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         for line in process.stderr:
             event = json.loads(line)
@@ -68,10 +68,10 @@ def test_ctrl_c_keeps_finished_windows_and_the_same_command_resumes(
     assert state["done"] == int(found[1])
     assert shlex.split(found[2]) == ["omniavatar", *command[3:]]
     assert not (tmp_path / "x.mp4").exists()
-    done = finished(command, cwd=tmp_path, capture_output=True, text=True)
+    _, done = timed(*command, cwd=tmp_path)
     events = [json.loads(line) for line in done.stderr.splitlines()]
-    begun = next(event for event in events if event["event"] == "request_started")
-    assert done.returncode == 0 and begun["resumed_windows"] >= 1
+    started = next(event for event in events if event["event"] == "request_started")
+    assert done.returncode == 0 and started["resumed_windows"] >= 1
     assert (tmp_path / "x.mp4").is_file()
 
 

@@ -6,11 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import TypeAlias
 
 import av
 import numpy as np
@@ -27,7 +23,6 @@ from omniavatar.media.inspect import probe_video
 from omniavatar.parallel.launch import launch
 from omniavatar.parallel.process import Process, lost_another
 from rank_commands import FAULTS, check_fault, generate_command
-from warm_start import finished, started
 
 LONG = "import time; time.sleep(600)"
 
@@ -130,37 +125,18 @@ def command(nano_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return generate_command(nano_checkpoint, tmp_path_factory.mktemp("inputs"))
 
 
-Run: TypeAlias = Callable[[list[str]], subprocess.CompletedProcess[str]]
-
-
-def generated(run: Run, command: list[str], output: Path, *more: str) -> Path:
+def generated(command: list[str], output: Path, *more: str) -> Path:
     program = [sys.executable, "-m", "omniavatar.cli", *command, "--quiet", "--hp=vae=fast"]
-    made = run([*program, "--output", str(output), *more])
+    program += ["--output", str(output), *more]
+    made = subprocess.run(program, capture_output=True, text=True, timeout=600)
     assert made.returncode == 0, made.stderr
     assert made.stdout == f"{output}\n" and "error" not in made.stderr
     return output
 
 
-def in_one_process(program: list[str]) -> subprocess.CompletedProcess[str]:
-    return finished(program, capture_output=True, text=True, timeout=600)
-
-
-def with_gpus(program: list[str]) -> subprocess.CompletedProcess[str]:
-    """The command starts its ranks."""
-    return subprocess.run([*program, "--gpus", "0,1"], capture_output=True, text=True, timeout=600)
-
-
-def with_ranks_of_ours(program: list[str]) -> subprocess.CompletedProcess[str]:
-    with TemporaryFile("w+") as out, TemporaryFile("w+") as errors:
-        code = launch(program, ["rank 0", "rank 1"], partial(started, stdout=out, stderr=errors))
-        out.seek(0)
-        errors.seek(0)
-        return subprocess.CompletedProcess(program, code, out.read(), errors.read())
-
-
 @pytest.fixture(scope="module")
 def video_of_one(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return generated(in_one_process, command, tmp_path_factory.mktemp("one") / "one.mp4")
+    return generated(command, tmp_path_factory.mktemp("one") / "one.mp4")
 
 
 def frames(path: Path) -> np.ndarray:
@@ -169,16 +145,12 @@ def frames(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("shares", "run"),
-    [
-        ("sp_size=2,use_fsdp=true,vae_parallel=false", with_gpus),
-        ("cfg_parallel=2,vae_parallel=true", with_ranks_of_ours),
-    ],
+    "shares", ["sp_size=2,use_fsdp=true,vae_parallel=false", "cfg_parallel=2,vae_parallel=true"]
 )
 def test_a_video_of_two_processes_equals_that_of_one(
-    shares: str, run: Run, command: list[str], video_of_one: Path, tmp_path: Path
+    shares: str, command: list[str], video_of_one: Path, tmp_path: Path
 ) -> None:
-    two = generated(run, command, tmp_path / "two.mp4", f"--hp={shares}")
+    two = generated(command, tmp_path / "two.mp4", "--gpus", "0,1", f"--hp={shares}")
     apart = np.abs(frames(video_of_one) - frames(two))  # one level, before conversion to YUV and back
     assert probe_video(two).frames == 26 and apart.max() <= 4 and (apart > 0).mean() < 1e-3
     sidecars = [json.loads(path.with_suffix(".json").read_text()) for path in (video_of_one, two)]
@@ -188,4 +160,4 @@ def test_a_video_of_two_processes_equals_that_of_one(
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_rank_that_fails_in_a_forward_ends_the_run(fault: str, command: list[str], tmp_path: Path) -> None:
-    check_fault(fault, command, tmp_path, warm=True)
+    check_fault(fault, command, tmp_path)

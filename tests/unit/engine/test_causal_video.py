@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -24,12 +26,10 @@ from omniavatar.engine.events import StepFinished
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.errors import ConfigError, InputError, NumbersError, ResumeError, StoppedError
 from omniavatar.media.inspect import read_frames
-from warm_start import started
 
 TESTS = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import sys; sys.path.insert(0, sys.argv[1])
-import torch; torch.set_num_threads(int(sys.argv[6]))
 from pathlib import Path
 from engine import causal_pipeline, request
 pipe = causal_pipeline(Path(sys.argv[2]), Path(sys.argv[3]), image_sizes_720=[[32, 32]])
@@ -125,8 +125,9 @@ def test_other_samplers_have_no_live_video(nano_checkpoint, cache):
 
 def test_killed_run_is_resumed_and_gives_the_same_bytes(pipeline, nano_checkpoint, cache, whole, tmp_path):
     output = tmp_path / "out.mp4"
-    numbers = str(SECONDS), str(torch.get_num_threads())
-    process = started([sys.executable, "-c", SCRIPT, TESTS, nano_checkpoint, cache, output, *numbers])
+    arguments = [sys.executable, "-c", SCRIPT, TESTS, nano_checkpoint, cache, output, SECONDS]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([str(each) for each in arguments], env=environment)
     state = output.with_name("out.mp4.job") / "job.json"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:

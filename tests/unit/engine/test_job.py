@@ -28,7 +28,6 @@ from omniavatar.media.video import GrowingVideo
 from omniavatar.plan.placement import Placement
 from omniavatar.sampling.windows import KEPT
 from omniavatar.types import AvatarRequest
-from warm_start import Process, started
 
 SIDECAR = {"output": "talk.mp4", "bytes": 5, "fingerprint": VALUES, "versions": {"omniavatar": "0.1.0"}}
 HOLD = """
@@ -44,8 +43,8 @@ with job.owned():
 """
 
 
-def hold(output: Path) -> Process:
-    process = started([sys.executable, "-c", HOLD, output], stdout=subprocess.PIPE, text=True)
+def hold(output: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, output], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     return process
 

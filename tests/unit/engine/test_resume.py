@@ -21,7 +21,6 @@ from omniavatar import SamplingParams
 from omniavatar.engine.events import Message, StepFinished
 from omniavatar.errors import OutputError, ResumeError
 from omniavatar.media.inspect import probe_video, read_frames
-from warm_start import Process, finished, started
 
 TESTS = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -60,10 +59,10 @@ def frames_of(path: Path) -> np.ndarray:
     return np.stack(list(read_frames(path)))
 
 
-def start(nano: Path, cache: Path, output: Path, after_windows: int) -> Process:
+def start(nano: Path, cache: Path, output: Path, after_windows: int) -> subprocess.Popen[bytes]:
     """Start a process that makes the video; returns when `after_windows` windows are done."""
     arguments = [sys.executable, "-c", SCRIPT, str(TESTS), str(nano), str(cache), str(output), str(SECONDS)]
-    process = started(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     state = output.with_name(output.name + ".job") / "job.json"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -297,7 +296,7 @@ def test_memory_does_not_grow_with_length(nano_checkpoint, cache, tmp_path):
     for seconds in (20, 120):
         write_audio(tmp_path / f"{seconds}.flac", voice(seconds).samples[None], 16000, "flac", "mono")
     command = [sys.executable, "-c", MEMORY_SCRIPT, TESTS, nano_checkpoint, cache, tmp_path]
-    run = finished(command, capture_output=True, text=True, check=True)
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     for seconds in (20, 120):
         assert probe_video(tmp_path / f"{seconds}.mp4").frames == seconds + 2
     short, long = map(int, run.stdout.split()[-2:])

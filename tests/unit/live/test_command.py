@@ -23,7 +23,6 @@ from command_line import error_lines, run
 from engine import CAUSAL, overrides, portrait, voice
 from media_files import write_audio
 from omniavatar.media.inspect import probe_video
-from warm_start import finished, started
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +69,7 @@ def test_a_pipe_in_and_a_pipe_out(folder: Path) -> None:
     sound = (np.repeat(voice(1.0, 24000).samples[:, None], 2, 1) * 32767).astype("<i2").tobytes()
     command = [sys.executable, "-m", "omniavatar.cli"]
     command += options(folder, "--audio", "-", "--rate", "24000", "--channels", "2", "-o", "-")
-    done = finished(command, input=sound, capture_output=True, timeout=120)
+    done = subprocess.run(command, input=sound, capture_output=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     (folder / "out.ts").write_bytes(done.stdout)
     with av.open(str(folder / "out.ts")) as container:
@@ -107,7 +106,7 @@ def test_an_interrupt_ends_the_video_properly(folder: Path) -> None:
 def test_the_server_says_where_it_is(folder: Path) -> None:
     command = [sys.executable, "-m", "omniavatar.cli", *options(folder, "--serve", "--port", "0")]
     command += ["--log-format", "json"]
-    with started(command, stderr=subprocess.PIPE, text=True) as process:
+    with processes.start(command, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         for line in process.stderr:
             text = json.loads(line).get("text", "")
@@ -161,7 +160,7 @@ def test_wrong_options(
 @pytest.mark.slow
 def test_a_reader_that_goes_ends_the_video(folder: Path) -> None:
     command = [sys.executable, "-m", "omniavatar.cli", *options(folder, "-o", "-")]
-    with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         assert len(process.stdout.read(10_000)) == 10_000
         process.stdout.close()

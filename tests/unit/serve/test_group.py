@@ -36,7 +36,6 @@ from omniavatar.serve.batch.items import Item, Outcome, Seat, Task, Verdict, Wor
 from omniavatar.serve.batch.pipelines import AvatarEngine, AvatarEngines
 from omniavatar.serve.batch.ray_crew import workers_fitting
 from omniavatar.types import AvatarRequest, Event, SamplingParams
-from warm_start import started
 
 TWO = Seat(("cpu", "cpu"))
 
@@ -356,8 +355,7 @@ def test_video_resumes_after_one_of_two_processes_was_killed(
         os.kill(max(process.pid for process in ranks_of(psutil.Process())), signal.SIGKILL)
 
     with destination.prepared():
-        seat = engines, TWO, destination, str(Path.cwd())
-        first, second = GroupWorker(*seat), GroupWorker(*seat, start=started)
+        first, second = (GroupWorker(engines, TWO, destination, str(Path.cwd())) for _ in range(2))
         first.start()
         later(kill)
         lost = first.run(item)

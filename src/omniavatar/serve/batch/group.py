@@ -40,7 +40,6 @@ class GroupWorker:
     destination: handed on to the worker.
     grace_s: seconds to wait for the cause of a failure after its first symptom.
     kind: class of the worker in rank 0.
-    start: starts the process of a rank; called as `subprocess.Popen` is.
     """
 
     def __init__(
@@ -51,9 +50,8 @@ class GroupWorker:
         folder: str,
         grace_s: float = GRACE_S,
         kind: Callable[..., Any] = Worker,
-        start: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen,
     ) -> None:
-        self._kind, self._start = kind, start
+        self._kind = kind
         self._factory, self._seat, self._destination, self._folder = factory, seat, destination, folder
         self._grace_s = grace_s
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -105,7 +103,7 @@ class GroupWorker:
             ours, theirs = Pipe()
             command = [sys.executable, "-m", RANK, str(theirs.fileno()), str(pipe)]
             self._processes.append(
-                self._start(
+                subprocess.Popen(
                     command,
                     pass_fds=(theirs.fileno(), pipe, store),
                     env=environment,

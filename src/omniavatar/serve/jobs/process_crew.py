@@ -35,22 +35,13 @@ class JobCrew(Crew, Protocol):
 
 
 class ProcessCrew:
-    """A `JobCrew`.
-
-    factory: makes the engine of a worker; it and `files` are pickled.
-    start: starts the process of a worker; called as `subprocess.Popen` is.
-    """
+    """A `JobCrew`. factory: makes the engine of a worker; it and `files` are pickled."""
 
     def __init__(
-        self,
-        workers: int,
-        factory: Callable[[Seat], JobEngine],
-        files: JobFiles,
-        seat: Seat | None = None,
-        start: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen,
+        self, workers: int, factory: Callable[[Seat], JobEngine], files: JobFiles, seat: Seat | None = None
     ) -> None:
         self._workers, self._factory, self._files = workers, factory, files
-        self._seat, self._start = seat or Seat(("cpu",)), start
+        self._seat = seat or Seat(("cpu",))
         self._hired: dict[int, _Hired] = {}
         self._news: SimpleQueue[tuple[_Hired, News]] = SimpleQueue()
 
@@ -61,7 +52,7 @@ class ProcessCrew:
     def hire(self, slot: int) -> None:
         ours, theirs = Pipe()
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        process = self._start(
+        process = subprocess.Popen(
             [sys.executable, "-m", PROCESS, str(theirs.fileno())],
             pass_fds=(theirs.fileno(),),
             env=environment,

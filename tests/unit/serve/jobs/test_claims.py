@@ -26,7 +26,6 @@ from omniavatar.serve.jobs.records import (
     KeyLimits,
 )
 from omniavatar.serve.jobs.store import JobStore
-from warm_start import started
 
 SPEC = JobSpec("pocket", "a person speaks", "input/a.png", "input/b.wav")
 ERROR = JobError("input", "image: is broken", "invalid_request_error", "input_reference")
@@ -73,7 +72,7 @@ def test_processes_that_claim_at_once_get_each_job_once(tmp_path: Path) -> None:
         ids = [store.submit("key", SPEC)[0].id for _ in range(60)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     workers = [
-        started([sys.executable, "-c", CLAIMER, database_url, f"worker {number}"], **pipes)
+        subprocess.Popen([sys.executable, "-c", CLAIMER, database_url, f"worker {number}"], **pipes)
         for number in range(2)
     ]
     for worker in workers:

@@ -38,7 +38,7 @@ from omniavatar.serve.jobs.records import (
 )
 from omniavatar.serve.jobs.store import JobStore
 from omniavatar.serve.jobs.worker import JobTask, JobWorker
-from warm_start import Process, started
+from processes import start as start_process
 
 WAIT_S = 120.0
 SETTINGS = {"seed": 5, "num_steps": 2}
@@ -115,11 +115,12 @@ def test_a_killed_and_a_drained_job_has_the_bytes_of_an_uninterrupted_one(
     assert len(new) == outcome.made.frames > len(old) and np.array_equal(new[: len(old)], old)
 
 
-def start(url: str, files: JobFiles, engines: dict[str, Any]) -> Process:
+def start(url: str, files: JobFiles, engines: dict[str, Any]) -> subprocess.Popen[str]:
     options = {"kind": "nano", "url": url, "files": files.place, "engines": engines, "rules": {"lease": 3.0}}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, job_driver.__file__, json.dumps(options)]
-    process = started(command, stdout=subprocess.PIPE, env=environment, text=True)
+    process = start_process(
+        [sys.executable, job_driver.__file__, json.dumps(options)], stdout=subprocess.PIPE, env=environment
+    )
     assert process.stdout is not None and process.stdout.readline() == "running\n"
     threading.Thread(target=process.stdout.read, daemon=True).start()
     return process
