@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import statistics
 import time
 from pathlib import Path
 
@@ -117,7 +116,7 @@ def test_an_hour_of_sound_takes_no_more_memory_or_time_a_block() -> None:
     assert len(set(kept[1:])) == 1 and kept[-1] < 4 * RATE * (9.6 + 1.2) + 1000
     grown = (held[-1] - held[40]) * 1024
     assert grown < 4e6, f"{grown / 1e6:.1f} MB more after an hour"
-    first, last = statistics.median(times[5:45]), statistics.median(times[-40:])
+    first, last = min(times[5:45]), min(times[-40:])  # other work on the machine only adds
     assert last < 1.5 * first, (first, last)
     assert (heard - early).abs().max() < 2e-3 * early.std()
 
