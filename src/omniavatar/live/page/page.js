@@ -70,8 +70,8 @@ async function sendFile(file) {
     const far = i / rate > MOST_SENT_S;
     send({ type: "session.audio", rate, audio: base64(whole.subarray(i, i + piece)), last });
     do {
-      if (speaking !== mine || live.state !== "running") return;
       if (far) await new Promise((done) => setTimeout(done, 50));
+      if (speaking !== mine || live.state !== "running") return;
     } while (far && (live.chunks === seen || live.last.waiting > MOST_SENT_S / 2));
   }
 }
