@@ -53,11 +53,11 @@ SWITCHED_OFF: Mapping[str, Any] = MappingProxyType(
         "video.anchor_every": 0,
         "video.blend_frames": 0,
         "video.face_crop": False,
-        "output.key_frame_s": 10.0,
+        "output.key_frame_s": 0.0,
     }
 )
-"""Fields that older versions lacked, with their default: a run that an older version began has the same
-identity without them."""
+"""Fields that change nothing with this value, and that older versions lacked: a run that an older version
+began has the same identity without them."""
 
 
 def flat_values(config: PipelineConfig) -> dict[str, Any]:

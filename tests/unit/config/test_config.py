@@ -72,10 +72,12 @@ def test_hash_ignores_only_values_that_do_not_change_the_video() -> None:
     assert config_hash(hp("output_dir=elsewhere,resume=false,threads=3,device=cpu")) == base
     for change in ("seed=1", "crf=20", "dtype=fp32", "overlap_frame=5", "negative_prompt=x", "color_match=1"):
         assert config_hash(hp(change)) != base, change
-    neutral = NEUTRAL_FIELDS | {f"sampling.{name}" for name in CAUSAL_FIELDS} | set(SWITCHED_OFF)
+    neutral = NEUTRAL_FIELDS | {f"sampling.{name}" for name in CAUSAL_FIELDS}
+    neutral |= set(SWITCHED_OFF) - {"output.key_frame_s"}  # is on
     neutral |= {f"sparsity.{name}" for name in SparsityConfig.model_fields}  # attention is dense
     assert set(flat_values(PipelineConfig())) - set(result_values(PipelineConfig())) == neutral
     assert "sparsity.sparse_density" in result_values(hp("sparse_attention=window"))
+    assert "output.key_frame_s" not in result_values(hp("key_frame_s=0"))
 
 
 def test_tokenizer_is_beside_the_text_encoder() -> None:
