@@ -282,7 +282,7 @@ def window_costs(timings: dict[str, Timing], plan: RunPlan, output: OutputConfig
     medians = {name: timing.median for name, timing in timings.items()}
     host = Host()
     at_once = encoders(output, plan, choose_encoder(output.encoder, plan.size), host)
-    return WindowCosts(**medians, writers=min(host.encoders, at_once))
+    return WindowCosts(**medians, writers=max(1, min(host.encoders, at_once)))
 
 
 def start_costs(timings: dict[str, Timing]) -> StartCosts:
