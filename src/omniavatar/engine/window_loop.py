@@ -31,6 +31,7 @@ from torch import Tensor
 
 from omniavatar.accel.residual_cache import PassRunner, ResidualCache
 from omniavatar.device import arrival, download
+from omniavatar.engine.blend import bytes_of
 from omniavatar.engine.events import StepFinished, WindowStarted
 from omniavatar.engine.numbers import WindowNumbers
 from omniavatar.engine.retry import Retry, no_retry
@@ -148,7 +149,7 @@ def to_uint8(pixels: Tensor) -> np.ndarray:
 
     The copy from a CUDA device is only queued (`device.download`).
     """
-    return download((pixels[0].permute(1, 2, 3, 0) * 255.0).round_().to(torch.uint8).contiguous()).numpy()
+    return download(bytes_of(pixels[0].permute(1, 2, 3, 0))).numpy()
 
 
 def _arrived(wait: Callable[[], None], numbers: WindowNumbers) -> None:
