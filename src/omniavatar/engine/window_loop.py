@@ -31,7 +31,6 @@ from torch import Tensor
 
 from omniavatar.accel.residual_cache import PassRunner, ResidualCache
 from omniavatar.device import arrival, download
-from omniavatar.engine.blend import bytes_of
 from omniavatar.engine.events import StepFinished, WindowStarted
 from omniavatar.engine.numbers import WindowNumbers
 from omniavatar.engine.retry import Retry, no_retry
@@ -144,8 +143,13 @@ class WindowResult:
         return self._shown
 
 
+def bytes_of(pixels: Tensor) -> Tensor:
+    """Pixels in [0, 1] as uint8, rounded, not truncated."""
+    return (pixels * 255.0).round_().to(torch.uint8).contiguous()
+
+
 def to_uint8(pixels: Tensor) -> np.ndarray:
-    """Convert pixels (1, 3, N, H, W) in [0, 1] to (N, H, W, 3) uint8 on the CPU, rounded, not truncated.
+    """Convert pixels (1, 3, N, H, W) in [0, 1] to (N, H, W, 3) uint8 on the CPU, as `bytes_of` rounds.
 
     The copy from a CUDA device is only queued (`device.download`).
     """

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine import head_pipeline, make_pipeline, portrait, request, voice
+from engine import head_pipeline, interrupt_in, make_pipeline, portrait, request, voice
 from omniavatar import AvatarPipeline
 from omniavatar.config.load import load_config
-from omniavatar.engine.blend import SeamBlend, bytes_of, to_unit
-from omniavatar.engine.events import StepFinished
-from omniavatar.engine.recorder import RunRecorder
+from omniavatar.engine.blend import SeamBlend, to_unit
+from omniavatar.engine.window_loop import bytes_of
 from omniavatar.errors import ConfigError, ResumeError
 from omniavatar.live.makers import maker_of
 
@@ -90,13 +89,7 @@ def test_only_shown_frames_change(blended, nano_checkpoint, cache) -> None:
 
 
 def test_a_resumed_run_blends_with_the_stored_frame(blended, tmp_path: Path) -> None:
-    def listener(event: object) -> None:
-        if isinstance(event, StepFinished) and event.window == 2:
-            raise KeyboardInterrupt
-
-    stopped = AvatarPipeline.from_config(blended.config, recorder=RunRecorder([listener]))
-    with pytest.raises(KeyboardInterrupt):
-        stopped.generate(request(SECONDS), tmp_path / "out.mp4")
+    interrupt_in(2, blended, request(SECONDS), tmp_path / "out.mp4")
     assert blended.generate(request(SECONDS), tmp_path / "out.mp4").resumed_windows == 2
     blended.generate(request(SECONDS), tmp_path / "whole.mp4")
     assert (tmp_path / "out.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
