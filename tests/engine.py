@@ -10,8 +10,10 @@ import numpy as np
 
 from omniavatar import AvatarPipeline, AvatarRequest, Waveform
 from omniavatar.config.load import load_config
+from omniavatar.engine.events import StepFinished
 from omniavatar.engine.host import Host
 from omniavatar.engine.prepare import read_inputs
+from omniavatar.engine.recorder import RunRecorder
 
 SIDE = 64
 
@@ -129,6 +131,21 @@ def request(seconds: float | None = 0.9, **changes: Any) -> AvatarRequest:
         **changes,
     }
     return AvatarRequest(**values)
+
+
+def interrupt_in(window: int, pipeline: AvatarPipeline, asked: AvatarRequest, output: Path) -> None:
+    """Ctrl-C in a run with the settings of `pipeline`, after a step of window number `window` (from 0)."""
+
+    def listener(event: object) -> None:
+        if isinstance(event, StepFinished) and event.window == window:
+            raise KeyboardInterrupt
+
+    stopped = AvatarPipeline.from_config(pipeline.config, recorder=RunRecorder([listener]))
+    try:
+        stopped.generate(asked, output)
+    except KeyboardInterrupt:
+        return
+    raise AssertionError(f"window {window} was never made")
 
 
 def adopt_placement(pipeline: AvatarPipeline, for_request: AvatarRequest) -> AvatarPipeline:

@@ -18,11 +18,10 @@ import pytest
 import torch
 
 import engine
-from engine import CAUSAL, make_pipeline, overrides, portrait, request, voice
+from engine import CAUSAL, interrupt_in, make_pipeline, overrides, portrait, request, voice
 from omniavatar import AvatarPipeline, SamplingParams
 from omniavatar.checkpoint.synthetic import make_checkpoint
 from omniavatar.config.load import load_config
-from omniavatar.engine.events import StepFinished
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.errors import ConfigError, InputError, NumbersError, ResumeError, StoppedError
 from omniavatar.media.inspect import read_frames
@@ -61,20 +60,11 @@ def like(pipeline, listener: Any) -> AvatarPipeline:
     return AvatarPipeline.from_config(pipeline.config, recorder=RunRecorder([listener]))
 
 
-def interrupt_after(pipeline, output: Path, windows: int) -> None:
-    def listener(event: object) -> None:
-        if isinstance(event, StepFinished) and event.window == windows:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        like(pipeline, listener).generate(request(SECONDS), output)
-
-
 @pytest.fixture(scope="module")
 def interrupted(pipeline, tmp_path_factory):
     """A folder with a job of which 24 blocks are done."""
     folder = tmp_path_factory.mktemp("interrupted")
-    interrupt_after(pipeline, folder / "out.mp4", 24)
+    interrupt_in(24, pipeline, request(SECONDS), folder / "out.mp4")
     return folder
 
 

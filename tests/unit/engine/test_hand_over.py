@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine import head_pipeline, make_pipeline, portrait, request, voice
+from engine import head_pipeline, interrupt_in, make_pipeline, portrait, request, voice
 from omniavatar import AvatarPipeline
 from omniavatar.config.load import load_config
-from omniavatar.engine.events import StepFinished
-from omniavatar.engine.recorder import RunRecorder
 from omniavatar.engine.window_loop import WindowResult
 from omniavatar.errors import ConfigError
 from omniavatar.live.makers import maker_of
@@ -85,13 +83,7 @@ def test_an_anchored_window_starts_from_the_portrait(anchors, nano_checkpoint, c
 def test_an_interrupted_run_goes_on_at_an_anchor(anchors, tmp_path) -> None:
     pipeline, _ = anchors
 
-    def listener(event: object) -> None:
-        if isinstance(event, StepFinished) and event.window == 2:
-            raise KeyboardInterrupt
-
-    stopped = AvatarPipeline.from_config(pipeline.config, recorder=RunRecorder([listener]))
-    with pytest.raises(KeyboardInterrupt):
-        stopped.generate(request(SECONDS), tmp_path / "out.mp4")
+    interrupt_in(2, pipeline, request(SECONDS), tmp_path / "out.mp4")
     assert not list(tmp_path.rglob("given_00002.safetensors"))
     assert pipeline.generate(request(SECONDS), tmp_path / "out.mp4").resumed_windows == 2
     pipeline.generate(request(SECONDS), tmp_path / "whole.mp4")

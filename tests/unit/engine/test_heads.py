@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from engine import head_pipeline, head_settings, portrait, request, voice
+from engine import head_pipeline, head_settings, interrupt_in, portrait, request, voice
 from media_files import write_audio
 from omniavatar import AvatarPipeline, SamplingParams
 from omniavatar.config.families import FAMILIES
 from omniavatar.config.load import load_config
 from omniavatar.engine.convert import convert_checkpoint
-from omniavatar.engine.events import Message, StepFinished
+from omniavatar.engine.events import Message
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.engine.requests_file import BadLine, RequestLine, read_requests
 from omniavatar.errors import CheckpointError, ConfigError, InputError, OmniAvatarError
@@ -66,14 +66,8 @@ def test_a_video_is_its_chunks(pipeline, whole):
 
 
 def test_an_interrupted_run_continues_byte_for_byte(pipeline, whole, tmp_path):
-    def listener(event: object) -> None:
-        if isinstance(event, StepFinished) and event.window == 1:
-            raise KeyboardInterrupt
-
     output, asked = tmp_path / "out.mp4", request(SECONDS, prompt="")
-    stopped = AvatarPipeline.from_config(pipeline.config, recorder=RunRecorder([listener]))
-    with pytest.raises(KeyboardInterrupt):
-        stopped.generate(asked, output)
+    interrupt_in(1, pipeline, asked, output)
     result = pipeline.generate(asked, output)
     assert result.resumed_windows == 1
     assert output.read_bytes() == whole.read_bytes()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine import make_pipeline, portrait, request, voice
+from engine import interrupt_in, make_pipeline, portrait, request, voice
 from media_files import write_audio
 from omniavatar import SamplingParams
 from omniavatar.engine.events import Message, StepFinished
@@ -49,7 +49,7 @@ def begun(pipeline, tmp_path_factory):
     def copy(output: Path, windows: int) -> None:
         if windows not in made:
             made[windows] = tmp_path_factory.mktemp("begun")
-            interrupt_after(pipeline, made[windows] / output.name, windows)
+            interrupt_in(windows, pipeline, request(SECONDS), made[windows] / output.name)
         shutil.copytree(made[windows], output.parent, dirs_exist_ok=True)
 
     return copy
@@ -92,7 +92,7 @@ def test_killed_run_is_resumed_and_gives_the_same_video(pipeline, nano_checkpoin
 
 def test_only_missing_windows_are_computed(pipeline, whole, tmp_path):
     output = tmp_path / "out.mp4"
-    interrupt_after(pipeline, output, 3)
+    interrupt_in(3, pipeline, request(SECONDS), output)
     steps: list[int] = []
     pipe = make_pipeline_like(
         pipeline, lambda event: isinstance(event, StepFinished) and steps.append(event.window)
@@ -109,20 +109,9 @@ def make_pipeline_like(pipeline, listener):
     return AvatarPipeline.from_config(pipeline.config, recorder=RunRecorder([listener]))
 
 
-def interrupt_after(pipeline, output: Path, windows: int) -> None:
-    """Ctrl-C while window number `windows` (from 0) is being denoised."""
-
-    def listener(event):
-        if isinstance(event, StepFinished) and event.window == windows:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        make_pipeline_like(pipeline, listener).generate(request(SECONDS), output)
-
-
 def test_ctrl_c_keeps_finished_windows(pipeline, whole, tmp_path):
     output = tmp_path / "out.mp4"
-    interrupt_after(pipeline, output, 2)
+    interrupt_in(2, pipeline, request(SECONDS), output)
     assert not output.exists()
     assert json.loads((tmp_path / "out.mp4.job" / "job.json").read_text())["done"] == 2
     assert pipeline.generate(request(SECONDS), output).resumed_windows == 2

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from engine import make_pipeline, request
+from engine import interrupt_in, make_pipeline, request
 from omniavatar import AvatarPipeline
-from omniavatar.engine.events import Message, StepFinished
-from omniavatar.engine.recorder import RunRecorder
+from omniavatar.engine.events import Message
 from omniavatar.engine.segments import key_windows
 from omniavatar.media.inspect import probe_video
 from omniavatar.media.running import begins_with_key_frame
@@ -38,14 +37,7 @@ def test_key_frames_come_after_so_many_seconds(seconds: float, begun: bool, expe
 
 def stopped_at(pipeline: AvatarPipeline, output: Path, window: int) -> Path:
     """The job folder of a run that was interrupted in `window`."""
-
-    def listener(event: object) -> None:
-        if isinstance(event, StepFinished) and event.window == window:
-            raise KeyboardInterrupt
-
-    stopped = AvatarPipeline.from_config(pipeline.config, recorder=RunRecorder([listener]))
-    with pytest.raises(KeyboardInterrupt):
-        stopped.generate(request(SECONDS), output)
+    interrupt_in(window, pipeline, request(SECONDS), output)
     return output.with_name("out.mp4.job")
 
 
