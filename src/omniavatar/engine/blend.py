@@ -22,6 +22,11 @@ AROUND = 9
 """Rows and columns of that mean."""
 
 
+def bytes_of(pixels: Tensor) -> Tensor:
+    """Pixels in [0, 1] as uint8, rounded; what `to_unit` reads."""
+    return (pixels * 255.0).round_().to(torch.uint8).contiguous()
+
+
 def to_unit(shown: Tensor, device: torch.device) -> Tensor:
     """Pixels in [0, 1] float32 on `device` of uint8."""
     return shown.to(device).float() / 255.0

@@ -143,17 +143,12 @@ class WindowResult:
         return self._shown
 
 
-def bytes_of(pixels: Tensor) -> Tensor:
-    """Pixels in [0, 1] as uint8, rounded, not truncated."""
-    return (pixels * 255.0).round_().to(torch.uint8).contiguous()
-
-
 def to_uint8(pixels: Tensor) -> np.ndarray:
-    """Convert pixels (1, 3, N, H, W) in [0, 1] to (N, H, W, 3) uint8 on the CPU, as `bytes_of` rounds.
+    """Convert pixels (1, 3, N, H, W) in [0, 1] to (N, H, W, 3) uint8 on the CPU, rounded, not truncated.
 
     The copy from a CUDA device is only queued (`device.download`).
     """
-    return download(bytes_of(pixels[0].permute(1, 2, 3, 0))).numpy()
+    return download((pixels[0].permute(1, 2, 3, 0) * 255.0).round_().to(torch.uint8).contiguous()).numpy()
 
 
 def _arrived(wait: Callable[[], None], numbers: WindowNumbers) -> None:

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omniavatar.engine.blend import SeamBlend, to_unit
-from omniavatar.engine.window_loop import bytes_of
+from omniavatar.engine.blend import SeamBlend, bytes_of, to_unit
 
 if TYPE_CHECKING:
     from omniavatar.config.families import HandOver

@@ -11,8 +11,7 @@ import torch
 from engine import head_pipeline, interrupt_in, make_pipeline, portrait, request, voice
 from omniavatar import AvatarPipeline
 from omniavatar.config.load import load_config
-from omniavatar.engine.blend import SeamBlend, to_unit
-from omniavatar.engine.window_loop import bytes_of
+from omniavatar.engine.blend import SeamBlend, bytes_of, to_unit
 from omniavatar.errors import ConfigError, ResumeError
 from omniavatar.live.makers import maker_of
 
