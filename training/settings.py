@@ -59,6 +59,8 @@ class PictureSettings(StageSettings):
     gradient: float
     mouth: float
     """Extra weight of the area around the mouth."""
+    eyes: float
+    """Extra weight of the areas of the irises."""
     detail: float
     """Weight of the difference in local fine structure."""
     steady: float
@@ -112,6 +114,10 @@ class DitSettings(StageSettings):
     """Extra weight of the areas around the eyes."""
     steady: float
     """Weight of the change of the error from one latent frame to the next, against flicker."""
+    still: float
+    """Extra weight of what stands still in the window."""
+    calm: float
+    """Weight of the error that everything has in common which stands still."""
     at_steps: float
     """Share of examples at the noise levels of the packaged configuration; the others are at any level."""
     mirror: bool
@@ -149,6 +155,10 @@ class StudentSettings(StageSettings):
     """More of it in latents with a blink."""
     steady: float
     """Weight of the change of the error from one latent frame to the next, against flicker."""
+    still: float
+    """Extra weight of what stands still in the story."""
+    calm: float
+    """Weight of the error that everything has in common which stands still."""
     edges: float
     """Weight of the change of the error from one latent pixel to the next."""
     robust: float
@@ -182,8 +192,6 @@ class TinySettings(PictureSettings):
     """See `omniavatar.model.tiny_decoder.TinyDecoderConfig`."""
     clip: int
     """Latents of an example."""
-    eyes: float
-    """Extra weight of the areas of the irises."""
     corrupt: float
     """Share of examples whose latents are disturbed."""
 

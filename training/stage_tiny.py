@@ -21,15 +21,13 @@ from training.loop import Budget, Log, Optimiser, Pool, mixed
 from training.nets import Nets, normalised_latents
 from training.settings import TinySettings
 from training.stage_dit import disturb
-from training.stage_vae import measured_fidelity, picture_loss, to_pixels
-from training.studio import Studio, mouth_weight
+from training.stage_vae import feature_weight, measured_fidelity, picture_loss, to_pixels
+from training.studio import Studio
 
 BRANCH = 0.1
 """Scale of the last convolution of residual branches, and of the pictures, before training."""
 UNCOUNTED = 2
 """Latents at the start of an example from the middle of a story."""
-IRIS = 5.0
-"""Radius in pixels of the extra weight around an eye: it is the colour of the iris that gets lost."""
 
 
 def decode(tiny: TinyDecoder, latents: Tensor) -> Tensor:
@@ -107,9 +105,8 @@ def tiny_loss(
     frames = slice(FRAMES_A_LATENT * start, FRAMES_A_LATENT * (last - 1) + 1)
     pixels = to_pixels(clips["frames"][:, frames])
     size = (pixels.shape[-2], pixels.shape[-1])
-    weight = mouth_weight(clips["mouth"][:, frames], size, 1.0, settings.mouth, 18.0)
-    for eye in (0, 1):
-        weight = weight + mouth_weight(clips["eyes"][:, frames, eye], size, 1.0, settings.eyes, IRIS) - 1
+    places = {name: clips[name][:, frames] for name in ("mouth", "eyes")}
+    weight = feature_weight(places, size, settings)
     counted = 0 if start == 0 else FRAMES_A_LATENT * UNCOUNTED - (FRAMES_A_LATENT - 1)
     return picture_loss(made[:, :, counted:], pixels[:, :, counted:], weight[:, counted:], settings)
 

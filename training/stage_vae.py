@@ -31,6 +31,8 @@ from training.settings import DecoderSettings, PictureSettings, VaeSettings
 from training.studio import Film, Studio, mouth_weight
 
 BISECTIONS = 6
+IRIS = 5.0
+"""Radius in pixels of the extra weight around an eye: it is the colour of the iris that gets lost."""
 
 
 def to_pixels(frames: Tensor) -> Tensor:
@@ -42,7 +44,16 @@ def clips_of(studio: Studio, count: int, settings: VaeSettings) -> dict[str, Ten
     """New clips from random positions in their takes."""
     start = int(torch.randint(settings.frames - settings.clip + 1, ()))
     film = studio.film(count, slice(start, start + settings.clip))
-    return {"frames": film.frames, "mouth": film.mouth}
+    return {"frames": film.frames, "mouth": film.mouth, "eyes": film.eyes}
+
+
+def feature_weight(places: dict[str, Tensor], size: tuple[int, int], settings: PictureSettings) -> Tensor:
+    """Loss weights (B, T, H, W) of pictures of a `size`, from the places in pixels of mouth (B, T, 2) and eyes
+    (B, T, 2, 2)."""
+    weight = mouth_weight(places["mouth"], size, 1.0, settings.mouth, 18.0)
+    for eye in places["eyes"].unbind(2):
+        weight = weight + mouth_weight(eye, size, 1.0, settings.eyes, IRIS) - 1
+    return weight
 
 
 def texture(pixels: Tensor) -> Tensor:
@@ -198,8 +209,9 @@ def train_vae(
         size = clips["frames"].shape[-1]
         left, top = (int(n) for n in torch.randint(size - settings.crop + 1, (2,)))
         crop = clips["frames"][..., top : top + settings.crop, left : left + settings.crop]
-        mouth = clips["mouth"] - torch.tensor([left, top], device=device)
-        weight = mouth_weight(mouth, (settings.crop, settings.crop), 1.0, settings.mouth, 18.0)
+        corner = torch.tensor([left, top], device=device)
+        places = {"mouth": clips["mouth"] - corner, "eyes": clips["eyes"] - corner}
+        weight = feature_weight(places, (settings.crop, settings.crop), settings)
         pixels = to_pixels(crop)
         if optimiser.steps % 2:
             pixels, weight = pixels.flip(-1), weight.flip(-1)
