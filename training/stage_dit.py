@@ -140,9 +140,9 @@ def stories_of(
 ) -> dict[str, Tensor]:
     """The tensors of stories for the pool.
 
-    Latents (B, W, 16, T, h, w), loss weights (B, W, T, h, w), what rests (B, W, h, w), first frames of the windows (B, W), their drive
-    (B, W, T, K), the portrait's eyes in latent pixels (B, 2, 2), audio vectors of the whole sound
-    (B, frames - 1, D), prompt tokens.
+    Latents (B, W, 16, T, h, w), loss weights (B, W, T, h, w), what rests (B, W, h, w), first frames of the
+    windows (B, W), their drive (B, W, T, K), the portrait's eyes in latent pixels (B, 2, 2), audio vectors of
+    the whole sound (B, frames - 1, D), prompt tokens.
     """
     film, starts = story.film, story.starts
     frames = film.frames.shape[1]

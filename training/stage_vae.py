@@ -48,8 +48,8 @@ def clips_of(studio: Studio, count: int, settings: VaeSettings) -> dict[str, Ten
 
 
 def feature_weight(places: dict[str, Tensor], size: tuple[int, int], settings: PictureSettings) -> Tensor:
-    """Loss weights (B, T, H, W) of pictures of a `size`, from the places in pixels of mouth (B, T, 2) and eyes
-    (B, T, 2, 2)."""
+    """Loss weights (B, T, H, W) of pictures of a `size`, from the places of mouth (B, T, 2) and eyes
+    (B, T, 2, 2) in pixels."""
     weight = mouth_weight(places["mouth"], size, 1.0, settings.mouth, 18.0)
     for eye in places["eyes"].unbind(2):
         weight = weight + mouth_weight(eye, size, 1.0, settings.eyes, IRIS) - 1

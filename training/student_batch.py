@@ -213,8 +213,8 @@ def robust_loss(error: Tensor, weight: Tensor, rest: Tensor, settings: StudentSe
     """Weighted error (B, 16, R, h, w): squared where it is small, its size where it is large.
 
     The mean of two pictures is a blurred one; the size of the error is least at one of them. Differences
-    between neighbours in a picture count extra, and those from latent to latent, against flicker; so does what
-    all resting places (B, h, w) have in common.
+    between neighbours in a picture count extra, and those from latent to latent, against flicker. So does
+    what all resting places (B, h, w) have in common.
     """
     limit = settings.robust
     squares = error.square()

