@@ -203,11 +203,11 @@ def test_the_loss_counts_few_large_errors_less_than_many_small_ones():
     spread, single = torch.full((1, 16, 2, 8, 8), 0.1), torch.zeros(1, 16, 2, 8, 8)
     single[..., 0, 0] = 0.8
     assert single.square().mean() == pytest.approx(float(spread.square().mean()))
-    assert robust_loss(single, weight, rest, settings) < 0.5 * robust_loss(spread, weight, settings)
+    assert robust_loss(single, weight, rest, settings) < 0.5 * robust_loss(spread, weight, rest, settings)
     assert robust_loss(spread / 10, weight, rest, settings) == pytest.approx(0.0001, rel=0.02)
     uneven = spread * (1 - 2 * (torch.arange(8) % 2))
     whole = replace(settings, edges=1.0, steady=1.0)
-    assert robust_loss(uneven, weight, rest, whole) > robust_loss(spread, weight, whole)
+    assert robust_loss(uneven, weight, rest, whole) > robust_loss(spread, weight, rest, whole)
 
 
 def test_the_student_sees_whole_blocks_of_the_settings():
