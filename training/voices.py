@@ -6,12 +6,15 @@ The packages are for an environment of their own, so each is imported where it i
 
 from __future__ import annotations
 
+import subprocess
+import tempfile
+import wave
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from training.speech import resample
+from training.speech import SAMPLE_RATE, resample
 
 Voice = Callable[[str, np.random.Generator], np.ndarray]
 """int16 samples at 16 kHz of a sentence."""
@@ -47,6 +50,37 @@ def pico(language: str) -> Voice:
     return speak
 
 
+def ked() -> Voice:
+    """Festival's `ked` (Debian's `festival` and `festvox-kdlpc16k`, BSD-like): diphones of recordings."""
+
+    def speak(text: str, rng: np.random.Generator) -> np.ndarray:
+        stretch, mean, spread = rng.uniform(0.8, 1.25), rng.uniform(85, 150), rng.uniform(8, 24)
+        with tempfile.TemporaryDirectory() as folder:
+            sound = Path(folder) / "sound.wav"
+            script = _KED.format(stretch=stretch, mean=mean, spread=spread, text=text, path=sound)
+            subprocess.run(["festival", "--pipe"], input=script, text=True, check=True)
+            with wave.open(str(sound)) as file:
+                rate, samples = (
+                    file.getframerate(),
+                    np.frombuffer(file.readframes(file.getnframes()), np.int16),
+                )
+        if rate != SAMPLE_RATE:
+            raise ValueError(f"festival speaks at {rate} Hz in place of {SAMPLE_RATE}")
+        return samples
+
+    return speak
+
+
+_KED = """
+(voice_ked_diphone)
+(Parameter.set 'Duration_Stretch {stretch:.3f})
+(set! int_lr_params
+  '((target_f0_mean {mean:.1f}) (target_f0_std {spread:.1f}) (model_f0_mean 170) (model_f0_std 34)))
+(set! spoken (utt.synth (Utterance Text "{text}")))
+(utt.save.wave spoken "{path}" 'riff)
+"""
+
+
 def _int16(samples: np.ndarray) -> np.ndarray:
     return np.clip(samples, -32768, 32767).round().astype(np.int16)
 
@@ -55,5 +89,6 @@ VOICES: dict[str, Callable[[], Voice]] = {
     "piper-joe": joe,
     "pico-en-US": lambda: pico("en-US"),
     "pico-en-GB": lambda: pico("en-GB"),
+    "festival-ked": ked,
 }
 """How to start each voice, by the name that a `SpeechSet` gives it."""
