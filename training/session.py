@@ -75,7 +75,7 @@ def gather_speech(
     """The speech of this session and rank, mapped from files in `folder`; every rank has other sentences."""
     began = time.monotonic()
     source = settings.speech
-    sets = [SpeechSet.load(Path(source.recorded))] * source.copies if source.recorded else []
+    sets = [SpeechSet.load(Path(name)) for name in source.recorded_files] * source.copies
     if source.utterances:
         seed = settings.seed + 1 + session + 1000 * ranks.index
         sets.insert(0, synthesise(source.utterances // ranks.count, seed, workers, foreign=source.foreign))

@@ -17,12 +17,26 @@ class SpeechSettings:
     """Number of sentences, half by each synthesiser; a thousand last about 53 minutes. 0: only `recorded`."""
     foreign: float
     """Share of more sentences in French and German, relative to `utterances`."""
-    recorded: str
-    """A `SpeechSet` file to add, such as one of `record`, relative to the repository root; or empty."""
+    recorded: str | list[str]
+    """A `SpeechSet` file to add, such as one of `record`, or a list of them; or empty.
+
+    Paths are relative to the repository root."""
     copies: int
     """How often `recorded` is added, since it is small beside the synthesised speech."""
     held_out: str
     """A `SpeechSet` file of real speech for measurements only, never for training; or empty."""
+
+    def __post_init__(self) -> None:
+        files = self.recorded_files
+        if not all(isinstance(each, str) and each for each in files) or len(set(files)) < len(files):
+            raise ValueError(f"recorded: {self.recorded!r} is neither a file nor a list of different files")
+
+    @property
+    def recorded_files(self) -> list[str]:
+        """The files of `recorded`."""
+        if isinstance(self.recorded, list):
+            return self.recorded
+        return [self.recorded] if self.recorded != "" else []
 
 
 @dataclass(frozen=True)
@@ -252,4 +266,7 @@ def _build(kind: Any, table: Any, where: str) -> Any:
             f"{where}: missing {sorted(known - given) or 'nothing'}, "
             f"unknown {sorted(given - known) or 'nothing'}"
         )
-    return kind(**table)
+    try:
+        return kind(**table)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
