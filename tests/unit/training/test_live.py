@@ -106,6 +106,7 @@ def pooled(stories):
     shape = stories["latents"].shape
     words = {"ids": torch.ones(2, 160, dtype=torch.long), "mask": torch.ones(2, 160, dtype=torch.long)}
     made = {"own": torch.full(shape, 5.0), "made": torch.ones(2), "weight": torch.zeros(2, *shape[2:])}
+    made["rest"] = torch.zeros(2, *shape[3:])
     return {**stories, **words, **made}
 
 
