@@ -48,17 +48,16 @@ class Host:
         frames: Any,
         path: Path,
         running: RunningEncoder | None = None,
-        kept: Path | None = None,
         **options: Any,
     ) -> int:
         """Encode one window's frames into `path`; returns their number.
 
-        - running: the encoder of the windows before, with its settings (`media.running`); None for a closed
-          file by the settings in `options` (`media.video.encode_segment`).
-        - kept: see `RunningEncoder.write`.
+        - running: the encoder of the windows before, with its settings (`media.running`), which takes
+          pictures of yuv420p; None for a closed file by the settings in `options`
+          (`media.video.encode_segment`).
         """
         if running is not None:
-            return running.write(frames, path, kept)
+            return running.write(frames, path)
         from omniavatar.media.video import encode_segment
 
         return encode_segment(frames, path, **options)

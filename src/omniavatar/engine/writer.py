@@ -78,14 +78,13 @@ class VideoWriter:
         for segment in done:
             if not segment.is_file():
                 raise ResumeError(f"{segment} is missing; use --no-resume to start over")
-        self.most_pending = segments.waiting + 1
-        """Most windows handed over and not yet encoded: those being encoded, and one being computed."""
         self._pool = ThreadPoolExecutor(segments.places, thread_name_prefix="video-writer")
         self._open_first = ThreadPoolExecutor(1, thread_name_prefix="video-open")
         self._in_order = ThreadPoolExecutor(1, thread_name_prefix="video-append")
         self._abandoned = threading.Event()
         self._opening = self._open_first.submit(self._open, audio, done)
         self._encoding: deque[Future[Encoded]] = deque()
+        self._queued: deque[threading.Event] = deque()
         self._appending: deque[Future[None]] = deque()
         self._failed = False
         self._first = self._arrived = 0.0
@@ -107,15 +106,20 @@ class VideoWriter:
         return growing
 
     def submit(self, result: WindowResult) -> None:
-        """Queue a window, finished or not; waits while `most_pending` windows are not yet encoded.
+        """Queue a window, finished or not.
+
+        It waits while more windows are not yet encoded than have a place, or while too many are not computed.
 
         Raises the error of the sound or of an earlier window. No window is written after one that failed.
         """
         if self._opening.done():
             self._opening.result()
-        _wait(self._encoding, self.most_pending)
+        _wait(self._encoding, self._segments.places + 1)
         _wait(self._appending, MOST_UNWRITTEN)
-        encoded = self._pool.submit(self._encode_window, result)
+        while len(self._queued) > self._segments.ahead:
+            self._queued.popleft().wait()
+        self._queued.append(threading.Event())
+        encoded = self._pool.submit(self._encode_window, [result], self._queued[-1])
         self._encoding.append(encoded)
         self._appending.append(self._in_order.submit(self._append, encoded))
 
@@ -141,8 +145,7 @@ class VideoWriter:
             self._recorder.event(
                 Message(
                     f"the video encoder was busy {min(share, 1.0):.0%} of the time and holds back the model; "
-                    "set preset to veryfast or ultrafast, key_frame_s to 0, or encoder to nvenc on a GPU "
-                    "with an encoder unit"
+                    "set preset to veryfast or ultrafast, or encoder to nvenc on a GPU with an encoder unit"
                 )
             )
 
@@ -170,14 +173,29 @@ class VideoWriter:
         if self._opening.exception() is None:
             self._opening.result().close()
 
-    def _encode_window(self, result: WindowResult) -> Encoded:
-        """Wait for a window and encode it; its frames are freed when this returns."""
-        frames, left = result.frames, left_by(result)
-        arrived = time.perf_counter()
-        with self._recorder.stage("video_write"):
-            self._segments.write(result.window.index, frames)
+    def _encode_window(self, handed: list[WindowResult], computed: threading.Event) -> Encoded:
+        """Wait for a window and encode it.
+
+        - handed: the window, which is taken out, so that its memory is free before its encoder is.
+        - computed: set when it is there or has failed.
+        """
+        result = handed.pop()
+        window, started = result.window, result.started
+        with self._segments.turn(window.index) as wait:
+            try:
+                frames, left = result.frames, left_by(result)
+            finally:
+                computed.set()
+            del result
+            arrived = time.perf_counter()
+            with self._recorder.stage("video_write"):
+                pictures = self._segments.pictures(window.index, frames)
+            del frames
+            wait()
+            with self._recorder.stage("video_write"):
+                self._segments.write(window.index, pictures)
         self._busy.append(time.perf_counter() - arrived)
-        return Encoded(result.window, left, result.started, arrived)
+        return Encoded(window, left, started, arrived)
 
     def _append(self, encoding: Future[Encoded]) -> None:
         """Record a window as done and append it, in the order of the calls; not after one that failed."""

@@ -8,13 +8,13 @@ when its last frame went in. What it loses: up to a fifth more bytes in lively v
 The state of x264 cannot be stored. So the pictures since the key frame are kept beside the segments, without
 loss, and a resumed run encodes them again (`replay`). The bytes are the same: no thread decides anything.
 
-Limits: x264 only (`H264Encoder.goes_on`); segments are encoded one after the other.
+Limits: x264 only (`H264Encoder.goes_on`); the segments of an encoder are encoded one after the other.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import cast
@@ -57,16 +57,11 @@ class RunningEncoder:
         self._context.flags |= Flags.global_header
         self._frames = 0
 
-    def write(self, frames: Iterable[np.ndarray], path: Path, kept: Path | None = None) -> int:
-        """Encode blocks of frames (n, H, W, 3) uint8 RGB as the next segment; returns their number.
+    def write(self, pictures: Sequence[av.VideoFrame], path: Path) -> int:
+        """Encode what `yuv_pictures` gave as the next segment; returns the number of frames.
 
-        - kept: gets the pictures without loss, for `replay`; None if no segment follows.
-
-        Each file is written completely or not at all, `kept` first. Raises OutputError.
+        The file is written completely or not at all. Raises OutputError.
         """
-        pictures = [yuv_picture(rgb) for rgb in rgb_frames(frames, self._size)]
-        if kept is not None:
-            atomic_write_bytes(kept, encoded_file(iter(pictures), self._fps, self._size, LOSSLESS, 1)[0])
         atomic_write_bytes(path, self._segment(pictures))
         return len(pictures)
 
@@ -94,6 +89,16 @@ class RunningEncoder:
         if self._frames == start:
             raise ValueError("a segment needs at least one frame")
         return buffer.getvalue()
+
+
+def yuv_pictures(frames: Iterable[np.ndarray], size: tuple[int, int]) -> list[av.VideoFrame]:
+    """Blocks of frames (n, H, W, 3) uint8 RGB as `RunningEncoder.write` takes them."""
+    return [yuv_picture(rgb) for rgb in rgb_frames(frames, size)]
+
+
+def keep(pictures: Sequence[av.VideoFrame], path: Path, fps: Fraction, size: tuple[int, int]) -> None:
+    """Write the pictures of a segment without loss, for `replay`. Raises OutputError."""
+    atomic_write_bytes(path, encoded_file(pictures, fps, size, LOSSLESS, 1)[0])
 
 
 def _pictures(path: Path) -> Iterator[av.VideoFrame]:

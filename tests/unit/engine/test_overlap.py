@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -131,6 +132,63 @@ def test_the_model_is_a_few_windows_ahead_of_the_writer(nano_checkpoint, tmp_pat
     assert max(ahead) == most
 
 
+def test_the_model_is_a_few_windows_ahead_of_the_device(nano_checkpoint, tmp_path) -> None:
+    """As many as closed windows are encoded at once, and one more, though more have a place behind it."""
+    ahead: list[int] = []
+    computed = 0
+    all_queued = threading.Event()
+
+    class Late(Host):
+        encoders = 3
+
+        def arrival(self, device):
+            return self.wait
+
+        def wait(self) -> None:
+            nonlocal computed
+            assert all_queued.wait(60)
+            computed += 1
+
+    class Counted(AvatarPipeline):
+        def windows(self, *arguments):
+            for result in super().windows(*arguments):
+                yield result  # continues when the writer has queued it
+                ahead.append(result.window.index + 1 - computed)
+                if len(ahead) == 4:
+                    all_queued.set()
+
+    pipe = make_pipeline(
+        nano_checkpoint, tmp_path / "cache", host=Late(), kind=Counted, num_steps=1, key_frame_s=1
+    )
+    assert pipe.generate(request(2.9), tmp_path / "out.mp4").windows == len(ahead) > 8
+    assert max(ahead) == 4
+
+
+def test_a_window_that_waits_for_its_encoder_holds_no_device_memory(nano_checkpoint, tmp_path) -> None:
+    latents: list[weakref.ref[torch.Tensor]] = []
+    freed = threading.Event()
+
+    class Slow(Host):
+        encoders = 8
+
+        def encode_segment(self, *arguments, **keywords):
+            assert freed.wait(60), "the latents of a window are held until it is encoded"
+            return super().encode_segment(*arguments, **keywords)
+
+    class Watched(AvatarPipeline):
+        def windows(self, *arguments):
+            for result in super().windows(*arguments):
+                latents.append(weakref.ref(result.latent))
+                yield result
+                if len(latents) == 4:
+                    while latents[0]() is not None or latents[1]() is not None:
+                        time.sleep(0.01)
+                    freed.set()
+
+    pipe = make_pipeline(nano_checkpoint, tmp_path / "cache", host=Slow(), kind=Watched, num_steps=1)
+    assert pipe.generate(request(1.5), tmp_path / "out.mp4").windows >= 4
+
+
 def test_the_model_does_not_wait_for_the_sound(nano_checkpoint, tmp_path) -> None:
     """Windows are encoded while the sound is; they are appended in order when it is done."""
     all_handed_over = threading.Event()
@@ -254,9 +312,15 @@ def test_window_seconds_are_between_arrivals(nano_checkpoint, tmp_path) -> None:
         if isinstance(event, WindowFinished):
             seconds.append(event.seconds)
 
+    device_works = threading.Lock()
+
+    def compute() -> None:
+        with device_works:
+            time.sleep(0.05)
+
     class Late(Host):
         def arrival(self, device):
-            return lambda: time.sleep(0.05)
+            return compute
 
     pipe = make_pipeline(nano_checkpoint, tmp_path / "cache", RunRecorder([listener]), host=Late())
     start = time.perf_counter()

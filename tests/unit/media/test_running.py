@@ -11,7 +11,13 @@ import pytest
 from media_files import FPS, SIZE, pictures
 from omniavatar.errors import ConfigError
 from omniavatar.media.inspect import read_frames
-from omniavatar.media.running import RunningEncoder, begins_with_key_frame, packet_count
+from omniavatar.media.running import (
+    RunningEncoder,
+    begins_with_key_frame,
+    keep,
+    packet_count,
+    yuv_pictures,
+)
 from omniavatar.media.video import GrowingVideo
 
 LENGTHS = (9, 8, 5)
@@ -26,7 +32,9 @@ def write(folder: Path, size: tuple[int, int], crf: float = 18) -> tuple[list[Pa
     for number, length in enumerate(LENGTHS):
         paths.append(folder / f"segment_{number:05d}.mp4")
         kept.append(folder / f"frames_{number:05d}.mp4")
-        assert encoder.write([pictures(start, length, size)], paths[-1], kept[-1]) == length
+        shown = yuv_pictures([pictures(start, length, size)], size)
+        keep(shown, kept[-1], FPS, size)
+        assert encoder.write(shown, paths[-1]) == length
         start += length
     return paths, kept
 
@@ -58,7 +66,7 @@ def test_the_same_bytes_are_made_again(tmp_path: Path, size: tuple[int, int]) ->
     again = RunningEncoder(FPS, size, 18, "veryfast")
     assert again.replay(kept[0], paths[0]) and again.replay(kept[1], paths[1])
     last = pictures(sum(LENGTHS[:2]), LENGTHS[2], size)
-    assert again.write([last[:2], last[2:]], tmp_path / "last.mp4") == LENGTHS[2]
+    assert again.write(yuv_pictures([last[:2], last[2:]], size), tmp_path / "last.mp4") == LENGTHS[2]
     assert (tmp_path / "last.mp4").read_bytes() == paths[2].read_bytes()
 
 
@@ -78,6 +86,6 @@ def test_what_cannot_be_encoded() -> None:
     with pytest.raises(ConfigError, match="preset"):
         RunningEncoder(FPS, SIZE, 18, "quick")
     with pytest.raises(ValueError, match="even sizes"):
-        RunningEncoder(FPS, (95, 128), 18, "medium").write([pictures(0, 1)], Path("s.mp4"))
+        yuv_pictures([pictures(0, 1)], (95, 128))
     with pytest.raises(ValueError, match="at least one frame"):
         RunningEncoder(FPS, SIZE, 18, "medium").write([], Path("s.mp4"))
