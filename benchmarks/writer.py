@@ -2,24 +2,34 @@
 
     python -m benchmarks writer [--size 512x512] [--window 28] [--at-once 1,2,4,8] [--threads 1,4]
         [--seconds 3] [--hp crf=18 preset=medium]
+    python -m benchmarks writer --video 40 [--model-fps 0] [--size 512x512] [--window 28] [--hp ...]
 
 Windows of frames are encoded as `engine.writer` does, so many at a time, each by so many threads of x264.
 Two kinds of picture: `faint` is what the benchmarks with random weights paint (noise of about one level), and
 `face` the packaged portrait that moves, with such noise. `CPU`: milliseconds of CPU time a frame. `to YUV`:
 those of them that turn RGB into yuv420p. Prints a table, then one line of JSON.
+
+With `--video`, a silent video of so many seconds is written by the engine's writer and its settings, with
+`key_frame_s` as it is configured and with 0. The model is a clock of `--model-fps` frames a second; 0: it is
+never late. `rest`: seconds from the last window's frames to the finished video.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
+import torch
 from PIL import Image
 
 from benchmarks.shared.options import add_hp, make_parser, size_of
@@ -27,8 +37,15 @@ from benchmarks.shared.report import print_result, print_table
 from omniavatar.assets import PORTRAIT
 from omniavatar.config.load import load_config
 from omniavatar.device import usable_cores
+from omniavatar.engine.host import Host
+from omniavatar.engine.job import Job
+from omniavatar.engine.recorder import RunRecorder
+from omniavatar.engine.segments import Segments
+from omniavatar.engine.window_loop import WindowResult
+from omniavatar.engine.writer import VideoWriter
 from omniavatar.media.image import load_image
 from omniavatar.media.video import encode_segment, yuv_picture
+from omniavatar.sampling.windows import plan_windows
 
 NOISE = 1.2
 """Spread of the noise, in levels of 255."""
@@ -85,12 +102,84 @@ def measure(frames: np.ndarray, at_once: int, threads: int, seconds: float, outp
     }
 
 
+def wait_until(moment: float) -> None:
+    time.sleep(max(0.0, moment - time.perf_counter()))
+
+
+def whole(painted: np.ndarray, window: int, seconds: float, model_fps: float, output: Any) -> dict[str, Any]:
+    """Write a video of windows of so many frames of `painted`, as the engine does."""
+    windows = plan_windows(round(seconds * 25), window + 1, 1)
+    count = sum(each.new_frames for each in windows)
+    size = (painted.shape[1], painted.shape[2])
+    plan = cast(Any, SimpleNamespace(size=size, fps=25.0, windows=windows, frames=count, audio_delay_s=0))
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(Path(folder) / "out.mp4")
+        with job.owned(), job.opened({}, False):
+            segments = Segments(job, plan, output, "x264", Host())
+            begun, cpu = time.perf_counter(), time.process_time()
+            made = begun
+            with VideoWriter(job, plan, segments, None, RunRecorder()) as writer:
+                for each in windows:
+                    left = None if each is windows[-1] else torch.zeros(1)
+                    queued = time.perf_counter()
+                    made = max(made, queued) + (each.new_frames / model_fps if model_fps else 0.0)
+                    frames = [painted[: each.new_frames]]
+                    wait = partial(wait_until, made)
+                    writer.submit(WindowResult(each, torch.zeros(1), frames, left, wait, queued))
+                writer.finish()
+            taken, cpu = time.perf_counter() - begun, time.process_time() - cpu
+            data = job.output.read_bytes()
+    return {
+        "key_frame_s": output.key_frame_s,
+        "frames_per_second": count / taken,
+        "rest_s": begun + taken - made,
+        "cpu_ms": cpu / count * 1e3,
+        "bytes_per_frame": len(data) / count,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "frames": count,
+    }
+
+
 def conversion_ms(frames: np.ndarray) -> float:
     """CPU milliseconds of turning a frame into yuv420p."""
     begun = time.thread_time()
     for frame in frames:
         yuv_picture(frame)
     return (time.thread_time() - begun) / len(frames) * 1e3
+
+
+def write_videos(options: argparse.Namespace, output: Any) -> None:
+    """Time whole videos, print a table and the result."""
+    rows = []
+    for name, paint in (("faint", faint), ("face", face)):
+        painted = paint(options.window + 1, options.size)
+        for key_frame_s in dict.fromkeys((output.key_frame_s, 0.0)):
+            changed = output.model_copy(update={"key_frame_s": key_frame_s})
+            found = whole(painted, options.window, options.video, options.model_fps, changed)
+            rows.append({"picture": name, **found})
+    heads = ("picture", "key_frame_s", "frames a second", "rest, s", "CPU, ms", "bytes a frame")
+    shown = [
+        (
+            row["picture"],
+            f"{row['key_frame_s']:g}",
+            f"{row['frames_per_second']:.0f}",
+            f"{row['rest_s']:.2f}",
+            f"{row['cpu_ms']:.1f}",
+            f"{row['bytes_per_frame']:.0f}",
+        )
+        for row in rows
+    ]
+    print_table(heads, shown)
+    size = list(options.size)
+    print_result(
+        "writer",
+        size=size,
+        window=options.window,
+        model_fps=options.model_fps,
+        hp=options.hp,
+        cores=usable_cores(),
+        videos=rows,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -100,9 +189,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--at-once", default="1,2,4,8")
     parser.add_argument("--threads", default="1,4")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement, about")
+    parser.add_argument("--video", type=float, help="seconds of a whole video by the engine's writer")
+    parser.add_argument(
+        "--model-fps", type=float, default=0.0, help="frames a second of the model, with --video"
+    )
     add_hp(parser)
     options = parser.parse_args(arguments)
     output = load_config("pocket", options.hp).config.output
+    if options.video:
+        write_videos(options, output)
+        return
     rows = []
     for name, paint in (("faint", faint), ("face", face)):
         frames = paint(options.window, options.size)

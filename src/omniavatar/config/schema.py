@@ -224,8 +224,9 @@ class OutputConfig(ProvenanceSettings):
     """Speed of the H.264 encoder, in x264's names; mapped to p1 to p7 for NVENC."""
     key_frame_s: Real = Field(10.0, ge=0, le=600)
     """Seconds between two key frames, in whole windows; a key frame is a small visible step. 0: every window
-    begins with one; windows are encoded side by side, and lively videos are smaller. NVENC always does so.
-    Unset: 10, but 0 for leaptalk, which is faster than one encoder."""
+    begins with one, and lively videos are smaller. NVENC always does so. x264 encodes what lies between two
+    key frames on few cores, but several such parts side by side. Unset: 10, but 0 for leaptalk, whose short
+    videos are made faster than that."""
     resume: Flag = True
     """Continue an interrupted run after its last finished window."""
     keep_job: Flag = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -25,9 +26,11 @@ LARGE = (384, 352)
 """Encoded in slices."""
 
 
-def write(folder: Path, size: tuple[int, int], crf: float = 18) -> tuple[list[Path], list[Path]]:
+def write(
+    folder: Path, size: tuple[int, int], crf: float = 18, preset: str = "veryfast"
+) -> tuple[list[Path], list[Path]]:
     """Segments of `LENGTHS` and their kept pictures."""
-    encoder, start = RunningEncoder(FPS, size, crf, "veryfast"), 0
+    encoder, start = RunningEncoder(FPS, size, crf, preset), 0
     paths, kept = [], []
     for number, length in enumerate(LENGTHS):
         paths.append(folder / f"segment_{number:05d}.mp4")
@@ -68,6 +71,18 @@ def test_the_same_bytes_are_made_again(tmp_path: Path, size: tuple[int, int]) ->
     last = pictures(sum(LENGTHS[:2]), LENGTHS[2], size)
     assert again.write(yuv_pictures([last[:2], last[2:]], size), tmp_path / "last.mp4") == LENGTHS[2]
     assert (tmp_path / "last.mp4").read_bytes() == paths[2].read_bytes()
+
+
+def test_encoders_beside_each_other_give_the_same_bytes(tmp_path: Path) -> None:
+    """Five on few cores: threads of an encoder wait for each other at other times than alone."""
+    folders = [tmp_path / str(number) for number in range(6)]
+    for folder in folders:
+        folder.mkdir()
+    alone, _ = write(folders[0], LARGE, preset="medium")
+    with ThreadPoolExecutor(5) as pool:
+        made = list(pool.map(lambda folder: write(folder, LARGE, preset="medium")[0], folders[1:]))
+    for paths in made:
+        assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in alone]
 
 
 def test_a_replay_says_what_is_not_the_same(tmp_path: Path) -> None:
