@@ -22,8 +22,8 @@ from omniavatar.media.running import (
 from omniavatar.media.video import GrowingVideo
 
 LENGTHS = (9, 8, 5)
-LARGE = (384, 352)
-"""Encoded in slices."""
+LARGE, LARGER = (384, 352), (512, 512)
+"""Encoded in four and eight slices."""
 
 
 def write(
@@ -62,7 +62,7 @@ def test_segments_join_to_a_video_with_one_key_frame(tmp_path: Path, size: tuple
     assert np.abs(difference).mean() < 6
 
 
-@pytest.mark.parametrize("size", [SIZE, LARGE])
+@pytest.mark.parametrize("size", [SIZE, LARGE, LARGER])
 def test_the_same_bytes_are_made_again(tmp_path: Path, size: tuple[int, int]) -> None:
     """Also by an encoder that saw the first segments only as kept pictures."""
     paths, kept = write(tmp_path, size)
