@@ -1,4 +1,4 @@
-"""Augments training speech in batches on the device: vocal tract, room, microphone, noise and level.
+"""Augments training speech in batches on the device: room, microphone, noise and level.
 
 No augmentation shifts the sound in time: the response of the room begins with the direct sound.
 Shapes: B clips, S samples.
@@ -9,40 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FORMANTS = (0.82, 1.22)
-"""Factors by which resonances of a voice move: from a larger head than the speaker's to a smaller one."""
-SPEECH_FFT, SPEECH_HOP = 512, 128
-ENVELOPE = 32
-"""Cepstral coefficients of the envelope; at 16 kHz the pitch of a voice is above them."""
-MOST_GAIN = 3.0
-"""Most change of the envelope, as a natural logarithm."""
-
-
-def move_formants(sound: Tensor, factors: Tensor) -> Tensor:
-    """Waveforms (B, S) whose resonances lie at `factors` (B,) times their frequencies, at the same pitch.
-
-    It is the voice of a speaker with a shorter or longer vocal tract (Jaitly and Hinton 2013), applied to the
-    envelope of the spectrum alone.
-    """
-    window = torch.hann_window(SPEECH_FFT, device=sound.device)
-    spectrum = torch.stft(sound, SPEECH_FFT, SPEECH_HOP, window=window, return_complex=True)
-    power = spectrum.abs().clamp_min(1e-4 * spectrum.abs().amax((1, 2), keepdim=True) + 1e-8).log()
-    cepstrum = torch.fft.irfft(power, dim=1)
-    cepstrum[:, ENVELOPE : SPEECH_FFT - ENVELOPE + 1] = 0
-    envelope = torch.fft.rfft(cepstrum, dim=1).real
-    bins = envelope.shape[1]
-    place = torch.arange(bins, device=sound.device) / factors[:, None]
-    low = place.floor().clamp_max(bins - 1).long()
-    share = (place - low).clamp(0, 1)[..., None]
-    rows = [each.clamp_max(bins - 1)[..., None].expand_as(envelope) for each in (low, low + 1)]
-    moved = torch.lerp(envelope.gather(1, rows[0]), envelope.gather(1, rows[1]), share)
-    gain = (moved - envelope).clamp(-MOST_GAIN, MOST_GAIN).exp()
-    return torch.istft(spectrum * gain, SPEECH_FFT, SPEECH_HOP, window=window, length=sound.shape[1])
-
 
 def roughen(sound: Tensor, generator: torch.Generator) -> Tensor:
-    """Waveforms (B, S) float32 of about +-1, each with a random vocal tract, room, equaliser, noise and
-    gain."""
+    """Waveforms (B, S) float32 of about +-1, each with a random room, equaliser, noise and gain."""
     batch, samples = sound.shape
     device = sound.device
 
@@ -52,7 +21,6 @@ def roughen(sound: Tensor, generator: torch.Generator) -> Tensor:
     def noise(*shape: int) -> Tensor:
         return torch.randn(batch, *shape, device=device, generator=generator)
 
-    sound = move_formants(sound, uniform(*FORMANTS))
     size = 1 << (samples + 8000 - 1).bit_length()
     frequency = torch.fft.rfftfreq(size, 1 / 16000, device=device)
     octaves = (frequency.clamp_min(30) / 1000).log2()

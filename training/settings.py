@@ -128,10 +128,6 @@ class DitSettings(StageSettings):
     """Extra weight of the areas around the eyes."""
     steady: float
     """Weight of the change of the error from one latent frame to the next, against flicker."""
-    still: float
-    """Extra weight of what stands still in the window."""
-    calm: float
-    """Weight of the error that everything has in common which stands still."""
     at_steps: float
     """Share of examples at the noise levels of the packaged configuration; the others are at any level."""
     mirror: bool
@@ -169,10 +165,6 @@ class StudentSettings(StageSettings):
     """More of it in latents with a blink."""
     steady: float
     """Weight of the change of the error from one latent frame to the next, against flicker."""
-    still: float
-    """Extra weight of what stands still in the story."""
-    calm: float
-    """Weight of the error that everything has in common which stands still."""
     edges: float
     """Weight of the change of the error from one latent pixel to the next."""
     robust: float

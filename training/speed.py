@@ -98,7 +98,6 @@ def measure(settings: Settings, device: torch.device, repeats: int, profile: boo
     stories = {
         "latents": torch.randn(batch, 2, 16, LATENTS, cells, cells, device=device).half(),
         "weight": torch.ones(batch, 2, LATENTS, cells, cells, device=device).half(),
-        "rest": torch.ones(batch, 2, cells, cells, device=device).half(),
         "starts": torch.tensor([[0, 9]] * batch, device=device),
         "drive": torch.randn(batch, 2, LATENTS, len(SIGNALS), device=device),
         "eyes": torch.tensor([[8.0, 9.0], [15.0, 9.0]], device=device).expand(batch, -1, -1),
@@ -113,9 +112,7 @@ def measure(settings: Settings, device: torch.device, repeats: int, profile: boo
 
         def dit_step(run_blocks=run_blocks) -> None:  # type: ignore[no-untyped-def]
             with mixed(device):
-                loss = dit_loss(
-                    nets.dit, nets.text, examples, settings.dit.steady, settings.dit.calm, run_blocks
-                )
+                loss = dit_loss(nets.dit, nets.text, examples, settings.dit.steady, run_blocks)
             loss.backward()
 
         timed(f"DiT step, {name}", "windows", batch, repeats, dit_step)

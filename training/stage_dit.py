@@ -6,7 +6,7 @@ window starts at the portrait, the others at random frames, and the last one may
 window carries what happens in it by chance (`training.drive`), so a sampler of few steps need not average
 over it. Given latents are often noisy. For guidance, speech and prompt are dropped at random: speech becomes
 zero vectors, the prompt becomes empty. Noise levels follow the engine's schedule with shift 5; part of them
-are those of the packaged number of steps. What stands still in the film weighs more (`training.rest`).
+are those of the packaged number of steps.
 
 Shapes: B stories, W windows per story, T latent frames, N = 4T-3 video frames, D audio width, K signals, h w
 latent pixels.
@@ -31,7 +31,6 @@ from training.graphed import stepper
 from training.handover import film_doubles
 from training.loop import Budget, Log, Optimiser, Pool, mixed
 from training.nets import Nets, PromptEncoder, normalise_sound, normalised_latents
-from training.rest import breathing, resting
 from training.scale import LATENTS, SIZE, WINDOW
 from training.settings import DitSettings
 from training.stage_vae import to_pixels
@@ -42,8 +41,6 @@ from training.takes import Take
 SHIFT = 5.0
 STEPS = 4
 """Of the packaged configuration."""
-STEP_ODDS = (0.15, 0.15, 0.25, 0.45)
-"""Of its noise levels; the last step is the longest, and its errors are seen as they are."""
 PROMPT_TOKENS = 160
 EYE_SPREAD = 7.0
 GIVEN_ODDS = (0.15, 0.60, 0.15, 0.10)
@@ -140,9 +137,9 @@ def stories_of(
 ) -> dict[str, Tensor]:
     """The tensors of stories for the pool.
 
-    Latents (B, W, 16, T, h, w), loss weights (B, W, T, h, w), what rests (B, W, h, w), first frames of the
-    windows (B, W), their drive (B, W, T, K), the portrait's eyes in latent pixels (B, 2, 2), audio vectors of
-    the whole sound (B, frames - 1, D), prompt tokens.
+    Latents (B, W, 16, T, h, w), loss weights (B, W, T, h, w), first frames of the windows (B, W), their drive
+    (B, W, T, K), the portrait's eyes in latent pixels (B, 2, 2), audio vectors of the whole sound
+    (B, frames - 1, D), prompt tokens.
     """
     film, starts = story.film, story.starts
     frames = film.frames.shape[1]
@@ -170,7 +167,6 @@ def stories_of(
     return {
         "latents": clean,
         "weight": weight.half(),
-        "rest": resting(picked.flatten(0, 1)).unflatten(0, starts.shape).half(),
         "starts": starts,
         "drive": windows_of(story.drive, starts, LATENTS),
         "eyes": film.eyes[:, 0] / (SIZE / clean.shape[-1]),
@@ -210,8 +206,7 @@ def draw_levels(count: int, at_steps: float, device: torch.device, generator: to
     """Noise levels (B,): a share `at_steps` of them are levels of the packaged steps."""
     u, choice = torch.rand(2, count, device=device, generator=generator)
     levels = torch.tensor(make_schedule(STEPS, SHIFT).sigmas, device=device)
-    odds = torch.tensor(STEP_ODDS, device=device)
-    drawn = torch.multinomial(odds, count, replacement=True, generator=generator)
+    drawn = torch.randint(STEPS, (count,), device=device, generator=generator)
     return torch.where(choice < at_steps, levels[drawn], SHIFT * u / (1 + (SHIFT - 1) * u))
 
 
@@ -244,8 +239,7 @@ def dit_batch(
     sample = torch.where(known, shown, (1 - level) * clean + level * noise)
     mask = (~known).float().expand(-1, -1, -1, *clean.shape[3:])
     y = torch.cat([reference.expand_as(clean), mask], 1)
-    rest = stories["rest"][every, which].float()
-    weight = (1 + stories["weight"][every, which].float() + settings.still * rest[:, None])[:, None] * mask
+    weight = (1 + stories["weight"][every, which].float())[:, None] * mask
     keep_audio = (uniform() >= settings.drop_audio).float()[:, None, None]
     keep_text = uniform() >= settings.drop_text
     nothing = torch.zeros_like(stories["ids"])
@@ -258,7 +252,6 @@ def dit_batch(
         "timestep": 1000 * sigma,
         "target": noise - clean,
         "weight": weight / weight.mean(),
-        "rest": rest,
         "audio": window_audio(stories["audio"], starts) * keep_audio,
         "ids": torch.where(keep_text[:, None], stories["ids"], nothing),
         "mask": torch.where(keep_text[:, None], stories["mask"], first),
@@ -282,11 +275,10 @@ def dit_loss(
     text: PromptEncoder,
     batch: dict[str, Tensor],
     steady: float,
-    calm: float,
     run_blocks: RunBlocks | None = None,
 ) -> Tensor:
-    """Weighted squared error of the velocity, `steady` times that of its change from latent frame to latent
-    frame, and `calm` times the square of what all resting places have in common."""
+    """Weighted squared error of the velocity, and `steady` times that of its change from latent frame to
+    latent frame."""
     embedding = text(batch["ids"], batch["mask"])
     made = dit(
         batch["sample"],
@@ -297,8 +289,7 @@ def dit_loss(
         run_blocks,
     )
     error = made.float() - batch["target"]
-    loss = weighted_loss(error, batch["weight"], steady)
-    return loss + calm * breathing(error, batch["rest"], batch["weight"]) if calm else loss
+    return weighted_loss(error, batch["weight"], steady)
 
 
 def weighted_loss(error: Tensor, weight: Tensor, steady: float) -> Tensor:
@@ -327,7 +318,7 @@ def measure(nets: Nets, stories: dict[str, Tensor], settings: DitSettings, devic
     for _ in range(4):
         batch = dit_batch(stories, settings, generator)
         with mixed(device):
-            total += float(dit_loss(nets.dit, nets.text, batch, 0.0, 0.0)) / 4
+            total += float(dit_loss(nets.dit, nets.text, batch, 0.0)) / 4
     return total
 
 
@@ -366,7 +357,7 @@ def train_dit(
 
     def loss_of(batch: dict[str, Tensor]) -> Tensor:
         with mixed(device, cached=False):
-            return dit_loss(nets.dit, nets.text, batch, settings.steady, settings.calm, run_blocks)
+            return dit_loss(nets.dit, nets.text, batch, settings.steady, run_blocks)
 
     def draw() -> dict[str, Tensor]:
         return dit_batch(pool.draw(settings.batch, generator), settings, generator)

@@ -66,7 +66,7 @@ def student_loss(
         batch["audio"],
         run_blocks,
     )
-    return robust_loss(made - batch["target"], batch["weight"], batch["rest"], settings)
+    return robust_loss(made - batch["target"], batch["weight"], settings)
 
 
 @torch.no_grad()

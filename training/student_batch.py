@@ -24,7 +24,6 @@ from training.live_drive import blinking, carried_noise
 from training.loop import mixed
 from training.nets import AudioTrainer, Nets, normalise_sound, normalised_latents
 from training.phones import FPS
-from training.rest import breathing, resting
 from training.scale import SIZE
 from training.settings import StudentSettings
 from training.stage_dit import PROMPT_TOKENS, SHIFT, disturb, face_weight, unsteadiness
@@ -73,7 +72,7 @@ def told(
     """The tensors of filmed stories for the pool.
 
     Latents (B, 16, T, h, w), what the student makes of them (`own`) and whether it did (B,), loss weights
-    (B, T, h, w), what rests (B, h, w), drive (B, T, K), eyes (B, 2, 2), audio (B, N, D), prompt tokens.
+    (B, T, h, w), drive (B, T, K), eyes (B, 2, 2), audio (B, N, D), prompt tokens.
     """
     count, frames = film.frames.shape[:2]
     device = film.frames.device
@@ -89,15 +88,13 @@ def told(
     ids, mask = nets.text.tokens(list(film.prompts))
     weight = face_weight(places, settings.mouth, settings.eyes)[:, 0]
     lids = face_weight(places, 0.0, settings.blinks)[:, 0]
-    rest = resting(film.frames)
-    weight = weight + lids * blinking(drive)[:, : lids.shape[1], None, None] + settings.still * rest[:, None]
+    weight = weight + lids * blinking(drive)[:, : lids.shape[1], None, None]
     room = (0, PROMPT_TOKENS - ids.shape[1])
     return {
         "latents": latents,
         "own": latents,
         "made": torch.zeros(count, device=device),
         "weight": weight.half(),
-        "rest": rest.half(),
         "drive": drive,
         "eyes": film.eyes[:, 0] / (SIZE / latents.shape[-1]),
         "audio": torch.cat([torch.zeros_like(heard[:, :1]), heard], 1).half(),
@@ -204,17 +201,15 @@ def student_batch(
         "timestep": 1000 * sigma,
         "target": target,
         "weight": weight / weight.mean(),
-        "rest": stories["rest"].float(),
         **{name: stories[name] for name in ("portrait", "first", "audio", "ids", "mask")},
     }
 
 
-def robust_loss(error: Tensor, weight: Tensor, rest: Tensor, settings: StudentSettings) -> Tensor:
+def robust_loss(error: Tensor, weight: Tensor, settings: StudentSettings) -> Tensor:
     """Weighted error (B, 16, R, h, w): squared where it is small, its size where it is large.
 
     The mean of two pictures is a blurred one; the size of the error is least at one of them. Differences
-    between neighbours in a picture count extra, and those from latent to latent, against flicker. So does
-    what all resting places (B, h, w) have in common.
+    between neighbours in a picture count extra, and those from latent to latent, against flicker.
     """
     limit = settings.robust
     squares = error.square()
@@ -222,8 +217,6 @@ def robust_loss(error: Tensor, weight: Tensor, rest: Tensor, settings: StudentSe
     loss = (2 * limit * size * weight).mean()
     for dim in (3, 4):
         loss = loss + settings.edges * 0.25 * unsteadiness(error, weight, dim)
-    if settings.calm:
-        loss = loss + settings.calm * breathing(error, rest, weight)
     return loss + settings.steady * 0.5 * unsteadiness(error, weight, 2)
 
 

@@ -72,7 +72,6 @@ def examples():
     stories = {
         "latents": normal(4, 2, 16, LATENTS, 24, 24).half(),
         "weight": torch.ones(4, 2, LATENTS, 24, 24, device="cuda").half(),
-        "rest": torch.ones(4, 2, 24, 24, device="cuda").half(),
         "starts": torch.tensor([[0, 9]] * 4, device="cuda"),
         "drive": normal(4, 2, LATENTS, len(SIGNALS)),
         "eyes": torch.tensor([[8.0, 9.0], [15.0, 9.0]], device="cuda").expand(4, -1, -1),
@@ -90,7 +89,7 @@ def test_compiled_blocks_give_the_plain_loss_and_gradient(nets):
     for run_blocks in (None, compiled_blocks(dit)):
         dit.zero_grad(set_to_none=True)
         with torch.autocast("cuda", torch.bfloat16):
-            loss = dit_loss(dit, nets.text, batch, SETTINGS.dit.steady, SETTINGS.dit.calm, run_blocks)
+            loss = dit_loss(dit, nets.text, batch, SETTINGS.dit.steady, run_blocks)
         loss.backward()
         found.append((float(loss), dit.blocks[4].ffn[0].weight.grad.clone()))
     assert found[1][0] == pytest.approx(found[0][0], rel=0.01)
@@ -106,7 +105,7 @@ def test_a_graphed_step_gives_the_loss_and_gradient_of_each_batch(nets):
 
     def loss_of(batch):
         with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-            return dit_loss(dit, text, batch, SETTINGS.dit.steady, SETTINGS.dit.calm, run_blocks)
+            return dit_loss(dit, text, batch, SETTINGS.dit.steady, run_blocks)
 
     first = examples()
     graphed = GraphedStep(loss_of, first, weights)

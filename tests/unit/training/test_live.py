@@ -106,7 +106,6 @@ def pooled(stories):
     shape = stories["latents"].shape
     words = {"ids": torch.ones(2, 160, dtype=torch.long), "mask": torch.ones(2, 160, dtype=torch.long)}
     made = {"own": torch.full(shape, 5.0), "made": torch.ones(2), "weight": torch.zeros(2, *shape[2:])}
-    made["rest"] = torch.zeros(2, *shape[3:])
     return {**stories, **words, **made}
 
 
@@ -200,15 +199,15 @@ def test_roll_outs_begin_with_the_portrait_and_depend_on_the_seed_only(nets, poo
 
 def test_the_loss_counts_few_large_errors_less_than_many_small_ones():
     settings = replace(read_live_settings(CHECK).student, edges=0.0, steady=0.0, robust=0.2)
-    weight, rest = torch.ones(1, 1, 2, 8, 8), torch.ones(1, 8, 8)
+    weight = torch.ones(1, 1, 2, 8, 8)
     spread, single = torch.full((1, 16, 2, 8, 8), 0.1), torch.zeros(1, 16, 2, 8, 8)
     single[..., 0, 0] = 0.8
     assert single.square().mean() == pytest.approx(float(spread.square().mean()))
-    assert robust_loss(single, weight, rest, settings) < 0.5 * robust_loss(spread, weight, rest, settings)
-    assert robust_loss(spread / 10, weight, rest, settings) == pytest.approx(0.0001, rel=0.02)
+    assert robust_loss(single, weight, settings) < 0.5 * robust_loss(spread, weight, settings)
+    assert robust_loss(spread / 10, weight, settings) == pytest.approx(0.0001, rel=0.02)
     uneven = spread * (1 - 2 * (torch.arange(8) % 2))
     whole = replace(settings, edges=1.0, steady=1.0)
-    assert robust_loss(uneven, weight, rest, whole) > robust_loss(spread, weight, rest, whole)
+    assert robust_loss(uneven, weight, whole) > robust_loss(spread, weight, whole)
 
 
 def test_the_student_sees_whole_blocks_of_the_settings():

@@ -136,7 +136,6 @@ def stories(count=2, cells=4, seed=0):
     return {
         "latents": normal(count, 2, 16, LATENTS, cells, cells).half(),
         "weight": torch.rand(count, 2, LATENTS, cells, cells, generator=generator).half(),
-        "rest": (torch.rand(count, 2, cells, cells, generator=generator) < 0.5).half(),
         "starts": torch.tensor([[0, 8]] * count),
         "drive": normal(count, 2, LATENTS, len(SIGNALS)),
         "eyes": torch.tensor([[1.0, 1.5], [3.0, 1.5]]).expand(count, -1, -1),
@@ -200,9 +199,9 @@ def test_part_of_the_noise_levels_are_those_of_the_packaged_steps():
 def test_steadiness_counts_only_changes_of_the_error(nets, settings):
     batch = dit_batch(stories(), settings.dit, torch.Generator().manual_seed(2))
     with torch.no_grad():
-        plain, both = (float(dit_loss(nets.dit, nets.text, batch, steady, 0.0)) for steady in (0.0, 1.0))
+        plain, both = (float(dit_loss(nets.dit, nets.text, batch, steady)) for steady in (0.0, 1.0))
         batch["target"] = batch["target"][:, :, :1].expand_as(batch["target"]) * 0
-        still = [float(dit_loss(nets.dit, nets.text, batch, steady, 0.0)) for steady in (0.0, 1.0)]
+        still = [float(dit_loss(nets.dit, nets.text, batch, steady)) for steady in (0.0, 1.0)]
     assert both > plain
     assert still[1] == still[0], "a new model makes the velocity 0 everywhere, so this error does not change"
 
@@ -220,7 +219,7 @@ def test_the_dit_learns_one_batch(nets, settings):
     torch.manual_seed(0)
     dit, text = copy.deepcopy(nets.dit), copy.deepcopy(nets.text)
     batch = dit_batch(stories(), settings.dit, torch.Generator().manual_seed(2))
-    ratio = falls({"dit": dit, "text": text}, settings.dit, 10, lambda: dit_loss(dit, text, batch, 0.5, 0.0))
+    ratio = falls({"dit": dit, "text": text}, settings.dit, 10, lambda: dit_loss(dit, text, batch, 0.5))
     assert ratio < 0.8
 
 
