@@ -36,6 +36,7 @@ from omniavatar.engine.marks import (
     read_record,
     sidecar_record,
 )
+from omniavatar.engine.shown import Shown
 from omniavatar.errors import ResumeError, TargetError
 from omniavatar.media.atomic import atomic_write_bytes, atomic_write_json, beside, translate_os_error
 from omniavatar.media.lease import lease_for
@@ -309,15 +310,16 @@ class Job:
         needed = self.hand_overs.needed(self.done) if self.done else ()
         return {number: load_given(self.given_path(number), shape) for number in needed}
 
-    def shown(self, size: tuple[int, int]) -> Tensor | None:
-        """The last frame of the window before the next one; None if that starts from the portrait.
+    def shown(self, size: tuple[int, int], last: bool, held: bool) -> Shown | None:
+        """What the pictures before the next window left; None if it needs nothing of them.
 
-        Raises ResumeError.
+        Arguments as of `Shown.problem`. Raises ResumeError.
         """
         from omniavatar.engine.handover import load_shown
 
-        needed = self.hand_overs.needed(self.done) if self.done else ()
-        return next((load_shown(self.given_path(number), size) for number in needed), None)
+        if not self.done or not (last or held) or self.done not in self.hand_overs.needed(self.done):
+            return None
+        return load_shown(self.given_path(self.done), size, last, held)
 
     def finished(self, values: dict[str, str]) -> RunResult | None:
         """The result of a finished video that was made from exactly these values; None if there is none."""
