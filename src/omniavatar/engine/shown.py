@@ -10,7 +10,7 @@ from torch import Tensor
 
 from omniavatar.device import download
 
-NAMES = {"last": "shown", "reference": "reference", "weight": "held"}
+NAMES = {"last": "shown", "reference": "held_at", "weight": "held"}
 """Names of the fields in hand-over files and saved sessions."""
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from omniavatar.engine.hold import TAKE_OVER, BackgroundHold, cells, from_border, weights
 
-SIDE, LEVELS, SECONDS = 192, 8.0, 1.0
+SIDE, LEVELS = 192, 8.0
 
 
 def held(frames: Tensor, cuts: tuple[int, ...] = (), levels: float = LEVELS) -> Tensor:
