@@ -13,7 +13,6 @@ from omniavatar.engine.block_video import BlockVideo, Past
 from omniavatar.engine.block_windows import BlockWindows
 from omniavatar.engine.memory_inputs import in_files
 from omniavatar.engine.prepare import encode_person, read_inputs
-from omniavatar.engine.shown import Shown
 from omniavatar.engine.window_loop import ShouldStop, WatchStep, WindowResult, WindowSampling, never
 from omniavatar.errors import ConfigError
 from omniavatar.types import AvatarRequest, Conditioning, Window
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from omniavatar.config.schema import SamplingConfig
     from omniavatar.engine.models import Models
+    from omniavatar.engine.shown import Shown
     from omniavatar.plan.run import WindowShape
 
 

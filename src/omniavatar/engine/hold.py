@@ -45,17 +45,20 @@ def cells(height: int, width: int) -> tuple[int, int]:
 
 def change(frames: Tensor, reference: Tensor) -> Tensor:
     """The largest change of each cell, (n, 1, h, w) in [0, 1], from `reference` to frames (1, 3, n, H, W)."""
-    difference = (frames - reference)[0].transpose(0, 1)
-    means = adaptive_avg_pool2d(difference, points(*frames.shape[3:]))
+    grid = points(*frames.shape[3:])
+    means = adaptive_avg_pool2d(frames[0], grid) - adaptive_avg_pool2d(reference[0], grid)
     means = avg_pool2d(means, 3, 1, 1, count_include_pad=False)
-    return max_pool2d(means.abs().amax(dim=1, keepdim=True), CELL)
+    return max_pool2d(means.abs().amax(dim=0)[:, None], CELL)
 
 
 def from_border(free: Tensor) -> Tensor:
-    """The cells of `free` (n, 1, h, w), 0 or 1, that are connected with the border along sides."""
+    """The cells of `free` (n, 1, h, w), 0 or 1, that are connected with the border along sides.
+
+    Only ways of at most as many cells as the shorter side has count.
+    """
     reached = free.clone()
     reached[..., 1:-1, 1:-1] = 0.0
-    for _ in range(free.shape[2] + free.shape[3]):
+    for _ in range(min(free.shape[2:])):
         across, down = max_pool2d(reached, (1, 3), 1, (0, 1)), max_pool2d(reached, (3, 1), 1, (1, 0))
         reached = torch.maximum(across, down).mul_(free)
     return reached

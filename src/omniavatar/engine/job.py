@@ -23,7 +23,7 @@ import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -36,13 +36,15 @@ from omniavatar.engine.marks import (
     read_record,
     sidecar_record,
 )
-from omniavatar.engine.shown import Shown
 from omniavatar.errors import ResumeError, TargetError
 from omniavatar.media.atomic import atomic_write_bytes, atomic_write_json, beside, translate_os_error
 from omniavatar.media.lease import lease_for
 from omniavatar.sampling.windows import HandOvers, WindowHandOvers
 from omniavatar.text import MOST_RECORD_BYTES, JsonError, cut, parse_json, read_json
 from omniavatar.types import RunResult
+
+if TYPE_CHECKING:
+    from omniavatar.engine.shown import Shown
 
 FORMAT = 1
 """Version of `job.json`; a folder with another version is not resumed."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from omniavatar.engine.shown import Shown
 from omniavatar.engine.window_loop import WindowSampling
 from omniavatar.plan.run import WindowShape
 from omniavatar.types import Conditioning, Window
+
+if TYPE_CHECKING:
+    from omniavatar.engine.shown import Shown
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from omniavatar.engine.orders import EndOrder, PlaceOrder, WindowsOrder
 from omniavatar.engine.prepare import Prepared, condition, plan_request, read_inputs
 from omniavatar.engine.recorder import RunRecorder
 from omniavatar.engine.retry import no_retry
-from omniavatar.engine.shown import Shown
 from omniavatar.engine.window_loop import (
     ShouldStop,
     WatchStep,
@@ -47,6 +46,7 @@ from omniavatar.types import AvatarRequest, Conditioning, ImageInput, SamplingPa
 if TYPE_CHECKING:
     from omniavatar.engine.block_session import BlockSession
     from omniavatar.engine.block_video import BlockVideo
+    from omniavatar.engine.shown import Shown
     from omniavatar.engine.step_watch import StepWatch
     from omniavatar.model.dit import RunBlocks
 

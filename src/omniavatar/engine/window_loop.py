@@ -34,7 +34,6 @@ from omniavatar.device import arrival, download
 from omniavatar.engine.events import StepFinished, WindowStarted
 from omniavatar.engine.numbers import WindowNumbers
 from omniavatar.engine.retry import Retry, no_retry
-from omniavatar.engine.shown import Shown
 from omniavatar.errors import StoppedError
 from omniavatar.parallel.team import ONE, Team
 from omniavatar.sampling.denoise import denoise as denoise_window
@@ -48,6 +47,7 @@ from omniavatar.types import Conditioning, Recorder, Window
 if TYPE_CHECKING:
     from omniavatar.accel.sparse_steps import SparseSteps
     from omniavatar.config.families import HandOver
+    from omniavatar.engine.shown import Shown
     from omniavatar.model.dit import RunBlocks, WanDiT
     from omniavatar.model.vae import VideoVAE
     from omniavatar.sampling.causal import CausalWindow

@@ -121,7 +121,7 @@ class WindowPixels:
         return SeamBlend(to_unit(before.last, self._device), skip, frames)
 
     def _hold(self, window: Window, before: Shown | None) -> BackgroundHold | None:
-        """What holds the background; an anchored window begins anew, as the video's first one."""
+        """What holds the background; an anchored window takes a new first frame."""
         if not self._levels:
             return None
         if before is None or window.anchored:

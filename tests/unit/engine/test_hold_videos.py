@@ -14,7 +14,11 @@ from engine import causal_pipeline, head_pipeline, interrupt_in, make_pipeline, 
 from omniavatar import AvatarPipeline, AvatarRequest
 from omniavatar.config.load import load_config
 from omniavatar.engine.handover import load_shown
+from omniavatar.engine.numbers import WindowNumbers
+from omniavatar.engine.orders import WindowsOrder
 from omniavatar.engine.shown import Shown
+from omniavatar.engine.window_loop import to_uint8
+from omniavatar.engine.window_pixels import WindowPixels
 from omniavatar.errors import ConfigError, ResumeError
 from omniavatar.live.maker import BlockMaker
 from omniavatar.live.makers import maker_of
@@ -103,6 +107,39 @@ def test_what_is_handed_over_are_the_pictures_shown(nano_checkpoint, cache, hold
         given = pipeline.models.vae.encode(pixels)
     assert (results[0].next_given - given).abs().max() < 0.05
     assert results[-1].shown is None and (results[0].shown is None) == (not hold)
+
+
+def test_every_process_of_a_video_encodes_the_same_pictures(nano_checkpoint, cache) -> None:
+    """With a shared VAE all of them decode, hold and encode; an order tells them what came before."""
+    pipeline = make_pipeline(nano_checkpoint, cache, num_steps=1, hold_background=LEVELS, blend_frames=2)
+    with pipeline.prepare(request(1.0)) as ready:
+        results = list(pipeline.windows(ready))
+        sampling, conditioning, windows = ready.window_sampling, ready.conditioning, ready.plan.windows
+    order = WindowsOrder.of(
+        sampling, conditioning, windows, 1, results[0].next_given, 1, False, results[0].shown
+    )
+    assert order.shown is results[0].shown
+    left = []
+    for leads in (True, False):
+        pixels = WindowPixels(
+            pipeline.models.vae,
+            "pixels",
+            0.0,
+            sampling.blend_frames,
+            sampling.hold_background,
+            None,
+            torch.device("cpu"),
+            leads,
+            to_uint8,
+        )
+        numbers = WindowNumbers("window 2 of 3", "", torch.device("cpu"))
+        left.append(pixels.decode(results[1].latent.clone(), windows[1], 5, numbers, order.shown)[1:])
+    (tail, shown), (other_tail, other_shown) = left
+    assert torch.equal(tail, other_tail)
+    for name, value in shown.tensors().items():
+        assert torch.equal(value, other_shown.tensors()[name])
+        assert torch.equal(value, results[1].shown.tensors()[name])
+    assert len(shown.tensors()) == 3
 
 
 def test_an_anchored_window_begins_anew_also_after_a_resume(nano_checkpoint, cache, tmp_path: Path) -> None:
