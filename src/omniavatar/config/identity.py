@@ -52,6 +52,7 @@ SWITCHED_OFF: Mapping[str, Any] = MappingProxyType(
         "video.color_match": 0.0,
         "video.anchor_every": 0,
         "video.blend_frames": 0,
+        "video.hold_background": 0.0,
         "video.face_crop": False,
         "output.key_frame_s": 0.0,
     }

@@ -180,6 +180,9 @@ class VideoConfig(Section):
     blend_frames: Whole = Field(0, ge=0, le=1000)
     """Frames over which a window's pictures go over from the last one shown to its own, so that the change of
     sharpness and light at its start is not a jump. 0: at once, as in the original code."""
+    hold_background: Real = Field(0.0, ge=0, le=255)
+    """Grey levels of change below which the background is shown as in the video's first frame, so that it
+    does not flicker. What moves more, lies beside that or is enclosed by it is left as it is. 0: off."""
     color_profile: Literal["convert", "ignore"] = "convert"
     """convert: turn the colours of the portrait into sRGB by its embedded profile. ignore: use its numbers
     as they are, like the original code."""

@@ -12,7 +12,7 @@ from omniavatar.accel.decoder import DECODERS
 from omniavatar.engine.block_video import BlockVideo, Past
 from omniavatar.engine.block_windows import BlockWindows
 from omniavatar.engine.memory_inputs import in_files
-from omniavatar.engine.prepare import block_sampling, encode_person, read_inputs
+from omniavatar.engine.prepare import encode_person, read_inputs
 from omniavatar.engine.window_loop import ShouldStop, WatchStep, WindowResult, WindowSampling, never
 from omniavatar.errors import ConfigError
 from omniavatar.types import AvatarRequest, Conditioning, Window
@@ -20,7 +20,9 @@ from omniavatar.types import AvatarRequest, Conditioning, Window
 if TYPE_CHECKING:
     import torch
 
+    from omniavatar.config.schema import SamplingConfig
     from omniavatar.engine.models import Models
+    from omniavatar.engine.shown import Shown
     from omniavatar.plan.run import WindowShape
 
 
@@ -50,10 +52,12 @@ class BlockSession:
         first: int = 0,
         past: Past | None = None,
         should_stop: ShouldStop = never,
+        shown: Shown | None = None,
     ) -> Iterator[WindowResult]:
         """Results of `windows` from `first` on.
 
         - past: latents of earlier blocks that block `first` starts from; None if `first` is 0.
+        - shown: see `Session.windows`.
         """
         models = self._models
         loop = BlockWindows(
@@ -67,7 +71,7 @@ class BlockSession:
             remedy=self._remedy(),
             watch=self._watch,
         )
-        return loop.run(windows, first, past)
+        return loop.run(windows, first, past, shown)
 
     def begin(self, request: AvatarRequest, adopt: Callable[[WindowShape], None]) -> BlockVideo:
         """See `Session.begin_video`. The request's audio is not read.
@@ -84,7 +88,11 @@ class BlockSession:
             inputs = read_inputs(models, local, bool(models.dit_config.audio_dim))
             adopt(inputs.shape)
             text, reference = models.residency.retry(lambda: encode_person(models, inputs))
-        return self.video(block_sampling(inputs.sampling, inputs.shape), text, reference)
+        return self.video(
+            block_sampling(inputs.sampling, inputs.shape, models.config.video.hold_background),
+            text,
+            reference,
+        )
 
     def video(self, sampling: WindowSampling, text: Tensor, reference_latent: Tensor) -> BlockVideo:
         """A video on the loaded models. A placement must be in force.
@@ -114,6 +122,20 @@ class BlockSession:
                 remedy=self._remedy(),
             )
         )
+
+
+def block_sampling(sampling: SamplingConfig, shape: WindowShape, hold_background: float) -> WindowSampling:
+    """How the blocks of a block-causal model are sampled, and what is held of them."""
+    return WindowSampling(
+        sampling.seed,
+        shape.schedule,
+        (),
+        sampling.sampler,
+        shape.causal,
+        noise_span=sampling.noise_span,
+        noise_white=sampling.noise_white,
+        hold_background=hold_background,
+    )
 
 
 def arrival_of_all(

@@ -19,8 +19,10 @@ from torch import Tensor
 from omniavatar.accel.short_text import prepare_text
 from omniavatar.device import arrival
 from omniavatar.engine.block_loop import BlockGenerator
+from omniavatar.engine.hold import BackgroundHold
 from omniavatar.engine.numbers import WindowNumbers
 from omniavatar.engine.piece_decoder import PieceDecoder
+from omniavatar.engine.shown import Shown
 from omniavatar.engine.window_loop import to_uint8
 from omniavatar.errors import InputError
 from omniavatar.sampling.denoise import noises_drawn
@@ -85,6 +87,7 @@ class BlockVideo:
         self.past_blocks = self.window.blocks_of(past_latents)
         self._decoder = None if decoder is None else PieceDecoder(decoder, self.past_blocks)
         self._numbers: WindowNumbers | None = None
+        self._levels, self.shown = sampling.hold_background, Shown()
 
     @property
     def done(self) -> int:
@@ -133,10 +136,20 @@ class BlockVideo:
         return self._decoder(latent)
 
     @torch.inference_mode()
-    def decode(self, latent: Tensor) -> Iterator[Tensor]:
-        """`pixels`, clipped to [0, 1]."""
+    def decode(self, latent: Tensor, numbers: WindowNumbers | None = None) -> Iterator[Tensor]:
+        """`pixels` as they are shown, in [0, 1]; `numbers` gets them before they are clipped."""
+        hold = None
+        if self._levels:
+            hold = BackgroundHold(self._levels, self.shown.reference, self.shown.weight)
         for piece in self.pixels(latent):
-            yield to_unit(piece)
+            if numbers is not None:
+                numbers.add("pixels", piece)
+            unit = to_unit(piece)
+            if hold is not None:
+                hold.apply(unit, 1 if hold.reference is not None else 0)
+            yield unit
+        if hold is not None:
+            self.shown = Shown(None, hold.reference, hold.weight)
 
     def frames(self, latent: Tensor) -> list[np.ndarray]:
         """Frames (n, H, W, 3) uint8 of the next block's latents, in pieces.
@@ -145,11 +158,7 @@ class BlockVideo:
         """
         numbers = WindowNumbers(f"block {self.done}", self._remedy, self.device)
         numbers.add("latents", latent)
-        frames = []
-        with torch.inference_mode():
-            for piece in self.pixels(latent):
-                numbers.add("pixels", piece)
-                frames.append(to_uint8(to_unit(piece)))
+        frames = [to_uint8(piece) for piece in self.decode(latent, numbers)]
         numbers.send()
         self._numbers = numbers
         return frames
@@ -176,12 +185,16 @@ class BlockVideo:
         with torch.inference_mode():
             self.generator.text = prepare_text(self._dit, text)
 
-    def go_on_after(self, past: Past, done: int, audio_of: Callable[[int], Tensor | None]) -> None:
+    def go_on_after(
+        self, past: Past, done: int, audio_of: Callable[[int], Tensor | None], shown: Shown | None = None
+    ) -> None:
         """Bring cache and decoder to where they were when `done` blocks were made, to the bit.
 
         - past: at least the blocks that `needed` names.
         - audio_of: the audio vectors of a block, as for `make`.
+        - shown: what was in `shown`.
         """
+        self.shown = shown or Shown()
         for block in self.window.deciding(done, self._dit.config.num_layers):
             self.generator.replay(audio_of(block), past[block].to(self.device), block)
         self.generator.done = done
@@ -197,6 +210,7 @@ class BlockVideo:
         if self._decoder is not None and self._decoder.past:
             names.append(("past", torch.cat(tuple(self._decoder.past), dim=2)))
         values = {name: tensor.cpu().clone() for name, tensor in names}
+        values |= {name: tensor.cpu().clone() for name, tensor in self.shown.tensors().items()}
         values |= {"done": torch.tensor(self.done), "seed": torch.tensor(self.seed)}
         if self.noise_form != INDEPENDENT:
             values |= {"noise_span": torch.tensor(self.noise_form)}
@@ -225,6 +239,10 @@ class BlockVideo:
             of_block = torch.Size(self.generator.shape)
             if past.dim() != 5 or past.shape[2] % block or past[:, :, :block].shape != of_block:
                 raise InputError(f"state: past has another form; {remedy}")
+        shown = Shown.of(state) if self._levels else Shown()
+        if shown.tensors() and (problem := shown.problem(self.size, False, True)):
+            raise InputError(f"state: has {problem}; {remedy}")
+        self.shown = shown
         with torch.inference_mode():
             for name, target in targets.items():
                 target.copy_(state[name])

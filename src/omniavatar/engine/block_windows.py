@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from omniavatar.device import arrival, download, upload
-from omniavatar.engine.block_video import BlockVideo, Past, to_unit
+from omniavatar.engine.block_video import BlockVideo, Past
 from omniavatar.engine.events import StepFinished, WindowStarted
 from omniavatar.engine.numbers import WindowNumbers
 from omniavatar.engine.retry import Retry, no_retry
+from omniavatar.engine.shown import Shown
 from omniavatar.engine.window_inputs import audio_slice
 from omniavatar.engine.window_loop import WatchStep, WindowResult, end_if, to_uint8
 from omniavatar.types import Recorder, Window
@@ -52,11 +53,17 @@ class BlockWindows:
         self._stop, self._remedy, self._watch = stop, remedy, watch
 
     def run(
-        self, windows: Sequence[Window], first: int = 0, past: Past | None = None
+        self,
+        windows: Sequence[Window],
+        first: int = 0,
+        past: Past | None = None,
+        shown: Shown | None = None,
     ) -> Iterator[WindowResult]:
         """Yield the results of `windows[first:]`.
 
         - past: latents of the blocks that `sampling.causal.BlockHandOvers` names; None if `first` is 0.
+
+        - shown: what the pictures before window `first` left, as a result's `shown`.
 
         Raises StoppedError, and on the CPU NumbersError; elsewhere reading a result raises that.
         """
@@ -64,15 +71,15 @@ class BlockWindows:
             if first:
                 assert past is not None
                 with self._recorder.stage("replay"):
-                    self._retry(lambda: self._go_on(windows, first, past))
+                    self._retry(lambda: self._go_on(windows, first, past, shown))
             for window in windows[first:]:
                 self._recorder.event(WindowStarted(window=window.index, windows=len(windows)))
                 yield self._result(window, len(windows))
         finally:
             self._video.close()
 
-    def _go_on(self, windows: Sequence[Window], first: int, past: Past) -> None:
-        self._video.go_on_after(past, first, lambda block: self._rows(windows[block]))
+    def _go_on(self, windows: Sequence[Window], first: int, past: Past, shown: Shown | None) -> None:
+        self._video.go_on_after(past, first, lambda block: self._rows(windows[block]), shown)
 
     def _result(self, window: Window, count: int) -> WindowResult:
         started, device = time.perf_counter(), self._video.device
@@ -83,10 +90,12 @@ class BlockWindows:
             numbers.add("latents", latent)
         with self._recorder.stage("vae_decode"):
             frames = self._retry(lambda: self._decode(latent, window, numbers))
-        handed_over = download(latent) if window.index + 1 < count else None
+        last = window.index + 1 == count
+        handed_over = None if last else download(latent)
+        shown = self._video.shown.download() if not last and self._video.shown.tensors() else None
         numbers.send()
         wait = partial(_arrived, self._arrival(device), numbers)
-        return WindowResult(window, latent, frames, handed_over, wait, started)
+        return WindowResult(window, latent, frames, handed_over, wait, started, shown)
 
     def _rows(self, window: Window) -> Tensor | None:
         """Audio vectors (1, n, D) of a window on the device; zeros for a silent video."""
@@ -116,9 +125,8 @@ class BlockWindows:
         """The window's frames, without those after the video's end."""
         frames: list[np.ndarray] = []
         left = window.new_frames
-        for piece in self._video.pixels(latent):
-            numbers.add("pixels", piece)
-            frames.append(self._convert(to_unit(piece)[:, :, :left]))
+        for piece in self._video.decode(latent, numbers):
+            frames.append(self._convert(piece[:, :, :left]))
             left -= piece.shape[2]
             if left <= 0 and window.new_frames < window.length:
                 break

@@ -23,6 +23,8 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from omniavatar.engine.hold import cells
+from omniavatar.engine.shown import Shown
 from omniavatar.errors import InputError
 from omniavatar.media.atomic import atomic_path
 from omniavatar.media.audio_source import open_audio
@@ -114,8 +116,8 @@ def begin(
         temporary.write_bytes(begun.path.read_bytes())
     frames = last_frames(begun, overlap)
     left = {"given": models.residency.retry(lambda: latents_of(models, frames)).cpu()}
-    if models.config.video.blend_frames:
-        left["shown"] = frames[:, :, -1:].contiguous()
+    video = models.config.video
+    left |= shown_last(frames, bool(video.blend_frames), bool(video.hold_background)).tensors()
     job.finish_window(safetensors.torch.save(left))
 
 
@@ -123,6 +125,13 @@ def last_frames(begun: Begun, overlap: int) -> Tensor:
     """The last frames of the finished video, (1, 3, overlap, H, W) uint8."""
     frames = np.stack(deque(read_frames(begun.path), maxlen=overlap))
     return torch.from_numpy(frames).permute(3, 0, 1, 2)[None]
+
+
+def shown_last(frames: Tensor, last: bool, held: bool) -> Shown:
+    """What these frames leave for the next window. The background is held at the last one, where it rests."""
+    frame = frames[:, :, -1:].contiguous()
+    weight = torch.ones(1, 1, *cells(*frame.shape[3:])) if held else None
+    return Shown(frame if last else None, frame if held else None, weight)
 
 
 @torch.inference_mode()

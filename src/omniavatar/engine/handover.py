@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from omniavatar.engine.shown import Shown
 from omniavatar.errors import ResumeError
 
 REMEDY = "use --no-resume to start over"
@@ -33,11 +34,11 @@ def load_given(path: Path, shape: Sequence[int]) -> Tensor:
     return given
 
 
-def load_shown(path: Path, size: tuple[int, int]) -> Tensor:
-    """The last frame of the window before, (1, 3, 1, H, W) uint8; size: (H, W). Raises ResumeError."""
-    shown = _tensors(path).get("shown")
-    if shown is None or shown.dtype != torch.uint8 or shown.shape != torch.Size((1, 3, 1, *size)):
-        raise ResumeError(f"{path} has no last frame of {size[1]}x{size[0]} pixels; {REMEDY}")
+def load_shown(path: Path, size: tuple[int, int], last: bool, held: bool) -> Shown:
+    """What the pictures of the window before left; arguments as of `Shown.problem`. Raises ResumeError."""
+    shown = Shown.of(_tensors(path))
+    if problem := shown.problem(size, last, held):
+        raise ResumeError(f"{path} has {problem}; {REMEDY}")
     return shown
 
 

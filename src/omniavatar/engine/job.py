@@ -23,7 +23,7 @@ import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -42,6 +42,9 @@ from omniavatar.media.lease import lease_for
 from omniavatar.sampling.windows import HandOvers, WindowHandOvers
 from omniavatar.text import MOST_RECORD_BYTES, JsonError, cut, parse_json, read_json
 from omniavatar.types import RunResult
+
+if TYPE_CHECKING:
+    from omniavatar.engine.shown import Shown
 
 FORMAT = 1
 """Version of `job.json`; a folder with another version is not resumed."""
@@ -309,15 +312,16 @@ class Job:
         needed = self.hand_overs.needed(self.done) if self.done else ()
         return {number: load_given(self.given_path(number), shape) for number in needed}
 
-    def shown(self, size: tuple[int, int]) -> Tensor | None:
-        """The last frame of the window before the next one; None if that starts from the portrait.
+    def shown(self, size: tuple[int, int], last: bool, held: bool) -> Shown | None:
+        """What the pictures before the next window left; None if it needs nothing of them.
 
-        Raises ResumeError.
+        Arguments as of `Shown.problem`. Raises ResumeError.
         """
         from omniavatar.engine.handover import load_shown
 
-        needed = self.hand_overs.needed(self.done) if self.done else ()
-        return next((load_shown(self.given_path(number), size) for number in needed), None)
+        if not self.done or not (last or held) or self.done not in self.hand_overs.needed(self.done):
+            return None
+        return load_shown(self.given_path(self.done), size, last, held)
 
     def finished(self, values: dict[str, str]) -> RunResult | None:
         """The result of a finished video that was made from exactly these values; None if there is none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 from omniavatar.engine.window_loop import WindowSampling
 from omniavatar.plan.run import WindowShape
 from omniavatar.types import Conditioning, Window
+
+if TYPE_CHECKING:
+    from omniavatar.engine.shown import Shown
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class WindowsOrder:
 
     - audio_width: numbers in an audio row; None for a silent video.
     - given: given latents of window `first`; None if `first` is 0.
+    - shown: what the pictures before window `first` left (`WindowResult.shown`).
     - vae_latents: latents of one VAE pass, for ranks that share the VAE.
     - stoppable: before each step, all ranks ask the leader whether to go on.
     - portrait: see `types.Conditioning`.
@@ -47,6 +52,7 @@ class WindowsOrder:
     vae_latents: int
     stoppable: bool = False
     portrait: Tensor | None = None
+    shown: Shown | None = None
 
     @classmethod
     def of(
@@ -58,6 +64,7 @@ class WindowsOrder:
         given: Tensor | None,
         vae_latents: int,
         stoppable: bool = False,
+        shown: Shown | None = None,
     ) -> WindowsOrder:
         return cls(
             sampling,
@@ -71,6 +78,7 @@ class WindowsOrder:
             vae_latents,
             stoppable,
             None if conditioning.portrait is None else conditioning.portrait.cpu(),
+            shown,
         )
 
     def conditioning(self, device: torch.device) -> Conditioning:

@@ -220,7 +220,7 @@ class AvatarPipeline(Session):
                     if job.done < len(made.plan.windows):
                         made = ready = condition(self.models, made, should_stop)
                         given = job.given(ready.given_shape(job.done))
-                        shown = job.shown(made.plan.size) if ready.blend_frames else None
+                        shown = job.shown(made.plan.size, *ready.needs_shown)
                         for window in self.windows(ready, job.done, given, should_stop, shown):
                             job.amend(fingerprint(self.models.residency.placement.identity()))
                             writer.submit(window)
@@ -256,11 +256,11 @@ class AvatarPipeline(Session):
         ):
             first, given, shown = 0, None, None
             if ready.inputs.begun is not None:
-                from omniavatar.engine.continuation import last_frames, latents_of
+                from omniavatar.engine.continuation import last_frames, latents_of, shown_last
 
                 frames = last_frames(ready.inputs.begun, ready.plan.overlap)
                 first, given = 1, {1: latents_of(self.models, frames)}
-                shown = frames[:, :, -1:] if ready.blend_frames else None
+                shown = shown_last(frames, *ready.needs_shown)
             for result in self.windows(ready, first, given, ends, shown):
                 yield VideoChunk(
                     np.concatenate(result.frames),

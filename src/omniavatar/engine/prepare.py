@@ -85,6 +85,7 @@ class Prepared(Planned):
     conditioning: Conditioning
     color_match: float = 0.0
     blend_frames: int = 0
+    hold_background: float = 0.0
 
     @property
     def window_sampling(self) -> WindowSampling:
@@ -103,7 +104,13 @@ class Prepared(Planned):
             sampling.noise_span,
             sampling.noise_white,
             self.blend_frames,
+            self.hold_background,
         )
+
+    @property
+    def needs_shown(self) -> tuple[bool, bool]:
+        """Which pictures a window needs, as `Shown.problem` takes them."""
+        return bool(self.blend_frames), bool(self.hold_background)
 
     def given_shape(self, window: int) -> tuple[int, ...]:
         """Shape of what a window leaves for `window`, which is not the first, (1, 16, G, h, w)."""
@@ -115,19 +122,6 @@ class Prepared(Planned):
     def decided(self, step_plan: StepPlan) -> Prepared:
         """This request with another plan of the step cache."""
         return replace(self, plan=self.plan.decided(step_plan))
-
-
-def block_sampling(sampling: SamplingConfig, shape: WindowShape) -> WindowSampling:
-    """How the blocks of a block-causal model are sampled."""
-    return WindowSampling(
-        sampling.seed,
-        shape.schedule,
-        (),
-        sampling.sampler,
-        shape.causal,
-        noise_span=sampling.noise_span,
-        noise_white=sampling.noise_white,
-    )
 
 
 def read_inputs(models: Models, request: LocalRequest, has_audio: bool | None = None) -> Inputs:
@@ -269,6 +263,7 @@ def condition(models: Models, planned: Planned, should_stop: ShouldStop = never)
         conditioning,
         models.config.video.color_match,
         models.config.video.blend_frames,
+        models.config.video.hold_background,
     )
 
 

@@ -46,6 +46,7 @@ from omniavatar.types import AvatarRequest, Conditioning, ImageInput, SamplingPa
 if TYPE_CHECKING:
     from omniavatar.engine.block_session import BlockSession
     from omniavatar.engine.block_video import BlockVideo
+    from omniavatar.engine.shown import Shown
     from omniavatar.engine.step_watch import StepWatch
     from omniavatar.model.dit import RunBlocks
 
@@ -131,7 +132,7 @@ class Session:
         conditioning = order.conditioning(self.models.device)
         loop = self.window_generator(order.sampling, conditioning, stop=stop)
         try:
-            for _ in loop.run(order.windows, order.first, order.given):
+            for _ in loop.run(order.windows, order.first, order.given, order.shown):
                 pass
         except StoppedError:
             return  # the leader reports it
@@ -152,12 +153,12 @@ class Session:
         first: int = 0,
         given: Mapping[int, Tensor] | None = None,
         should_stop: ShouldStop = never,
-        shown: Tensor | None = None,
+        shown: Shown | None = None,
     ) -> Iterator[WindowResult]:
         """Results of the request's windows from `first` on, made by all processes together.
 
         - given: what window `first` starts from, by the numbers of `hand_overs`; None if `first` is 0.
-        - shown: the frame before window `first` (`WindowResult.shown`); None without `blend_frames`.
+        - shown: what the pictures before window `first` left (`WindowResult.shown`).
         """
         sampling, conditioning, windows = ready.window_sampling, ready.conditioning, ready.plan.windows
         given = given or {}
@@ -168,7 +169,7 @@ class Session:
                 sampling, conditioning, windows, first, given.get(first), should_stop, shown
             )
         past = {number - 1: latent for number, latent in given.items()}
-        return self.block_session().run(sampling, conditioning, windows, first, past, should_stop)
+        return self.block_session().run(sampling, conditioning, windows, first, past, should_stop, shown)
 
     def hand_overs(self, shape: WindowShape) -> HandOvers:
         """Which hand-over files windows of `shape` start from."""
@@ -206,12 +207,14 @@ class Session:
         first: int = 0,
         given: Tensor | None = None,
         should_stop: ShouldStop = never,
-        shown: Tensor | None = None,
+        shown: Shown | None = None,
     ) -> Iterator[WindowResult]:
         """`windows`, for a plan that no request has."""
         self.models.load_for_windows()
         latents, stoppable = self.models.residency.placement.vae_latents, should_stop is not never
-        self.team.order(WindowsOrder.of(sampling, conditioning, windows, first, given, latents, stoppable))
+        self.team.order(
+            WindowsOrder.of(sampling, conditioning, windows, first, given, latents, stoppable, shown)
+        )
         self.team.meet()
         stop = (lambda: self.team.stops(should_stop())) if stoppable else None
         return self.window_generator(sampling, conditioning, stop=stop).run(windows, first, given, shown)

@@ -47,6 +47,7 @@ from omniavatar.types import Conditioning, Recorder, Window
 if TYPE_CHECKING:
     from omniavatar.accel.sparse_steps import SparseSteps
     from omniavatar.config.families import HandOver
+    from omniavatar.engine.shown import Shown
     from omniavatar.model.dit import RunBlocks, WanDiT
     from omniavatar.model.vae import VideoVAE
     from omniavatar.sampling.causal import CausalWindow
@@ -79,7 +80,7 @@ class WindowSampling:
     - causal: the window of a block-causal model, whose windows are blocks (`engine.block_windows`).
     - chunk: of a model that works in chunks.
     - noise_span, noise_white: see `sampling.noise`; more than 1 and 0 only with `causal`.
-    - hand_over, color_match, blend_frames: see the settings.
+    - hand_over, color_match, blend_frames, hold_background: see the settings.
     - sparsity: which blocks of attention are computed; None for all.
     """
 
@@ -95,6 +96,7 @@ class WindowSampling:
     noise_span: int = 1
     noise_white: int = 0
     blend_frames: int = 0
+    hold_background: float = 0.0
 
 
 class WindowResult:
@@ -114,7 +116,7 @@ class WindowResult:
         next_given: Tensor | None,
         wait: Callable[[], None],
         started: float,
-        shown: Tensor | None = None,
+        shown: Shown | None = None,
     ) -> None:
         self.window, self.latent, self.started = window, latent, started
         self._shown = shown
@@ -137,8 +139,8 @@ class WindowResult:
         return self._next_given
 
     @property
-    def shown(self) -> Tensor | None:
-        """The last new frame (1, 3, 1, H, W) uint8 on the host, if the next window is blended with it."""
+    def shown(self) -> Shown | None:
+        """What the pictures leave for the next window, on the host; None if it needs nothing of them."""
         self._wait()
         return self._shown
 
@@ -219,6 +221,7 @@ class WindowGenerator:
                 sampling.hand_over,
                 sampling.color_match,
                 sampling.blend_frames,
+                sampling.hold_background,
                 conditioning.portrait,
                 self._device,
                 team.leads,
@@ -230,14 +233,14 @@ class WindowGenerator:
         windows: Sequence[Window],
         first: int = 0,
         given: Tensor | None = None,
-        shown: Tensor | None = None,
+        shown: Shown | None = None,
     ) -> Iterator[WindowResult]:
         """Yield the results of `windows[first:]`.
 
         `retry` starts a window again, with the same noise, after an allocation failed.
 
         - given: the given latents of window `first`; None if it starts from the portrait.
-        - shown: the frame before window `first`, as a result's `shown`.
+        - shown: what the pictures before window `first` left, as a result's `shown`.
 
         Raises StoppedError, and on the CPU NumbersError; elsewhere reading a result raises that.
         """
@@ -263,16 +266,17 @@ class WindowGenerator:
             self._noise.close()
 
     def _compute(
-        self, window: Window, given: Tensor, overlap: int, where: str, before: Tensor | None
-    ) -> tuple[WindowResult, Tensor | None, Tensor | None]:
-        """One window, and on the device the given latents of the next one and the frame shown before it."""
+        self, window: Window, given: Tensor, overlap: int, where: str, before: Shown | None
+    ) -> tuple[WindowResult, Tensor | None, Shown | None]:
+        """One window, and on the device the given latents of the next one and what its pictures leave."""
         started = time.perf_counter()
         numbers = WindowNumbers(where, self._remedy, self._device)
         with self._recorder.stage("denoise"):
             latent = self.denoise(window, given, where)
             numbers.add("latents", latent)
         frames: list[np.ndarray] = []
-        handed_over = next_given = tail = shown = None
+        handed_over = next_given = tail = None
+        shown: Shown | None = None
         if self._pixels is not None:
             with self._recorder.stage("vae_decode"):
                 frames, tail, shown = self._pixels.decode(latent, window, overlap, numbers, before)
@@ -292,7 +296,7 @@ class WindowGenerator:
                 next_given = download(handed_over)
         numbers.send()
         wait = partial(_arrived, self._arrival(self._device), numbers)
-        kept = None if shown is None else download(shown)
+        kept = None if shown is None else shown.download()
         result = WindowResult(window, latent, frames, next_given, wait, started, kept)
         return result, handed_over, shown
 

@@ -230,7 +230,7 @@ def left_by(result: WindowResult) -> dict[str, Tensor] | None:
     if result.next_given is None:
         return None
     left = {"given": result.next_given}
-    return left if result.shown is None else {**left, "shown": result.shown}
+    return left if result.shown is None else {**left, **result.shown.tensors()}
 
 
 def _wait(futures: deque[Future[Any]], most: int) -> None:

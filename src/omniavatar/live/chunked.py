@@ -20,6 +20,7 @@ import torch
 from omniavatar.encoders.chunk_audio import ChunkEars
 from omniavatar.engine.memory_inputs import in_files
 from omniavatar.engine.prepare import Planned, condition, read_inputs
+from omniavatar.engine.shown import Shown
 from omniavatar.errors import InputError, ResumeError
 from omniavatar.live.endless import check_origin, left, make_window, origin
 from omniavatar.plan.run import make_plan
@@ -55,7 +56,7 @@ class ChunkedMaker:
         self._heard = np.zeros(rule.buffer_samples, np.float32)
         self._waiting = np.zeros(0, np.float32)
         self._given: Tensor | None = None
-        self._shown: Tensor | None = None
+        self._shown: Shown | None = None
         self._done = 0
 
     @property
@@ -111,7 +112,7 @@ class ChunkedMaker:
         if any(name not in state for name in ("heard", "waiting", "done")):
             raise ResumeError("does not fit; open it with the same portrait and settings")
         self._heard, self._waiting = state["heard"].numpy().copy(), state["waiting"].numpy().copy()
-        self._done, self._given, self._shown = int(state["done"]), state.get("given"), state.get("shown")
+        self._done, self._given, self._shown = int(state["done"]), state.get("given"), Shown.of(state)
 
     def close(self) -> None:
         """See `BlockMaker.close`."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from omniavatar.engine.pipeline import AvatarPipeline
+    from omniavatar.engine.shown import Shown
     from omniavatar.engine.window_loop import WindowResult, WindowSampling
     from omniavatar.types import Conditioning, Window
 
@@ -49,9 +50,9 @@ def make_window(
     number: int,
     given: Tensor | None,
     stop: Callable[[], bool],
-    shown: Tensor | None,
+    shown: Shown | None,
 ) -> WindowResult:
-    """Window `number`, which starts from the latents `given` by the one before it, after the frame `shown`.
+    """Window `number`, which starts from the latents `given` by the one before it; see `Session.windows`.
 
     Raises StoppedError.
     """
@@ -61,9 +62,10 @@ def make_window(
         return next(results)
 
 
-def left(given: Tensor | None, shown: Tensor | None) -> dict[str, Tensor]:
+def left(given: Tensor | None, shown: Shown | None) -> dict[str, Tensor]:
     """The entries of a state that the last window left for the next one."""
-    return {name: value for name, value in (("given", given), ("shown", shown)) if value is not None}
+    entries = {} if given is None else {"given": given}
+    return entries if shown is None else {**entries, **shown.tensors()}
 
 
 def origin(sampling: WindowSampling, conditioning: Conditioning) -> dict[str, Tensor]:

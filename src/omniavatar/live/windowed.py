@@ -20,6 +20,7 @@ import torch
 from omniavatar.encoders.live_audio import LiveAudioEncoder
 from omniavatar.engine.memory_inputs import in_files
 from omniavatar.engine.prepare import Planned, condition, read_inputs
+from omniavatar.engine.shown import Shown
 from omniavatar.live.endless import check_origin, left, make_window, origin
 from omniavatar.plan.run import make_plan
 from omniavatar.sampling.windows import anchor
@@ -54,7 +55,7 @@ class WindowedMaker:
         self._ears = LiveAudioEncoder(models.audio_encoder, self.fps)
         self._rows = np.zeros((0, self._ears.width), np.float32)
         self._given: Tensor | None = None
-        self._shown: Tensor | None = None
+        self._shown: Shown | None = None
         self._done = 0
 
     @property
@@ -105,7 +106,7 @@ class WindowedMaker:
         check_origin(state, self._sampling, self._conditioning)
         self._ears.restore({k.removeprefix(_EARS): v for k, v in state.items() if k.startswith(_EARS)})
         self._rows, self._done = state["rows"].numpy(), int(state["done"])
-        self._given, self._shown = state.get("given"), state.get("shown")
+        self._given, self._shown = state.get("given"), Shown.of(state)
 
     def close(self) -> None:
         """See `BlockMaker.close`."""

@@ -81,7 +81,7 @@ def test_only_shown_frames_change(blended, nano_checkpoint, cache) -> None:
         assert (one.next_given is None) == (other.next_given is None) == (one.shown is None)
         if one.next_given is not None:
             assert torch.equal(one.next_given, other.next_given)
-            assert np.array_equal(one.shown[0, :, 0].permute(1, 2, 0).numpy(), a[-1])
+            assert np.array_equal(one.shown.last[0, :, 0].permute(1, 2, 0).numpy(), a[-1])
         changed = [not np.array_equal(x, y) for x, y in zip(a, b, strict=True)]
         assert changed == [number > 0 and frame < 3 for frame in range(len(a))]
         assert other.shown is None
@@ -102,7 +102,7 @@ def test_a_hand_over_without_the_frame_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "given_00001.safetensors"
     safetensors.torch.save_file({"given": torch.zeros(1)}, path)
     with pytest.raises(ResumeError, match="no last frame of 64x32 pixels; use --no-resume"):
-        load_shown(path, (32, 64))
+        load_shown(path, (32, 64), True, False)
 
 
 def test_live_chunks_are_blended_alike(heads_checkpoint, cache) -> None:

@@ -21,10 +21,10 @@ from omniavatar.accel.vae_runners import create_vae
 from omniavatar.config.change import changed
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.encoders.tokens import TEXT_TOKENS
+from omniavatar.engine.block_session import block_sampling
 from omniavatar.engine.host import Host
 from omniavatar.engine.pipeline import AvatarPipeline
 from omniavatar.engine.prepare import (
-    block_sampling,
     decide_steps,
     fitted_portrait,
     portrait_clip,
@@ -152,7 +152,7 @@ class PartTimer:
         """Times of one pass of a block with a full cache, and of decoding a block; the rest takes none."""
         dit, noise = self._models.dit, self._noise
         video = self._pipeline.block_session().video(
-            block_sampling(self._config.sampling, plan),
+            block_sampling(self._config.sampling, plan, self._config.video.hold_background),
             pad(noise(1, TEXT_WORDS, dit.config.text_dim), (0, 0, 0, TEXT_TOKENS - TEXT_WORDS)),
             noise(1, 16, 1, *latent_shape(plan)[1:]),
         )
