@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from omniavatar.config.combinations import check_family
+from omniavatar.config.families import Family
+from omniavatar.config.family_checks import as_given, check_family, check_family_sampling
 from omniavatar.config.schema import PipelineConfig, SamplingConfig
 from omniavatar.config.values import FieldError
 from omniavatar.errors import ConfigError
@@ -61,12 +62,23 @@ def _first(error: ValidationError) -> str:
     return f"{name.rpartition('.')[2]}: {first['msg'].removeprefix('Value error, ')}"
 
 
-def effective_sampling(configured: SamplingConfig, params: SamplingParams) -> SamplingConfig:
-    """`configured` with the values that the request sets, validated again. Raises ConfigError."""
+def effective_sampling(
+    configured: SamplingConfig, params: SamplingParams, family: Family | None = None
+) -> SamplingConfig:
+    """`configured` with the values that the request sets, validated again. Raises ConfigError.
+
+    family: also checks that it can follow them; None for a family that is not known yet.
+    """
     changes = {name: value for name, value in vars(params).items() if value is not None}
     if not changes:
         return configured
     values = {**configured.model_dump(), **changes}
+    if family is not None:
+        try:
+            given = {name: getattr(as_given(SamplingConfig, changes), name) for name in changes}
+            check_family_sampling(family, {**vars(configured), **given})
+        except FieldError as error:
+            raise ConfigError(f"request: {error.fields[0].rpartition('.')[2]}: {error}") from None
     try:
         sampling = SamplingConfig.model_validate(values)
     except ValidationError as error:

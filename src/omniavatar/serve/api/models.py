@@ -76,17 +76,16 @@ class Catalogue:
                     "unknown_field",
                 )
         values = {key: value for key, value in (*extra.items(), *given.items()) if value is not None}
-        configured = self.configs[model].sampling
+        config = self.configs[model]
+        configured = config.sampling
         for key in values:
             param = _FIELDS[key] if key in given and given[key] is not None else f"extra_params.{key}"
             try:
-                checked = effective_sampling(
-                    self.configs[model].sampling, SamplingParams(**{key: values[key]})
-                )
+                checked = effective_sampling(configured, SamplingParams(**{key: values[key]}), config.family)
             except ConfigError as error:
                 text = str(error).removeprefix("request: ").partition(": ")[2]
                 raise field_error(param, text.replace("Input should be", "must be")) from None
-            refusal = refused_by(self.configs[model], checked)
+            refusal = refused_by(config, checked)
             if refusal is not None:
                 raise field_error(param, refusal)
             if key in ("num_steps", "timesteps") and checked.steps > self._most_steps:
@@ -94,10 +93,10 @@ class Catalogue:
                     param, f"asks for {checked.steps} steps; at most {self._most_steps} are allowed"
                 )
         try:
-            checked = effective_sampling(configured, SamplingParams(**values))
+            checked = effective_sampling(configured, SamplingParams(**values), config.family)
         except ConfigError as error:
             raise field_error("extra_params", str(error).removeprefix("request: ")) from None
-        refusal = refused_by(self.configs[model], checked)
+        refusal = refused_by(config, checked)
         if refusal is not None:
             raise field_error("extra_params", refusal)
         return {key: checked.model_dump(mode="json")[key] for key in values}

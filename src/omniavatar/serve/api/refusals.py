@@ -6,10 +6,8 @@ A server that has no weights on its disk cannot know their sizes; its workers th
 from __future__ import annotations
 
 from omniavatar.assets import pocket
-from omniavatar.config.combinations import check_family_sampling
 from omniavatar.config.schema import PipelineConfig, SamplingConfig
-from omniavatar.config.values import FieldError
-from omniavatar.errors import ConfigError, OmniAvatarError, for_clients
+from omniavatar.errors import OmniAvatarError, for_clients
 from omniavatar.serve.api.checks import VOICE
 from omniavatar.serve.api.errors import ApiError, field_error
 from omniavatar.serve.jobs.records import JobRecord
@@ -35,11 +33,7 @@ def with_known_family(config: PipelineConfig) -> PipelineConfig:
 
 
 def check_sampling(config: PipelineConfig, sampling: SamplingConfig) -> None:
-    """Raise an OmniAvatarError for settings that the model's family, steps or measurements refuse."""
-    try:
-        check_family_sampling(config.family, vars(sampling))
-    except FieldError as error:
-        raise ConfigError(str(error)) from None
+    """Raise an OmniAvatarError for settings that do not fit what is measured or sparse of the model."""
     config.sparsity.check_steps(sampling.steps)
     if sampling.cache_policy == "none":
         return
