@@ -8,7 +8,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from omniavatar.config.families import Family
-from omniavatar.config.family_checks import as_given, check_family, check_family_sampling
 from omniavatar.config.schema import PipelineConfig, SamplingConfig
 from omniavatar.config.values import FieldError
 from omniavatar.errors import ConfigError
@@ -47,6 +46,8 @@ def with_family(config: PipelineConfig, name: str) -> PipelineConfig:
 
 def family_error(config: PipelineConfig) -> str | None:
     """What the configured family cannot follow, as one line; None if it follows all."""
+    from omniavatar.config.family_checks import check_family
+
     try:
         check_family(config.family, vars(config))
     except FieldError as error:
@@ -74,6 +75,8 @@ def effective_sampling(
         return configured
     values = {**configured.model_dump(), **changes}
     if family is not None:
+        from omniavatar.config.family_checks import as_given, check_family_sampling
+
         try:
             given = {name: getattr(as_given(SamplingConfig, changes), name) for name in changes}
             check_family_sampling(family, {**vars(configured), **given})
