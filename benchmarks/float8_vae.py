@@ -15,7 +15,6 @@ Prints tables, then one line of JSON.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -43,6 +42,7 @@ from omniavatar.assets import PORTRAIT
 from omniavatar.assets.pocket import FOLDER
 from omniavatar.checkpoint.vae import load_vae, random_vae
 from omniavatar.device import choose_device
+from omniavatar.encoders.input_limits import psnr
 from omniavatar.media.image import load_image
 from omniavatar.model.sizes import VAEConfig
 
@@ -236,17 +236,11 @@ def vae(repeats: int) -> tuple[list[dict], list[dict]]:
         }
         expected = expected or got
         row["error"] = {key: ((got[key] - expected[key]).norm() / expected[key].norm()).item() for key in got}
-        row["psnr"] = psnr(got["decode"], expected["decode"])
+        row["psnr"] = psnr(expected["decode"].clamp(-1, 1), got["decode"])
         rows.append(row)
         print(row, flush=True)
         torch.cuda.empty_cache()
     return rows, profile(made["float8"], inputs["decode_105"], 14)
-
-
-def psnr(pixels: Tensor, expected: Tensor) -> float:
-    """dB between pictures that are shown from -1 to 1."""
-    difference = (pixels.clamp(-1, 1) - expected.clamp(-1, 1)).square().mean().item()
-    return 10 * math.log10(4 / max(difference, 1e-12))
 
 
 def pocket() -> dict[str, float]:
@@ -261,9 +255,9 @@ def pocket() -> dict[str, float]:
     latent = apply_fast_vae(vae, exact).encode(film)
     frames = [apply_fast_vae(vae, replace(exact, float8=on)).decode(latent) for on in (False, True)]
     return {
-        "float8 from exact": psnr(frames[1], frames[0]),
-        "exact from film": psnr(frames[0], film),
-        "float8 from film": psnr(frames[1], film),
+        "float8 from exact": psnr(frames[0].clamp(-1, 1), frames[1]),
+        "exact from film": psnr(film, frames[0]),
+        "float8 from film": psnr(film, frames[1]),
     }
 
 

@@ -10,7 +10,6 @@ Prints rows as they are made, then a table and one line of JSON.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -25,6 +24,7 @@ from omniavatar.assets import PORTRAIT, SPEECH
 from omniavatar.engine.pipeline import AvatarPipeline
 from omniavatar.engine.recorder import NullRecorder
 from omniavatar.engine.window_loop import WindowGenerator
+from omniavatar.measure.quality import psnr
 from omniavatar.sampling.sparsity import PlanShape, calibrated_plan, dense_plan, window_plan
 from omniavatar.sampling.token_order import row_order, tile_order
 from omniavatar.types import AvatarRequest
@@ -92,11 +92,6 @@ def make(pipeline, ready, run_blocks, count, seed):
     )
     results = list(loop.run(ready.plan.windows[:count]))
     return np.concatenate([frame for result in results for frame in result.frames]), results[0].latent
-
-
-def psnr(a, b):
-    error = np.mean((a.astype(np.float64) - b) ** 2)
-    return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def at_share(shape, mass, share, dense_steps):

@@ -36,6 +36,8 @@ settings.load_profile("busy machine")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded; last bits of sums depend on it
 gc.disable()  # until all tests are imported: a collection walks through everything that exists
 
+REPOSITORY = Path(__file__).parents[1]
+_in_repository = set(os.listdir(REPOSITORY))
 _fast_test: str | None = None
 
 
@@ -56,6 +58,13 @@ def _refuse_processes(event: str, arguments: tuple[object, ...]) -> None:
     if event == "subprocess.Popen" and _fast_test is not None:
         program = os.path.basename(str(arguments[0]))
         assert not program.startswith("python"), f"{_fast_test} starts a Python process: mark it slow"
+
+
+def _refuse_leftovers() -> None:
+    """Fail the test that left something in the repository's folder; caches begin with a dot."""
+    new = {name for name in os.listdir(REPOSITORY) if name[0] != "."} - _in_repository
+    _in_repository.update(new)
+    assert not new, f"left {', '.join(sorted(new))} in the repository's folder: run it in tmp_path"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,6 +89,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     begun = time.process_time()
     result = yield
     taken = time.process_time() - begun
+    _refuse_leftovers()
     assert _fast_test is None or taken <= MOST_FAST_S, f"{taken:.1f} s of processor time: mark it slow"
     return result
 

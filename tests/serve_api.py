@@ -110,6 +110,7 @@ def serve(tmp_path: Path, empty_database: Path) -> Iterator[Serve]:
         clock: Clock = None,
         store: type[JobStore] = JobStore,
         checker: Checker | None = None,
+        models: Catalogue = MODELS,
         **values: Any,
     ) -> Server:
         settings = ServeSettings(data_dir=tmp_path, **values)
@@ -118,7 +119,8 @@ def serve(tmp_path: Path, empty_database: Path) -> Iterator[Serve]:
         opened_store = store.open(settings.database_url, clock)
         files, keys = JobFiles(settings.files_place), KeyStore(opened_store.database)
         checker = checker or DirectChecker(settings.portrait_pixels, settings.voice_seconds)
-        models = MODELS if settings.provenance_certificate is None else Catalogue.load(settings)
+        if settings.provenance_certificate is not None:
+            models = Catalogue.load(settings)
         app = create_app(
             settings, opened_store, files, keys, models, checker=checker, outside=outside, ready=lambda: ready
         )

@@ -11,12 +11,12 @@ whole held-out frames.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from omniavatar.encoders.input_limits import psnr
 from omniavatar.model.vae import LATENT_STD, WanVAE, normalise
 from training.loop import Budget, Log, Optimiser, Pool, mixed
 from training.nets import (
@@ -117,7 +117,7 @@ def measured_fidelity(rebuilt: Callable[[Tensor], Tensor], frames: Tensor) -> di
     for clip in frames:
         pixels = to_pixels(clip[None])
         made = rebuilt(pixels).clamp(-1, 1)
-        ratios.append(10 * math.log10(4 / max(float((made - pixels).square().mean()), 1e-9)))
+        ratios.append(psnr(pixels, made))
         shares.append(float(texture(made).square().mean() / texture(pixels).square().mean()))
         still = pixels.diff(dim=2) == 0
         changes.append(127.5 * float(made.diff(dim=2).abs()[still].mean()))

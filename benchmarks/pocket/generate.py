@@ -28,12 +28,12 @@ from training.scale import SIZE
 from training.studio import Studio
 
 from benchmarks.pocket.material import LOOKS_SEED, TAKE_SEED, Clip, read_clips
-from benchmarks.pocket.measures import psnr
 from benchmarks.pocket.video_files import CRF, PRESET
 from omniavatar import AvatarPipeline, AvatarRequest
 from omniavatar.config.load import load_config
 from omniavatar.engine.events import Event, Message
 from omniavatar.measure.calibrate import calibrate
+from omniavatar.measure.quality import psnr
 from omniavatar.measure.sparse_calibration import calibrate_sparse
 from omniavatar.plan.sparsity import SPARSE_NAME
 

@@ -88,12 +88,6 @@ def sharpness(frames: np.ndarray) -> float:
     return float(laplacian.var(axis=(1, 2)).mean())
 
 
-def psnr(made: np.ndarray, true: np.ndarray) -> float:
-    """PSNR in dB of uint8 frames of one shape."""
-    error = np.square(made.astype(np.float32) - true.astype(np.float32)).mean()
-    return float(10 * np.log10(255**2 / max(error, 1e-9)))
-
-
 def aligned_face(frame: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
     """The face, turned and scaled so that the eyes have fixed places: float32 (FACE, FACE, 3).
 

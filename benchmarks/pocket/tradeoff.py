@@ -17,7 +17,6 @@ import numpy as np
 
 from benchmarks.pocket.generate import DEFAULT, Variant
 from benchmarks.pocket.material import Clip
-from benchmarks.pocket.measures import psnr
 from benchmarks.pocket.quality import (
     Portraits,
     identity_curve,
@@ -27,6 +26,7 @@ from benchmarks.pocket.quality import (
     watch,
 )
 from benchmarks.pocket.video_files import read_video
+from omniavatar.measure.quality import psnr
 
 NEAR = 0.01
 SHARP_SHARE = 0.9

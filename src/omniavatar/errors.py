@@ -7,15 +7,20 @@ is a bug in this program: a command reports it in one line and ends with `BUG`.
 from __future__ import annotations
 
 import errno
+from typing import ClassVar
 
 BUG = 70
 """Exit code of a command that met a bug."""
 
 
 class OmniAvatarError(Exception):
-    """Base class of errors that the user can fix; the command line returns `exit_code`."""
+    """Base class of errors that the user can fix; the command line returns `exit_code`.
+
+    public: what clients of a server read in place of messages that name its paths and addresses.
+    """
 
     exit_code = 1
+    public: ClassVar[str | None] = None
 
     def __str__(self) -> str:
         """The message as one line, also if it holds a name or the text of a library with line ends."""
@@ -38,12 +43,14 @@ class CheckpointError(OmniAvatarError):
     """A weight file is missing, broken, or does not fit the model."""
 
     exit_code = 4
+    public = "the weights of this model cannot be used; choose another model, or tell who runs it"
 
 
 class OutputError(OmniAvatarError):
     """The result cannot be written: the folder is read-only or the disk full. Finished windows are kept."""
 
     exit_code = 5
+    public = "the server cannot store it now; try again later"
 
 
 class TargetError(OutputError):
@@ -64,6 +71,7 @@ class ResourceError(OmniAvatarError):
     """The machine lacks a device, memory or an optional package that the run needs."""
 
     exit_code = 7
+    public = "the server lacks a device or memory for it; try again later, or ask for a smaller one"
 
 
 class NumbersError(OmniAvatarError):
@@ -78,12 +86,6 @@ class StoppedError(OmniAvatarError):
     exit_code = 130
 
 
-_FOR_CLIENTS: dict[type[OmniAvatarError], str] = {
-    CheckpointError: "the weights of this model cannot be used; choose another model, or tell who runs it",
-    OutputError: "the server cannot store it now; try again later",
-    ResourceError: "the server lacks a device or memory for it; try again later, or ask for a smaller one",
-}
-"""What clients of a server read in place of messages that name its paths and addresses."""
 _UNKNOWN_TO_CLIENTS = "the server cannot do it; try again later, or tell who runs it (the log says more)"
 
 
@@ -92,9 +94,8 @@ def for_clients(kind: type[OmniAvatarError], text: str) -> str:
 
     A message about the client's own input or settings stays, unless it names a path.
     """
-    for private, message in _FOR_CLIENTS.items():
-        if issubclass(kind, private):
-            return message
+    if kind.public is not None:
+        return kind.public
     return _UNKNOWN_TO_CLIENTS if "/" in text or "\\" in text else text
 
 

@@ -98,11 +98,12 @@ def _decided_by(
     config: PipelineConfig, audio: Path | None, minutes: float | None, image: Path | None
 ) -> tuple[str, str]:
     """What decides the length and the shape of the video."""
-    silence = f", after {config.video.silence_duration_s:g} s of silence"
+    seconds = config.video.silence_duration_s
+    silence = f", after {seconds:g} s of silence" if seconds else ""
     if audio is not None:
         length = f"decided by the voice {audio}{silence}"
     elif minutes is not None:
-        length = f"{minutes:g} minutes of voice{silence}"
+        length = f"{_minutes(minutes)} of voice{silence}"
     elif config.family.chunk is not None:
         length = "one second of voice, as an example; --audio or --minutes decides the length"
     else:
@@ -132,7 +133,7 @@ def _propose(config: Path, hp: list[str] | None, minutes: float, deadline: str, 
         fastest = found.others[0]
         settings = f"--hp {fastest.override}" if fastest.settings else "those of the configuration"
         raise ResourceError(
-            f"deadline: {minutes:g} minutes of video cannot be made in {_duration(seconds)} on this machine; "
+            f"deadline: {_minutes(minutes)} of video cannot be made in {_duration(seconds)} on this machine; "
             f"the fastest settings take {_duration(fastest.seconds)}: {settings}"
         )
 
@@ -143,24 +144,34 @@ def _print_proposal(found: Proposal) -> None:
     from omniavatar.cli.terminal import SafeConsole
 
     table = Table("settings (--hp)", "predicted", "forwards", "points lost", pad_edge=False, box=None)
-    rows = [("as configured", found.as_configured)]
-    rows += [(f"misses: {each.override}", each) for each in found.others if each.settings]
+    late = "" if found.chosen is not None and not found.chosen.settings else "too slow: "
+    rows = [(f"{late}as configured", found.as_configured)]
+    rows += [(f"too slow: {each.override}", each) for each in found.others if each.settings]
     if found.chosen is not None and found.chosen.settings:
-        rows.append((f"[bold]{found.chosen.override}[/]", found.chosen))
+        rows.append((f"[bold]chosen: {found.chosen.override}[/]", found.chosen))
     for text, choice in rows:
         table.add_row(text, _duration(choice.seconds), str(choice.forwards), f"{choice.points:.1f}")
     console = SafeConsole()
     console.print(table)
+    console.print(
+        "predicted: with start and loading; forwards: passes of the model; points lost: an order of "
+        "preference, not a measurement",
+        soft_wrap=True,
+    )
     for note in found.notes:
         console.print(f"note: {note}", soft_wrap=True, markup=False)
     if found.chosen is not None:
         console.print(
-            f"{found.minutes:g} minutes of video within {_duration(found.deadline)}: "
+            f"{_minutes(found.minutes)} of video within {_duration(found.deadline)}: "
             f"{'--hp ' + found.chosen.override if found.chosen.settings else 'the configuration as it is'}, "
             f"predicted {_duration(found.chosen.seconds)}, of which start and loading take "
             f"{found.loading:.0f} s",
             soft_wrap=True,
         )
+
+
+def _minutes(minutes: float) -> str:
+    return "1 minute" if minutes == 1 else f"{minutes:g} minutes"
 
 
 def _duration(seconds: float) -> str:
@@ -284,7 +295,7 @@ def _print(
         ("steps", f"{plan.steps}: {computed if computed is not None else '?'} computed (cache: {policy})"),
         ("pattern", pattern),
         ("passes per step", _passes_text(plan)),
-        ("forwards", f"{plan.forwards} computed, {plan.forwards_skipped} skipped"),
+        ("forwards", f"{plan.forwards} passes of the model computed, {plan.forwards_skipped} skipped"),
         *([] if attention == "dense" else [("attention", _attention_text(plan))]),
         ("decoder", coders),
         ("DiT weights", bytes_text(memory.dit)),
@@ -322,7 +333,8 @@ def _windows_text(plan: RunPlan) -> str:
         chunks = "1 chunk" if len(plan.windows) == 1 else f"{len(plan.windows)} chunks"
         return f"{chunks} of {plan.chunk.frames} frames, {plan.chunk.new} of them new"
     if causal is None:
-        return f"{len(plan.windows)} of {plan.window_length} frames, overlap {plan.overlap}"
+        number = "1 window" if len(plan.windows) == 1 else f"{len(plan.windows)} windows"
+        return f"{number} of {plan.window_length} frames, {plan.overlap} of them from the one before"
     return (
         f"{len(plan.windows)} blocks of {plan.window_length} frames (the first: {plan.windows[0].length}); "
         f"each sees {causal.window} latents, the video's first {causal.sink} among them"
@@ -345,8 +357,12 @@ def _pattern_text(plan: RunPlan) -> str:
     """The pattern, or each branch's own where they differ."""
     patterns = plan.branch_patterns
     if len(set(patterns.values())) == 1:
-        return next(iter(patterns.values()))
-    return ", ".join(f"{pattern} ({name})" for name, pattern in patterns.items())
+        text = next(iter(patterns.values()))
+    else:
+        text = ", ".join(f"{pattern} ({name})" for name, pattern in patterns.items())
+    letters = {"C": "computed", "s": "skipped", "-": "not run"}
+    used = "".join(patterns.values())
+    return f"{text}; " + ", ".join(f"{letter}: {word}" for letter, word in letters.items() if letter in used)
 
 
 def _passes_text(plan: RunPlan) -> str:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 PORT = 7860
 READY_S = 120.0
 LEASE_S = 15.0
-"""After a crash, a job goes on so long after the worker was heard last."""
+"""After a crash, a job goes on so long after the worker was heard last, if no lock says that it is dead."""
 MEASURE_S = 600.0
 KEPT_S = 10 * 365 * 86400.0
 """A person deletes the videos of a gallery, not a server."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from omniavatar.config.combinations import check_family
+from omniavatar.config.families import Family
 from omniavatar.config.schema import PipelineConfig, SamplingConfig
 from omniavatar.config.values import FieldError
 from omniavatar.errors import ConfigError
@@ -46,6 +46,8 @@ def with_family(config: PipelineConfig, name: str) -> PipelineConfig:
 
 def family_error(config: PipelineConfig) -> str | None:
     """What the configured family cannot follow, as one line; None if it follows all."""
+    from omniavatar.config.family_checks import check_family
+
     try:
         check_family(config.family, vars(config))
     except FieldError as error:
@@ -61,12 +63,25 @@ def _first(error: ValidationError) -> str:
     return f"{name.rpartition('.')[2]}: {first['msg'].removeprefix('Value error, ')}"
 
 
-def effective_sampling(configured: SamplingConfig, params: SamplingParams) -> SamplingConfig:
-    """`configured` with the values that the request sets, validated again. Raises ConfigError."""
+def effective_sampling(
+    configured: SamplingConfig, params: SamplingParams, family: Family | None = None
+) -> SamplingConfig:
+    """`configured` with the values that the request sets, validated again. Raises ConfigError.
+
+    family: also checks that it can follow them; None for a family that is not known yet.
+    """
     changes = {name: value for name, value in vars(params).items() if value is not None}
     if not changes:
         return configured
     values = {**configured.model_dump(), **changes}
+    if family is not None:
+        from omniavatar.config.family_checks import as_given, check_family_sampling
+
+        try:
+            given = {name: getattr(as_given(SamplingConfig, changes), name) for name in changes}
+            check_family_sampling(family, {**vars(configured), **given})
+        except FieldError as error:
+            raise ConfigError(f"request: {error.fields[0].rpartition('.')[2]}: {error}") from None
     try:
         sampling = SamplingConfig.model_validate(values)
     except ValidationError as error:

@@ -8,10 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from pydantic import BaseModel
-
 from omniavatar.config.backends import alternatives, registry
-from omniavatar.config.families import FAMILIES, Family, family_of
 from omniavatar.config.values import CAUSAL_FIELDS, WINDOW_FIELDS, FieldError
 from omniavatar.errors import ConfigError
 
@@ -107,8 +104,9 @@ def check_causal(
                 f"video.{name}",
                 "sampling.sampler",
             )
-    for name in ("sp_size", "cfg_parallel"):
-        if runtime[name] > 1:
+    for name, alone in (("sp_size", 1), ("cfg_parallel", 1), ("use_fsdp", False)):
+        if runtime[name] != alone or (name == "sp_size" and runtime["exchange"] == "direct"):
+            name = "exchange" if runtime[name] == alone else name
             raise FieldError(
                 f"sampler: causal makes a video on one GPU; leave {name} out, or make several videos with "
                 "`omniavatar batch`",
@@ -118,10 +116,15 @@ def check_causal(
 
 
 def check_windows(
-    runtime: Mapping[str, Any], hand_over: str, overlap: int | None, latent_encoder: str
+    runtime: Mapping[str, Any],
+    hand_over: str,
+    hand_overs: Collection[str],
+    overlap: int | None,
+    latent_encoder: str,
 ) -> None:
     """Check what only `sampler: causal` can follow, and what a window hands over.
 
+    - hand_overs: those of the family.
     - overlap: frames that windows share; None for chunks.
     """
     if hand_over == "clean" and overlap == 1:
@@ -133,14 +136,16 @@ def check_windows(
         )
     if hand_over == "clean" and latent_encoder == "taehv":
         raise FieldError(
-            "taehv codes no frame alone, so there is nothing to encode again; set hand_over to latents",
+            "taehv codes no frame alone, so there is nothing to encode again; set hand_over to "
+            f"{alternatives(name for name in hand_overs if name != 'clean')}",
             "sampling.hand_over",
             "model.latent_encoder",
         )
     if runtime["vae_device"] is not None:
+        shared = "" if overlap is None else ", or share the video with sp_size"
         raise FieldError(
-            "has no use here: each window needs the pixels of the one before it; leave vae_device out, or "
-            "share the video with sp_size",
+            "has no use here: each window needs the pixels of the one before it; leave vae_device out"
+            f"{shared}",
             "runtime.vae_device",
             "sampling.sampler",
         )
@@ -193,65 +198,3 @@ def check_runtime(runtime: Mapping[str, Any]) -> None:
             "use_fsdp",
             "num_persistent_param_in_dit",
         )
-
-
-def with_family_settings(values: Any) -> Any:
-    """Settings by section, with those of the configured family where none are given.
-
-    A section that is no mapping is left as it is.
-    """
-    if not isinstance(values, Mapping) or not isinstance(values.get("model"), Mapping):
-        return values
-    name = values["model"].get("family")
-    if name not in FAMILIES.names:
-        return values
-    merged = dict(values)
-    for section, own in family_of(name).create().items():
-        given = merged.get(section, {})
-        if isinstance(given, Mapping):
-            merged[section] = {**own, **given}
-    return merged
-
-
-def check_family(family: Family, sections: Mapping[str, BaseModel]) -> None:
-    """Check what the family cannot follow. Raises FieldError."""
-    check_family_sampling(family, vars(sections["sampling"]))
-    if family.chunk is not None and vars(sections["video"])["fps"] != family.chunk.fps:
-        raise FieldError(f"{family.name}: {family.refused['video.fps']}", "video.fps", "model.family")
-    for name, reason in family.refused.items():
-        section, _, leaf = name.partition(".")
-        if section == "sampling" or name == "video.fps":
-            continue
-        values = sections[section]
-        given = leaf in values.model_fields_set
-        default = type(values).model_fields[leaf].default
-        if given and (section == "video" or getattr(values, leaf) != default):
-            raise FieldError(f"{family.name}: {reason}", name, "model.family")
-
-
-def check_family_sampling(family: Family, sampling: Mapping[str, Any]) -> None:
-    """Check the sampling settings of a configuration or a request, by field. Raises FieldError."""
-    name = family.name
-    samplers = registry("sampling.sampler")
-    fitting = family.samplers or tuple(each.name for each in samplers if not each.from_portrait)
-    if sampling["sampler"] not in fitting:
-        text = f"{name}: its weights follow {alternatives(fitting)}; set sampler to that"
-        raise FieldError(text, "sampling.sampler", "model.family")
-    if sampling["hand_over"] not in family.hand_overs:
-        raise FieldError(
-            f"{name}: hands over {alternatives(family.hand_overs)}, because the VAE codes the first frame of "
-            "a clip alone, which a latent from the middle of a clip is not; set hand_over to one of these",
-            "sampling.hand_over",
-            "model.family",
-        )
-    off: Mapping[str, tuple[Any, ...]] = {
-        "guidance_scale": (1.0,),
-        "audio_scale": (None, 1.0),
-        "guidance_interval": ((0.0, 1.0),),
-        "step_cache": (None, "none"),
-        "tea_cache_l1_thresh": (0.0,),
-    }
-    for field, values in off.items():
-        reason = family.refused.get(f"sampling.{field}")
-        if reason is not None and sampling[field] not in values:
-            raise FieldError(f"{name}: {reason}", f"sampling.{field}", "model.family")

@@ -9,7 +9,7 @@ selects live in one place each:
 | `samplers`, `levels` | `sampling.samplers`, `sampling.schedule` |
 | `hand_overs` | `engine.window_loop` |
 | `text` | prompts and the text encoder (`engine.prepare`) |
-| `refused` | settings that the family cannot follow, each with the reason (`config.combinations`) |
+| `refused` | settings that the family cannot follow, each with the reason (`config.family_checks`) |
 
 How audio enters the DiT is read from the DiT's sizes (`model.sizes.DiTConfig.audio_tokens`).
 
@@ -41,7 +41,8 @@ class Family(Backend):
       `distilled_schedule`.
     - hand_overs: what a window may leave for the next one.
     - adapter: its DiT is a base with an adapter (`exp_path`).
-    - refused: setting (with its section): the reason why the family cannot follow it.
+    - refused: setting (with its section), or `setting=value` for one value of it: the reason why the family
+      cannot follow it.
     """
 
     text: bool = True
@@ -59,6 +60,13 @@ _ONE_GPU = (
     "a video is made on one GPU, because each latent frame attends to separate audio tokens; make several "
     "videos with `omniavatar batch`"
 )
+_NO_SPARSE = (
+    "each latent frame attends to separate audio tokens, which need the order of the frames; leave it out"
+)
+_SPARSE = tuple(
+    f"sparsity.sparse_{name}"
+    for name in ("attention", "density", "mass", "dense_steps", "block_size", "file", "backend")
+)
 _CHUNKED: Mapping[str, str] = MappingProxyType(
     {
         "video.max_tokens": f"a chunk has {CHUNKS.frames} frames; leave it out",
@@ -70,10 +78,11 @@ _CHUNKED: Mapping[str, str] = MappingProxyType(
         "sampling.tea_cache_l1_thresh": "every one of its few steps is computed; leave it out",
         "model.exp_path": "its weights are no adapter of Wan; leave it out",
         "model.input_limits": "they belong to the pocket model; leave it out",
-        "sparsity.sparse_attention": "each latent frame attends to separate audio tokens, which need the "
-        "order of the frames; leave it out",
+        **dict.fromkeys(_SPARSE, _NO_SPARSE),
         "runtime.sp_size": _ONE_GPU,
         "runtime.cfg_parallel": _ONE_GPU,
+        "runtime.use_fsdp": _ONE_GPU,
+        "runtime.exchange=direct": _ONE_GPU,
     }
 )
 

@@ -10,9 +10,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
 
 from omniavatar.config.backends import backend_name, registry
 from omniavatar.config.families import Family, HandOver, family_of
@@ -339,14 +346,30 @@ class PipelineConfig(Section):
     @classmethod
     def _family_settings(cls, values: Any) -> Any:
         """`values` with the family's own settings where none are given."""
-        from omniavatar.config.combinations import with_family_settings
+        from omniavatar.config.family_checks import with_family_settings
 
         return with_family_settings(values)
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _refusals_first(cls, values: Any, check: ModelWrapValidatorHandler[Self]) -> Self:
+        """`values`, checked; what the kind of model refuses comes before all other faults."""
+        try:
+            return check(values)
+        except ValidationError:
+            from omniavatar.config.family_checks import check_refused_first
+
+            kinds = {name: type(field.default) for name, field in cls.model_fields.items()}
+            check_refused_first(values, kinds)
+            raise
+
     @model_validator(mode="after")
     def _combined(self) -> PipelineConfig:
-        from omniavatar.config.combinations import check_causal, check_family, check_vae, check_windows
+        from omniavatar.config.combinations import check_causal, check_vae, check_windows
+        from omniavatar.config.family_checks import check_family
 
+        if self.model.family != "auto":
+            check_family(self.family, vars(self))
         check_vae(self.runtime.vae, self.model.decoder)
         if self.sampling.causal is not None:
             check_causal(
@@ -358,7 +381,6 @@ class PipelineConfig(Section):
             )
         else:
             overlap = self.video.overlap_frame if self.family.chunk is None else None
-            check_windows(vars(self.runtime), self.sampling.hand_over, overlap, self.model.latent_encoder)
-        if self.model.family != "auto":
-            check_family(self.family, vars(self))
+            hand_over, others = self.sampling.hand_over, self.family.hand_overs
+            check_windows(vars(self.runtime), hand_over, others, overlap, self.model.latent_encoder)
         return self

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from omniavatar.config.backends import backend_name
 from omniavatar.config.values import FieldError, Real, Section, Whole, choice_or_path
+from omniavatar.errors import ConfigError
 
 SPARSE_NAME = "sparse_attention.safetensors"
 """Default name of the file of measured blocks."""
@@ -56,6 +57,15 @@ class SparsityConfig(Section):
         """How many of `steps` stay dense, from the first one."""
         configured = self.sparse_dense_steps
         return math.ceil(steps / DENSE_PART) if configured is None else min(steps, configured)
+
+    def check_steps(self, steps: int) -> None:
+        """Raise ConfigError if all of `steps` stay dense."""
+        dense = self.dense_steps(steps)
+        if self.sparse_attention != "dense" and dense >= steps:
+            raise ConfigError(
+                f"sparse_dense_steps: {dense} of {steps} steps stay dense, so nothing is sparse; lower it, "
+                "use more steps, or set sparse_attention to dense"
+            )
 
     @model_validator(mode="after")
     def _combined(self) -> SparsityConfig:

@@ -18,12 +18,11 @@ import numpy as np
 import torch
 
 from omniavatar.config.change import effective_sampling
-from omniavatar.config.combinations import check_family_sampling
-from omniavatar.config.values import FieldError, prompt_text
+from omniavatar.config.values import prompt_text
 from omniavatar.encoders.image import choose_bucket, prepare_image, prepare_image_bytes
 from omniavatar.engine.events import Message
 from omniavatar.engine.window_loop import ShouldStop, WindowSampling, end_if, never
-from omniavatar.errors import ConfigError, InputError
+from omniavatar.errors import InputError
 from omniavatar.media.image import load_image
 from omniavatar.plan.calibration import find_constants
 from omniavatar.plan.run import RunPlan, WindowShape, make_plan, window_shape
@@ -136,11 +135,7 @@ def read_inputs(models: Models, request: LocalRequest, has_audio: bool | None = 
     if not family.text and request.prompt.strip():
         text = f"the prompt has no effect: {family.name} takes no text"
         models.recorder.event(Message(text, "warning", "prompt"))
-    sampling = effective_sampling(config.sampling, request.sampling)
-    try:
-        check_family_sampling(family, vars(sampling))
-    except FieldError as error:
-        raise ConfigError(f"request: {error.fields[0].rpartition('.')[2]}: {error}") from None
+    sampling = effective_sampling(config.sampling, request.sampling, family)
     if request.audio is not None and not dit.audio_dim:
         raise InputError("audio: this checkpoint has no audio layers; leave the audio out or set exp_path")
     if family.chunk is not None and not (request.audio is not None if has_audio is None else has_audio):

@@ -28,7 +28,6 @@ from omniavatar.live.messages import (
     start_message,
 )
 from omniavatar.live.session import LiveSession, check_prompt
-from omniavatar.live.stage import SessionsFullError
 from omniavatar.media.streamed import StreamWriter
 from omniavatar.text import json_text, one_line
 
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from omniavatar.live.webrtc import RtcPeer
 
 Result = TypeVar("Result")
-_FULL = "server: its open sessions leave no time or memory for another one; try again when one has ended"
 _log = logging.getLogger("omniavatar.live")
 
 MakeSession = Callable[[str | None], LiveSession]
@@ -231,7 +229,7 @@ class LiveConnection:
 
     async def _error(self, error: OmniAvatarError) -> None:
         text = str(error)
-        shown = _FULL if isinstance(error, SessionsFullError) else for_clients(type(error), text)
+        shown = for_clients(type(error), text)
         if shown != text:
             _log.error("%s", text)
         await self._send({"type": "error", "message": one_line(shown)})

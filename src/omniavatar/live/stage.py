@@ -29,6 +29,8 @@ T = TypeVar("T")
 class SessionsFullError(ResourceError):
     """The open sessions leave no time or memory for another one."""
 
+    public = "server: its open sessions leave no time or memory for another one; try again when one has ended"
+
 
 def unknown_memory() -> int | None:
     """The free memory of a device that is not measured."""

@@ -5,8 +5,8 @@ float8 is not available). Every combination of the settings of `deadline_axes` i
 combination with the fewest points that meets the deadline wins; among equals, the fastest. Sizes, overlap,
 seed and prompts stay as configured. So do the steps if `timesteps` are given, and the length of the windows
 if they are not. Sparse attention is proposed only where attention is configured dense and a fast backend
-takes the model. The time of a window of another length follows from two timed lengths: attention grows with
-the square.
+takes the model. A smaller decoder is named, not proposed: no figure says what it loses. The time of a window
+of another length follows from two timed lengths: attention grows with the square.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from omniavatar.assets import pocket
 from omniavatar.config.change import changed
 from omniavatar.config.schema import PipelineConfig
 from omniavatar.errors import CheckpointError, ConfigError
@@ -127,7 +128,20 @@ def propose(
         torch.cuda.empty_cache()
     all_loading = sum(loading.values())
     choices = [replace(each, seconds=each.seconds + all_loading) for each in choices]
-    return choose(choices, minutes, deadline, loading, notes)
+    found = choose(choices, minutes, deadline, loading, notes)
+    return replace(found, notes=(*notes, *untried(config, found.chosen)))
+
+
+def untried(config: PipelineConfig, chosen: Candidate | None) -> tuple[str, ...]:
+    """What is faster and never proposed, for those whom the chosen settings cost something."""
+    vae = config.model.vae_path
+    own_latents = vae is not None and vae.is_relative_to(pocket.FOLDER)  # which taehv was not trained for
+    if config.model.decoder != "full" or own_latents or (chosen is not None and not chosen.points):
+        return ()
+    return (
+        "not tried: decoder=taehv,decoder_path=taew2_1.pth decodes in about an eighth of the time (H100); "
+        "what it loses was never measured; add it to --hp to count with it",
+    )
 
 
 @dataclass(frozen=True)

@@ -175,12 +175,8 @@ def find_sparsity(
             f"sparse_attention: sp_size must divide the model's {dit.num_heads} heads, {ranks} does not; "
             "change sp_size or set sparse_attention to dense"
         )
+    wanted.check_steps(shape.steps)
     target, dense = plan_shape(config, shape, dit), wanted.dense_steps(shape.steps)
-    if dense >= shape.steps:
-        raise ConfigError(
-            f"sparse_dense_steps: {dense} of {shape.steps} steps stay dense, so nothing is sparse; lower it, "
-            "use more steps, or set sparse_attention to dense"
-        )
     if wanted.sparse_attention == "window":
         plan = window_plan(target, target.order, wanted.density, range(dense))
     else:

@@ -47,15 +47,11 @@ def make_step_plan(
     Raises ConfigError if constants for this model are neither published, measured nor configured.
     """
     policy, steps = sampling.cache_policy, sampling.steps
-    if policy == "none":
+    constants = needed_constants(sampling, constants)
+    if constants is None:
         return compute_all(steps)
     first, last = sampling.cache_protect_first, sampling.cache_protect_last
     if policy == "magcache":
-        if constants is None:
-            raise ConfigError(
-                "step_cache: MagCache ratios are published for 1.3B and 14B only; "
-                "measure this model's with `omniavatar calibrate`, or use none"
-            )
         plan = magcache_plan(
             steps,
             constants.magnitude_ratios,
@@ -68,7 +64,6 @@ def make_step_plan(
         known = len(constants.magnitude_ratios)
         stretched = f"; ratios of {known} steps stretched to {steps}" if known != steps else ""
         return replace(plan, source=constants.source + stretched)
-    constants = _teacache_constants(sampling, constants)
     distances = relative_changes(time_projections())
     plan = teacache_plan(
         distances,
@@ -82,8 +77,23 @@ def make_step_plan(
     return replace(plan, source=constants.source)
 
 
-def _teacache_constants(sampling: SamplingConfig, constants: CacheConstants | None) -> CacheConstants:
-    configured = sampling.teacache_coefficients
+def needed_constants(sampling: SamplingConfig, constants: CacheConstants | None) -> CacheConstants | None:
+    """The constants that the configured step cache runs with; None without a step cache.
+
+    - constants: of this model (`plan.calibration.find_constants`).
+
+    Raises ConfigError if constants for this model are neither published, measured nor configured.
+    """
+    policy, configured = sampling.cache_policy, sampling.teacache_coefficients
+    if policy == "none":
+        return None
+    if policy == "magcache":
+        if constants is None:
+            raise ConfigError(
+                "step_cache: MagCache ratios are published for 1.3B and 14B only; "
+                "measure this model's with `omniavatar calibrate`, or use none"
+            )
+        return constants
     if not isinstance(configured, str):
         return CacheConstants("teacache_coefficients of the configuration", (), configured)
     chosen = constants if configured == "auto" else published_constants(configured)

@@ -20,6 +20,7 @@ from training.studio import Studio
 from training.takes import Take, make_take
 
 from omniavatar.config.load import load_config
+from omniavatar.measure.quality import psnr
 
 CONFIG = Path(__file__).resolve().parents[3] / "configs" / "pocket.yaml"
 
@@ -84,16 +85,16 @@ def test_sharpness_falls_with_blur_and_psnr_with_noise():
     sharp = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3)).astype(np.uint8)
     soft = ((sharp[:, ::2, ::2].astype(int) + sharp[:, 1::2, 1::2]) // 2).astype(np.uint8)
     assert measures.sharpness(soft) < 0.8 * measures.sharpness(sharp)
-    assert measures.psnr(sharp, sharp) > 100
+    assert psnr(sharp, sharp) > 100
     flat = np.full((8, 8, 3), 100, np.uint8)
-    assert measures.psnr(flat, flat + 10) == pytest.approx(20 * np.log10(25.5))
+    assert psnr(flat, flat + 10) == pytest.approx(20 * np.log10(25.5))
 
 
 def test_videos_survive_their_files(tmp_path):
     rows = np.linspace(0, 255, 192)[:, None, None] + np.zeros((192, 192, 3))
     frames = np.stack([np.roll(rows, 8 * number, 0) for number in range(5)]).astype(np.uint8)
     write_video(tmp_path / "a.mp4", frames)
-    assert measures.psnr(read_video(tmp_path / "a.mp4"), frames) > 35
+    assert psnr(read_video(tmp_path / "a.mp4"), frames) > 35
 
 
 def test_recordings_become_takes_in_time():

@@ -145,9 +145,12 @@ class FakePipeline:
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePipeline:
+    """The pipeline of the commands, which run in an empty folder."""
     import omniavatar.engine.pipeline
 
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     pipeline = FakePipeline()
     monkeypatch.setattr(omniavatar.engine.pipeline, "AvatarPipeline", pipeline)
     monkeypatch.delenv("WORLD_SIZE", raising=False)

@@ -22,9 +22,11 @@ Calls = list[tuple[AvatarRequest, Path]]
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """The requests that reach a pipeline which makes nothing."""
+def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
+    """The requests that reach a pipeline which makes nothing, of commands that run in an empty folder."""
     made: Calls = []
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
 
     def generate(self: Any, request: AvatarRequest, output: Path | None, **options: Any) -> RunResult:
         made.append((request, output))

@@ -27,6 +27,7 @@ from omniavatar.measure.deadline import (
     linear_part,
     parse_duration,
     propose,
+    untried,
 )
 from omniavatar.measure.deadline_axes import faster_presets, sparsities, vae_runners, window_lengths
 from omniavatar.measure.projection import StartCosts, WindowCosts
@@ -256,6 +257,17 @@ def test_prediction_agrees_with_the_run(tmp_path: Path, monkeypatch: pytest.Monk
     assert 0.3 < (found.chosen.seconds - found.loading) / taken < 3
 
 
+@pytest.mark.parametrize("chosen", [None, Candidate({"num_steps": 8}, 6.0, 60.0, 100)])
+def test_a_smaller_decoder_is_named_and_not_proposed(chosen: Candidate | None) -> None:
+    """To those who lose something, and where its weights are for the model's latents."""
+    config = load_config(CONFIGS / "inference_1.3B.yaml").config
+    (note,) = untried(config, chosen)
+    assert "decoder=taehv" in note and "never measured" in note
+    assert untried(config, Candidate({}, 0.0, 60.0, 100)) == ()
+    assert untried(changed(config, model={"decoder": "taehv"}), chosen) == ()
+    assert untried(load_config("pocket").config, chosen) == ()
+
+
 @pytest.mark.slow
 def test_command(monkeypatch: pytest.MonkeyPatch) -> None:
     run = CliRunner()
@@ -266,6 +278,7 @@ def test_command(monkeypatch: pytest.MonkeyPatch) -> None:
     missed = run.invoke(app, [*base, "--deadline", "0.01s"])
     assert missed.exit_code == 7
     line = " ".join(missed.output.split())
+    assert "too slow: as configured" in line and "points lost: an order of preference" in line
     assert "cannot be made in 0.0 s on this machine; the fastest settings take" in line
     fixed = "timesteps=[1000,500],sampler=renoise,guidance_scale=1"
     bound = run.invoke(app, [*base, "--hp", fixed, "--deadline", "0.01s"])

@@ -60,8 +60,6 @@ KINDS: tuple[tuple[type[OmniAvatarError], int, str, str], ...] = (
     (OutputError, 507, "storage_full", SERVER),
 )
 """Class, status, code and type; the first class that fits counts."""
-_PRIVATE = (StoreError, OutputError, ResourceError, CheckpointError)
-"""Errors whose messages name paths and addresses of the server; only the log has them."""
 _OWN = (InputError, ConfigError)
 """Errors of the client's own values; one that names a path is the server's."""
 
@@ -117,14 +115,15 @@ def as_api_error(error: Exception) -> ApiError:
     known = error if isinstance(error, OmniAvatarError) else translated(error)
     for kind, status, code, type in KINDS:
         if isinstance(known, kind):
-            text = str(known)
-            if isinstance(known, _OWN) and for_clients(kind, text) != text:
-                status, code, type = 503, "unavailable", SERVER
-            if isinstance(known, _PRIVATE) or code == "unavailable":
-                _log.error("%s: %s", code, known)
-                text = f"the server cannot do this now ({code}); try again later"
+            shown = text = str(known)
+            if isinstance(known, _OWN) or known.public is not None:
+                shown = for_clients(known.__class__, text)
+            if shown != text:
+                _log.error("%s: %s", code, text)
+                if isinstance(known, _OWN):
+                    status, code, type = 503, "unavailable", SERVER
             headers = {"Retry-After": "10"} if status in (429, 503) else {}
-            return ApiError(status, code, text, None, type, headers)
+            return ApiError(status, code, shown, None, type, headers)
     _log.error("a bug in this server", exc_info=error)
     return ApiError(
         500, "server_error", "the server met an unexpected error; its log has the request id", None, SERVER

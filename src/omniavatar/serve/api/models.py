@@ -13,6 +13,7 @@ from omniavatar.encoders.image import choose_bucket
 from omniavatar.errors import ConfigError
 from omniavatar.plan.run import RunPlan, plan_run
 from omniavatar.serve.api.errors import NOT_FOUND, ApiError, field_error
+from omniavatar.serve.api.refusals import refused_by, with_known_family
 from omniavatar.serve.jobs.records import JobStatus, Json
 from omniavatar.serve.jobs.store import JobStore
 from omniavatar.serve.settings import ServeSettings, load_configs
@@ -36,14 +37,18 @@ class Plan:
 
 
 class Catalogue:
-    """The models of a server by name; the first is the default."""
+    """The models of a server by name; the first is the default.
+
+    Raises ConfigError, CheckpointError for weights of another family than the configuration's.
+    """
 
     def __init__(self, configs: Mapping[str, PipelineConfig], most_steps: int) -> None:
-        self.configs, self._most_steps = dict(configs), most_steps
+        self.configs = {name: with_known_family(config) for name, config in configs.items()}
+        self._most_steps = most_steps
 
     @classmethod
     def load(cls, settings: ServeSettings) -> Catalogue:
-        """Raises ConfigError."""
+        """Raises ConfigError, CheckpointError."""
         return cls(load_configs(settings), settings.most_steps)
 
     def name(self, asked: str | None) -> str:
@@ -71,24 +76,29 @@ class Catalogue:
                     "unknown_field",
                 )
         values = {key: value for key, value in (*extra.items(), *given.items()) if value is not None}
-        configured = self.configs[model].sampling
+        config = self.configs[model]
+        configured = config.sampling
         for key in values:
             param = _FIELDS[key] if key in given and given[key] is not None else f"extra_params.{key}"
             try:
-                checked = effective_sampling(
-                    self.configs[model].sampling, SamplingParams(**{key: values[key]})
-                )
+                checked = effective_sampling(configured, SamplingParams(**{key: values[key]}), config.family)
             except ConfigError as error:
                 text = str(error).removeprefix("request: ").partition(": ")[2]
                 raise field_error(param, text.replace("Input should be", "must be")) from None
+            refusal = refused_by(config, checked)
+            if refusal is not None:
+                raise field_error(param, refusal)
             if key in ("num_steps", "timesteps") and checked.steps > self._most_steps:
                 raise field_error(
                     param, f"asks for {checked.steps} steps; at most {self._most_steps} are allowed"
                 )
         try:
-            checked = effective_sampling(configured, SamplingParams(**values))
+            checked = effective_sampling(configured, SamplingParams(**values), config.family)
         except ConfigError as error:
             raise field_error("extra_params", str(error).removeprefix("request: ")) from None
+        refusal = refused_by(config, checked)
+        if refusal is not None:
+            raise field_error("extra_params", refusal)
         return {key: checked.model_dump(mode="json")[key] for key in values}
 
     def check_provenance(self, model: str) -> None:

@@ -18,6 +18,7 @@ from omniavatar.serve.api.errors import SERVER, ApiError, field_error
 from omniavatar.serve.api.load import QueueLoad
 from omniavatar.serve.api.metrics import Metrics
 from omniavatar.serve.api.models import Catalogue, Plan, window_seconds
+from omniavatar.serve.api.refusals import check_extension, check_voice
 from omniavatar.serve.api.webhooks import Webhooks
 from omniavatar.serve.jobs.errors import QueueFullError, StoreError
 from omniavatar.serve.jobs.extensions import prepare_extension
@@ -109,7 +110,8 @@ class Service:
         if source is not None:
             if values.model is not None and values.model != source.spec.model:
                 raise field_error("model", f"must be {source.spec.model}, as of the video; leave it out")
-            model = source.spec.model
+            model = self.models.name(source.spec.model)
+            check_extension(self.models.configs[model], source)
             for name in ("size", PORTRAIT):
                 if getattr(values, name, None) is not None or name in asked.files:
                     raise field_error(name, "is that of the video; leave it out")
@@ -130,6 +132,7 @@ class Service:
             self.models.check_provenance(model)
         if source is None and PORTRAIT not in asked.files:
             raise field_error(PORTRAIT, "is missing; add a portrait", "missing_field")
+        check_voice(self.models.configs[model], VOICE in asked.files)
         portrait, seconds = self.checker.check(asked.files.get(PORTRAIT), asked.files.get(VOICE))
         plan = self.models.plan(model, size, portrait, seconds, settings)
         spec = JobSpec(

@@ -153,7 +153,10 @@ def videos(service: Service) -> APIRouter:
 
     @router.delete("/{video_id}")
     def delete_video(request: Request, response: Response, video_id: JobId) -> Deletion:
-        """Delete a video with its files. A running one is cancelled (202); delete it again later."""
+        """Delete a video with its files, also one that has just finished.
+
+        A running one is cancelled (202); delete it again later.
+        """
         caller = service.access.caller(request, WRITE)
         removed = service.store.delete(video_id, caller.key_id) is Deleted.removed
         if removed:
@@ -162,6 +165,18 @@ def videos(service: Service) -> APIRouter:
             response.status_code = 202
         audit(request, "delete" if removed else "cancel", job=video_id)
         return Deletion(id=video_id, deleted=removed)
+
+    @router.post("/{video_id}/cancel")
+    def cancel_video(request: Request, response: Response, video_id: JobId) -> Video:
+        """Cancel a video: at once if it waits, at its next step if it runs (202). A finished one stays."""
+        caller = service.access.caller(request, WRITE)
+        job = service.store.request_cancel(video_id, caller.key_id)
+        if job.status is JobStatus.in_progress:
+            response.status_code = 202
+        elif job.status is JobStatus.failed:
+            service.files.drop_work(video_id)
+        audit(request, "cancel", job=video_id)
+        return shown(response, job)
 
     @router.get(
         "/{video_id}/content",

@@ -87,6 +87,8 @@ class RayCrew:
     CrewLost if a process of Ray ended while it started.
     """
 
+    ends_along = False
+
     def __init__(
         self,
         seats: Seats,

@@ -6,7 +6,7 @@ can change nothing. A claim ends with its lease unless a heartbeat extends it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +33,7 @@ MOST_LOSSES = 8
 """The same if its worker died: mostly that is not the job's fault, but a job may kill each worker."""
 HOST_ALIVE_S = 60.0
 """A process with workers that did not report for so long is taken for dead."""
+_RUNNING = jobs.c.status == JobStatus.in_progress
 CANCELLED_ERROR = JobError(CANCELLED, "the job was cancelled", "cancelled_error")
 
 
@@ -150,14 +151,26 @@ class Claims:
     def requeue_expired(self) -> list[str]:
         """Give the jobs back whose workers did not report in time; returns their ids. Raises StoreError."""
         with self.database.reading() as connection:  # mostly there is none, and nobody waits for the lock
-            silent = sa.and_(
-                jobs.c.status == JobStatus.in_progress, jobs.c.lease_until < self.database.now(connection)
-            )
+            silent = sa.and_(_RUNNING, jobs.c.lease_until < self.database.now(connection))
             if connection.execute(sa.select(jobs.c.id).where(silent).limit(1)).first() is None:
                 return []
+        return self._requeue(lambda now: jobs.c.lease_until < now)
+
+    def requeue_of(self, process: str) -> list[str]:
+        """Give the jobs of a process back that has died; returns their ids. Raises StoreError."""
+        return self._requeue(lambda now: jobs.c.worker.startswith(f"{process}/", autoescape=True))
+
+    def processes(self) -> set[str]:
+        """Names of the processes whose workers have jobs. Raises StoreError."""
+        with self.database.reading() as connection:
+            workers = connection.execute(sa.select(jobs.c.worker).where(_RUNNING).distinct()).scalars()
+            return {worker.rpartition("/")[0] for worker in workers}
+
+    def _requeue(self, lost: Callable[[float], sa.ColumnElement[bool]]) -> list[str]:
+        """Give the running jobs back for which `lost` holds at the time it is called with."""
         with self.database.writing(CLAIM) as connection:
             now = self.database.now(connection)
-            query = sa.select(jobs).where(jobs.c.status == JobStatus.in_progress, jobs.c.lease_until < now)
+            query = sa.select(jobs).where(_RUNNING, lost(now))
             rows = connection.execute(query.with_for_update(skip_locked=True)).mappings().all()
             for row in rows:
                 error = JobError(

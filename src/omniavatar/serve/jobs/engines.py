@@ -102,13 +102,14 @@ class _LoadedModel:
     """A pipeline on the shelf."""
 
     def __init__(self, config: PipelineConfig, cores: tuple[int, ...], host: _SharedHost) -> None:
-        self.config, self._host = config, host
+        self._host = host
         self.engine = AvatarEngine(config, None, cores, host=host)
         self._needs: int | None = None
 
     def needs(self) -> int:
         if self._needs is None:
-            config, models = self.config, self.engine.pipeline.models
+            pipeline = self.engine.pipeline
+            config, models = pipeline.config, pipeline.models  # with the family of the weights
             size = max(config.video.sizes, key=lambda size: size[0] * size[1])
             shape = window_shape(config, size, bool(models.dit_config.audio_dim))
             self._host.alone = True

@@ -8,6 +8,8 @@ from omniavatar.errors import ConfigError, InputError, OmniAvatarError, Resource
 class StoreError(ResourceError):
     """The database of jobs cannot be reached, or another version of this package wrote it."""
 
+    public = "the server cannot reach its database now; try again later"
+
 
 class JobNotFoundError(OmniAvatarError):
     """No job has this id, or it belongs to another key."""

@@ -55,6 +55,11 @@ class JobFiles:
     def is_url(self) -> bool:
         return "://" in self.place
 
+    @property
+    def locks(self) -> Path:
+        """Local folder of the locks of the processes that claim jobs."""
+        return self._local_root / "workers"
+
     def check(self) -> None:
         """Raise OutputError, ConfigError or ResourceError if nothing can be written here."""
         check_writable(self._local_root)

@@ -27,7 +27,12 @@ NICENESS = 10
 
 
 class JobCrew(Crew, Protocol):
-    """A crew whose workers can end a task early."""
+    """A crew whose workers can end a task early.
+
+    ends_along: whether its workers end at once when this process dies.
+    """
+
+    ends_along: bool
 
     def stop(self, slot: int, how: Stop) -> None:
         """Have a busy worker end its task early; its answer follows."""
@@ -36,6 +41,8 @@ class JobCrew(Crew, Protocol):
 
 class ProcessCrew:
     """A `JobCrew`. factory: makes the engine of a worker; it and `files` are pickled."""
+
+    ends_along = True
 
     def __init__(
         self, workers: int, factory: Callable[[Seat], JobEngine], files: JobFiles, seat: Seat | None = None

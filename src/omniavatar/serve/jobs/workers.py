@@ -5,16 +5,13 @@ the database and the files. Everything that must survive is in the database and 
 these processes may be killed at any time:
 
 - a worker's process dies: its job is queued again at once, and goes on after its last finished window;
-- this process dies: its workers end with it, and another `Workers` queues the jobs again after their leases;
+- this process dies: its workers end with it, and another `Workers` queues the jobs again (`presence`);
 - the database does not answer: the workers go on until their leases end, and results wait to be recorded.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +25,7 @@ from omniavatar.serve.batch.items import Outcome, Stop, Verdict, WorkerInfo, las
 from omniavatar.serve.jobs.errors import StoreError
 from omniavatar.serve.jobs.files import JobFiles
 from omniavatar.serve.jobs.logs import of_job
+from omniavatar.serve.jobs.presence import Presence, boot_id
 from omniavatar.serve.jobs.process_crew import JobCrew
 from omniavatar.serve.jobs.records import VIDEO, WORKER_LOST, Claim, JobError, JobProgress, JobResult
 from omniavatar.serve.jobs.slots import JobSlot
@@ -104,12 +102,10 @@ class Workers:
         self._slots: list[JobSlot] = []
         self._unrecorded: list[Callable[[], None]] = []
         self._draining, self._stopping = threading.Event(), threading.Event()
-        self._name = (
-            f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(3)}"  # containers may share both
-        )
+        self._presence = Presence(files.locks, boot_id())
+        self._name = self._presence.name
         self._next_beat = self._next_sweep = self._next_report = 0.0
-        self._reported = -1
-        self._store_away = False
+        self._reported, self._store_away = -1, False
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -157,6 +153,8 @@ class Workers:
                 self._stopping.wait(self._rules.hire_pause)
                 continue
             try:
+                if self._crew.ends_along:
+                    self._asked(self._done(self._presence.enter))
                 self._slots = [JobSlot(number, hire_at=0.0) for number in range(self._crew.workers)]
                 while not self._ended():
                     self._turn()
@@ -167,6 +165,7 @@ class Workers:
                 for slot in self._slots:
                     self._give_back(slot)
                 self._record()
+        self._presence.leave()
         self._asked(self._done(lambda: self._store.forget_host(self._name)))
 
     def _ended(self) -> bool:
@@ -217,8 +216,10 @@ class Workers:
         return found
 
     def _requeue(self) -> None:
-        for id in self._store.requeue_expired():
-            _log.warning("job %s: its worker did not report in time", id)
+        dead = self._presence.dead(self._store.processes())
+        lost = [id for process in dead for id in self._store.requeue_of(process)]
+        for id in (*lost, *self._store.requeue_expired()):
+            _log.warning("job %s: its worker died, or did not report in time", id)
             if self._store.get(id).error is not None:
                 self._files.drop_work(id)
                 self._on_end(id)

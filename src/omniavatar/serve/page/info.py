@@ -12,9 +12,10 @@ from omniavatar.config.backends import registry
 from omniavatar.config.identity import flat_values
 from omniavatar.config.schema import PipelineConfig, SamplingConfig
 from omniavatar.serve.api.models import REQUEST_KEYS
+from omniavatar.serve.api.refusals import is_packaged
 from omniavatar.serve.api.replies import size_text
 from omniavatar.serve.jobs.records import Json
-from omniavatar.serve.page.words import example_prompt, intents, is_packaged, word_groups
+from omniavatar.serve.page.words import example_prompt, intents, word_groups
 from omniavatar.types import SamplingParams, StepCache
 
 SHAPES = {"16:9": 16 / 9, "1:1": 1.0, "9:16": 9 / 16}

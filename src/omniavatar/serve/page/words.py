@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from omniavatar.assets import pocket
 from omniavatar.config.schema import PipelineConfig
+from omniavatar.serve.api.refusals import is_packaged
 from omniavatar.serve.jobs.records import Json
 
 PREVIEW, BALANCED, BEST = INTENTS = ("preview", "balanced", "best")
@@ -35,11 +36,6 @@ OTHER_WORDS = (
 )
 """Starting points for models that understand sentences."""
 OTHER_PROMPT = "A realistic video of a person speaking directly to the camera"
-
-
-def is_packaged(config: PipelineConfig) -> bool:
-    """Whether the weights are those of the packaged model, which knows rendered heads only."""
-    return any(path.is_relative_to(pocket.FOLDER) for path in config.model.dit_path)
 
 
 def word_groups(config: PipelineConfig) -> tuple[WordGroup, ...]:

@@ -19,6 +19,7 @@ from omniavatar.errors import (
     OutputError,
     ResourceError,
     TargetError,
+    for_clients,
 )
 from omniavatar.serve.api import errors
 from omniavatar.serve.jobs.claims import MOST_LOSSES
@@ -114,6 +115,17 @@ def test_an_error_of_a_route_names_no_path(
         assert str(found) == str(error)
     else:
         assert caplog.records, "the log has it"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ConfigError(CERTIFICATE), CheckpointError(WEIGHTS), ResourceError("GPU 3 of node7"), TargetError("/x")],
+)
+def test_an_answer_and_a_failed_video_have_the_same_words(serve: Serve, error: OmniAvatarError) -> None:
+    server, kind = serve(), type(error)
+    id = failed(server, JobError(code_of(kind.__name__), str(error), "server_error"))
+    shown = server.client.get(f"/v1/videos/{id}").json()["error"]["message"]
+    assert shown == str(errors.as_api_error(error)) == for_clients(kind, str(error)) != str(error)
 
 
 def test_an_expired_certificate_of_a_running_server_is_not_shown() -> None:

@@ -155,6 +155,34 @@ def test_a_running_job_is_cancelled(serve: Serve) -> None:
     assert server.client.delete(f"/v1/videos/{id}").json()["deleted"] is True
 
 
+def test_cancel_keeps_a_video_that_has_just_finished(serve: Serve) -> None:
+    """Both answers of the race: a client that asks to cancel never loses a finished video."""
+    server = serve()
+    id = server.create().json()["id"]
+    claim = server.claim()
+    asked = server.client.post(f"/v1/videos/{id}/cancel")
+    assert asked.status_code == 202 and asked.json()["status"] == "in_progress"
+    server.finish(claim)  # the worker was done before it heard of it
+    for _ in range(2):
+        kept = server.client.post(f"/v1/videos/{id}/cancel")
+        assert kept.status_code == 200 and kept.json()["status"] == "completed"
+        assert server.client.get(f"/v1/videos/{id}/content").content == MP4
+    assert server.client.delete(f"/v1/videos/{id}").json()["deleted"] is True
+    assert server.client.post(f"/v1/videos/{id}/cancel").status_code == 404
+
+
+def test_a_waiting_video_is_cancelled_at_once(serve: Serve) -> None:
+    server = serve()
+    id = server.create().json()["id"]
+    work = server.files.work(id)
+    work.parent.mkdir(parents=True)
+    work.write_bytes(b"a finished window")
+    for _ in range(2):
+        reply = server.client.post(f"/v1/videos/{id}/cancel")
+        assert reply.status_code == 200 and reply.json()["error"]["code"] == "cancelled"
+    assert not work.exists() and server.store.claim("test", ["pocket"], 60.0) is None
+
+
 def test_the_growing_file_and_events(serve: Serve) -> None:
     server = serve()
     id = server.create().json()["id"]

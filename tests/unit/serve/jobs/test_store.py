@@ -19,12 +19,13 @@ from omniavatar.serve.jobs.records import (
     CANCELLED,
     Deleted,
     JobProgress,
+    JobResult,
     JobSpec,
     JobStatus,
     KeyLimits,
     new_job_id,
 )
-from omniavatar.serve.jobs.rows import MOST_EVENTS
+from omniavatar.serve.jobs.rows import MOST_EVENTS, change, find
 from omniavatar.serve.jobs.store import JobStore
 
 SPEC = JobSpec(
@@ -153,6 +154,38 @@ def test_delete_removes_a_waiting_job_and_cancels_a_running_one(store: JobStore)
     assert store.delete(running.id, "key") is Deleted.cancelling
     store.release(claim)
     assert store.delete(running.id, "key") is Deleted.removed
+
+
+@pytest.mark.parametrize("ask", ["cancel", "delete"])
+def test_what_comes_while_a_video_finishes_waits_for_its_end(database_url: str, ask: str) -> None:
+    """Two processes: one has the row of a job that ends, the other is to cancel or to delete it."""
+    with JobStore.open(database_url) as worker, JobStore.open(database_url) as client:
+        id = worker.submit("key", SPEC)[0].id
+        assert worker.claim("worker", ["pocket"], 60) is not None
+        with ThreadPoolExecutor(1) as pool:
+            with worker.database.writing() as connection:
+                row = find(connection, id, lock=True)
+                assert row is not None
+                ended = {"status": JobStatus.completed, "output": "output/video.mp4", "completed_at": 2.0}
+                change(connection, row, 1.0, **ended)
+                answer = pool.submit(client.request_cancel if ask == "cancel" else client.delete, id, "key")
+                with pytest.raises(TimeoutError):
+                    answer.result(0.2)
+            if ask == "delete":
+                assert answer.result(10) is Deleted.removed
+                return
+            kept = answer.result(10)
+        assert kept == client.get(id) and kept.status is JobStatus.completed
+        assert kept.output == "output/video.mp4" and not kept.cancel_requested
+
+
+def test_a_video_that_finishes_after_it_was_cancelled_is_kept(store: JobStore) -> None:
+    id = store.submit("key", SPEC)[0].id
+    claim = store.claim("worker", ["pocket"], 60)
+    assert claim is not None and store.request_cancel(id).cancel_requested
+    assert store.complete(claim, JobResult("output/video.mp4", 5, 0.8, 1))
+    assert store.request_cancel(id) == store.get(id) and store.get(id).status is JobStatus.completed
+    assert store.delete(id) is Deleted.removed
 
 
 def test_events_number_what_happened_and_only_the_last_are_kept(store: JobStore) -> None:

@@ -81,9 +81,11 @@ def test_a_killed_worker_goes_on_after_its_last_window(place: Place) -> None:
     place.made_once(id)
 
 
-def test_a_killed_server_takes_its_workers_along_and_another_goes_on(place: Place) -> None:
+@pytest.mark.parametrize("lease", [2.0, 600.0])
+def test_a_killed_server_takes_its_workers_along_and_another_goes_on(place: Place, lease: float) -> None:
+    """The next one knows that it is dead, and does not wait for a long lease."""
     place.hold(1)
-    with place.driver() as process:
+    with place.driver(rules={"lease": lease}) as process:
         id = place.submit()
         place.until(id, lambda job: job.window == 1)
         process.kill()
@@ -95,10 +97,27 @@ def test_a_killed_server_takes_its_workers_along_and_another_goes_on(place: Plac
         time.sleep(0.02)
     assert place.store.get(id).status is JobStatus.in_progress  # nobody has noticed yet
     place.go()
-    with place.driver():
+    with place.driver(rules={"lease": lease}):
         job = place.finished(id)
     assert job.resumed_windows == 1 and job.attempt == 2
     place.made_once(id)
+
+
+def test_a_stopped_server_is_not_dead(place: Place) -> None:
+    """It does not report, and still holds its lock: only the end of its lease gives its job away."""
+    place.hold(1)
+    with place.driver(rules={"lease": 600.0}) as process:
+        id = place.submit()
+        place.until(id, lambda job: job.window == 1)
+        process.send_signal(signal.SIGSTOP)
+        with place.workers(lease=600.0) as _:
+            end = time.monotonic() + 1.0
+            while time.monotonic() < end:
+                assert place.store.get(id).attempt == 1
+                time.sleep(0.05)
+        process.send_signal(signal.SIGCONT)
+        place.go()
+        assert place.finished(id).attempt == 1
 
 
 def _alive(pid: int) -> bool:

@@ -271,7 +271,9 @@ def test_the_focus_stays_where_a_person_put_it(browser: Browser, server: WebServ
     page.route("**/v1/videos?limit=*", lambda route: route.fulfill(json={"data": videos}))
     page.route("**/events", lambda route: route.abort())
     late: list[Route] = []
-    page.route("**/v1/videos/video_second", lambda route: late.append(route))
+    page.route("**/v1/videos/video_second/cancel", lambda route: late.append(route))
+    deleted = {"id": "video_second", "deleted": True}
+    page.route("**/v1/videos/video_second", lambda route: route.fulfill(json=deleted))
     refresh = "dispatchEvent(new Event('online'))"
     name = "document.activeElement.getAttribute('aria-label')"
     page.goto(server.address)
@@ -287,7 +289,8 @@ def test_the_focus_stays_where_a_person_put_it(browser: Browser, server: WebServ
         page.wait_for_timeout(20)
     page.focus("#prompt")
     del videos[0]
-    late[0].fulfill(json={"id": "video_second", "deleted": True})
+    cancelled = {"status": "failed", "error": {"code": "cancelled", "message": "the job was cancelled"}}
+    late[0].fulfill(json={"id": "video_second", **cancelled})
     until(page, "document.getElementById('queue-card').hidden")
     assert page.evaluate("document.activeElement.id") == "prompt"
 

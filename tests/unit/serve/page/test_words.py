@@ -9,8 +9,9 @@ from training.motion import EXPRESSIONS, MOTIONS
 
 from command_line import REPOSITORY
 from omniavatar.config.load import load_config
+from omniavatar.serve.api.refusals import is_packaged
 from omniavatar.serve.page.info import page_model, shape_of
-from omniavatar.serve.page.words import POCKET_WORDS, intents, is_packaged
+from omniavatar.serve.page.words import POCKET_WORDS, intents
 
 
 def config_of(name: str, *overrides: str) -> Any:

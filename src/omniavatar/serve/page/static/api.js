@@ -51,6 +51,11 @@ export function postForm(path, form, options) {
   return getJson(path, { method: "POST", body: form, ...options });
 }
 
+// Cancels a video, and returns it; one that has just finished stays.
+export function cancel(id) {
+  return getJson(`/v1/videos/${id}/cancel`, { method: "POST" });
+}
+
 export function remove(id) {
   return getJson(`/v1/videos/${id}`, { method: "DELETE" });
 }

@@ -1,6 +1,6 @@
 // The server's videos: the one on the stage, the queue, and the gallery. The server knows them all, so a reload,
 // a crash or a closed laptop changes nothing.
-import { getJson, remove } from "./api.js";
+import { cancel, getJson, remove } from "./api.js";
 import { arrange, at, complain, el, passFocus } from "./dom.js";
 import { duration, t } from "./strings.js";
 import { showWarnings, warningText } from "./warnings.js";
@@ -170,11 +170,17 @@ export class Jobs {
     const from = document.activeElement;
     this.#cancelling.add(id);
     try {
-      const { deleted } = await remove(id);
-      if (deleted && this.#followed === id) {
-        this.#unfollow();
-        complain("stage-problem", t("cancelled"));
-      } else if (this.#followed === id) at("run-text").textContent = t("run_cancelling");
+      const video = await cancel(id);
+      if (isOpen(video)) {
+        if (this.#followed === id) at("run-text").textContent = t("run_cancelling");
+      } else {
+        this.#cancelling.delete(id);
+        if (video.error?.code === "cancelled") await remove(id); // it waited: there is nothing to keep
+        if (video.status !== "completed" && this.#followed === id) {
+          this.#unfollow();
+          complain("stage-problem", t("cancelled"));
+        }
+      }
     } catch (problem) {
       this.#cancelling.delete(id);
       complain("stage-problem", problem.message);
