@@ -234,3 +234,4 @@ at("file").onchange = () => {
   at("file").value = ""; // so that the same file can be chosen again
   if (chosen) sendFile(chosen).catch((error) => show(`error: ${chosen.name} is no sound that this browser reads (${error.message})`));
 };
+buttons(false); // the document comes before this file, and a press of Start is for nothing until here
