@@ -8,11 +8,11 @@ STAMP := $(VENV)/.installed
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] <= (3,13))' \
 	&& echo $$p && break; done 2>/dev/null)
-# one more than the cores that the tests are meant for: many of them wait for a clock or a process
-WORKERS ?= 3
+# twice the cores that the tests are meant for: many tests wait for a clock or a process
+WORKERS ?= 4
 FUZZ_SECONDS ?= 1800
 
-.PHONY: demo check chromium test test-integrations fuzz stress lint docs format install clean
+.PHONY: demo check chromium test tests test-integrations fuzz stress lint docs format install clean
 
 install: $(STAMP)
 
@@ -45,8 +45,11 @@ check: lint
 chromium:
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { test "$$(id -u)" = 0 && { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1; } || echo "warning: Chromium is missing and cannot be installed here, so the tests of the page are skipped; run \`apt-get install chromium\` as root"
 
-# before you hand over, and in the continuous integration: every test
-test: lint chromium
+# before you hand over, and in the continuous integration: every test, with lint beside them
+test: $(STAMP) chromium
+	@$(MAKE) --no-print-directory -j 2 lint tests
+
+tests: $(STAMP)
 	$(PYTEST)
 
 # The packages for LiveKit and Pipecat have an environment of their own, without a model and torch. The nodes for

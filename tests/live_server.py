@@ -47,9 +47,11 @@ def served(
     seconds: float = 0.0,
     size: int = 16,
     send_buffer: int | None = None,
+    opens_s: float = 0.0,
 ) -> Iterator[Served]:
     """A server on a free port; `seconds` to make a block, frames of `size`.
 
+    opens_s: to make a session, and then to open it.
     send_buffer: bytes that the system keeps for a client that does not read.
     """
     stage, started = LiveStage(), threading.Event()
@@ -57,9 +59,14 @@ def served(
     stops = []
 
     def make(prompt: str | None) -> LiveSession:
+        def build() -> LoudnessMaker:
+            time.sleep(opens_s)
+            return maker
+
+        time.sleep(opens_s)
         maker = LoudnessMaker(seconds=seconds, size=size)
         found.makers.append(maker)
-        return LiveSession.on(stage, lambda: maker)
+        return LiveSession.on(stage, build)
 
     def ready(port: int, stop: object) -> None:
         found.port = port

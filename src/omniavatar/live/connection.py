@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from omniavatar.live.webrtc import RtcPeer
 
 Result = TypeVar("Result")
+EARLY_BYTES = 16 * 2**20
+"""What is kept of a client that speaks while its session opens: nearly three minutes at 48 kHz."""
 _log = logging.getLogger("omniavatar.live")
 
 MakeSession = Callable[[str | None], LiveSession]
@@ -71,6 +74,7 @@ class LiveConnection:
         self._peer: RtcPeer | None = None
         self._rate = 16000
         self._sending = asyncio.Lock()
+        self._early: deque[dict[str, Any]] = deque()
         self._noted = False
 
     async def run(self) -> None:
@@ -84,11 +88,11 @@ class LiveConnection:
             return
         self._rate = start.rate
         try:
-            session = self._make(None if start.prompt is None else check_prompt(start.prompt))
+            prompt = None if start.prompt is None else check_prompt(start.prompt)
             if start.format == "webrtc" and not start.sdp:
                 raise InputError("sdp: is missing; format webrtc needs the offer of a peer connection")
-            async with session:
-                self._session = session
+            async with AsyncExitStack() as stack:
+                session = self._session = await self._meanwhile_read(self._open(prompt, stack))
                 await self._serve(session, start)
         except OmniAvatarError as error:
             await self._error(error)
@@ -110,6 +114,33 @@ class LiveConnection:
             except InputError as error:
                 await self._error(error)
         return None
+
+    async def _open(self, prompt: str | None, stack: AsyncExitStack) -> LiveSession:
+        return await stack.enter_async_context(await in_thread(self._make, prompt))
+
+    async def _meanwhile_read(self, opening: Coroutine[Any, Any, LiveSession]) -> LiveSession:
+        """What `opening` returns. Messages that come before are kept for the session.
+
+        Behind a message that nobody reads lies the client's answer to a ping, so its connection would end.
+        """
+        task, size = asyncio.create_task(opening), 0
+        try:
+            while not task.done() and size < EARLY_BYTES:
+                reading = asyncio.create_task(self._socket.receive())
+                try:
+                    await asyncio.wait({task, reading}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    reading.cancel()  # a message that it did not take yet stays for the next one
+                if reading.done():
+                    early = dict(reading.result())
+                    self._early.append(early)
+                    size += len(early.get("bytes") or early.get("text") or "")
+                    if early["type"] == "websocket.disconnect":
+                        break
+            return await task
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     async def _serve(self, session: LiveSession, start: Start) -> None:
         """Run reader and writer until one of them ends."""
@@ -219,7 +250,7 @@ class LiveConnection:
 
     async def _receive(self) -> dict[str, Any] | None:
         """The next message; None if the client has gone."""
-        received = await self._socket.receive()
+        received = self._early.popleft() if self._early else await self._socket.receive()
         return None if received["type"] == "websocket.disconnect" else dict(received)
 
     async def _note(self, text: str | None) -> None:

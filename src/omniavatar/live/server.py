@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import resources
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from starlette.applications import Starlette
 
+    from omniavatar.live.session import LiveSession
+
 PING_S = 1.0
 """Seconds between two pings."""
 TRANSPORT_BYTES = 16 * 2**20
@@ -34,14 +37,18 @@ _POLICY = "default-src 'self'; media-src 'self' blob:; img-src 'self' data:; fra
 
 
 def make_app(make: MakeSession, door: Door, limits: ServerLimits) -> Starlette:
-    """The server's ASGI application. make: a new session for a prompt."""
+    """The server's ASGI application. make: a new session for a prompt; called by threads, one at a time."""
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
     from starlette.routing import Route, WebSocketRoute
     from starlette.websockets import WebSocket, WebSocketDisconnect
 
-    open_sessions = 0
+    open_sessions, making = 0, Lock()
+
+    def make_alone(prompt: str | None) -> LiveSession:
+        with making:
+            return make(prompt)
 
     def page(request: Request, name: str) -> Response:
         if refusal := door.refusal(request.headers, request.query_params):
@@ -70,7 +77,7 @@ def make_app(make: MakeSession, door: Door, limits: ServerLimits) -> Starlette:
             return
         open_sessions += 1
         try:
-            await LiveConnection(socket, make, limits).run()
+            await LiveConnection(socket, make_alone, limits).run()
         finally:
             open_sessions -= 1
         if socket.client_state.name == "CONNECTED":

@@ -48,6 +48,15 @@ def reference(q, k, v, kept, block):
     return out
 
 
+def rounding(q, k, v):
+    """What attention may lose in the dtype of q: a rounded score s moves its weight by the share s * eps.
+
+    The factor 2 is spare: 6,000 random examples lost at most 0.57 of the rest.
+    """
+    scores = q.transpose(1, 2) @ k.transpose(1, 2).mT / q.shape[-1] ** 0.5
+    return 2 * torch.finfo(q.dtype).eps * (1 + scores.abs().max()) * v.abs().max()
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     st.integers(1, 2),
@@ -58,11 +67,13 @@ def reference(q, k, v, kept, block):
     st.integers(0, 99),
 )
 def test_twin_equals_a_masked_reference(batch, tokens, heads, block, share, seed):
-    q, k, v = qkv(batch, tokens, heads, seed=seed)
     kept = table(heads, tokens, block, share, seed)
-    out = eager_sparse_attention(q, k, v, BlockLists.of(kept, block, tokens))
-    assert out.shape == v.shape
-    assert torch.allclose(out.double(), reference(q, k, v, kept, block), atol=2e-6, rtol=2e-5)
+    for dtype in (torch.float32, torch.float64):
+        q, k, v = (each.to(dtype) for each in qkv(batch, tokens, heads, seed=seed))
+        out = eager_sparse_attention(q, k, v, BlockLists.of(kept, block, tokens))
+        assert out.shape == v.shape and out.dtype == dtype
+        wrong = (out.double() - reference(q, k, v, kept, block)).abs().max()
+        assert wrong <= rounding(q, k, v), dtype
 
 
 def test_everything_kept_is_dense():

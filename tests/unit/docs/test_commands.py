@@ -1,7 +1,8 @@
 """Every command that README and the first pages show is run here, or is marked in the page's source.
 
 A mark is a comment before the block, `<!-- needs: gpu, download -->`, and names what this machine may lack.
-Unmarked commands of a page run in order, in a temporary folder that holds configs/, examples/ and scripts/.
+Unmarked commands of a page run in order, in a temporary folder that holds configs/, examples/ and scripts/. A
+command that an earlier page shows too has run there.
 So that they take seconds, the packaged model is made small: see `SETTINGS`, `CONFIG` and `inputs`. Nothing
 else of a command is changed. A `text` block whose first line is `# NAME.txt` becomes that file.
 """
@@ -74,20 +75,39 @@ def test_settings_have_the_keys_and_values_they_show(page: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN)
 def test_unmarked_commands_run(
-    page: str, inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str,
+    inputs: Path,
+    earlier: set[tuple[str, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(inputs)
     for block in page_blocks((page,)):
         if block.needs:
             continue
         for words in block.commands() if block.language == "sh" else ():
+            if without_output(words) in earlier:
+                continue
             before = videos(Path())
             run(words, block)
             check_video(words, before, block)
         named = re.match(r"# (\w+\.txt)\n", block.text)
         if block.language == "text" and named:
             Path(named[1]).write_text(block.text, encoding="utf-8")
+    unmarked = (block for block in page_blocks((page,)) if block.language == "sh" and not block.needs)
+    earlier.update(without_output(words) for block in unmarked for words in block.commands())
     capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def earlier() -> set[tuple[str, ...]]:
+    """The commands that the pages before have run with the same inputs; another page need not."""
+    return set()
+
+
+def without_output(words: list[str]) -> tuple[str, ...]:
+    """The command, but for the name of the file that it writes."""
+    return tuple(word for before, word in zip(["", *words], words, strict=False) if before != "--output")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page
+from playwright.sync_api import Page, Route
 
 from browser import NEEDS_CHROMIUM, WAIT_S, chromium
 from live_makers import tone
@@ -124,6 +124,23 @@ def test_the_microphone_goes_in_and_frames_with_sound_come_back(page: Page, tran
         page.reload()
         assert gone(server), "a reload frees the session"
         assert live(page, "state") == "idle"
+
+
+def test_start_waits_for_the_script(page: Page) -> None:
+    """On a busy machine the buttons are drawn long before `page.js` has run; a press then was for nothing."""
+    held: list[Route] = []
+    with served(size=64) as server:
+        page.route("**/page.js*", lambda route: held.append(route))
+        page.goto(server.page(), wait_until="commit")
+        page.wait_for_selector("#start")
+        while not held:
+            page.wait_for_timeout(10)
+        assert page.is_disabled("#start")
+        held[0].continue_()
+        page.select_option("#transport", "m4s")
+        page.click("#start")
+        wait(page, "window.live.chunks > 0")
+        page.unroute("**/page.js*")
 
 
 def test_stop_ends_the_session_and_start_begins_again(page: Page) -> None:

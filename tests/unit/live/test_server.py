@@ -80,6 +80,33 @@ def test_sound_goes_in_and_video_in_sync_comes_out(server: Served) -> None:
     assert gone(server)
 
 
+@pytest.mark.slow
+def test_a_model_may_open_long_after_the_microphone_does() -> None:
+    """As on a slow machine, or with a large model: the client is answered, keeps its place, and is heard."""
+    with served(ServerLimits(hung_s=0.5), opens_s=1.2) as server, connect(server.address()) as client:
+        say(client, "session.start", rate=24000)
+        for piece in np.split(impulse(0.5, 0.3, 24000), 24):
+            client.send(pcm(piece))
+        begun = time.monotonic()
+        assert urllib.request.urlopen(server.page()).status == 200
+        assert not server.makers and time.monotonic() - begun < 1.2, "other visitors need not wait"
+        say(client, "session.stop", drain=True)
+        received = until(client, "session.done")
+        assert received[-1]["reason"] == "finished"  # type: ignore[index, call-overload]
+        assert any(isinstance(each, dict) and each.get("speaking") for each in received)
+
+
+def test_a_client_that_leaves_while_its_session_opens_frees_it() -> None:
+    with served(opens_s=0.2) as server:
+        with connect(server.address()) as client:
+            say(client, "session.start")
+        ends = time.monotonic() + 20
+        while not (server.makers and server.makers[0].closed):
+            assert time.monotonic() < ends
+            time.sleep(0.01)
+        assert gone(server)
+
+
 def bright_and_loud(data: bytes) -> tuple[float, float]:
     """Times of the brightest frame and of the loudest sample, in seconds."""
     light, sound = [], []

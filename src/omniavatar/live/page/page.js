@@ -173,7 +173,11 @@ async function connect(transport, stream) {
   socket = new WebSocket(socketAddress);
   socket.binaryType = "arraybuffer";
   socket.onmessage = onMessage;
-  socket.onclose = () => { if (live.state !== "switching") end(); };
+  socket.onclose = (event) => {
+    if (live.state === "switching") return;
+    if (![1000, 1008].includes(event.code)) show(`error: the connection was cut (${event.code}); press Start again`);
+    end();
+  };
   await new Promise((done, failed) => { socket.onopen = done; socket.onerror = () => failed(new Error("no connection")); });
   if (transport === "m4s" && stream) start.rate = await sendMicrophone(stream);
   send(start);
@@ -234,3 +238,4 @@ at("file").onchange = () => {
   at("file").value = ""; // so that the same file can be chosen again
   if (chosen) sendFile(chosen).catch((error) => show(`error: ${chosen.name} is no sound that this browser reads (${error.message})`));
 };
+buttons(false); // the document comes before this file, and a press of Start is for nothing until here

@@ -11,7 +11,6 @@ import httpx
 import openai
 import psutil
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, given, settings
 
 from omniavatar.serve.api.checks import ProcessChecker
@@ -63,6 +62,8 @@ def test_sync_returns_the_file(serve: Serve) -> None:
 @pytest.mark.slow
 def test_the_openapi_document_is_kept(serve: Serve) -> None:
     """Requests made from the document never meet a server error; `make stress` runs many more."""
+    import schemathesis  # half a second for every process that collects
+
     schema = schemathesis.openapi.from_asgi("/openapi.json", serve().app, headers={"Host": "127.0.0.1"})
 
     operations = [each.ok() for each in schema.get_all_operations()]

@@ -335,7 +335,8 @@ def test_talk_opens_the_live_page_in_the_same_process(page: Page, server: WebSer
     talk = next(each for each in page.frames if each.url.endswith("/talk/"))
     ends = time.monotonic() + WAIT_S
     while not talk.evaluate("window.live.chunks"):
-        assert time.monotonic() < ends and talk.evaluate("window.live.errors") == []
+        said = talk.inner_text("#status"), talk.evaluate("window.live")
+        assert time.monotonic() < ends and said[1]["errors"] == [], said
         page.wait_for_timeout(100)
     assert serious(page) == []
     frame.locator("#stop").click()
