@@ -1,7 +1,7 @@
 """Plots of the pocket benchmark; runs in the environment of `faces.py`, which has matplotlib.
 
-`plot.py RESULT.json OUT_DIR` draws `pocket_tradeoff.png`, `pocket_sparse.png` and `pocket_identity.png`, each
-only if the result has its part.
+`plot.py RESULT.json OUT_DIR` draws `pocket_tradeoff.png`, `pocket_sparse.png` (of clips of a minute
+`pocket_sparse_minute.png`) and `pocket_identity.png`, each only if the result has its part.
 """
 
 import json
@@ -51,23 +51,34 @@ def tradeoff(rows: list[dict], front: list[str], choice: str, out: Path) -> None
 
 
 def sparse(rows: list[dict], dense: dict | None, out: Path) -> None:
-    """Plot likeness to dense attention and lip sync over the share of attention that is computed."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), dpi=110)
+    """Plot likeness to dense attention, lip sync and drift over the share of attention that is computed."""
+    drifts = {"picture": "-", "face_shape": ":"} if "drift" in rows[0] else {}
+    panels = 3 if drifts else 2
+    figure, axes = plt.subplots(1, panels, figsize=(4.5 * panels, 3.6), dpi=110)
     for plan in ("calibrated", "window"):
         part = sorted((row for row in rows if plan in row["variant"]), key=lambda row: row["kept_share"])
         shares = [100 * row["kept_share"] for row in part]
         axes[0].plot(shares, [row["psnr_db"] for row in part], "o-", label=plan)
         axes[1].plot(shares, [row["correlation"] for row in part], "o-", label=plan)
+        color = axes[1].lines[-1].get_color()
+        for name, style in drifts.items():
+            values, label = [row["drift"][name] for row in part], f"{plan}, {name.replace('_', ' ')}"
+            axes[2].plot(shares, values, f"o{style}", color=color, label=label)
     if dense is not None:
         axes[1].axhline(dense["correlation"], color="0.4", lw=1, ls="--", label="dense")
+        for name, style in drifts.items():
+            label = f"dense, {name.replace('_', ' ')}"
+            axes[2].axhline(dense["drift"][name], color="0.4", lw=1, ls=style, label=label)
     axes[0].set_ylabel("PSNR to dense attention, dB")
     axes[1].set_ylabel("lip sync (r)")
+    if drifts:
+        axes[2].set_ylabel("drift / distance of two people")
     for axis in axes:
         axis.set_xlabel("attention computed in sparse steps, %")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(out / "pocket_sparse.png")
+    figure.savefig(out / ("pocket_sparse_minute.png" if drifts else "pocket_sparse.png"))
 
 
 def identity(curve: dict, out: Path) -> None:

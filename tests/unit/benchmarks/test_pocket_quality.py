@@ -19,6 +19,7 @@ from training.speech import SAMPLE_RATE, SpeechSet
 from training.studio import Studio
 from training.takes import Take, make_take
 
+from omniavatar.accel.attention.sparse_registry import choose_sparse
 from omniavatar.config.load import load_config
 from omniavatar.measure.quality import psnr
 
@@ -230,6 +231,11 @@ def test_likeness_is_measured_against_the_exact_variant(tmp_path):
 def test_variants_are_valid_settings(variant, tmp_path):
     config = load_config(CONFIG, overrides(Job(CONFIG, tmp_path, variant, (), None))).config
     assert config.video.silence_duration_s == 0
+    if variant.group == "sparse":
+        sparse = config.sparsity
+        name, block = sparse.sparse_backend, sparse.sparse_block_size
+        chosen = choose_sparse(name, torch.device("cuda"), torch.float32, "cudnn", block, 64)
+        assert chosen.takes(tradeoff.SPARSE_BLOCK)
     if variant.name.startswith("window_"):
         from omniavatar.sampling.windows import window_length
 
