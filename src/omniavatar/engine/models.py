@@ -158,7 +158,7 @@ class Models:
         return self._sparse_steps
 
     def sparse_limit(self, tokens: int) -> float:
-        """The kept share above which a layer of so many tokens runs dense, because that is faster here."""
+        """The kept share above which a layer runs dense, because that is faster here."""
         if self.sparse is None:
             return 1.0
         from omniavatar.accel.attention.sparse_registry import break_even
