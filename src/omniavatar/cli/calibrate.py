@@ -22,8 +22,10 @@ from omniavatar.cli.common import (
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from omniavatar.config.schema import PipelineConfig
     from omniavatar.measure.calibrate import CalibrationRun
     from omniavatar.measure.sparse_calibration import SparseCalibrationRun
+    from omniavatar.types import AvatarRequest
 
 
 class Mode(StrEnum):
@@ -44,6 +46,15 @@ def calibrate(
     prompt: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
     image: Annotated[Path | None, typer.Option("--image", "--portrait", help="Portrait.")] = None,
     audio: Annotated[Path | None, typer.Option(help="Voice; without it the video is silent.")] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--input_file",
+            "--input-file",
+            help="With --mode sparse: file with the speakers to measure, who count equally: one "
+            "prompt@@image@@audio per line, or .jsonl or .csv.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -54,7 +65,11 @@ def calibrate(
         ),
     ] = None,
     windows: Annotated[
-        int, typer.Option(min=1, help="Windows to measure; steps: their median, sparse: their mean is used.")
+        int,
+        typer.Option(
+            min=1,
+            help="Windows to measure, of each speaker; steps: their median, sparse: their mean is used.",
+        ),
     ] = 2,
     step_groups: Annotated[
         int,
@@ -71,15 +86,19 @@ def calibrate(
 ) -> None:
     """Measure what step caches or sparse attention need to know about this model, and write it to a file.
 
-    Runs a few windows with every step computed and every block of attention. Without --prompt and --image it
-    takes the packaged portrait and voice. Later runs of the same model and schedule use the file: the
-    constants of TeaCache and MagCache by step_cache_file: auto, the blocks that matter by
+    Runs a few windows with every step computed and every block of attention. Without --prompt and --image,
+    or --input_file, it takes the packaged portrait and voice. Later runs of the same model and schedule use
+    the file: the constants of TeaCache and MagCache by step_cache_file: auto, the blocks that matter by
     sparse_attention: calibrated.
     """
     if (prompt is None) != (image is None):
         raise typer.BadParameter("give --prompt and --image, or neither for the packaged ones")
     if prompt is None and audio is not None:
         raise typer.BadParameter("--audio belongs to --prompt and --image")
+    if input_file is not None and prompt is not None:
+        raise typer.BadParameter("give either --input_file, or --prompt and --image")
+    if mode is Mode.steps and input_file is not None:
+        raise typer.BadParameter("--input_file belongs to --mode sparse")
     if mode is Mode.steps and step_groups != 1:
         raise typer.BadParameter("--step-groups belongs to --mode sparse")
     with user_errors():
@@ -99,9 +118,10 @@ def calibrate(
         if mode is Mode.sparse:
             from omniavatar.measure.sparse_calibration import calibrate_sparse
 
+            speakers = [request] if input_file is None else _speakers(input_file, loaded.config)
             with make_display("rich", as_json, sys.stderr) as display:
                 found = calibrate_sparse(
-                    loaded.config, request, output, windows, step_groups, verify, [display]
+                    loaded.config, speakers, output, windows, step_groups, verify, [display]
                 )
             _report_sparse(found, as_json)
             return
@@ -124,6 +144,28 @@ def calibrate(
             _print(done)
 
 
+def _speakers(input_file: Path, config: PipelineConfig) -> list[AvatarRequest]:
+    """The requests of an input file. Raises InputError for a line that cannot be used."""
+    from dataclasses import asdict
+
+    from omniavatar.engine.requests_file import BadLine, read_requests
+    from omniavatar.errors import InputError
+    from omniavatar.plan.preview import with_family
+
+    speakers = []
+    for line in read_requests(input_file, config.sampling, with_family(config).family.text):
+        if isinstance(line, BadLine):
+            raise line.error
+        for name, value in asdict(line.sampling).items():
+            if value is not None and name != "seed":
+                raise InputError(
+                    f"{input_file}:{line.line}: {name} cannot differ among speakers; take "
+                    "it out of the line and set it in the config"
+                )
+        speakers.append(line.request())
+    return speakers
+
+
 def _report_sparse(done: SparseCalibrationRun, as_json: bool) -> None:
     from dataclasses import asdict
 
@@ -142,11 +184,12 @@ def _report_sparse(done: SparseCalibrationRun, as_json: bool) -> None:
         return
     console = SafeConsole()
     header = done.header
-    count = header.measured["windows"]
+    count, speakers = header.measured["windows"], header.measured.get("speakers", 1)
+    whose = f" of {speakers} speakers," if speakers > 1 else ""
     grid = " x ".join(map(str, header.grid))
     console.print(
-        f"{count} window{'s' if count > 1 else ''} of {grid} tokens in blocks of {header.block} measured on "
-        f"{header.measured['device']} in {done.seconds:.1f} s; {header.dense_steps} of "
+        f"{count} window{'s' if count > 1 else ''}{whose} of {grid} tokens in blocks of {header.block} "
+        f"measured on {header.measured['device']} in {done.seconds:.1f} s; {header.dense_steps} of "
         f"{header.schedule.steps} steps stay dense",
         soft_wrap=True,
     )

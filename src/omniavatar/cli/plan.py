@@ -234,8 +234,14 @@ def _run_plan(config: PipelineConfig, size: tuple[int, int], samples: int | None
     name, width = wanted.sparse_backend, dit.dim // dit.num_heads
     if name == "auto":  # a named one may be meant for another machine, like `attention`
         name = choose_sparse(name, device, dtype, attention, wanted.sparse_block_size, width).name
-    limit = break_even(name, attention)
-    return plan_sparse_run(config, size, samples, dit, _step_plan(config), limit)
+    return plan_sparse_run(
+        config,
+        size,
+        samples,
+        dit,
+        _step_plan(config),
+        lambda tokens: break_even(name, attention, dit.num_heads, tokens),
+    )
 
 
 def _step_plan(config: PipelineConfig) -> StepPlan | None:

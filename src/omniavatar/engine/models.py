@@ -157,14 +157,13 @@ class Models:
             )
         return self._sparse_steps
 
-    @property
-    def sparse_limit(self) -> float:
+    def sparse_limit(self, tokens: int) -> float:
         """The kept share above which a layer runs dense, because that is faster here."""
         if self.sparse is None:
             return 1.0
         from omniavatar.accel.attention.sparse_registry import break_even
 
-        return break_even(self.sparse.name, self.attention_name)
+        return break_even(self.sparse.name, self.attention_name, self.dit_config.num_heads, tokens)
 
     def _choose_sparse(self) -> SparseBackend | None:
         """The backend of sparse attention; None where attention is dense. Raises ResourceError."""

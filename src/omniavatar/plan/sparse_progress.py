@@ -1,7 +1,8 @@
 """What an unfinished `omniavatar calibrate --mode sparse` has measured, so that a killed one goes on.
 
 After each window the sums of its block masses, and what the next window starts from, are written whole beside
-the file that is to be made. Sums are kept as they are, so a run that goes on ends with the same bytes.
+the file that is to be made, and with them the masses of the speakers before. All are kept as they are, so a
+run that goes on ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -28,14 +29,18 @@ SUFFIX = ".part"
 class MeasuredWindows:
     """Finished windows of a measurement.
 
-    - windows: how many.
+    - windows: how many of the last speaker.
     - sums: of their block masses, float32 (groups of steps, layers, heads, blocks of queries and of keys).
     - given: what the next window starts from, (1, 16, G, h, w) float32; None after the last one.
+    - speaker: number of the last speaker, from 0. earlier: the summed means of those before, as `sums`; None
+      for the first.
     """
 
     windows: int
     sums: NDArray[np.float32]
     given: NDArray[np.float32] | None
+    speaker: int = 0
+    earlier: NDArray[np.float32] | None = None
 
 
 class SparseProgress:
@@ -62,18 +67,21 @@ class SparseProgress:
                     return "they belong to another measurement"
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 windows, known = header["windows"], header["sha256"]
+                speaker = header.get("speaker", 0)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError):
             return "the file is damaged"
-        if _checksum(arrays) != known:
+        if _checksum(arrays) != known or (speaker > 0) != ("earlier" in arrays):
             return "the file is damaged"
-        return MeasuredWindows(windows, arrays["sums"], arrays.get("given"))
+        return MeasuredWindows(windows, arrays["sums"], arrays.get("given"), speaker, arrays.get("earlier"))
 
     def write(self, done: MeasuredWindows) -> None:
         """Keep these windows. Raises OutputError."""
         from safetensors.numpy import save
 
         arrays = {"sums": done.sums} | ({} if done.given is None else {"given": done.given})
+        arrays |= {} if done.earlier is None else {"earlier": done.earlier}
         header = {"identity": self._identity, "windows": done.windows, "sha256": _checksum(arrays)}
+        header |= {"speaker": done.speaker} if done.speaker else {}
         atomic_write_bytes(self.path, save(arrays, {HEADER: json.dumps(header)}))
 
     def remove(self) -> None:

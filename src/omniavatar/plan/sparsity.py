@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,6 +43,13 @@ if TYPE_CHECKING:
 HEADER, LEVELS = "omniavatar_sparse_attention", "levels"
 """The file's metadata, and its only tensor."""
 SPARSE_REMEDY = "run `omniavatar calibrate --mode sparse` with this config"
+Limit = Callable[[int], float]
+"""By the tokens of a window, the share that a sparse layer may compute at most."""
+
+
+def always_sparse(tokens: int) -> float:
+    """The limit without one: no layer runs dense, however much it keeps."""
+    return 1.0
 
 
 class SparseHeader(BaseModel):
@@ -156,12 +164,12 @@ def find_sparsity(
     shape: WindowShape,
     dit: DiTConfig,
     sampling: SamplingConfig | None = None,
-    limit: float = 1.0,
+    limit: Limit = always_sparse,
 ) -> SparsityPlan | None:
     """The sparsity plan for windows of `shape`; None where attention is dense.
 
     - sampling: the request's; None means the configuration's.
-    - limit: layers that would compute a larger share run dense (`sparse_registry.break_even`).
+    - limit: layers that would compute a larger share than it says run dense (`sparse_registry.break_even`).
 
     Raises ConfigError if the settings do not fit the run, or the file is missing or of another schedule,
     CheckpointError if the file is damaged or of another model.
@@ -182,7 +190,7 @@ def find_sparsity(
     else:
         levels = _measured_levels(config, target, dit, sampling or config.sampling)
         plan = levels.plan(shape.steps, dense, _cut(wanted, levels))
-    return plan.dense_above(limit)
+    return plan.dense_above(limit(target.tokens))
 
 
 def _cut(wanted: SparsityConfig, levels: MassLevels) -> int:
@@ -219,7 +227,7 @@ def sparse_shape(
     has_audio: bool,
     dit: DiTConfig,
     sampling: SamplingConfig | None = None,
-    limit: float = 1.0,
+    limit: Limit = always_sparse,
 ) -> WindowShape:
     """`plan.run.window_shape`, with its sparsity plan. Raises what `find_sparsity` raises."""
     shape = window_shape(config, size, has_audio, sampling)
@@ -232,7 +240,7 @@ def plan_sparse_run(
     audio_samples: int | None,
     dit: DiTConfig,
     step_plan: StepPlan | None = None,
-    limit: float = 1.0,
+    limit: Limit = always_sparse,
 ) -> RunPlan:
     """`plan.run.plan_run`, with its sparsity plan. Raises what `find_sparsity` raises."""
     shape = sparse_shape(config, size, audio_samples is not None, dit, None, limit)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from command_line import REPOSITORY
 from omniavatar.accel.attention.registry import create_attention
 from omniavatar.accel.attention.sparse import BlockLists, eager_sparse_attention
 from omniavatar.accel.attention.sparse_flex import FlexSparseAttention, block_mask
-from omniavatar.accel.attention.sparse_registry import SPARSE, break_even, choose_sparse
+from omniavatar.accel.attention.sparse_registry import BREAK_EVEN, SIZES, SPARSE, break_even, choose_sparse
 from omniavatar.accel.graphs import FORWARDS_FIRST, GraphedBlocks
 from omniavatar.accel.mass_meter import MassMeter
 from omniavatar.accel.offload import OffloadConfig, apply_offload
@@ -237,8 +239,43 @@ def test_a_cpu_has_the_twin_only():
     assert choose_sparse("auto", CPU, torch.float32, "sdpa", 16, 32).name == "eager"
     with pytest.raises(ResourceError, match=r"sparse_backend: fa4 cannot be used here \(it needs a Hopper"):
         choose_sparse("fa4", CPU, torch.float32, "sdpa", 128, 128)
-    assert not SPARSE.get("eager").fast and break_even("eager", "sdpa") == 1.0
-    assert 0.6 < break_even("fa4", "fa3_fp8") < break_even("float8", "fa3_fp8") < 1
+    assert not SPARSE.get("eager").fast and break_even("eager", "sdpa", 12, 30375) == 1.0
+
+
+def measured_forwards() -> dict[tuple[int, int, str, float], float]:
+    """Milliseconds by heads, tokens, attention and share, as they were measured."""
+    file = REPOSITORY / "benchmarks" / "results" / "2026-11-28_h100_sparse.jsonl"
+    (found,) = (
+        line["rows"] for line in map(json.loads, file.open()) if line["benchmark"] == "sparse forwards"
+    )
+    heads = {"14B": 40, "1.3B": 12}
+    return {(heads[r["scale"]], r["tokens"], r["attention"], r["share"]): r["ms"] for r in found}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("pair", BREAK_EVEN)
+def test_the_break_even_of_a_size_is_the_measured_one(pair, size):
+    """A forward with that share takes as long as a dense one, on a line through 35 and 100 % kept."""
+    sparse, dense = pair
+    times = measured_forwards()
+    less, whole, other = (times[(*size, *at)] for at in ((sparse, 0.35), (sparse, 1.0), (dense, 1.0)))
+    share = 0.35 + 0.65 * (other - less) / (whole - less)
+    assert break_even(sparse, dense, *size) == pytest.approx(share, abs=0.006)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_backend_that_auto_takes_beside_float8_attention_is_the_fastest_at_every_share(size):
+    times = measured_forwards()
+    for share in (0.25, 0.35, 1.0):
+        assert times[(*size, "float8", share)] < times[(*size, "fa4", share)]
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "share"),
+    [(40, 32760, 0.89), (40, 12000, 0.87), (12, 1000, 0.90), (16, 21000, 0.90), (40, 21000, 0.87)],
+)
+def test_another_size_takes_the_nearest_break_even(heads, tokens, share):
+    assert break_even("float8", "fa3_fp8", heads, tokens) == share
 
 
 def test_every_table_is_dense_where_a_layer_keeps_too_much():

@@ -22,7 +22,9 @@ from omniavatar.plan.run import window_shape
 from omniavatar.plan.sparsity import (
     HEADER,
     LEVELS,
+    Limit,
     SparseHeader,
+    always_sparse,
     find_sparsity,
     is_sparse_file,
     plan_shape,
@@ -44,7 +46,7 @@ def config_of(**changes: Any):
     return load_config(None, {**NANO, **changes}).config
 
 
-def plan_of(size: tuple[int, int] = (64, 64), limit: float = 1.0, **changes: Any):
+def plan_of(size: tuple[int, int] = (64, 64), limit: Limit = always_sparse, **changes: Any):
     config = config_of(**changes)
     return find_sparsity(config, window_shape(config, size, True), DIT, None, limit)
 
@@ -79,6 +81,20 @@ def test_the_file_reads_back(file):
     assert (levels.min(-1) == 0).all()
     again = written(file.with_name("again.safetensors"))
     assert again.read_bytes() == file.read_bytes(), "equal masses make equal files"
+
+
+def test_the_limit_above_which_a_layer_runs_dense_is_that_of_the_windows_tokens():
+    asked: list[int] = []
+
+    def limit(tokens: int) -> float:
+        asked.append(tokens)
+        return 0.4
+
+    window = {"sparse_attention": "window", "sparse_block_size": 8}
+    assert plan_of(limit=limit, **window, sparse_density=0.5).sparse_steps == ()
+    assert plan_of(limit=limit, **window, sparse_density=0.3).sparse_steps == (1, 2, 3)
+    tokens = window_shape(config_of(), (64, 64), True).tokens
+    assert asked == [tokens, tokens]
 
 
 @pytest.mark.parametrize("density", [0.3, 0.5, 0.9])

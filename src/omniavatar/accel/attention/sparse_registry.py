@@ -5,12 +5,12 @@ kept blocks. `create` takes the device. `auto` looks at the backend of dense att
 an error of float8, so it is taken only where dense attention has one too.
 
 A layer that keeps nearly everything is faster with dense attention. `break_even` says from which share on, by
-whole forwards on one H100: 14B and 1.3B, 30,375 and 15,750 tokens (`python -m benchmarks sparse`). The four
-differ by less than 0.03, so one number a pair is enough.
+pair of backends, heads and tokens.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -155,17 +155,41 @@ SPARSE: Registry[SparseBackend] = Registry(
     unknown=ResourceError,
 )
 
+SIZES = ((40, 30375), (40, 15750), (12, 30375), (12, 15750))
+"""Heads and tokens of the measured forwards: the 14B and the 1.3B, two lengths of windows."""
+
+
+def _by_size(*shares: float) -> dict[tuple[int, int], float]:
+    return dict(zip(SIZES, shares, strict=True))
+
+
 BREAK_EVEN = {
-    ("fa4", FLOAT8_ATTENTION): 0.70,
-    ("float8", FLOAT8_ATTENTION): 0.87,
-    ("fa4", "fa3"): 0.92,
+    ("fa4", FLOAT8_ATTENTION): _by_size(0.71, 0.70, 0.71, 0.73),
+    ("float8", FLOAT8_ATTENTION): _by_size(0.89, 0.87, 0.90, 0.90),
+    ("fa4", "fa3"): _by_size(0.93, 0.92, 0.93, 0.90),
 }
-"""By sparse and dense backend, the kept share above which dense attention takes less time in a forward."""
+"""By sparse and dense backend, then heads and tokens: the kept share above which dense attention is faster.
+
+Whole forwards of the 14B and the 1.3B on one H100, a line through 35 and 100 % kept
+(`benchmarks/results/2026-11-28_h100_sparse.jsonl`, `python -m benchmarks sparse`).
+"""
 
 
-def break_even(sparse: str, dense: str) -> float:
-    """The share above which a layer runs dense; 1 where none was measured, so that the plan is followed."""
-    return BREAK_EVEN.get((sparse, dense), 1.0)
+def break_even(sparse: str, dense: str, heads: int, tokens: int) -> float:
+    """The share above which a layer runs dense; 1 where none was measured, so that the plan is followed.
+
+    The measured size nearest in the logarithms of heads and tokens counts.
+
+    - heads: of the whole model, so that a plan is the same on any number of GPUs.
+    """
+    measured = BREAK_EVEN.get((sparse, dense))
+    if measured is None:
+        return 1.0
+
+    def distance(size: tuple[int, int]) -> float:
+        return math.hypot(math.log(size[0] / heads), math.log(size[1] / tokens))
+
+    return measured[min(measured, key=distance)]
 
 
 def choose_sparse(
