@@ -243,11 +243,12 @@ def test_an_unmarked_command_that_cannot_run_is_found(tmp_path: Path) -> None:
 
 
 def test_quoted_errors_are_those_of_the_package() -> None:
-    """What the table of errors quotes is text of the source, of the Makefile, or of the shell."""
+    """What the table of errors quotes is text of the source or its pages, of the Makefile, or of the shell."""
     page = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     table = page.split("## It fails")[1].split("\n### ")[0]
-    programs = (path for folder in ("src", "integrations") for path in (REPOSITORY / folder).rglob("*.py"))
-    sources = [*programs, REPOSITORY / "Makefile"]
+    programs = (REPOSITORY / folder for folder in ("src", "integrations"))
+    sources = [path for folder in programs for kind in ("*.py", "*.js") for path in folder.rglob(kind)]
+    sources.append(REPOSITORY / "Makefile")
     text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     quoted = [part for row in rows for part in re.findall(r"`([^`]+)`", row)]
