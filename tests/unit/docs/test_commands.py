@@ -243,7 +243,7 @@ def test_an_unmarked_command_that_cannot_run_is_found(tmp_path: Path) -> None:
 
 
 def test_quoted_errors_are_those_of_the_package() -> None:
-    """What the table of errors quotes is text of the source or its pages, of the Makefile, or of the shell."""
+    """What the table of errors quotes is text of the source, its pages, the Makefile, or the shell."""
     page = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     table = page.split("## It fails")[1].split("\n### ")[0]
     programs = (REPOSITORY / folder for folder in ("src", "integrations"))
