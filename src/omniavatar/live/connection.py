@@ -38,9 +38,15 @@ if TYPE_CHECKING:
     from omniavatar.live.webrtc import RtcPeer
 
 Result = TypeVar("Result")
-EARLY_BYTES = 16 * 2**20
-"""What is kept of a client that speaks while its session opens: nearly three minutes at 48 kHz."""
+EARLY_BYTES, EARLY_MESSAGE = 16 * 2**20, 512
+"""What is kept of a client that speaks while its session opens: two minutes at 48 kHz in pieces of 20 ms. An
+early message counts as so many bytes and its own."""
 _log = logging.getLogger("omniavatar.live")
+
+_TOO_EARLY = (
+    f"session: it is not open yet, and {EARLY_BYTES // 2**20} MB wait for it; what you send is dropped until "
+    "video.start comes"
+)
 
 MakeSession = Callable[[str | None], LiveSession]
 """A new session for a prompt, or for the server's own (None)."""
@@ -62,6 +68,47 @@ async def in_thread(work: Callable[..., Result], *arguments: object) -> Result:
         raise
 
 
+class EarlyMessages:
+    """What a client sends while its session opens, in order.
+
+    Of what comes after EARLY_BYTES, only the client's end is kept: `session.stop`, or that it has left.
+    """
+
+    def __init__(self) -> None:
+        self._kept: deque[dict[str, Any]] = deque()
+        self._bytes = 0
+        self._stops = False
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def add(self, received: dict[str, Any]) -> bool:
+        """Keep a message; False if it is dropped."""
+        self._bytes += EARLY_MESSAGE + _size(received)
+        left = received["type"] == "websocket.disconnect"
+        if self._bytes > EARLY_BYTES and not left:
+            if self._stops or not _stops(received):
+                return False
+            self._stops = True
+        self._kept.append(received)
+        return True
+
+    def take(self) -> dict[str, Any]:
+        """The oldest message."""
+        return self._kept.popleft()
+
+
+def _size(received: dict[str, Any]) -> int:
+    return len(received.get("bytes") or (received.get("text") or "").encode())
+
+
+def _stops(received: dict[str, Any]) -> bool:
+    try:
+        return isinstance(parse(received.get("text") or ""), StopAsked)
+    except InputError:
+        return False
+
+
 class LiveConnection:
     """Serves one client until it or its session ends.
 
@@ -74,7 +121,7 @@ class LiveConnection:
         self._peer: RtcPeer | None = None
         self._rate = 16000
         self._sending = asyncio.Lock()
-        self._early: deque[dict[str, Any]] = deque()
+        self._early = EarlyMessages()
         self._noted = False
 
     async def run(self) -> None:
@@ -123,9 +170,9 @@ class LiveConnection:
 
         Behind a message that nobody reads lies the client's answer to a ping, so its connection would end.
         """
-        task, size = asyncio.create_task(opening), 0
+        task, dropped = asyncio.create_task(opening), False
         try:
-            while not task.done() and size < EARLY_BYTES:
+            while not task.done():
                 reading = asyncio.create_task(self._socket.receive())
                 try:
                     await asyncio.wait({task, reading}, return_when=asyncio.FIRST_COMPLETED)
@@ -133,8 +180,9 @@ class LiveConnection:
                     reading.cancel()  # a message that it did not take yet stays for the next one
                 if reading.done():
                     early = dict(reading.result())
-                    self._early.append(early)
-                    size += len(early.get("bytes") or early.get("text") or "")
+                    if not self._early.add(early) and not dropped:
+                        dropped = True
+                        await self._error(InputError(_TOO_EARLY))
                     if early["type"] == "websocket.disconnect":
                         break
             return await task
@@ -244,14 +292,18 @@ class LiveConnection:
 
     def _check_size(self, received: dict[str, Any]) -> None:
         """Raise InputError for a message that is too long."""
-        size, most = len(received.get("bytes") or received.get("text") or ""), self._limits.message_bytes
+        size, most = _size(received), self._limits.message_bytes
         if size > most:
             raise InputError(f"message: has {size:,} bytes, the most is {most:,}; send smaller ones")
 
     async def _receive(self) -> dict[str, Any] | None:
         """The next message; None if the client has gone."""
-        received = self._early.popleft() if self._early else await self._socket.receive()
-        return None if received["type"] == "websocket.disconnect" else dict(received)
+        if self._early:
+            await asyncio.sleep(0)  # other sessions go on while this one catches up
+            received = self._early.take()
+        else:
+            received = dict(await self._socket.receive())
+        return None if received["type"] == "websocket.disconnect" else received
 
     async def _note(self, text: str | None) -> None:
         if text is not None and not self._noted:
@@ -280,5 +332,6 @@ class LiveConnection:
         except WebSocketDisconnect:
             return
         except RuntimeError as error:  # the connection is closed, perhaps by a ping without an answer
-            if self._socket.client_state.name == "CONNECTED" and "websocket.close" not in str(error):
+            states = {self._socket.client_state.name, self._socket.application_state.name}
+            if states == {"CONNECTED"} and "websocket.close" not in str(error):
                 raise

@@ -6,6 +6,7 @@ portrait and one pipeline.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -78,6 +79,8 @@ def make_app(make: MakeSession, door: Door, limits: ServerLimits) -> Starlette:
         open_sessions += 1
         try:
             await LiveConnection(socket, make_alone, limits).run()
+        except asyncio.CancelledError:  # the server stops while a session opens; uvicorn would log a bug
+            return
         finally:
             open_sessions -= 1
         if socket.client_state.name == "CONNECTED":
@@ -140,8 +143,6 @@ def websocket_settings(limits: ServerLimits) -> dict[str, Any]:
 
 def serve(app: Starlette, listening: socket.socket, ready: Ready, limits: ServerLimits) -> None:
     """Run the server on a socket of `listen` until it is interrupted, and close the socket."""
-    import asyncio
-
     import uvicorn
 
     config = uvicorn.Config(
