@@ -62,6 +62,11 @@ class Lease:
                 self._path.unlink()
         _held.discard(self)
 
+    def abandon(self) -> None:
+        """Release the lease as a death would: the lock file stays."""
+        os.close(self._handle)
+        _held.discard(self)
+
     def forget(self) -> None:
         """Close this forked child's copy; the parent keeps the lease."""
         with suppress(OSError):

@@ -13,9 +13,10 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
+from omniavatar.errors import OutputError
 from omniavatar.media.lease import Lease, try_lease
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -53,20 +54,27 @@ class Presence:
             self._lease.release()
             self._lease = None
 
-    def dead(self, names: Iterable[str]) -> Iterator[str]:
-        """Those of the processes that have died for sure. Raises OutputError.
+    def dead(self, names: Iterable[str]) -> Generator[str]:
+        """Those of the processes that have died for sure.
 
-        The lock of each is held while the caller has it, and then removed.
+        The lock of each is held while the caller has it, and then removed, unless the caller failed.
         """
         if self._boot is None:
             return
         known = {self._path(name): name for name in names}
         for path in sorted(self._folder.glob(f"{self._boot}-*.lock")):
-            lease = try_lease(path, create=False)
+            try:
+                lease = try_lease(path, create=False)
+            except OutputError:  # another user's, or no locks here: no proof
+                continue
             if lease is not None:
-                with lease:
-                    if path in known:
+                if path in known:
+                    try:
                         yield known[path]
+                    except GeneratorExit:
+                        lease.abandon()
+                        raise
+                lease.release()
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{self._boot}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"

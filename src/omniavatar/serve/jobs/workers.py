@@ -15,6 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -184,7 +185,8 @@ class Workers:
         claimed = self._claim()
         if now >= self._next_sweep:
             self._next_sweep = now + rules.lease / 4
-            self._asked(self._done(self._requeue))
+            self._asked(self._done(self._requeue_dead))
+            self._asked(self._done(self._requeue_silent))
         for news in self._crew.wait(0.0 if claimed else min(rules.poll, rules.beat)):
             self._hear(news)
         if self._clock() >= self._next_beat:
@@ -215,10 +217,16 @@ class Workers:
             found = True
         return found
 
-    def _requeue(self) -> None:
-        dead = self._presence.dead(self._store.processes())
-        lost = [id for process in dead for id in self._store.requeue_of(process)]
-        for id in (*lost, *self._store.requeue_expired()):
+    def _requeue_dead(self) -> None:
+        with closing(self._presence.dead(self._store.processes())) as dead:
+            for process in dead:
+                self._requeued(self._store.requeue_of(process))
+
+    def _requeue_silent(self) -> None:
+        self._requeued(self._store.requeue_expired())
+
+    def _requeued(self, ids: Sequence[str]) -> None:
+        for id in ids:
             _log.warning("job %s: its worker died, or did not report in time", id)
             if self._store.get(id).error is not None:
                 self._files.drop_work(id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def died(folder: Path) -> Presence:
     dead.leave()
     lease = try_lease(path)
     assert lease is not None
-    lease.forget()
+    lease.abandon()
     return dead
 
 
@@ -52,6 +53,24 @@ def test_while_one_takes_over_no_other_does(tmp_path: Path, living: Presence) ->
     other, third = died(tmp_path), Presence(tmp_path, "boot")
     for name in living.dead([other.name]):
         assert name == other.name and list(third.dead([other.name])) == []
+
+
+def test_a_lock_that_cannot_be_read_proves_nothing_and_hides_nothing(
+    tmp_path: Path, living: Presence
+) -> None:
+    other = died(tmp_path)
+    (foreign := tmp_path / "boot-0.lock").write_text("of another program")
+    (tmp_path / "boot-1.lock").mkdir()
+    assert list(living.dead([other.name])) == [other.name]
+    assert foreign.read_text() == "of another program"
+
+
+def test_a_death_is_told_again_if_nothing_could_be_done_about_it(tmp_path: Path, living: Presence) -> None:
+    other = died(tmp_path)
+    with closing(living.dead([other.name])) as dead:
+        assert next(dead) == other.name  # and here the database does not answer
+    assert list(living.dead([other.name])) == [other.name]
+    assert list(living.dead([other.name])) == []
 
 
 @pytest.mark.parametrize("boot", ["another boot", None])

@@ -14,6 +14,7 @@ from job_driver import RULES
 from job_stub import ODD, noted
 from omniavatar.serve.batch.crew import CrewLost, News
 from omniavatar.serve.jobs.claims import MOST_LOSSES
+from omniavatar.serve.jobs.presence import boot_id
 from omniavatar.serve.jobs.process_crew import NICENESS, ProcessCrew
 from omniavatar.serve.jobs.records import (
     CANCELLED,
@@ -102,6 +103,15 @@ def test_a_killed_server_takes_its_workers_along_and_another_goes_on(place: Plac
         job = place.finished(id)
     assert job.resumed_windows == 1 and job.attempt == 2
     place.made_once(id)
+
+
+def test_without_locks_the_end_of_the_lease_gives_a_job_away(place: Place) -> None:
+    """As on a file system that supports none: what can be known there is whose lease has ended."""
+    id = place.submit()
+    assert place.store.claim("elsewhere:1:aa/0", ["pocket"], 0.0) is not None
+    (place.files.locks / f"{boot_id()}-0.lock").mkdir(parents=True)
+    with place.workers():
+        assert place.finished(id).attempt == 2
 
 
 def test_a_stopped_server_is_not_dead(place: Place) -> None:
