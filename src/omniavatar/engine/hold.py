@@ -26,6 +26,8 @@ CELL = 4
 """Points of a cell along one axis."""
 LET_GO = 4
 """Frames over which a cell is let go before it moves, as far as its latent reaches."""
+LEAST = 2.0**-100
+"""Least change at which a cell moves: half of it is not 0 in float32."""
 TAKE_OVER = 100
 """Frames over which a cell that moved is taken over."""
 
@@ -71,7 +73,7 @@ def weights(moved: Tensor, levels: float, before: Tensor) -> Tensor:
     - levels: grey levels of change from which a cell moves; up to half of them it stands still.
     - before: the weights of the frame before, (1, 1, h, w).
     """
-    limit = levels / 255.0
+    limit = max(levels / 255.0, LEAST)
     rest = ((limit - moved) / (limit / 2.0)).clamp_(0.0, 1.0)
     rest = rest * rest * (3.0 - 2.0 * rest)
     rest = -max_pool2d(-rest, 3, 1, 1)

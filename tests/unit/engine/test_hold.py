@@ -46,6 +46,14 @@ def test_a_background_rests_and_a_disc_moves() -> None:
     torch.testing.assert_close(shown[near], frames[near], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("levels", [5e-324, 1e-44, 1e-30])
+def test_the_smallest_levels_are_numbers_too(levels: float) -> None:
+    """Of a background that is exactly white or black: what does not change at all is held."""
+    frames = torch.zeros(5, SIDE, SIDE)
+    frames[:, 100:] = 255.0
+    assert torch.equal(held(frames, levels=levels), frames)
+
+
 def test_no_border_shows_where_the_hold_ends() -> None:
     """The picture differs by 3 levels everywhere; the weights go over in no less than a cell."""
     frames, _ = scene(9, noise=0.0)
