@@ -20,9 +20,8 @@ import torch
 from omniavatar.encoders.chunk_audio import ChunkEars
 from omniavatar.engine.memory_inputs import in_files
 from omniavatar.engine.prepare import Planned, condition, read_inputs
-from omniavatar.engine.shown import Shown
 from omniavatar.errors import InputError, ResumeError
-from omniavatar.live.endless import check_origin, left, make_window, origin
+from omniavatar.live.endless import check_origin, left, left_by, make_window, origin
 from omniavatar.plan.run import make_plan
 from omniavatar.sampling.windows import anchor
 from omniavatar.types import AvatarRequest, SamplingParams, Window
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from omniavatar.engine.pipeline import AvatarPipeline
+    from omniavatar.engine.shown import Shown
     from omniavatar.sampling.chunks import ChunkRule
     from omniavatar.types import ImageInput
 
@@ -109,10 +109,12 @@ class ChunkedMaker:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """See `BlockMaker.restore`."""
         check_origin(state, self._sampling, self._conditioning)
-        if any(name not in state for name in ("heard", "waiting", "done")):
+        done, given, shown = left_by(state, self._window, self._conditioning, self.size)
+        heard, waiting = state.get("heard"), state.get("waiting")
+        if heard is None or waiting is None or heard.shape != self._heard.shape or waiting.dim() != 1:
             raise ResumeError("does not fit; open it with the same portrait and settings")
-        self._heard, self._waiting = state["heard"].numpy().copy(), state["waiting"].numpy().copy()
-        self._done, self._given, self._shown = int(state["done"]), state.get("given"), Shown.of(state)
+        self._heard, self._waiting = heard.numpy().copy(), waiting.numpy().copy()
+        self._done, self._given, self._shown = done, given, shown
 
     def close(self) -> None:
         """See `BlockMaker.close`."""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from omniavatar.engine.window_loop import WindowResult, WindowSampling
     from omniavatar.types import Conditioning, Window
 
+_REMEDY = "start a new session"
+
 
 @dataclass(frozen=True)
 class WindowsUntil(Sequence["Window"]):
@@ -66,6 +68,34 @@ def left(given: Tensor | None, shown: Shown | None) -> dict[str, Tensor]:
     """The entries of a state that the last window left for the next one."""
     entries = {} if given is None else {"given": given}
     return entries if shown is None else {**entries, **shown.tensors()}
+
+
+def left_by(
+    state: Mapping[str, Tensor],
+    window_of: Callable[[int], Window],
+    conditioning: Conditioning,
+    size: tuple[int, int],
+) -> tuple[int, Tensor | None, Shown | None]:
+    """What `left` put into `state`, after the number of windows made. Raises ResumeError where it is damaged.
+
+    - size: (H, W) of the frames.
+    """
+    from omniavatar.engine.shown import Shown
+
+    done, given, shown = state.get("done"), state.get("given"), Shown.of(state)
+    if done is None or done.numel() != 1 or int(done) < 0:
+        raise ResumeError(f"is damaged: it has no number of windows; {_REMEDY}")
+    if not int(done) or window_of(int(done)).anchored:
+        return int(done), None, None
+    grid = conditioning.reference_latent.shape
+    if given is None or given.dim() != 5 or given.shape[:2] + given.shape[3:] != grid[:2] + grid[3:]:
+        raise ResumeError(f"is damaged: it has no given latents of its portrait; {_REMEDY}")
+    if given.dtype != torch.float32 or not torch.isfinite(given).all():
+        raise ResumeError(f"is damaged: its given latents are no finite float32; {_REMEDY}")
+    held = shown.reference is not None or shown.weight is not None
+    if problem := shown.problem(size, shown.last is not None, held):
+        raise ResumeError(f"is damaged: it has {problem}; {_REMEDY}")
+    return int(done), given, shown
 
 
 def origin(sampling: WindowSampling, conditioning: Conditioning) -> dict[str, Tensor]:

@@ -20,8 +20,8 @@ import torch
 from omniavatar.encoders.live_audio import LiveAudioEncoder
 from omniavatar.engine.memory_inputs import in_files
 from omniavatar.engine.prepare import Planned, condition, read_inputs
-from omniavatar.engine.shown import Shown
-from omniavatar.live.endless import check_origin, left, make_window, origin
+from omniavatar.errors import ResumeError
+from omniavatar.live.endless import check_origin, left, left_by, make_window, origin
 from omniavatar.plan.run import make_plan
 from omniavatar.sampling.windows import anchor
 from omniavatar.types import AvatarRequest, SamplingParams, Window
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from omniavatar.engine.pipeline import AvatarPipeline
+    from omniavatar.engine.shown import Shown
     from omniavatar.types import ImageInput
 
 _EARS = "ears."
@@ -104,9 +105,15 @@ class WindowedMaker:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """See `BlockMaker.restore`."""
         check_origin(state, self._sampling, self._conditioning)
-        self._ears.restore({k.removeprefix(_EARS): v for k, v in state.items() if k.startswith(_EARS)})
-        self._rows, self._done = state["rows"].numpy(), int(state["done"])
-        self._given, self._shown = state.get("given"), Shown.of(state)
+        done, given, shown = left_by(state, self._window, self._conditioning, self.size)
+        rows = state.get("rows")
+        if rows is None or rows.shape != (self._overlap if done else 0, self._ears.width):
+            raise ResumeError("is damaged: it has no audio of its last frames; start a new session")
+        try:
+            self._ears.restore({k.removeprefix(_EARS): v for k, v in state.items() if k.startswith(_EARS)})
+        except KeyError as error:
+            raise ResumeError(f"is damaged: it has no {error}; start a new session") from None
+        self._rows, self._done, self._given, self._shown = rows.numpy(), done, given, shown
 
     def close(self) -> None:
         """See `BlockMaker.close`."""

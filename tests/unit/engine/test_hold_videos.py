@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +78,48 @@ def test_live_pictures_are_held_alike(kind) -> None:
     assert np.array_equal(made[0], third) and not np.array_equal(made[1], third)
     (reference,) = (value for name, value in state.items() if name.endswith("held_at"))
     assert reference.shape == (1, 3, 1, *maker.size) and len(first)
+
+
+def damaged(state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """States with one entry less, of another shape, or without numbers, by what is wrong."""
+    for name, value in state.items():
+        last = name.rpartition(".")[2]
+        if last in ("noise_span", "past"):  # states of earlier versions lack them
+            continue
+        yield f"no {name}", {key: each for key, each in state.items() if key != name}
+        if last in ("given", "rows", "held", "held_at", "heard"):
+            yield f"another shape of {name}", {**state, name: value[..., 1:]}
+        if last in ("given", "held"):
+            yield f"no numbers in {name}", {**state, name: value * float("nan")}
+
+
+def test_a_damaged_live_state_is_refused(kind) -> None:
+    pipeline = kind(hold_background=LEVELS)
+    maker = maker_of(pipeline, portrait(), PROMPT, 1)
+    block(maker)
+    wrong = dict(damaged(maker.state()))
+    assert {"another shape", "no numbers"} <= {
+        what.partition(" in ")[0].partition(" of ")[0] for what in wrong
+    }
+    resumed = maker_of(pipeline, portrait(), PROMPT, 1)
+    for what, state in wrong.items():
+        try:
+            resumed.restore(state)
+        except ResumeError:
+            continue
+        pytest.fail(f"a state with {what} was taken")
+
+
+def test_a_live_state_before_an_anchored_window_has_nothing_given(nano_checkpoint, cache) -> None:
+    changes = {"hold_background": LEVELS, "blend_frames": 2, "anchor_every": 2}
+    pipeline = make_pipeline(nano_checkpoint, cache, num_steps=1, **changes)
+    maker = maker_of(pipeline, portrait(), PROMPT, 1)
+    block(maker), block(maker)
+    state = {name: value.clone() for name, value in maker.state().items()}
+    assert "given" not in state
+    resumed = maker_of(pipeline, portrait(), PROMPT, 1)
+    resumed.restore(state)
+    assert np.array_equal(block(resumed), block(maker))
 
 
 def test_what_is_handed_over_are_the_pictures_shown(nano_checkpoint, cache) -> None:
