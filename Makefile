@@ -47,7 +47,7 @@ chromium:
 
 # before you hand over, and in the continuous integration: every test, with lint beside them
 test: $(STAMP) chromium
-	@$(MAKE) --no-print-directory -j 2 lint tests
+	@$(MAKE) --no-print-directory -j 2 lint tests || { echo "error: lint or tests failed; lint's lines may stand far above, \`make lint\` shows them alone"; exit 1; }
 
 tests: $(STAMP)
 	$(PYTEST)
