@@ -131,7 +131,7 @@ def shown_last(frames: Tensor, last: bool, held: bool) -> Shown:
     """What these frames leave for the next window. The background is held at the last one, where it rests."""
     frame = frames[:, :, -1:].contiguous()
     weight = torch.ones(1, 1, *cells(*frame.shape[3:])) if held else None
-    return Shown(frame if last else None, frame if held else None, weight)
+    return Shown(frame if last else None, frame.clone() if held else None, weight)
 
 
 @torch.inference_mode()

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 EARLY_BYTES, EARLY_MESSAGE = 16 * 2**20, 512
-"""What is kept of a client that speaks while its session opens: two minutes at 48 kHz in pieces of 20 ms. An
-early message counts as so many bytes and its own."""
+"""What is kept of a client that speaks while its session opens: two minutes at 48 kHz in pieces of 20 ms. The
+second number is added to the bytes of each message."""
 _log = logging.getLogger("omniavatar.live")
 
 _TOO_EARLY = (

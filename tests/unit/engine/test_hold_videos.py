@@ -175,12 +175,16 @@ def test_an_anchored_window_is_the_same_after_a_resume(nano_checkpoint, cache, t
     assert (tmp_path / "out.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
 
 
-def test_a_continued_video_is_held_at_its_last_frame(nano_checkpoint, cache, tmp_path: Path) -> None:
-    pipeline = make_pipeline(nano_checkpoint, cache, num_steps=1, hold_background=LEVELS, crf=0)
+@pytest.mark.parametrize("blend", [0, 2])  # the packaged model has both
+def test_a_continued_video_is_held_at_its_last_frame(
+    nano_checkpoint, cache, tmp_path: Path, blend: int
+) -> None:
+    changes = {"hold_background": LEVELS, "blend_frames": blend}
+    pipeline = make_pipeline(nano_checkpoint, cache, num_steps=1, crf=0, **changes)
     begun = pipeline.generate(request(0.4), tmp_path / "begun.mp4")
     more = request(audio=voice(0.6, seed=7), continues=begun.output)
     interrupt_in(2, pipeline, more, tmp_path / "out.mp4")
-    left = [load_shown(path, (64, 64), False, True) for path in sorted(tmp_path.rglob("given_*"))]
+    left = [load_shown(path, (64, 64), bool(blend), True) for path in sorted(tmp_path.rglob("given_*"))]
     last = list(read_frames(begun.output))[-1]
     for each in left:
         assert each.reference is not None

@@ -186,7 +186,7 @@ class Workers:
         if now >= self._next_sweep:
             self._next_sweep = now + rules.lease / 4
             self._asked(self._done(self._requeue_dead))
-            self._asked(self._done(self._requeue_silent))
+            self._asked(self._done(lambda: self._requeued(self._store.requeue_expired())))
         for news in self._crew.wait(0.0 if claimed else min(rules.poll, rules.beat)):
             self._hear(news)
         if self._clock() >= self._next_beat:
@@ -221,9 +221,6 @@ class Workers:
         with closing(self._presence.dead(self._store.processes())) as dead:
             for process in dead:
                 self._requeued(self._store.requeue_of(process))
-
-    def _requeue_silent(self) -> None:
-        self._requeued(self._store.requeue_expired())
 
     def _requeued(self, ids: Sequence[str]) -> None:
         for id in ids:
@@ -344,13 +341,7 @@ class Workers:
         self._tell_if_ended(claim)
 
     def _fail(
-        self,
-        claim: Claim,
-        last: JobProgress,
-        error: JobError,
-        *,
-        retry: bool,
-        pause: float | None = None,
+        self, claim: Claim, last: JobProgress, error: JobError, *, retry: bool, pause: float | None = None
     ) -> None:
         wait = self._rules.retry_pause * 2 ** min(claim.attempt - 1, 6) if pause is None else pause
 
