@@ -231,14 +231,14 @@ def test_closing_frees_within_a_second() -> None:
 
 def test_two_sessions_take_turns_and_a_third_is_refused() -> None:
     stage = LiveStage()
-    makers = [LoudnessMaker(seconds=0.06) for _ in range(3)]
+    makers = [LoudnessMaker(block=8, seconds=0.12, steps=1) for _ in range(3)]
     with opened(makers[0], stage) as one, opened(makers[1], stage) as two:
         begun = time.monotonic()
         with pytest.raises(ResourceError, match=r"live: the open sessions take \d+% .* close one"):
             opened(makers[2], stage).__enter__()
         assert makers[2].closed and stage.sessions == 2
-        assert len(taken(one, 0.4)) > 2 and len(taken(two, 0.4)) > 2
-        assert time.monotonic() - begun < 3
+        assert len(taken(one, 0.8)) > 2 and len(taken(two, 0.8)) > 2
+        assert time.monotonic() - begun < 6
     order = sorted([(at, 0) for at in makers[0].made] + [(at, 1) for at in makers[1].made])
     both = [who for _, who in order][-8:]
     assert both.count(0) == pytest.approx(4, abs=1), "neither waits for the other's second block"
