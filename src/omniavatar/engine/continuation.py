@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 
 from omniavatar.engine.hold import cells
-from omniavatar.engine.shown import Shown
+from omniavatar.engine.shown import Shown, left
 from omniavatar.errors import InputError
 from omniavatar.media.atomic import atomic_path
 from omniavatar.media.audio_source import open_audio
@@ -115,10 +115,10 @@ def begin(
     with atomic_path(job.segment_path(0)) as temporary:
         temporary.write_bytes(begun.path.read_bytes())
     frames = last_frames(begun, overlap)
-    left = {"given": models.residency.retry(lambda: latents_of(models, frames)).cpu()}
+    given = models.residency.retry(lambda: latents_of(models, frames)).cpu()
     video = models.config.video
-    left |= shown_last(frames, bool(video.blend_frames), bool(video.hold_background)).tensors()
-    job.finish_window(safetensors.torch.save(left))
+    shown = shown_last(frames, bool(video.blend_frames), bool(video.hold_background))
+    job.finish_window(safetensors.torch.save(left(given, shown)))
 
 
 def last_frames(begun: Begun, overlap: int) -> Tensor:

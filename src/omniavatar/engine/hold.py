@@ -12,7 +12,7 @@ before it, so windows and blocks are treated alike, and nothing waits for the de
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -91,11 +91,14 @@ class BackgroundHold:
     - levels: see `weights`.
     - reference: the video's first frame, (1, 3, 1, H, W) uint8; None before it.
     - weight: of the frame shown last, (1, 1, h, w) float32; None before the first.
+
+    Both may be anywhere at first, and are on the device of the frames afterwards.
     """
 
     levels: float
     reference: Tensor | None = None
     weight: Tensor | None = None
+    _unit: Tensor | None = field(default=None, init=False)
 
     def apply(self, pixels: Tensor, number: int) -> None:
         """Change frames (1, 3, n, H, W) in [0, 1] in place; they are the clip's from `number` on.
@@ -112,8 +115,10 @@ class BackgroundHold:
         if self.reference is None or self.weight is None:
             self.reference = bytes_of(pixels[:, :, :1])
             self.weight = pixels.new_ones(1, 1, *cells(*pixels.shape[3:]))
-        reference = to_unit(self.reference, pixels.device)
-        held = weights(change(pixels, reference), self.levels, self.weight.to(pixels.device))
+        if self._unit is None:
+            self.reference = self.reference.to(pixels.device)
+            self._unit = to_unit(self.reference, pixels.device)
+        held = weights(change(pixels, self._unit), self.levels, self.weight.to(pixels.device))
         self.weight = held[-1:].clone()
         smooth = interpolate(held, size=pixels.shape[3:], mode="bilinear", align_corners=False)
-        pixels.lerp_(reference.expand_as(pixels), smooth.transpose(0, 1)[:, None].expand_as(pixels))
+        pixels.lerp_(self._unit.expand_as(pixels), smooth.transpose(0, 1)[:, None].expand_as(pixels))

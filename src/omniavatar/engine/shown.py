@@ -59,6 +59,12 @@ class Shown:
         return None
 
 
+def left(given: Tensor | None, shown: Shown | None) -> dict[str, Tensor]:
+    """What a window leaves for the next one, by the names of hand-over files and saved sessions."""
+    entries = {} if given is None else {"given": given}
+    return entries if shown is None else {**entries, **shown.tensors()}
+
+
 def _is(found: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     if found is None or found.dtype != dtype or found.shape != torch.Size(shape):
         return False

@@ -25,6 +25,7 @@ import safetensors.torch
 from omniavatar.engine.events import Message, WindowFinished
 from omniavatar.engine.job import Job
 from omniavatar.engine.marks import PREVIEW_MARK
+from omniavatar.engine.shown import left
 from omniavatar.errors import ResumeError
 from omniavatar.media.video import GrowingVideo
 from omniavatar.types import LocalAudio, Recorder, Window
@@ -183,7 +184,7 @@ class VideoWriter:
         window, started = result.window, result.started
         with self._segments.turn(window.index) as wait:
             try:
-                frames, left = result.frames, left_by(result)
+                frames, after = result.frames, left_by(result)
             finally:
                 computed.set()
             del result
@@ -195,7 +196,7 @@ class VideoWriter:
             with self._recorder.stage("video_write"):
                 self._segments.write(window.index, pictures)
         self._busy.append(time.perf_counter() - arrived)
-        return Encoded(window, left, started, arrived)
+        return Encoded(window, after, started, arrived)
 
     def _append(self, encoding: Future[Encoded]) -> None:
         """Record a window as done and append it, in the order of the calls; not after one that failed."""
@@ -229,8 +230,7 @@ def left_by(result: WindowResult) -> dict[str, Tensor] | None:
     """What a window leaves for later ones, by the names of its hand-over file."""
     if result.next_given is None:
         return None
-    left = {"given": result.next_given}
-    return left if result.shown is None else {**left, **result.shown.tensors()}
+    return left(result.next_given, result.shown)
 
 
 def _wait(futures: deque[Future[Any]], most: int) -> None:

@@ -20,8 +20,9 @@ import torch
 from omniavatar.encoders.chunk_audio import ChunkEars
 from omniavatar.engine.memory_inputs import in_files
 from omniavatar.engine.prepare import Planned, condition, read_inputs
+from omniavatar.engine.shown import left
 from omniavatar.errors import InputError, ResumeError
-from omniavatar.live.endless import check_origin, left, left_by, make_window, origin
+from omniavatar.live.endless import check_origin, make_window, origin, read_left
 from omniavatar.plan.run import make_plan
 from omniavatar.sampling.windows import anchor
 from omniavatar.types import AvatarRequest, SamplingParams, Window
@@ -109,7 +110,7 @@ class ChunkedMaker:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """See `BlockMaker.restore`."""
         check_origin(state, self._sampling, self._conditioning)
-        done, given, shown = left_by(state, self._window, self._conditioning, self.size)
+        done, given, shown = read_left(state, self._window, self._conditioning, self.size)
         heard, waiting = state.get("heard"), state.get("waiting")
         if heard is None or waiting is None or heard.shape != self._heard.shape or waiting.dim() != 1:
             raise ResumeError("does not fit; open it with the same portrait and settings")

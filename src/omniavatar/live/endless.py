@@ -64,21 +64,17 @@ def make_window(
         return next(results)
 
 
-def left(given: Tensor | None, shown: Shown | None) -> dict[str, Tensor]:
-    """The entries of a state that the last window left for the next one."""
-    entries = {} if given is None else {"given": given}
-    return entries if shown is None else {**entries, **shown.tensors()}
-
-
-def left_by(
+def read_left(
     state: Mapping[str, Tensor],
     window_of: Callable[[int], Window],
     conditioning: Conditioning,
     size: tuple[int, int],
 ) -> tuple[int, Tensor | None, Shown | None]:
-    """What `left` put into `state`, after the number of windows made. Raises ResumeError where it is damaged.
+    """The number of windows made, and what `engine.shown.left` put into `state`.
 
     - size: (H, W) of the frames.
+
+    Raises ResumeError where it is damaged.
     """
     from omniavatar.engine.shown import Shown
 

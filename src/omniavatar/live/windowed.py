@@ -20,8 +20,9 @@ import torch
 from omniavatar.encoders.live_audio import LiveAudioEncoder
 from omniavatar.engine.memory_inputs import in_files
 from omniavatar.engine.prepare import Planned, condition, read_inputs
+from omniavatar.engine.shown import left
 from omniavatar.errors import ResumeError
-from omniavatar.live.endless import check_origin, left, left_by, make_window, origin
+from omniavatar.live.endless import check_origin, make_window, origin, read_left
 from omniavatar.plan.run import make_plan
 from omniavatar.sampling.windows import anchor
 from omniavatar.types import AvatarRequest, SamplingParams, Window
@@ -105,7 +106,7 @@ class WindowedMaker:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """See `BlockMaker.restore`."""
         check_origin(state, self._sampling, self._conditioning)
-        done, given, shown = left_by(state, self._window, self._conditioning, self.size)
+        done, given, shown = read_left(state, self._window, self._conditioning, self.size)
         rows = state.get("rows")
         if rows is None or rows.shape != (self._overlap if done else 0, self._ears.width):
             raise ResumeError("is damaged: it has no audio of its last frames; start a new session")
