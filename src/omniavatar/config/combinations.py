@@ -104,9 +104,14 @@ def check_causal(
                 f"video.{name}",
                 "sampling.sampler",
             )
-    for name, alone in (("sp_size", 1), ("cfg_parallel", 1), ("use_fsdp", False)):
-        if runtime[name] != alone or (name == "sp_size" and runtime["exchange"] == "direct"):
-            name = "exchange" if runtime[name] == alone else name
+    shared = {
+        "sp_size": runtime["sp_size"] != 1,
+        "exchange": runtime["exchange"] == "direct",
+        "cfg_parallel": runtime["cfg_parallel"] != 1,
+        "use_fsdp": runtime["use_fsdp"],
+    }
+    for name, refused in shared.items():
+        if refused:
             raise FieldError(
                 f"sampler: causal makes a video on one GPU; leave {name} out, or make several videos with "
                 "`omniavatar batch`",
