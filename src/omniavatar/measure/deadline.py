@@ -134,8 +134,7 @@ def propose(
 
 def untried(config: PipelineConfig, chosen: Candidate | None) -> tuple[str, ...]:
     """What is faster and never proposed, for those whom the chosen settings cost something."""
-    vae = config.model.vae_path
-    own_latents = vae is not None and vae.is_relative_to(pocket.FOLDER)  # which taehv was not trained for
+    own_latents = pocket.holds(config.model.vae_path)  # which taehv was not trained for
     if config.model.decoder != "full" or own_latents or (chosen is not None and not chosen.points):
         return ()
     return (

@@ -14,3 +14,8 @@ CONFIG = FOLDER / "pocket.yaml"
 LIVE_CONFIG = FOLDER / "pocket_live.yaml"
 PORTRAIT = FOLDER / "portrait.png"
 PROMPT = "A person is talking to the camera, smiling, still"
+
+
+def holds(*paths: Path | None) -> bool:
+    """Whether one of these weight files is the packaged model's."""
+    return any(path is not None and path.is_relative_to(FOLDER) for path in paths)

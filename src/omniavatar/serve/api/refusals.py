@@ -15,17 +15,12 @@ from omniavatar.serve.jobs.records import JobRecord
 _NOT_MEASURED = "this server has no measurement of the model for it; leave it out"
 
 
-def is_packaged(config: PipelineConfig) -> bool:
-    """Whether the weights are those of the packaged model, which knows rendered heads only."""
-    return any(path.is_relative_to(pocket.FOLDER) for path in config.model.dit_path)
-
-
 def with_known_family(config: PipelineConfig) -> PipelineConfig:
     """`config` with the family that its weights tell, unless it is known without reading them.
 
     Raises ConfigError, CheckpointError.
     """
-    if config.model.family != "auto" or is_packaged(config):
+    if config.model.family != "auto" or pocket.holds(*config.model.dit_path):
         return config
     from omniavatar.plan.preview import with_family  # imports PyTorch, which an API alone does not need
 

@@ -8,11 +8,11 @@ from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
 from pydantic import BaseModel
 
+from omniavatar.assets import pocket
 from omniavatar.config.backends import registry
 from omniavatar.config.identity import flat_values
 from omniavatar.config.schema import PipelineConfig, SamplingConfig
 from omniavatar.serve.api.models import REQUEST_KEYS
-from omniavatar.serve.api.refusals import is_packaged
 from omniavatar.serve.api.replies import size_text
 from omniavatar.serve.jobs.records import Json
 from omniavatar.serve.page.words import example_prompt, intents, word_groups
@@ -99,7 +99,7 @@ def page_model(name: str, config: PipelineConfig) -> PageModel:
     video = config.video
     return PageModel(
         id=name,
-        packaged=is_packaged(config),
+        packaged=pocket.holds(*config.model.dit_path),
         fps=video.fps,
         silence=video.silence_duration_s,
         sizes=[PageSize(size=size_text(size), shape=shape_of(size)) for size in video.sizes],

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from omniavatar.assets import pocket
 from omniavatar.config.schema import PipelineConfig
-from omniavatar.serve.api.refusals import is_packaged
 from omniavatar.serve.jobs.records import Json
 
 PREVIEW, BALANCED, BEST = INTENTS = ("preview", "balanced", "best")
@@ -39,11 +38,11 @@ OTHER_PROMPT = "A realistic video of a person speaking directly to the camera"
 
 
 def word_groups(config: PipelineConfig) -> tuple[WordGroup, ...]:
-    return POCKET_WORDS if is_packaged(config) else OTHER_WORDS
+    return POCKET_WORDS if pocket.holds(*config.model.dit_path) else OTHER_WORDS
 
 
 def example_prompt(config: PipelineConfig) -> str:
-    return pocket.PROMPT if is_packaged(config) else OTHER_PROMPT
+    return pocket.PROMPT if pocket.holds(*config.model.dit_path) else OTHER_PROMPT
 
 
 def intents(config: PipelineConfig) -> dict[str, Mapping[str, Json]]:

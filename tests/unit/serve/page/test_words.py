@@ -8,8 +8,8 @@ import pytest
 from training.motion import EXPRESSIONS, MOTIONS
 
 from command_line import REPOSITORY
+from omniavatar.assets import pocket
 from omniavatar.config.load import load_config
-from omniavatar.serve.api.refusals import is_packaged
 from omniavatar.serve.page.info import page_model, shape_of
 from omniavatar.serve.page.words import POCKET_WORDS, intents
 
@@ -46,7 +46,7 @@ def test_intents_follow_the_configured_steps(
 def test_a_large_model_is_not_the_packaged_one_and_has_three_shapes() -> None:
     config = config_of("inference_1.3B")
     model = page_model("large", config)
-    assert not is_packaged(config) and not model.packaged
+    assert not pocket.holds(*config.model.dit_path) and not model.packaged
     assert [each.shape for each in model.sizes] == ["16:9", "1:1", "9:16"]
 
 
