@@ -157,29 +157,29 @@ def write_videos(options: argparse.Namespace, output: Any) -> None:
             changed = output.model_copy(update={"key_frame_s": key_frame_s})
             found = whole(painted, options.window, options.video, options.model_fps, changed)
             rows.append({"picture": name, **found})
-    heads = ("picture", "key_frame_s", "frames a second", "rest, s", "CPU, ms", "bytes a frame")
-    shown = [
-        (
-            row["picture"],
-            f"{row['key_frame_s']:g}",
-            f"{row['frames_per_second']:.0f}",
-            f"{row['rest_s']:.2f}",
-            f"{row['cpu_ms']:.1f}",
-            f"{row['bytes_per_frame']:.0f}",
-        )
-        for row in rows
-    ]
-    print_table(heads, shown)
-    size = list(options.size)
-    print_result(
-        "writer",
-        size=size,
-        window=options.window,
-        model_fps=options.model_fps,
-        hp=options.hp,
-        cores=usable_cores(),
-        videos=rows,
+    columns = {
+        "picture": ("picture", ""),
+        "key_frame_s": ("key_frame_s", "g"),
+        "frames a second": ("frames_per_second", ".0f"),
+        "rest, s": ("rest_s", ".2f"),
+        "CPU, ms": ("cpu_ms", ".1f"),
+        "bytes a frame": ("bytes_per_frame", ".0f"),
+    }
+    report(options, columns, rows, model_fps=options.model_fps, videos=rows)
+
+
+def report(
+    options: argparse.Namespace,
+    columns: dict[str, tuple[str, str]],
+    measured: list[dict[str, Any]],
+    **found: object,
+) -> None:
+    """Print the table of `columns` (by head: key of a row, and format), and the line of JSON."""
+    print_table(
+        list(columns), [[format(row[key], form) for key, form in columns.values()] for row in measured]
     )
+    size, cores = list(options.size), usable_cores()
+    print_result("writer", size=size, window=options.window, hp=options.hp, cores=cores, **found)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -207,22 +207,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for at_once in map(int, options.at_once.split(",")):
                 found = measure(frames, at_once, threads, options.seconds, output)
                 rows.append({"picture": name, "threads": threads, "at_once": at_once, "yuv_ms": yuv, **found})
-    heads = ("picture", "threads", "at once", "frames a second", "a window, s", "CPU, ms", "to YUV, ms")
-    shown = [
-        (
-            row["picture"],
-            row["threads"],
-            row["at_once"],
-            f"{row['frames_per_second']:.0f}",
-            f"{row['window_s']:.3f}",
-            f"{row['cpu_ms']:.1f}",
-            f"{row['yuv_ms']:.2f}",
-        )
-        for row in rows
-    ]
-    print_table(heads, shown)
-    size = list(options.size)
-    print_result("writer", size=size, window=options.window, hp=options.hp, cores=usable_cores(), rows=rows)
+    columns = {
+        "picture": ("picture", ""),
+        "threads": ("threads", ""),
+        "at once": ("at_once", ""),
+        "frames a second": ("frames_per_second", ".0f"),
+        "a window, s": ("window_s", ".3f"),
+        "CPU, ms": ("cpu_ms", ".1f"),
+        "to YUV, ms": ("yuv_ms", ".2f"),
+    }
+    report(options, columns, rows, rows=rows)
 
 
 if __name__ == "__main__":
