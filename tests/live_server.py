@@ -32,8 +32,8 @@ class Served:
 
 def gone(server: Served) -> bool:
     """Whether all sessions end within a second, counted in naps: a busy machine delays them and the server,
-    which is in the same process, alike. A second more is for what the system does between two naps."""
-    for _ in range(100):
+    which is in the same process, alike."""
+    for _ in range(50):
         if not server.stage.sessions:
             return True
         time.sleep(0.02)

@@ -243,8 +243,10 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="the numbers of a con
 
 
 @linux
-def test_a_machine_that_vanishes_frees_its_session_within_a_second(server: Served) -> None:
-    with handshake(server) as client:
+def test_a_machine_that_vanishes_frees_its_session_within_a_second() -> None:
+    """What is left of the second is for a busy machine: naps do not slow down the clock of the system."""
+    assert ServerLimits().gone_s < 1
+    with served(ServerLimits(gone_s=0.4)) as server, handshake(server) as client:
         assert server.stage.sessions == 1
         program = drop_what_comes(client)
         assert gone(server)
